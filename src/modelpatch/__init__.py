@@ -1,0 +1,36 @@
+"""One frozen vision backbone, many tasks: each task is a small patch file instead of a copy of the model.
+
+import modelpatch as mp
+
+backbone = mp.load_backbone("bundled:tiny")
+task = mp.load_task("flowers/")
+patch = mp.fit(backbone, task, mp.methods.ScaleBias(), epochs=10)
+patch.save("flowers.safetensors")
+model = backbone.patched(mp.Patch.load("flowers.safetensors"))     # images -> logits
+"""
+
+__version__ = "0.1.0"
+
+from modelpatch import errors, methods
+from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
+from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task
+from modelpatch.train import compare, evaluate, fit, harmonic_mean, load_task
+
+__all__ = [
+    "Backbone",
+    "BoundPatch",
+    "Patch",
+    "PatchedModel",
+    "Preprocessing",
+    "Task",
+    "__version__",
+    "compare",
+    "errors",
+    "evaluate",
+    "fit",
+    "harmonic_mean",
+    "load_backbone",
+    "load_task",
+    "methods",
+    "save_backbone",
+]

@@ -1,0 +1,107 @@
+"""The backbone: a frozen module, how it sees images, its chain and its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone.chain import Chain, build_chain
+from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.preprocess import Preprocessing
+from modelpatch.errors import BackboneChangedError
+
+if TYPE_CHECKING:
+    from modelpatch.patch import Patch, PatchedModel
+
+
+class Backbone:
+    """A frozen network that patches refer to.
+
+    The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
+    afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
+    holds whatever facts came with it (measured accuracy, licence, source).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        spec: str,
+        arguments: Mapping[str, Any] | None = None,
+        classifier: str | None = None,
+        segments: Sequence[str] = (),
+        classes: Sequence[str] = (),
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.preprocessing = preprocessing
+        self.spec = spec
+        self.arguments = dict(arguments or {})
+        self.classifier = classifier
+        self.classes = tuple(classes)
+        self.about = dict(about or {})
+        self._segment_names = tuple(segments)
+        self._build_chain()
+        self._fingerprint = Fingerprint.of(self.chain)
+
+    def _build_chain(self) -> None:
+        example = torch.zeros(2, *self.input_size, device=self.device)
+        self.chain: Chain = build_chain(self.module, example, self.classifier, self._segment_names)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) the backbone was made for."""
+        return self.preprocessing.input_size
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all frozen tensors as they were when loaded, 64 hexadecimal digits."""
+        return self._fingerprint.whole
+
+    @property
+    def fingerprints(self) -> Fingerprint:
+        """The fingerprint in parts: of the whole, the chain, each segment and the base's own head."""
+        return self._fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> Backbone:
+        """Move the frozen tensors to a device. Returns self."""
+        self.module.to(device)
+        self._build_chain()
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """The base's own logits (B, K) for normalised images (B, C, H, W)."""
+        return self.module(images)
+
+    def patched(self, patch: Patch) -> PatchedModel:
+        """The model of a patch's task: a plain `nn.Module` from images (B, C, H, W) to logits.
+
+        Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for one whose tensors do
+        not fit.
+        """
+        from modelpatch.patch.bind import PatchedModel  # the one upward step: a convenience on the object users hold
+
+        return PatchedModel(self, patch)
+
+    def verify(self) -> None:
+        """Hash all frozen tensors again. Raises `BackboneChangedError` naming the segments that moved."""
+        now = Fingerprint.of(self.chain)
+        if now != self._fingerprint:
+            pairs = zip(self.chain, self._fingerprint.segments, now.segments, strict=True)
+            moved = [segment.name for segment, before, after in pairs if before != after]
+            moved += ["head"] if now.head != self._fingerprint.head else []
+            raise BackboneChangedError(
+                f"the frozen tensors of {self.spec} have changed since it was loaded, in: {', '.join(moved)}. "
+                "Load it again; something outside this library wrote to them."
+            )
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.spec!r}, {self.chain!r}, fingerprint {self.fingerprint[:12]})"

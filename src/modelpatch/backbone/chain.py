@@ -1,0 +1,423 @@
+"""The backbone as a list of segments, cut wherever exactly one tensor is alive.
+
+    image -> [segment 0] -> [segment 1] -> ... -> [segment n-1] -> features (B, D) -> classifier -> logits
+
+`chain(x)` computes exactly what the network computes before its classifier, bit for bit: the segments run the
+network's own modules in the network's own order. A chain is checked against the network when it is built; where a
+network cannot be traced, the chain is coarser, never wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modelpatch.backbone.trace import closable, has_children, trace
+from modelpatch.errors import UntraceableBackboneError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One link of the chain: one tensor in, one tensor out.
+
+    `tensor_names` maps what `module` calls its parameters and buffers to what the backbone calls them. `stage` numbers
+    the runs of blocks at one resolution and is None outside them. The shapes have no batch axis.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    tensor_names: Mapping[str, str]
+    is_block: bool
+    stage: int | None
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers by the backbone's names."""
+        for name, tensor in _named_tensors(self.module):
+            yield self.tensor_names[name], tensor
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters (not buffers)."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        return count_macs(self.module, self.input_shape)
+
+
+class Chain(Sequence[Segment]):
+    """The segments in order. `chain(x)` maps images (B, C, H, W) to features (B, D)."""
+
+    def __init__(self, segments: Sequence[Segment], head: nn.Module) -> None:
+        self.segments = tuple(segments)
+        self.head = head
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, 0, len(self))
+
+    def run(self, x: Tensor, start: int, end: int) -> Tensor:
+        """The output of segments `[start, end)` for `x`, the output of segment `start - 1` (or the images)."""
+        for segment in self.segments[start:end]:
+            x = segment.module(x)
+        return x
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.segments[index]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(segment.name for segment in self.segments)
+
+    @property
+    def blocks(self) -> tuple[Segment, ...]:
+        """The residual or transformer blocks; for plain networks (VGG) the layers that hold weights."""
+        return tuple(segment for segment in self.segments if segment.is_block)
+
+    @property
+    def stages(self) -> tuple[tuple[Segment, ...], ...]:
+        """The blocks grouped into runs at one resolution."""
+        count = 1 + max((block.stage for block in self.blocks if block.stage is not None), default=-1)
+        return tuple(tuple(block for block in self.blocks if block.stage == stage) for stage in range(count))
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the features that heads read."""
+        return self.segments[-1].output_shape[-1]
+
+    def segment_of(self, name: str) -> Segment:
+        """The segment that holds the backbone tensor `name`. Raises KeyError."""
+        return self.segments[self._owners[name]]
+
+    @cached_property
+    def _owners(self) -> dict[str, int]:
+        return {name: s.index for s in reversed(self.segments) for name, _ in s.named_tensors()}
+
+    def __repr__(self) -> str:
+        return f"Chain({len(self)} segments, {len(self.blocks)} blocks in {len(self.stages)} stages)"
+
+
+@dataclass
+class _Links:
+    """A traced graph as executable nodes, what each returned for an example, and where it may be cut."""
+
+    nodes: list[fx.Node]
+    values: dict[fx.Node, Any]
+    cuts: list[int]
+
+
+def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segments: Sequence[str] = ()) -> Chain:
+    """Cut a frozen module in eval mode into a chain.
+
+    `example` (2, C, H, W) float is run through it to find shapes; `classifier` names the module whose input ends the
+    chain (None: the module returns features). `segments` names modules to run one after another instead of tracing.
+    Raises `UntraceableBackboneError` when no cut gives the network's own result.
+    """
+    with torch.no_grad():
+        if segments:
+            chain = _named_chain(module, example, classifier, segments)
+            _check(chain, module, example, classifier)
+            return chain
+        try:
+            chain = _traced_chain(module, example, classifier)
+            _check(chain, module, example, classifier)
+        except UntraceableBackboneError as error:
+            chain = _coarse_chain(module, example, classifier, error)
+            _check(chain, module, example, classifier)
+        return chain
+
+
+# traced -----------------------------------------------------------------------------------------------------
+
+
+def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
+    ancestors = set() if classifier is None else {classifier[:i] for i, c in enumerate(classifier) if c == "."}
+    closed: set[type[nn.Module]] = set()
+    shapes, probe = meta_twin(module), example.to("meta")
+    while True:
+        graph, scopes = trace(module, ancestors, closed)
+        try:
+            links = _find_links(graph, shapes, probe)
+        except Exception:  # a network that makes tensors of its own on the processor
+            shapes, probe = module, example
+            links = _find_links(graph, shapes, probe)
+        order = {node: position for position, node in enumerate(graph.nodes)}
+        positions = [order[links.nodes[cut]] for cut in links.cuts]
+        broken = {
+            scope.kind
+            for scope in scopes
+            if closable(scope.kind)
+            and sum(scope.first <= position < scope.last - 1 for position in positions) < scope.calls - 1
+        } - closed
+        if not broken:
+            break
+        closed |= broken
+    end = _classifier_position(links, classifier)
+    bounds = [-1, *(cut for cut in links.cuts if cut < end), end - 1]
+    runs = [links.nodes[a + 1 : b + 1] for a, b in itertools.pairwise(bounds) if b > a]
+    if not runs:
+        raise UntraceableBackboneError(f"{type(module).__name__} has nothing before its classifier {classifier!r}")
+    head_nodes = links.nodes[end:]
+    source = next(node for node in graph.nodes if node.op == "placeholder")
+    parts: list[tuple[str, nn.Module]] = []
+    for nodes in _merge_in_place(runs, shapes, links):
+        parts.append(_part(nodes, module, source))
+        source = nodes[-1]
+    head = _part(head_nodes, module, source)[1] if head_nodes else nn.Identity()
+    return _assemble(parts, head, module, example)
+
+
+def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
+    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive.
+
+    `module` and `example` may live on the meta device: only shapes and writes matter here.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = example
+        elif node.op != "output":
+            values[node] = _run_node(node, module, values)
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    position = {node: index for index, node in enumerate(nodes)}
+    last_use = {
+        node: max((position.get(user, len(nodes)) for user in node.users), default=-1)
+        for node in graph.nodes
+        if node.op not in ("get_attr", "output")
+    }
+    cuts, alive = [], {node for node in graph.nodes if node.op == "placeholder"}
+    for index, node in enumerate(nodes):
+        alive.add(node)
+        alive = {other for other in alive if last_use[other] > index}
+        if alive == {node} and _is_batch(values[node], example):
+            cuts.append(index)
+    return _Links(nodes, values, cuts)
+
+
+def _run_node(node: fx.Node, module: nn.Module, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
+    if node.op == "get_attr":
+        return _attribute(module, str(node.target))
+    if node.op == "call_module":
+        return module.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _is_batch(value: Any, example: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == example.shape[0]
+
+
+def _classifier_position(links: _Links, classifier: str | None) -> int:
+    """The index of the node where the head begins; the tensor that enters it must be the only one alive."""
+    if classifier is None:
+        return len(links.nodes)
+    for index, node in enumerate(links.nodes):
+        if node.op == "call_module" and node.target == classifier and index - 1 in links.cuts:
+            return index
+    raise UntraceableBackboneError(f"the classifier {classifier!r} does not end a chain with one tensor alive")
+
+
+def _merge_in_place(runs: list[list[fx.Node]], module: nn.Module, links: _Links) -> list[list[fx.Node]]:
+    """Join every run that writes its input in place to the run before it: a cached input must stay what it was."""
+    merged: list[list[fx.Node]] = []
+    for nodes in runs:
+        merged.append(nodes)
+        while len(merged) > 1 and _writes_input(merged[-1], merged[-2][-1], module, links):
+            merged[-2:] = [merged[-2] + merged[-1]]
+    return merged
+
+
+def _writes_input(nodes: list[fx.Node], before: fx.Node, module: nn.Module, links: _Links) -> bool:
+    part = _part(nodes, module, before)[1]
+    probe = links.values[before].clone()
+    version = probe._version
+    part(probe)
+    return probe._version != version
+
+
+def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str, nn.Module]:
+    """(name, module) of the segment that runs `nodes` on the value of `source`."""
+    only = nodes[0]
+    if len(nodes) == 1 and only.op == "call_module" and only.args == (source,) and not only.kwargs:
+        name = str(only.target)
+        return name, module.get_submodule(name)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # parameters and buffers are fetched again in each segment that reads them
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        copied(node)
+    graph.output(copies[nodes[-1]])
+    names = [str(node.target) for node in nodes if node.op == "call_module"]
+    name = names[0] if names else str(nodes[-1].name).removeprefix("module_")
+    return name, fx.GraphModule(module, graph, class_name="Segment")
+
+
+# coarse and named -------------------------------------------------------------------------------------------
+
+
+class MethodCall(nn.Module):
+    """Calls one method of a module as a module of its own: `forward_features` or `forward_head` of a timm model."""
+
+    def __init__(self, module: nn.Module, method: str, **arguments: Any) -> None:
+        super().__init__()
+        self.module, self.method, self.arguments = module, method, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.module, self.method)(x, **self.arguments)
+
+
+def _coarse_chain(
+    module: nn.Module, example: Tensor, classifier: str | None, reason: UntraceableBackboneError
+) -> Chain:
+    """Two segments, features and pooling, for networks with timm's interface."""
+    if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
+        raise UntraceableBackboneError(
+            f"{reason}. Name its parts in order instead: load_backbone(module, segments=['stem', 'stage1', ...], "
+            "classifier='fc')"
+        ) from reason
+    parts: list[tuple[str, nn.Module]] = [
+        ("forward_features", MethodCall(module, "forward_features")),
+        ("forward_head", MethodCall(module, "forward_head", pre_logits=True)),
+    ]
+    head = nn.Identity() if classifier is None else module.get_submodule(classifier)
+    return _assemble(parts, head, module, example)
+
+
+def _named_chain(module: nn.Module, example: Tensor, classifier: str | None, names: Sequence[str]) -> Chain:
+    try:
+        parts = [(name, module.get_submodule(name)) for name in names]
+        head = nn.Identity() if classifier is None else module.get_submodule(classifier)
+    except AttributeError as error:
+        raise UntraceableBackboneError(f"segments or classifier name no module of the network: {error}") from error
+    return _assemble(parts, head, module, example)
+
+
+# assembling -------------------------------------------------------------------------------------------------
+
+
+def _assemble(parts: list[tuple[str, nn.Module]], head: nn.Module, module: nn.Module, example: Tensor) -> Chain:
+    shapes = [tuple(example.shape[1:])]
+    for _, part in parts:
+        shapes.append(output_shape(part, shapes[-1]))
+    if len(shapes[-1]) != 1:
+        parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
+    blocks = _find_blocks([part for _, part in parts])
+    stages = _number_stages(blocks, shapes)
+    names = {id(tensor): name for name, tensor in _named_tensors(module)}
+    segments = [
+        Segment(
+            index=index,
+            name=name,
+            module=part,
+            tensor_names={local: names[id(tensor)] for local, tensor in _named_tensors(part)},
+            is_block=index in blocks,
+            stage=stages.get(index),
+            input_shape=shapes[index],
+            output_shape=shapes[index + 1],
+        )
+        for index, (name, part) in enumerate(parts)
+    ]
+    return Chain(segments, head)
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _find_blocks(parts: Sequence[nn.Module]) -> list[int]:
+    """Composite segments with at least two weights; where they are the minority (VGG), every segment with weights."""
+    weighted = [index for index, part in enumerate(parts) if _count_weights(part)]
+    composite = [index for index in weighted if _count_weights(parts[index]) > 1 and has_children(parts[index])]
+    return composite if 2 * len(composite) >= len(weighted) else weighted
+
+
+def _count_weights(module: nn.Module) -> int:
+    return sum(parameter.ndim >= 2 for name, parameter in module.named_parameters())
+
+
+def _number_stages(blocks: list[int], shapes: Sequence[tuple[int, ...]]) -> dict[int, int]:
+    stages: dict[int, int] = {}
+    stage, previous = -1, None
+    for index in blocks:
+        resolution = spatial_size(shapes[index + 1], shapes[0])
+        stage += resolution != previous
+        stages[index], previous = stage, resolution
+    return stages
+
+
+def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
+    """The positions of an activation, whether its channels come first (C, H, W) or last (H, W, C) or in tokens."""
+    if len(shape) == 3:
+        ratio = image[2] / image[1]
+        return shape[1:] if shape[2] == round(shape[1] * ratio) else shape[:2]
+    return shape[:-1]
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """The module's structure without its values: every parameter and buffer on the meta device, no bytes copied."""
+    twins: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()
+    }
+    twins |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    return copy.deepcopy(module, twins)
+
+
+def run_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """What a module makes of zeros (1, *input_shape): on the meta device where it can run there."""
+    with torch.no_grad():
+        try:
+            return meta_twin(module)(torch.zeros(1, *input_shape, device="meta"))
+        except Exception:  # it makes tensors of its own on the processor, so it must run there
+            device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+            return module(torch.zeros(1, *input_shape, device=device))
+
+
+def output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a module's output for an input of `input_shape`, both without the batch axis."""
+    return tuple(run_shapes(module, input_shape).shape[1:])
+
+
+def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of a module for one input of `input_shape` (no batch axis)."""
+    with FlopCounterMode(display=False) as counter:
+        run_shapes(module, input_shape)
+    return counter.get_total_flops() // 2
+
+
+def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> None:
+    """The chain and its head must give the network's own output, bit for bit."""
+    probe = torch.randn_like(example[:1])
+    if not torch.equal(chain.head(chain(probe)), module(probe)):
+        raise UntraceableBackboneError(
+            f"the {len(chain)} segments found in {type(module).__name__} do not reproduce it. Name its parts in order: "
+            "load_backbone(module, segments=['stem', 'stage1', ...], classifier='fc')"
+        )

@@ -1,0 +1,59 @@
+"""Content hashes of frozen tensors: SHA-256 over names, dtypes, shapes and bytes, buffers included."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from modelpatch.backbone.chain import Chain
+
+HEX = r"^[0-9a-f]{64}$"
+
+
+class Fingerprint(BaseModel):
+    """What a backbone is, by content. Two backbones with the same `chain` give every patch the same features.
+
+    `segments` holds one hash per segment of the chain, `head` that of the base's own classifier; `chain` hashes the
+    segments in order and `whole` the chain and the head.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    whole: str
+    chain: str
+    head: str
+    segments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.whole
+
+    @classmethod
+    def of(cls, chain: Chain) -> Fingerprint:
+        """Hash every parameter and buffer of the chain and of its head."""
+        segments = tuple(hash_tensors(segment.named_tensors()) for segment in chain)
+        head = hash_tensors((*chain.head.named_parameters(), *chain.head.named_buffers()))
+        whole_chain = hash_texts(segments)
+        return cls(whole=hash_texts((whole_chain, head)), chain=whole_chain, head=head, segments=segments)
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, as 64 hexadecimal digits, of tensors in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def hash_texts(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The little-endian bytes of a tensor in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

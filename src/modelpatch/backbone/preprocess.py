@@ -1,0 +1,124 @@
+"""From an image to the tensor a backbone expects: one way to decode, resize, crop and normalise, used everywhere."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from modelpatch.errors import DataError
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Three = tuple[float, float, float]
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+
+
+class Preprocessing(BaseModel):
+    """How a backbone sees an image. `input_size` is (channels, height, width), in pixels, square.
+
+    An image is resized so that its shorter side is `resize_to` = floor(size / crop_pct) pixels, its centre is cropped
+    to `input_size`, and its values in [0, 1] become (value - mean) / std.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[Literal[3], int, int] = (3, 224, 224)
+    mean: Three = (0.485, 0.456, 0.406)
+    std: Three = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.input_size[1]
+
+    @property
+    def resize_to(self) -> int:
+        """Length of the shorter side before the centre crop, in pixels."""
+        return math.floor(self.image_size / self.crop_pct)
+
+    def with_image_size(self, pixels: int | None) -> Preprocessing:
+        """The same preprocessing at another resolution; None keeps it."""
+        return self if pixels is None else self.model_copy(update={"input_size": (3, pixels, pixels)})
+
+    def decode(self, source: ImageSource) -> Tensor:
+        """uint8 (3, R, R) with R = `resize_to`: decoded, turned upright, resized and cropped to the square centre.
+
+        Raises `DataError` for what is not an image.
+        """
+        image = open_image(source)
+        side = self.resize_to
+        scale = side / min(image.size)
+        size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+        if size != image.size:
+            image = image.resize(size, getattr(Image.Resampling, self.interpolation.upper()))
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        pixels = np.array(image.crop((left, top, left + side, top + side)))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def center_crop(self, images: Tensor) -> Tensor:
+        """(..., R, R) to (..., size, size)."""
+        top = (images.shape[-2] - self.image_size) // 2
+        return images[..., top : top + self.image_size, top : top + self.image_size]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8, or float in [0, 255], (B, 3, H, W) to float32 with the backbone's mean and deviation."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1) * 255
+        return (images.float() - mean) / std
+
+    def __call__(self, *sources: ImageSource) -> Tensor:
+        """Images to a float32 batch (B, 3, H, W)."""
+        return self.normalize(self.center_crop(torch.stack([self.decode(source) for source in sources])))
+
+    @classmethod
+    def from_timm(cls, config: dict[str, Any]) -> Preprocessing:
+        """From the configuration of a timm model (`timm.data.resolve_model_data_config`)."""
+        size = int(config["input_size"][-1])
+        return cls(
+            input_size=(3, size, size),
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+        )
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """An RGB image from a path, encoded bytes, an array (H, W[, 3]) uint8 or a Pillow image.
+
+    Raises `DataError` for what is not an image, is truncated, or has more pixels than Pillow's safety limit.
+    """
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    name = str(source) if isinstance(source, str | Path) else "the image"
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return _to_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "F"):  # 16-bit grey: Pillow's own conversion would clip, not scale
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else max(float(values.max()), 1.0)
+        image = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""The command line: one thin function per verb, the same names and defaults as the Python functions."""

@@ -1,0 +1,48 @@
+"""modelpatch eval: measure a patch on a task's test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from modelpatch.cli.options import JsonOption, PatchBackboneOption, SeedOption, backbone_of, write_json
+from modelpatch.patch import Patch
+from modelpatch.report.plots import plot_confusion
+from modelpatch.report.tables import evaluation_table
+from modelpatch.train import evaluate as run_evaluate
+from modelpatch.train import harmonic_mean, load_task
+from modelpatch.train.evaluate import evaluate_base
+from modelpatch.train.progress import Progress
+
+
+def evaluate(
+    data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    patch: Annotated[Path, typer.Option("--patch", "-p", help="The patch file.")],
+    backbone: PatchBackboneOption = None,
+    base_data: Annotated[
+        str | None, typer.Option(help="Data of the base's own classes, for the harmonic mean.")
+    ] = None,
+    per_class: Annotated[bool, typer.Option(help="List every class.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the confusion matrix to this picture.")] = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure a patch on the test images of its task: top-1, top-5, per class, confusion."""
+    console = Console(stderr=str(json) == "-")
+    loaded = Patch.load(patch)
+    base = backbone_of(loaded, patch, backbone)
+    task = load_task(data, seed=seed)
+    with Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
+        result = run_evaluate(base, loaded, task, advance)
+    figures = result.as_dict()
+    if base_data is not None:
+        figures["base_top1"] = evaluate_base(base, load_task(base_data, seed=seed)).top1
+        figures["harmonic_mean"] = harmonic_mean(result.top1, figures["base_top1"])
+    console.print(evaluation_table(loaded.task.name, figures, per_class))
+    if plot is not None:
+        plot_confusion(result, loaded.task.classes, plot)
+        console.print(f"drew {plot}")
+    write_json(json, figures)

@@ -1,0 +1,67 @@
+"""The `modelpatch` command. Errors this library raises on purpose end in one line and exit status 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+import modelpatch
+from modelpatch.cli.compare import compare
+from modelpatch.cli.demo import demo
+from modelpatch.cli.evaluate import evaluate
+from modelpatch.cli.fit import fit
+from modelpatch.cli.inspect import inspect
+from modelpatch.cli.predict import predict
+from modelpatch.cli.verify import verify
+from modelpatch.errors import ModelpatchError
+
+app = typer.Typer(
+    name="modelpatch",
+    help="One frozen vision backbone, many tasks: each task is a small patch file instead of a copy of the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(fit)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(inspect)
+app.command()(verify)
+app.command()(compare)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if show:
+        typer.echo(f"modelpatch {modelpatch.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a `ModelpatchError` becomes one line on standard error."""
+    try:
+        app()
+    except ModelpatchError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {_escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; a run with a checkpoint resumes when the same command is given again", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away (`modelpatch ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Every error a user can see, in one tree. Each message says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class ModelpatchError(Exception):
+    """The root: catch this to catch everything this library raises on purpose."""
+
+
+# backbone ---------------------------------------------------------------------------------------------------
+
+
+class BackboneError(ModelpatchError):
+    """A backbone could not be loaded, cut into a chain or verified."""
+
+
+class UnknownBackboneError(BackboneError):
+    """The specification names no backbone that can be built here."""
+
+
+class UntraceableBackboneError(BackboneError):
+    """The network cannot be cut into a chain that computes exactly what the network computes."""
+
+
+class BackboneChangedError(BackboneError):
+    """The frozen tensors of a backbone are no longer the ones that were loaded."""
+
+
+# patch ------------------------------------------------------------------------------------------------------
+
+
+class PatchError(ModelpatchError):
+    """A patch cannot be read, bound or written."""
+
+
+class PatchFileError(PatchError):
+    """A file cannot be trusted to be the patch that was written."""
+
+
+class NotAPatchError(PatchFileError):
+    """The file is not a patch file at all."""
+
+
+class PatchLengthError(PatchFileError):
+    """The file is shorter or longer than its own header says: truncated or padded."""
+
+
+class DamagedPatchError(PatchFileError):
+    """The bytes differ from the bytes that were written: the hash in the file does not match."""
+
+
+class UnknownPatchVersionError(PatchFileError):
+    """The file was written by a newer format version than this library reads."""
+
+
+class HostileNameError(PatchFileError):
+    """A tensor, class or task name holds characters that no writer of this library produces."""
+
+
+class NonFiniteTensorError(PatchFileError):
+    """A tensor holds NaN or infinity."""
+
+
+class InvalidPatchError(PatchFileError):
+    """The header is intact but describes something that cannot be a patch."""
+
+
+class WrongBackboneError(PatchError):
+    """The patch was made for other frozen weights than the backbone at hand."""
+
+
+class ForeignTensorError(PatchError):
+    """The patch holds tensors whose names or shapes the backbone does not have."""
+
+
+class UnknownGraftError(PatchError):
+    """The patch adds a kind of module this installation does not know."""
+
+
+# methods, data, training ------------------------------------------------------------------------------------
+
+
+class MethodError(ModelpatchError):
+    """A method is unknown, misconfigured or cannot be applied to the backbone."""
+
+
+class MethodNotApplicableError(MethodError):
+    """The backbone has nothing that the method could train."""
+
+
+class DataError(ModelpatchError):
+    """A data set cannot be read as the task that was asked for."""
+
+
+class TrainingError(ModelpatchError):
+    """Training cannot start, continue or resume."""
+
+
+class CheckpointMismatchError(TrainingError):
+    """A checkpoint belongs to a run with other settings."""
+
+
+class UnknownTaskError(ModelpatchError):
+    """A task name that no loaded patch has."""
+
+
+class MissingExtraError(ModelpatchError):
+    """An optional library is needed for what was asked."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs `{library}`, which is not installed. Run: pip install 'modelpatch[{extra}]'")

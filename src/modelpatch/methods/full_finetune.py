@@ -1,0 +1,31 @@
+"""Full fine-tuning: every tensor of the chain is the patch's own. The upper baseline in accuracy and in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelpatch.backbone import Backbone
+from modelpatch.methods.method import Method
+from modelpatch.methods.subset import Statistics, learn_statistics, own_segments
+from modelpatch.patch import Blueprint, PatchedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFinetune(Method):
+    """Trains all parameters. `statistics` says what BatchNorm layers do, as in `Subset`."""
+
+    name: ClassVar[str] = "full-finetune"
+    paper: ClassVar[str] = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
+
+    statistics: Statistics = "frozen"
+    weight_decay: float = 1e-2
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns every parameter of the chain."""
+        return own_segments([segment for segment in backbone.chain if segment.parameters], self.statistics)
+
+    def train_mode(self, model: PatchedModel) -> None:
+        """BatchNorm layers follow `statistics`."""
+        super().train_mode(model)
+        learn_statistics(model, self.statistics)

@@ -1,0 +1,22 @@
+"""Linear probe: logits = W f(x) + b with the backbone f frozen. The baseline every patch has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelpatch.backbone import Backbone
+from modelpatch.methods.method import Method
+from modelpatch.patch import Blueprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(Method):
+    """Trains the head alone, on features computed once."""
+
+    name: ClassVar[str] = "linear-probe"
+    paper: ClassVar[str] = "Alain and Bengio, Understanding intermediate layers using linear classifier probes, 2016"
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Nothing is owned: the patch is its head."""
+        return Blueprint()

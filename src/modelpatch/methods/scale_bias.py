@@ -1,0 +1,134 @@
+"""Scale-and-bias patches: a task's own normalisation parameters over shared convolutions.
+
+    y = gamma_t * (x - mu_t) / sqrt(sigma_t^2 + eps) + beta_t        gamma_t, beta_t, optionally mu_t, sigma_t per task
+
+Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning*
+(ICLR 2019), sections 3 and 4. On networks without normalisation an explicit scale and bias per channel is added after
+every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modelpatch.backbone import Backbone, Segment
+from modelpatch.errors import MethodNotApplicableError
+from modelpatch.methods.method import Batches, Method, batch_norms
+from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+
+GRAFT = "channel-affine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleBias(Method):
+    """Trains the scale and bias of every normalisation layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm) and the head.
+
+    `statistics` of BatchNorm layers: `frozen` keeps the backbone's; `recomputed` measures them once on the task's images
+    before training; `learned` runs the layers in train mode, as the paper does, which needs large batches. With
+    `affine=False` only the statistics change (the paper's Table 6). `layers` picks what carries the scale and bias:
+    the network's own `norm` layers, a `channel` affine added after every convolution, or `auto`, norm where there is one.
+    """
+
+    name: ClassVar[str] = "scale-bias"
+    paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+
+    lr: float = 1e-2
+    statistics: Literal["frozen", "recomputed", "learned"] = "frozen"
+    affine: bool = True
+    layers: Literal["auto", "norm", "channel"] = "auto"
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns the norm layers' parameters and, unless frozen, their statistics; or adds affines after convolutions."""
+        owned = [name for segment in backbone.chain for name in self._owned(segment)]
+        if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):
+            grafts = tuple(graft for segment in backbone.chain for graft in self._grafts(segment))
+            if not grafts:
+                raise MethodNotApplicableError(f"{backbone.spec} has no convolution to scale. Try the method `subset`.")
+            return Blueprint(grafts=grafts)
+        if not owned:
+            raise MethodNotApplicableError(
+                f"{backbone.spec} has no normalisation layer with "
+                f"{'scale and bias' if self.affine else 'running statistics'}. Try layers='channel' or the method `subset`."
+            )
+        return Blueprint(owned=tuple(owned))
+
+    def _owned(self, segment: Segment) -> list[str]:
+        names: list[str] = []
+        for prefix, module in segment.module.named_modules():
+            if is_norm(module):
+                tensors = [name for name, _ in module.named_parameters(recurse=False)] if self.affine else []
+                if isinstance(module, _BatchNorm) and self.statistics != "frozen" and module.running_mean is not None:
+                    tensors += ["running_mean", "running_var"]
+                names += [f"{prefix}.{name}".lstrip(".") for name in tensors]
+        return [segment.tensor_names[name] for name in names]
+
+    def _grafts(self, segment: Segment) -> list[Graft]:
+        layers = [name for name, module in segment.module.named_modules() if isinstance(module, nn.Conv2d)]
+        span = {"start": segment.index, "end": segment.index + 1}
+        return [Graft(kind=GRAFT, arguments={"layers": layers}, **span)] if layers else []
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        """Measure the running statistics anew if they are to be recomputed."""
+        if self.statistics == "recomputed":
+            recompute_statistics(model, batches)
+
+    def train_mode(self, model: PatchedModel) -> None:
+        """BatchNorm layers use batch statistics only while those are learned."""
+        super().train_mode(model)
+        if self.statistics == "learned":
+            for norm in batch_norms(model):
+                norm.train()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer with parameters or statistics of its own."""
+    if isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+        return True
+    own = list(module.parameters(recurse=False))
+    return "Norm" in type(module).__name__ and bool(own) and all(parameter.ndim == 1 for parameter in own)
+
+
+@torch.no_grad()
+def recompute_statistics(model: PatchedModel, batches: Batches) -> None:
+    """Replace running means and variances by the average over one pass of the task's images."""
+    model.eval()
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average, not an exponential one
+        norm.train()
+    for images in batches():
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+class ChannelAffine(nn.Module):
+    """y = scale * layer(x) + bias per output channel, started as the identity. `layer` is a convolution (B, C, H, W)."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = nn.Parameter(torch.ones(layer.out_channels))
+        self.bias = nn.Parameter(torch.zeros(layer.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+@register_graft(GRAFT)
+def add_channel_affines(variant: nn.Module, layers: list[str]) -> nn.Module:
+    """Wrap the convolutions named in `layers` (the empty name is the variant itself) in a `ChannelAffine`."""
+    for name in layers:
+        if not name:
+            return ChannelAffine(variant.get_submodule(name))  # type: ignore[arg-type]
+        owner, _, leaf = name.rpartition(".")
+        setattr(variant.get_submodule(owner), leaf, ChannelAffine(variant.get_submodule(name)))  # type: ignore[arg-type]
+    return variant

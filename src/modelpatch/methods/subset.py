@@ -1,0 +1,87 @@
+"""Fine-tune some blocks of the backbone and a head: the body of SubTuning.
+
+    f = chain with theta_S trained from the pretrained values, S a subset of the blocks; all else frozen
+
+Kaplun, Gurevich, Swisa, David, Shalev-Shwartz, Malach: *Less is More: Selective Layer Finetuning with SubTuning*
+(2023), section 2. Blocks are chosen by the profile and by greedy selection there; here they are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from modelpatch.backbone import Backbone, Segment
+from modelpatch.errors import MethodError
+from modelpatch.methods.method import Method, batch_norms
+from modelpatch.patch import Blueprint, PatchedModel
+
+Statistics = Literal["frozen", "learned"]
+RUNNING = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset(Method):
+    """Trains every parameter of the named blocks.
+
+    `blocks` holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`, `stage-1`) or `last`,
+    the last block. `statistics="learned"` runs their BatchNorm layers in train mode and stores what they learn, as the
+    paper's code does; it needs batches large enough to be worth it.
+    """
+
+    name: ClassVar[str] = "subset"
+    paper: ClassVar[str] = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
+    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+
+    blocks: tuple[str, ...] = ("last",)
+    statistics: Statistics = "frozen"
+    weight_decay: float = 1e-2
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns the parameters of the blocks and, where they are learned, their running statistics."""
+        return own_segments(find_segments(backbone, self.blocks), self.statistics)
+
+    def train_mode(self, model: PatchedModel) -> None:
+        """BatchNorm layers of the blocks follow `statistics`; all others keep the backbone's."""
+        super().train_mode(model)
+        learn_statistics(model, self.statistics)
+
+
+def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
+    """The segments that `names` mean (see `Subset.blocks`), in order. Raises `MethodError` for a name that means none."""
+    chain = backbone.chain
+    chosen: set[int] = set()
+    for name in names:
+        if name == "last":
+            found = [chain.blocks[-1]]
+        elif name.removeprefix("stage").removeprefix("-").isdigit() and name.startswith("stage"):
+            number = int(name.removeprefix("stage"))
+            if not -len(chain.stages) <= number < len(chain.stages):
+                raise MethodError(f"{name}: {backbone.spec} has stages 0 to {len(chain.stages) - 1}.")
+            found = list(chain.stages[number])
+        else:
+            found = [s for s in chain if s.name == name or s.name.startswith(name + ".")]
+        if not any(segment.parameters for segment in found):
+            blocks = ", ".join(block.name for block in chain.blocks)
+            raise MethodError(f"{name!r} names no block of {backbone.spec} with parameters. Its blocks: {blocks}.")
+        chosen |= {segment.index for segment in found if segment.parameters}
+    return [chain[index] for index in sorted(chosen)]
+
+
+def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Blueprint:
+    """A blueprint that owns all parameters of the segments, and their running statistics where they are learned."""
+    owned: list[str] = []
+    for segment in segments:
+        owned += [segment.tensor_names[name] for name, _ in segment.module.named_parameters()]
+        if statistics == "learned":
+            owned += [segment.tensor_names[n] for n, _ in segment.module.named_buffers() if n.endswith(RUNNING)]
+    return Blueprint(owned=tuple(owned))
+
+
+def learn_statistics(model: PatchedModel, statistics: Statistics) -> None:
+    """Put the BatchNorm layers of the patched spans into train mode if their statistics are learned."""
+    if statistics == "learned":
+        for variant in model.variants:
+            for norm in batch_norms(variant):
+                norm.train()

@@ -1,0 +1,21 @@
+"""What a patch is: tensors over a frozen backbone, a head and a task, in one file that cannot be silently damaged."""
+
+from modelpatch.patch.bind import BoundPatch, PatchedModel
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.heads import HeadRecord, LinearHead
+from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.task import Task
+
+__all__ = [
+    "BackboneRecord",
+    "Blueprint",
+    "BoundPatch",
+    "Graft",
+    "HeadRecord",
+    "LinearHead",
+    "MethodRecord",
+    "Patch",
+    "PatchedModel",
+    "Task",
+    "register_graft",
+]

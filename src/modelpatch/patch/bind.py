@@ -1,0 +1,225 @@
+"""A patch on its backbone: as a module of its own, or as a light record among hundreds that share one structure.
+
+`PatchedModel` is a plain `nn.Module` whose frozen parameters are the backbone's own objects. `BoundPatch` holds the
+patch's numbers in one flat tensor and lends them to a `PatchedModel` shared by all patches of the same structure, so
+that it costs its own bytes and next to nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Segment, clone_module
+from modelpatch.errors import ForeignTensorError, ModelpatchError
+from modelpatch.patch.blueprint import Blueprint, Span
+
+if TYPE_CHECKING:
+    from modelpatch.patch.patch import Patch
+
+
+class PatchedModel(nn.Module):
+    """Images (B, C, H, W) to the task's logits: the chain with its spans replaced by variants, then the head.
+
+    All parameters but the patch's own are the backbone's objects; no buffer is shared. Built from a patch, it is in
+    eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
+    """
+
+    def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        super().__init__()
+        patch.check_backbone(backbone)
+        self._build(backbone, patch.blueprint, patch.head.build())
+        self.load_tensors(patch.tensors)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def draft(cls, backbone: Backbone, blueprint: Blueprint, head: nn.Module) -> PatchedModel:
+        """A model to be trained: owned parameters and the head require gradients, owned values start at the base's."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build(backbone, blueprint, head)
+        return model.eval()
+
+    def _build(self, backbone: Backbone, blueprint: Blueprint, head: nn.Module) -> None:
+        chain = backbone.chain
+        self.spans = blueprint.spans(chain)
+        self.starts: list[int] = []
+        self.parts = nn.ModuleList()
+        self.head = head
+        self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
+        ends = dict(self.spans)
+        index = 0
+        while index < len(chain):
+            end = ends.get(index, index + 1)
+            owned = frozenset(blueprint.owned) if index in ends else frozenset[str]()
+            self.starts.append(index)
+            self.parts.append(self._variant(chain[index:end], owned, blueprint, (index, end)))
+            index = end
+        self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
+
+    def _variant(
+        self, segments: tuple[Segment, ...], owned: frozenset[str], blueprint: Blueprint, span: Span
+    ) -> nn.Module:
+        """A structural clone of the segments with the span's grafts; records its tensors' names."""
+        clones, names = [], {}
+        for segment in segments:
+            local = {base: name for name, base in segment.tensor_names.items() if base in owned}
+            parameters = dict(segment.module.named_parameters())
+            clone = clone_module(segment.module, {name for name in local.values() if name in parameters})
+            tensors = {**dict(clone.named_parameters()), **dict(clone.named_buffers())}
+            names.update({id(tensors[name]): f"replace/{base}" for base, name in local.items()})
+            clones.append(clone)
+        variant = clones[0] if len(clones) == 1 else nn.Sequential(*clones)
+        before = {id(tensor) for tensor in (*variant.parameters(), *variant.buffers())}
+        for graft in blueprint.grafts:
+            if span[0] <= graft.start and graft.end <= span[1]:
+                variant = graft.apply(variant)
+        for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
+            if id(tensor) not in before:
+                names[id(tensor)] = f"graft/{span[0]}-{span[1]}/{name}"
+            if id(tensor) in names:
+                self.names[names[id(tensor)]] = f"parts.{len(self.parts)}.{name}"
+        return variant
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run_from(images, 0)
+
+    def run_from(self, x: Tensor, start: int) -> Tensor:
+        """Logits from the input of segment `start`, which must begin a part (see `first`)."""
+        for begin, part in zip(self.starts, self.parts, strict=True):
+            if begin >= start:
+                x = part(x)
+        return self.head(x)
+
+    @property
+    def variants(self) -> tuple[nn.Module, ...]:
+        """The parts that stand in for the patch's spans, in order."""
+        spans = dict(self.spans)
+        return tuple(part for start, part in zip(self.starts, self.parts, strict=True) if start in spans)
+
+    @property
+    def first(self) -> int:
+        """The first segment that differs from the backbone; everything before it is frozen and deterministic."""
+        return self.spans[0][0] if self.spans else self.starts[-1] + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The patch's own tensors under the names they have in a patch file, detached, not copied."""
+        return {name: self._tensor(local).detach() for name, local in self.names.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a patch's tensors, widened to float32. Raises `ForeignTensorError` for names or shapes that differ."""
+        check_fit(self.shapes(), tensors)
+        with torch.no_grad():
+            for name, local in self.names.items():
+                own = self._tensor(local)
+                own.copy_(tensors[name])
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor of the patch, by its name in a patch file."""
+        return {name: self._tensor(local).shape for name, local in self.names.items()}
+
+    def _tensor(self, local: str) -> Tensor:
+        owner, _, leaf = local.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for module in self.modules():  # new parameter objects over the same bytes: `.to()` must not move the backbone
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
+        """Like `nn.Module.load_state_dict`, but always by assignment: copying would write the backbone's bytes."""
+        if not assign:
+            raise ModelpatchError("a patched model shares the backbone's bytes: load_state_dict needs assign=True.")
+        return super().load_state_dict(state_dict, strict, assign=True)
+
+
+def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ForeignTensorError` unless `tensors` has exactly the expected names and shapes."""
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ForeignTensorError(
+            f"the patch lacks {len(missing)} tensors its structure needs: {', '.join(missing[:3])}."
+        )
+    if foreign := sorted(tensors.keys() - expected.keys()):
+        raise ForeignTensorError(f"the backbone has no place for {len(foreign)} tensors: {', '.join(foreign[:3])}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            given = tuple(tensors[name].shape)
+            raise ForeignTensorError(f"{name} has shape {given}; the backbone expects {tuple(shape)}.")
+
+
+class BoundPatch:
+    """A patch bound to a backbone at the cost of its own bytes.
+
+    Calls are thread-safe; patches of one structure take turns on the model they share.
+    """
+
+    def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        self._skeleton = skeleton_for(backbone, patch)
+        check_fit({**self._skeleton.shapes, **_head_shapes(patch)}, patch.tensors)
+        self.task, self.preprocessing = patch.task, patch.preprocessing
+        self._layout = self._skeleton.layout(patch)
+        order = [name for name, _ in self._layout]
+        self._flat = torch.cat([patch.tensors[name].detach().float().reshape(-1) for name in order])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the patch's numbers in memory."""
+        return self._flat.nbytes
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
+        sizes = [shape.numel() for _, shape in self._layout]
+        tensors = {
+            local: piece.view(shape)
+            for (local, shape), piece in zip(self._local_layout(), self._flat.split(sizes), strict=True)
+        }
+        with self._skeleton.lock:
+            return torch.func.functional_call(self._skeleton.model, tensors, (images,))
+
+    def _local_layout(self) -> list[tuple[str, torch.Size]]:
+        return [(self._skeleton.model.names[name], shape) for name, shape in self._layout]
+
+
+class _Skeleton:
+    """The model that all bound patches of one structure share, and the lock they take turns with."""
+
+    def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        self.model = PatchedModel(backbone, patch)
+        self.lock = threading.Lock()
+        self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
+        self._layouts: dict[int, tuple[tuple[str, torch.Size], ...]] = {}
+
+    def layout(self, patch: Patch) -> tuple[tuple[str, torch.Size], ...]:
+        """Names and shapes in the order a flat tensor holds them; one tuple per head width, shared by all patches."""
+        return self._layouts.setdefault(
+            patch.head.outputs, tuple(sorted({**self.shapes, **_head_shapes(patch)}.items()))
+        )
+
+
+def _head_shapes(patch: Patch) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {f"head.{name}": tensor.shape for name, tensor in patch.head.build().state_dict().items()}
+
+
+_SKELETONS: WeakKeyDictionary[Backbone, dict[str, _Skeleton]] = WeakKeyDictionary()
+_SKELETONS_LOCK = threading.Lock()
+
+
+def skeleton_for(backbone: Backbone, patch: Patch) -> _Skeleton:
+    """The shared model for the patch's structure. Raises `WrongBackboneError` for a patch of another backbone."""
+    patch.check_backbone(backbone)
+    key = patch.structure
+    with _SKELETONS_LOCK:
+        skeletons = _SKELETONS.setdefault(backbone, {})
+        if key not in skeletons:
+            skeletons[key] = _Skeleton(backbone, patch)
+        return skeletons[key]

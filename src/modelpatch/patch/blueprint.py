@@ -1,0 +1,87 @@
+"""Which parts of a backbone a patch stands in for: the tensors it owns and the modules it adds.
+
+A blueprint is all that is needed to build the patched model, in training and at inference alike. A *span* `[i, j)` is
+a run of segments that the patch replaces by a variant; where a patch only owns tensors, every segment that holds one is
+a span of length one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from modelpatch.backbone import Chain
+from modelpatch.errors import ForeignTensorError, UnknownGraftError
+
+Span = tuple[int, int]
+GraftBuilder = Callable[..., nn.Module]
+_BUILDERS: dict[str, GraftBuilder] = {}
+
+
+class Graft(BaseModel):
+    """Modules added to the span `[start, end)` by the builder registered as `kind`, called with `arguments`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")
+    start: int = Field(ge=0)
+    end: int = Field(gt=0)
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Graft:
+        if self.end <= self.start:
+            raise ValueError(f"the span [{self.start}, {self.end}) is empty")
+        return self
+
+    def apply(self, variant: nn.Module) -> nn.Module:
+        """`variant` with the added modules. Raises `UnknownGraftError` for a kind that is not registered."""
+        if self.kind not in _BUILDERS:
+            known = ", ".join(sorted(_BUILDERS)) or "none"
+            raise UnknownGraftError(f"the patch adds modules of kind {self.kind!r}; this installation knows: {known}.")
+        return _BUILDERS[self.kind](variant, **self.arguments)
+
+
+def register_graft(kind: str) -> Callable[[GraftBuilder], GraftBuilder]:
+    """Register a builder `(variant, **arguments) -> module` under a name that patch files can hold."""
+
+    def register(builder: GraftBuilder) -> GraftBuilder:
+        _BUILDERS[kind] = builder
+        return builder
+
+    return register
+
+
+class Blueprint(BaseModel):
+    """`owned` names the backbone's parameters and buffers that the patch has its own values for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owned: tuple[str, ...] = ()
+    grafts: tuple[Graft, ...] = ()
+
+    def spans(self, chain: Chain) -> tuple[Span, ...]:
+        """The spans in order. Raises `ForeignTensorError` for names or spans the chain does not have."""
+        starts: dict[int, int] = {}
+        for graft in self.grafts:
+            if graft.end > len(chain):
+                raise ForeignTensorError(f"the patch spans segments up to {graft.end}; the backbone has {len(chain)}.")
+            starts[graft.start] = max(graft.end, starts.get(graft.start, 0))
+        for name in self.owned:
+            try:
+                index = chain.segment_of(name).index
+            except KeyError:
+                raise ForeignTensorError(
+                    f"the patch replaces {name!r}, which the backbone's chain does not have."
+                ) from None
+            if not any(start <= index < end for start, end in starts.items()):
+                starts[index] = index + 1
+        spans = tuple(sorted(starts.items()))
+        for (start, end), (other, other_end) in itertools.pairwise(spans):
+            if other < end:
+                raise ForeignTensorError(f"the patch's spans [{start}, {end}) and [{other}, {other_end}) overlap.")
+        return spans

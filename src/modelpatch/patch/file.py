@@ -1,0 +1,246 @@
+"""The patch file, version 1: one safetensors file whose metadata holds canonical JSON and a hash of the whole file.
+
+    8 bytes  length of the header
+    header   {"__metadata__": {"modelpatch": "<canonical JSON>"}, "<tensor>": {dtype, shape, data_offsets}, ...}
+    payload  the tensors' bytes, in the order of their offsets, without gaps
+
+The JSON's `sha256` is the SHA-256 of every byte of the file, with the 64 digits of the hash itself read as zeros: a
+flipped bit anywhere, in numbers or in words, is found at load. safetensors alone accepts flipped payload bits, zeroed
+tails, NaN and duplicate metadata keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from modelpatch.atomic import write_bytes
+from modelpatch.errors import (
+    DamagedPatchError,
+    HostileNameError,
+    InvalidPatchError,
+    NonFiniteTensorError,
+    NotAPatchError,
+    PatchError,
+    PatchLengthError,
+    UnknownPatchVersionError,
+)
+from modelpatch.patch.patch import Header, Patch
+from modelpatch.patch.text import MAX_LENGTH, TENSOR_NAME
+
+VERSION = 1
+KEY = "modelpatch"
+MAX_HEADER = 64 * 2**20
+ZEROS = "0" * 64
+CODECS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def encode_patch(patch: Patch) -> bytes:
+    """The file's bytes. Raises `PatchError` for a patch that no reader would accept."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors.items()}
+    for name, tensor in tensors.items():
+        _check_name(name)
+        _check_finite(name, tensor)
+    header = Header.model_construct(
+        version=VERSION,
+        backbone=patch.backbone,
+        task=patch.task,
+        preprocessing=patch.preprocessing,
+        head=patch.head,
+        method=patch.method,
+        grafts=patch.grafts,
+        codecs={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        metrics=dict(patch.metrics),
+        created=dict(patch.created),
+        sha256=ZEROS,
+    )
+    try:
+        text = canonical(header.model_dump(mode="json"))
+    except ValueError as error:
+        raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
+    data = bytearray(safetensors.torch.save(tensors, {KEY: text}))
+    at = _hash_position(data, ZEROS)
+    data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)
+
+
+def write_patch(patch: Patch, path: Path) -> Path:
+    """Write a patch file atomically and durably. Returns the path."""
+    write_bytes(path, encode_patch(patch))
+    return path
+
+
+def read_patch(path: Path) -> Patch:
+    """Read and check a patch file. Raises a `PatchFileError` that names the file and what is wrong with it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotAPatchError(f"{path} cannot be read: {error.strerror}.") from error
+    return decode_patch(data, str(path))
+
+
+def decode_patch(data: bytes, name: str = "the patch") -> Patch:
+    """A patch from a file's bytes; `name` stands for the file in error messages.
+
+    Raises `NotAPatchError`, `PatchLengthError`, `UnknownPatchVersionError`, `DamagedPatchError`, `HostileNameError`,
+    `NonFiniteTensorError` or `InvalidPatchError`.
+    """
+    outer, payload_start = _read_outer(data, name)
+    described = _read_json(outer["__metadata__"][KEY], name)
+    version = described.get("version")
+    if version != VERSION:
+        raise UnknownPatchVersionError(
+            f"{name} is a patch of format version {version!r}; this library reads version {VERSION}. Upgrade modelpatch."
+        )
+    _check_table(outer, len(data) - payload_start, name)
+    _check_hash(data, described, outer["__metadata__"][KEY], name)
+    for tensor_name in outer.keys() - {"__metadata__"}:
+        _check_name(tensor_name, name)
+    header = _validate(described, name)
+    tensors = safetensors.torch.load(data)
+    _check_consistent(header, tensors, name)
+    for tensor_name, tensor in tensors.items():
+        _check_finite(tensor_name, tensor, name)
+    return Patch(
+        backbone=header.backbone,
+        task=header.task,
+        preprocessing=header.preprocessing,
+        head=header.head,
+        method=header.method,
+        grafts=header.grafts,
+        tensors=tensors,
+        metrics=header.metrics,
+        created=header.created,
+    )
+
+
+def canonical(value: Any) -> str:
+    """The one way to write a JSON value: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _read_outer(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+    """The safetensors header and where the payload starts."""
+    if len(data) < 8:
+        raise PatchLengthError(f"{name} has {len(data)} bytes; no patch file is that short.")
+    length = struct.unpack("<Q", data[:8])[0]
+    if length > MAX_HEADER or data[8:9] != b"{":
+        raise NotAPatchError(f"{name} is not a patch file: it does not start with a safetensors header.")
+    if 8 + length > len(data):
+        raise PatchLengthError(f"{name} is truncated: its header needs {8 + length} bytes, the file has {len(data)}.")
+    outer = _read_json(data[8 : 8 + length], name)
+    metadata = outer.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.keys() != {KEY} or not isinstance(metadata[KEY], str):
+        raise NotAPatchError(f"{name} is a safetensors file but not a patch: its metadata has no single key {KEY!r}.")
+    return outer, 8 + length
+
+
+def _read_json(text: str | bytes, name: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice")
+        return result
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise NotAPatchError(f"{name} is not a patch file: its header is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise NotAPatchError(f"{name} is not a patch file: its header is not a JSON object.")
+    return value
+
+
+def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
+    """Every tensor entry is well formed, and together they cover the payload exactly."""
+    spans = []
+    for tensor_name, entry in outer.items():
+        if tensor_name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            count = 1
+            for side in shape:
+                if type(side) is not int or side < 0:
+                    raise ValueError(f"side {side!r}")
+                count *= side
+            if len(entry) != 3 or end - start != count * SIZES[dtype]:
+                raise ValueError("length and shape disagree")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedPatchError(
+                f"{name}: the entry of tensor {tensor_name[:80]!r} is malformed ({error})."
+            ) from error
+        spans.append((start, end))
+    at = 0
+    for start, end in sorted(spans):
+        if start != at:
+            raise DamagedPatchError(f"{name}: the tensors' bytes overlap or leave a gap at {start}.")
+        at = end
+    if at != payload:
+        kind = "truncated" if payload < at else "padded"
+        raise PatchLengthError(f"{name} is {kind}: its tensors need {at} payload bytes, the file has {payload}.")
+
+
+def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) -> None:
+    digest = described.get("sha256")
+    problem = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch). Fetch it again."
+    if not isinstance(digest, str) or len(digest) != 64 or canonical(described) != text:
+        raise DamagedPatchError(problem)
+    blank = bytearray(data)
+    at = _hash_position(blank, digest)
+    blank[at : at + 64] = ZEROS.encode()
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise DamagedPatchError(problem)
+
+
+def _hash_position(data: bytes | bytearray, digest: str) -> int:
+    """Where the 64 digits stand; the JSON is a string inside JSON, so its quotes are escaped."""
+    key = b'\\"sha256\\":\\"'
+    at = data.find(key + digest.encode("ascii", "replace"))
+    if at < 0:
+        raise DamagedPatchError("the hash is not where the header says it is.")
+    return at + len(key)
+
+
+def _check_name(tensor_name: str, name: str = "the patch") -> None:
+    if len(tensor_name) > MAX_LENGTH or not TENSOR_NAME.fullmatch(tensor_name):
+        raise HostileNameError(
+            f"{name} holds a tensor named {tensor_name[:80]!r}. Expected head.NAME, replace/NAME, mask/NAME, delta/NAME or "
+            "graft/I-J/NAME with letters, digits, '_' and '.' only."
+        )
+
+
+def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise NonFiniteTensorError(
+            f"{name}: tensor {tensor_name} holds NaN or infinity. Train it again with a lower lr."
+        )
+
+
+def _validate(described: dict[str, Any], name: str) -> Header:
+    try:
+        return Header.model_validate(described)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        kind = HostileNameError if "cannot be printed" in first["msg"] else InvalidPatchError
+        raise kind(f"{name}: the header's {where or 'content'} is not valid: {first['msg']}.") from error
+
+
+def _check_consistent(header: Header, tensors: dict[str, Tensor], name: str) -> None:
+    stored = {tensor_name: str(tensor.dtype).removeprefix("torch.") for tensor_name, tensor in tensors.items()}
+    if stored != header.codecs:
+        raise InvalidPatchError(f"{name}: the codecs in the header are not those of the stored tensors.")
+    if header.head.outputs != len(header.task.classes):
+        raise InvalidPatchError(
+            f"{name}: the head has {header.head.outputs} outputs for {len(header.task.classes)} classes."
+        )

@@ -1,0 +1,182 @@
+"""A patch: what turns a frozen backbone into the model for one task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
+from modelpatch.backbone.fingerprint import hash_tensors
+from modelpatch.errors import PatchError, WrongBackboneError
+from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.heads import HeadRecord
+from modelpatch.patch.task import Task
+from modelpatch.patch.text import Text
+
+if TYPE_CHECKING:
+    from modelpatch.patch.inspect import Inspection
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class BackboneRecord(BaseModel):
+    """Which frozen network a patch belongs to: how to load it, and its content hashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: Text
+    arguments: dict[str, Any] = {}
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> BackboneRecord:
+        return cls(spec=backbone.spec, arguments=backbone.arguments, fingerprint=backbone.fingerprints)
+
+
+class MethodRecord(BaseModel):
+    """The method that made a patch, with every hyperparameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    hyperparameters: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """Tensors over a backbone, a head, a task and where they come from.
+
+    `tensors` are named as in the file: `replace/<base name>`, `graft/<i>-<j>/<name>`, `head.<name>`. `preprocessing` is
+    how the task's images are seen, `metrics` what was measured, `created` the facts of the run.
+    """
+
+    backbone: BackboneRecord
+    task: Task
+    preprocessing: Preprocessing
+    head: HeadRecord
+    method: MethodRecord
+    tensors: Mapping[str, Tensor]
+    grafts: tuple[Graft, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    created: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def blueprint(self) -> Blueprint:
+        """What the patched model is built from: the replaced tensors' names and the grafts."""
+        owned = sorted(name.removeprefix("replace/") for name in self.tensors if name.startswith("replace/"))
+        return Blueprint(owned=tuple(owned), grafts=self.grafts)
+
+    @property
+    def structure(self) -> str:
+        """Equal for two patches of one backbone whose models differ in numbers and number of classes only."""
+        return self.blueprint.model_dump_json() + self.head.kind
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of what the patch computes: its tensors, grafts and backbone, not its provenance."""
+        grafts = json.dumps([graft.model_dump() for graft in self.grafts], sort_keys=True)
+        return (
+            hash_tensors(self.tensors.items())[:32]
+            + hash_tensors([(self.backbone.fingerprint.chain + grafts, torch.zeros(0))])[:32]
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Patch:
+        """Read a patch file, checking everything that can be checked without the backbone.
+
+        Raises a `PatchFileError` that names what is wrong with the file.
+        """
+        from modelpatch.patch.file import read_patch
+
+        return read_patch(Path(path))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the patch atomically and durably. Returns the path."""
+        from modelpatch.patch.file import write_patch
+
+        return write_patch(self, Path(path))
+
+    def inspect(self) -> Inspection:
+        """What the patch holds: per span, bytes, hashes and metrics. `print()` it."""
+        from modelpatch.patch.inspect import Inspection
+
+        return Inspection.of(self)
+
+    def astype(self, dtype: str) -> Patch:
+        """The patch with its floating tensors stored as `float32`, `float16` or `bfloat16`; models compute in float32.
+
+        Raises `PatchError` for another name.
+        """
+        if dtype not in DTYPES:
+            raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
+        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
+    def with_metrics(self, **metrics: Any) -> Patch:
+        """The patch with more measured figures."""
+        return replace(self, metrics={**self.metrics, **metrics})
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raises `WrongBackboneError` unless the chain is, byte for byte, the one the patch was made for.
+
+        The base's own classifier may differ: no patch reads it.
+        """
+        expected, given = self.backbone.fingerprint, backbone.fingerprints
+        if expected.chain == given.chain:
+            return
+        described = f"this patch was made for {self.backbone.spec} (chain {expected.chain[:12]})"
+        if len(expected.segments) != len(given.segments):
+            raise WrongBackboneError(
+                f"{described}, which has {len(expected.segments)} segments; {backbone.spec} has {len(given.segments)}."
+            )
+        pairs = zip(backbone.chain, expected.segments, given.segments, strict=True)
+        differing = [segment for segment, before, now in pairs if before != now]
+        touched = {i for start, end in self.blueprint.spans(backbone.chain) for i in range(start, end)}
+        hit = sum(segment.index in touched for segment in differing)
+        raise WrongBackboneError(
+            f"{described}; {backbone.spec} differs in {len(differing)} of {len(backbone.chain)} segments, {hit} of them "
+            f"patched, first {differing[0].name!r}. Load the backbone with the weights the patch was made for."
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the patch and a model card with its measured figures. Returns the commit's URL."""
+        from modelpatch.patch.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, token=token)
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Patch:
+        """Download a patch and check it like any file."""
+        from modelpatch.patch.hub import from_pretrained
+
+        return from_pretrained(repo_id, revision=revision, token=token)
+
+    def __repr__(self) -> str:
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        return f"Patch({self.task.name!r}, {self.method.name}, {numbers:,} numbers, for {self.backbone.spec})"
+
+
+class Header(BaseModel):
+    """The canonical JSON in a patch file's metadata. `sha256` is over the whole file with this field as zeros."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int
+    backbone: BackboneRecord
+    task: Task
+    preprocessing: Preprocessing
+    head: HeadRecord
+    method: MethodRecord
+    grafts: tuple[Graft, ...]
+    codecs: dict[str, str]
+    metrics: dict[str, Any]
+    created: dict[str, Any]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

@@ -1,0 +1,72 @@
+"""A report as one HTML file that needs nothing else: pictures inside, no scripts, light and dark."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from modelpatch.atomic import write_bytes
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
+td:first-child, th:first-child { text-align: left; font-weight: 600; }
+img { max-width: 100%; background: #fff; border-radius: 6px; }
+pre { background: #8882; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
+.samples { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; width: 7rem; text-align: center; font-size: .85rem; }
+figure img { width: 7rem; image-rendering: pixelated; }
+.ok { color: #2a8a4a; } .bad { color: #c0392b; }
+"""
+
+
+class Report:
+    """Sections in the order they are added; all text is escaped."""
+
+    def __init__(self, title: str, lead: str) -> None:
+        self.title, self.parts = title, [f"<h1>{escape(title)}</h1>", f"<p>{escape(lead)}</p>"]
+
+    def section(self, title: str, text: str = "") -> None:
+        """A heading and, below it, a paragraph."""
+        self.parts.append(f"<h2>{escape(title)}</h2>" + (f"<p>{escape(text)}</p>" if text else ""))
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first column is the rows' names."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        self.parts.append(f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+    def picture(self, path: Path, description: str) -> None:
+        """A PNG file, embedded."""
+        self.parts.append(f'<p><img src="{data_url(path.read_bytes())}" alt="{escape(description)}"></p>')
+
+    def samples(self, items: Sequence[tuple[bytes, str, bool]]) -> None:
+        """Small PNG pictures with an answer each and whether it is right."""
+        cells = [
+            f'<figure><img src="{data_url(png)}" alt=""><figcaption class={"ok" if right else "bad"}>{escape(text)}'
+            "</figcaption></figure>"
+            for png, text, right in items
+        ]
+        self.parts.append(f"<div class=samples>{''.join(cells)}</div>")
+
+    def code(self, text: str) -> None:
+        """Preformatted text."""
+        self.parts.append(f"<pre>{escape(text)}</pre>")
+
+    def write(self, path: Path) -> None:
+        """Write the page atomically."""
+        page = (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(self.title)}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(self.parts)}</html>'
+        )
+        write_bytes(path, page.encode())
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as a `data:` URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,19 @@
+"""How methods are trained: data, augmentation, the prefix cache, the training loop and metrics."""
+
+from modelpatch.train.compare import Comparison, compare
+from modelpatch.train.data import Split, TaskData, load_task
+from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean
+from modelpatch.train.fit import FitSettings, fit
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "FitSettings",
+    "Split",
+    "TaskData",
+    "compare",
+    "evaluate",
+    "fit",
+    "harmonic_mean",
+    "load_task",
+]

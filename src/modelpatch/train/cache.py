@@ -1,0 +1,82 @@
+"""The frozen prefix, computed once.
+
+Everything before a patch's first span is frozen and deterministic, so its output for an image never changes. The cache
+holds that output for every image, in memory up to a budget and in a temporary file beyond it. With augmentation a
+stated number of augmented views of every image is cached and the epochs take turns through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modelpatch.backbone import Backbone
+from modelpatch.train.images import Augmentation, ImageStore, allocate
+
+BATCH = 64
+WORTHWHILE = 0.1
+
+
+class PlainInputs:
+    """Images through no cache: every epoch decodes nothing but augments anew."""
+
+    start = 0
+
+    def __init__(self, store: ImageStore, augmentation: Augmentation, seed: int) -> None:
+        self.store, self.augmentation, self.seed = store, augmentation, seed
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
+        """Inputs of segment `start` for these rows."""
+        return self.store.augmented(rows, self.augmentation, (self.seed, epoch, step))
+
+
+class CachedInputs:
+    """The outputs of segments `[0, start)` for `views` views of every image; without augmentation one view suffices."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: ImageStore,
+        start: int,
+        augmentation: Augmentation,
+        views: int,
+        seed: int,
+        memory: int,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.start = start
+        self.views = 1 if augmentation.name == "none" else views
+        shape: tuple[int, ...] | None = None
+        for view in range(self.views):
+            for step, rows in enumerate(torch.arange(len(store)).split(BATCH)):
+                images = store.augmented(rows, augmentation, (seed, view, step))
+                outputs = run_prefix(backbone, images, start)
+                if shape is None:
+                    shape = tuple(outputs.shape[1:])
+                    self.values = allocate((self.views, len(store), *shape), torch.float32, memory)
+                self.values[view, rows] = outputs.cpu()
+                advance(len(rows))
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
+        """Inputs of segment `start` for these rows, from the epoch's view."""
+        return self.values[epoch % self.views, rows]
+
+
+@torch.no_grad()
+def run_prefix(backbone: Backbone, images: Tensor, start: int) -> Tensor:
+    """The output of segments `[0, start)` for normalised images, on the backbone's device."""
+    images = images.to(backbone.device).contiguous(memory_format=torch.channels_last)
+    return backbone.chain.run(images, 0, start)
+
+
+def prefix_share(backbone: Backbone, start: int) -> float:
+    """The share of the chain's multiply-adds that lies before segment `start`."""
+    macs = [segment.macs for segment in backbone.chain]
+    return sum(macs[:start]) / max(sum(macs), 1)
+
+
+def cache_worthwhile(backbone: Backbone, start: int) -> bool:
+    """Whether a cache before segment `start` saves enough work to be worth its memory."""
+    return prefix_share(backbone, start) >= WORTHWHILE

@@ -1,0 +1,66 @@
+"""Training state on disk: written atomically, read back exactly, refused if it belongs to another run."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelpatch.atomic import write_bytes
+from modelpatch.errors import CheckpointMismatchError, TrainingError
+
+EVERY_SECONDS = 60.0
+
+
+class Checkpoint:
+    """The state of one run in a folder. `identity` is what must be equal for the run to be continued."""
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self.file = self.folder / "state.pt"
+        self._saved = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"cannot make the checkpoint folder {folder}: {error.strerror}.") from error
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return time.monotonic() - self._saved >= EVERY_SECONDS
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the saved state; the torch random state is kept beside it."""
+        buffer = io.BytesIO()
+        torch.save({"identity": self.identity, "random": torch.get_rng_state(), **state}, buffer)
+        write_bytes(self.file, buffer.getvalue())
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, with torch's random state restored; None where there is none.
+
+        Raises `CheckpointMismatchError` for the state of a run with other settings.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            saved = torch.load(self.file, weights_only=True)
+        except Exception as error:
+            raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
+        if saved["identity"] != self.identity:
+            differing = [key for key, value in self.identity.items() if saved["identity"].get(key) != value]
+            raise CheckpointMismatchError(
+                f"{self.folder} holds an unfinished run with another {' and another '.join(differing)}. Finish it with its "
+                "own settings, name another checkpoint folder, or remove it to start anew."
+            )
+        torch.set_rng_state(saved["random"])
+        return saved
+
+    def clear(self) -> None:
+        """Remove the folder's state: the run is finished."""
+        self.file.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            shutil.rmtree(self.folder)

@@ -1,0 +1,108 @@
+"""Measuring a patch: top-1, top-5, per class, confusion, and the harmonic mean with the base task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.errors import DataError
+from modelpatch.patch import Patch
+from modelpatch.train.data import Split, TaskData
+from modelpatch.train.images import ImageStore
+
+MEMORY = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in [0, 1]. `confusion[i][j]` counts images of class i that were answered as class j."""
+
+    top1: float
+    top5: float
+    images: int
+    per_class: dict[str, float]
+    confusion: list[list[int]]
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Evaluation:
+        """From logits (N, K) and labels (N,). Classes without an image have no entry in `per_class`."""
+        answers, count = logits.argmax(1), len(classes)
+        best = logits.topk(min(5, count), dim=1).indices
+        confusion = torch.bincount(labels * count + answers, minlength=count * count).view(count, count)
+        totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        return cls(
+            top1=float((answers == labels).double().mean()),
+            top5=float((best == labels[:, None]).any(1).double().mean()),
+            images=len(labels),
+            per_class={name: r / t for name, r, t in zip(classes, right, totals, strict=True) if t},
+            confusion=confusion.tolist(),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """2ab / (a + b): high only if the new task and the base task are both solved (Δ-Networks, section 4)."""
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
+def evaluate(
+    backbone: Backbone, patch: Patch, data: TaskData, advance: Callable[[int], None] = lambda _: None
+) -> Evaluation:
+    """A patch on the test images of its task. Raises `DataError` if the data's classes are not the patch's."""
+    if data.classes != patch.task.classes:
+        raise DataError(
+            f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...), the patch answers "
+            f"{len(patch.task.classes)} ({', '.join(patch.task.classes[:3])}, ...). Evaluate it on its own task."
+        )
+    return evaluate_module(backbone.patched(patch), data.test, data.classes, patch.preprocessing, advance)
+
+
+def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessing | None = None) -> Evaluation:
+    """The backbone's own head on a task whose classes are its outputs, matched by name where it names them.
+
+    Raises `DataError` if they cannot be matched.
+    """
+    names = backbone.classes
+    outputs = tuple(names) or tuple(str(index) for index in range(_outputs(backbone)))
+    if names and set(data.classes) <= set(names):
+        rows = torch.tensor([names.index(name) for name in data.classes])
+    elif len(data.classes) == len(outputs):
+        rows = torch.arange(len(outputs))
+    else:
+        raise DataError(
+            f"the base has {len(outputs)} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
+            f"{data.task.name} has {len(data.classes)} classes that cannot be matched to them."
+        )
+    split = Split(data.test.images, rows.numpy()[data.test.labels])
+    return evaluate_module(backbone.module, split, outputs, preprocessing or backbone.preprocessing)
+
+
+def evaluate_module(
+    module: nn.Module,
+    split: Split,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Evaluation:
+    """Any module from normalised images to logits, on a split."""
+    store = ImageStore(split, preprocessing, MEMORY)
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    outputs = []
+    with torch.no_grad():
+        for rows in torch.arange(len(store)).split(64):
+            images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
+            outputs.append(module(images).float().cpu())
+            advance(len(rows))
+    return Evaluation.of(torch.cat(outputs), store.labels, classes)
+
+
+def _outputs(backbone: Backbone) -> int:
+    with torch.no_grad():
+        return int(backbone(torch.zeros(1, *backbone.input_size, device=backbone.device)).shape[1])

@@ -1,0 +1,389 @@
+"""Train a patch: one loop for every method.
+
+    images -> [frozen prefix, cached] -> patched spans and frozen rest -> head -> cross entropy
+
+The backbone is hashed before and after; a fit that would move it fails. Every random choice follows `seed`, and each
+batch's order and augmentation follow (seed, epoch, step) alone, so that a run killed at any moment resumes from its last
+checkpoint to the very same patch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+import modelpatch
+from modelpatch.backbone import Backbone
+from modelpatch.errors import TrainingError
+from modelpatch.methods import Method, describe
+from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
+from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share
+from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.data import TaskData
+from modelpatch.train.evaluate import Evaluation
+from modelpatch.train.images import Augmentation, AugmentName, ImageStore, choose_augmentation
+from modelpatch.train.logs import RunLog
+from modelpatch.train.progress import Progress, quiet_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How a patch is trained, whatever the method.
+
+    `image_size` in pixels (None: the backbone's). `views` augmented views of each image are cached where a prefix is
+    cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
+    cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
+    out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
+    `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
+    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    seed: int = 0
+    image_size: int | None = None
+    augment: AugmentName = "auto"
+    views: int = 4
+    cache: bool = True
+    memory: int = 2 * 2**30
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = 0.05
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    validation: float = 0.0
+    early_stopping: int = 0
+    clip: float = 0.0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "views", "memory") + (
+            ("image_size",) if self.image_size is not None else ()
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} = {getattr(self, name)!r} is not valid: expected at least 1.")
+        for name in ("warmup", "label_smoothing", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TrainingError(f"{name} = {getattr(self, name)!r} is not valid: expected a share in [0, 1).")
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
+
+        `step` drops to a tenth after two thirds of the steps and to a hundredth after five sixths.
+        """
+        import math
+
+        warm = round(self.warmup * total)
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(total - warm, 1)
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "step":
+            return 1.0 if done < 2 / 3 else 0.1 if done < 5 / 6 else 0.01
+        return 1.0
+
+
+class Inputs(Protocol):
+    """Where the loop's batches come from: `batch` gives the inputs of segment `start` for some rows."""
+
+    start: int
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor: ...
+
+
+def fit(
+    backbone: Backbone,
+    data: TaskData,
+    method: Method,
+    *,
+    checkpoint: str | Path | None = None,
+    log: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Patch:
+    """Train a patch of `method` for the task and measure it on the test images.
+
+    `settings` are the fields of `FitSettings`. `checkpoint` names a folder in which training state is kept every minute
+    and every epoch and from which an interrupted run resumes exactly; it is emptied on success. `log` names a folder for
+    `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a bar on a terminal.
+
+    Returns the patch with its measured test accuracy in `metrics`. Raises `MethodNotApplicableError`, `DataError`,
+    `CheckpointMismatchError`, `TrainingError` for a loss that is not finite, and `BackboneChangedError` if anything
+    wrote to the frozen tensors.
+    """
+    chosen = _settings(settings)
+    bar = Progress(f"{method.name} on {data.task.name}") if progress else quiet_progress()
+    with bar, RunLog(log) as run_log:
+        return Fit(backbone, data, method, chosen, bar, run_log, checkpoint).run()
+
+
+def _settings(values: dict[str, Any]) -> FitSettings:
+    if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
+        raise TrainingError(
+            f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
+        )
+    try:
+        return TypeAdapter(FitSettings).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrainingError(f"{first['loc'][0]} = {first['input']!r} is not valid: {first['msg']}.") from error
+
+
+@dataclass
+class _State:
+    """Where the loop stands: steps done, the best epoch so far and the history of epochs."""
+
+    step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_score: float = -1.0
+    stale: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    loss_sum: float = 0.0
+
+
+class Fit:
+    """One run of `fit`, in the order in which things happen."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TaskData,
+        method: Method,
+        settings: FitSettings,
+        bar: Progress,
+        log: RunLog,
+        checkpoint: str | Path | None,
+    ) -> None:
+        self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
+        if settings.early_stopping and data.validation is None and not settings.validation:
+            self.settings = settings = replace(settings, validation=0.1)
+        self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
+        self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+        self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
+        self.checkpoint = Checkpoint(checkpoint, self._identity()) if checkpoint else None
+        self.device = backbone.device
+
+    def run(self) -> Patch:
+        begin = time.perf_counter()
+        torch.manual_seed(self.settings.seed)
+        self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
+        self.optimizer = self.method.make_optimizer(self.model)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        store = self._decode("train")
+        self.state = _State()
+        if not self._resume():
+            self.method.prepare(self.model, lambda: self._plain_batches(store))
+        self.inputs = self._make_inputs(store, self.augmentation, self.settings.views)
+        self.labels = store.labels
+        self._held = self._held_out()
+        self._train()
+        seconds = time.perf_counter() - begin
+        patch = self._make_patch(seconds)
+        self.backbone.verify()
+        if self.checkpoint:
+            self.checkpoint.clear()
+        return patch
+
+    # inputs -------------------------------------------------------------------------------------------------
+
+    def _decode(self, split: str) -> ImageStore:
+        images = getattr(self.data, split)
+        with self.bar.task(f"decoding {split}", len(images)) as advance:
+            return ImageStore(images, self.preprocessing, self.settings.memory, advance)
+
+    def _make_inputs(self, store: ImageStore, augmentation: Augmentation, views: int) -> Inputs:
+        first = self.model.first
+        if not self.settings.cache or not cache_worthwhile(self.backbone, first):
+            return PlainInputs(store, augmentation, self.settings.seed)
+        views = min(views, self.settings.epochs) if augmentation.name != "none" else 1
+        share = prefix_share(self.backbone, first)
+        with self.bar.task(f"caching {share:.0%} of the network, {views} views", views * len(store)) as advance:
+            return CachedInputs(
+                self.backbone, store, first, augmentation, views, self.settings.seed, self.settings.memory, advance
+            )
+
+    def _plain_batches(self, store: ImageStore) -> Iterator[Tensor]:
+        order = self._order(0)
+        for rows in order.split(max(self.settings.batch_size, 64)):
+            yield self._to_device(store.plain(rows))
+
+    def _held_out(self) -> tuple[Inputs, Tensor] | None:
+        if self.data.validation is None or not (self.settings.early_stopping or self.settings.validation):
+            return None
+        store = self._decode("validation")
+        return self._make_inputs(store, Augmentation("none"), 1), store.labels
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.data.train), generator=generator)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, non_blocking=True)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    # the loop -----------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        per_epoch = -(-len(self.labels) // self.settings.batch_size)
+        total = per_epoch * self.settings.epochs
+        weights = self._class_weights()
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
+        with self.bar.task("training", total, self.state.step) as advance:
+            while self.state.step < total:
+                epoch, offset = divmod(self.state.step, per_epoch)
+                self.method.train_mode(self.model)
+                for number, rows in enumerate(self._order(epoch).split(self.settings.batch_size)):
+                    if number >= offset:
+                        self._step(rows, epoch, number, total, weights, scaler)
+                        advance(1)
+                        if self.checkpoint and self.checkpoint.due():
+                            self._save()
+                self._end_epoch(epoch, per_epoch)
+                if self.settings.early_stopping and self.state.stale >= self.settings.early_stopping:
+                    break
+
+    def _step(
+        self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None, scaler: torch.amp.GradScaler
+    ) -> None:
+        factor = self.settings.factor(self.state.step, total)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        inputs = self._to_device(self.inputs.batch(rows, epoch, number))
+        with self._autocast():
+            logits = self.model.run_from(inputs, self.inputs.start)
+        loss = F.cross_entropy(
+            logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if self.settings.clip:
+            scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.state.loss_sum += loss.item()
+        self.state.step += 1
+
+    def _end_epoch(self, epoch: int, per_epoch: int) -> None:
+        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        if not torch.isfinite(torch.tensor(row["loss"])):
+            raise TrainingError(
+                f"the loss is {row['loss']} in epoch {epoch + 1} at lr {self.method.lr}, head_lr {self.method.head_lr}. "
+                "Lower them, or set clip=1."
+            )
+        self.state.loss_sum = 0.0
+        if self._held is not None:
+            row["validation_top1"] = score = self._score(*self._held)
+            if score > self.state.best_score:
+                self.state.best_score, self.state.stale = score, 0
+                self.state.best = {name: tensor.clone() for name, tensor in self.model.tensors().items()}
+            else:
+                self.state.stale += 1
+        self.state.history.append(row)
+        self.log.write(row)
+        self.bar.note("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        if self.checkpoint:
+            self._save()
+
+    def _score(self, inputs: Inputs, labels: Tensor) -> float:
+        return self._evaluate(inputs, labels).top1
+
+    @torch.no_grad()
+    def _evaluate(self, inputs: Inputs, labels: Tensor) -> Evaluation:
+        self.model.eval()
+        outputs = []
+        for step, rows in enumerate(torch.arange(len(labels)).split(64)):
+            x = self._to_device(inputs.batch(rows, 0, step))
+            outputs.append(self.model.run_from(x, inputs.start).float().cpu())
+        return Evaluation.of(torch.cat(outputs), labels, self.data.classes)
+
+    def _class_weights(self) -> Tensor | None:
+        if self.settings.class_weights == "none":
+            return None
+        counts = torch.bincount(self.labels, minlength=len(self.data.classes)).clamp(min=1)
+        return (len(self.labels) / (len(counts) * counts.float())).to(self.device)
+
+    def _dtype(self) -> torch.dtype:
+        if self.settings.precision != "auto":
+            return getattr(torch, self.settings.precision)
+        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self._dtype()
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    # state --------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        return {
+            "backbone": self.backbone.fingerprint,
+            "task": self.data.task.model_dump(mode="json"),
+            "images": len(self.data.train),
+            "method": self.method.name,
+            "hyperparameters": describe(self.method),
+            "settings": asdict(self.settings),
+        }
+
+    def _save(self) -> None:
+        assert self.checkpoint is not None
+        tensors = self.model.tensors()
+        self.checkpoint.save({"model": tensors, "optimizer": self.optimizer.state_dict(), "state": asdict(self.state)})
+
+    def _resume(self) -> bool:
+        saved = self.checkpoint.load() if self.checkpoint else None
+        if saved is None:
+            return False
+        self.model.load_tensors(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = _State(**saved["state"])
+        return True
+
+    def _make_patch(self, seconds: float) -> Patch:
+        if self.state.best:
+            self.model.load_tensors(self.state.best)
+        model = self.model
+        patch = Patch(
+            backbone=BackboneRecord.of(self.backbone),
+            task=self.data.task,
+            preprocessing=self.preprocessing,
+            head=HeadRecord(features=self.backbone.chain.feature_dim, outputs=len(self.data.classes)),
+            method=MethodRecord(name=self.method.name, hyperparameters=describe(self.method)),
+            grafts=self.method.blueprint(self.backbone).grafts,
+            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
+            created=self._facts(seconds),
+        )
+        result = self._evaluate(self._make_inputs(self._decode("test"), Augmentation("none"), 1), self._test_labels())
+        metrics: dict[str, Any] = {"test_top1": result.top1, "test_top5": result.top5, "test_images": result.images}
+        if self.state.best:
+            metrics["validation_top1"] = self.state.best_score
+        return patch.with_metrics(**metrics)
+
+    def _test_labels(self) -> Tensor:
+        return torch.from_numpy(self.data.test.labels)
+
+    def _facts(self, seconds: float) -> dict[str, Any]:
+        return {
+            "modelpatch": modelpatch.__version__,
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).date().isoformat(),
+            "seconds": round(seconds, 2),
+            "device": self.device.type,
+            "train_images": len(self.data.train),
+            "trainable_parameters": self.method.count_parameters(self.backbone),
+            "augmentation": self.augmentation.name,
+            "settings": asdict(self.settings),
+            "data": dict(self.data.facts),
+        }

@@ -1,0 +1,159 @@
+"""Fixtures: tiny real networks, made-up images for fast tests, the real images and backbone for `real` tests."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from modelpatch.backbone import Backbone, Preprocessing, load_backbone
+from modelpatch.methods import LinearProbe, Method
+from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch, PatchedModel, Task
+from modelpatch.train import Split, TaskData
+
+SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
+CLASSES = ("red", "green", "blue")
+
+
+class TinyNet(nn.Module):
+    """Two stages of residual blocks over 16 px images: BatchNorm, a depthwise convolution, in-place activations."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.stage1 = nn.Sequential(TinyBlock(8, 8, 1), TinyBlock(8, 8, 1))
+        self.stage2 = nn.Sequential(TinyBlock(8, 16, 2), TinyBlock(16, 16, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.flatten(self.pool(self.stage2(self.stage1(self.stem(x))))))
+
+
+class TinyBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return self.act(y + self.shortcut(x))
+
+
+def small_preprocessing(pixels: int = 16) -> Preprocessing:
+    return Preprocessing(input_size=(3, pixels, pixels), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+
+
+def make_tiny(seed: int = 0) -> Backbone:
+    """A `TinyNet` with seeded weights and running statistics that are not the identity."""
+    torch.manual_seed(seed)
+    module = TinyNet()
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.normal_(child.bias, std=0.1)
+            child.running_mean.normal_(std=0.1)
+            child.running_var.uniform_(0.5, 1.5)
+    return load_backbone(module, preprocessing=small_preprocessing())
+
+
+@pytest.fixture
+def tiny() -> Backbone:
+    return make_tiny()
+
+
+def make_timm(name: str, pixels: int, **arguments: object) -> Backbone:
+    """A timm architecture with seeded random weights at a small image size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model(name, num_classes=7, **arguments)
+    return load_backbone(module, preprocessing=small_preprocessing(pixels))
+
+
+def color_task(count: int = 24, pixels: int = 16, seed: int = 0) -> TaskData:
+    """Noisy squares of three colours: a task that a linear head can learn from almost any features."""
+    generator = np.random.default_rng(seed)
+
+    def split(rows: int) -> Split:
+        labels = np.arange(rows) % 3
+        images = generator.integers(0, 120, (rows, pixels, pixels, 3), dtype=np.uint8)
+        images[np.arange(rows), :, :, labels] += 120
+        return Split(list(images), labels.astype(np.int64))
+
+    return TaskData(Task(name="colors", classes=CLASSES), split(count), split(12))
+
+
+@pytest.fixture
+def colors() -> TaskData:
+    return color_task()
+
+
+def draft_patch(backbone: Backbone, method: Method | None = None, classes: int = 3, seed: int = 0) -> Patch:
+    """A patch with random numbers where a trained one would have learned ones; no training needed."""
+    method = method or LinearProbe()
+    torch.manual_seed(seed)
+    model: PatchedModel = method.draft(backbone, classes)
+    with torch.no_grad():
+        for name, tensor in model.tensors().items():
+            tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
+    return Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=Task(name="draft", classes=tuple(f"class {i}" for i in range(classes))),
+        preprocessing=backbone.preprocessing,
+        head=HeadRecord(features=backbone.chain.feature_dim, outputs=classes),
+        method=MethodRecord(name=method.name),
+        grafts=method.blueprint(backbone).grafts,
+        tensors={name: tensor.clone() for name, tensor in model.tensors().items()},
+    )
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Class folders `train/` and `test/` with small PNG files."""
+    data = color_task()
+    for name, split in (("train", data.train), ("test", data.test)):
+        for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            folder = tmp_path / "colors" / name / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:03}.png")  # type: ignore[arg-type]
+    return tmp_path / "colors"
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpacks one of the real data sets once a session; skips where they are absent."""
+    root = tmp_path_factory.mktemp("real")
+
+    def unpack(name: str) -> Path:
+        archive = SHARED / "data" / f"{name}.tar"
+        if not archive.exists():
+            pytest.skip(f"the real images {archive} are not on this machine")
+        if not (root / name).exists():
+            with tarfile.open(archive) as tar:
+                tar.extractall(root, filter="data")
+        return root / name
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def real_backbone() -> Backbone:
+    """The real ImageNet MobileNetV2; skips where it is absent."""
+    path = SHARED / "weights" / "mobilenetv2_100_imagenet.safetensors"
+    if not path.exists():
+        pytest.skip(f"the real backbone {path} is not on this machine")
+    return load_backbone(f"file:{path}")
