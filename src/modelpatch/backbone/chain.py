@@ -9,7 +9,6 @@ network cannot be traced, the chain is coarser, never wrong.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,12 +100,16 @@ class Chain(Sequence[Segment]):
         return self.segments[-1].output_shape[-1]
 
     def segment_of(self, name: str) -> Segment:
-        """The segment that holds the backbone tensor `name`. Raises KeyError."""
+        """The segment that holds the backbone tensor `name`. Raises KeyError for none, or for one that several share."""
         return self.segments[self._owners[name]]
 
     @cached_property
     def _owners(self) -> dict[str, int]:
-        return {name: s.index for s in reversed(self.segments) for name, _ in s.named_tensors()}
+        owners: dict[str, list[int]] = {}
+        for segment in self.segments:
+            for name, _ in segment.named_tensors():
+                owners.setdefault(name, []).append(segment.index)
+        return {name: indices[0] for name, indices in owners.items() if len(indices) == 1}
 
     def __repr__(self) -> str:
         return f"Chain({len(self)} segments, {len(self.blocks)} blocks in {len(self.stages)} stages)"
@@ -114,11 +117,16 @@ class Chain(Sequence[Segment]):
 
 @dataclass
 class _Links:
-    """A traced graph as executable nodes, what each returned for an example, and where it may be cut."""
+    """A traced graph as executable nodes, what each returned for an example, and where exactly one tensor is alive.
+
+    `written` holds the cuts whose tensor is later written in place: a cached input must stay what it was, so the
+    chain is not cut there.
+    """
 
     nodes: list[fx.Node]
     values: dict[fx.Node, Any]
     cuts: list[int]
+    written: set[int]
 
 
 def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segments: Sequence[str] = ()) -> Chain:
@@ -130,8 +138,13 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
     """
     with torch.no_grad():
         if segments:
-            chain = _named_chain(module, example, classifier, segments)
-            _check(chain, module, example, classifier)
+            try:
+                chain = _named_chain(module, example, classifier, segments)
+                _check(chain, module, example, classifier)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise UntraceableBackboneError(
+                    f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
+                ) from error
             return chain
         try:
             chain = _traced_chain(module, example, classifier)
@@ -148,14 +161,9 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
 def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
     ancestors = set() if classifier is None else {classifier[:i] for i, c in enumerate(classifier) if c == "."}
     closed: set[type[nn.Module]] = set()
-    shapes, probe = meta_twin(module), example.to("meta")
     while True:
         graph, scopes = trace(module, ancestors, closed)
-        try:
-            links = _find_links(graph, shapes, probe)
-        except Exception:  # a network that makes tensors of its own on the processor
-            shapes, probe = module, example
-            links = _find_links(graph, shapes, probe)
+        links = _find_links(graph, module, example)
         order = {node: position for position, node in enumerate(graph.nodes)}
         positions = [order[links.nodes[cut]] for cut in links.cuts]
         broken = {
@@ -168,31 +176,32 @@ def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) ->
             break
         closed |= broken
     end = _classifier_position(links, classifier)
-    bounds = [-1, *(cut for cut in links.cuts if cut < end), end - 1]
+    bounds = [-1, *(cut for cut in links.cuts if cut < end and cut not in links.written), end - 1]
     runs = [links.nodes[a + 1 : b + 1] for a, b in itertools.pairwise(bounds) if b > a]
     if not runs:
         raise UntraceableBackboneError(f"{type(module).__name__} has nothing before its classifier {classifier!r}")
     head_nodes = links.nodes[end:]
     source = next(node for node in graph.nodes if node.op == "placeholder")
     parts: list[tuple[str, nn.Module]] = []
-    for nodes in _merge_in_place(runs, shapes, links):
+    shapes = [tuple(example.shape[1:])]
+    for nodes in runs:
         parts.append(_part(nodes, module, source))
         source = nodes[-1]
+        shapes.append(tuple(links.values[source].shape[1:]))
     head = _part(head_nodes, module, source)[1] if head_nodes else nn.Identity()
-    return _assemble(parts, head, module, example)
+    return _assemble(parts, head, module, shapes)
 
 
 def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
-    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive.
-
-    `module` and `example` may live on the meta device: only shapes and writes matter here.
-    """
+    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive."""
     values: dict[fx.Node, Any] = {}
+    versions: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = example
         elif node.op != "output":
             values[node] = _run_node(node, module, values)
+            versions[node] = getattr(values[node], "_version", 0)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     position = {node: index for index, node in enumerate(nodes)}
     last_use = {
@@ -206,7 +215,8 @@ def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
         alive = {other for other in alive if last_use[other] > index}
         if alive == {node} and _is_batch(values[node], example):
             cuts.append(index)
-    return _Links(nodes, values, cuts)
+    written = {cut for cut in cuts if values[nodes[cut]]._version != versions[nodes[cut]]}
+    return _Links(nodes, values, cuts, written)
 
 
 def _run_node(node: fx.Node, module: nn.Module, values: dict[fx.Node, Any]) -> Any:
@@ -240,24 +250,6 @@ def _classifier_position(links: _Links, classifier: str | None) -> int:
     raise UntraceableBackboneError(f"the classifier {classifier!r} does not end a chain with one tensor alive")
 
 
-def _merge_in_place(runs: list[list[fx.Node]], module: nn.Module, links: _Links) -> list[list[fx.Node]]:
-    """Join every run that writes its input in place to the run before it: a cached input must stay what it was."""
-    merged: list[list[fx.Node]] = []
-    for nodes in runs:
-        merged.append(nodes)
-        while len(merged) > 1 and _writes_input(merged[-1], merged[-2][-1], module, links):
-            merged[-2:] = [merged[-2] + merged[-1]]
-    return merged
-
-
-def _writes_input(nodes: list[fx.Node], before: fx.Node, module: nn.Module, links: _Links) -> bool:
-    part = _part(nodes, module, before)[1]
-    probe = links.values[before].clone()
-    version = probe._version
-    part(probe)
-    return probe._version != version
-
-
 def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str, nn.Module]:
     """(name, module) of the segment that runs `nodes` on the value of `source`."""
     only = nodes[0]
@@ -283,32 +275,30 @@ def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str
 # coarse and named -------------------------------------------------------------------------------------------
 
 
-class MethodCall(nn.Module):
-    """Calls one method of a module as a module of its own: `forward_features` or `forward_head` of a timm model."""
+class PooledFeatures(nn.Module):
+    """A timm model without its classifier, as one module."""
 
-    def __init__(self, module: nn.Module, method: str, **arguments: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.method, self.arguments = module, method, arguments
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.module, self.method)(x, **self.arguments)
+        model: Any = self.module
+        return model.forward_head(model.forward_features(x), pre_logits=True)
 
 
 def _coarse_chain(
     module: nn.Module, example: Tensor, classifier: str | None, reason: UntraceableBackboneError
 ) -> Chain:
-    """Two segments, features and pooling, for networks with timm's interface."""
+    """One segment, for networks with timm's interface: nothing can be cached or shared, but everything works."""
     if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
         raise UntraceableBackboneError(
             f"{reason}. Name its parts in order instead: load_backbone(module, segments=['stem', 'stage1', ...], "
             "classifier='fc')"
         ) from reason
-    parts: list[tuple[str, nn.Module]] = [
-        ("forward_features", MethodCall(module, "forward_features")),
-        ("forward_head", MethodCall(module, "forward_head", pre_logits=True)),
-    ]
+    parts: list[tuple[str, nn.Module]] = [("network", PooledFeatures(module))]
     head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    return _assemble(parts, head, module, example)
+    return _assemble(parts, head, module, _run_shapes(parts, example))
 
 
 def _named_chain(module: nn.Module, example: Tensor, classifier: str | None, names: Sequence[str]) -> Chain:
@@ -317,16 +307,16 @@ def _named_chain(module: nn.Module, example: Tensor, classifier: str | None, nam
         head = nn.Identity() if classifier is None else module.get_submodule(classifier)
     except AttributeError as error:
         raise UntraceableBackboneError(f"segments or classifier name no module of the network: {error}") from error
-    return _assemble(parts, head, module, example)
+    return _assemble(parts, head, module, _run_shapes(parts, example))
 
 
 # assembling -------------------------------------------------------------------------------------------------
 
 
-def _assemble(parts: list[tuple[str, nn.Module]], head: nn.Module, module: nn.Module, example: Tensor) -> Chain:
-    shapes = [tuple(example.shape[1:])]
-    for _, part in parts:
-        shapes.append(output_shape(part, shapes[-1]))
+def _assemble(
+    parts: list[tuple[str, nn.Module]], head: nn.Module, module: nn.Module, shapes: list[tuple[int, ...]]
+) -> Chain:
+    """`shapes` are those of the image and of every part's output, without the batch axis."""
     if len(shapes[-1]) != 1:
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
     blocks = _find_blocks([part for _, part in parts])
@@ -382,41 +372,33 @@ def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, .
     return shape[:-1]
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
-    """The module's structure without its values: every parameter and buffer on the meta device, no bytes copied."""
-    twins: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()
-    }
-    twins |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
-    return copy.deepcopy(module, twins)
-
-
-def run_shapes(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
-    """What a module makes of zeros (1, *input_shape): on the meta device where it can run there."""
-    with torch.no_grad():
-        try:
-            return meta_twin(module)(torch.zeros(1, *input_shape, device="meta"))
-        except Exception:  # it makes tensors of its own on the processor, so it must run there
-            device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-            return module(torch.zeros(1, *input_shape, device=device))
-
-
-def output_shape(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a module's output for an input of `input_shape`, both without the batch axis."""
-    return tuple(run_shapes(module, input_shape).shape[1:])
+def _run_shapes(parts: list[tuple[str, nn.Module]], example: Tensor) -> list[tuple[int, ...]]:
+    shapes, x, versions = [tuple(example.shape[1:])], example, list[tuple[Tensor, int]]()
+    for name, part in parts:
+        x = part(x)
+        shapes.append(tuple(x.shape[1:]))
+        if any(tensor._version != version for tensor, version in versions):
+            raise UntraceableBackboneError(
+                f"segment {name!r} writes its input in place. Build it with inplace=False, or name a module that holds it "
+                "together with the one before."
+            )
+        versions.append((x, x._version))
+    return shapes
 
 
 def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of a module for one input of `input_shape` (no batch axis)."""
-    with FlopCounterMode(display=False) as counter:
-        run_shapes(module, input_shape)
+    """Multiply-adds of a module for one input of `input_shape` (no batch axis), counted by running it."""
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops() // 2
 
 
 def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> None:
     """The chain and its head must give the network's own output, bit for bit."""
-    probe = torch.randn_like(example[:1])
-    if not torch.equal(chain.head(chain(probe)), module(probe)):
+    probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    expected = module(probe) if classifier else module(probe).flatten(1)
+    if not torch.equal(chain.head(chain(probe)), expected):
         raise UntraceableBackboneError(
             f"the {len(chain)} segments found in {type(module).__name__} do not reproduce it. Name its parts in order: "
             "load_backbone(module, segments=['stem', 'stage1', ...], classifier='fc')"

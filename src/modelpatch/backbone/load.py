@@ -165,16 +165,19 @@ def _load_file(
     arguments: dict[str, Any],
 ) -> Backbone:
     tensors, metadata = _read_tensors(path)
-    described = _describe(metadata, path)
+    try:
+        described = _describe(metadata, path)
+        recorded = Preprocessing(**(described["preprocessing"] or {})).model_dump(exclude_unset=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error!r}") from error
     described["arguments"] = {**described["arguments"], **arguments}
     module, default = _build_timm(described["architecture"], False, described["arguments"])
     _load_state(module, tensors, str(path))
-    recorded = described["preprocessing"] or {}
     return Backbone(
         module,
         preprocessing or Preprocessing(**{**default.model_dump(), **recorded}),
         spec,
-        arguments,
+        described["arguments"],
         classifier or find_classifier(module),
         classes=described["classes"],
         about=described["about"],
@@ -246,7 +249,7 @@ def save_backbone(backbone: Backbone, path: str | Path, architecture: str, half:
     """
     described = {
         "architecture": architecture,
-        "arguments": backbone.arguments,
+        "arguments": {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")},
         "preprocessing": backbone.preprocessing.model_dump(mode="json"),
         "classes": list(backbone.classes),
         "about": {**backbone.about, **about},

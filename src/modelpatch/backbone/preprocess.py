@@ -98,16 +98,16 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises `DataError` for what is not an image, is truncated, or has more pixels than Pillow's safety limit.
     """
-    if isinstance(source, np.ndarray):
-        source = Image.fromarray(source)
     name = str(source) if isinstance(source, str | Path) else "the image"
     try:
-        if isinstance(source, Image.Image):
+        if isinstance(source, np.ndarray):
+            image = Image.fromarray(source)
+        elif isinstance(source, Image.Image):
             image = source
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         return _to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name} cannot be read as an image: {error}") from error
 
 

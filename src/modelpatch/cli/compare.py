@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from modelpatch.atomic import write_bytes
 from modelpatch.cli.options import (
     ArgumentOption,
     BackboneOption,
@@ -46,7 +47,7 @@ def compare(
     console = Console(stderr=str(json) == "-")
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
     task = load_task(data, seed=seed)
-    base = None if base_data is None else load_task(base_data, seed=seed)
+    base = None if base_data is None else load_task(base_data, hold_out=False)
     settings = {"epochs": epochs, "batch_size": batch_size, "image_size": image_size, "seed": seed}
     settings |= parse_pairs(option, "--fit")
     result = run_compare(open_backbone(backbone, argument), task, names, base=base, progress=True, **settings)
@@ -57,7 +58,7 @@ def compare(
             patch.save(out / f"{task.task.name}-{name}.safetensors")
     if plot is not None:
         plot_comparison(result, plot)
-        console.print(f"drew {plot}")
+        console.print(f"drew {plot}", markup=False)
     if markdown is not None:
-        markdown.write_text(comparison_markdown(result))
+        write_bytes(markdown, comparison_markdown(result).encode())
     write_json(json, result.as_dict())

@@ -16,7 +16,7 @@ from modelpatch.cli.options import SeedOption, write_json
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.report.html import Report
 from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
-from modelpatch.report.tables import COMPARISON_COLUMNS, comparison_rows, comparison_table, percent
+from modelpatch.report.tables import comparison_cells, comparison_table, percent
 from modelpatch.train import Comparison, TaskData, compare, evaluate, load_task
 
 NEXT = """\
@@ -54,7 +54,7 @@ def demo(
     _write_report(out, backbone, task, result, accuracy)
     write_json(out / "comparison.json", result.as_dict())
     console.print(f"Wrote the patches and [b]{out / 'report.html'}[/b] in {seconds:.0f} s. What to try next:\n")
-    console.print(NEXT.format(folder=out), highlight=False)
+    console.print(NEXT.format(folder=out), highlight=False, soft_wrap=True)
 
 
 def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Comparison, accuracy: str) -> None:
@@ -69,7 +69,7 @@ def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Compari
         f"read {len(task.train):,} handwritten digits through a patch file; {len(task.test):,} other digits measured it.",
     )
     report.section("Methods side by side", f"The most accurate is {best}.")
-    report.table(COMPARISON_COLUMNS, comparison_rows(result))
+    report.table(*comparison_cells(result))
     report.picture(out / "comparison.png", "Accuracy and file size of every method")
     report.section(
         "The base is unchanged",

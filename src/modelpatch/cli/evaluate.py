@@ -39,10 +39,10 @@ def evaluate(
         result = run_evaluate(base, loaded, task, advance)
     figures = result.as_dict()
     if base_data is not None:
-        figures["base_top1"] = evaluate_base(base, load_task(base_data, seed=seed)).top1
+        figures["base_top1"] = evaluate_base(base, load_task(base_data, hold_out=False)).top1
         figures["harmonic_mean"] = harmonic_mean(result.top1, figures["base_top1"])
     console.print(evaluation_table(loaded.task.name, figures, per_class))
     if plot is not None:
         plot_confusion(result, loaded.task.classes, plot)
-        console.print(f"drew {plot}")
+        console.print(f"drew {plot}", markup=False)
     write_json(json, figures)

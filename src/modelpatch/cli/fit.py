@@ -17,11 +17,12 @@ from modelpatch.cli.options import (
     parse_pairs,
     write_json,
 )
-from modelpatch.errors import ModelpatchError
+from modelpatch.errors import ModelpatchError, PatchError
 from modelpatch.methods import make_method
+from modelpatch.patch.patch import DTYPES
 from modelpatch.report.tables import inspection_table
+from modelpatch.train import evaluate, load_task
 from modelpatch.train import fit as run_fit
-from modelpatch.train import load_task
 
 
 def fit(
@@ -67,6 +68,8 @@ def fit(
     path = out or Path(f"{task.task.name}.safetensors")
     if not path.parent.is_dir():
         raise ModelpatchError(f"the folder of --out {path} does not exist. Make it first: mkdir -p {path.parent}")
+    if dtype not in DTYPES:
+        raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
     made = make_method(method, **parse_pairs(set_, "--set"))
     base = open_backbone(backbone, argument)
     checkpoint = path.with_name(path.name + ".training")
@@ -74,7 +77,7 @@ def fit(
     if restart:
         state.unlink(missing_ok=True)
     if state.exists():
-        console.print(f"resuming the interrupted run in {checkpoint}")
+        console.print(f"resuming the interrupted run in {checkpoint}", markup=False)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -86,11 +89,15 @@ def fit(
         **parse_pairs(option, "--fit"),
     }
     patch = run_fit(base, task, made, checkpoint=checkpoint, log=log, progress=True, **settings)
-    patch = patch.astype(dtype)
+    if dtype != "float32":  # the figures in the file are those of the numbers in the file
+        patch = patch.astype(dtype)
+        result = evaluate(base, patch, task)
+        patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5)
     patch.save(path)
     inspection = patch.inspect()
     console.print(inspection_table(inspection, spans=False))
     console.print(
-        f"wrote {path} ({inspection.file_bytes:,} bytes); the base is unchanged (fingerprint {base.fingerprint[:12]})"
+        f"wrote {path} ({inspection.file_bytes:,} bytes); the base is unchanged (fingerprint {base.fingerprint[:12]})",
+        markup=False,
     )
     write_json(json, inspection.as_dict())

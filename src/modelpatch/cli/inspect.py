@@ -25,5 +25,5 @@ def inspect(
     console.print(inspection_table(inspection))
     if plot is not None:
         plot_inspection(inspection, plot)
-        console.print(f"drew {plot}")
+        console.print(f"drew {plot}", markup=False)
     write_json(json, inspection.as_dict())

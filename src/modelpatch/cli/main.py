@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import modelpatch
 from modelpatch.cli.compare import compare
@@ -18,8 +20,21 @@ from modelpatch.cli.predict import predict
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError
 
+
+class Verbs(TyperGroup):
+    """The verbs, stopped by Ctrl-C with a word on what comes next."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer itself would end without a word
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; a run with a checkpoint resumes when the same command is given again", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="modelpatch",
+    cls=Verbs,
     help="One frozen vision backbone, many tasks: each task is a small patch file instead of a copy of the model.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,9 +64,6 @@ def main() -> None:
     except ModelpatchError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {_escape(str(error))}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; a run with a checkpoint resumes when the same command is given again", err=True)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away (`modelpatch ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from modelpatch.cli.options import JsonOption, PatchBackboneOption, backbone_of, write_json
 from modelpatch.errors import ModelpatchError
@@ -32,12 +33,12 @@ def verify(
                 PatchedModel(backbone_of(loaded, path, backbone), loaded)
         except ModelpatchError as error:
             results.append({"patch": str(path), "ok": False, "error": type(error).__name__, "message": str(error)})
-            console.print(f"[red]refused[/red]  {path}: {type(error).__name__}", end=" ")
+            console.print(f"[red]refused[/red]  {escape(str(path))}: {type(error).__name__}", end=" ")
             console.print(str(error), markup=False)
         else:
             against = "file" if file_only else f"file and backbone {loaded.backbone.spec}"
             results.append({"patch": str(path), "ok": True, "checked": against})
-            console.print(f"[green]intact[/green]   {path}: {against}")
+            console.print(f"[green]intact[/green]   {escape(f'{path}: {against}')}")
     write_json(json, results)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)

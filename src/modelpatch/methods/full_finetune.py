@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import NonNegativeFloat
+
 from modelpatch.backbone import Backbone
 from modelpatch.methods.method import Method
 from modelpatch.methods.subset import Statistics, learn_statistics, own_segments
@@ -19,7 +21,7 @@ class FullFinetune(Method):
     paper: ClassVar[str] = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
 
     statistics: Statistics = "frozen"
-    weight_decay: float = 1e-2
+    weight_decay: NonNegativeFloat = 1e-2
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Owns every parameter of the chain."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
 from modelpatch.patch import Blueprint, LinearHead, PatchedModel
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -86,8 +87,13 @@ class Method(ABC):
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
     def make_optimizer(self, model: PatchedModel) -> torch.optim.Optimizer:
-        """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults."""
+        """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults.
+
+        Raises `MethodError` if there is nothing to train.
+        """
         groups = self.parameter_groups(model)
+        if not groups:
+            raise MethodError(f"{self.name} trains nothing with head={self.head!r}. Set head='trained'.")
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam

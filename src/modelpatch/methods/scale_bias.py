@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,19 +38,19 @@ class ScaleBias(Method):
     name: ClassVar[str] = "scale-bias"
     paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
 
-    lr: float = 1e-2
+    lr: PositiveFloat = 1e-2
     statistics: Literal["frozen", "recomputed", "learned"] = "frozen"
     affine: bool = True
     layers: Literal["auto", "norm", "channel"] = "auto"
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
-        """Owns the norm layers' parameters and, unless frozen, their statistics; or adds affines after convolutions."""
+        """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
         owned = [name for segment in backbone.chain for name in self._owned(segment)]
         if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):
             grafts = tuple(graft for segment in backbone.chain for graft in self._grafts(segment))
             if not grafts:
                 raise MethodNotApplicableError(f"{backbone.spec} has no convolution to scale. Try the method `subset`.")
-            return Blueprint(grafts=grafts)
+            return Blueprint(owned=tuple(owned), grafts=grafts)
         if not owned:
             raise MethodNotApplicableError(
                 f"{backbone.spec} has no normalisation layer with "
@@ -59,9 +60,10 @@ class ScaleBias(Method):
 
     def _owned(self, segment: Segment) -> list[str]:
         names: list[str] = []
+        affine = self.affine and self.layers != "channel"
         for prefix, module in segment.module.named_modules():
             if is_norm(module):
-                tensors = [name for name, _ in module.named_parameters(recurse=False)] if self.affine else []
+                tensors = [name for name, _ in module.named_parameters(recurse=False)] if affine else []
                 if isinstance(module, _BatchNorm) and self.statistics != "frozen" and module.running_mean is not None:
                     tensors += ["running_mean", "running_var"]
                 names += [f"{prefix}.{name}".lstrip(".") for name in tensors]

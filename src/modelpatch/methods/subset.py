@@ -8,11 +8,14 @@ Kaplun, Gurevich, Swisa, David, Shalev-Shwartz, Malach: *Less is More: Selective
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from modelpatch.backbone import Backbone, Segment
+from pydantic import NonNegativeFloat
+
+from modelpatch.backbone import Backbone, Chain, Segment
 from modelpatch.errors import MethodError
 from modelpatch.methods.method import Method, batch_norms
 from modelpatch.patch import Blueprint, PatchedModel
@@ -26,8 +29,8 @@ class Subset(Method):
     """Trains every parameter of the named blocks.
 
     `blocks` holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`, `stage-1`) or `last`,
-    the last block. `statistics="learned"` runs their BatchNorm layers in train mode and stores what they learn, as the
-    paper's code does; it needs batches large enough to be worth it.
+    the last block; a name that the network itself uses means the network's. `statistics="learned"` runs their BatchNorm
+    layers in train mode and stores what they learn, as the paper's code does; that needs large batches.
     """
 
     name: ClassVar[str] = "subset"
@@ -36,7 +39,7 @@ class Subset(Method):
 
     blocks: tuple[str, ...] = ("last",)
     statistics: Statistics = "frozen"
-    weight_decay: float = 1e-2
+    weight_decay: NonNegativeFloat = 1e-2
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Owns the parameters of the blocks and, where they are learned, their running statistics."""
@@ -53,20 +56,24 @@ def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
     chain = backbone.chain
     chosen: set[int] = set()
     for name in names:
-        if name == "last":
-            found = [chain.blocks[-1]]
-        elif name.removeprefix("stage").removeprefix("-").isdigit() and name.startswith("stage"):
-            number = int(name.removeprefix("stage"))
-            if not -len(chain.stages) <= number < len(chain.stages):
-                raise MethodError(f"{name}: {backbone.spec} has stages 0 to {len(chain.stages) - 1}.")
-            found = list(chain.stages[number])
-        else:
-            found = [s for s in chain if s.name == name or s.name.startswith(name + ".")]
+        found = _find(chain, name)
         if not any(segment.parameters for segment in found):
             blocks = ", ".join(block.name for block in chain.blocks)
             raise MethodError(f"{name!r} names no block of {backbone.spec} with parameters. Its blocks: {blocks}.")
         chosen |= {segment.index for segment in found if segment.parameters}
     return [chain[index] for index in sorted(chosen)]
+
+
+def _find(chain: Chain, name: str) -> list[Segment]:
+    named = [segment for segment in chain if segment.name == name or segment.name.startswith(name + ".")]
+    if not named and name == "last":
+        return [chain.blocks[-1]]
+    if not named and (match := re.fullmatch(r"stage(-?\d+)", name)):
+        number, count = int(match[1]), len(chain.stages)
+        if not -count <= number < count:
+            raise MethodError(f"{name}: the backbone has stages 0 to {count - 1}.")
+        return list(chain.stages[number])
+    return named
 
 
 def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Blueprint:

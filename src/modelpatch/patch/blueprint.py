@@ -39,11 +39,19 @@ class Graft(BaseModel):
         return self
 
     def apply(self, variant: nn.Module) -> nn.Module:
-        """`variant` with the added modules. Raises `UnknownGraftError` for a kind that is not registered."""
+        """`variant` with the added modules.
+
+        Raises `UnknownGraftError` for a kind that is not registered, `ForeignTensorError` for arguments that do not fit.
+        """
         if self.kind not in _BUILDERS:
             known = ", ".join(sorted(_BUILDERS)) or "none"
             raise UnknownGraftError(f"the patch adds modules of kind {self.kind!r}; this installation knows: {known}.")
-        return _BUILDERS[self.kind](variant, **self.arguments)
+        try:
+            return _BUILDERS[self.kind](variant, **self.arguments)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ForeignTensorError(
+                f"the modules of kind {self.kind!r} do not fit segments [{self.start}, {self.end}): {error}."
+            ) from error
 
 
 def register_graft(kind: str) -> Callable[[GraftBuilder], GraftBuilder]:
@@ -76,7 +84,7 @@ class Blueprint(BaseModel):
                 index = chain.segment_of(name).index
             except KeyError:
                 raise ForeignTensorError(
-                    f"the patch replaces {name!r}, which the backbone's chain does not have."
+                    f"the patch replaces {name!r}, which no single segment of the backbone's chain holds."
                 ) from None
             if not any(start <= index < end for start, end in starts.items()):
                 starts[index] = index + 1

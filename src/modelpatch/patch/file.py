@@ -106,7 +106,10 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
     for tensor_name in outer.keys() - {"__metadata__"}:
         _check_name(tensor_name, name)
     header = _validate(described, name)
-    tensors = safetensors.torch.load(data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise InvalidPatchError(f"{name}: its table of tensors is not valid: {error}.") from error
     _check_consistent(header, tensors, name)
     for tensor_name, tensor in tensors.items():
         _check_finite(tensor_name, tensor, name)
@@ -193,22 +196,27 @@ def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
 def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) -> None:
     digest = described.get("sha256")
     problem = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch). Fetch it again."
-    if not isinstance(digest, str) or len(digest) != 64 or canonical(described) != text:
+    try:
+        intact = isinstance(digest, str) and len(digest) == 64 and canonical(described) == text
+    except (ValueError, RecursionError):  # infinite numbers, or nested deeper than can be written
+        intact = False
+    at = _hash_position(data, digest) if intact else -1
+    if at < 0:
         raise DamagedPatchError(problem)
     blank = bytearray(data)
-    at = _hash_position(blank, digest)
     blank[at : at + 64] = ZEROS.encode()
     if hashlib.sha256(blank).hexdigest() != digest:
         raise DamagedPatchError(problem)
 
 
-def _hash_position(data: bytes | bytearray, digest: str) -> int:
-    """Where the 64 digits stand; the JSON is a string inside JSON, so its quotes are escaped."""
+def _hash_position(data: bytes | bytearray, digest: Any) -> int:
+    """Where the 64 digits stand, or -1; the JSON is a string inside JSON, so its quotes are escaped.
+
+    The last occurrence in the header is the file's own: what follows it in the canonical order holds free text only.
+    """
     key = b'\\"sha256\\":\\"'
-    at = data.find(key + digest.encode("ascii", "replace"))
-    if at < 0:
-        raise DamagedPatchError("the hash is not where the header says it is.")
-    return at + len(key)
+    at = data.rfind(key + digest.encode("ascii", "replace"), 0, 8 + struct.unpack("<Q", data[:8])[0])
+    return at + len(key) if at >= 0 else -1
 
 
 def _check_name(tensor_name: str, name: str = "the patch") -> None:
@@ -231,9 +239,9 @@ def _validate(described: dict[str, Any], name: str) -> Header:
         return Header.model_validate(described)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = repr(".".join(str(part) for part in first["loc"]))[:80]
         kind = HostileNameError if "cannot be printed" in first["msg"] else InvalidPatchError
-        raise kind(f"{name}: the header's {where or 'content'} is not valid: {first['msg']}.") from error
+        raise kind(f"{name}: the header's {where} is not valid: {first['msg']}.") from error
 
 
 def _check_consistent(header: Header, tensors: dict[str, Tensor], name: str) -> None:

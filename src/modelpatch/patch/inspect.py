@@ -34,6 +34,8 @@ class Inspection:
     method: str
     hyperparameters: dict[str, Any]
     backbone: str
+    backbone_parameters: int
+    backbone_bytes: int
     fingerprint: str
     image_size: int
     parts: tuple[Part, ...]
@@ -48,7 +50,7 @@ class Inspection:
     @classmethod
     def of(cls, patch: Patch) -> Inspection:
         groups: dict[tuple[str, str], list[Any]] = {}
-        for name, tensor in patch.tensors.items():
+        for name, tensor in sorted(patch.tensors.items()):  # a file that was read has them in no order
             groups.setdefault(_group(name), []).append(tensor)
         parts = tuple(
             Part(
@@ -69,6 +71,8 @@ class Inspection:
             method=patch.method.name,
             hyperparameters=dict(patch.method.hyperparameters),
             backbone=patch.backbone.spec,
+            backbone_parameters=patch.backbone.parameters,
+            backbone_bytes=patch.backbone.bytes,
             fingerprint=patch.backbone.fingerprint.whole,
             image_size=patch.preprocessing.image_size,
             parts=parts,

@@ -28,17 +28,26 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class BackboneRecord(BaseModel):
-    """Which frozen network a patch belongs to: how to load it, and its content hashes."""
+    """Which frozen network a patch belongs to: how to load it, its content hashes, and its size to compare with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Text
     arguments: dict[str, Any] = {}
     fingerprint: Fingerprint
+    parameters: int = Field(gt=0)
+    bytes: int = Field(gt=0)
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneRecord:
-        return cls(spec=backbone.spec, arguments=backbone.arguments, fingerprint=backbone.fingerprints)
+        parameters = list(backbone.module.parameters())
+        return cls(
+            spec=backbone.spec,
+            arguments=backbone.arguments,
+            fingerprint=backbone.fingerprints,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
+        )
 
 
 class MethodRecord(BaseModel):

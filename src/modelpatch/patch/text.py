@@ -18,4 +18,4 @@ def check_printable(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
-TENSOR_NAME = re.compile(r"(head\.|(replace|mask|delta)/|graft/\d{1,5}-\d{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+TENSOR_NAME = re.compile(r"(head\.|(replace|mask|delta)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")

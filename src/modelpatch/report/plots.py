@@ -56,7 +56,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         for axes in (left, right):
             axes.set_yticks(places, names if axes is left else [""] * len(names))
             axes.invert_yaxis()
-        left.figure.suptitle(f"{comparison.task} on {comparison.backbone}", y=1.06)
+        left.figure.suptitle(f"{comparison.task} on {comparison.backbone}")
 
 
 def _bars(axes: Any, places: list[Any], values: list[float], height: float, color: str, label: str, text: str) -> None:

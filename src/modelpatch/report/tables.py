@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.markup import escape
@@ -9,17 +10,7 @@ from rich.table import Table
 
 from modelpatch.patch.inspect import Inspection
 from modelpatch.train import Comparison
-
-COMPARISON_COLUMNS = (
-    "method",
-    "top-1",
-    "base before",
-    "base after",
-    "harmonic mean",
-    "trained numbers",
-    "file bytes",
-    "seconds",
-)
+from modelpatch.train.compare import Row
 
 
 def percent(share: float | None) -> str:
@@ -27,38 +18,43 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def comparison_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """The cells of the comparison, as text, in the order of COMPARISON_COLUMNS."""
-    return [
-        (
-            row.method,
-            percent(row.top1),
-            percent(row.base_before),
-            percent(row.base_after),
-            percent(row.harmonic_mean),
-            f"{row.trainable_parameters:,}",
-            f"{row.file_bytes:,}",
-            f"{row.seconds:.1f}",
-        )
-        for row in comparison.rows
-    ]
+def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison as text; columns about the base stand only where it was measured."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row.method,
+        "top-1": lambda row: percent(row.top1),
+    }
+    if any(row.base_after is not None for row in comparison.rows):
+        columns |= {
+            "base before": lambda row: percent(row.base_before),
+            "base after": lambda row: percent(row.base_after),
+            "harmonic mean": lambda row: percent(row.harmonic_mean),
+        }
+    columns |= {
+        "trained": lambda row: f"{row.trainable_parameters:,}",
+        "file bytes": lambda row: f"{row.file_bytes:,}",
+        "seconds": lambda row: f"{row.seconds:.1f}",
+    }
+    return list(columns), [[cell(row) for cell in columns.values()] for row in comparison.rows]
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """One row a method."""
     caption = "\n".join(f"{name} left out: {why}" for name, why in comparison.skipped.items())
     table = Table(title=escape(f"{comparison.task} on {comparison.backbone}"), caption=escape(caption) or None)
-    for number, column in enumerate(COMPARISON_COLUMNS):
+    header, rows = comparison_cells(comparison)
+    for number, column in enumerate(header):
         table.add_column(column, justify="right" if number else "left", no_wrap=not number)
-    for row in comparison_rows(comparison):
+    for row in rows:
         table.add_row(*map(escape, row))
     return table
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The same table as Markdown."""
-    lines = ["| " + " | ".join(COMPARISON_COLUMNS) + " |", "|---|" + "---:|" * (len(COMPARISON_COLUMNS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in comparison_rows(comparison)]
+    header, rows = comparison_cells(comparison)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -69,18 +65,25 @@ def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("value")
     settings = ", ".join(f"{name}={value}" for name, value in inspection.hyperparameters.items())
+    file_share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
     rows: list[tuple[str, str]] = [
         ("method", f"{inspection.method} ({settings})"),
-        ("backbone", inspection.backbone),
+        ("backbone", f"{inspection.backbone}, {inspection.backbone_parameters:,} parameters"),
         ("base fingerprint", inspection.fingerprint),
         ("image size", f"{inspection.image_size} px"),
         ("numbers", f"{inspection.numbers:,} in {inspection.tensor_bytes:,} bytes"),
-        ("file", f"{inspection.file_bytes:,} bytes"),
+        ("file", f"{inspection.file_bytes:,} bytes, {file_share} of the backbone's"),
         ("file sha256", inspection.file_sha256),
         ("content hash", inspection.content_hash),
     ]
-    rows += [(name.replace("_", " "), _figure(name, value)) for name, value in inspection.metrics.items()]
-    rows += [(name.replace("_", " "), _figure(name, value)) for name, value in inspection.created.items()]
+    rows += [
+        (name.replace("_", " "), _figure(name, value, inspection.backbone_parameters))
+        for name, value in inspection.metrics.items()
+    ]
+    rows += [
+        (name.replace("_", " "), _figure(name, value, inspection.backbone_parameters))
+        for name, value in inspection.created.items()
+    ]
     if spans:
         rows += [
             (
@@ -94,11 +97,13 @@ def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
     return table
 
 
-def _figure(name: str, value: Any) -> str:
+def _figure(name: str, value: Any, parameters: int) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, float) and "top" in name:
         return f"{percent(value)} %"
+    if name == "trainable_parameters":
+        return f"{value:,} besides the head, {100 * value / parameters:.2g} % of the backbone's"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

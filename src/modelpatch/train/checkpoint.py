@@ -48,15 +48,16 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.file, weights_only=True)
+            identity, random = saved["identity"], saved["random"]
         except Exception as error:
             raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
-        if saved["identity"] != self.identity:
-            differing = [key for key, value in self.identity.items() if saved["identity"].get(key) != value]
+        if identity != self.identity:
+            differing = [key for key, value in self.identity.items() if identity.get(key) != value]
             raise CheckpointMismatchError(
                 f"{self.folder} holds an unfinished run with another {' and another '.join(differing)}. Finish it with its "
                 "own settings, name another checkpoint folder, or remove it to start anew."
             )
-        torch.set_rng_state(saved["random"])
+        torch.set_rng_state(random)
         return saved
 
     def clear(self) -> None:

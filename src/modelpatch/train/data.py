@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, open_image
 from modelpatch.errors import DataError, MissingExtraError
@@ -81,8 +82,10 @@ class TaskData:
         return f"TaskData({self.task.name!r}, {len(self.classes)} classes, {counts})"
 
 
-def load_task(source: str | Path, *, name: str | None = None, seed: int = 0) -> TaskData:
+def load_task(source: str | Path, *, name: str | None = None, seed: int = 0, hold_out: bool = True) -> TaskData:
     """A classification task from a source (see the module's table). `seed` makes the test split where there is none.
+
+    With `hold_out=False` a source without a test split is tested on all its images: for data that is only measured.
 
     Raises `DataError` for a source that holds no images, has one class, or has labels of classes that are not trained.
     """
@@ -96,7 +99,7 @@ def load_task(source: str | Path, *, name: str | None = None, seed: int = 0) -> 
         path = Path(source).expanduser()
         splits, classes = _read_path(path)
         stem = path.resolve().stem if path.is_file() else path.resolve().name
-    return _assemble(splits, classes, name or stem, text, seed)
+    return _assemble(splits, classes, name or stem, text, seed if hold_out else None)
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,17 +119,18 @@ def source_size(split: Split, sample: int = 16) -> int:
     return int(np.median([min(open_image(split.images[row]).size) for row in rows]))
 
 
-def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: str, seed: int) -> TaskData:
+def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: str, seed: int | None) -> TaskData:
     if len(classes) < 2:
         raise DataError(f"{source} has {len(classes)} class; a classification task needs at least two.")
     if "train" not in raw or not len(raw["train"]):
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = raw["train"]
-    if "test" not in raw:
+    if "test" not in raw and seed is not None:
         keep, held = stratified(train.labels, TEST_FRACTION, seed)
         train, raw["test"] = train.take(keep), train.take(held)
         facts["test_split"] = f"stratified {TEST_FRACTION:.0%}, seed {seed}"
+    raw.setdefault("test", train)
     unseen = set(np.unique(raw["test"].labels)) - set(np.unique(train.labels))
     if unseen:
         raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
@@ -175,16 +179,15 @@ def _images(folder: Path) -> list[Path]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a manifest; class names that a parquet file carries are put in place of their numbers."""
-    if path.suffix == ".csv":
-        with path.open(newline="") as stream:
-            return list(csv.DictReader(stream))
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "data", "Reading a parquet manifest") from None
-    table = pyarrow.parquet.read_table(path)
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                return list(csv.DictReader(stream))
+        table = pyarrow.parquet.read_table(path)
+        described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as a manifest: {error}") from error
     rows = table.to_pylist()
-    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = described.get("info", {}).get("features", {})
     for column in LABEL_COLUMNS:
         if names := features.get(column, {}).get("names"):

@@ -9,17 +9,18 @@ checkpoint to the very same patch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 import modelpatch
@@ -35,6 +36,8 @@ from modelpatch.train.images import Augmentation, AugmentName, ImageStore, choos
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
@@ -48,41 +51,28 @@ class FitSettings:
     inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it.
     """
 
-    epochs: int = 10
-    batch_size: int = 32
-    seed: int = 0
-    image_size: int | None = None
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    seed: NonNegativeInt = 0
+    image_size: PositiveInt | None = None
     augment: AugmentName = "auto"
-    views: int = 4
+    views: PositiveInt = 4
     cache: bool = True
-    memory: int = 2 * 2**30
+    memory: PositiveInt = 2 * 2**30
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: float = 0.05
-    label_smoothing: float = 0.0
+    warmup: Share = 0.05
+    label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    validation: float = 0.0
-    early_stopping: int = 0
-    clip: float = 0.0
+    validation: Share = 0.0
+    early_stopping: NonNegativeInt = 0
+    clip: NonNegativeFloat = 0.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "views", "memory") + (
-            ("image_size",) if self.image_size is not None else ()
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} = {getattr(self, name)!r} is not valid: expected at least 1.")
-        for name in ("warmup", "label_smoothing", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise TrainingError(f"{name} = {getattr(self, name)!r} is not valid: expected a share in [0, 1).")
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
 
         `step` drops to a tenth after two thirds of the steps and to a hundredth after five sixths.
         """
-        import math
-
         warm = round(self.warmup * total)
         if step < warm:
             return (step + 1) / warm
@@ -180,6 +170,7 @@ class Fit:
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
         self.optimizer = self.method.make_optimizer(self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         store = self._decode("train")
         self.state = _State()
         if not self._resume():
@@ -238,24 +229,20 @@ class Fit:
         per_epoch = -(-len(self.labels) // self.settings.batch_size)
         total = per_epoch * self.settings.epochs
         weights = self._class_weights()
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
+        patience = self.settings.early_stopping or self.settings.epochs
         with self.bar.task("training", total, self.state.step) as advance:
-            while self.state.step < total:
+            while self.state.step < total and self.state.stale < patience:
                 epoch, offset = divmod(self.state.step, per_epoch)
                 self.method.train_mode(self.model)
                 for number, rows in enumerate(self._order(epoch).split(self.settings.batch_size)):
                     if number >= offset:
-                        self._step(rows, epoch, number, total, weights, scaler)
+                        self._step(rows, epoch, number, total, weights)
                         advance(1)
                         if self.checkpoint and self.checkpoint.due():
                             self._save()
                 self._end_epoch(epoch, per_epoch)
-                if self.settings.early_stopping and self.state.stale >= self.settings.early_stopping:
-                    break
 
-    def _step(
-        self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None, scaler: torch.amp.GradScaler
-    ) -> None:
+    def _step(self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None) -> None:
         factor = self.settings.factor(self.state.step, total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -266,12 +253,12 @@ class Fit:
             logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
         )
         self.optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()
         if self.settings.clip:
-            scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
-        scaler.step(self.optimizer)
-        scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.state.loss_sum += loss.item()
         self.state.step += 1
 
@@ -339,8 +326,8 @@ class Fit:
 
     def _save(self) -> None:
         assert self.checkpoint is not None
-        tensors = self.model.tensors()
-        self.checkpoint.save({"model": tensors, "optimizer": self.optimizer.state_dict(), "state": asdict(self.state)})
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        self.checkpoint.save({"model": self.model.tensors(), **parts, "state": asdict(self.state)})
 
     def _resume(self) -> bool:
         saved = self.checkpoint.load() if self.checkpoint else None
@@ -348,6 +335,7 @@ class Fit:
             return False
         self.model.load_tensors(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.state = _State(**saved["state"])
         return True
 

@@ -1,0 +1,101 @@
+"""Resident memory of many bound patches: 50 scale-and-bias patches of MobileNetV2, each used once.
+
+Prints the growth of resident memory beside the bytes of the patch files (the floor) and beside 50 copies of the network.
+Each side runs in a process of its own.
+
+    python benchmarks/bound_memory.py --json benchmarks/results/bound_memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import modelpatch as mp
+from common import mobilenet, report
+from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Task
+
+CLASSES = 43
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def make_patch(backbone: mp.Backbone) -> mp.Patch:
+    """A scale-and-bias patch as `fit` would give it, untrained."""
+    method = mp.methods.ScaleBias()
+    model = method.draft(backbone, CLASSES)
+    return mp.Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=Task(name="memory", classes=tuple(f"class {i}" for i in range(CLASSES))),
+        preprocessing=backbone.preprocessing.with_image_size(64),
+        head=HeadRecord(features=backbone.chain.feature_dim, outputs=CLASSES),
+        method=MethodRecord(name=method.name),
+        tensors={name: tensor.clone() for name, tensor in model.tensors().items()},
+    )
+
+
+def measure(side: str, count: int) -> None:
+    """Print `<growth in bytes> <bytes of the patch files>` for one side."""
+    backbone = mp.load_backbone(mobilenet())
+    images = torch.randn(1, 3, 64, 64)
+    patch = make_patch(backbone)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.safetensors" for number in range(count + 2)]
+        for number, path in enumerate(paths):
+            noise = torch.Generator().manual_seed(number)
+            tensors = {n: t + 0.01 * torch.rand(t.shape, generator=noise) for n, t in patch.tensors.items()}
+            replace(patch, tensors=tensors).save(path)
+        file_bytes = sum(path.stat().st_size for path in paths[2:])
+        kept: list[Any] = []
+
+        def add(path: Path) -> None:
+            if side == "bound patches":
+                kept.append(mp.BoundPatch(backbone, mp.Patch.load(path)))
+            elif side == "patched models":
+                kept.append(backbone.patched(mp.Patch.load(path)))
+            else:
+                kept.append(copy.deepcopy(backbone.module))
+            with torch.no_grad():
+                kept[-1](images)
+
+        for path in paths[:2]:  # the shared structure, and allocator pools that are paid once
+            add(path)
+        before = resident()
+        for path in paths[2:]:
+            add(path)
+        print(resident() - before, file_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        measure(arguments.side, arguments.count)
+        return
+    rows = []
+    for side in ("bound patches", "patched models", "copies of the network"):
+        command = [sys.executable, __file__, "--side", side, "--count", str(arguments.count)]
+        growth, floor = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        rows.append((side, round(growth / 1000), round(floor / 1000), growth / floor))
+    columns = (f"{arguments.count} of", "resident kB", "patch files kB (floor)", "ratio")
+    report("Memory of bound scale-and-bias patches, each used once", columns, rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A backbone by name, from a file or from a module: the same network every time, or an error that says what to do."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from conftest import SHARED, TinyNet, small_preprocessing
+from modelpatch.backbone import Backbone, load_backbone, save_backbone
+from modelpatch.errors import BackboneError, UnknownBackboneError
+
+SMALL = "test_resnet"  # timm's own network for tests: 0.5 million parameters at 160 px
+
+
+def save_plain(path: Path, **metadata: str) -> Path:
+    torch.manual_seed(0)
+    module = timm.create_model(SMALL, num_classes=4)
+    save_file(module.state_dict(), path, metadata)
+    return path
+
+
+# names ------------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_follow_the_seed_and_leave_the_callers_random_state_alone() -> None:
+    torch.manual_seed(5)
+    first = load_backbone(f"timm:{SMALL}", pretrained=False, seed=1)
+    torch.manual_seed(6)
+    again = load_backbone(f"timm:{SMALL}", pretrained=False, seed=1)
+    other = load_backbone(f"timm:{SMALL}", pretrained=False, seed=2)
+    assert first.fingerprints == again.fingerprints != other.fingerprints
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_backbone(f"timm:{SMALL}", pretrained=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_is_recorded_loads_the_same_backbone_again() -> None:
+    first = load_backbone(f"timm:{SMALL}", pretrained=False, seed=3, num_classes=4)
+    again = load_backbone(first.spec, **first.arguments)
+    assert again.fingerprints == first.fingerprints
+    assert again.arguments == first.arguments == {"num_classes": 4, "pretrained": False, "seed": 3}
+
+
+def test_torchvision_networks_bring_their_published_preprocessing() -> None:
+    backbone = load_backbone("torchvision:mobilenet_v3_small", pretrained=False)
+    assert backbone.preprocessing.image_size == 224
+    assert backbone.preprocessing.resize_to == 256
+    assert backbone.classifier == "classifier.3"
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("resnet18", "Expected timm:NAME"),
+        ("nonsense:resnet18", "Expected timm:NAME"),
+        ("timm:", "Expected timm:NAME"),
+        ("timm:resnet1888", "Similar: .*resnet1"),
+        ("timm:qqqqqqqqqq", "list_models"),
+        ("torchvision:resnet1888", "list_models"),
+        ("torchvision:fcn_resnet50", "no classification model"),
+        ("file:missing.safetensors", "missing.safetensors"),
+        ("bundled:nonsense", "nonsense"),
+    ],
+)
+def test_a_spec_that_names_nothing_says_what_would(spec: str, hint: str) -> None:
+    with pytest.raises(UnknownBackboneError, match=hint):
+        load_backbone(spec, pretrained=False)
+
+
+@pytest.mark.parametrize("spec", [f"timm:{SMALL}", "torchvision:resnet18"])
+def test_an_argument_that_the_architecture_lacks_is_named(spec: str) -> None:
+    with pytest.raises(BackboneError, match="nonsense"):
+        load_backbone(spec, pretrained=False, nonsense=1)
+
+
+def test_a_module_is_frozen_where_it_is() -> None:
+    module = TinyNet().train()
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    assert backbone.module is module
+    assert backbone.spec == "module:TinyNet"
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert "TinyNet" in repr(backbone)
+
+
+def test_the_base_answers_with_its_own_logits() -> None:
+    backbone = load_backbone(TinyNet(classes=5), preprocessing=small_preprocessing())
+    assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+    assert backbone.input_size == (3, 16, 16)
+    assert not backbone(torch.randn(1, 3, 16, 16)).requires_grad
+
+
+# files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    return load_backbone(f"timm:{SMALL}", pretrained=False, num_classes=4)
+
+
+def test_a_saved_backbone_loads_with_everything_it_had(small: Backbone, tmp_path: Path) -> None:
+    small.classes = tuple("abcd")
+    save_backbone(small, tmp_path / "base.safetensors", SMALL, licence="Apache-2.0", top1=0.5)
+    again = load_backbone(f"file:{tmp_path}/base.safetensors")
+    assert again.fingerprints == small.fingerprints
+    assert again.preprocessing == small.preprocessing
+    assert again.classes == ("a", "b", "c", "d")
+    assert again.about == {"licence": "Apache-2.0", "top1": 0.5}
+    assert again.spec == "file:base.safetensors"
+
+
+def test_half_precision_halves_the_file_and_loads_as_float32(small: Backbone, tmp_path: Path) -> None:
+    save_backbone(small, tmp_path / "full.safetensors", SMALL)
+    save_backbone(small, tmp_path / "half.safetensors", SMALL, half=True)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half")]
+    numbers = sum(tensor.numel() for tensor in small.module.state_dict().values() if tensor.is_floating_point())
+    assert sizes[0] - sizes[1] == pytest.approx(2 * numbers, rel=0.01)
+    again = load_backbone(f"file:{tmp_path}/half.safetensors")
+    for name, tensor in small.module.state_dict().items():
+        other = again.module.state_dict()[name]
+        assert other.dtype == tensor.dtype
+        assert torch.equal(other, tensor.half().float() if tensor.is_floating_point() else tensor)
+
+
+def test_a_file_with_plain_metadata_is_understood(tmp_path: Path) -> None:
+    path = save_plain(
+        tmp_path / "plain.safetensors",
+        architecture=SMALL,
+        num_classes="4",
+        input_size="3,64,64",
+        mean="0.5,0.5,0.5",
+        std="0.25,0.25,0.25",
+        interpolation="bicubic",
+        crop_pct="1.0",
+        licence="MIT",
+    )
+    backbone = load_backbone(f"file:{path}")
+    assert backbone.input_size == (3, 64, 64)
+    assert backbone.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert backbone.preprocessing.std == (0.25, 0.25, 0.25)
+    assert backbone.preprocessing.interpolation == "bicubic"
+    assert backbone.preprocessing.resize_to == 64
+    assert backbone.arguments == {"num_classes": 4}
+    assert backbone.about == {"licence": "MIT"}
+
+
+def test_weights_replace_the_published_ones(small: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(small.module.state_dict(), path)
+    backbone = load_backbone(f"timm:{SMALL}", weights=path, num_classes=4)
+    assert backbone.fingerprints == small.fingerprints
+
+
+def test_weights_that_do_not_fit_are_named(small: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(small.module.state_dict(), path)
+    with pytest.raises(BackboneError, match=r"weights\.safetensors do not fit ResNet: .*fc\.weight"):
+        load_backbone(f"timm:{SMALL}", weights=path, num_classes=5)
+
+
+def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.safetensors"
+    path.write_text("not a safetensors file at all")
+    with pytest.raises(BackboneError, match=r"text\.safetensors is not a readable safetensors file"):
+        load_backbone(f"file:{path}")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"licence": "MIT"},
+        {"architecture": SMALL, "num_classes": "four"},
+        {"architecture": SMALL, "num_classes": "4", "mean": "0.5"},
+        {"architecture": SMALL, "num_classes": "4", "crop_pct": "7"},
+        {"architecture": "qqqqqqq"},
+        {"modelpatch_backbone": "no json"},
+        {"modelpatch_backbone": "{}"},
+        {"modelpatch_backbone": json.dumps([1])},
+    ],
+    ids=lambda metadata: " ".join(f"{key}={value}" for key, value in metadata.items()) or "nothing",
+)
+def test_a_file_that_does_not_say_what_it_holds_is_refused(metadata: dict[str, str], tmp_path: Path) -> None:
+    path = save_plain(tmp_path / "plain.safetensors", **metadata)
+    with pytest.raises(BackboneError):
+        load_backbone(f"file:{path}")
+
+
+def test_a_module_without_any_linear_layer_has_no_classifier() -> None:
+    backbone = load_backbone(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)))
+    assert backbone.classifier is None
+
+
+# the real backbone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_real_mobilenet_knows_real_photographs(real_backbone: Backbone) -> None:
+    archive = SHARED / "weights" / "imagenet1000_128.tar"
+    if not archive.exists():
+        pytest.skip(f"the photographs {archive} are not on this machine")
+    assert sum(parameter.numel() for parameter in real_backbone.module.parameters()) == 3_504_872
+    preprocessing = real_backbone.preprocessing.with_image_size(128)
+    right = 0
+    with tarfile.open(archive) as tar:
+        members = {Path(m.name).parent.name: m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jpg")}
+        chosen = [(label, wnid) for label, wnid in enumerate(sorted(members)) if label % 10 == 0]
+        assert len(chosen) == 100
+        for label, wnid in chosen:
+            image = preprocessing(tar.extractfile(members[wnid]).read())
+            right += int(real_backbone(image).argmax()) == label
+    assert right / len(chosen) > 0.5

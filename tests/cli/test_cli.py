@@ -1,0 +1,336 @@
+"""The command line, verb by verb, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import modelpatch
+from conftest import CLASSES, color_task
+from modelpatch.backbone import load_backbone, save_backbone
+from modelpatch.cli.main import app, main
+from modelpatch.patch import Patch
+from modelpatch.train import checkpoint, evaluate, load_task
+from modelpatch.train.fit import Fit
+
+VERBS = ("demo", "fit", "eval", "predict", "inspect", "verify", "compare")
+TINY = "bundled:tiny"
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `modelpatch ARGUMENTS` in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["modelpatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        code = stop.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return call
+
+
+def write_folder(root: Path, classes: Sequence[str]) -> Path:
+    """Class folders with the pictures of `color_task`."""
+    data = color_task()
+    for name, split in (("train", data.train), ("test", data.test)):
+        for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            folder = root / name / classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:03}.png")  # type: ignore[arg-type]
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "colors", CLASSES)
+
+
+@pytest.fixture(scope="module")
+def patches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two patches of different tasks and methods, each trained for one epoch."""
+    root = tmp_path_factory.mktemp("patches")
+    paths = {method: root / f"{method}.safetensors" for method in ("linear-probe", "scale-bias")}
+    other = write_folder(root / "shades", ("dark", "light", "medium"))
+    for (method, path), data in zip(paths.items(), (folder, other), strict=True):
+        result = CliRunner().invoke(app, ["fit", str(data), "-o", str(path), "-m", method, "--epochs", "1"])
+        assert result.exit_code == 0, result.output
+    return paths
+
+
+# every verb -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(run: Run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.code == 0
+    assert f"modelpatch {verb}" in result.out
+    assert result.err == ""
+
+
+def test_the_command_lists_all_verbs_and_its_version(run: Run) -> None:
+    listed = run("--help").out
+    assert all(re.search(rf"\b{verb}\b", listed) for verb in VERBS)
+    assert run("--version").out == f"modelpatch {modelpatch.__version__}\n"
+
+
+def test_the_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "modelpatch.cli.main", "inspect", "missing.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+
+
+# fit --------------------------------------------------------------------------------------------------------
+
+
+def test_fit_writes_a_patch_and_says_that_the_base_is_unchanged(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "colors.safetensors"
+    options = ["--set", "lr=0.02", "--set", "head_lr=0.05", "--fit", "label_smoothing=0.1", "--dtype", "float16"]
+    result = run("fit", folder, "-o", out, "--epochs", 1, *options, "--json", tmp_path / "fit.json")
+    assert result.code == 0
+    assert f"wrote {out} ({out.stat().st_size:,} bytes); the base is unchanged" in result.out
+    patch = Patch.load(out)
+    assert patch.method.hyperparameters["lr"] == 0.02
+    assert patch.created["settings"]["label_smoothing"] == 0.1
+    assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.float16}
+    assert json.loads((tmp_path / "fit.json").read_text()) == as_json(patch.inspect().as_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"colors.safetensors", "fit.json"}
+
+
+def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["fit", folder, "--epochs", 3, "--batch-size", 8, "-m", "linear-probe", "-o"]
+    out = tmp_path / "resumed.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "EVERY_SECONDS", 0)
+        step = Fit._step
+
+        def interrupted(self: Fit, *rest: Any) -> None:
+            if self.state.step == 4:
+                raise KeyboardInterrupt
+            step(self, *rest)
+
+        patched.setattr(Fit, "_step", interrupted)
+        stopped = run(*command, out)
+    assert stopped.code == 130
+    assert "resumes when the same command is given again" in stopped.err
+    assert "Traceback" not in stopped.err
+    assert f"resuming the interrupted run in {out}.training" in run(*command, out).out
+    run(*command, tmp_path / "straight.safetensors")
+    straight = Patch.load(tmp_path / "straight.safetensors").tensors
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in Patch.load(out).tensors.items())
+
+
+# inspect and verify -----------------------------------------------------------------------------------------
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_inspect_shows_what_the_file_holds(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:
+    path = patches["scale-bias"]
+    result = run("inspect", path, "--json", "-", "--plot", tmp_path / "parts.png")
+    inspection = Patch.load(path).inspect()
+    assert json.loads(result.out) == as_json(inspection.as_dict())
+    assert f"{path.stat().st_size:,} bytes" in result.err
+    assert inspection.fingerprint in result.err
+    assert (tmp_path / "parts.png").stat().st_size > 0
+
+
+def test_verify_accepts_intact_files(run: Run, patches: dict[str, Path]) -> None:
+    result = run("verify", *patches.values())
+    assert result.code == 0
+    assert result.out.count("intact") == len(patches)
+
+
+def test_verify_fails_on_a_damaged_file_and_still_checks_the_others(
+    run: Run, patches: dict[str, Path], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged [bold].safetensors"
+    data = bytearray(patches["scale-bias"].read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    result = run("verify", damaged, patches["linear-probe"], "--json", tmp_path / "verify.json")
+    assert result.code == 1
+    assert f"refused  {damaged}: DamagedPatchError" in result.out
+    assert "intact" in result.out
+    first, second = json.loads((tmp_path / "verify.json").read_text())
+    assert (first["ok"], first["error"], second["ok"]) == (False, "DamagedPatchError", True)
+
+
+def test_verify_refuses_another_backbone(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:
+    other = load_backbone("timm:test_resnet", pretrained=False)
+    save_backbone(other, tmp_path / "other.safetensors", "test_resnet")
+    options = ["-b", f"file:{tmp_path / 'other.safetensors'}"]
+    result = run("verify", patches["scale-bias"], *options)
+    assert result.code == 1
+    assert "WrongBackboneError" in result.out
+    assert run("verify", patches["scale-bias"], *options, "--file-only").code == 0
+
+
+def test_a_backbone_file_is_found_beside_its_patches(run: Run, folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    save_backbone(load_backbone("timm:test_resnet", pretrained=False), base, "test_resnet")
+    out = tmp_path / "colors.safetensors"
+    fitted = run(
+        "fit", folder, "-b", f"file:{base}", "-m", "linear-probe", "--epochs", 1, "--image-size", 32, "-o", out
+    )
+    assert fitted.code == 0
+    assert run("verify", out).code == 0
+    base.unlink()
+    missing = run("verify", out)
+    assert missing.code == 1
+    assert "needs the backbone file base.safetensors" in missing.out
+
+
+# eval and predict -------------------------------------------------------------------------------------------
+
+
+def test_eval_measures_the_patch(run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path) -> None:
+    path = patches["linear-probe"]
+    result = run("eval", folder, "-p", path, "--per-class", "--json", "-", "--plot", tmp_path / "confusion.png")
+    figures = json.loads(result.out)
+    assert figures == evaluate(load_backbone(TINY), Patch.load(path), load_task(folder)).as_dict()
+    assert all(name in result.err for name in CLASSES)
+    assert (tmp_path / "confusion.png").stat().st_size > 0
+
+
+def test_eval_measures_the_base_beside_the_patch(
+    run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path
+) -> None:
+    base = write_folder(tmp_path / "base", load_backbone(TINY).classes[:3])
+    figures = json.loads(run("eval", folder, "-p", patches["linear-probe"], "--base-data", base, "--json", "-").out)
+    expected = modelpatch.harmonic_mean(figures["top1"], figures["base_top1"])
+    assert figures["harmonic_mean"] == pytest.approx(expected)
+
+
+def test_predict_answers_with_every_patch_and_the_base(run: Run, folder: Path, patches: dict[str, Path]) -> None:
+    options = [option for path in patches.values() for option in ("-p", path)]
+    result = run("predict", folder / "test", *options, "--base", "--top", 2, "--json", "-")
+    answers = json.loads(result.out)
+    files = sorted(folder.glob("test/*/*.png"))
+    assert [answer["image"] for answer in answers] == [str(file) for file in files]
+    assert list(answers[0]["tasks"]) == sorted(["colors", "shades", "base"])
+    backbone, patch = load_backbone(TINY), Patch.load(patches["linear-probe"])
+    scores = backbone.patched(patch)(patch.preprocessing(*files)).softmax(1)
+    for answer, row in zip(answers, scores, strict=True):
+        assert len(answer["tasks"]["base"]) == 2
+        best = answer["tasks"]["colors"][0]
+        assert best["label"] == patch.task.classes[row.argmax()]
+        assert best["probability"] == pytest.approx(row.max().item(), abs=1e-4)
+
+
+def test_patches_of_one_task_are_told_apart_by_their_file_names(
+    run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path
+) -> None:
+    first = patches["linear-probe"]
+    second = tmp_path / "again.safetensors"
+    second.write_bytes(first.read_bytes())
+    image = next(folder.glob("test/*/*.png"))
+    answers = json.loads(run("predict", image, "-p", first, "-p", second, "--json", "-").out)
+    assert set(answers[0]["tasks"]) == {"linear-probe", "again"}
+    assert "give each --patch once" in run("predict", image, "-p", first, "-p", first).err
+
+
+# compare ----------------------------------------------------------------------------------------------------
+
+
+def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, folder: Path, tmp_path: Path) -> None:
+    names = ["linear-probe", "scale-bias"]
+    outputs = {name: tmp_path / name for name in ("c.json", "c.png", "c.md", "patches")}
+    options = ["--json", outputs["c.json"], "--plot", outputs["c.png"], "--markdown", outputs["c.md"]]
+    result = run("compare", folder, "--methods", ", ".join(names), "--epochs", 1, *options, "--out", outputs["patches"])
+    assert result.code == 0
+    rows = json.loads(outputs["c.json"].read_text())["rows"]
+    assert [row["method"] for row in rows] == names
+    for row in rows:
+        assert (outputs["patches"] / f"colors-{row['method']}.safetensors").stat().st_size == row["file_bytes"]
+        assert f"{row['file_bytes']:,}" in outputs["c.md"].read_text()
+        assert f"{row['file_bytes']:,}" in result.out
+    assert outputs["c.png"].stat().st_size > 0
+
+
+# errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "missing"], "missing is neither a folder"),
+        (["fit", "FOLDER", "-m", "lora"], "there is no method 'lora'"),
+        (["fit", "FOLDER", "--set", "speed=9"], "has no hyperparameter 'speed'"),
+        (["fit", "FOLDER", "--set", "lr"], "--set 'lr' is not KEY=VALUE"),
+        (["fit", "FOLDER", "--fit", "speed=9"], "fit has no setting 'speed'"),
+        (["fit", "FOLDER", "--epochs", "0"], "epochs = 0 is not valid"),
+        (["fit", "FOLDER", "--dtype", "int8", "--epochs", "100000"], "cannot store tensors as --dtype 'int8'"),
+        (["fit", "FOLDER", "-o", "missing/x.safetensors"], "the folder of --out missing/x.safetensors does not exist"),
+        (["fit", "FOLDER", "-b", "bundled:huge"], "bundles no backbone 'huge'"),
+        (["fit", "FOLDER", "-b", "tiny"], "'tiny' is not a backbone"),
+        (["compare", "FOLDER", "--methods", "lora"], "there is no method 'lora'"),
+        (
+            ["compare", "FOLDER", "--methods", "linear-probe", "--epochs", "1", "--markdown", "no/x.md"],
+            "cannot write no",
+        ),
+        (["inspect", "missing.safetensors"], "missing.safetensors"),
+        (["inspect", "FOLDER/test/red/000.png"], "000.png"),
+        (["inspect", "PATCH", "--plot", "missing/x.png"], "cannot draw missing/x.png"),
+        (["inspect", "PATCH", "--json", "missing/x.json"], "cannot write missing/x.json"),
+        (["predict", "missing.png", "-p", "PATCH"], "there is no image or folder missing.png"),
+        (["predict", "EMPTY", "-p", "PATCH"], "no images in"),
+        (["eval", "EMPTY", "-p", "PATCH"], "holds no class folders"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_status_one(
+    run: Run,
+    folder: Path,
+    patches: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    names = {"FOLDER": str(folder), "PATCH": str(patches["linear-probe"]), "EMPTY": str(tmp_path / "empty")}
+    for name, value in names.items():
+        arguments = [argument.replace(name, value) for argument in arguments]
+    result = run(*arguments)
+    assert result.code == 1
+    assert result.err.startswith("error: ") or "\nerror: " in result.err
+    assert message in result.err
+    assert "Traceback" not in result.out + result.err
+    assert len(result.err.splitlines()) == 1
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_wrong_option_is_a_usage_error(run: Run) -> None:
+    result = run("inspect", "--speed")
+    assert result.code == 2
+    assert "No such option" in result.err

@@ -1,0 +1,89 @@
+"""What all methods have in common: the registry, hyperparameters, counting and optimizer groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
+from modelpatch.methods import METHODS, FullFinetune, LinearProbe, Method, ScaleBias, Subset, describe, make_method
+
+
+def test_every_method_is_found_by_its_name() -> None:
+    assert {name: type(make_method(name)) for name in METHODS} == METHODS
+    assert all(kind.paper for kind in METHODS.values())
+
+
+def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
+    with pytest.raises(MethodError, match=f"no method 'lora'.*{', '.join(METHODS)}"):
+        make_method("lora")
+
+
+def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
+    with pytest.raises(MethodError, match=r"scale-bias has no hyperparameter 'blocks'.*head_lr.*statistics"):
+        make_method("scale-bias", blocks="last")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("hyperparameter", "value"),
+    [("lr", "fast"), ("lr", -1), ("head_lr", 0), ("weight_decay", -0.1), ("optimizer", "lion"), ("head", "none")],
+)
+def test_a_value_that_makes_no_sense_is_an_error_that_quotes_it(name: str, hyperparameter: str, value: object) -> None:
+    with pytest.raises(MethodError, match=f"{name}: {hyperparameter} = {value!r} is not valid"):
+        make_method(name, **{hyperparameter: value})
+
+
+def test_strings_become_the_values_they_spell() -> None:
+    made = make_method("subset", lr="0.003", blocks="layer4.1, stage0", statistics="learned")
+    assert made == Subset(lr=0.003, blocks=("layer4.1", "stage0"), statistics="learned")
+    assert make_method("scale-bias", affine="false", statistics="recomputed").affine is False  # type: ignore[attr-defined]
+
+
+def test_describe_gives_back_what_makes_the_same_method() -> None:
+    method = ScaleBias(lr=0.02, layers="norm")
+    assert make_method(method.name, **describe(method)) == method
+
+
+def test_parameters_are_counted_without_the_head(tiny: Backbone) -> None:
+    norms = [module for module in tiny.module.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert LinearProbe().count_parameters(tiny) == 0
+    assert ScaleBias().count_parameters(tiny) == sum(2 * norm.num_features for norm in norms)
+    assert FullFinetune().count_parameters(tiny) == sum(segment.parameters for segment in tiny.chain)
+
+
+def test_the_head_has_its_own_rate_and_vectors_never_decay(tiny: Backbone) -> None:
+    method = FullFinetune(lr=1e-3, head_lr=1e-2, weight_decay=0.1)
+    model = method.draft(tiny, 3)
+    groups = method.parameter_groups(model)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    head = {id(parameter) for parameter in model.head.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (1e-2 if id(parameter) in head else 1e-3)
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0)
+
+
+def test_a_random_head_is_in_no_group(tiny: Backbone) -> None:
+    method = ScaleBias(head="random")
+    model = method.draft(tiny, 3)
+    trained = {id(p) for group in method.parameter_groups(model) for p in group["params"]}
+    assert trained.isdisjoint(map(id, model.head.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+)
+def test_the_optimizer_is_the_one_named(tiny: Backbone, name: str, kind: type[torch.optim.Optimizer]) -> None:
+    method = make_method("linear-probe", optimizer=name)
+    assert type(method.make_optimizer(method.draft(tiny, 3))) is kind
+
+
+@pytest.mark.parametrize(
+    "method", [LinearProbe(head="random"), ScaleBias(head="random", affine=False, statistics="recomputed")]
+)
+def test_settings_that_train_nothing_are_an_error(tiny: Backbone, method: Method) -> None:
+    with pytest.raises(MethodError, match="trains nothing"):
+        method.make_optimizer(method.draft(tiny, 3))

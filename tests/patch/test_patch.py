@@ -1,0 +1,121 @@
+"""A patch by itself: its types, its hash, and what `inspect` says about its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from conftest import draft_patch, make_tiny
+from modelpatch.backbone import Backbone
+from modelpatch.errors import PatchError
+from modelpatch.methods import LinearProbe, Method, ScaleBias, Subset
+from modelpatch.patch import Graft, HeadRecord, Patch, Task
+from modelpatch.patch.patch import DTYPES
+
+METHODS = [LinearProbe(), ScaleBias(), ScaleBias(layers="channel"), Subset()]
+
+
+@pytest.fixture
+def patch(tiny: Backbone) -> Patch:
+    return draft_patch(tiny, ScaleBias())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_patch_is_stored_in_the_type_it_is_given(dtype: str, patch: Patch, tmp_path: Path) -> None:
+    stored = Patch.load(patch.astype(dtype).save(tmp_path / "patch.safetensors"))
+    assert {tensor.dtype for tensor in stored.tensors.values()} == {DTYPES[dtype]}
+    for name, tensor in patch.tensors.items():
+        assert torch.equal(stored.tensors[name], tensor.to(DTYPES[dtype]))
+
+
+def test_half_precision_saves_two_bytes_a_number(patch: Patch) -> None:
+    full, half = patch.inspect(), patch.astype("float16").inspect()
+    assert full.tensor_bytes == 4 * full.numbers
+    assert half.tensor_bytes == 2 * full.numbers
+    assert half.file_bytes < full.file_bytes
+
+
+def test_another_type_is_refused_with_those_there_are(patch: Patch) -> None:
+    with pytest.raises(PatchError, match=r"'int8'.*float32, float16, bfloat16"):
+        patch.astype("int8")
+
+
+def test_the_content_hash_follows_what_the_patch_computes_and_nothing_else(patch: Patch) -> None:
+    assert len(patch.content_hash) == 64
+    same = [
+        patch.with_metrics(top1=0.9),
+        replace(patch, created={"seed": 7}),
+        replace(patch, task=Task(name="other", classes=("x", "y", "z"))),
+        replace(patch, tensors=dict(reversed(patch.tensors.items()))),
+    ]
+    assert {other.content_hash for other in same} == {patch.content_hash}
+    name, tensor = next(iter(patch.tensors.items()))
+    different = [
+        patch.astype("float16"),
+        replace(patch, tensors={**patch.tensors, name: tensor + 1}),
+        replace(patch, grafts=(Graft(kind="channel-affine", start=0, end=1),)),
+        draft_patch(make_tiny(1), ScaleBias()),
+    ]
+    assert len({patch.content_hash, *(other.content_hash for other in different)}) == 1 + len(different)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_inspect_tells_the_files_size_and_hash_exactly(method: Method, tiny: Backbone, tmp_path: Path) -> None:
+    patch = draft_patch(tiny, method).with_metrics(top1=0.5)
+    data = patch.save(tmp_path / "patch.safetensors").read_bytes()
+    inspection = patch.inspect()
+    assert inspection.file_bytes == len(data)
+    assert inspection.file_sha256 == hashlib.sha256(data).hexdigest()
+    assert inspection.numbers == sum(tensor.numel() for tensor in patch.tensors.values())
+    assert inspection.numbers == sum(part.numbers for part in inspection.parts)
+    assert inspection.tensor_bytes == sum(part.bytes for part in inspection.parts)
+    assert sum(part.tensors for part in inspection.parts) == len(patch.tensors)
+    assert inspection.metrics == {"top1": 0.5}
+    assert Patch.load(tmp_path / "patch.safetensors").inspect() == inspection
+
+
+def test_inspect_groups_tensors_by_module_and_prints_them(patch: Patch) -> None:
+    inspection = patch.inspect()
+    parts = {(part.kind, part.name): part for part in inspection.parts}
+    assert parts["head", "head"].numbers == patch.head.outputs * (patch.head.features + 1)
+    assert parts["replace", "stage1.0.bn1"].numbers == 2 * 8
+    assert parts["replace", "stage1.0.bn1"].dtypes == ("float32",)
+    text = str(inspection)
+    assert f"{inspection.file_bytes:,} bytes" in text
+    assert "stage1.0.bn1" in text
+    assert json.loads(json.dumps(inspection.as_dict()))["content_hash"] == patch.content_hash
+
+
+def test_metrics_are_added_not_replaced(patch: Patch) -> None:
+    assert patch.with_metrics(a=1).with_metrics(b=2, a=3).metrics == {"a": 3, "b": 2}
+    assert patch.metrics == {}
+
+
+def test_the_structure_ignores_numbers_and_classes(tiny: Backbone, patch: Patch) -> None:
+    assert draft_patch(tiny, ScaleBias(), classes=9, seed=4).structure == patch.structure
+    assert draft_patch(tiny, Subset()).structure != patch.structure
+    assert patch.blueprint.owned == tuple(sorted(patch.blueprint.owned))
+
+
+def test_a_patch_reads_as_what_it_is(patch: Patch) -> None:
+    assert repr(patch).startswith("Patch('draft', scale-bias, ")
+    assert patch.backbone.spec in repr(patch)
+
+
+@pytest.mark.parametrize("wrong", [{"classes": ()}, {"classes": ("a\n",)}, {"kind": "poetry"}, {"name": "\x00"}])
+def test_an_impossible_task_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Task(**{"name": "task", "classes": ("a", "b"), **wrong})
+
+
+def test_a_head_maps_features_to_outputs() -> None:
+    head = HeadRecord(features=4, outputs=3).build()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(head(x), x @ head.weight.T + head.bias)
+    assert torch.equal(head(x.view(2, 4, 1, 1)), head(x))

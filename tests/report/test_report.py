@@ -1,0 +1,178 @@
+"""Tables hold the figures, pictures are drawn, the page needs nothing from outside and trusts no name."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from conftest import color_task, draft_patch
+from modelpatch.backbone import Backbone
+from modelpatch.errors import ModelpatchError
+from modelpatch.methods import ScaleBias
+from modelpatch.report.html import Report, data_url
+from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
+from modelpatch.report.tables import (
+    comparison_markdown,
+    comparison_table,
+    evaluation_table,
+    inspection_table,
+    percent,
+    prediction_table,
+)
+from modelpatch.train import Comparison, Evaluation
+from modelpatch.train.compare import Row
+
+HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
+
+
+def comparison(*, base: bool, task: str = "colors") -> Comparison:
+    figures = {"base_before": 0.75, "base_after": 0.75} if base else {"base_before": None, "base_after": None}
+    rows = [
+        Row("linear-probe", 0.61, **figures, harmonic_mean=0.673 if base else None,
+            trainable_parameters=1234, file_bytes=56_789, seconds=1.25),
+        Row("scale-bias", 0.875, **figures, harmonic_mean=0.808 if base else None,
+            trainable_parameters=34_112, file_bytes=169_140, seconds=62.5),
+    ]  # fmt: skip
+    return Comparison(task, "bundled:tiny", tuple(rows), {}, {"subset": "there is [nothing] to train"})
+
+
+def text_of(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# tables -----------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_shown_as_percent_and_nothing_as_a_dash() -> None:
+    assert [percent(share) for share in (0, 0.3333, 1, None)] == ["0.0", "33.3", "100.0", "–"]
+
+
+def test_a_comparison_shows_every_figure_and_what_was_left_out() -> None:
+    text = text_of(comparison_table(comparison(base=True)))
+    for figure in ("colors", "bundled:tiny", "61.0", "87.5", "75.0", "80.8", "34,112", "169,140", "62.5"):
+        assert figure in text
+    assert "subset left out: there is [nothing] to train" in text
+
+
+def test_the_markdown_has_one_line_a_method_of_equal_width() -> None:
+    header, rule, *rows = comparison_markdown(comparison(base=True)).splitlines()
+    assert len({line.count("|") for line in (header, rule, *rows)}) == 1
+    assert [row.split(" | ")[0] for row in rows] == ["| linear-probe", "| scale-bias"]
+    assert "| 169,140 |" in rows[1]
+
+
+def test_an_inspection_shows_every_part(tiny: Backbone) -> None:
+    inspection = draft_patch(tiny, ScaleBias()).inspect()
+    text = text_of(inspection_table(inspection))
+    for part in inspection.parts:
+        assert part.name in text
+    assert inspection.file_sha256 in text
+    assert f"{inspection.file_bytes:,} bytes" in text
+    assert inspection.parts[0].name not in text_of(inspection_table(inspection, spans=False))
+
+
+def test_an_evaluation_lists_classes_only_when_asked() -> None:
+    figures = {"top1": 0.5, "top5": 1.0, "images": 12, "per_class": {"red[/]": 0.25}}
+    assert "red" not in text_of(evaluation_table("colors", figures, per_class=False))
+    text = text_of(evaluation_table("colors", {**figures, "base_top1": 0.7, "harmonic_mean": 0.58}, per_class=True))
+    for figure in ("50.0", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
+        assert figure in text
+
+
+def test_predictions_show_the_best_answers_of_every_task() -> None:
+    answer = [{"label": "red", "probability": 0.75}, {"label": HOSTILE, "probability": 0.2}]
+    text = text_of(prediction_table([{"image": "a[b].png", "tasks": {"colors": answer, "shades": answer[:1]}}]))
+    for shown in ("a[b].png", "colors", "shades", "75.0 %", "20.0 %", HOSTILE):
+        assert shown in text
+
+
+# pictures ---------------------------------------------------------------------------------------------------
+
+
+def assert_drawn(path: Path) -> None:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        low, high = image.convert("L").getextrema()
+        assert low < high
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_comparison_is_drawn(tmp_path: Path, base: bool) -> None:
+    plot_comparison(comparison(base=base, task="a $task$ with_marks"), tmp_path / "bars.png")
+    assert_drawn(tmp_path / "bars.png")
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_a_confusion_matrix_is_drawn_with_few_and_many_classes(tmp_path: Path, count: int) -> None:
+    confusion = [[int(i == j) for j in range(count)] for i in range(count)]
+    evaluation = Evaluation(1.0, 1.0, count, {}, confusion)
+    plot_confusion(evaluation, tuple(map(str, range(count))), tmp_path / "confusion.png")
+    assert_drawn(tmp_path / "confusion.png")
+
+
+def test_the_parts_of_a_patch_are_drawn(tmp_path: Path, tiny: Backbone) -> None:
+    plot_inspection(draft_patch(tiny, ScaleBias()).inspect(), tmp_path / "parts.png")
+    assert_drawn(tmp_path / "parts.png")
+
+
+@pytest.mark.parametrize("name", ["missing/parts.png", "parts.txt"])
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path, tiny: Backbone, name: str) -> None:
+    with pytest.raises(ModelpatchError, match=r"cannot draw .*\.png, \.svg or \.pdf"):
+        plot_inspection(draft_patch(tiny).inspect(), tmp_path / name)
+
+
+# the page ---------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """All tags, attribute values and text of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [value or "" for _, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(color_task().train.images[0]).save(buffer, format="PNG")  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def test_hostile_names_are_text_and_nothing_is_loaded_from_outside(tmp_path: Path, png: bytes) -> None:
+    (tmp_path / "picture.png").write_bytes(png)
+    report = Report(HOSTILE, HOSTILE)
+    report.section(HOSTILE, HOSTILE)
+    report.table((HOSTILE, "value"), [(HOSTILE, HOSTILE)])
+    report.picture(tmp_path / "picture.png", HOSTILE)
+    report.samples([(png, HOSTILE, True), (png, HOSTILE, False)])
+    report.code(HOSTILE)
+    report.write(tmp_path / "report.html")
+    source = (tmp_path / "report.html").read_text()
+    page = Page(source)
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) == 11  # title, heading, lead, section twice, table thrice, samples twice, code
+    pictures = [value for value in page.attributes if value.startswith("data:")]
+    assert pictures == [data_url(png)] * 3
+    assert not any(value.startswith(("http:", "https:", "//")) for value in page.attributes)
+    assert not re.search(r"@import|url\(", source)
+    assert {"ok", "bad", HOSTILE} <= set(page.attributes)

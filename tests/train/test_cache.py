@@ -1,0 +1,62 @@
+"""The cached prefix equals the prefix computed anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import color_task
+from modelpatch.backbone import Backbone
+from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share, run_prefix
+from modelpatch.train.images import AUGMENTATIONS, ImageStore
+
+GENEROUS = 2**30
+
+
+@pytest.fixture
+def store(tiny: Backbone) -> ImageStore:
+    return ImageStore(color_task(70).train, tiny.preprocessing, GENEROUS)  # more than one batch of the cache
+
+
+@pytest.mark.parametrize("memory", [GENEROUS, 1], ids=["memory", "disk"])
+@pytest.mark.parametrize("start", [1, 3, -1])
+def test_cached_outputs_are_the_prefix_of_every_image(
+    tiny: Backbone, store: ImageStore, start: int, memory: int
+) -> None:
+    start = start % (len(tiny.chain) + 1)
+    cached = CachedInputs(tiny, store, start, AUGMENTATIONS["none"], 3, 0, memory)
+    rows = torch.tensor([69, 3, 3, 0])
+    direct = run_prefix(tiny, store.plain(rows), start)
+    assert cached.start == start
+    assert torch.allclose(cached.batch(rows, epoch=5, step=0), direct, atol=1e-6)
+
+
+def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: ImageStore) -> None:
+    counts: list[int] = []
+    cached = CachedInputs(tiny, store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
+    rows = torch.arange(8)
+    views = [cached.batch(rows, epoch, step=0) for epoch in range(6)]
+    for epoch in range(3):
+        assert torch.equal(views[epoch], views[epoch + 3])
+        assert not torch.equal(views[epoch], views[(epoch + 1) % 3])
+    assert sum(counts) == 3 * len(store)
+
+
+def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageStore) -> None:
+    assert CachedInputs(tiny, store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
+
+
+def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:
+    plain = PlainInputs(store, AUGMENTATIONS["light"], seed=0)
+    rows = torch.arange(8)
+    assert plain.start == 0
+    assert torch.equal(plain.batch(rows, 1, 2), plain.batch(rows, 1, 2))
+    assert not torch.equal(plain.batch(rows, 1, 2), plain.batch(rows, 2, 2))
+
+
+def test_the_share_of_the_prefix_grows_from_nothing_to_all(tiny: Backbone) -> None:
+    shares = [prefix_share(tiny, start) for start in range(len(tiny.chain) + 1)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+    assert not cache_worthwhile(tiny, 0)
+    assert cache_worthwhile(tiny, len(tiny.chain))

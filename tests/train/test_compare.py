@@ -1,0 +1,59 @@
+"""Methods side by side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from torch import nn
+
+from conftest import small_preprocessing
+from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.methods import METHODS, LinearProbe, ScaleBias
+from modelpatch.patch import Task
+from modelpatch.train import Split, TaskData, compare, evaluate, harmonic_mean
+
+
+@pytest.fixture
+def base() -> TaskData:
+    """Test images for the five outputs of the tiny backbone's own head."""
+    images = list(np.random.default_rng(0).integers(0, 255, (10, 16, 16, 3), dtype=np.uint8))
+    split = Split(images, np.arange(10) % 5)
+    return TaskData(Task(name="base", classes=tuple("abcde")), split, split)
+
+
+def test_every_method_has_its_row_and_its_patch(tiny: Backbone, colors: TaskData) -> None:
+    result = compare(tiny, colors, epochs=1)
+    assert [row.method for row in result.rows] == list(METHODS) == list(result.patches)
+    assert (result.task, result.backbone, result.skipped) == ("colors", tiny.spec, {})
+    for row in result.rows:
+        patch = result.patches[row.method]
+        assert row.top1 == evaluate(tiny, patch, colors).top1
+        assert row.file_bytes == patch.inspect().file_bytes
+        assert row.seconds > 0
+        assert row.base_before is row.base_after is row.harmonic_mean is None
+    assert json.loads(json.dumps(result.as_dict()))["rows"][0]["method"] == "linear-probe"
+
+
+def test_the_base_is_measured_before_and_after(tiny: Backbone, colors: TaskData, base: TaskData) -> None:
+    (row,) = compare(tiny, colors, ["full-finetune"], base=base, epochs=1).rows
+    assert row.base_before == row.base_after
+    assert row.base_after is not None
+    assert row.harmonic_mean == harmonic_mean(row.top1, row.base_after)
+
+
+def test_trained_numbers_are_the_methods_and_the_heads(tiny: Backbone, colors: TaskData) -> None:
+    methods = [LinearProbe(), ScaleBias(), ScaleBias(head="random")]
+    head = 3 * tiny.chain.feature_dim + 3
+    affine = ScaleBias().count_parameters(tiny)
+    result = compare(tiny, colors, methods, epochs=1)
+    assert [row.trainable_parameters for row in result.rows] == [head, affine + head, affine]
+
+
+def test_a_method_that_cannot_patch_the_backbone_is_left_out_with_the_reason(colors: TaskData) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.ReLU(), nn.Linear(8, 5))
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    result = compare(backbone, colors, ["scale-bias", "linear-probe"], epochs=1)
+    assert [row.method for row in result.rows] == ["linear-probe"]
+    assert "no convolution to scale" in result.skipped["scale-bias"]

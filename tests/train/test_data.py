@@ -1,0 +1,267 @@
+"""Tasks from folders, manifests, data set libraries and what is bundled; splits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import CLASSES, color_task
+from modelpatch.backbone.preprocess import open_image
+from modelpatch.errors import DataError
+from modelpatch.train import Split, TaskData, load_task
+from modelpatch.train.data import TEST_FRACTION, source_size, stratified
+
+
+def png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def names_of(split: Split, data: TaskData) -> list[str]:
+    """The class name of every image; in the folders of `image_folder` it is the name of the image's parent."""
+    return [data.classes[label] for label in split.labels]
+
+
+# folders ----------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_become_a_task_with_their_splits(image_folder: Path) -> None:
+    data = load_task(image_folder)
+    assert data.task.name == "colors"
+    assert data.classes == tuple(sorted(CLASSES))
+    assert (len(data.train), len(data.test), data.validation) == (24, 12, None)
+    for split in (data.train, data.test):
+        assert names_of(split, data) == [Path(str(image)).parent.name for image in split.images]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_kept_apart(image_folder: Path, name: str) -> None:
+    (image_folder / "test").rename(image_folder / name)
+    data = load_task(image_folder)
+    assert data.validation is not None
+    assert len(data.validation) == 12
+    held_out = {str(image) for image in data.validation.images}
+    assert held_out.isdisjoint(map(str, [*data.train.images, *data.test.images]))
+
+
+def test_folders_without_a_test_split_are_split_by_the_seed(image_folder: Path) -> None:
+    first, again, other = (load_task(image_folder / "train", seed=seed) for seed in (0, 0, 1))
+    assert list(map(str, first.test.images)) == list(map(str, again.test.images))
+    assert list(map(str, first.test.images)) != list(map(str, other.test.images))
+    assert len(first.train) + len(first.test) == 24
+    assert first.facts["test_split"] == f"stratified {TEST_FRACTION:.0%}, seed 0"
+    assert first.task.name == "train"
+    assert load_task(image_folder / "train", name="mine").task.name == "mine"
+
+
+def test_one_class_is_no_task(image_folder: Path) -> None:
+    with pytest.raises(DataError, match="has 1 class"):
+        load_task(image_folder.parent)
+
+
+def test_a_folder_without_images_is_an_error_that_says_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "notes.txt").write_text("no picture")
+    with pytest.raises(DataError, match=r"no class folders with images.*train/CLASS/\*\.jpg"):
+        load_task(tmp_path)
+    with pytest.raises(DataError, match="neither a folder"):
+        load_task(tmp_path / "missing")
+
+
+def test_a_class_that_is_tested_but_not_trained_is_an_error(image_folder: Path) -> None:
+    (image_folder / "train" / "green").rename(image_folder / "green")
+    with pytest.raises(DataError, match="'green' is tested but has no training image"):
+        load_task(image_folder)
+
+
+def test_a_name_that_no_patch_may_hold_is_an_error(image_folder: Path) -> None:
+    with pytest.raises(DataError, match="cannot be used"):
+        load_task(image_folder, name="a\x1b[31mname")
+
+
+# manifests --------------------------------------------------------------------------------------------------
+
+
+def manifest_rows(folder: Path) -> list[dict[str, str]]:
+    return [
+        {"image": str(file.relative_to(folder)), "label": file.parent.name, "split": file.parents[1].name}
+        for file in sorted(folder.rglob("*.png"))
+    ]
+
+
+def test_a_csv_names_images_relative_to_itself(image_folder: Path) -> None:
+    data = load_task(write_csv(image_folder / "all.csv", manifest_rows(image_folder)))
+    assert data.task.name == "all"
+    assert (len(data.train), len(data.test)) == (24, 12)
+    assert names_of(data.test, data) == [Path(str(image)).parent.name for image in data.test.images]
+
+
+def test_a_csv_for_each_split_is_read_from_a_folder(image_folder: Path) -> None:
+    for split in ("train", "test"):
+        rows = [{k: r[k] for k in ("image", "label")} for r in manifest_rows(image_folder) if r["split"] == split]
+        write_csv(image_folder / f"{split}.csv", rows)
+    data = load_task(image_folder)
+    assert (len(data.train), len(data.test)) == (24, 12)
+
+
+def test_labels_that_are_numbers_are_ordered_as_numbers(image_folder: Path) -> None:
+    rows = [
+        {"path": row["image"], "target": str(number % 12)} for number, row in enumerate(manifest_rows(image_folder))
+    ]
+    assert load_task(write_csv(image_folder / "all.csv", rows)).classes == tuple(str(label) for label in range(12))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "holdout"}, "row 1: split 'holdout' is none of train, test"),
+        ({"image": "missing.png"}, r"row 1: there is no image .*missing\.png"),
+        ({"image": ""}, "row 1: there is no image"),
+    ],
+)
+def test_a_bad_row_is_an_error_that_gives_its_number(image_folder: Path, change: dict[str, str], message: str) -> None:
+    rows = manifest_rows(image_folder)
+    rows[0].update(change)
+    with pytest.raises(DataError, match=message):
+        load_task(write_csv(image_folder / "all.csv", rows))
+
+
+def test_unknown_columns_are_an_error_that_names_the_known_ones(image_folder: Path) -> None:
+    path = write_csv(image_folder / "all.csv", [{"picture": "a.png", "kind": "red"}])
+    with pytest.raises(DataError, match=r"has the columns picture, kind\. Expected one of image.*label"):
+        load_task(path)
+    path.write_text("image,label\n")
+    with pytest.raises(DataError, match="no rows"):
+        load_task(path)
+
+
+def test_a_parquet_file_may_hold_the_images_themselves(tmp_path: Path) -> None:
+    colors = color_task()
+    for name, split in (("train", colors.train), ("test", colors.test)):
+        table = pa.table(
+            {
+                "img": [{"bytes": png(image), "path": None} for image in split.images],
+                "label": [CLASSES[label] for label in split.labels],
+            }
+        )
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    data = load_task(tmp_path)
+    assert (len(data.train), len(data.test)) == (24, 12)
+    assert np.array_equal(np.asarray(open_image(data.train.images[5])), colors.train.images[5])
+    assert names_of(data.train, data) == [CLASSES[label] for label in colors.train.labels]
+
+
+def test_class_names_in_a_parquet_schema_take_the_place_of_numbers(tmp_path: Path) -> None:
+    colors = color_task()
+    table = pa.table({"image": [png(image) for image in colors.train.images], "label": colors.train.labels})
+    described = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(described)}), tmp_path / "colors.parquet")
+    data = load_task(tmp_path / "colors.parquet")
+    assert set(data.classes) == set(CLASSES)
+    for split in (data.train, data.test):
+        brightest = [CLASSES[np.asarray(open_image(image)).mean((0, 1)).argmax()] for image in split.images]
+        assert names_of(split, data) == brightest
+
+
+# libraries --------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_read_through_datasets(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = load_task(f"hf:{image_folder}")
+    assert data.task.name == "colors"
+    assert (len(data.train), len(data.test)) == (24, 12)
+    assert data.classes == tuple(sorted(CLASSES))
+    brightest = [CLASSES[np.asarray(open_image(image)).mean((0, 1)).argmax()] for image in data.test.images]
+    assert names_of(data.test, data) == brightest
+
+
+def test_a_data_set_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_task(f"hf:{tmp_path / 'missing'}")
+
+
+def test_the_bundled_digits_are_all_there() -> None:
+    data = load_task("bundled:digits")
+    assert len(data.train) + len(data.test) == 1797
+    assert data.classes == tuple("0123456789")
+    assert source_size(data.train) == 8
+    assert max(np.asarray(image).max() for image in data.train.images) == 255
+
+
+# splits -----------------------------------------------------------------------------------------------------
+
+
+labels_of = st.lists(st.integers(0, 4), min_size=2, max_size=80).map(lambda values: np.array(values, dtype=np.int64))
+fractions = st.floats(0.05, 0.5)
+
+
+@given(labels_of, fractions, st.integers(0, 2**31))
+def test_a_stratified_split_is_disjoint_and_covers_every_row(labels: np.ndarray, fraction: float, seed: int) -> None:
+    rest, share = stratified(labels, fraction, seed)
+    assert sorted([*rest, *share]) == list(range(len(labels)))
+
+
+@given(labels_of, fractions, st.integers(0, 2**31))
+def test_a_stratified_split_takes_the_fraction_of_every_class(labels: np.ndarray, fraction: float, seed: int) -> None:
+    rest, share = stratified(labels, fraction, seed)
+    for label in np.unique(labels):
+        rows, taken = (labels == label).sum(), (labels[share] == label).sum()
+        assert abs(taken - fraction * rows) <= 1
+        assert rows == 1 or taken >= 1
+        assert (labels[rest] == label).any()
+
+
+@given(labels_of, fractions, st.integers(0, 2**31))
+def test_a_stratified_split_follows_its_seed(labels: np.ndarray, fraction: float, seed: int) -> None:
+    for first, again in zip(stratified(labels, fraction, seed), stratified(labels, fraction, seed), strict=True):
+        assert np.array_equal(first, again)
+
+
+def test_validation_is_cut_from_the_training_images_once() -> None:
+    data = color_task()
+    held = data.with_validation(0.25, seed=0)
+    assert held.validation is not None
+    assert (len(held.train), len(held.validation), len(held.test)) == (18, 6, 12)
+    assert held.with_validation(0.5, seed=1) is held
+
+
+@pytest.mark.parametrize("count", [3, 6, 12])
+def test_a_subsample_keeps_the_shares_of_the_classes(count: int) -> None:
+    sample = color_task().subsample(count, seed=3)
+    assert np.bincount(sample.train.labels).tolist() == [count // 3] * 3
+    assert len(sample.test) == 12
+
+
+def test_a_subsample_larger_than_the_task_is_the_task() -> None:
+    data = color_task()
+    assert data.subsample(24) is data
+
+
+def test_a_task_shows_its_name_and_counts() -> None:
+    assert repr(color_task()) == "TaskData('colors', 3 classes, 24 train, 12 test)"
+    assert "6 validation" in repr(color_task().with_validation(0.25, 0))

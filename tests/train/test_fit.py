@@ -1,0 +1,257 @@
+"""The training loop: reproducible, on schedule, and honest about what went wrong."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import color_task, make_tiny
+from modelpatch.backbone import Backbone
+from modelpatch.errors import BackboneChangedError, TrainingError
+from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
+from modelpatch.methods.method import Batches
+from modelpatch.patch import Patch, PatchedModel
+from modelpatch.train import FitSettings, TaskData, fit
+from modelpatch.train.evaluate import evaluate, evaluate_module
+from modelpatch.train.fit import Fit
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return make_tiny()
+
+
+def equal(first: Patch, second: Patch) -> bool:
+    return first.tensors.keys() == second.tensors.keys() and all(
+        torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items()
+    )
+
+
+# what follows from the settings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [LinearProbe(), ScaleBias(statistics="learned"), Subset()], ids=lambda m: m.name)
+def test_the_same_seed_gives_the_same_patch_bit_for_bit(backbone: Backbone, colors: TaskData, method: Method) -> None:
+    first = fit(backbone, colors, method, epochs=2, seed=3)
+    torch.rand(5)  # whatever the state of torch's random numbers
+    assert equal(first, fit(backbone, colors, method, epochs=2, seed=3))
+    assert not equal(first, fit(backbone, colors, method, epochs=2, seed=4))
+
+
+@pytest.mark.parametrize("method", [LinearProbe(optimizer="sgd"), Subset(optimizer="sgd")], ids=lambda m: m.name)
+def test_the_cache_changes_nothing_but_the_time(backbone: Backbone, colors: TaskData, method: Method) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "augment": "none", "batch_size": 8}
+    cached, on_disk = (fit(backbone, colors, method, memory=memory, **settings) for memory in (2**30, 1))
+    computed = fit(backbone, colors, method, cache=False, **settings)
+    assert equal(cached, on_disk)
+    for name, tensor in cached.tensors.items():
+        assert torch.allclose(tensor, computed.tensors[name], atol=1e-5), name
+
+
+def test_a_method_learns_the_task_and_reports_what_evaluate_measures(backbone: Backbone, colors: TaskData) -> None:
+    patch = fit(backbone, colors, ScaleBias(), epochs=15, batch_size=8)
+    result = evaluate(backbone, patch, colors)
+    assert patch.metrics["test_top1"] == result.top1 > 0.9
+    assert (patch.metrics["test_top5"], patch.metrics["test_images"]) == (1, len(colors.test))
+    assert patch.created["train_images"] == len(colors.train)
+    assert patch.created["trainable_parameters"] == ScaleBias().count_parameters(backbone)
+    assert patch.created["settings"]["epochs"] == 15
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_every_optimizer_lowers_the_loss(backbone: Backbone, colors: TaskData, optimizer: str, tmp_path: Path) -> None:
+    fit(backbone, colors, make_method("full-finetune", optimizer=optimizer), epochs=6, log=tmp_path, augment="none")
+    losses = [float(row["loss"]) for row in read_log(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_another_image_size_is_trained_and_kept_in_the_patch(backbone: Backbone, colors: TaskData) -> None:
+    patch = fit(backbone, colors, LinearProbe(), epochs=1, image_size=24)
+    assert patch.preprocessing == backbone.preprocessing.with_image_size(24)
+
+
+def test_a_processor_computes_in_float32_unless_told_otherwise(backbone: Backbone, colors: TaskData) -> None:
+    auto, full, half, quarter = (
+        fit(backbone, colors, ScaleBias(), epochs=1, precision=precision)
+        for precision in ("auto", "float32", "bfloat16", "float16")
+    )
+    assert equal(auto, full)
+    for patch in (half, quarter):
+        assert not equal(auto, patch)
+        assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.float32}
+
+
+# the loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor | None, float]]:
+    """The class weights and label smoothing of every loss that was computed."""
+    seen: list[tuple[Tensor | None, float]] = []
+    original = torch.nn.functional.cross_entropy
+
+    def record(logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
+        seen.append((weight, label_smoothing))
+        return original(logits, labels, weight, label_smoothing=label_smoothing)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", record)
+    return seen
+
+
+def test_balanced_classes_weigh_the_same_whatever_their_counts(
+    backbone: Backbone, losses: list[tuple[Tensor | None, float]]
+) -> None:
+    data = color_task(48)
+    rows = np.concatenate(
+        [np.flatnonzero(data.train.labels == label)[:count] for label, count in enumerate((12, 6, 3))]
+    )
+    data = replace(data, train=data.train.take(rows))
+    weighted = fit(backbone, data, LinearProbe(), epochs=1, class_weights="balanced")
+    weight = losses[0][0]
+    assert weight is not None
+    assert torch.allclose(weight * torch.tensor([12.0, 6, 3]), torch.full((3,), 21 / 3))
+    assert not equal(weighted, fit(backbone, data, LinearProbe(), epochs=1))
+    assert losses[-1][0] is None
+
+
+def test_label_smoothing_and_clipping_reach_the_steps(
+    backbone: Backbone, colors: TaskData, losses: list[tuple[Tensor | None, float]]
+) -> None:
+    plain = fit(backbone, colors, LinearProbe(optimizer="sgd"), epochs=1)
+    smooth = fit(backbone, colors, LinearProbe(optimizer="sgd"), epochs=1, label_smoothing=0.1)
+    assert [smoothing for _, smoothing in losses] == [0.0, 0.1]
+    clipped = fit(backbone, colors, LinearProbe(optimizer="sgd"), epochs=1, clip=1e-3)
+    assert not equal(plain, smooth)
+    assert not equal(plain, clipped)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_quotes_the_rates(backbone: Backbone, colors: TaskData) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d at lr 1e\+30.*clip=1"):
+        fit(backbone, colors, FullFinetune(lr=1e30), epochs=3, batch_size=8)
+
+
+# the schedule -----------------------------------------------------------------------------------------------
+
+
+def test_the_step_schedule_drops_after_two_thirds_and_five_sixths() -> None:
+    settings = FitSettings(schedule="step", warmup=0)
+    assert [settings.factor(step, 12) for step in range(12)] == [1.0] * 8 + [0.1] * 2 + [0.01] * 2
+
+
+def test_the_cosine_schedule_warms_up_and_falls_to_nearly_nothing() -> None:
+    settings = FitSettings(warmup=0.1)
+    factors = [settings.factor(step, 100) for step in range(100)]
+    assert factors[:10] == [(step + 1) / 10 for step in range(10)]
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+
+
+def test_the_constant_schedule_is_constant_after_its_warm_up() -> None:
+    settings = FitSettings(schedule="constant", warmup=0.5)
+    assert [settings.factor(step, 4) for step in range(4)] == [0.5, 1, 1, 1]
+
+
+# early stopping ---------------------------------------------------------------------------------------------
+
+
+STOPPING: dict[str, Any] = {"schedule": "constant", "warmup": 0, "augment": "none", "validation": 0.25}
+
+
+def test_early_stopping_gives_the_tensors_of_the_best_epoch(
+    backbone: Backbone, colors: TaskData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scores = iter([0.2, 0.9, 0.9, 0.1])
+    monkeypatch.setattr(Fit, "_score", lambda *_: next(scores))
+    stopped = fit(backbone, colors, ScaleBias(), epochs=10, early_stopping=2, log=tmp_path, **STOPPING)
+    assert len(read_log(tmp_path)) == 4  # the best one and two more without improvement
+    assert stopped.metrics["validation_top1"] == 0.9
+    scores = iter([0.2, 0.9])
+    assert equal(stopped, fit(backbone, colors, ScaleBias(), epochs=2, **STOPPING))
+
+
+def test_the_best_score_is_what_the_patch_reaches_on_the_images_held_out(backbone: Backbone, colors: TaskData) -> None:
+    patch = fit(backbone, colors, ScaleBias(lr=0.1), epochs=5, early_stopping=3, **STOPPING)
+    held = colors.with_validation(STOPPING["validation"], seed=0).validation
+    assert held is not None
+    result = evaluate_module(backbone.patched(patch), held, colors.classes, patch.preprocessing)
+    assert patch.metrics["validation_top1"] == result.top1
+
+
+def test_early_stopping_holds_out_a_tenth_where_nothing_else_is_said(backbone: Backbone, colors: TaskData) -> None:
+    patch = fit(backbone, colors, LinearProbe(), epochs=1, early_stopping=1)
+    assert patch.created["settings"]["validation"] == 0.1
+    assert patch.created["train_images"] == len(colors.train) - len(colors.classes)
+
+
+# errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, "fit has no setting 'epoch'. It has: epochs"),
+        ({"epochs": 0}, "epochs = 0 is not valid"),
+        ({"image_size": 0}, "image_size = 0 is not valid"),
+        ({"epochs": "many"}, "epochs = 'many' is not valid"),
+        ({"warmup": 1.0}, "warmup = 1.0 is not valid"),
+        ({"validation": -0.1}, "validation = -0.1 is not valid"),
+        ({"schedule": "linear"}, "schedule = 'linear' is not valid"),
+        ({"precision": "int8"}, "precision = 'int8' is not valid"),
+        ({"augment": "heavy"}, "augment = 'heavy' is not valid"),
+    ],
+)
+def test_a_bad_setting_is_an_error_that_quotes_it(
+    backbone: Backbone, colors: TaskData, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        fit(backbone, colors, LinearProbe(), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(LinearProbe):
+    """Writes to the tensors it shares with the backbone."""
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        with torch.no_grad():
+            next(model.parts.parameters()).add_(1)
+
+
+def test_a_fit_that_moves_the_backbone_fails(tiny: Backbone, colors: TaskData) -> None:
+    with pytest.raises(BackboneChangedError, match=r"have changed since it was loaded, in: stem\.0"):
+        fit(tiny, colors, Careless(), epochs=1)
+
+
+# logs -------------------------------------------------------------------------------------------------------
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    fit(backbone, colors, LinearProbe(), epochs=3, log=tmp_path / "run", validation=0.25)
+    rows = read_log(tmp_path / "run")
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert set(rows[0]) == {"epoch", "loss", "lr", "validation_top1"}
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    assert events.stat().st_size > 0
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for name in ("log", "checkpoint"):
+        folder: Any = {name: tmp_path / "file" / "run"}
+        with pytest.raises(TrainingError, match=f"cannot make the {name} folder"):
+            fit(backbone, colors, LinearProbe(), epochs=1, **folder)

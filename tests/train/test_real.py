@@ -1,0 +1,32 @@
+"""The methods on a real backbone and real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modelpatch.backbone import Backbone
+from modelpatch.methods import LinearProbe, ScaleBias
+from modelpatch.train import fit, load_task
+
+CLASSES = 10
+MARGIN = 0.05
+
+
+@pytest.mark.real
+def test_scale_and_bias_beat_a_linear_probe_on_traffic_signs(
+    real_backbone: Backbone, real_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    signs = real_data("gtsrb")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for folder in sorted((signs / split).iterdir())[:CLASSES]:
+            (tmp_path / split / folder.name).symlink_to(folder)
+    data = load_task(tmp_path)
+    settings = {"epochs": 3, "image_size": 64, "views": 1}
+    probe, patch = (fit(real_backbone, data, method, **settings) for method in (LinearProbe(), ScaleBias()))
+    print(probe.metrics, patch.metrics, len(data.train), len(data.test), probe.created, patch.created)
+    assert patch.metrics["test_top1"] > probe.metrics["test_top1"] + MARGIN
+    real_backbone.verify()
