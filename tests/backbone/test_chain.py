@@ -33,7 +33,7 @@ BLOCKS = {
     "torchvision:resnet18": {"BasicBlock"},
     "torchvision:mobilenet_v2": {"InvertedResidual"},
 }
-ARGUMENTS = {"timm:vgg16_bn": {"num_features": 512}}  # not 4096: the same layers without 500 MB of weights
+ARGUMENTS = {"timm:vgg16_bn": {"mlp_ratio": 1 / 8}}  # the same layers without most of their 500 MB of weights
 STAGES = {"vit": 1, "deit3": 1, "inception": 3}  # resolutions at which blocks run; most networks have 4 or 5
 ONE_SIZE = ("vit", "deit3", "swin")  # position embeddings and windows are made for the native size
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone, Segment
-from modelpatch.errors import MethodNotApplicableError
+from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Batches, Method, batch_norms
 from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
 
@@ -45,6 +45,8 @@ class ScaleBias(Method):
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
+        if self.layers == "channel" and not self.affine:
+            raise MethodError("scale-bias: affine=False leaves nothing of layers='channel' to train. Drop one of them.")
         owned = [name for segment in backbone.chain for name in self._owned(segment)]
         if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):
             grafts = tuple(graft for segment in backbone.chain for graft in self._grafts(segment))

@@ -134,6 +134,14 @@ class PatchedModel(nn.Module):
                     module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         return super()._apply(fn, recurse)
 
+    def requires_grad_(self, requires_grad: bool = True) -> PatchedModel:
+        """Applies to the patch's own parameters; those of the backbone stay frozen."""
+        for local in self.names.values():
+            tensor = self._tensor(local)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(requires_grad)
+        return self
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
         """Like `nn.Module.load_state_dict`, but always by assignment: copying would write the backbone's bytes."""
         if not assign:
@@ -163,11 +171,13 @@ class BoundPatch:
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         self._skeleton = skeleton_for(backbone, patch)
-        check_fit({**self._skeleton.shapes, **_head_shapes(patch)}, patch.tensors)
+        check_fit({**self._skeleton.shapes, **patch.head.shapes()}, patch.tensors)
         self.task, self.preprocessing = patch.task, patch.preprocessing
         self._layout = self._skeleton.layout(patch)
-        order = [name for name, _ in self._layout]
-        self._flat = torch.cat([patch.tensors[name].detach().float().reshape(-1) for name in order])
+        self._flat = torch.zeros(sum(padded(shape) for _, shape in self._layout), device=backbone.device)
+        pieces = self._flat.split([padded(shape) for _, shape in self._layout])
+        for (name, shape), piece in zip(self._layout, pieces, strict=True):
+            piece[: shape.numel()].copy_(patch.tensors[name].reshape(-1))
 
     @property
     def nbytes(self) -> int:
@@ -177,16 +187,18 @@ class BoundPatch:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
-        sizes = [shape.numel() for _, shape in self._layout]
+        pieces = self._flat.split([padded(shape) for _, shape in self._layout])
         tensors = {
-            local: piece.view(shape)
-            for (local, shape), piece in zip(self._local_layout(), self._flat.split(sizes), strict=True)
+            self._skeleton.model.names[name]: piece[: shape.numel()].view(shape)
+            for (name, shape), piece in zip(self._layout, pieces, strict=True)
         }
         with self._skeleton.lock:
             return torch.func.functional_call(self._skeleton.model, tensors, (images,))
 
-    def _local_layout(self) -> list[tuple[str, torch.Size]]:
-        return [(self._skeleton.model.names[name], shape) for name, shape in self._layout]
+
+def padded(shape: torch.Size) -> int:
+    """Numbers a tensor takes in a flat one: whole 64-byte lines, since kernels differ in the last bit off them."""
+    return -(-shape.numel() // 16) * 16
 
 
 class _Skeleton:
@@ -201,13 +213,8 @@ class _Skeleton:
     def layout(self, patch: Patch) -> tuple[tuple[str, torch.Size], ...]:
         """Names and shapes in the order a flat tensor holds them; one tuple per head width, shared by all patches."""
         return self._layouts.setdefault(
-            patch.head.outputs, tuple(sorted({**self.shapes, **_head_shapes(patch)}.items()))
+            patch.head.outputs, tuple(sorted({**self.shapes, **patch.head.shapes()}.items()))
         )
-
-
-def _head_shapes(patch: Patch) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {f"head.{name}": tensor.shape for name, tensor in patch.head.build().state_dict().items()}
 
 
 _SKELETONS: WeakKeyDictionary[Backbone, dict[str, _Skeleton]] = WeakKeyDictionary()
@@ -217,7 +224,7 @@ _SKELETONS_LOCK = threading.Lock()
 def skeleton_for(backbone: Backbone, patch: Patch) -> _Skeleton:
     """The shared model for the patch's structure. Raises `WrongBackboneError` for a patch of another backbone."""
     patch.check_backbone(backbone)
-    key = patch.structure
+    key = f"{backbone.device} {patch.structure}"
     with _SKELETONS_LOCK:
         skeletons = _SKELETONS.setdefault(backbone, {})
         if key not in skeletons:

@@ -50,22 +50,22 @@ def encode_patch(patch: Patch) -> bytes:
     for name, tensor in tensors.items():
         _check_name(name)
         _check_finite(name, tensor)
-    header = Header.model_construct(
-        version=VERSION,
-        backbone=patch.backbone,
-        task=patch.task,
-        preprocessing=patch.preprocessing,
-        head=patch.head,
-        method=patch.method,
-        grafts=patch.grafts,
-        codecs={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-        metrics=dict(patch.metrics),
-        created=dict(patch.created),
-        sha256=ZEROS,
-    )
     try:
-        text = canonical(header.model_dump(mode="json"))
-    except ValueError as error:
+        header = Header(
+            version=VERSION,
+            backbone=patch.backbone,
+            task=patch.task,
+            preprocessing=patch.preprocessing,
+            head=patch.head,
+            method=patch.method,
+            grafts=patch.grafts,
+            codecs={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+            metrics=dict(patch.metrics),
+            created=dict(patch.created),
+            sha256=ZEROS,
+        )
+        text = canonical(header.model_dump())
+    except (TypeError, ValueError) as error:
         raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
     data = bytearray(safetensors.torch.save(tensors, {KEY: text}))
     at = _hash_position(data, ZEROS)
@@ -252,3 +252,6 @@ def _check_consistent(header: Header, tensors: dict[str, Tensor], name: str) -> 
         raise InvalidPatchError(
             f"{name}: the head has {header.head.outputs} outputs for {len(header.task.classes)} classes."
         )
+    heads = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
+    if heads != header.head.shapes():
+        raise InvalidPatchError(f"{name}: the head's tensors are not those of a {header.head.kind} head.")

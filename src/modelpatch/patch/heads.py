@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -20,6 +21,11 @@ class HeadRecord(BaseModel):
     def build(self) -> nn.Module:
         """A freshly initialised head of this kind."""
         return HEADS[self.kind](self.features, self.outputs)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor of the head by its name in a patch file; nothing is allocated."""
+        with torch.device("meta"):
+            return {f"head.{name}": tensor.shape for name, tensor in self.build().state_dict().items()}
 
 
 class LinearHead(nn.Linear):

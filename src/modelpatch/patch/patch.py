@@ -19,7 +19,7 @@ from modelpatch.errors import PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.heads import HeadRecord
 from modelpatch.patch.task import Task
-from modelpatch.patch.text import Text
+from modelpatch.patch.text import Facts, Text
 
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
@@ -33,7 +33,7 @@ class BackboneRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Text
-    arguments: dict[str, Any] = {}
+    arguments: Facts = {}
     fingerprint: Fingerprint
     parameters: int = Field(gt=0)
     bytes: int = Field(gt=0)
@@ -56,7 +56,7 @@ class MethodRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Text
-    hyperparameters: dict[str, Any] = {}
+    hyperparameters: Facts = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +186,6 @@ class Header(BaseModel):
     method: MethodRecord
     grafts: tuple[Graft, ...]
     codecs: dict[str, str]
-    metrics: dict[str, Any]
-    created: dict[str, Any]
+    metrics: Facts
+    created: Facts
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

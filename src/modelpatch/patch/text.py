@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, StringConstraints
 
@@ -17,5 +17,20 @@ def check_printable(text: str) -> str:
     return text
 
 
+def check_facts(value: Any) -> Any:
+    """Raises ValueError if any text inside nested dicts and lists is not printable."""
+    if isinstance(value, str):
+        check_printable(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_facts(key)
+            check_facts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_facts(item)
+    return value
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(check_facts)]
 Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
 TENSOR_NAME = re.compile(r"(head\.|(replace|mask|delta)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")

@@ -23,10 +23,6 @@ class Checkpoint:
         self.folder, self.identity = Path(folder), identity
         self.file = self.folder / "state.pt"
         self._saved = time.monotonic()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"cannot make the checkpoint folder {folder}: {error.strerror}.") from error
 
     def due(self) -> bool:
         """Whether enough time has passed since the last save."""
@@ -34,8 +30,20 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state; the torch random state is kept beside it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"cannot make the checkpoint folder {self.folder}: {error.strerror}.") from error
         buffer = io.BytesIO()
-        torch.save({"identity": self.identity, "random": torch.get_rng_state(), **state}, buffer)
+        torch.save(
+            {
+                "identity": self.identity,
+                "random": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all(),
+                **state,
+            },
+            buffer,
+        )
         write_bytes(self.file, buffer.getvalue())
         self._saved = time.monotonic()
 
@@ -58,6 +66,7 @@ class Checkpoint:
                 "own settings, name another checkpoint folder, or remove it to start anew."
             )
         torch.set_rng_state(random)
+        torch.cuda.set_rng_state_all(saved["cuda"])
         return saved
 
     def clear(self) -> None:

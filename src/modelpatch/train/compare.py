@@ -77,10 +77,12 @@ def compare(
             continue
         seconds = time.perf_counter() - begin
         after = evaluate_base(backbone, base).top1 if base is not None else None
+        earlier = sum(row.method.partition(" ")[0] == made.name for row in rows)
+        name = f"{made.name} ({earlier + 1})" if earlier else made.name
         top1 = patch.metrics["test_top1"]
         rows.append(
             Row(
-                method=made.name,
+                method=name,
                 top1=top1,
                 base_before=before,
                 base_after=after,
@@ -90,7 +92,7 @@ def compare(
                 seconds=seconds,
             )
         )
-        patches[made.name] = patch
+        patches[name] = patch
     return Comparison(data.task.name, backbone.spec, tuple(rows), patches, skipped)
 
 

@@ -9,6 +9,7 @@ checkpoint to the very same patch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -174,6 +175,7 @@ class Fit:
         store = self._decode("train")
         self.state = _State()
         if not self._resume():
+            self.log.begin()
             self.method.prepare(self.model, lambda: self._plain_batches(store))
         self.inputs = self._make_inputs(store, self.augmentation, self.settings.views)
         self.labels = store.labels
@@ -319,6 +321,7 @@ class Fit:
             "backbone": self.backbone.fingerprint,
             "task": self.data.task.model_dump(mode="json"),
             "images": len(self.data.train),
+            "labels": hashlib.sha256(self.data.train.labels.tobytes()).hexdigest(),
             "method": self.method.name,
             "hyperparameters": describe(self.method),
             "settings": asdict(self.settings),

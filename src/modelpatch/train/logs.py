@@ -29,6 +29,11 @@ class RunLog:
 
             self._events = SummaryWriter(str(folder))
 
+    def begin(self) -> None:
+        """Forget the figures of an earlier run: this one starts anew."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
     def write(self, row: dict[str, float]) -> None:
         """Append one row; the first one of a new file brings the header."""
         if self.file is None:
