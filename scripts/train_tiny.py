@@ -1,9 +1,9 @@
 """Train the bundled backbone `tiny` on CIFAR-10 and write it as a backbone file.
 
 A ConvNeXt with BatchNorm (timm's `convnext_atto`, re-sized), so that it has what every method patches: BatchNorm,
-depthwise convolutions and residual blocks. The 32 px photos are scaled to 64 px, which makes the 4 px patches of the
-stem see 2 px of the photo. Two cycles: the first explores, at 48 px for half of it, with grey squares and smoothed
-labels; the second starts from it at a lower rate with shifts and flips alone, since so small a network underfits.
+depthwise convolutions and residual blocks. The 32 px photos are scaled up, which makes the 4 px patches of the stem see
+little more than a pixel of the photo. Three cycles, each starting where the last one was cut: a cheap one at low resolution
+with grey squares and smoothed labels, one with shifts and flips alone, and a short one at the final resolution.
 
     python scripts/train_tiny.py --data DIR --work WORK            # DIR holds train.parquet and test.parquet
     python scripts/train_tiny.py --data DIR --work WORK --export   # writes the asset and its log into the package
@@ -50,7 +50,8 @@ ARGUMENTS: dict[str, Any] = {
 }
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-PIXELS, EARLY_PIXELS = 64, 48
+PIXELS = 96
+ASSETS = Path(__file__).parents[1] / "src" / "modelpatch" / "backbone" / "assets"
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,19 @@ class Cycle:
 
     epochs: int
     horizon: int
+    warmup: float  # epochs
     lr: float
-    early_epochs: int  # at EARLY_PIXELS
+    pixels: tuple[int, int]  # before and from epoch `switch` on
+    switch: int
     squares: bool
     label_smoothing: float
 
 
-CYCLES = (Cycle(22, 28, 4e-3, 14, True, 0.1), Cycle(16, 16, 2.5e-3, 0, False, 0.0))
-ASSETS = Path(__file__).parents[1] / "src" / "modelpatch" / "backbone" / "assets"
+CYCLES = (
+    Cycle(22, 28, 2, 4e-3, (48, 64), 14, True, 0.1),
+    Cycle(14, 16, 2, 2.5e-3, (64, 64), 0, False, 0.0),
+    Cycle(6, 6, 0.5, 1.5e-3, (96, 96), 0, True, 0.1),
+)
 
 
 def read_split(data: Path, split: str, cache: Path) -> tuple[Tensor, Tensor]:
@@ -109,12 +115,12 @@ def augment(images: Tensor, generator: torch.Generator, squares: bool) -> Tensor
     return shifted.permute(0, 3, 1, 2)
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in [0, 1], in eval mode at the full input size."""
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, pixels: int) -> float:
+    """Top-1 in [0, 1], in eval mode."""
     model.eval()
     with torch.inference_mode():
         batches = zip(images.split(500), labels.split(500), strict=True)
-        correct = sum(int((model(prepare(x, PIXELS)).argmax(1) == y).sum()) for x, y in batches)
+        correct = sum(int((model(prepare(x, pixels)).argmax(1) == y).sum()) for x, y in batches)
     return correct / len(labels)
 
 
@@ -139,8 +145,8 @@ def train(arguments: argparse.Namespace) -> None:
     plan = [(cycle, number) for cycle in CYCLES for number in range(cycle.epochs)]
     for epoch, (cycle, number) in list(enumerate(plan))[start:]:
         begin = time.perf_counter()
-        pixels = EARLY_PIXELS if number < cycle.early_epochs else PIXELS
-        total, warmup = cycle.horizon * steps, 2 * steps
+        pixels = cycle.pixels[number >= cycle.switch]
+        total, warmup = cycle.horizon * steps, round(cycle.warmup * steps)
         generator = torch.Generator().manual_seed(arguments.seed * 1000 + epoch)
         order = torch.randperm(len(images), generator=generator)
         losses: list[float] = []
@@ -161,7 +167,7 @@ def train(arguments: argparse.Namespace) -> None:
             "epoch": epoch + 1,
             "pixels": pixels,
             "loss": round(float(np.mean(losses)), 4),
-            "test_top1": round(accuracy(model, test_images, test_labels), 4),
+            "test_top1": round(accuracy(model, test_images, test_labels, cycle.pixels[-1]), 4),
             "seconds": round(time.perf_counter() - begin, 1),
         }
         print(json.dumps(row), flush=True)
