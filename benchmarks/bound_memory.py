@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import subprocess
 import sys
@@ -25,11 +26,13 @@ from common import mobilenet, report
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Task
 
 CLASSES = 43
+WARM = 3  # patches before the first measurement: the shared structure and the allocator's pools are paid once
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory."""
+    """Bytes of this process that lie in memory, after freed heap was given back: it would hide what is taken next."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -47,36 +50,39 @@ def make_patch(backbone: mp.Backbone) -> mp.Patch:
     )
 
 
-def measure(side: str, count: int) -> None:
-    """Print `<growth in bytes> <bytes of the patch files>` for one side."""
+def make_files(folder: Path, count: int) -> list[Path]:
+    """`count` patch files that differ in every number."""
+    patch = make_patch(mp.load_backbone(mobilenet()))
+    paths = [folder / f"{number:03}.safetensors" for number in range(count)]
+    for number, path in enumerate(paths):
+        noise = torch.Generator().manual_seed(number)
+        tensors = {n: t + 0.01 * torch.rand(t.shape, generator=noise) for n, t in patch.tensors.items()}
+        replace(patch, tensors=tensors).save(path)
+    return paths
+
+
+def measure(side: str, paths: list[Path]) -> None:
+    """Print by how many bytes resident memory grows with all files but the first `WARM`."""
     backbone = mp.load_backbone(mobilenet())
     images = torch.randn(1, 3, 64, 64)
-    patch = make_patch(backbone)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.safetensors" for number in range(count + 2)]
-        for number, path in enumerate(paths):
-            noise = torch.Generator().manual_seed(number)
-            tensors = {n: t + 0.01 * torch.rand(t.shape, generator=noise) for n, t in patch.tensors.items()}
-            replace(patch, tensors=tensors).save(path)
-        file_bytes = sum(path.stat().st_size for path in paths[2:])
-        kept: list[Any] = []
+    kept: list[Any] = []
 
-        def add(path: Path) -> None:
-            if side == "bound patches":
-                kept.append(mp.BoundPatch(backbone, mp.Patch.load(path)))
-            elif side == "patched models":
-                kept.append(backbone.patched(mp.Patch.load(path)))
-            else:
-                kept.append(copy.deepcopy(backbone.module))
-            with torch.no_grad():
-                kept[-1](images)
+    def add(path: Path) -> None:
+        if side == "bound patches":
+            kept.append(mp.BoundPatch(backbone, mp.Patch.load(path)))
+        elif side == "patched models":
+            kept.append(backbone.patched(mp.Patch.load(path)))
+        else:
+            kept.append(copy.deepcopy(backbone.module))
+        with torch.no_grad():
+            kept[-1](images)
 
-        for path in paths[:2]:  # the shared structure, and allocator pools that are paid once
-            add(path)
-        before = resident()
-        for path in paths[2:]:
-            add(path)
-        print(resident() - before, file_bytes)
+    for path in paths[:WARM]:
+        add(path)
+    before = resident()
+    for path in paths[WARM:]:
+        add(path)
+    print(resident() - before)
 
 
 def main() -> None:
@@ -84,15 +90,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        measure(arguments.side, arguments.count)
+        measure(arguments.side, sorted(arguments.folder.iterdir()))
         return
     rows = []
-    for side in ("bound patches", "patched models", "copies of the network"):
-        command = [sys.executable, __file__, "--side", side, "--count", str(arguments.count)]
-        growth, floor = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-        rows.append((side, round(growth / 1000), round(floor / 1000), growth / floor))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_files(Path(folder), WARM + arguments.count)
+        floor = sum(path.stat().st_size for path in paths[WARM:])
+        for side in ("bound patches", "patched models", "copies of the network"):
+            command = [sys.executable, __file__, "--side", side, "--folder", folder]
+            growth = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append((side, round(growth / 1000), round(floor / 1000), growth / floor))
     columns = (f"{arguments.count} of", "resident kB", "patch files kB (floor)", "ratio")
     report("Memory of bound scale-and-bias patches, each used once", columns, rows, arguments.json)
 

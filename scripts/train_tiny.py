@@ -2,8 +2,8 @@
 
 A ConvNeXt with BatchNorm (timm's `convnext_atto`, re-sized), so that it has what every method patches: BatchNorm,
 depthwise convolutions and residual blocks. The 32 px photos are scaled up, which makes the 4 px patches of the stem see
-little more than a pixel of the photo. Three cycles, each starting where the last one was cut: a cheap one at low resolution
-with grey squares and smoothed labels, one with shifts and flips alone, and a short one at the final resolution.
+little more than a pixel of the photo. Four cycles, each starting where the last one was cut: a cheap one at low resolution
+with grey squares and smoothed labels, one with shifts and flips alone, and two at the final resolution.
 
     python scripts/train_tiny.py --data DIR --work WORK            # DIR holds train.parquet and test.parquet
     python scripts/train_tiny.py --data DIR --work WORK --export   # writes the asset and its log into the package
@@ -72,6 +72,7 @@ CYCLES = (
     Cycle(22, 28, 2, 4e-3, (48, 64), 14, True, 0.1),
     Cycle(14, 16, 2, 2.5e-3, (64, 64), 0, False, 0.0),
     Cycle(6, 6, 0.5, 1.5e-3, (96, 96), 0, True, 0.1),
+    Cycle(15, 15, 1, 2e-3, (96, 96), 0, True, 0.1),
 )
 
 
@@ -142,6 +143,7 @@ def train(arguments: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
+    compiled = torch.compile(model, dynamic=False)  # a third faster than eager on two cores
     plan = [(cycle, number) for cycle in CYCLES for number in range(cycle.epochs)]
     for epoch, (cycle, number) in list(enumerate(plan))[start:]:
         begin = time.perf_counter()
@@ -158,7 +160,7 @@ def train(arguments: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = cycle.lr * share
             inputs = prepare(augment(images[rows], generator, cycle.squares), pixels)
-            loss = F.cross_entropy(model(inputs), labels[rows], label_smoothing=cycle.label_smoothing)
+            loss = F.cross_entropy(compiled(inputs), labels[rows], label_smoothing=cycle.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
