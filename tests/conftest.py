@@ -108,7 +108,7 @@ def draft_patch(backbone: Backbone, method: Method | None = None, classes: int =
     torch.manual_seed(seed)
     model: PatchedModel = method.draft(backbone, classes)
     with torch.no_grad():
-        for name, tensor in model.tensors().items():
+        for name, tensor in model.state().items():
             tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
     return Patch(
         backbone=BackboneRecord.of(backbone),

@@ -100,6 +100,10 @@ class CheckpointMismatchError(TrainingError):
     """A checkpoint belongs to a run with other settings."""
 
 
+class TrainingWarning(UserWarning):
+    """A run that will end, but not as its user means it to."""
+
+
 class UnknownTaskError(ModelpatchError):
     """A task name that no loaded patch has."""
 

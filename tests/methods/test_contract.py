@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import color_task, make_timm, make_tiny
+from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset
+from modelpatch.methods import Depthwise, FullFinetune, LinearProbe, Method, Piggyback, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
 
@@ -29,6 +29,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32),
 }
 WITHOUT_BATCH_NORM = {"convnext_atto", "vit_tiny"}
+WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
 SLOW = {"densenet121"}
 
 METHODS: dict[str, Method] = {
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
     "scale-bias": ScaleBias(),
     "scale-bias learned": ScaleBias(statistics="learned"),
     "subset": Subset(),
+    "piggyback": Piggyback(lr=1e-2),
     "full": FullFinetune(),
 }
 MORE_METHODS: dict[str, Method] = {
@@ -48,12 +50,19 @@ MORE_METHODS: dict[str, Method] = {
     "subset stage": Subset(blocks=("stage-1",)),
     "subset learned": Subset(statistics="learned"),
     "full learned": FullFinetune(statistics="learned"),
+    "depthwise": Depthwise(),
+    "scale-bias + depthwise": ScaleBias() + Depthwise(),
+    "piggyback ternary": Piggyback(lr=1e-2, ternary=True, start="uniform"),
+    "piggyback + norms": Piggyback(lr=1e-2, norms="trained"),
+    "piggyback + scale-bias": Piggyback(lr=1e-2) + ScaleBias(),
+    "scale-bias + subset": ScaleBias() + Subset(),
 }
 PAIRS = [
     pytest.param((architecture, method), id=f"{architecture}, {name}")
     for architecture in ARCHITECTURES
     for name, method in {**METHODS, **({} if architecture in SLOW else MORE_METHODS)}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
+    if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
 ]
 
 
@@ -131,13 +140,16 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     trained = method.draft(backbone, 3)
     method.prepare(trained, lambda: [images])
     method.train_mode(trained)
-    optimizer = method.make_optimizer(trained)
+    optimizer = method.make_optimizer(trained, backbone)
     F.cross_entropy(trained(images), torch.arange(3)).backward()
     optimizer.step()
     trained.eval()
-    rebuilt = method.draft(backbone, 3)
-    rebuilt.load_tensors(trained.tensors())
+    resumed = method.draft(backbone, 3)
+    resumed.load_state(trained.state())
+    patch = draft_patch(backbone, method)
+    rebuilt = backbone.patched(replace(patch, tensors=trained.tensors()))
     with torch.no_grad():
+        assert torch.equal(resumed(images), trained(images))
         assert torch.equal(rebuilt(images), trained(images))
 
 
@@ -147,3 +159,9 @@ def test_statistics_of_a_network_that_has_none_are_refused(name: str, statistics
     method = ScaleBias(affine=False, statistics=statistics)  # type: ignore[arg-type]
     with pytest.raises(MethodNotApplicableError, match="running statistics"):
         fit(architecture(name)[0], color_task(12, 32), method, epochs=1)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_DEPTHWISE))
+def test_depthwise_filters_of_a_network_that_has_none_are_refused(name: str) -> None:
+    with pytest.raises(MethodNotApplicableError, match=r"no depthwise convolution.*`scale-bias`"):
+        fit(architecture(name)[0], color_task(12, 32), Depthwise(), epochs=1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods import METHODS, FullFinetune, LinearProbe, Method, ScaleBias, Subset, describe, make_method
+from modelpatch.methods import METHODS, FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
 
 
 def test_every_method_is_found_by_its_name() -> None:
@@ -17,8 +17,8 @@ def test_every_method_is_found_by_its_name() -> None:
 
 
 def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
-    with pytest.raises(MethodError, match=f"no method 'lora'.*{', '.join(METHODS)}"):
-        make_method("lora")
+    with pytest.raises(MethodError, match=f"no method 'magic'.*{', '.join(METHODS)}"):
+        make_method("magic")
 
 
 def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
@@ -42,9 +42,9 @@ def test_strings_become_the_values_they_spell() -> None:
     assert make_method("scale-bias", affine="false", statistics="recomputed").affine is False  # type: ignore[attr-defined]
 
 
-def test_describe_gives_back_what_makes_the_same_method() -> None:
+def test_hyperparameters_give_back_what_makes_the_same_method() -> None:
     method = ScaleBias(lr=0.02, layers="norm")
-    assert make_method(method.name, **describe(method)) == method
+    assert make_method(method.name, **method.hyperparameters()) == method
 
 
 def test_parameters_are_counted_without_the_head(tiny: Backbone) -> None:
@@ -57,7 +57,7 @@ def test_parameters_are_counted_without_the_head(tiny: Backbone) -> None:
 def test_the_head_has_its_own_rate_and_vectors_never_decay(tiny: Backbone) -> None:
     method = FullFinetune(lr=1e-3, head_lr=1e-2, weight_decay=0.1)
     model = method.draft(tiny, 3)
-    groups = method.parameter_groups(model)
+    groups = method.parameter_groups(model, tiny)
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     head = {id(parameter) for parameter in model.head.parameters()}
     for group in groups:
@@ -69,7 +69,7 @@ def test_the_head_has_its_own_rate_and_vectors_never_decay(tiny: Backbone) -> No
 def test_a_random_head_is_in_no_group(tiny: Backbone) -> None:
     method = ScaleBias(head="random")
     model = method.draft(tiny, 3)
-    trained = {id(p) for group in method.parameter_groups(model) for p in group["params"]}
+    trained = {id(p) for group in method.parameter_groups(model, tiny) for p in group["params"]}
     assert trained.isdisjoint(map(id, model.head.parameters()))
 
 
@@ -78,7 +78,7 @@ def test_a_random_head_is_in_no_group(tiny: Backbone) -> None:
 )
 def test_the_optimizer_is_the_one_named(tiny: Backbone, name: str, kind: type[torch.optim.Optimizer]) -> None:
     method = make_method("linear-probe", optimizer=name)
-    assert type(method.make_optimizer(method.draft(tiny, 3))) is kind
+    assert type(method.make_optimizer(method.draft(tiny, 3), tiny)) is kind
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_the_optimizer_is_the_one_named(tiny: Backbone, name: str, kind: type[to
 )
 def test_settings_that_train_nothing_are_an_error(tiny: Backbone, method: Method) -> None:
     with pytest.raises(MethodError, match="trains nothing"):
-        method.make_optimizer(method.draft(tiny, 3))
+        method.make_optimizer(method.draft(tiny, 3), tiny)

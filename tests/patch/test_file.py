@@ -32,8 +32,8 @@ from modelpatch.errors import (
     UnknownPatchVersionError,
 )
 from modelpatch.patch import Patch, Task
+from modelpatch.patch.codec import PLAIN
 from modelpatch.patch.file import KEY, VERSION, ZEROS, canonical, decode_patch, encode_patch
-from modelpatch.patch.patch import DTYPES
 
 
 def make_smallest() -> Patch:
@@ -377,7 +377,7 @@ JSON = st.recursive(
 def tensors(draw: st.DrawFn) -> Tensor:
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    return torch.randn(shape, generator=generator).to(DTYPES[draw(st.sampled_from(sorted(DTYPES)))])
+    return torch.randn(shape, generator=generator).to(PLAIN[draw(st.sampled_from(sorted(PLAIN)))])
 
 
 @settings(deadline=None, max_examples=60)

@@ -35,12 +35,12 @@ HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
 def comparison(*, base: bool, task: str = "colors") -> Comparison:
     figures = {"base_before": 0.75, "base_after": 0.75} if base else {"base_before": None, "base_after": None}
     rows = [
-        Row("linear-probe", 0.61, **figures, harmonic_mean=0.673 if base else None,
+        Row("linear-probe", 0.61, None, **figures, harmonic_mean=0.673 if base else None,
             trainable_parameters=1234, file_bytes=56_789, seconds=1.25),
-        Row("scale-bias", 0.875, **figures, harmonic_mean=0.808 if base else None,
+        Row("scale-bias", 0.875, 0.0125, **figures, harmonic_mean=0.808 if base else None,
             trainable_parameters=34_112, file_bytes=169_140, seconds=62.5),
     ]  # fmt: skip
-    return Comparison(task, "bundled:tiny", tuple(rows), {}, {"subset": "there is [nothing] to train"})
+    return Comparison(task, "bundled:tiny", tuple(rows), {}, {}, {"subset": "there is [nothing] to train"})
 
 
 def text_of(table: Table) -> str:

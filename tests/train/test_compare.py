@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import small_preprocessing
 from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.methods import METHODS, LinearProbe, ScaleBias
+from modelpatch.methods import COMPARED, LinearProbe, ScaleBias
 from modelpatch.patch import Task
 from modelpatch.train import Split, TaskData, compare, evaluate, harmonic_mean
 
@@ -23,9 +23,10 @@ def base() -> TaskData:
     return TaskData(Task(name="base", classes=tuple("abcde")), split, split)
 
 
+@pytest.mark.filterwarnings("ignore:piggyback")
 def test_every_method_has_its_row_and_its_patch(tiny: Backbone, colors: TaskData) -> None:
     result = compare(tiny, colors, epochs=1)
-    assert [row.method for row in result.rows] == list(METHODS) == list(result.patches)
+    assert [row.method for row in result.rows] == list(COMPARED) == list(result.patches) == list(result.runs)
     assert (result.task, result.backbone, result.skipped) == ("colors", tiny.spec, {})
     for row in result.rows:
         patch = result.patches[row.method]
@@ -57,3 +58,21 @@ def test_a_method_that_cannot_patch_the_backbone_is_left_out_with_the_reason(col
     result = compare(backbone, colors, ["scale-bias", "linear-probe"], epochs=1)
     assert [row.method for row in result.rows] == ["linear-probe"]
     assert "no convolution to scale" in result.skipped["scale-bias"]
+
+
+def test_seeds_give_a_mean_and_its_standard_error(tiny: Backbone, colors: TaskData) -> None:
+    result = compare(tiny, colors, ["linear-probe", "linear-probe(lr=0.1)"], seeds=3, seed=4, epochs=1)
+    for row in result.rows:
+        runs = result.runs[row.method]
+        assert [run.seed for run in runs] == [4, 5, 6]
+        top1 = [run.top1 for run in runs]
+        assert row.top1 == pytest.approx(np.mean(top1))
+        assert row.top1_error == pytest.approx(np.std(top1, ddof=1) / np.sqrt(3))
+    single = compare(tiny, colors, ["linear-probe"], seed=4, epochs=1)
+    assert single.rows[0].top1_error is None
+    assert single.rows[0].top1 == result.runs["linear-probe"][0].top1
+
+
+def test_the_same_method_twice_has_two_rows(tiny: Backbone, colors: TaskData) -> None:
+    result = compare(tiny, colors, [LinearProbe(), LinearProbe()], epochs=1)
+    assert [row.method for row in result.rows] == ["linear-probe", "linear-probe (2)"]

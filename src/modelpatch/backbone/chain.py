@@ -103,6 +103,10 @@ class Chain(Sequence[Segment]):
         """The segment that holds the backbone tensor `name`. Raises KeyError for none, or for one that several share."""
         return self.segments[self._owners[name]]
 
+    def tensor(self, name: str) -> Tensor:
+        """The backbone tensor `name`. Raises KeyError as `segment_of` does."""
+        return dict(self.segment_of(name).named_tensors())[name]
+
     @cached_property
     def _owners(self) -> dict[str, int]:
         owners: dict[str, list[int]] = {}

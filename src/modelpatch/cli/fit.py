@@ -18,11 +18,11 @@ from modelpatch.cli.options import (
     write_json,
 )
 from modelpatch.errors import ModelpatchError, PatchError
-from modelpatch.methods import make_method
-from modelpatch.patch.patch import DTYPES
+from modelpatch.methods import METHODS, make_method
+from modelpatch.patch.codec import STORAGE
 from modelpatch.report.tables import inspection_table
-from modelpatch.train import evaluate, load_task
 from modelpatch.train import fit as run_fit
+from modelpatch.train import load_task, store_as
 
 
 def fit(
@@ -32,7 +32,7 @@ def fit(
     ] = None,
     backbone: BackboneOption = "bundled:tiny",
     method: Annotated[
-        str, typer.Option("--method", "-m", help="linear-probe, scale-bias, subset or full-finetune.")
+        str, typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; joined by + for several in one patch.")
     ] = "scale-bias",
     set_: Annotated[
         list[str] | None,
@@ -51,7 +51,9 @@ def fit(
         list[str] | None,
         typer.Option("--fit", help="KEY=VALUE, any other setting of fit (label_smoothing=0.1, early_stopping=3, ...)."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="How the file stores numbers: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="How the file stores numbers: float32, float16, bfloat16 or int8.")
+    ] = "float32",
     log: Annotated[Path | None, typer.Option(help="A folder for metrics.csv and TensorBoard events.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming it.")
@@ -68,8 +70,8 @@ def fit(
     path = out or Path(f"{task.task.name}.safetensors")
     if not path.parent.is_dir():
         raise ModelpatchError(f"the folder of --out {path} does not exist. Make it first: mkdir -p {path.parent}")
-    if dtype not in DTYPES:
-        raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
+    if dtype not in STORAGE:
+        raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
     made = make_method(method, **parse_pairs(set_, "--set"))
     base = open_backbone(backbone, argument)
     checkpoint = path.with_name(path.name + ".training")
@@ -89,10 +91,8 @@ def fit(
         **parse_pairs(option, "--fit"),
     }
     patch = run_fit(base, task, made, checkpoint=checkpoint, log=log, progress=True, **settings)
-    if dtype != "float32":  # the figures in the file are those of the numbers in the file
-        patch = patch.astype(dtype)
-        result = evaluate(base, patch, task)
-        patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5)
+    if dtype != "float32":
+        patch = store_as(base, patch, task, dtype)
     patch.save(path)
     inspection = patch.inspect()
     console.print(inspection_table(inspection, spans=False))

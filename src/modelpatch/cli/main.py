@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -18,7 +19,7 @@ from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
 from modelpatch.cli.predict import predict
 from modelpatch.cli.verify import verify
-from modelpatch.errors import ModelpatchError
+from modelpatch.errors import ModelpatchError, TrainingWarning
 
 
 class Verbs(TyperGroup):
@@ -59,6 +60,7 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line; a `ModelpatchError` becomes one line on standard error."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
     except ModelpatchError as error:
@@ -67,6 +69,14 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away (`modelpatch ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """One line for warnings that are meant for the user; libraries' own are not."""
+    if issubclass(category, TrainingWarning):
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[yellow]warning:[/yellow] {_escape(str(message))}"
+        )
 
 
 def _escape(text: str) -> str:

@@ -8,8 +8,8 @@ from typing import ClassVar
 from pydantic import NonNegativeFloat
 
 from modelpatch.backbone import Backbone
-from modelpatch.methods.method import Method
-from modelpatch.methods.subset import Statistics, learn_statistics, own_segments
+from modelpatch.methods.method import Method, learn_statistics
+from modelpatch.methods.subset import Statistics, own_segments
 from modelpatch.patch import Blueprint, PatchedModel
 
 
@@ -27,7 +27,8 @@ class FullFinetune(Method):
         """Owns every parameter of the chain."""
         return own_segments([segment for segment in backbone.chain if segment.parameters], self.statistics)
 
-    def train_mode(self, model: PatchedModel) -> None:
+    def activate(self, model: PatchedModel) -> None:
         """BatchNorm layers follow `statistics`."""
-        super().train_mode(model)
-        learn_statistics(model, self.statistics)
+        super().activate(model)
+        if self.statistics == "learned":
+            learn_statistics(model)

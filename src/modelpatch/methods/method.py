@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.patch import Blueprint, LinearHead, PatchedModel
+from modelpatch.patch import Blueprint, LinearHead, PatchedModel, Reweighting
 
 Batches = Callable[[], Iterable[Tensor]]
 
@@ -33,12 +33,12 @@ class Method(ABC):
     """Hyperparameters common to all methods.
 
     `lr` is the patch's learning rate and `head_lr` the head's. `head="random"` leaves the head as it was initialised.
-    Weight decay is never applied to vectors (norm parameters, biases).
+    Weight decay is never applied to vectors (norm parameters, biases). `a + b` combines methods in one patch.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    lists: ClassVar[frozenset[str]] = frozenset()
+    lists: ClassVar[frozenset[str]] = frozenset()  # hyperparameters that hold several names
 
     lr: PositiveFloat = 1e-3
     head_lr: PositiveFloat = 1e-2
@@ -50,54 +50,87 @@ class Method(ABC):
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """What a patch of this method owns and adds. Raises `MethodNotApplicableError` where there is nothing."""
 
+    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
+        """What makes owned weights from the frozen ones while they are trained, by the backbone's names of the weights."""
+        return {}
+
     def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
         """The model to train, with a fresh head for `classes` outputs that follows torch's random state."""
         head = LinearHead(backbone.chain.feature_dim, classes)
         head.requires_grad_(self.head == "trained")
-        return PatchedModel.draft(backbone, self.blueprint(backbone), head)
+        return PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
 
     def count_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters without the head."""
         model = self.draft(backbone, 1)
-        return sum(
-            p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")
-        )
+        return sum(p.numel() for name, p in model.trainable() if not name.startswith("head."))
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Work on the model before the first step; `batches()` yields normalised training images in random order."""
         return
 
+    def warn(self, reach: float) -> str | None:
+        """What the user should know before a run whose steps' learning rates add up to `reach` times the full ones."""
+        return None
+
     def train_mode(self, model: PatchedModel) -> None:
-        """Training state for the patched spans and the head; frozen parts and all BatchNorm layers stay in eval mode."""
+        """Training state: what the method trains is in train mode, everything frozen in eval mode."""
         model.eval()
         model.head.train()
-        for part in model.variants:
-            part.train()
-        for norm in batch_norms(model):
-            norm.eval()
+        self.activate(model)
 
-    def parameter_groups(self, model: PatchedModel) -> list[dict[str, Any]]:
-        """Optimizer groups: patch matrices, patch vectors (no decay), head weight, head bias (no decay)."""
+    def activate(self, model: PatchedModel) -> None:
+        """Put what this method trains into train mode: the patched spans, but none of their BatchNorm layers."""
+        for part in model.variants:
+            for module in part.modules():
+                if not isinstance(module, _BatchNorm):
+                    module.training = True
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a tensor by its name in the patch file."""
+        return self.head_lr if name.startswith("head.") else self.lr
+
+    def decay(self, name: str, parameter: nn.Parameter) -> float:
+        """The weight decay of a tensor by its name in the patch file: none for vectors and masks."""
+        return self.weight_decay if parameter.ndim > 1 and not name.startswith("mask/") else 0.0
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter as plain values."""
+        return asdict(self)
+
+    def __add__(self, other: Method) -> Method:
+        """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
+        from modelpatch.methods.composite import Composite
+
+        return Composite.of(self, other)
+
+    def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:
+        """Optimizer groups: one for every learning rate and weight decay."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                lr = self.head_lr if name.startswith("head.") else self.lr
-                decay = self.weight_decay if parameter.ndim > 1 else 0.0
-                groups.setdefault((lr, decay), []).append(parameter)
+        for name, parameter in model.trainable():
+            groups.setdefault((self.rate(name), self.decay(name, parameter)), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
-    def make_optimizer(self, model: PatchedModel) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: PatchedModel, backbone: Backbone) -> torch.optim.Optimizer:
         """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults.
 
         Raises `MethodError` if there is nothing to train.
         """
-        groups = self.parameter_groups(model)
+        groups = self.parameter_groups(model, backbone)
         if not groups:
             raise MethodError(f"{self.name} trains nothing with head={self.head!r}. Set head='trained'.")
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, fused=True)
+
+
+def learn_statistics(model: PatchedModel) -> None:
+    """Put the BatchNorm layers whose running statistics are the patch's own into train mode."""
+    own = {tensor.data_ptr() for tensor in model.state().values()}
+    for norm in batch_norms(model):
+        if norm.running_mean is not None and norm.running_mean.data_ptr() in own:
+            norm.train()
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

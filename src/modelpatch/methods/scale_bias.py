@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone, Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Batches, Method, batch_norms
+from modelpatch.methods.method import Batches, Method, batch_norms, learn_statistics
 from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
 
 GRAFT = "channel-affine"
@@ -47,7 +47,8 @@ class ScaleBias(Method):
         """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
         if self.layers == "channel" and not self.affine:
             raise MethodError("scale-bias: affine=False leaves nothing of layers='channel' to train. Drop one of them.")
-        owned = [name for segment in backbone.chain for name in self._owned(segment)]
+        affine, statistics = self.affine and self.layers != "channel", self.statistics != "frozen"
+        owned = [name for segment in backbone.chain for name in norm_tensors(segment, affine, statistics)]
         if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):
             grafts = tuple(graft for segment in backbone.chain for graft in self._grafts(segment))
             if not grafts:
@@ -60,17 +61,6 @@ class ScaleBias(Method):
             )
         return Blueprint(owned=tuple(owned))
 
-    def _owned(self, segment: Segment) -> list[str]:
-        names: list[str] = []
-        affine = self.affine and self.layers != "channel"
-        for prefix, module in segment.module.named_modules():
-            if is_norm(module):
-                tensors = [name for name, _ in module.named_parameters(recurse=False)] if affine else []
-                if isinstance(module, _BatchNorm) and self.statistics != "frozen" and module.running_mean is not None:
-                    tensors += ["running_mean", "running_var"]
-                names += [f"{prefix}.{name}".lstrip(".") for name in tensors]
-        return [segment.tensor_names[name] for name in names]
-
     def _grafts(self, segment: Segment) -> list[Graft]:
         layers = [name for name, module in segment.module.named_modules() if isinstance(module, nn.Conv2d)]
         span = {"start": segment.index, "end": segment.index + 1}
@@ -81,12 +71,23 @@ class ScaleBias(Method):
         if self.statistics == "recomputed":
             recompute_statistics(model, batches)
 
-    def train_mode(self, model: PatchedModel) -> None:
+    def activate(self, model: PatchedModel) -> None:
         """BatchNorm layers use batch statistics only while those are learned."""
-        super().train_mode(model)
+        super().activate(model)
         if self.statistics == "learned":
-            for norm in batch_norms(model):
-                norm.train()
+            learn_statistics(model)
+
+
+def norm_tensors(segment: Segment, affine: bool, statistics: bool) -> list[str]:
+    """The backbone's names of a segment's norm parameters, if `affine`, and running statistics, if `statistics`."""
+    names: list[str] = []
+    for prefix, module in segment.module.named_modules():
+        if is_norm(module):
+            tensors = [name for name, _ in module.named_parameters(recurse=False)] if affine else []
+            if statistics and isinstance(module, _BatchNorm) and module.running_mean is not None:
+                tensors += ["running_mean", "running_var"]
+            names += [segment.tensor_names[f"{prefix}.{name}".lstrip(".")] for name in tensors]
+    return names
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -115,7 +116,12 @@ def recompute_statistics(model: PatchedModel, batches: Batches) -> None:
 
 
 class ChannelAffine(nn.Module):
-    """y = scale * layer(x) + bias per output channel, started as the identity. `layer` is a convolution (B, C, H, W)."""
+    """y = scale * layer(x) + bias per output channel, started as the identity. `layer` is a convolution (B, C, H, W).
+
+    At a `strength` below 1 the scale is 1 + strength (scale - 1) and the bias strength * bias.
+    """
+
+    strength = 1.0
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
@@ -124,7 +130,11 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layer.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        scale: Tensor = self.scale
+        bias: Tensor = self.bias
+        if self.strength != 1:
+            scale, bias = torch.lerp(torch.ones_like(scale), scale, self.strength), self.strength * bias
+        return self.layer(x) * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
 
 
 @register_graft(GRAFT)

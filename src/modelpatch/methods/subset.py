@@ -17,7 +17,7 @@ from pydantic import NonNegativeFloat
 
 from modelpatch.backbone import Backbone, Chain, Segment
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Method, batch_norms
+from modelpatch.methods.method import Method, learn_statistics
 from modelpatch.patch import Blueprint, PatchedModel
 
 Statistics = Literal["frozen", "learned"]
@@ -45,10 +45,11 @@ class Subset(Method):
         """Owns the parameters of the blocks and, where they are learned, their running statistics."""
         return own_segments(find_segments(backbone, self.blocks), self.statistics)
 
-    def train_mode(self, model: PatchedModel) -> None:
+    def activate(self, model: PatchedModel) -> None:
         """BatchNorm layers of the blocks follow `statistics`; all others keep the backbone's."""
-        super().train_mode(model)
-        learn_statistics(model, self.statistics)
+        super().activate(model)
+        if self.statistics == "learned":
+            learn_statistics(model)
 
 
 def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
@@ -84,11 +85,3 @@ def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Bluepri
         if statistics == "learned":
             owned += [segment.tensor_names[n] for n, _ in segment.module.named_buffers() if n.endswith(RUNNING)]
     return Blueprint(owned=tuple(owned))
-
-
-def learn_statistics(model: PatchedModel, statistics: Statistics) -> None:
-    """Put the BatchNorm layers of the patched spans into train mode if their statistics are learned."""
-    if statistics == "learned":
-        for variant in model.variants:
-            for norm in batch_norms(variant):
-                norm.train()

@@ -5,6 +5,7 @@ from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.heads import HeadRecord, LinearHead
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
+from modelpatch.patch.weights import Reweighting
 
 __all__ = [
     "BackboneRecord",
@@ -16,6 +17,7 @@ __all__ = [
     "MethodRecord",
     "Patch",
     "PatchedModel",
+    "Reweighting",
     "Task",
     "register_graft",
 ]

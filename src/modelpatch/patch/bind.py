@@ -8,16 +8,19 @@ that it costs its own bytes and next to nothing else.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from modelpatch.backbone import Backbone, Segment, clone_module
 from modelpatch.errors import ForeignTensorError, ModelpatchError
-from modelpatch.patch.blueprint import Blueprint, Span
+from modelpatch.patch.blueprint import Blueprint, Graft, Span
+from modelpatch.patch.heads import HeadRecord
+from modelpatch.patch.weights import MADE, Reweighting, StoredWeight, resolve, set_strength
 
 if TYPE_CHECKING:
     from modelpatch.patch.patch import Patch
@@ -33,57 +36,89 @@ class PatchedModel(nn.Module):
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         super().__init__()
         patch.check_backbone(backbone)
-        self._build(backbone, patch.blueprint, patch.head.build())
-        self.load_tensors(patch.tensors)
+        self._build(backbone, patch.blueprint, patch.head.build(), {})
+        self._load(resolve(patch.tensors, backbone.chain, patch.strength))
+        set_strength(self, patch.strength)
         self.eval().requires_grad_(False)
 
     @classmethod
-    def draft(cls, backbone: Backbone, blueprint: Blueprint, head: nn.Module) -> PatchedModel:
-        """A model to be trained: owned parameters and the head require gradients, owned values start at the base's."""
+    def draft(
+        cls,
+        backbone: Backbone,
+        blueprint: Blueprint,
+        head: nn.Module,
+        reweightings: Mapping[str, Reweighting] | None = None,
+    ) -> PatchedModel:
+        """A model to be trained: owned parameters and the head require gradients, owned values start at the base's.
+
+        `reweightings` say, by the backbone's names, which owned weights are not replaced but made from the frozen one.
+        """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._build(backbone, blueprint, head)
+        model._build(backbone, blueprint, head, reweightings or {})
         return model.eval()
 
-    def _build(self, backbone: Backbone, blueprint: Blueprint, head: nn.Module) -> None:
+    def _build(
+        self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Mapping[str, Reweighting]
+    ) -> None:
         chain = backbone.chain
         self.spans = blueprint.spans(chain)
         self.starts: list[int] = []
         self.parts = nn.ModuleList()
         self.head = head
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
+        self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
+        self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
         ends = dict(self.spans)
         index = 0
         while index < len(chain):
             end = ends.get(index, index + 1)
-            owned = frozenset(blueprint.owned) if index in ends else frozenset[str]()
+            owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
-            self.parts.append(self._variant(chain[index:end], owned, blueprint, (index, end)))
+            self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
 
     def _variant(
-        self, segments: tuple[Segment, ...], owned: frozenset[str], blueprint: Blueprint, span: Span
+        self,
+        segments: tuple[Segment, ...],
+        owned: frozenset[str],
+        reweightings: Mapping[str, Reweighting],
+        blueprint: Blueprint,
+        span: Span,
     ) -> nn.Module:
-        """A structural clone of the segments with the span's grafts; records its tensors' names."""
-        clones, names = [], {}
+        """A structural clone of the segments with the span's grafts; records what its own tensors are called."""
+        clones, names, reweighted = [], {}, {}
         for segment in segments:
-            local = {base: name for name, base in segment.tensor_names.items() if base in owned}
+            local = {base: name for name, base in segment.tensor_names.items()}
             parameters = dict(segment.module.named_parameters())
-            clone = clone_module(segment.module, {name for name in local.values() if name in parameters})
+            clone = clone_module(
+                segment.module, {local[base] for base in local.keys() & owned if local[base] in parameters}
+            )
             tensors = {**dict(clone.named_parameters()), **dict(clone.named_buffers())}
-            names.update({id(tensors[name]): f"replace/{base}" for base, name in local.items()})
+            names.update({id(tensors[local[base]]): f"replace/{base}" for base in local.keys() & owned})
+            for base in local.keys() & reweightings.keys():
+                owner, _, leaf = local[base].rpartition(".")
+                parametrize.register_parametrization(clone.get_submodule(owner), leaf, reweightings[base], unsafe=True)
+                reweighted[id(reweightings[base])] = base
             clones.append(clone)
         variant = clones[0] if len(clones) == 1 else nn.Sequential(*clones)
-        before = {id(tensor) for tensor in (*variant.parameters(), *variant.buffers())}
+        grafted: dict[int, Graft | None] = dict.fromkeys(map(id, (*variant.parameters(), *variant.buffers())))
         for graft in blueprint.grafts:
             if span[0] <= graft.start and graft.end <= span[1]:
                 variant = graft.apply(variant)
+                for tensor in (*variant.parameters(), *variant.buffers()):
+                    grafted.setdefault(id(tensor), graft)
+        place = f"parts.{len(self.parts)}."
         for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
-            if id(tensor) not in before:
+            if (origin := grafted[id(tensor)]) is not None:
                 names[id(tensor)] = f"graft/{span[0]}-{span[1]}/{name}"
+                self.origins[names[id(tensor)]] = origin
             if id(tensor) in names:
-                self.names[names[id(tensor)]] = f"parts.{len(self.parts)}.{name}"
+                self.names[names[id(tensor)]] = place + name
+        for name, module in variant.named_modules():
+            if id(module) in reweighted:
+                self.reweighted[reweighted[id(module)]] = place + name
         return variant
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,18 +144,45 @@ class PatchedModel(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The patch's own tensors under the names they have in a patch file, detached, not copied."""
-        return {name: self._tensor(local).detach() for name, local in self.names.items()}
+        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        for name, path in self.reweighted.items():
+            stored = self.get_submodule(path).stored()  # type: ignore[operator]
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in stored.items()}
+        return tensors
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a patch's tensors, widened to float32. Raises `ForeignTensorError` for names or shapes that differ."""
-        check_fit(self.shapes(), tensors)
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require gradients, by the names of what they train in a patch file; scores train their mask."""
+        for name, local in self.names.items():
+            tensor = self._tensor(local)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                yield name, tensor
+        for name, path in self.reweighted.items():
+            for parameter in self.get_submodule(path).parameters():
+                if parameter.requires_grad:
+                    yield f"mask/{name}", parameter
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training may change, under the names it has here; more exact than `tensors` for masks."""
+        names = list(self.names.values())
+        for path in self.reweighted.values():
+            names += [f"{path}.{name}" for name in self.get_submodule(path).state_dict()]
+        return {name: self._tensor(name).detach() for name in names}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave. Raises `ForeignTensorError` for names or shapes that differ."""
+        own = self.state()
+        check_fit({name: tensor.shape for name, tensor in own.items()}, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        check_fit(self.shapes(), values)
         with torch.no_grad():
             for name, local in self.names.items():
-                own = self._tensor(local)
-                own.copy_(tensors[name])
+                self._tensor(local).copy_(values[name])
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every tensor of the patch, by its name in a patch file."""
+        """The shape of every tensor of the patch, by its name in a patch file, masked weights as replaced ones."""
         return {name: self._tensor(local).shape for name, local in self.names.items()}
 
     def _tensor(self, local: str) -> Tensor:
@@ -136,8 +198,8 @@ class PatchedModel(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> PatchedModel:
         """Applies to the patch's own parameters; those of the backbone stay frozen."""
-        for local in self.names.values():
-            tensor = self._tensor(local)
+        for name in self.state():
+            tensor = self._tensor(name)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(requires_grad)
         return self
@@ -171,18 +233,23 @@ class BoundPatch:
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         self._skeleton = skeleton_for(backbone, patch)
-        check_fit({**self._skeleton.shapes, **patch.head.shapes()}, patch.tensors)
         self.task, self.preprocessing = patch.task, patch.preprocessing
-        self._layout = self._skeleton.layout(patch)
+        stored = StoredWeight.collect(patch.tensors, backbone, patch.strength)
+        made = {f"replace/{name}" for name in stored}
+        plain = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(MADE)}
+        values = resolve(plain, backbone.chain, patch.strength)
+        check_fit({n: s for n, s in {**self._skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
+        self._layout = self._skeleton.layout(patch.head, made)
         self._flat = torch.zeros(sum(padded(shape) for _, shape in self._layout), device=backbone.device)
         pieces = self._flat.split([padded(shape) for _, shape in self._layout])
         for (name, shape), piece in zip(self._layout, pieces, strict=True):
-            piece[: shape.numel()].copy_(patch.tensors[name].reshape(-1))
+            piece[: shape.numel()].copy_(values[name].reshape(-1))
+        self._stored = {self._skeleton.model.names[f"replace/{name}"]: weight for name, weight in stored.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the patch's numbers in memory."""
-        return self._flat.nbytes
+        """Bytes of the patch's numbers in memory; masks are held as bits."""
+        return self._flat.nbytes + sum(weight.nbytes for weight in self._stored.values())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -192,6 +259,7 @@ class BoundPatch:
             self._skeleton.model.names[name]: piece[: shape.numel()].view(shape)
             for (name, shape), piece in zip(self._layout, pieces, strict=True)
         }
+        tensors |= {local: weight.make() for local, weight in self._stored.items()}
         with self._skeleton.lock:
             return torch.func.functional_call(self._skeleton.model, tensors, (images,))
 
@@ -208,13 +276,16 @@ class _Skeleton:
         self.model = PatchedModel(backbone, patch)
         self.lock = threading.Lock()
         self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
-        self._layouts: dict[int, tuple[tuple[str, torch.Size], ...]] = {}
+        self._layouts: dict[tuple[int, frozenset[str]], tuple[tuple[str, torch.Size], ...]] = {}
 
-    def layout(self, patch: Patch) -> tuple[tuple[str, torch.Size], ...]:
-        """Names and shapes in the order a flat tensor holds them; one tuple per head width, shared by all patches."""
-        return self._layouts.setdefault(
-            patch.head.outputs, tuple(sorted({**self.shapes, **patch.head.shapes()}.items()))
-        )
+    def layout(self, head: HeadRecord, made: Collection[str]) -> tuple[tuple[str, torch.Size], ...]:
+        """Names and shapes in the order a flat tensor holds them, without the weights that are `made` from masks.
+
+        One tuple per head width, shared by all patches.
+        """
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in made}
+        key = head.outputs, frozenset(made)
+        return self._layouts.setdefault(key, tuple(sorted({**shapes, **head.shapes()}.items())))
 
 
 _SKELETONS: WeakKeyDictionary[Backbone, dict[str, _Skeleton]] = WeakKeyDictionary()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,27 @@ from modelpatch.errors import (
     PatchLengthError,
     UnknownPatchVersionError,
 )
+from modelpatch.patch.codec import pack, unpack
 from modelpatch.patch.patch import Header, Patch
-from modelpatch.patch.text import MAX_LENGTH, TENSOR_NAME
+from modelpatch.patch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME
 
 VERSION = 1
 KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 ZEROS = "0" * 64
-CODECS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
 
 
-def encode_patch(patch: Patch) -> bytes:
+def encode_patch(patch: Patch, compress: bool = True) -> bytes:
     """The file's bytes. Raises `PatchError` for a patch that no reader would accept."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors.items()}
     for name, tensor in tensors.items():
-        _check_name(name)
+        _check_name(name, TENSOR_NAME)
         _check_finite(name, tensor)
+    try:
+        stored, codecs = pack(tensors, patch.int8, compress)
+    except ValueError as error:
+        raise PatchError(f"the patch cannot be written: {error}.") from error
     try:
         header = Header(
             version=VERSION,
@@ -59,7 +64,8 @@ def encode_patch(patch: Patch) -> bytes:
             head=patch.head,
             method=patch.method,
             grafts=patch.grafts,
-            codecs={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+            strength=patch.strength,
+            codecs=codecs,
             metrics=dict(patch.metrics),
             created=dict(patch.created),
             sha256=ZEROS,
@@ -67,15 +73,15 @@ def encode_patch(patch: Patch) -> bytes:
         text = canonical(header.model_dump())
     except (TypeError, ValueError) as error:
         raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
-    data = bytearray(safetensors.torch.save(tensors, {KEY: text}))
+    data = bytearray(safetensors.torch.save(stored, {KEY: text}))
     at = _hash_position(data, ZEROS)
     data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
     return bytes(data)
 
 
-def write_patch(patch: Patch, path: Path) -> Path:
+def write_patch(patch: Patch, path: Path, compress: bool = True) -> Path:
     """Write a patch file atomically and durably. Returns the path."""
-    write_bytes(path, encode_patch(patch))
+    write_bytes(path, encode_patch(patch, compress))
     return path
 
 
@@ -92,7 +98,7 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
     """A patch from a file's bytes; `name` stands for the file in error messages.
 
     Raises `NotAPatchError`, `PatchLengthError`, `UnknownPatchVersionError`, `DamagedPatchError`, `HostileNameError`,
-    `NonFiniteTensorError` or `InvalidPatchError`.
+    `NonFiniteTensorError` or `InvalidPatchError`; `MissingExtraError` for entropy-coded masks without `constriction`.
     """
     outer, payload_start = _read_outer(data, name)
     described = _read_json(outer["__metadata__"][KEY], name)
@@ -104,15 +110,21 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
     _check_table(outer, len(data) - payload_start, name)
     _check_hash(data, described, outer["__metadata__"][KEY], name)
     for tensor_name in outer.keys() - {"__metadata__"}:
-        _check_name(tensor_name, name)
+        _check_name(tensor_name, STORED_NAME, name)
     header = _validate(described, name)
+    for tensor_name in header.codecs:
+        _check_name(tensor_name, TENSOR_NAME, name)
     try:
-        tensors = safetensors.torch.load(data)
+        stored = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise InvalidPatchError(f"{name}: its table of tensors is not valid: {error}.") from error
-    _check_consistent(header, tensors, name)
-    for tensor_name, tensor in tensors.items():
+    for tensor_name, tensor in stored.items():
         _check_finite(tensor_name, tensor, name)
+    try:
+        tensors = unpack(stored, header.codecs)
+    except ValueError as error:
+        raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
+    _check_head(header, tensors, name)
     return Patch(
         backbone=header.backbone,
         task=header.task,
@@ -120,6 +132,8 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
         head=header.head,
         method=header.method,
         grafts=header.grafts,
+        int8=frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8"),
+        strength=header.strength,
         tensors=tensors,
         metrics=header.metrics,
         created=header.created,
@@ -219,8 +233,8 @@ def _hash_position(data: bytes | bytearray, digest: Any) -> int:
     return at + len(key) if at >= 0 else -1
 
 
-def _check_name(tensor_name: str, name: str = "the patch") -> None:
-    if len(tensor_name) > MAX_LENGTH or not TENSOR_NAME.fullmatch(tensor_name):
+def _check_name(tensor_name: str, allowed: re.Pattern[str], name: str = "the patch") -> None:
+    if len(tensor_name) > MAX_LENGTH or not allowed.fullmatch(tensor_name):
         raise HostileNameError(
             f"{name} holds a tensor named {tensor_name[:80]!r}. Expected head.NAME, replace/NAME, mask/NAME, delta/NAME or "
             "graft/I-J/NAME with letters, digits, '_' and '.' only."
@@ -244,10 +258,7 @@ def _validate(described: dict[str, Any], name: str) -> Header:
         raise kind(f"{name}: the header's {where} is not valid: {first['msg']}.") from error
 
 
-def _check_consistent(header: Header, tensors: dict[str, Tensor], name: str) -> None:
-    stored = {tensor_name: str(tensor.dtype).removeprefix("torch.") for tensor_name, tensor in tensors.items()}
-    if stored != header.codecs:
-        raise InvalidPatchError(f"{name}: the codecs in the header are not those of the stored tensors.")
+def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:
     if header.head.outputs != len(header.task.classes):
         raise InvalidPatchError(
             f"{name}: the head has {header.head.outputs} outputs for {len(header.task.classes)} classes."

@@ -17,6 +17,7 @@ from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.codec import PLAIN, STORAGE, snap_int8
 from modelpatch.patch.heads import HeadRecord
 from modelpatch.patch.task import Task
 from modelpatch.patch.text import Facts, Text
@@ -24,7 +25,7 @@ from modelpatch.patch.text import Facts, Text
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHANGES = ("replace/", "mask/", "delta/")
 
 
 class BackboneRecord(BaseModel):
@@ -63,8 +64,10 @@ class MethodRecord(BaseModel):
 class Patch:
     """Tensors over a backbone, a head, a task and where they come from.
 
-    `tensors` are named as in the file: `replace/<base name>`, `graft/<i>-<j>/<name>`, `head.<name>`. `preprocessing` is
-    how the task's images are seen, `metrics` what was measured, `created` the facts of the run.
+    `tensors` are named as in the file: `replace/<base name>`, `mask/<base name>` (bool, or int8 for ternary masks),
+    `delta/<base name>`, `graft/<i>-<j>/<name>`, `head.<name>`; `int8` names those that the file stores as integers.
+    `strength` is the share of the change that is applied, 1 as trained. `preprocessing` is how the task's images are seen,
+    `metrics` what was measured, `created` the facts of the run.
     """
 
     backbone: BackboneRecord
@@ -74,24 +77,26 @@ class Patch:
     method: MethodRecord
     tensors: Mapping[str, Tensor]
     grafts: tuple[Graft, ...] = ()
+    int8: frozenset[str] = frozenset()
+    strength: float = 1.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
     created: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def blueprint(self) -> Blueprint:
-        """What the patched model is built from: the replaced tensors' names and the grafts."""
-        owned = sorted(name.removeprefix("replace/") for name in self.tensors if name.startswith("replace/"))
-        return Blueprint(owned=tuple(owned), grafts=self.grafts)
+        """What the patched model is built from: the changed tensors' names and the grafts."""
+        owned = {name.partition("/")[2] for name in self.tensors if name.startswith(CHANGES)}
+        return Blueprint(owned=tuple(sorted(owned)), grafts=self.grafts)
 
     @property
     def structure(self) -> str:
         """Equal for two patches of one backbone whose models differ in numbers and number of classes only."""
-        return self.blueprint.model_dump_json() + self.head.kind
+        return f"{self.blueprint.model_dump_json()} {self.head.kind} {self.strength}"
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of what the patch computes: its tensors, grafts and backbone, not its provenance."""
-        grafts = json.dumps([graft.model_dump() for graft in self.grafts], sort_keys=True)
+        """SHA-256 of what the patch computes: its tensors, grafts and backbone, not its provenance or its file's coding."""
+        grafts = json.dumps([[graft.model_dump() for graft in self.grafts], self.strength], sort_keys=True)
         return (
             hash_tensors(self.tensors.items())[:32]
             + hash_tensors([(self.backbone.fingerprint.chain + grafts, torch.zeros(0))])[:32]
@@ -107,11 +112,14 @@ class Patch:
 
         return read_patch(Path(path))
 
-    def save(self, path: str | Path) -> Path:
-        """Write the patch atomically and durably. Returns the path."""
+    def save(self, path: str | Path, *, compress: bool = True) -> Path:
+        """Write the patch atomically and durably. Returns the path.
+
+        Masks are entropy-coded where that is smaller and `constriction` is installed, unless `compress` is False.
+        """
         from modelpatch.patch.file import write_patch
 
-        return write_patch(self, Path(path))
+        return write_patch(self, Path(path), compress)
 
     def inspect(self) -> Inspection:
         """What the patch holds: per span, bytes, hashes and metrics. `print()` it."""
@@ -120,14 +128,32 @@ class Patch:
         return Inspection.of(self)
 
     def astype(self, dtype: str) -> Patch:
-        """The patch with its floating tensors stored as `float32`, `float16` or `bfloat16`; models compute in float32.
+        """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
 
-        Raises `PatchError` for another name.
+        `int8` stores matrices and convolutions as 8-bit integers with one scale per output channel, vectors as float32.
+        Models compute in float32 whatever the file stores. Raises `PatchError` for another name.
         """
-        if dtype not in DTYPES:
-            raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
-        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in self.tensors.items()}
-        return replace(self, tensors=tensors)
+        if dtype not in STORAGE:
+            raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
+        floating = {name: tensor for name, tensor in self.tensors.items() if tensor.is_floating_point()}
+        if dtype == "int8":
+            matrices = frozenset(n for n, t in floating.items() if t.ndim > 1 and not n.startswith("delta/"))
+            changed = {n: snap_int8(t) if n in matrices else t.float() for n, t in floating.items()}
+            return replace(self, tensors={**self.tensors, **changed}, int8=matrices)
+        changed = {name: tensor.to(PLAIN[dtype]) for name, tensor in floating.items()}
+        return replace(self, tensors={**self.tensors, **changed}, int8=frozenset())
+
+    def at_strength(self, strength: float) -> Patch:
+        """The patch with `strength` in [0, 1] of its change: 0 computes the base's features, 1 what was trained.
+
+        Replaced tensors become W + strength (W' - W), as in PAINT's weight interpolation; added modules scale their effect.
+        The head stays. Raises `PatchError` outside [0, 1] and for masks, which do not interpolate.
+        """
+        if not 0 <= strength <= 1:
+            raise PatchError(f"strength is {strength}; expected a number from 0 (the base) to 1 (as trained).")
+        if strength != 1 and any(name.startswith("mask/") for name in self.tensors):
+            raise PatchError("masks do not interpolate: this patch works at strength 1 only.")
+        return replace(self, strength=float(strength))
 
     def with_metrics(self, **metrics: Any) -> Patch:
         """The patch with more measured figures."""
@@ -185,6 +211,7 @@ class Header(BaseModel):
     head: HeadRecord
     method: MethodRecord
     grafts: tuple[Graft, ...]
+    strength: float = Field(ge=0, le=1)
     codecs: dict[str, str]
     metrics: Facts
     created: Facts

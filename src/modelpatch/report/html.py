@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from modelpatch.atomic import write_bytes
+from modelpatch.report.plots import plot_bytes, plot_comparison
+from modelpatch.report.tables import comparison_cells
+from modelpatch.train import Comparison
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -65,6 +69,24 @@ class Report:
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(self.parts)}</html>'
         )
         write_bytes(path, page.encode())
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """The comparison as a page: table, bars, and accuracy against bytes."""
+    report = Report(
+        f"Methods on {comparison.task}",
+        f"Every method was fitted on the frozen backbone {comparison.backbone} with the same settings and number of steps.",
+    )
+    report.table(*comparison_cells(comparison))
+    for name, why in comparison.skipped.items():
+        report.section(f"{name} was left out", why)
+    with tempfile.TemporaryDirectory() as folder:
+        for title, draw in (("Accuracy and bytes", plot_comparison), ("Accuracy against bytes", plot_bytes)):
+            picture = Path(folder) / "picture.png"
+            draw(comparison, picture)
+            report.section(title)
+            report.picture(picture, title)
+    report.write(path)
 
 
 def data_url(png: bytes) -> str:

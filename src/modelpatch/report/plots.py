@@ -59,6 +59,34 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         left.figure.suptitle(f"{comparison.task} on {comparison.backbone}")
 
 
+def plot_bytes(comparison: Comparison, path: Path) -> None:
+    """Top-1 of every method against the bytes of its file (log), and its harmonic mean with the base on a second axis."""
+    rows = comparison.rows
+    with figure(path, 9, 5.5) as axes:
+        sizes = [row.file_bytes / 1000 for row in rows]
+        errors = [100 * (row.top1_error or 0) for row in rows]
+        axes.errorbar(sizes, [100 * row.top1 for row in rows], errors, fmt="o", color=BLUE, capsize=3, label="top-1")
+        for place, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+            below = place % 2  # neighbours in size are often neighbours in accuracy
+            axes.annotate(
+                row.method,
+                (size, 100 * row.top1),
+                xytext=(0, -13 if below else 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="top-1, percent")
+        axes.margins(x=0.12, y=0.15)
+        axes.set_title(f"{comparison.task} on {comparison.backbone}", pad=24)
+        means = [(size, 100 * row.harmonic_mean) for size, row in zip(sizes, rows, strict=True) if row.harmonic_mean]
+        if means:
+            second = axes.twinx()
+            second.plot(*zip(*means, strict=True), "s", color=ORANGE, markersize=4)
+            second.set_ylabel("harmonic mean with the base, percent", color=ORANGE)
+            second.spines["top"].set_visible(False)
+
+
 def _bars(axes: Any, places: list[Any], values: list[float], height: float, color: str, label: str, text: str) -> None:
     bars = axes.barh(places, values, height=height, color=color, label=label)
     axes.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=8)
@@ -78,13 +106,24 @@ def plot_confusion(evaluation: Evaluation, classes: tuple[str, ...], path: Path)
 
 
 def plot_inspection(inspection: Inspection, path: Path) -> None:
-    """Bytes of every part of a patch, in the order of the file; the head stands last in its own colour."""
+    """Bytes of every part of a patch, the head last in its own colour; beside them, what share of weights masks take out."""
     parts = sorted(inspection.parts, key=lambda part: part.kind == "head")
-    with figure(path, 9, 1.4 + 0.17 * len(parts)) as axes:
+    masked = inspection.masks is not None
+    with figure(path, 9 + 5 * masked, 1.4 + 0.17 * len(parts), columns=1 + masked) as drawn:
+        axes = drawn[0] if masked else drawn
         colors = [ORANGE if part.kind == "head" else BLUE for part in parts]
         bars = axes.barh(range(len(parts)), [part.bytes / 1000 for part in parts], color=colors)
         axes.bar_label(bars, [f"{part.bytes / 1000:.1f}" for part in parts], padding=2, fontsize=6)
         axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=6)
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        axes.set(xlabel="kB", title=f"{inspection.task}: {inspection.method}, {inspection.file_bytes:,} bytes in all")
+        axes.set(xlabel="kB")
+        if masked:
+            shares = [0.0 if part.kept is None else 100 * (1 - part.kept) for part in parts]
+            labels = ["" if part.kept is None else f"{share:.1f}" for part, share in zip(parts, shares, strict=True)]
+            drawn[1].bar_label(drawn[1].barh(range(len(parts)), shares, color=GREY), labels, padding=2, fontsize=6)
+            drawn[1].set_yticks([])
+            drawn[1].set(xlabel="percent of weights masked out")
+        for one in drawn if masked else [axes]:
+            one.invert_yaxis()
+            one.margins(y=0.01)
+        title = f"{inspection.task}: {inspection.method}, {inspection.file_bytes:,} bytes in all"
+        axes.figure.suptitle(title)

@@ -22,7 +22,7 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
     """Header and rows of the comparison as text; columns about the base stand only where it was measured."""
     columns: dict[str, Callable[[Row], str]] = {
         "method": lambda row: row.method,
-        "top-1": lambda row: percent(row.top1),
+        "top-1": lambda row: percent(row.top1) + ("" if row.top1_error is None else f" ± {percent(row.top1_error)}"),
     }
     if any(row.base_after is not None for row in comparison.rows):
         columns |= {
@@ -72,6 +72,8 @@ def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
         ("base fingerprint", inspection.fingerprint),
         ("image size", f"{inspection.image_size} px"),
         ("numbers", f"{inspection.numbers:,} in {inspection.tensor_bytes:,} bytes"),
+        *([("masks", str(inspection.masks))] if inspection.masks else []),
+        *([("strength", f"{inspection.strength:g}")] if inspection.strength != 1 else []),
         ("file", f"{inspection.file_bytes:,} bytes, {file_share} of the backbone's"),
         ("file sha256", inspection.file_sha256),
         ("content hash", inspection.content_hash),
@@ -88,7 +90,8 @@ def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
         rows += [
             (
                 f"{part.kind} {part.name}".strip(),
-                f"{part.numbers:,} numbers, {part.bytes:,} bytes, {'/'.join(part.dtypes)}",
+                f"{part.numbers:,} numbers, {part.bytes:,} bytes, {'/'.join(part.codecs)}"
+                + ("" if part.kept is None else f", {percent(1 - part.kept)} % masked out"),
             )
             for part in inspection.parts
         ]

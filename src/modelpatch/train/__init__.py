@@ -2,7 +2,7 @@
 
 from modelpatch.train.compare import Comparison, compare
 from modelpatch.train.data import Split, TaskData, load_task
-from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean
+from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "fit",
     "harmonic_mean",
     "load_task",
+    "store_as",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +12,7 @@ from typing import Any
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.methods import METHODS, Method, make_method
+from modelpatch.methods import COMPARED, Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import evaluate_base, harmonic_mean
@@ -18,10 +21,15 @@ from modelpatch.train.fit import fit
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures. Accuracies in [0, 1]; `base_*` and the harmonic mean are None without base data."""
+    """One method's figures, averaged over the seeds. Accuracies in [0, 1].
+
+    `top1_error` is the standard error of the mean over seeds, None for one seed; `base_*` and the harmonic mean are None
+    without base data. `file_bytes` is the mean size of the seeds' files.
+    """
 
     method: str
     top1: float
+    top1_error: float | None
     base_before: float | None
     base_after: float | None
     harmonic_mean: float | None
@@ -29,14 +37,47 @@ class Row:
     file_bytes: int
     seconds: float
 
+    @classmethod
+    def of(cls, method: str, parameters: int, runs: Sequence[Run], base_before: float | None) -> Row:
+        """The row of one method's runs."""
+        top1 = [run.top1 for run in runs]
+        after = [run.base_after for run in runs if run.base_after is not None]
+        means = [harmonic_mean(run.top1, run.base_after) for run in runs if run.base_after is not None]
+        return cls(
+            method=method,
+            top1=statistics.fmean(top1),
+            top1_error=statistics.stdev(top1) / math.sqrt(len(top1)) if len(top1) > 1 else None,
+            base_before=base_before,
+            base_after=statistics.fmean(after) if after else None,
+            harmonic_mean=statistics.fmean(means) if means else None,
+            trainable_parameters=parameters,
+            file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
+            seconds=statistics.fmean(run.seconds for run in runs),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit of one method with one seed."""
+
+    seed: int
+    top1: float
+    base_after: float | None
+    file_bytes: int
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of methods, and the patches it was made from. `skipped` says why a method cannot patch this backbone."""
+    """A table of methods, the runs behind it and the first seed's patches.
+
+    `skipped` says why a method cannot patch this backbone.
+    """
 
     task: str
     backbone: str
     rows: tuple[Row, ...]
+    runs: Mapping[str, tuple[Run, ...]]
     patches: Mapping[str, Patch]
     skipped: Mapping[str, str]
 
@@ -46,6 +87,7 @@ class Comparison:
             "task": self.task,
             "backbone": self.backbone,
             "rows": [asdict(row) for row in self.rows],
+            "runs": {name: [asdict(run) for run in runs] for name, runs in self.runs.items()},
             "skipped": dict(self.skipped),
         }
 
@@ -53,47 +95,52 @@ class Comparison:
 def compare(
     backbone: Backbone,
     data: TaskData,
-    methods: Sequence[str | Method] = tuple(METHODS),
+    methods: Sequence[str | Method] = COMPARED,
     *,
     base: TaskData | None = None,
+    seeds: int = 1,
+    seed: int = 0,
     progress: bool = False,
     **settings: Any,
 ) -> Comparison:
-    """Fit every method on the task with the same settings and put the results in one table.
+    """Fit every method on the task with the same settings and number of steps and put the results in one table.
 
-    `base` is a test set of the backbone's own classes: its accuracy is measured before and after every fit, and the
-    harmonic mean with it is reported. A method that cannot patch this backbone is left out, with the reason.
+    `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
+    test set of the backbone's own classes: its accuracy is measured before and after every fit, and the harmonic mean
+    with it is reported. A method that cannot patch this backbone is left out, with the reason.
     """
+    made = [(given, make_method(given)) if isinstance(given, str) else (given.name, given) for given in methods]
     before = evaluate_base(backbone, base).top1 if base is not None else None
+    runs: dict[str, tuple[Run, ...]] = {}
     rows: list[Row] = []
     patches: dict[str, Patch] = {}
     skipped: dict[str, str] = {}
-    for made in [make_method(method) if isinstance(method, str) else method for method in methods]:
-        begin = time.perf_counter()
+    for spelling, method in made:
+        name = _unused(spelling, runs)
+        fitted: list[Run] = []
         try:
-            patch = fit(backbone, data, made, progress=progress, **settings)
+            for number in range(seed, seed + seeds):
+                begin = time.perf_counter()
+                patch = fit(backbone, data, method, progress=progress, seed=number, **settings)
+                seconds = time.perf_counter() - begin
+                after = evaluate_base(backbone, base).top1 if base is not None else None
+                top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
+                fitted.append(Run(number, top1, after, size, seconds))
+                patches.setdefault(name, patch)
         except MethodNotApplicableError as error:
-            skipped[made.name] = str(error)
+            skipped[name] = str(error)
             continue
-        seconds = time.perf_counter() - begin
-        after = evaluate_base(backbone, base).top1 if base is not None else None
-        earlier = sum(row.method.partition(" ")[0] == made.name for row in rows)
-        name = f"{made.name} ({earlier + 1})" if earlier else made.name
-        top1 = patch.metrics["test_top1"]
-        rows.append(
-            Row(
-                method=name,
-                top1=top1,
-                base_before=before,
-                base_after=after,
-                harmonic_mean=harmonic_mean(top1, after) if after is not None else None,
-                trainable_parameters=made.count_parameters(backbone) + head_parameters(patch, made),
-                file_bytes=patch.inspect().file_bytes,
-                seconds=seconds,
-            )
-        )
-        patches[name] = patch
-    return Comparison(data.task.name, backbone.spec, tuple(rows), patches, skipped)
+        runs[name] = tuple(fitted)
+        parameters = method.count_parameters(backbone) + head_parameters(patches[name], method)
+        rows.append(Row.of(name, parameters, fitted, before))
+    return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
+
+
+def _unused(name: str, taken: Mapping[str, Any]) -> str:
+    """`name`, numbered if a row has it already."""
+    return next(
+        one for number in itertools.count(1) if (one := f"{name} ({number})" if number > 1 else name) not in taken
+    )
 
 
 def head_parameters(patch: Patch, method: Method) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -26,8 +27,8 @@ from torch import Tensor
 
 import modelpatch
 from modelpatch.backbone import Backbone
-from modelpatch.errors import TrainingError
-from modelpatch.methods import Method, describe
+from modelpatch.errors import TrainingError, TrainingWarning
+from modelpatch.methods import Method
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share
 from modelpatch.train.checkpoint import Checkpoint
@@ -169,7 +170,7 @@ class Fit:
         begin = time.perf_counter()
         torch.manual_seed(self.settings.seed)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
-        self.optimizer = self.method.make_optimizer(self.model)
+        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         store = self._decode("train")
@@ -231,6 +232,8 @@ class Fit:
         per_epoch = -(-len(self.labels) // self.settings.batch_size)
         total = per_epoch * self.settings.epochs
         weights = self._class_weights()
+        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
+            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=4)
         patience = self.settings.early_stopping or self.settings.epochs
         with self.bar.task("training", total, self.state.step) as advance:
             while self.state.step < total and self.state.stale < patience:
@@ -276,7 +279,7 @@ class Fit:
             row["validation_top1"] = score = self._score(*self._held)
             if score > self.state.best_score:
                 self.state.best_score, self.state.stale = score, 0
-                self.state.best = {name: tensor.clone() for name, tensor in self.model.tensors().items()}
+                self.state.best = {name: tensor.clone() for name, tensor in self.model.state().items()}
             else:
                 self.state.stale += 1
         self.state.history.append(row)
@@ -323,20 +326,20 @@ class Fit:
             "images": len(self.data.train),
             "labels": hashlib.sha256(self.data.train.labels.tobytes()).hexdigest(),
             "method": self.method.name,
-            "hyperparameters": describe(self.method),
+            "hyperparameters": self.method.hyperparameters(),
             "settings": asdict(self.settings),
         }
 
     def _save(self) -> None:
         assert self.checkpoint is not None
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.checkpoint.save({"model": self.model.tensors(), **parts, "state": asdict(self.state)})
+        self.checkpoint.save({"model": self.model.state(), **parts, "state": asdict(self.state)})
 
     def _resume(self) -> bool:
         saved = self.checkpoint.load() if self.checkpoint else None
         if saved is None:
             return False
-        self.model.load_tensors(saved["model"])
+        self.model.load_state(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = _State(**saved["state"])
@@ -344,14 +347,14 @@ class Fit:
 
     def _make_patch(self, seconds: float) -> Patch:
         if self.state.best:
-            self.model.load_tensors(self.state.best)
+            self.model.load_state(self.state.best)
         model = self.model
         patch = Patch(
             backbone=BackboneRecord.of(self.backbone),
             task=self.data.task,
             preprocessing=self.preprocessing,
             head=HeadRecord(features=self.backbone.chain.feature_dim, outputs=len(self.data.classes)),
-            method=MethodRecord(name=self.method.name, hyperparameters=describe(self.method)),
+            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
             grafts=self.method.blueprint(self.backbone).grafts,
             tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
             created=self._facts(seconds),

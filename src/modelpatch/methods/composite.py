@@ -1,0 +1,127 @@
+"""Several methods in one patch: `ScaleBias() + Subset(blocks=("layer4",))`.
+
+    W' = (fine-tuned copy | W + strength δ | W) ⊙ mask + low-rank update,  then the task's norm,  then skips,  then the head
+
+Each member trains what its own blueprint names, at its own learning rates. A tensor that two members would change in ways
+that exclude each other, such as a mask over a fine-tuned weight, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
+from modelpatch.methods.method import Batches, Method
+from modelpatch.patch import Blueprint, PatchedModel, Reweighting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Method):
+    """The members in order; where two of them train the same tensor, the later one says how.
+
+    Head and optimizer are the first member's, which must not contradict the others'.
+    """
+
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def of(cls, *methods: Method) -> Composite:
+        """A composite of these methods and of the members of composites among them. Raises `MethodError`."""
+        members = [member for method in methods for member in getattr(method, "methods", (method,))]
+        names = [member.name for member in members]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise MethodError(f"{' + '.join(names)} holds {sorted(twice)[0]} twice. Give its options to one of them.")
+        if "full-finetune" in names:
+            raise MethodError(f"{' + '.join(names)}: full-finetune already trains everything. Leave the others out.")
+        return cls(
+            methods=tuple(members),
+            lr=members[0].lr,
+            head_lr=members[0].head_lr,
+            weight_decay=members[0].weight_decay,
+            optimizer=_agreed_optimizer(members),
+            head=cast(Literal["trained", "random"], _agreed("head", members, {"trained", "random"})),
+        )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(member.name for member in self.methods)
+
+    @property
+    def paper(self) -> str:  # type: ignore[override]
+        return "; ".join(dict.fromkeys(member.paper for member in self.methods))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The members' hyperparameters by their names."""
+        return {member.name: member.hyperparameters() for member in self.methods}
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Everything the members own and add. Raises `MethodError` for members that exclude each other."""
+        _agreed("statistics", self.methods, {"recomputed", "learned"})
+        prints = [member.blueprint(backbone) for member in self.methods]
+        grafts = tuple(graft for one in prints for graft in one.grafts)
+        return Blueprint(owned=tuple(dict.fromkeys(name for one in prints for name in one.owned)), grafts=grafts)
+
+    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
+        """All members'. Raises `MethodError` where one masks a weight that another trains."""
+        made: dict[str, Reweighting] = {}
+        for member in self.methods:
+            own = member.reweightings(backbone)
+            for other in self.methods:
+                both = sorted(own.keys() & set(other.blueprint(backbone).owned)) if other is not member else []
+                if both:
+                    raise MethodError(
+                        f"{member.name} and {other.name} exclude each other on {both[0]}: a weight is masked or trained, not "
+                        "both. Name other blocks, or drop one of them."
+                    )
+            made |= own
+        return made
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        for member in self.methods:
+            member.prepare(model, batches)
+
+    def warn(self, reach: float) -> str | None:
+        return "; ".join(text for member in self.methods if (text := member.warn(reach))) or None
+
+    def activate(self, model: PatchedModel) -> None:
+        for member in self.methods:
+            member.activate(model)
+
+    def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:
+        """Optimizer groups with every tensor at the rate and decay of the member that trains it."""
+        trainers: dict[str, Method] = {}
+        for member in self.methods:
+            blueprint = member.blueprint(backbone)
+            trainers |= {f"{kind}/{name}": member for name in blueprint.owned for kind in ("replace", "mask", "delta")}
+            trainers |= {name: member for name, graft in model.origins.items() if graft in blueprint.grafts}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.trainable():
+            trainer = trainers.get(name, self.methods[0])
+            groups.setdefault((trainer.rate(name), trainer.decay(name, parameter)), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def _agreed(field: str, members: Sequence[Method], values: set[str]) -> str | None:
+    """The one of `values` that the members which have the field set it to. Raises `MethodError` if they set several."""
+    given = {getattr(member, field, None) for member in members} & values
+    if len(given) > 1:
+        names = " + ".join(member.name for member in members)
+        raise MethodError(f"{names}: their {field} must agree, but are {' and '.join(sorted(map(str, given)))}.")
+    return given.pop() if given else None
+
+
+def _agreed_optimizer(members: Sequence[Method]) -> Literal["adamw", "adam", "sgd"]:
+    """Adam and AdamW make AdamW, which decays as both do where the decay is 0; SGD goes with SGD only."""
+    given = {member.optimizer for member in members}
+    if len(given) == 1:
+        return given.pop()
+    if "sgd" in given:
+        raise MethodError(
+            f"{' + '.join(m.name for m in members)}: their optimizers must agree, but are sgd and others."
+        )
+    return "adamw"

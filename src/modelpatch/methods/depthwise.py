@@ -1,0 +1,50 @@
+"""Depthwise patches: a task's own spatial filters over shared pointwise convolutions.
+
+    y_c = k_c,t * x_c        k_c,t the depthwise kernel of channel c for task t
+
+Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning*
+(ICLR 2019), section 3. With normalisation layers as well: `ScaleBias() + Depthwise()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import PositiveFloat
+from torch import nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodNotApplicableError
+from modelpatch.methods.method import Method
+from modelpatch.patch import Blueprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depthwise(Method):
+    """Trains the kernels of every depthwise convolution (one group per input channel) and the head."""
+
+    name: ClassVar[str] = "depthwise"
+    paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+
+    lr: PositiveFloat = 3e-3
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns the depthwise kernels. Raises `MethodNotApplicableError` for a network without any."""
+        owned = [
+            segment.tensor_names[f"{prefix}.weight".lstrip(".")]
+            for segment in backbone.chain
+            for prefix, module in segment.module.named_modules()
+            if is_depthwise(module)
+        ]
+        if not owned:
+            raise MethodNotApplicableError(
+                f"{backbone.spec} has no depthwise convolution. Try `scale-bias`, which patches normalisation layers, or "
+                "`subset`, which fine-tunes blocks."
+            )
+        return Blueprint(owned=tuple(owned))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module filters every input channel by itself."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1

@@ -1,0 +1,165 @@
+"""Piggyback: a task as a binary mask over frozen weights.
+
+    y = (W ⊙ m) x,    m = 1[r ≥ τ]        r real-valued scores, trained; W frozen
+    ∂E/∂r = ∂E/∂(W ⊙ m) ⊙ W               straight through the threshold
+
+Mallya, Davis and Lazebnik: *Piggyback: Adapting a Single Network to Multiple Tasks by Learning to Mask Weights* (ECCV 2018),
+sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. Masks are on every
+convolution and linear weight, by parameter name, since attention may keep its projections outside any `Linear`. A patch
+stores the masks, one bit a weight at most, never the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.methods.method import Method
+from modelpatch.methods.scale_bias import norm_tensors
+from modelpatch.patch import Blueprint, Patch, Reweighting
+
+Scaling = Literal["none", "mean", "weight"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piggyback(Method):
+    """Trains a score for every weight of every convolution and linear layer, and the head.
+
+    `threshold` is τ and `start_at` the size of the first scores: `start="constant"` gives all of them that value,
+    `"uniform"` draws from (-start_at, start_at), `"magnitude"` starts a layer at its mean |W| and scales τ with it.
+    `at_threshold` says what a score equal to τ gives: `kept` as in the paper, `masked` as in its code. `scaling` divides
+    the scores' gradient by the layer's `mean` |W| or by every `weight`'s own |w|. `ternary` masks are -1 below 0, 1 from τ
+    on and 0 between. `norms="trained"` trains the normalisation layers' scale and bias too, at `norm_lr` (the paper's
+    Trained BN). `warm_start` names a patch file of another task on the same backbone to start the masks from.
+    """
+
+    name: ClassVar[str] = "piggyback"
+    paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
+
+    lr: PositiveFloat = 3e-4
+    norm_lr: PositiveFloat = 1e-2
+    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
+    threshold: PositiveFloat = 5e-3
+    start: Literal["constant", "uniform", "magnitude"] = "constant"
+    start_at: PositiveFloat = 1e-2
+    at_threshold: Literal["kept", "masked"] = "kept"
+    scaling: Scaling = "none"
+    ternary: bool = False
+    norms: Literal["frozen", "trained"] = "frozen"
+    warm_start: str | None = None
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
+        masked = weight_names(backbone)
+        if not masked:
+            raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
+        if self.start_at <= self.threshold and self.start != "uniform":
+            raise MethodError(
+                f"piggyback: start_at={self.start_at} is not above threshold={self.threshold}, so that every weight would "
+                "start masked. Raise start_at."
+            )
+        trained = self.norms == "trained"
+        norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=trained, statistics=False)]
+        return Blueprint(owned=(*masked, *norms))
+
+    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
+        """Scores at their start, for every masked weight."""
+        earlier = self._earlier_masks(backbone)
+        return {
+            name: Mask(self, backbone.chain.tensor(name).detach(), earlier.get(f"mask/{name}"))
+            for name in weight_names(backbone)
+        }
+
+    def rate(self, name: str) -> float:
+        """Scores learn at `lr`, normalisation layers at `norm_lr`."""
+        return self.norm_lr if name.startswith("replace/") else super().rate(name)
+
+    def warn(self, reach: float) -> str | None:
+        """Adam moves a score by at most about `lr` in a step: a mask that cannot change is said before the training."""
+        distance = self.start_at - self.threshold
+        if self.optimizer == "sgd" or self.start != "constant" or self.lr * reach >= distance:
+            return None
+        return (
+            f"no bit of a mask can flip: the scores start {distance:.3g} above the threshold and move by at most "
+            f"{self.lr * reach:.3g} in all steps together. Train longer, raise lr, or lower start_at."
+        )
+
+    def _earlier_masks(self, backbone: Backbone) -> dict[str, Tensor]:
+        if self.warm_start is None:
+            return {}
+        patch = Patch.load(self.warm_start)
+        patch.check_backbone(backbone)
+        masks = {name: mask for name, mask in patch.tensors.items() if name.startswith("mask/")}
+        if not masks:
+            raise MethodError(
+                f"piggyback: warm_start={self.warm_start!r} is a {patch.method.name} patch without masks."
+            )
+        return masks
+
+
+def weight_names(backbone: Backbone) -> list[str]:
+    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens)."""
+    names: list[str] = []
+    for segment in backbone.chain:
+        for prefix, module in segment.module.named_modules():
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention):
+                own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
+                names += [segment.tensor_names[f"{prefix}.{name}".lstrip(".")] for name in own]
+    return names
+
+
+class Mask(Reweighting):
+    """W -> W ⊙ m with m made from `scores` of W's shape. `earlier` is a mask to start from (bool or int8)."""
+
+    def __init__(self, method: Piggyback, weight: Tensor, earlier: Tensor | None = None) -> None:
+        super().__init__()
+        self.ternary, self.strict, self.scaling = method.ternary, method.at_threshold == "masked", method.scaling
+        scale = float(weight.abs().mean()) / method.start_at if method.start == "magnitude" else 1.0
+        self.threshold = method.threshold * scale
+        start = torch.full_like(weight, method.start_at * scale)
+        if method.start == "uniform":
+            start = (2 * torch.rand_like(weight) - 1) * method.start_at
+        if earlier is not None:  # a masked weight starts as far below the threshold as a kept one above it
+            below = 2 * self.threshold - method.start_at * scale
+            start = torch.full_like(weight, method.start_at * scale).masked_fill(earlier.to(weight.device) == 0, below)
+            start = start.masked_fill(earlier.to(weight.device) < 0, -method.start_at * scale)
+        self.scores = nn.Parameter(start)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        masked: Tensor = StraightThrough.apply(weight, self.scores, self.mask(), self.scaling)
+        return masked
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """m: bool, or int8 in {-1, 0, 1} for ternary masks."""
+        kept = self.scores > self.threshold if self.strict else self.scores >= self.threshold
+        return kept.to(torch.int8) - (self.scores < 0).to(torch.int8) if self.ternary else kept
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"mask": self.mask()}
+
+
+class StraightThrough(torch.autograd.Function):
+    """W ⊙ m, whose gradient passes the threshold unchanged: ∂E/∂r = δ ⊙ W, divided as `scaling` says."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, scaling: Scaling) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.scaling = scaling
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        if ctx.scaling == "weight":
+            return None, gradients[0] * weight.sign(), None, None  # w / |w|, with 0 for a weight of 0
+        gradient = gradients[0] * weight
+        if ctx.scaling == "mean":
+            gradient = gradient / weight.abs().mean().clamp(min=1e-12)
+        return None, gradient, None, None

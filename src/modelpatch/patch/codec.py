@@ -1,0 +1,252 @@
+"""How a patch's tensors become the tensors of its file and come back, value for value.
+
+    kind                        a tensor in memory                stored as
+    float32 float16 bfloat16    that dtype                        itself
+    int32                       int32                             itself
+    int8                        float32 on a grid per channel     NAME int8 and scale/NAME float32 (C,)
+    bits                        bool, a binary mask               NAME packed, one bit a weight
+    trits                       int8 in {-1, 0, 1}                NAME packed, two planes: not zero, positive
+    sparse                      float32, a sparse difference      NAME its non-zero values, bits/NAME where they are
+    entropy-bits and so on      the same                          the bits of all of them in `masks`, entropy-coded
+
+The header names the codec of every tensor, with the shape where the stored tensor does not have it: `bits:64x32x3x3`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modelpatch.errors import MissingExtraError
+from modelpatch.patch.entropy import MAX_BITS, decode_bits, encode_bits
+
+STREAM, SCALE, WHERE = "masks", "scale/", "bits/"
+PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int32": torch.int32}
+STORAGE = ("float32", "float16", "bfloat16", "int8")  # what floating tensors can be stored as
+PACKED = ("bits", "trits", "sparse")
+CODEC = re.compile(
+    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
+)
+Bits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A kind and, for what is packed, the shape of the tensor in memory."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+    coded: bool = False
+
+    def __str__(self) -> str:
+        return f"{'entropy-' * self.coded}{self.kind}" + (f":{'x'.join(map(str, self.shape))}" if self.shape else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Codec:
+        """Raises ValueError for a text that is no codec, or one of a tensor larger than any that is read."""
+        match = CODEC.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text[:80]!r} is no codec")
+        if match[1]:
+            return cls(match[1])
+        codec = cls(match[2].removeprefix("entropy-"), tuple(map(int, match[3].split("x"))), match[2][:8] == "entropy-")
+        if codec.numbers > MAX_BITS:
+            raise ValueError(f"a tensor of {codec.numbers:,} numbers; at most {MAX_BITS:,} are read")
+        return codec
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, int8: bool = False) -> Codec:
+        """The codec of a tensor in memory. Raises ValueError where none can hold it."""
+        if int8:
+            if tensor.dtype != torch.float32 or tensor.ndim < 2:
+                raise ValueError(
+                    f"{name} has dtype {tensor.dtype} and {tensor.ndim} axes; int8 stores float32 matrices"
+                )
+            return cls("int8")
+        shape = tuple(tensor.shape)
+        if name.startswith("delta/") and tensor.dtype == torch.float32 and 2 * tensor.count_nonzero() < tensor.numel():
+            return cls("sparse", shape)
+        if tensor.dtype in (torch.bool, torch.int8):
+            return cls("bits" if tensor.dtype == torch.bool else "trits", shape)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in PLAIN:
+            raise ValueError(f"{name} has dtype {kind}; a patch holds {', '.join(PLAIN)}, bool and int8")
+        return cls(kind)
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def planes(self) -> int:
+        return 2 if self.kind == "trits" else 1
+
+
+@dataclass
+class _Packing:
+    """A tensor on its way into the file: planes of bits, of which the second counts only where the first is set."""
+
+    codec: Codec
+    entry: str  # where its bits lie if they are not entropy-coded
+    planes: tuple[Bits, ...]
+
+
+def pack(
+    tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors and the codec of every patch tensor.
+
+    `int8` names the tensors stored as integers. Bits are entropy-coded if that is allowed, available and smaller.
+    Raises ValueError for a tensor that no codec can hold.
+    """
+    stored: dict[str, Tensor] = {}
+    codecs: dict[str, Codec] = {}
+    packings: dict[str, _Packing] = {}
+    for name, tensor in sorted(tensors.items()):
+        codec = codecs[name] = Codec.of(name, tensor, name in int8)
+        if codec.kind == "int8":
+            scale = stored[SCALE + name] = channel_scale(tensor)
+            stored[name] = (tensor / _per_channel(scale, tensor)).round().to(torch.int8)
+        elif codec.kind == "sparse":
+            packings[name] = _Packing(codec, WHERE + name, _planes(tensor)[:1])
+            stored[name] = tensor[tensor != 0]
+        elif codec.kind in PACKED:
+            packings[name] = _Packing(codec, name, _planes(tensor))
+        else:
+            stored[name] = tensor
+    packed = {p.entry: np.concatenate([np.packbits(plane) for plane in p.planes]) for p in packings.values()}
+    stream = _encode(packings) if compress and packings else None
+    if stream is not None and len(stream) < sum(len(data) for data in packed.values()):
+        stored[STREAM] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+        codecs |= {name: Codec(p.codec.kind, p.codec.shape, coded=True) for name, p in packings.items()}
+    else:
+        stored |= {entry: torch.from_numpy(data) for entry, data in packed.items()}
+    return stored, {name: str(codec) for name, codec in codecs.items()}
+
+
+def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Tensor]:
+    """The patch's tensors. Raises ValueError where the stored tensors are not those the codecs describe."""
+    reader = _Reader(dict(stored))
+    parsed = {name: Codec.parse(text) for name, text in sorted(codecs.items())}
+    coded = {name: codec for name, codec in parsed.items() if codec.coded}
+    planes = _decode(reader.take(STREAM, torch.uint8), coded) if coded else {}
+    tensors = {}
+    for name, codec in parsed.items():
+        if codec.kind in PLAIN:
+            tensors[name] = reader.take(name, PLAIN[codec.kind])
+        elif codec.kind == "int8":
+            tensors[name] = reader.take_int8(name)
+        else:
+            if not codec.coded:
+                planes[name] = reader.take_bits(WHERE + name if codec.kind == "sparse" else name, codec)
+            values = reader.take(name, torch.float32) if codec.kind == "sparse" else None
+            tensors[name] = _assemble(name, codec, planes.pop(name), values)
+    if reader.left:
+        raise ValueError(f"no codec describes tensor {sorted(reader.left)[0]!r}")
+    return tensors
+
+
+@dataclass
+class _Reader:
+    """The file's tensors; each is taken once."""
+
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self.left:
+            raise ValueError(f"tensor {name} is missing")
+        tensor = self.left.pop(name)
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensor {name} is stored as {tensor.dtype}, expected {dtype}")
+        return tensor
+
+    def take_int8(self, name: str) -> Tensor:
+        tensor, scale = self.take(name, torch.int8), self.take(SCALE + name, torch.float32)
+        if tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
+            raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
+        return tensor.float() * _per_channel(scale, tensor)
+
+    def take_bits(self, entry: str, codec: Codec) -> tuple[Bits, ...]:
+        tensor = self.take(entry, torch.uint8)
+        if tensor.shape != (codec.planes * -(-codec.numbers // 8),):
+            raise ValueError(f"tensor {entry} does not hold {codec.planes} bits for each of {codec.numbers} numbers")
+        planes = np.split(tensor.numpy(), codec.planes)
+        return tuple(np.unpackbits(plane, count=codec.numbers).view(np.bool_) for plane in planes)
+
+
+def snap_int8(tensor: Tensor) -> Tensor:
+    """The nearest float32 tensor whose channels (first axis) are 8-bit integers times a scale: what `int8` stores."""
+    grid = _per_channel(channel_scale(tensor.float()), tensor)
+    return (tensor.float() / grid).round() * grid + 0.0  # integers have one zero, floats two
+
+
+def channel_scale(tensor: Tensor) -> Tensor:
+    """max |w| / 127 of every channel (C,), rounded up to 16 bits of mantissa: an integer times it is exact in float32,
+    so that a tensor read from a file gives the same file again."""
+    scale = tensor.reshape(tensor.shape[0], -1).abs().amax(1) / 127
+    return ((scale.view(torch.int32) + 255) & ~255).view(torch.float32).masked_fill(scale == 0, 1.0)
+
+
+def _per_channel(scale: Tensor, tensor: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (tensor.ndim - 1))
+
+
+def _planes(tensor: Tensor) -> tuple[Bits, ...]:
+    """Flat planes of bits: not zero and, for ternary masks, positive."""
+    values = tensor.reshape(-1).numpy()
+    return (values != 0, values > 0) if tensor.dtype == torch.int8 else (values != 0,)
+
+
+def _assemble(name: str, codec: Codec, planes: tuple[Bits, ...], values: Tensor | None) -> Tensor:
+    where = planes[0]
+    if codec.kind == "bits":
+        return torch.from_numpy(where).view(codec.shape)
+    if codec.kind == "trits":
+        return torch.from_numpy(np.where(where, np.where(planes[1], 1, -1), 0).astype(np.int8)).view(codec.shape)
+    assert values is not None
+    if values.shape != (int(where.sum()),):
+        raise ValueError(f"tensor {name} has {tuple(values.shape)} values for {int(where.sum())} places")
+    dense = torch.zeros(codec.numbers)
+    dense[torch.from_numpy(where)] = values
+    return dense.view(codec.shape)
+
+
+def _encode(packings: Mapping[str, _Packing]) -> bytes | None:
+    """One stream: all first planes, then the second ones where the first are set. None without `constriction`."""
+    bits = [packing.planes[0] for packing in packings.values()]
+    bits += [packing.planes[1][packing.planes[0]] for packing in packings.values() if packing.codec.planes == 2]
+    try:
+        return encode_bits(np.concatenate(bits))
+    except MissingExtraError:
+        return None
+
+
+def _decode(stream: Tensor, codecs: Mapping[str, Codec]) -> dict[str, tuple[Bits, ...]]:
+    """The planes of every entropy-coded tensor."""
+    bits = decode_bits(stream.numpy().tobytes())
+    at = 0
+
+    def take(count: int) -> Bits:
+        nonlocal at
+        at += count
+        if at > len(bits):
+            raise ValueError(f"the stream {STREAM!r} ends before the last mask")
+        return bits[at - count : at]
+
+    planes: dict[str, tuple[Bits, ...]] = {name: (take(codec.numbers),) for name, codec in codecs.items()}
+    for name, codec in codecs.items():
+        if codec.planes == 2:
+            where = planes[name][0]
+            positive = np.zeros(codec.numbers, np.bool_)
+            positive[where] = take(int(where.sum()))
+            planes[name] = where, positive
+    if at != len(bits):
+        raise ValueError(f"the stream {STREAM!r} holds {len(bits)} bits for masks of {at}")
+    return planes

@@ -1,0 +1,156 @@
+"""Several methods in one patch: who trains what, what is refused, how it is spelled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import color_task, draft_patch, make_timm
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
+from modelpatch.methods import (
+    Composite,
+    Depthwise,
+    FullFinetune,
+    LinearProbe,
+    Piggyback,
+    ScaleBias,
+    Subset,
+    make_method,
+)
+from modelpatch.methods.registry import split_outside
+from modelpatch.train import fit
+
+
+def test_a_composite_owns_what_its_members_own(tiny: Backbone) -> None:
+    both = ScaleBias() + Subset(blocks=("stage2.1",))
+    owned = set(both.blueprint(tiny).owned)
+    assert owned == set(ScaleBias().blueprint(tiny).owned) | set(Subset(blocks=("stage2.1",)).blueprint(tiny).owned)
+    assert both.name == "scale-bias+subset"
+
+
+def test_every_tensor_learns_at_its_members_rate_and_the_later_member_wins(tiny: Backbone) -> None:
+    both = ScaleBias(lr=0.5, head_lr=0.1) + Subset(blocks=("stage2.1",), lr=0.25, weight_decay=0.0, head_lr=0.1)
+    model = both.draft(tiny, 3)
+    names = {id(parameter): name for name, parameter in model.trainable()}
+    rates = {names[id(p)]: group["lr"] for group in both.parameter_groups(model, tiny) for p in group["params"]}
+    assert rates["replace/stage1.0.bn1.weight"] == 0.5
+    assert rates["replace/stage2.1.bn1.weight"] == rates["replace/stage2.1.conv1.weight"] == 0.25
+    assert rates["head.weight"] == 0.1
+
+
+def test_grafts_and_owned_tensors_of_one_span_learn_at_their_own_rates(tiny: Backbone) -> None:
+    both = Subset(lr=0.25) + ScaleBias(layers="channel", lr=0.5)
+    model = both.draft(tiny, 3)
+    names = {id(parameter): name for name, parameter in model.trainable()}
+    rates = {names[id(p)]: group["lr"] for group in both.parameter_groups(model, tiny) for p in group["params"]}
+    grafts = {rate for name, rate in rates.items() if name.startswith("graft/")}
+    owned = {rate for name, rate in rates.items() if name.startswith("replace/")}
+    assert (grafts, owned) == ({0.5}, {0.25})
+
+
+def test_masks_with_trained_norms_are_a_composite_too(tiny: Backbone) -> None:
+    composed, option = Piggyback() + ScaleBias(), Piggyback(norms="trained")
+    assert composed.draft(tiny, 3).tensors().keys() == option.draft(tiny, 3).tensors().keys()
+
+
+def test_members_are_added_one_after_another() -> None:
+    three = ScaleBias() + Depthwise() + Subset()
+    assert isinstance(three, Composite)
+    assert [member.name for member in three.methods] == ["scale-bias", "depthwise", "subset"]
+    assert three.hyperparameters()["depthwise"] == Depthwise().hyperparameters()
+
+
+def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> None:
+    with pytest.raises(MethodError, match=r"piggyback and subset exclude each other on stage2.*masked or trained"):
+        (Piggyback() + Subset()).draft(tiny, 3)
+    with pytest.raises(MethodError, match="already trains everything"):
+        ScaleBias() + FullFinetune()
+    with pytest.raises(MethodError, match="holds subset twice"):
+        Subset() + Subset(blocks=("stage1",))
+    with pytest.raises(MethodError, match="statistics must agree"):
+        (ScaleBias(statistics="recomputed") + Subset(statistics="learned")).draft(tiny, 3)
+    with pytest.raises(MethodError, match="optimizers must agree"):
+        ScaleBias(optimizer="sgd") + Subset()
+    with pytest.raises(MethodError, match="head must agree"):
+        ScaleBias(head="random") + Subset()
+
+
+def test_a_member_that_does_not_apply_says_so() -> None:
+    with pytest.raises(MethodNotApplicableError, match="no depthwise convolution"):
+        (ScaleBias() + Depthwise()).draft(make_timm("resnet18", 32), 3)
+
+
+def test_a_composite_trains(tiny: Backbone) -> None:
+    patch = fit(tiny, color_task(48), Piggyback(lr=3e-3) + ScaleBias() + LinearProbe(), epochs=6, batch_size=8)
+    assert patch.method.name == "piggyback+scale-bias+linear-probe"
+    assert patch.metrics["test_top1"] >= 0.9
+
+
+# spelling ---------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_spelled_with_their_hyperparameters() -> None:
+    assert make_method("subset(blocks=[layer3.0,layer4],lr=0.01)") == Subset(blocks=("layer3.0", "layer4"), lr=0.01)
+    assert make_method("scale-bias + subset(blocks=stage2)") == ScaleBias() + Subset(blocks=("stage2",))
+    assert make_method("piggyback(ternary=true, start=uniform)") == Piggyback(ternary=True, start="uniform")
+
+
+def test_keywords_say_whose_they_are() -> None:
+    made = make_method("scale-bias+subset", **{"subset.blocks": "layer4", "scale-bias.lr": 0.5})
+    assert made == ScaleBias(lr=0.5) + Subset(blocks=("layer4",))
+    assert make_method("subset", **{"subset.lr": 0.5}) == Subset(lr=0.5)
+    with pytest.raises(MethodError, match="'lr' names no method"):
+        make_method("scale-bias+subset", lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [("subset(blocks)", "not KEY=VALUE"), ("subset(lr=0.1", "is not a method"), ("+subset", "no method ''")],
+)
+def test_a_spelling_that_is_none_is_quoted(spec: str, problem: str) -> None:
+    with pytest.raises(MethodError, match=problem):
+        make_method(spec)
+
+
+def test_lists_are_split_outside_brackets() -> None:
+    assert split_outside("a(b,c), d[e,f],g", ",") == ["a(b,c)", "d[e,f]", "g"]
+
+
+# strength ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [ScaleBias(), Subset(), ScaleBias(layers="channel")], ids=lambda m: str(m)[:30])
+def test_additive_patches_have_a_strength(method: ScaleBias | Subset, tiny: Backbone) -> None:
+    patch = draft_patch(tiny, method)
+    images = torch.randn(2, 3, 16, 16)
+    features = torch.nn.Identity()
+
+    def run(strength: float) -> torch.Tensor:
+        model = tiny.patched(patch.at_strength(strength))
+        model.head = features
+        return model(images)
+
+    full = tiny.patched(patch)
+    full.head = features
+    assert torch.equal(run(1.0), full(images))
+    assert torch.equal(run(0.0), tiny.chain(images)) or torch.allclose(run(0.0), tiny.chain(images), atol=1e-6)
+    assert not torch.allclose(run(0.5), run(1.0))
+    assert not torch.allclose(run(0.5), run(0.0))
+
+
+def test_the_strength_is_in_the_file_and_in_the_content(tiny: Backbone) -> None:
+    from modelpatch.patch.file import decode_patch, encode_patch
+
+    patch = draft_patch(tiny, ScaleBias())
+    half = patch.at_strength(0.5)
+    assert decode_patch(encode_patch(half)).strength == 0.5
+    assert half.content_hash != patch.content_hash
+
+
+def test_masks_and_numbers_outside_zero_and_one_have_no_strength(tiny: Backbone) -> None:
+    with pytest.raises(PatchError, match="masks do not interpolate"):
+        draft_patch(tiny, Piggyback()).at_strength(0.5)
+    assert draft_patch(tiny, Piggyback()).at_strength(1).strength == 1
+    with pytest.raises(PatchError, match=r"strength is 1.5"):
+        draft_patch(tiny, ScaleBias()).at_strength(1.5)

@@ -1,0 +1,229 @@
+"""Piggyback: thresholds, gradients, starts, files, and what the paper says of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import color_task, draft_patch, make_timm, make_tiny, small_preprocessing
+from modelpatch.backbone import Backbone, Fingerprint, load_backbone
+from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingWarning
+from modelpatch.methods import Piggyback, ScaleBias
+from modelpatch.methods.piggyback import Mask, weight_names
+from modelpatch.patch import BoundPatch, Patch
+from modelpatch.train import fit
+
+WEIGHT = torch.tensor([[0.5, -1.0, 0.0], [2.0, -0.25, 4.0]])
+
+
+def mask_of(scores: list[list[float]], **options: object) -> Mask:
+    """A mask over `WEIGHT` with these scores."""
+    module = Mask(Piggyback(**options), WEIGHT)  # type: ignore[arg-type]
+    module.scores.data = torch.tensor(scores)
+    return module
+
+
+SCORES = [[0.004, 0.005, 0.006], [-0.001, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[0, 1, 1], [0, 0, 1]]),
+        ({"at_threshold": "masked"}, [[0, 0, 1], [0, 0, 1]]),
+        ({"ternary": True}, [[0, 1, 1], [-1, 0, 1]]),
+        ({"threshold": 0.0055}, [[0, 0, 1], [0, 0, 1]]),
+    ],
+)
+def test_scores_become_masks_at_the_threshold(options: dict[str, object], expected: list[list[int]]) -> None:
+    module = mask_of(SCORES, **options)
+    assert module.mask().int().tolist() == expected
+    assert torch.equal(module(WEIGHT), WEIGHT * torch.tensor(expected))
+    assert module.mask().dtype == (torch.int8 if options.get("ternary") else torch.bool)
+
+
+@pytest.mark.parametrize("scaling", ["none", "mean", "weight"])
+def test_gradients_pass_the_threshold_times_the_weight(scaling: str) -> None:
+    module = mask_of(SCORES, scaling=scaling)
+    outer = torch.randn(2, 3)
+    (module(WEIGHT) * outer).sum().backward()
+    expected = outer * WEIGHT
+    if scaling == "mean":
+        expected = expected / WEIGHT.abs().mean()
+    if scaling == "weight":
+        expected = torch.where(WEIGHT == 0, 0.0, outer * WEIGHT / WEIGHT.abs())
+    assert module.scores.grad is not None
+    assert torch.allclose(module.scores.grad, expected)
+
+
+@pytest.mark.parametrize("start", ["constant", "magnitude"])
+def test_the_first_forward_pass_is_the_bases(start: str, tiny: Backbone) -> None:
+    model = Piggyback(start=start).draft(tiny, 3)  # type: ignore[arg-type]
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.head(tiny.chain(images)), model(images))
+    assert all(mask.all() for name, mask in model.tensors().items() if name.startswith("mask/"))
+
+
+def test_uniform_scores_keep_the_share_above_the_threshold(tiny: Backbone) -> None:
+    torch.manual_seed(0)
+    patch = Piggyback(start="uniform").draft(tiny, 3).tensors()
+    masks = torch.cat([mask.flatten() for name, mask in patch.items() if name.startswith("mask/")])
+    assert masks.float().mean() == pytest.approx(0.25, abs=0.05)  # (start_at - threshold) / (2 start_at)
+
+
+def test_magnitude_gives_every_layer_a_threshold_at_half_its_start() -> None:
+    module = Mask(Piggyback(start="magnitude"), WEIGHT)
+    assert torch.allclose(module.scores, WEIGHT.abs().mean().expand(2, 3))
+    assert module.threshold == pytest.approx(float(WEIGHT.abs().mean()) / 2)
+
+
+def test_every_weight_that_layers_multiply_with_is_masked_and_nothing_else(tiny: Backbone) -> None:
+    expected = {n for n, p in tiny.module.named_parameters() if p.ndim > 1 and not n.startswith("fc")}
+    assert set(weight_names(tiny)) == expected
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.attention, self.fc = nn.Conv2d(3, 8, 4, 4), attention, nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            return self.fc((tokens + self.attention(tokens, tokens, tokens)[0]).mean(1))
+
+    backbone = load_backbone(Net(), preprocessing=small_preprocessing())
+    assert "attention.in_proj_weight" in weight_names(backbone)
+    patch = fit(backbone, color_task(), Piggyback(lr=1e-2), epochs=2)
+    assert not patch.tensors["mask/attention.in_proj_weight"].all()
+
+
+def test_a_vision_transformers_embeddings_and_tokens_are_left_alone() -> None:
+    names = weight_names(make_timm("vit_tiny_patch16_224", 32, img_size=32))
+    assert not any("pos_embed" in name or "token" in name for name in names)
+    assert "blocks.0.attn.qkv.weight" in names
+
+
+def test_training_flips_bits_learns_the_task_and_keeps_the_base(tmp_path: Path) -> None:
+    backbone, data = make_tiny(), color_task(48)
+    patch = fit(backbone, data, Piggyback(lr=3e-3), epochs=12, batch_size=8)
+    assert patch.metrics["test_top1"] >= 0.9
+    kept = torch.cat([mask.flatten() for name, mask in patch.tensors.items() if name.startswith("mask/")])
+    assert 0.1 < kept.float().mean() < 1
+    assert Fingerprint.of(backbone.chain) == backbone.fingerprints
+    figures = patch.inspect()
+    assert figures.masks is not None
+    assert figures.masks.kept == pytest.approx(float(kept.float().mean()))
+    assert figures.masks.bits_per_weight <= 8 * sum(-(-t.numel() // 8) for t in patch.tensors.values()) / kept.numel()
+    parts = {part.name: part.kept for part in figures.parts if part.kind == "mask"}
+    assert parts["stage1.0.conv1"] == pytest.approx(float(patch.tensors["mask/stage1.0.conv1.weight"].float().mean()))
+
+
+def test_a_bound_patch_costs_its_bits(tiny: Backbone) -> None:
+    patch = draft_patch(tiny, Piggyback())
+    weights = [t for n, t in patch.tensors.items() if n.startswith("mask/")]
+    rest = sum(-(-t.numel() // 16) * 64 for n, t in patch.tensors.items() if not n.startswith("mask/"))
+    assert BoundPatch(tiny, patch).nbytes == rest + sum(-(-t.numel() // 8) for t in weights)
+
+
+def test_trained_norms_are_in_the_patch_and_learn_at_their_own_rate(tiny: Backbone) -> None:
+    method = Piggyback(norms="trained", lr=1e-4, norm_lr=1e-2, weight_decay=0.1)
+    model = method.draft(tiny, 3)
+    assert {name for name in model.tensors() if name.startswith("replace/")} == {
+        name for name in ScaleBias().draft(tiny, 3).tensors() if name.startswith("replace/")
+    }
+    scores = {id(parameter) for name, parameter in model.trainable() if name.startswith("mask/")}
+    for group in method.parameter_groups(model, tiny):
+        for parameter in group["params"]:
+            if id(parameter) in scores:
+                assert (group["lr"], group["weight_decay"]) == (1e-4, 0)
+    rates = {group["lr"] for group in method.parameter_groups(model, tiny)}
+    assert rates == {1e-4, 1e-2}
+
+
+def test_a_run_in_which_no_bit_can_flip_is_said_before_it_starts(tiny: Backbone, colors: object) -> None:
+    with pytest.warns(TrainingWarning, match=r"no bit of a mask can flip.*0.005 above"):
+        fit(tiny, colors, Piggyback(lr=1e-5), epochs=1)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        fit(tiny, colors, Piggyback(lr=1e-2), epochs=1)  # type: ignore[arg-type]
+
+
+def test_the_warning_is_exact_for_adam() -> None:
+    """(0.01 - 0.005) / 1e-4 = 50 steps at the full rate are the fewest that flip a bit."""
+    assert Piggyback(lr=1e-4).warn(49.9) is not None
+    assert Piggyback(lr=1e-4).warn(50.1) is None
+    module = Mask(Piggyback(), torch.ones(4))
+    optimizer = torch.optim.Adam([module.scores], lr=1e-4)
+    flipped_at = None
+    for step in range(60):
+        module(torch.ones(4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if flipped_at is None and not module.mask().all():
+            flipped_at = step + 1
+    assert flipped_at in (50, 51, 52)
+
+
+# warm start -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_masks_start_from_another_tasks(ternary: bool, tiny: Backbone, tmp_path: Path) -> None:
+    earlier = draft_patch(tiny, Piggyback(ternary=ternary, start="uniform"))
+    path = earlier.save(tmp_path / "earlier.safetensors")
+    model = Piggyback(ternary=ternary, warm_start=str(path)).draft(tiny, 3)
+    for name, mask in model.tensors().items():
+        if name.startswith("mask/"):
+            assert torch.equal(mask, earlier.tensors[name])
+
+
+def test_a_warm_start_needs_masks_of_the_same_base(tiny: Backbone, tmp_path: Path) -> None:
+    path = draft_patch(tiny, ScaleBias()).save(tmp_path / "norms.safetensors")
+    with pytest.raises(MethodError, match="scale-bias patch without masks"):
+        Piggyback(warm_start=str(path)).draft(tiny, 3)
+
+
+# what does not fit ------------------------------------------------------------------------------------------
+
+
+def test_a_start_below_the_threshold_is_refused(tiny: Backbone) -> None:
+    with pytest.raises(MethodError, match="every weight would start masked"):
+        Piggyback(start_at=1e-3).draft(tiny, 3)
+
+
+def test_a_network_without_weights_is_refused() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(MethodNotApplicableError, match="no weights to mask"):
+        Piggyback().draft(load_backbone(module, preprocessing=small_preprocessing()), 3)
+
+
+def test_the_order_in_which_tasks_are_learned_does_not_matter(tmp_path: Path) -> None:
+    """Claim P6: masks of one task do not see those of another."""
+    backbone, first, second = make_tiny(), color_task(24, seed=0), color_task(24, seed=1)
+    ways = []
+    for order in ((first, second), (second, first)):
+        patches = {id(data): fit(backbone, data, Piggyback(lr=1e-2), epochs=2) for data in order}
+        ways.append([patches[id(data)].content_hash for data in (first, second)])
+    assert ways[0] == ways[1]
+
+
+def test_the_straight_through_gradient_reaches_every_score(tiny: Backbone) -> None:
+    model = Piggyback().draft(tiny, 3)
+    F.cross_entropy(model(torch.randn(4, 3, 16, 16)), torch.tensor([0, 1, 2, 0])).backward()
+    scores = [parameter for name, parameter in model.trainable() if name.startswith("mask/")]
+    assert len(scores) == len(weight_names(tiny))
+    assert all(score.grad is not None and score.grad.abs().sum() > 0 for score in scores)
+    assert all(parameter.grad is None for parameter in tiny.module.parameters())
+
+
+def test_a_saved_mask_gives_exactly_the_trained_models_logits(tmp_path: Path) -> None:
+    backbone = make_tiny()
+    patch = fit(backbone, color_task(), Piggyback(lr=1e-2, ternary=True), epochs=2)
+    images = torch.randn(3, 3, 16, 16)
+    loaded = Patch.load(patch.save(tmp_path / "p.safetensors"))
+    assert torch.equal(backbone.patched(loaded)(images), BoundPatch(backbone, patch)(images))

@@ -1,0 +1,179 @@
+"""Every tensor of a patch is read back value for value, whatever its file stores."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import draft_patch
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MissingExtraError, PatchError
+from modelpatch.methods import Piggyback, Subset
+from modelpatch.patch import Patch
+from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, unpack
+from modelpatch.patch.file import decode_patch, encode_patch
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    shape = (draw(st.integers(1, 5)), *draw(st.lists(st.integers(0, 7), max_size=3)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    values = torch.randn(shape, generator=generator)
+    kind = draw(st.sampled_from(["float32", "float16", "bfloat16", "bool", "ternary", "int32"]))
+    if kind == "bool":
+        return values < draw(st.floats(-3, 3))
+    if kind == "ternary":
+        return (values * 2).round().clamp(-1, 1).to(torch.int8)
+    return values.to(getattr(torch, kind))
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name])
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.dictionaries(st.sampled_from(["mask/a", "replace/b", "head.c", "delta/d.e"]), tensors(), max_size=4),
+    st.booleans(),
+)
+def test_packed_tensors_come_back(given: dict[str, Tensor], compress: bool) -> None:
+    stored, codecs = pack(given, compress=compress)
+    assert_same(unpack(stored, codecs), given)
+
+
+def test_a_binary_mask_takes_a_bit_a_weight_and_a_ternary_one_two() -> None:
+    binary, ternary = torch.rand(64, 64) < 0.5, torch.randint(-1, 2, (64, 64), dtype=torch.int8)
+    stored, codecs = pack({"mask/b": binary, "mask/t": ternary}, compress=False)
+    assert stored["mask/b"].nbytes == 64 * 64 / 8
+    assert stored["mask/t"].nbytes == 2 * 64 * 64 / 8
+    assert codecs == {"mask/b": "bits:64x64", "mask/t": "trits:64x64"}
+
+
+def test_a_sparse_difference_takes_a_bit_a_weight_and_its_values() -> None:
+    delta = torch.randn(40, 40) * (torch.rand(40, 40) < 0.1)
+    stored, codecs = pack({"delta/x": delta}, compress=False)
+    assert sum(tensor.nbytes for tensor in stored.values()) == 200 + 4 * int(delta.count_nonzero())
+    assert_same(unpack(stored, codecs), {"delta/x": delta})
+
+
+def test_sparse_masks_are_smaller_when_coded_and_small_ones_are_left_alone() -> None:
+    mask = torch.rand(256, 512) < 0.95
+    assert pack({"mask/a": mask})[1]["mask/a"] == "entropy-bits:256x512"
+    assert pack({"mask/a": mask[:4, :8]})[1]["mask/a"] == "bits:4x8"
+
+
+# int8 -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 1000), st.floats(-30, 30))
+def test_integers_with_a_scale_a_channel_are_a_fixed_point(seed: int, exponent: float) -> None:
+    tensor = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    tensor[seed % 6] = 0
+    snapped = snap_int8(tensor)
+    assert torch.equal(snap_int8(snapped), snapped)
+    stored, codecs = pack({"replace/w": snapped}, int8={"replace/w"})
+    assert stored["replace/w"].dtype == torch.int8
+    assert_same(unpack(stored, codecs), {"replace/w": snapped})
+    step = channel_scale(tensor).view(-1, 1, 1)
+    assert ((snapped - tensor).abs() <= 0.5001 * step).all()
+    assert (step[tensor.flatten(1).abs().amax(1) > 0] <= tensor.abs().max() / 127 * (1 + 2**-15)).all()
+
+
+def test_a_patch_in_integers_is_read_back_and_written_again_the_same(tiny: Backbone) -> None:
+    patch = draft_patch(tiny, Subset(blocks=("stage2",))).astype("int8")
+    data = encode_patch(patch)
+    again = decode_patch(data)
+    assert again.int8 == patch.int8
+    assert "head.weight" in again.int8
+    assert again.content_hash == patch.content_hash
+    assert encode_patch(again) == data
+    full = draft_patch(tiny, Subset(blocks=("stage2",)))
+    assert patch.inspect().tensor_bytes < 0.5 * full.inspect().tensor_bytes
+    assert encode_patch(patch.astype("float32")) != data
+
+
+# files ------------------------------------------------------------------------------------------------------
+
+
+def masked(tiny: Backbone, ternary: bool = False) -> Patch:
+    """A patch with random masks, large enough to be worth coding."""
+    patch = draft_patch(tiny, Piggyback(ternary=ternary))
+    generator = torch.Generator().manual_seed(0)
+    masks = {n: t for n, t in patch.tensors.items() if n.startswith("mask/")}
+    sparse = {n: torch.rand(t.shape, generator=generator) < 0.97 for n, t in masks.items()}
+    big = {n: t.to(torch.int8) if ternary else t for n, t in sparse.items()}
+    return replace(
+        patch, tensors={**patch.tensors, **big, "mask/other": torch.rand(300, 300, generator=generator) < 0.97}
+    )
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_coded_and_packed_files_hold_the_same_patch(tiny: Backbone, ternary: bool, tmp_path: Path) -> None:
+    patch = masked(tiny, ternary)
+    coded, packed = patch.save(tmp_path / "coded"), patch.save(tmp_path / "packed", compress=False)
+    assert coded.stat().st_size < packed.stat().st_size
+    assert_same(dict(Patch.load(coded).tensors), dict(patch.tensors))
+    assert Patch.load(coded).content_hash == Patch.load(packed).content_hash == patch.content_hash
+
+
+def test_without_constriction_masks_are_packed_and_coded_ones_are_refused_by_the_extras_name(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = masked(tiny)
+    coded = encode_patch(patch)
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    packed = encode_patch(patch)
+    assert packed == encode_patch(patch, compress=False)
+    assert decode_patch(packed).content_hash == patch.content_hash
+    with pytest.raises(MissingExtraError, match=r"constriction.*modelpatch\[compress\]"):
+        decode_patch(coded)
+
+
+@pytest.mark.parametrize(
+    ("codec", "problem"),
+    [
+        ("bits", "no codec"),
+        ("bits:4x", "no codec"),
+        ("pickle", "no codec"),
+        ("bits:4x9", "does not hold"),
+        ("trits:4x8", "does not hold"),
+        ("int8", "expected torch.int8"),
+        ("float32", "expected torch.float32"),
+        ("entropy-bits:4x8", "masks is missing"),
+        ("sparse:4x8", "bits/mask/a is missing"),
+        ("bits:999999999x999999999", "at most"),
+    ],
+)
+def test_a_codec_that_does_not_fit_its_tensor_is_refused(codec: str, problem: str) -> None:
+    stored, _ = pack({"mask/a": torch.rand(4, 8) < 0.5}, compress=False)
+    with pytest.raises(ValueError, match=problem):
+        unpack(stored, {"mask/a": codec})
+
+
+def test_a_tensor_without_a_codec_is_refused() -> None:
+    with pytest.raises(ValueError, match="no codec describes tensor 'mask/a'"):
+        unpack(pack({"mask/a": torch.rand(4, 8) < 0.5})[0], {})
+
+
+def test_codecs_are_spelled_one_way() -> None:
+    for text in ("float32", "int8", "bits:3x4", "entropy-trits:1x2x3", "sparse:7"):
+        assert str(Codec.parse(text)) == text
+
+
+def test_a_tensor_of_another_type_cannot_be_written(tiny: Backbone) -> None:
+    patch = draft_patch(tiny)
+    with pytest.raises(PatchError, match="float64"):
+        encode_patch(replace(patch, tensors={**patch.tensors, "replace/x": torch.zeros(2, dtype=torch.float64)}))
+    with pytest.raises(PatchError, match="int8 stores float32 matrices"):
+        encode_patch(replace(patch, int8=frozenset({"head.bias"})))
