@@ -16,7 +16,7 @@ from torch import Tensor
 from conftest import color_task, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset
+from modelpatch.methods import DeltaNetwork, FullFinetune, LinearProbe, Method, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
 
@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
 }
 WITHOUT_BATCH_NORM = {"convnext_atto", "vit_tiny"}
 SLOW = {"densenet121"}
+TINY_STAGES = 2
 
 METHODS: dict[str, Method] = {
     "probe": LinearProbe(),
@@ -37,6 +38,8 @@ METHODS: dict[str, Method] = {
     "scale-bias learned": ScaleBias(statistics="learned"),
     "subset": Subset(),
     "full": FullFinetune(),
+    "delta": DeltaNetwork(),
+    "delta 4 and norm": DeltaNetwork(modules=4, batch_norm=True),
 }
 MORE_METHODS: dict[str, Method] = {
     "scale-bias recomputed": ScaleBias(statistics="recomputed"),
@@ -48,12 +51,17 @@ MORE_METHODS: dict[str, Method] = {
     "subset stage": Subset(blocks=("stage-1",)),
     "subset learned": Subset(statistics="learned"),
     "full learned": FullFinetune(statistics="learned"),
+    "delta identity": DeltaNetwork(stages=("stage0", "stage-1"), start="identity"),
+    "delta existing": DeltaNetwork(skips="existing"),
+    "delta learned": DeltaNetwork(modules=2, skips="learned"),
+    "delta all and norm": DeltaNetwork(skips="all", batch_norm=True),
 }
 PAIRS = [
     pytest.param((architecture, method), id=f"{architecture}, {name}")
     for architecture in ARCHITECTURES
     for name, method in {**METHODS, **({} if architecture in SLOW else MORE_METHODS)}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
+    if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES
 ]
 
 

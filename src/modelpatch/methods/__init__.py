@@ -8,13 +8,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from modelpatch.errors import MethodError
+from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (LinearProbe, ScaleBias, Subset, FullFinetune)}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (LinearProbe, ScaleBias, DeltaNetwork, Subset, FullFinetune)
+}
 
 
 def make_method(name: str, **hyperparameters: Any) -> Method:
@@ -46,4 +49,14 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-__all__ = ["METHODS", "FullFinetune", "LinearProbe", "Method", "ScaleBias", "Subset", "describe", "make_method"]
+__all__ = [
+    "METHODS",
+    "DeltaNetwork",
+    "FullFinetune",
+    "LinearProbe",
+    "Method",
+    "ScaleBias",
+    "Subset",
+    "describe",
+    "make_method",
+]
