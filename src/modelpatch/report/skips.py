@@ -64,9 +64,11 @@ def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
 
 def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], title: str, path: Path) -> None:
     """For every stage its weights over the images: a box from quartile to quartile, whiskers from the 5th to the 95th
-    percentile, a dot at the mean. Skips that the base has are blue, new ones orange."""
+    percentile, a dot at the mean. All stages have one scale."""
     longest = min(max(len(record.edges) for record in records), MAX_LABELS)
-    width = min((1 + 0.28 * longest) * len(records) + 1, 24)
+    width = min(max((1 + 0.28 * longest) * len(records) + 1, 5), 24)
+    every = torch.cat([record.weights.flatten() for record in records])
+    low, high = min(every.min().item(), 0), max(every.max().item(), 1)
     with figure(path, width, 3.6, columns=len(records)) as drawn:
         for axes, record, name in zip(drawn if len(records) > 1 else [drawn], records, names, strict=True):
             boxes = axes.boxplot(
@@ -83,6 +85,6 @@ def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], titl
                 box.set(facecolor=BLUE if existing else ORANGE, edgecolor="none")
             labels = [f"{i}→{j}" for i, j in record.edges] if len(record.edges) <= MAX_LABELS else []
             axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=7)
-            axes.set(title=name, ylabel="λ")
+            axes.set(title=name, ylabel="λ", ylim=(low - 0.03, high + 0.03))
             axes.title.set_fontsize(9)
-        axes.figure.suptitle(title)
+        axes.figure.suptitle(f"{title}\nblue: skips of the base, orange: new ones", fontsize=10)
