@@ -16,7 +16,7 @@ from torch import nn
 
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone
 from modelpatch.methods import LinearProbe, Method
-from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch, PatchedModel, Task
+from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel, Task
 from modelpatch.train import Split, TaskData
 
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -109,12 +109,13 @@ def draft_patch(backbone: Backbone, method: Method | None = None, classes: int =
     model: PatchedModel = method.draft(backbone, classes)
     with torch.no_grad():
         for name, tensor in model.state().items():
-            tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
     return Patch(
         backbone=BackboneRecord.of(backbone),
         task=Task(name="draft", classes=tuple(f"class {i}" for i in range(classes))),
         preprocessing=backbone.preprocessing,
-        head=HeadRecord(features=backbone.chain.feature_dim, outputs=classes),
+        head=model.head.record,
         method=MethodRecord(name=method.name),
         grafts=method.blueprint(backbone).grafts,
         tensors={name: tensor.clone() for name, tensor in model.tensors().items()},

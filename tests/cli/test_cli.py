@@ -164,6 +164,21 @@ def test_inspect_shows_what_the_file_holds(run: Run, patches: dict[str, Path], t
     assert (tmp_path / "parts.png").stat().st_size > 0
 
 
+def test_inspect_measures_and_draws_what_the_skips_weigh(run: Run, folder: Path, tmp_path: Path) -> None:
+    path, picture = tmp_path / "delta.safetensors", tmp_path / "skips.png"
+    assert run("fit", folder, "-o", path, "-m", "delta", "--set", "modules=2", "--epochs", 1).code == 0
+    result = run("inspect", path, "--data", folder, "--plot", picture, "--json", tmp_path / "skips.json")
+    assert result.code == 0
+    assert f"drew {picture}" in result.out
+    assert picture.stat().st_size > 0
+    figures = json.loads((tmp_path / "skips.json").read_text())
+    blocks = [block.name for block in load_backbone(TINY).chain.blocks]
+    assert [stage["stage"] for stage in figures["skips"]] == [f"{blocks[4]} to {blocks[6]}", blocks[7]]
+    for stage in figures["skips"]:
+        assert stage["stage"] in result.out
+        assert all(0 < edge["mean"] < 1 for edge in stage["edges"])
+
+
 def test_verify_accepts_intact_files(run: Run, patches: dict[str, Path]) -> None:
     result = run("verify", *patches.values())
     assert result.code == 0
@@ -302,6 +317,8 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
         (["inspect", "FOLDER/test/red/000.png"], "000.png"),
         (["inspect", "PATCH", "--plot", "missing/x.png"], "cannot draw missing/x.png"),
         (["inspect", "PATCH", "--json", "missing/x.json"], "cannot write missing/x.json"),
+        (["inspect", "PATCH", "--data", "FOLDER"], "made by linear-probe, which weighs no skips"),
+        (["inspect", "PATCH", "--backbone", "bundled:tiny"], "--backbone is only used to measure skips"),
         (["predict", "missing.png", "-p", "PATCH"], "there is no image or folder missing.png"),
         (["predict", "EMPTY", "-p", "PATCH"], "no images in"),
         (["eval", "EMPTY", "-p", "PATCH"], "holds no class folders"),

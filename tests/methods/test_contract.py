@@ -16,7 +16,18 @@ from torch import Tensor
 from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods import Depthwise, FullFinetune, LinearProbe, Method, Piggyback, ScaleBias, Subset
+from modelpatch.methods import (
+    DeltaNetwork,
+    Depthwise,
+    FullFinetune,
+    Head2Toe,
+    LinearProbe,
+    Method,
+    PackNet,
+    Piggyback,
+    ScaleBias,
+    Subset,
+)
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
 
@@ -31,6 +42,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
 WITHOUT_BATCH_NORM = {"convnext_atto", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
 SLOW = {"densenet121"}
+TINY_STAGES = 2
 
 METHODS: dict[str, Method] = {
     "probe": LinearProbe(),
@@ -39,6 +51,9 @@ METHODS: dict[str, Method] = {
     "subset": Subset(),
     "piggyback": Piggyback(lr=1e-2),
     "full": FullFinetune(),
+    "head2toe": Head2Toe(),
+    "delta": DeltaNetwork(),
+    "delta 4 and norm": DeltaNetwork(modules=4, batch_norm=True),
 }
 MORE_METHODS: dict[str, Method] = {
     "scale-bias recomputed": ScaleBias(statistics="recomputed"),
@@ -51,11 +66,17 @@ MORE_METHODS: dict[str, Method] = {
     "subset learned": Subset(statistics="learned"),
     "full learned": FullFinetune(statistics="learned"),
     "depthwise": Depthwise(),
+    "packnet": PackNet(),
     "scale-bias + depthwise": ScaleBias() + Depthwise(),
     "piggyback ternary": Piggyback(lr=1e-2, ternary=True, start="uniform"),
     "piggyback + norms": Piggyback(lr=1e-2, norms="trained"),
     "piggyback + scale-bias": Piggyback(lr=1e-2) + ScaleBias(),
     "scale-bias + subset": ScaleBias() + Subset(),
+    "delta + scale-bias": DeltaNetwork() + ScaleBias(),
+    "delta identity": DeltaNetwork(stages=("stage0", "stage-1"), start="identity"),
+    "delta existing": DeltaNetwork(skips="existing"),
+    "delta learned": DeltaNetwork(modules=2, skips="learned"),
+    "delta all and norm": DeltaNetwork(skips="all", batch_norm=True),
 }
 PAIRS = [
     pytest.param((architecture, method), id=f"{architecture}, {name}")
@@ -63,6 +84,7 @@ PAIRS = [
     for name, method in {**METHODS, **({} if architecture in SLOW else MORE_METHODS)}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
+    if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES
 ]
 
 
@@ -147,7 +169,7 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     resumed = method.draft(backbone, 3)
     resumed.load_state(trained.state())
     patch = draft_patch(backbone, method)
-    rebuilt = backbone.patched(replace(patch, tensors=trained.tensors()))
+    rebuilt = backbone.patched(replace(patch, tensors=trained.tensors(), head=trained.head.record))
     with torch.no_grad():
         assert torch.equal(resumed(images), trained(images))
         assert torch.equal(rebuilt(images), trained(images))

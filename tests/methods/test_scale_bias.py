@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from conftest import color_task, make_timm, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone import Backbone, clone_module, load_backbone
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods import ScaleBias
 from modelpatch.methods.scale_bias import ChannelAffine, add_channel_affines, is_norm, recompute_statistics
@@ -214,3 +216,25 @@ def test_a_random_head_stays_as_drawn_while_scale_and_bias_train(tiny: Backbone,
     base = dict(tiny.module.named_parameters())
     trained = [name for name in patch.tensors if name.startswith("replace/")]
     assert all(not torch.equal(patch.tensors[name], base[name.removeprefix("replace/")]) for name in trained)
+
+
+def test_a_patch_of_one_bias_decides_how_often_a_network_folds_the_line() -> None:
+    """Section 4: q(q(x)) with q(x) = 2 ReLU(x + b) - 4 ReLU(x - 1/2) has 4 components over [0.2, 0.4], fewer with each b."""
+    fold = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2, eps=0), nn.ReLU(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        fold[0].weight.fill_(1)
+        fold[0].bias.zero_()
+        fold[1].bias.copy_(torch.tensor([0, -0.5]))
+        fold[3].weight.copy_(torch.tensor([[2, -4]]))
+        fold[3].bias.zero_()
+    module = nn.Sequential(copy.deepcopy(fold), copy.deepcopy(fold)).eval()
+    x = torch.linspace(0, 1, 40_001, dtype=torch.float64)[:, None]
+
+    def components(bias: float) -> int:
+        patched = clone_module(module, {"0.1.bias"})
+        with torch.no_grad():
+            patched[0][1].bias[0] = bias  # type: ignore[index]
+            inside = ((patched(x) > 0.2) & (patched(x) < 0.4)).squeeze(1).int()
+        return int((inside.diff(prepend=torch.zeros(1, dtype=torch.int32)) == 1).sum())
+
+    assert [components(bias) for bias in (0, -0.075, -0.125, -0.425, -0.5)] == [4, 3, 2, 1, 0]

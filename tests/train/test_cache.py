@@ -7,6 +7,8 @@ import torch
 
 from conftest import color_task
 from modelpatch.backbone import Backbone
+from modelpatch.methods import FullFinetune
+from modelpatch.patch import PatchedModel
 from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share, run_prefix
 from modelpatch.train.images import AUGMENTATIONS, ImageStore
 
@@ -18,22 +20,26 @@ def store(tiny: Backbone) -> ImageStore:
     return ImageStore(color_task(70).train, tiny.preprocessing, GENEROUS)  # more than one batch of the cache
 
 
+def model(backbone: Backbone) -> PatchedModel:
+    return FullFinetune().draft(backbone, 3)
+
+
 @pytest.mark.parametrize("memory", [GENEROUS, 1], ids=["memory", "disk"])
 @pytest.mark.parametrize("start", [1, 3, -1])
 def test_cached_outputs_are_the_prefix_of_every_image(
     tiny: Backbone, store: ImageStore, start: int, memory: int
 ) -> None:
     start = start % (len(tiny.chain) + 1)
-    cached = CachedInputs(tiny, store, start, AUGMENTATIONS["none"], 3, 0, memory)
+    cached = CachedInputs(model(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
     rows = torch.tensor([69, 3, 3, 0])
-    direct = run_prefix(tiny, store.plain(rows), start)
+    direct = run_prefix(model(tiny), store.plain(rows), start)
     assert cached.start == start
     assert torch.allclose(cached.batch(rows, epoch=5, step=0), direct, atol=1e-6)
 
 
 def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: ImageStore) -> None:
     counts: list[int] = []
-    cached = CachedInputs(tiny, store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
+    cached = CachedInputs(model(tiny), store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
     rows = torch.arange(8)
     views = [cached.batch(rows, epoch, step=0) for epoch in range(6)]
     for epoch in range(3):
@@ -43,7 +49,7 @@ def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: Image
 
 
 def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageStore) -> None:
-    assert CachedInputs(tiny, store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
+    assert CachedInputs(model(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
 
 
 def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:

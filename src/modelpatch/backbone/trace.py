@@ -5,10 +5,13 @@ Which modules are leaves decides how finely the chain can be cut. A module is *o
 composite class (RegNet's stages, which name their blocks as attributes). A class that was opened but whose children
 turn out not to run strictly one after another (a residual block that wraps its branch in a `Sequential`), or that
 cannot be traced, is closed and the trace repeated, so that a block is never split in half.
+
+`trace_calls` looks into one block instead: its graph shows how the block's own children are wired.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor, fx, nn
 from modelpatch.errors import UntraceableBackboneError
 
 ROOT = "module"
+LOCK = threading.Lock()  # torch.fx replaces `nn.Module.__call__` while it traces: one trace at a time
 
 
 class _OneInput(nn.Module):
@@ -105,7 +109,8 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
     while True:
         tracer = _Tracer(closed=closed, always_open={f"{ROOT}.{name}" for name in always_open})
         try:
-            graph = tracer.trace(_OneInput(module))
+            with LOCK:
+                graph = tracer.trace(_OneInput(module))
         except Exception as error:  # whatever a network's Python does with a proxy instead of a tensor
             culprits = [scope.kind for scope in tracer.stack if closable(scope.kind)]
             if len(tracer.stack) <= 1 or not culprits or culprits[-1] in closed or culprits[-1] is type(module):
@@ -122,3 +127,50 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
 
 def closable(kind: type[nn.Module]) -> bool:
     return kind not in (nn.Sequential, nn.ModuleList)
+
+
+class _CallTracer(fx.Tracer):
+    """Every child of the traced module is a leaf. Modules that other threads run meanwhile are left alone."""
+
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__()
+        self.opened = opened
+        self.thread = threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def trace_calls(module: nn.Module) -> fx.Graph:
+    """The graph of `module(x)`, optional arguments at their defaults, in which every call of a child is one node.
+
+    A segment that calls a block with more than its input is looked through. Targets are names within `module`.
+    Raises `UntraceableBackboneError` where torch.fx cannot follow its Python.
+    """
+    calls = (
+        [node for node in module.graph.nodes if node.op == "call_module"] if isinstance(module, fx.GraphModule) else []
+    )
+    blocks = [str(node.target) for node in calls if has_children(module.get_submodule(str(node.target)))]
+    try:
+        with LOCK:
+            graph = _CallTracer({ROOT, *(f"{ROOT}.{name}" for name in blocks)}).trace(_OneInput(module))
+    except Exception as error:  # whatever a network's Python does with a proxy instead of a tensor
+        raise UntraceableBackboneError(
+            f"{type(module).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]})"
+        ) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix(f"{ROOT}.")
+    return graph

@@ -1,10 +1,13 @@
 """How patches are made: one file per method, each with its paper and formula at the top."""
 
 from modelpatch.methods.composite import Composite
+from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
+from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
 from modelpatch.methods.scale_bias import ScaleBias
@@ -14,10 +17,13 @@ __all__ = [
     "COMPARED",
     "METHODS",
     "Composite",
+    "DeltaNetwork",
     "Depthwise",
     "FullFinetune",
+    "Head2Toe",
     "LinearProbe",
     "Method",
+    "PackNet",
     "Piggyback",
     "ScaleBias",
     "Subset",

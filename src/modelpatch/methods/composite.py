@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
@@ -81,9 +81,21 @@ class Composite(Method):
             made |= own
         return made
 
+    def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        """The head of the first member that has one of its own, else a linear one."""
+        own = [member for member in self.methods if type(member).make_head is not Method.make_head]
+        return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        return sum(member.penalty(model) for member in self.methods)
+
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         for member in self.methods:
             member.prepare(model, batches)
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        for member in self.methods:
+            member.before_step(model, step, total)
 
     def warn(self, reach: float) -> str | None:
         return "; ".join(text for member in self.methods if (text := member.warn(reach))) or None

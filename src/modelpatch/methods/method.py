@@ -56,9 +56,17 @@ class Method(ABC):
 
     def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
         """The model to train, with a fresh head for `classes` outputs that follows torch's random state."""
-        head = LinearHead(backbone.chain.feature_dim, classes)
+        head = self.make_head(backbone, classes)
         head.requires_grad_(self.head == "trained")
         return PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
+
+    def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        """A fresh head for `classes` outputs."""
+        return LinearHead(backbone.chain.feature_dim, classes)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """What is added to the loss."""
+        return 0.0
 
     def count_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters without the head."""
@@ -67,6 +75,10 @@ class Method(ABC):
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Work on the model before the first step; `batches()` yields normalised training images in random order."""
+        return
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Work on the model before step `step` of `total`, such as pruning once. Must depend on nothing else."""
         return
 
     def warn(self, reach: float) -> str | None:

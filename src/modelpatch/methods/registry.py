@@ -16,26 +16,34 @@ from pydantic import TypeAdapter, ValidationError
 
 from modelpatch.errors import MethodError
 from modelpatch.methods.composite import Composite
+from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
+from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (LinearProbe, ScaleBias, Depthwise, Subset, Piggyback, FullFinetune)
+    kind.name: kind
+    for kind in (LinearProbe, Head2Toe, ScaleBias, Depthwise, DeltaNetwork, Subset, Piggyback, PackNet, FullFinetune)
 }
 
 COMPARED = (
     "linear-probe",
+    "head2toe",
     "scale-bias",
     "depthwise",
     "scale-bias+depthwise",
+    "delta",
+    "delta(modules=all,batch_norm=true)",
     "subset",
     "piggyback",
     "piggyback(norms=trained)",
+    "packnet",
     "full-finetune",
 )  # what `compare` tries if it is not told
 

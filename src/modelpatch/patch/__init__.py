@@ -2,7 +2,7 @@
 
 from modelpatch.patch.bind import BoundPatch, PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
-from modelpatch.patch.heads import HeadRecord, LinearHead
+from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
 from modelpatch.patch.weights import Reweighting
@@ -11,6 +11,7 @@ __all__ = [
     "BackboneRecord",
     "Blueprint",
     "BoundPatch",
+    "DraftHead",
     "Graft",
     "HeadRecord",
     "LinearHead",
@@ -19,5 +20,6 @@ __all__ = [
     "PatchedModel",
     "Reweighting",
     "Task",
+    "pooled_width",
     "register_graft",
 ]

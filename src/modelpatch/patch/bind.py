@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from modelpatch.backbone import Backbone, Segment, clone_module
+from modelpatch.backbone import Backbone, Chain, Segment, clone_module
 from modelpatch.errors import ForeignTensorError, ModelpatchError
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
-from modelpatch.patch.heads import HeadRecord
+from modelpatch.patch.heads import DraftHead, HeadRecord, pool, pooled_axes, pooled_width
 from modelpatch.patch.weights import MADE, Reweighting, StoredWeight, resolve, set_strength
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class PatchedModel(nn.Module):
         patch.check_backbone(backbone)
         self._build(backbone, patch.blueprint, patch.head.build(), {})
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
+        check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False)
 
@@ -78,6 +79,17 @@ class PatchedModel(nn.Module):
             self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
+        self.taps = {tap: self._positions(chain, tap) for tap in getattr(head, "taps", ())}
+
+    def _positions(self, chain: Chain, tap: int) -> tuple[int, ...]:
+        """The axes of segment `tap`'s output that are positions. Raises `ForeignTensorError` where a head cannot read it."""
+        if tap >= len(chain):
+            raise ForeignTensorError(f"the head reads segment {tap}; the backbone has {len(chain)}.")
+        if any(start <= tap < end - 1 for start, end in self.spans):
+            raise ForeignTensorError(
+                f"the head reads segment {tap}, inside a run of segments that the patch replaces as one."
+            )
+        return pooled_axes(chain, tap)
 
     def _variant(
         self,
@@ -125,11 +137,28 @@ class PatchedModel(nn.Module):
         return self.run_from(images, 0)
 
     def run_from(self, x: Tensor, start: int) -> Tensor:
-        """Logits from the input of segment `start`, which must begin a part (see `first`)."""
-        for begin, part in zip(self.starts, self.parts, strict=True):
-            if begin >= start:
+        """Logits from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
+        return self.head(self._run(x, start, self.end)) if start < self.end else self.head(x)
+
+    @torch.no_grad()
+    def run_prefix(self, images: Tensor, end: int) -> Tensor:
+        """What `run_from(..., end)` goes on from: the input of segment `end`, or the head's input."""
+        return self._run(images, 0, end)
+
+    def _run(self, x: Tensor, start: int, end: int) -> Tensor:
+        pooled = []
+        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+            if start <= begin < end:
                 x = part(x)
-        return self.head(x)
+                last = (self.starts[number + 1] if number + 1 < len(self.starts) else self.end) - 1
+                if last in self.taps:
+                    pooled.append(pool(x, self.taps[last]))
+        return torch.cat(pooled, 1) if self.taps and end == self.end else x
+
+    @property
+    def end(self) -> int:
+        """The number of segments of the chain."""
+        return max(self.starts[-1] + 1, self.spans[-1][1] if self.spans else 0)
 
     @property
     def variants(self) -> tuple[nn.Module, ...]:
@@ -139,12 +168,19 @@ class PatchedModel(nn.Module):
 
     @property
     def first(self) -> int:
-        """The first segment that differs from the backbone; everything before it is frozen and deterministic."""
-        return self.spans[0][0] if self.spans else self.starts[-1] + 1
+        """The first segment that differs from the backbone; everything before it is frozen and deterministic.
+
+        0 where the head reads segments before the first span as well: nothing can then be computed once.
+        """
+        first = self.spans[0][0] if self.spans else self.end
+        return 0 if self.spans and any(tap < first for tap in self.taps) else first
 
     def tensors(self) -> dict[str, Tensor]:
         """The patch's own tensors under the names they have in a patch file, detached, not copied."""
         tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        if isinstance(self.head, DraftHead):
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+            tensors |= {f"head.{name}": tensor for name, tensor in self.head.stored().items()}
         for name, path in self.reweighted.items():
             stored = self.get_submodule(path).stored()  # type: ignore[operator]
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in stored.items()}
@@ -211,6 +247,13 @@ class PatchedModel(nn.Module):
         return super().load_state_dict(state_dict, strict, assign=True)
 
 
+def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:
+    """Raises `ForeignTensorError` for a head that selects features its taps do not give."""
+    count = sum(pooled_width(chain, tap) for tap in head.taps)
+    if selected is not None and not bool(((selected >= 0) & (selected < count)).all()):
+        raise ForeignTensorError(f"the head selects features up to {int(selected.max())}; the backbone gives {count}.")
+
+
 def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
     """Raises `ForeignTensorError` unless `tensors` has exactly the expected names and shapes."""
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -239,17 +282,21 @@ class BoundPatch:
         plain = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(MADE)}
         values = resolve(plain, backbone.chain, patch.strength)
         check_fit({n: s for n, s in {**self._skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
-        self._layout = self._skeleton.layout(patch.head, made)
+        check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
+        whole = {name: tensor for name, tensor in values.items() if not tensor.is_floating_point()}
+        self._layout = self._skeleton.layout(patch.head, made | whole.keys())
         self._flat = torch.zeros(sum(padded(shape) for _, shape in self._layout), device=backbone.device)
         pieces = self._flat.split([padded(shape) for _, shape in self._layout])
         for (name, shape), piece in zip(self._layout, pieces, strict=True):
             piece[: shape.numel()].copy_(values[name].reshape(-1))
+        self._whole = {self._skeleton.model.names[name]: t.to(backbone.device) for name, t in whole.items()}
         self._stored = {self._skeleton.model.names[f"replace/{name}"]: weight for name, weight in stored.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the patch's numbers in memory; masks are held as bits."""
-        return self._flat.nbytes + sum(weight.nbytes for weight in self._stored.values())
+        tensors = (self._flat, *self._whole.values())
+        return sum(tensor.nbytes for tensor in tensors) + sum(weight.nbytes for weight in self._stored.values())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -259,7 +306,7 @@ class BoundPatch:
             self._skeleton.model.names[name]: piece[: shape.numel()].view(shape)
             for (name, shape), piece in zip(self._layout, pieces, strict=True)
         }
-        tensors |= {local: weight.make() for local, weight in self._stored.items()}
+        tensors |= self._whole | {local: weight.make() for local, weight in self._stored.items()}
         with self._skeleton.lock:
             return torch.func.functional_call(self._skeleton.model, tensors, (images,))
 
@@ -276,16 +323,16 @@ class _Skeleton:
         self.model = PatchedModel(backbone, patch)
         self.lock = threading.Lock()
         self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
-        self._layouts: dict[tuple[int, frozenset[str]], tuple[tuple[str, torch.Size], ...]] = {}
+        self._layouts: dict[tuple[int, int, frozenset[str]], tuple[tuple[str, torch.Size], ...]] = {}
 
     def layout(self, head: HeadRecord, made: Collection[str]) -> tuple[tuple[str, torch.Size], ...]:
         """Names and shapes in the order a flat tensor holds them, without the weights that are `made` from masks.
 
         One tuple per head width, shared by all patches.
         """
-        shapes = {name: shape for name, shape in self.shapes.items() if name not in made}
-        key = head.outputs, frozenset(made)
-        return self._layouts.setdefault(key, tuple(sorted({**shapes, **head.shapes()}.items())))
+        key = head.features, head.outputs, frozenset(made)
+        shapes = {**self.shapes, **head.shapes()}
+        return self._layouts.setdefault(key, tuple(sorted((n, shape) for n, shape in shapes.items() if n not in made)))
 
 
 _SKELETONS: WeakKeyDictionary[Backbone, dict[str, _Skeleton]] = WeakKeyDictionary()

@@ -1,26 +1,44 @@
-"""Heads turn the chain's features into a task's answer. A new kind of head is one class and its line in HEADS."""
+"""Heads turn the chain's features into a task's answer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from modelpatch.backbone import Chain
+from modelpatch.backbone.chain import spatial_size
 
 
 class HeadRecord(BaseModel):
-    """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given."""
+    """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
+
+    A `linear` head reads the chain's features. A `selected` head reads some of the pooled outputs of the segments `taps`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear", "selected"] = "linear"
     features: int = Field(gt=0)
     outputs: int = Field(gt=0)
+    taps: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _fitting_taps(self) -> HeadRecord:
+        if bool(self.taps) != (self.kind == "selected") or list(self.taps) != sorted(
+            {tap for tap in self.taps if tap >= 0}
+        ):
+            raise ValueError(f"a {self.kind} head cannot read the outputs of the segments {self.taps}")
+        return self
 
     def build(self) -> nn.Module:
         """A freshly initialised head of this kind."""
-        return HEADS[self.kind](self.features, self.outputs)
+        if self.kind == "selected":
+            return SelectedHead(self.features, self.outputs, self.taps)
+        return LinearHead(self.features, self.outputs)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor of the head by its name in a patch file; nothing is allocated."""
@@ -34,5 +52,58 @@ class LinearHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.flatten(1))
 
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(features=self.in_features, outputs=self.out_features)
 
-HEADS: dict[str, type[LinearHead]] = {"linear": LinearHead}
+
+class SelectedHead(nn.Linear):
+    """Logits (B, K) from the `selected` ones of all pooled outputs (B, D) of the segments `taps`."""
+
+    selected: Tensor
+
+    def __init__(self, features: int, outputs: int, taps: tuple[int, ...]) -> None:
+        super().__init__(features, outputs)
+        self.taps = taps
+        self.register_buffer("selected", torch.zeros(features, dtype=torch.int32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input[:, self.selected])
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind="selected", features=self.in_features, outputs=self.out_features, taps=self.taps)
+
+
+class DraftHead(nn.Module, ABC):
+    """A head that is stored as another than the one that is trained. `taps` are the segments whose outputs it reads."""
+
+    taps: tuple[int, ...] = ()
+
+    @property
+    @abstractmethod
+    def record(self) -> HeadRecord:
+        """The stored head."""
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The stored head's tensors."""
+
+
+def pool(x: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """An activation (B, ...) averaged over the axes `positions` and scaled to unit length: (B, C)."""
+    return nn.functional.normalize(x.mean(positions) if positions else x, dim=1)
+
+
+def pooled_axes(chain: Chain, tap: int) -> tuple[int, ...]:
+    """The axes of segment `tap`'s output, batch axis counted, that are positions and not channels."""
+    shape = chain[tap].output_shape
+    if len(shape) == 3:
+        return (2, 3) if spatial_size(shape, chain[0].input_shape) == shape[1:] else (1, 2)
+    return (1,) if len(shape) == 2 else ()
+
+
+def pooled_width(chain: Chain, tap: int) -> int:
+    """Channels of segment `tap`'s output."""
+    shape = chain[tap].output_shape
+    return shape[0] if pooled_axes(chain, tap) == (2, 3) else shape[-1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone import Backbone
+from modelpatch.patch import PatchedModel
 from modelpatch.train.images import Augmentation, ImageStore, allocate
 
 BATCH = 64
@@ -33,11 +34,11 @@ class PlainInputs:
 
 
 class CachedInputs:
-    """The outputs of segments `[0, start)` for `views` views of every image; without augmentation one view suffices."""
+    """What the model goes on from after segments `[0, start)`: for `views` views of every image, one without augmentation."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        model: PatchedModel,
         store: ImageStore,
         start: int,
         augmentation: Augmentation,
@@ -52,7 +53,7 @@ class CachedInputs:
         for view in range(self.views):
             for step, rows in enumerate(torch.arange(len(store)).split(BATCH)):
                 images = store.augmented(rows, augmentation, (seed, view, step))
-                outputs = run_prefix(backbone, images, start)
+                outputs = run_prefix(model, images, start)
                 if shape is None:
                     shape = tuple(outputs.shape[1:])
                     self.values = allocate((self.views, len(store), *shape), torch.float32, memory)
@@ -64,11 +65,10 @@ class CachedInputs:
         return self.values[epoch % self.views, rows]
 
 
-@torch.no_grad()
-def run_prefix(backbone: Backbone, images: Tensor, start: int) -> Tensor:
-    """The output of segments `[0, start)` for normalised images, on the backbone's device."""
-    images = images.to(backbone.device).contiguous(memory_format=torch.channels_last)
-    return backbone.chain.run(images, 0, start)
+def run_prefix(model: PatchedModel, images: Tensor, start: int) -> Tensor:
+    """The output of the frozen segments `[0, start)` for normalised images, on the model's device."""
+    device = next(model.parameters()).device
+    return model.run_prefix(images.to(device).contiguous(memory_format=torch.channels_last), start)
 
 
 def prefix_share(backbone: Backbone, start: int) -> float:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ class Fit:
         share = prefix_share(self.backbone, first)
         with self.bar.task(f"caching {share:.0%} of the network, {views} views", views * len(store)) as advance:
             return CachedInputs(
-                self.backbone, store, first, augmentation, views, self.settings.seed, self.settings.memory, advance
+                self.model, store, first, augmentation, views, self.settings.seed, self.settings.memory, advance
             )
 
     def _plain_batches(self, store: ImageStore) -> Iterator[Tensor]:
@@ -248,6 +248,7 @@ class Fit:
                 self._end_epoch(epoch, per_epoch)
 
     def _step(self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None) -> None:
+        self.method.before_step(self.model, self.state.step, total)
         factor = self.settings.factor(self.state.step, total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -258,7 +259,7 @@ class Fit:
             logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
         )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss + self.method.penalty(self.model)).backward()
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
@@ -353,7 +354,7 @@ class Fit:
             backbone=BackboneRecord.of(self.backbone),
             task=self.data.task,
             preprocessing=self.preprocessing,
-            head=HeadRecord(features=self.backbone.chain.feature_dim, outputs=len(self.data.classes)),
+            head=cast(HeadRecord, model.head.record),
             method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
             grafts=self.method.blueprint(self.backbone).grafts,
             tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},

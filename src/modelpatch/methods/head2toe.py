@@ -1,0 +1,95 @@
+"""Head2Toe: a linear head on features chosen from all blocks, not the last one alone. A baseline.
+
+    h = [pool(block_1(x)) / |.|, ..., pool(block_n(x)) / |.|]        all pooled outputs, each block's at unit length
+    min_W  CE(W h) + λ Σ_j |W_:,j|₂                                  group lasso: features that matter keep their norm
+    logits = W_S h_S                                                 S the share of features with the largest norms
+
+Evci, Dumoulin, Larochelle and Mozer: *Head2Toe: Utilizing Intermediate Representations for Better Transfer Learning*
+(ICML 2022), section 3. Nothing of the backbone changes; the patch is its head and which features it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.methods.method import Method
+from modelpatch.patch import Blueprint, DraftHead, HeadRecord, PatchedModel, pooled_width
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head2Toe(Method):
+    """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
+
+    `lasso` is λ, `choose_after` the share of all steps after which features are chosen.
+    """
+
+    name: ClassVar[str] = "head2toe"
+    paper: ClassVar[str] = "Evci et al., Head2Toe, ICML 2022"
+
+    keep: Share = 0.25
+    lasso: NonNegativeFloat = 1e-4
+    choose_after: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Nothing is owned: the patch is its head."""
+        return Blueprint()
+
+    def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        chain = backbone.chain
+        taps = sorted({block.index for block in chain.blocks} | {len(chain) - 1})
+        return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """The group lasso, until the features are chosen."""
+        head = model.head
+        if not isinstance(head, ChoosingHead) or not head.chosen.all():
+            return 0.0
+        return self.lasso * head.weight.norm(dim=0).sum()
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Choose once."""
+        if step == round(self.choose_after * total) and isinstance(model.head, ChoosingHead):
+            model.head.choose()
+
+
+class ChoosingHead(DraftHead):
+    """Logits (B, K) from all pooled outputs (B, D), of which those that are not `chosen` are read as 0."""
+
+    chosen: Tensor
+
+    def __init__(self, features: int, outputs: int, taps: tuple[int, ...], keep: float) -> None:
+        super().__init__()
+        linear = nn.Linear(features, outputs)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.taps, self.count = taps, max(1, round(keep * features))
+        self.register_buffer("chosen", torch.ones(features, dtype=torch.bool))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.linear(features, self.weight * self.chosen, self.bias)
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """Keep the features whose weights have the largest norms."""
+        best = self.weight.norm(dim=0).topk(self.count).indices
+        self.chosen.zero_()
+        self.chosen[best] = True
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind="selected", features=int(self.chosen.sum()), outputs=len(self.bias), taps=self.taps)
+
+    def stored(self) -> dict[str, Tensor]:
+        selected = self.chosen.nonzero()[:, 0]
+        return {
+            "weight": self.weight.detach()[:, selected],
+            "bias": self.bias.detach(),
+            "selected": selected.to(torch.int32),
+        }

@@ -1,0 +1,121 @@
+"""PackNet: a task in the weights that the earlier ones can do without. A baseline for masks.
+
+    1. free the smallest |W| of every layer, keep the rest            W ⊙ kept
+    2. train the freed weights, from zero                             W ⊙ kept + V
+    3. prune the smallest |V| and go on with what is left             W ⊙ kept + V ⊙ left
+
+Mallya and Lazebnik: *PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning* (CVPR 2018). Tasks are packed
+one after another into what was pruned, so that their order matters and room runs out; the base itself is untouched here,
+because the patch holds what it keeps as a mask and what it adds as a sparse difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import weight_names
+from modelpatch.patch import Blueprint, Patch, PatchedModel, Reweighting
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackNet(Method):
+    """Frees the share `free` of every weight matrix, trains it, prunes the share `prune` of that and trains on.
+
+    Pruning comes after the share `prune_after` of all steps. `after` names the PackNet patch file of an earlier task on the
+    same backbone: its weights are kept too and this task is packed into what it left.
+    """
+
+    name: ClassVar[str] = "packnet"
+    paper: ClassVar[str] = "Mallya and Lazebnik, PackNet, CVPR 2018"
+
+    lr: PositiveFloat = 1e-3
+    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
+    free: Share = 0.5
+    prune: Share = 0.75
+    prune_after: Share = 0.6
+    after: str | None = None
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns every weight matrix and kernel."""
+        names = weight_names(backbone)
+        if not names:
+            raise MethodNotApplicableError(f"{backbone.spec} has no weights to free. Try the method `scale-bias`.")
+        return Blueprint(owned=tuple(names))
+
+    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
+        """What each weight keeps, and the freed part at zero."""
+        earlier = self._earlier(backbone)
+        packed: dict[str, Reweighting] = {}
+        for name in weight_names(backbone):
+            weight = backbone.chain.tensor(name).detach()
+            mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
+            kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
+            packed[name] = Packed(kept, torch.zeros_like(weight) if delta is None else delta.float().to(weight.device))
+        return packed
+
+    def count_parameters(self, backbone: Backbone) -> int:
+        """The freed weights."""
+        packed = self.reweightings(backbone).values()
+        return sum(int(one.left.sum()) for one in packed if isinstance(one, Packed))
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Prune once."""
+        if step == round(self.prune_after * total):
+            for module in model.modules():
+                if isinstance(module, Packed):
+                    module.prune(self.prune)
+
+    def _earlier(self, backbone: Backbone) -> dict[str, Tensor]:
+        if self.after is None:
+            return {}
+        patch = Patch.load(self.after)
+        patch.check_backbone(backbone)
+        if patch.method.name != self.name:
+            raise MethodError(f"packnet: after={self.after!r} is a patch of {patch.method.name}. Name one of packnet.")
+        return dict(patch.tensors)
+
+
+def largest(tensor: Tensor, share: float) -> Tensor:
+    """A bool mask of the `share` of elements that are largest in magnitude; ties are settled by place."""
+    count = round(share * tensor.numel())
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    mask[tensor.abs().flatten().argsort(descending=True, stable=True)[:count]] = True
+    return mask.view(tensor.shape)
+
+
+class Packed(Reweighting):
+    """W -> W ⊙ kept + earlier + V ⊙ left, with V trained; `left` starts as all that is free."""
+
+    kept: Tensor
+    earlier: Tensor
+    left: Tensor
+
+    def __init__(self, kept: Tensor, earlier: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+        self.register_buffer("earlier", earlier)
+        self.register_buffer("left", ~kept & (earlier == 0))
+        self.values = nn.Parameter(torch.zeros_like(earlier))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept + (self.earlier + self.values * self.left)
+
+    @torch.no_grad()
+    def prune(self, share: float) -> None:
+        """Let go of the share of the task's own weights that are smallest."""
+        count = int(self.left.sum())
+        self.left &= largest(self.values * self.left, (1 - share) * count / self.left.numel())
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        return {"mask": self.kept, "delta": self.earlier + self.values * self.left}

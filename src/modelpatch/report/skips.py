@@ -1,0 +1,90 @@
+"""What a Δ-Network learned: the weights of its skips over a task's images, as figures, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
+from modelpatch.methods.delta import SkipWeights, skip_weights
+from modelpatch.methods.delta_stage import GRAFT
+from modelpatch.patch import Patch
+from modelpatch.report.plots import BLUE, ORANGE, figure
+from modelpatch.train import Split
+from modelpatch.train.images import ImageStore
+
+MEMORY = 2 * 2**30
+MAX_LABELS = 60
+
+
+def measure_skips(
+    backbone: Backbone, patch: Patch, split: Split, advance: Callable[[int], None] = lambda _: None
+) -> list[SkipWeights]:
+    """λ of every patched stage for every image of a split. Raises `MethodError` for a patch that weighs no skips."""
+    check_skips(patch)
+    model = backbone.patched(patch)
+    store = ImageStore(split, patch.preprocessing, MEMORY)
+    batches: list[list[SkipWeights]] = []
+    for rows in torch.arange(len(store)).split(64):
+        batches.append(skip_weights(model, store.plain(rows).to(backbone.device)))
+        advance(len(rows))
+    stages = zip(*batches, strict=True)
+    return [replace(stage[0], weights=torch.cat([record.weights.cpu() for record in stage])) for stage in stages]
+
+
+def check_skips(patch: Patch) -> None:
+    """Raises `MethodError` for a patch that weighs no skips."""
+    if not any(graft.kind == GRAFT for graft in patch.grafts):
+        raise MethodError(
+            f"the patch was made by {patch.method.name}, which weighs no skips; only a patch of the method `delta` does. "
+            "Leave out --data."
+        )
+
+
+def stage_names(backbone: Backbone, records: Sequence[SkipWeights]) -> list[str]:
+    """What the network calls each stage: its first and last block."""
+    ends = [(backbone.chain[start].name, backbone.chain[end - 1].name) for start, end in (r.span for r in records)]
+    return [first if first == last else f"{first} to {last}" for first, last in ends]
+
+
+def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
+    """Mean and spread of every weight over the images."""
+    table = Table("stage", "skip", "in the base", "mean λ", "deviation", title="weights of the skips")
+    for record, name in zip(records, names, strict=True):
+        for edge in record.as_dict()["edges"]:
+            arrow, base = f"{edge['from']} → {edge['to']}", "1" if edge["existing"] else "0"
+            table.add_row(name, arrow, base, f"{edge['mean']:.3f}", f"{edge['deviation']:.3f}")
+    return table
+
+
+def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], title: str, path: Path) -> None:
+    """For every stage its weights over the images: a box from quartile to quartile, whiskers from the 5th to the 95th
+    percentile, a dot at the mean. All stages have one scale."""
+    longest = min(max(len(record.edges) for record in records), MAX_LABELS)
+    width = min(max((1 + 0.28 * longest) * len(records) + 1, 5), 24)
+    every = torch.cat([record.weights.flatten() for record in records])
+    low, high = min(every.min().item(), 0), max(every.max().item(), 1)
+    with figure(path, width, 3.6, columns=len(records)) as drawn:
+        for axes, record, name in zip(drawn if len(records) > 1 else [drawn], records, names, strict=True):
+            boxes = axes.boxplot(
+                record.weights.float().numpy(),
+                whis=(5, 95),
+                showfliers=False,
+                showmeans=True,
+                patch_artist=True,
+                widths=0.6,
+                medianprops={"color": "white"},
+                meanprops={"marker": "o", "markersize": 3, "markerfacecolor": "black", "markeredgecolor": "black"},
+            )
+            for box, existing in zip(boxes["boxes"], record.existing, strict=True):
+                box.set(facecolor=BLUE if existing else ORANGE, edgecolor="none")
+            labels = [f"{i}→{j}" for i, j in record.edges] if len(record.edges) <= MAX_LABELS else []
+            axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=7)
+            axes.set(title=name, ylabel="λ", ylim=(low - 0.03, high + 0.03))
+            axes.title.set_fontsize(9)
+        axes.figure.suptitle(f"{title}\nblue: skips of the base, orange: new ones", fontsize=10)

@@ -1,0 +1,71 @@
+"""What the skips of a Δ-Network weigh, measured over a task's images, in a table and in a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from conftest import draft_patch
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
+from modelpatch.methods import DeltaNetwork, ScaleBias
+from modelpatch.methods.delta import SkipWeights, skip_weights
+from modelpatch.report.skips import measure_skips, plot_skip_weights, skips_table, stage_names
+from modelpatch.train import TaskData
+from modelpatch.train.images import ImageStore
+
+
+@pytest.fixture
+def records(tiny: Backbone, colors: TaskData) -> list[SkipWeights]:
+    return measure_skips(tiny, draft_patch(tiny, DeltaNetwork(modules=2)), colors.test)
+
+
+def test_weights_are_measured_on_every_image(tiny: Backbone, colors: TaskData, records: list[SkipWeights]) -> None:
+    patch = draft_patch(tiny, DeltaNetwork(modules=2))
+    images = ImageStore(colors.test, patch.preprocessing, 2**20).plain(torch.arange(len(colors.test)))
+    expected = skip_weights(tiny.patched(patch), images)
+    assert [record.span for record in records] == [record.span for record in expected]
+    for record, other in zip(records, expected, strict=True):
+        assert record.weights.shape == (len(colors.test), 3)
+        torch.testing.assert_close(record.weights, other.weights)
+
+
+def test_a_patch_without_weighed_skips_is_refused(tiny: Backbone, colors: TaskData) -> None:
+    with pytest.raises(MethodError, match="made by scale-bias, which weighs no skips"):
+        measure_skips(tiny, draft_patch(tiny, ScaleBias()), colors.test)
+
+
+def test_the_table_names_stages_and_shows_mean_and_deviation(tiny: Backbone, records: list[SkipWeights]) -> None:
+    names = stage_names(tiny, records)
+    assert names == ["stage1.0 to stage1.1", "stage2.0 to stage2.1"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(skips_table(records, names))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for record in records:
+        for edge in record.as_dict()["edges"]:
+            assert f"{edge['from']} → {edge['to']}" in text
+            assert f"{edge['mean']:.3f}" in text
+            assert f"{edge['deviation']:.3f}" in text
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_weights_are_drawn_for_every_stage(
+    tiny: Backbone, records: list[SkipWeights], tmp_path: Path, stages: int
+) -> None:
+    path = tmp_path / "skips.png"
+    plot_skip_weights(records[:stages], stage_names(tiny, records[:stages]), "colors", path)
+    with Image.open(path) as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+
+
+def test_a_stage_of_many_skips_is_drawn_without_labels(tmp_path: Path) -> None:
+    edges = tuple((i, 25) for i in range(300))
+    record = SkipWeights((0, 1), edges, (True,) * 300, torch.rand(8, 300))
+    plot_skip_weights([record], ["dense"], "many", tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as image:
+        assert image.width < 130 * 24 + 1
