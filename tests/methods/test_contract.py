@@ -16,7 +16,7 @@ from torch import Tensor
 from conftest import color_task, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset
+from modelpatch.methods import FullFinetune, LinearProbe, LoRA, Method, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
 
@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "scale-bias": ScaleBias(),
     "scale-bias learned": ScaleBias(statistics="learned"),
     "subset": Subset(),
+    "lora": LoRA(),
     "full": FullFinetune(),
 }
 MORE_METHODS: dict[str, Method] = {

@@ -17,8 +17,8 @@ def test_every_method_is_found_by_its_name() -> None:
 
 
 def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
-    with pytest.raises(MethodError, match=f"no method 'lora'.*{', '.join(METHODS)}"):
-        make_method("lora")
+    with pytest.raises(MethodError, match=f"no method 'magic'.*{', '.join(METHODS)}"):
+        make_method("magic")
 
 
 def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -57,3 +58,12 @@ def test_a_method_that_cannot_patch_the_backbone_is_left_out_with_the_reason(col
     result = compare(backbone, colors, ["scale-bias", "linear-probe"], epochs=1)
     assert [row.method for row in result.rows] == ["linear-probe"]
     assert "no convolution to scale" in result.skipped["scale-bias"]
+
+
+def test_a_method_whose_library_is_missing_is_left_out_with_the_reason(
+    tiny: Backbone, colors: TaskData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = compare(tiny, colors, ["lora", "linear-probe"], epochs=1)
+    assert [row.method for row in result.rows] == ["linear-probe"]
+    assert "modelpatch[lora]" in result.skipped["lora"]

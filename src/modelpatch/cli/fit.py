@@ -32,7 +32,7 @@ def fit(
     ] = None,
     backbone: BackboneOption = "bundled:tiny",
     method: Annotated[
-        str, typer.Option("--method", "-m", help="linear-probe, scale-bias, subset or full-finetune.")
+        str, typer.Option("--method", "-m", help="linear-probe, scale-bias, subset, lora or full-finetune.")
     ] = "scale-bias",
     set_: Annotated[
         list[str] | None,

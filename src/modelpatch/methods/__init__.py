@@ -10,11 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 from modelpatch.errors import MethodError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
+from modelpatch.methods.peft_folder import export_peft, import_peft
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (LinearProbe, ScaleBias, Subset, FullFinetune)}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (LinearProbe, ScaleBias, Subset, LoRA, FullFinetune)}
 
 
 def make_method(name: str, **hyperparameters: Any) -> Method:
@@ -46,4 +48,16 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-__all__ = ["METHODS", "FullFinetune", "LinearProbe", "Method", "ScaleBias", "Subset", "describe", "make_method"]
+__all__ = [
+    "METHODS",
+    "FullFinetune",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "ScaleBias",
+    "Subset",
+    "describe",
+    "export_peft",
+    "import_peft",
+    "make_method",
+]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelpatch.backbone import Backbone
-from modelpatch.errors import MethodNotApplicableError
+from modelpatch.errors import MethodNotApplicableError, MissingExtraError
 from modelpatch.methods import METHODS, Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.train.data import TaskData
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of methods, and the patches it was made from. `skipped` says why a method cannot patch this backbone."""
+    """A table of methods, and the patches it was made from. `skipped` says why a method is not among them."""
 
     task: str
     backbone: str
@@ -62,7 +62,8 @@ def compare(
     """Fit every method on the task with the same settings and put the results in one table.
 
     `base` is a test set of the backbone's own classes: its accuracy is measured before and after every fit, and the
-    harmonic mean with it is reported. A method that cannot patch this backbone is left out, with the reason.
+    harmonic mean with it is reported. A method that cannot patch this backbone, or whose library is not
+    installed, is left out, with the reason.
     """
     before = evaluate_base(backbone, base).top1 if base is not None else None
     rows: list[Row] = []
@@ -72,7 +73,7 @@ def compare(
         begin = time.perf_counter()
         try:
             patch = fit(backbone, data, made, progress=progress, **settings)
-        except MethodNotApplicableError as error:
+        except (MethodNotApplicableError, MissingExtraError) as error:
             skipped[made.name] = str(error)
             continue
         seconds = time.perf_counter() - begin
