@@ -22,6 +22,7 @@ from modelpatch.methods import (
     FullFinetune,
     Head2Toe,
     LinearProbe,
+    LoRA,
     Method,
     PackNet,
     Piggyback,
@@ -41,7 +42,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
 }
 WITHOUT_BATCH_NORM = {"convnext_atto", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
-SLOW = {"densenet121"}
+VARIED = {"tiny", "mobilenetv2_100"}  # the networks on which every option is tried as well
 TINY_STAGES = 2
 
 METHODS: dict[str, Method] = {
@@ -50,6 +51,9 @@ METHODS: dict[str, Method] = {
     "scale-bias learned": ScaleBias(statistics="learned"),
     "subset": Subset(),
     "piggyback": Piggyback(lr=1e-2),
+    "lora": LoRA(),
+    "depthwise": Depthwise(),
+    "packnet": PackNet(),
     "full": FullFinetune(),
     "head2toe": Head2Toe(),
     "delta": DeltaNetwork(),
@@ -65,8 +69,6 @@ MORE_METHODS: dict[str, Method] = {
     "subset stage": Subset(blocks=("stage-1",)),
     "subset learned": Subset(statistics="learned"),
     "full learned": FullFinetune(statistics="learned"),
-    "depthwise": Depthwise(),
-    "packnet": PackNet(),
     "scale-bias + depthwise": ScaleBias() + Depthwise(),
     "piggyback ternary": Piggyback(lr=1e-2, ternary=True, start="uniform"),
     "piggyback + norms": Piggyback(lr=1e-2, norms="trained"),
@@ -81,7 +83,7 @@ MORE_METHODS: dict[str, Method] = {
 PAIRS = [
     pytest.param((architecture, method), id=f"{architecture}, {name}")
     for architecture in ARCHITECTURES
-    for name, method in {**METHODS, **({} if architecture in SLOW else MORE_METHODS)}.items()
+    for name, method in {**METHODS, **(MORE_METHODS if architecture in VARIED else {})}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
     if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES

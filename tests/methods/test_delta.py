@@ -405,7 +405,7 @@ def test_all_skips_are_one_and_nothing_is_learned_but_the_head() -> None:
     dead = dataclasses.replace(method, head="random")
     idle = dead.draft(backbone, 3)
     with pytest.raises(MethodError, match="trains nothing"):
-        dead.make_optimizer(idle)
+        dead.make_optimizer(idle, backbone)
 
 
 def test_random_weights_differ_by_sample_and_by_pass_and_are_never_learned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -76,3 +77,12 @@ def test_seeds_give_a_mean_and_its_standard_error(tiny: Backbone, colors: TaskDa
 def test_the_same_method_twice_has_two_rows(tiny: Backbone, colors: TaskData) -> None:
     result = compare(tiny, colors, [LinearProbe(), LinearProbe()], epochs=1)
     assert [row.method for row in result.rows] == ["linear-probe", "linear-probe (2)"]
+
+
+def test_a_method_whose_library_is_missing_is_left_out_with_the_reason(
+    tiny: Backbone, colors: TaskData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = compare(tiny, colors, ["lora", "linear-probe"], epochs=1)
+    assert [row.method for row in result.rows] == ["linear-probe"]
+    assert "modelpatch[lora]" in result.skipped["lora"]

@@ -6,8 +6,10 @@ from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.peft_folder import export_peft, import_peft
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
 from modelpatch.methods.scale_bias import ScaleBias
@@ -22,10 +24,13 @@ __all__ = [
     "FullFinetune",
     "Head2Toe",
     "LinearProbe",
+    "LoRA",
     "Method",
     "PackNet",
     "Piggyback",
     "ScaleBias",
     "Subset",
+    "export_peft",
+    "import_peft",
     "make_method",
 ]

@@ -21,6 +21,7 @@ from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
@@ -29,7 +30,18 @@ from modelpatch.methods.subset import Subset
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
-    for kind in (LinearProbe, Head2Toe, ScaleBias, Depthwise, DeltaNetwork, Subset, Piggyback, PackNet, FullFinetune)
+    for kind in (
+        LinearProbe,
+        Head2Toe,
+        ScaleBias,
+        Depthwise,
+        DeltaNetwork,
+        Subset,
+        LoRA,
+        Piggyback,
+        PackNet,
+        FullFinetune,
+    )
 }
 
 COMPARED = (
@@ -41,6 +53,7 @@ COMPARED = (
     "delta",
     "delta(modules=all,batch_norm=true)",
     "subset",
+    "lora",
     "piggyback",
     "piggyback(norms=trained)",
     "packnet",

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelpatch.backbone import Backbone
-from modelpatch.errors import MethodNotApplicableError
+from modelpatch.errors import MethodNotApplicableError, MissingExtraError
 from modelpatch.methods import COMPARED, Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.train.data import TaskData
@@ -71,7 +71,7 @@ class Run:
 class Comparison:
     """A table of methods, the runs behind it and the first seed's patches.
 
-    `skipped` says why a method cannot patch this backbone.
+    `skipped` says why a method is not among them.
     """
 
     task: str
@@ -107,7 +107,8 @@ def compare(
 
     `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
     test set of the backbone's own classes: its accuracy is measured before and after every fit, and the harmonic mean
-    with it is reported. A method that cannot patch this backbone is left out, with the reason.
+    with it is reported. A method that cannot patch this backbone, or whose library is not
+    installed, is left out, with the reason.
     """
     made = [(given, make_method(given)) if isinstance(given, str) else (given.name, given) for given in methods]
     before = evaluate_base(backbone, base).top1 if base is not None else None
@@ -127,7 +128,7 @@ def compare(
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
                 fitted.append(Run(number, top1, after, size, seconds))
                 patches.setdefault(name, patch)
-        except MethodNotApplicableError as error:
+        except (MethodNotApplicableError, MissingExtraError) as error:
             skipped[name] = str(error)
             continue
         runs[name] = tuple(fitted)

@@ -1,0 +1,196 @@
+"""LoRA: low-rank updates beside the frozen linear layers and convolutions of a network, through the `peft` library.
+
+    y = W x + (scale / rank) B A x        A (rank, in) starts random, B (out, rank) at zero; W and all else stay frozen
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: *LoRA: Low-Rank Adaptation of Large Language Models* (ICLR 2022),
+section 4.1. Beside a convolution A has its kernel, stride and padding, and B is a 1x1 convolution, so that B A has W's
+shape there too. A patch of rank r holds r (in + out) numbers for a linear layer and r (in k² + out) for a k x k convolution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Segment, clone_module
+from modelpatch.errors import MethodNotApplicableError, MissingExtraError
+from modelpatch.methods.method import Method
+from modelpatch.methods.subset import find_segments
+from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+
+GRAFT = "lora"
+ADAPTER = "default"  # what peft calls the one set of updates a layer has here
+MAX_RANK = 4096  # the header of a small file must not make its reader allocate without bound
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, TimmLinear)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv2d, Conv2dSame)
+LAYERS = {"all": LINEAR + CONVOLUTIONS, "linear": LINEAR, "convolution": CONVOLUTIONS}
+
+Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Trains an update of rank `rank` for every linear layer and convolution of the named blocks, and the head.
+
+    `scale` is LoRA's alpha: the update is scale / rank times B A. `blocks` holds names as in `Subset`; none means all
+    blocks. `layers` picks `linear` layers, `convolution`s or `all`. Left out is what has no low-rank update that could be
+    added to its weight: grouped (depthwise), dilated and non-zero-padded convolutions and layers of other types; so are
+    layers whose weight is read without calling them (inside `nn.MultiheadAttention`) or used in several places. All
+    frozen parts stay in eval mode while training.
+    """
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022"
+    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+
+    lr: PositiveFloat = 2e-3
+    rank: Rank = 8
+    scale: PositiveFloat = 16.0
+    blocks: tuple[str, ...] = ()
+    layers: Literal["all", "linear", "convolution"] = "all"
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Adds updates beside the layers of the blocks.
+
+        Raises `MissingExtraError` without peft, `MethodNotApplicableError` where no layer can have an update.
+        """
+        require_peft("The method lora")
+        segments = find_segments(backbone, self.blocks) if self.blocks else backbone.chain.blocks
+        found = {segment.index: find_layers(backbone, segment, LAYERS[self.layers]) for segment in segments}
+        grafts = tuple(make_graft(index, layers, self.rank, self.scale) for index, layers in found.items() if layers)
+        if not grafts:
+            kind = "layer" if self.layers == "all" else f"{self.layers} layer"
+            others = "other blocks" if self.layers == "all" else "layers='all', other blocks"
+            raise MethodNotApplicableError(
+                f"lora: {backbone.spec} has no {kind} in {', '.join(self.blocks) or 'its blocks'} that can have a low-rank "
+                f"update. Try {others}, or the methods `scale-bias` or `subset`."
+            )
+        return Blueprint(grafts=grafts)
+
+    def activate(self, model: PatchedModel) -> None:
+        """The frozen layers run as they do at inference, without dropout."""
+        return
+
+
+def require_peft(purpose: str) -> Any:
+    """The `peft` library. It brings `transformers`, so it is imported only where it is used.
+
+    Raises `MissingExtraError` where it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtraError("peft", "lora", purpose) from None
+    return peft
+
+
+def make_graft(index: int, layers: list[str], rank: int, scale: float) -> Graft:
+    """The graft that adds updates to the named layers of segment `index`."""
+    arguments = {"rank": rank, "scale": float(scale), "layers": layers}
+    return Graft(kind=GRAFT, start=index, end=index + 1, arguments=arguments)
+
+
+def find_layers(backbone: Backbone, segment: Segment, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Names, within the segment, of the layers of the given types that can have an update (see `LoRA`)."""
+    modules = backbone.module.named_modules(remove_duplicate=False)
+    places = Counter(id(layer.weight) for _, layer in modules if type(layer) in LAYERS["all"])
+    layers = {
+        name: layer
+        for name, layer in segment.module.named_modules()
+        if type(layer) in kinds and is_dense(layer) and places[id(layer.weight)] == 1
+    }
+    called = called_layers(segment, layers) if layers else set()
+    return [name for name in layers if name in called and is_owner(backbone, segment, name)]
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Whether a layer is linear, or a convolution whose output (B A) x is that of peft's two convolutions A and B.
+
+    Their product joins all channels and has neither holes nor padding other than zeros.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+
+
+def is_owner(backbone: Backbone, segment: Segment, name: str) -> bool:
+    """Whether no other segment runs the layer too."""
+    try:
+        return backbone.chain.segment_of(weight_name(segment, name)).index == segment.index
+    except KeyError:
+        return False
+
+
+def weight_name(segment: Segment, name: str) -> str:
+    """What the backbone calls the weight of the segment's layer `name`."""
+    return segment.tensor_names[f"{name}.weight".lstrip(".")]
+
+
+def called_layers(segment: Segment, names: Iterable[str]) -> set[str]:
+    """Those of the named layers that the segment calls with one tensor, found by running a clone of it on zeros.
+
+    Attention and fused kernels read a layer's weight themselves; an update beside such a layer would do nothing.
+    """
+    clone, called = clone_module(segment.module), set[str]()
+
+    def recorded(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Any, **named: Any) -> Tensor:
+            if len(inputs) == 1 and not named:
+                called.add(name)
+            return forward(*inputs, **named)
+
+        return run
+
+    for name in names:  # not hooks: PyTorch gives up its fused kernels where it sees some
+        layer = clone.get_submodule(name)
+        layer.forward = recorded(name, layer.forward)
+    device = next(segment.module.parameters()).device
+    with torch.no_grad():
+        clone(torch.zeros(1, *segment.input_shape, device=device))
+    return called
+
+
+class Strength(nn.Module):
+    """The share of an update that takes effect: 1 all of it, 0 none. The update is linear, so its input is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.strength == 1 else self.strength * x
+
+
+@register_graft(GRAFT)
+def add_updates(variant: nn.Module, rank: int, scale: float, layers: list[str]) -> nn.Module:
+    """Put peft's layers in place of those named in `layers` (the empty name is the variant itself), which they hold.
+
+    Frozen and trained parameters of the variant stay the objects they are. Raises `MissingExtraError` without peft,
+    TypeError or ValueError for layers or ranks that peft cannot adapt.
+    """
+    peft = require_peft("A patch with low-rank updates")
+    if not 0 < rank <= MAX_RANK:
+        raise ValueError(f"the rank {rank} is not between 1 and {MAX_RANK}")
+    holder = nn.ModuleDict({"variant": variant})  # peft replaces members, and leaves its records on what it is given
+    targets = [f"variant.{name}".rstrip(".") for name in layers]
+    for target in targets:
+        layer = holder.get_submodule(target)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise TypeError(f"{target} is a {type(layer).__name__}, not a linear layer or 2-d convolution")
+    trained = [parameter for parameter in variant.parameters() if parameter.requires_grad]
+    exactly = "|".join(map(re.escape, targets))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=exactly), holder, ADAPTER)
+    for parameter in trained:  # peft froze what other parts of the patch train
+        parameter.requires_grad_(True)
+    for target in targets:
+        holder.get_submodule(f"{target}.lora_dropout").add_module(ADAPTER, Strength())
+    return holder["variant"]
