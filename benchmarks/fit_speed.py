@@ -76,13 +76,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.cache.mkdir(exist_ok=True)
     data = mp.load_task(unpack("imagenette", arguments.cache)).subsample(IMAGES)
     rows = []
-    for name, method in METHODS.items():
+    for name in arguments.only:
+        method = METHODS[name]
         seconds: dict[str, list[float]] = {"plain": [], "fit": [], "fit, cache off": []}
         accuracy: dict[str, float] = {}
         last_block = name != "linear-probe"

@@ -2,8 +2,9 @@
 
 A ConvNeXt with BatchNorm (timm's `convnext_atto`, re-sized), so that it has what every method patches: BatchNorm,
 depthwise convolutions and residual blocks. The 32 px photos are scaled up, which makes the 4 px patches of the stem see
-little more than a pixel of the photo. Four cycles, each starting where the last one was cut: a cheap one at low resolution
-with grey squares and smoothed labels, one with shifts and flips alone, and two at the final resolution.
+little more than a pixel of the photo. Five cycles, each starting where the last one was cut: a cheap one at low resolution
+with grey squares and smoothed labels, one with shifts and flips alone, two at the final resolution, and
+one there with small turns and zooms.
 
     python scripts/train_tiny.py --data DIR --work WORK            # DIR holds train.parquet and test.parquet
     python scripts/train_tiny.py --data DIR --work WORK --export   # writes the asset and its log into the package
@@ -66,6 +67,7 @@ class Cycle:
     switch: int
     squares: bool
     label_smoothing: float
+    warp: bool = False
 
 
 CYCLES = (
@@ -73,6 +75,7 @@ CYCLES = (
     Cycle(14, 16, 2, 2.5e-3, (64, 64), 0, False, 0.0),
     Cycle(6, 6, 0.5, 1.5e-3, (96, 96), 0, True, 0.1),
     Cycle(15, 15, 1, 2e-3, (96, 96), 0, True, 0.1),
+    Cycle(10, 10, 0.5, 1.5e-3, (96, 96), 0, True, 0.1, warp=True),
 )
 
 
@@ -91,9 +94,19 @@ def read_split(data: Path, split: str, cache: Path) -> tuple[Tensor, Tensor]:
     return tensors["images"], tensors["labels"]
 
 
-def prepare(images: Tensor, pixels: int) -> Tensor:
-    """uint8 (B, 3, 32, 32) to normalised float32 (B, 3, pixels, pixels), channels last."""
-    scaled = F.interpolate(images.float() / 255, size=pixels, mode="bilinear", align_corners=False)
+def prepare(images: Tensor, pixels: int, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 (B, 3, 32, 32) to normalised float32 (B, 3, pixels, pixels), channels last.
+
+    With a generator each image is turned by up to 12 degrees and zoomed by up to 15 percent on the way.
+    """
+    if generator is None:
+        scaled = F.interpolate(images.float() / 255, size=pixels, mode="bilinear", align_corners=False)
+    else:
+        turn, zoom = (2 * torch.rand(2, len(images), generator=generator) - 1) * torch.tensor([[math.pi / 15], [0.15]])
+        cos, sin = turn.cos() * zoom.exp(), turn.sin() * zoom.exp()
+        rows = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+        grid = F.affine_grid(F.pad(rows, (0, 1)), [len(images), 3, pixels, pixels], align_corners=False)
+        scaled = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
     return ((scaled - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -159,7 +172,7 @@ def train(arguments: argparse.Namespace) -> None:
             )
             for group in optimizer.param_groups:
                 group["lr"] = cycle.lr * share
-            inputs = prepare(augment(images[rows], generator, cycle.squares), pixels)
+            inputs = prepare(augment(images[rows], generator, cycle.squares), pixels, generator if cycle.warp else None)
             loss = F.cross_entropy(compiled(inputs), labels[rows], label_smoothing=cycle.label_smoothing)
             optimizer.zero_grad()
             loss.backward()

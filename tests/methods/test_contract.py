@@ -16,6 +16,7 @@ from torch import Tensor
 from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
+from modelpatch.methods import METHODS as REGISTERED
 from modelpatch.methods import (
     DeltaNetwork,
     Depthwise,
@@ -88,6 +89,10 @@ PAIRS = [
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
     if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES
 ]
+
+
+def test_every_method_is_under_the_contract() -> None:
+    assert {method.name for method in METHODS.values()} == set(REGISTERED)
 
 
 @dataclass
