@@ -215,9 +215,7 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
         )
     for name, tensor in tensors.items():
         if tensor.dtype not in PLAIN.values():
-            raise InvalidPatchError(
-                f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(PLAIN)}."
-            )
+            raise InvalidPatchError(f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(PLAIN)}.")
         if not torch.isfinite(tensor).all():
             raise NonFiniteTensorError(f"{path}: tensor {name} holds NaN or infinity.")
     return tensors
