@@ -467,6 +467,24 @@ def test_only_added_norms_use_batch_statistics_while_training() -> None:
     assert {norm.num_batches_tracked.item() for norm in frozen} == {0}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("options", "rate"), [({}, 10 * 0.02), ({"norm_lr": 0.05}, 0.05)])
+def test_added_norms_learn_at_their_own_rate_and_everything_is_in_one_group(
+    options: dict[str, float], rate: float
+) -> None:
+    method = DeltaNetwork(batch_norm=True, lr=0.02, head_lr=0.3, weight_decay=0.1, **options)  # type: ignore[arg-type]
+    model = method.draft(network("resnet18"), 3)
+    norms = {id(parameter) for parameter in delta_stages(model)[0].norms.parameters()}
+    head = {id(parameter) for parameter in model.head.parameters()}
+    seen: list[int] = []
+    for group in method.parameter_groups(model):
+        for parameter in group["params"]:
+            seen.append(id(parameter))
+            expected = rate if id(parameter) in norms else 0.3 if id(parameter) in head else 0.02
+            assert group["lr"] == pytest.approx(expected)
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0)
+    assert sorted(seen) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_a_norm_is_that_of_torch_on_every_axis_and_counts_no_batches() -> None:
     x = torch.randn(4, 6, 3, 3)
     norm, reference = Norm(6), nn.BatchNorm2d(6)
@@ -497,6 +515,7 @@ def test_a_batch_with_one_value_a_channel_is_normalised_by_the_running_statistic
         ({"stages": ("stage4",)}, "'stage4' names no stage"),
         ({"stages": ("stage-5",)}, "'stage-5' names no stage"),
         ({"start": "identity", "skips": "learned"}, "start='identity'"),
+        ({"norm_lr": 0.1}, "norm_lr=0.1 is for batch_norm=True"),
     ],
 )
 def test_settings_that_contradict_or_name_nothing_are_errors(options: dict[str, Any], message: str) -> None:

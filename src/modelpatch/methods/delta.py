@@ -38,7 +38,8 @@ class DeltaNetwork(Method):
     A stage is a run of blocks whose outputs have one shape; transformer blocks are divided into four stages. `stages`
     names them instead: by what their blocks' names begin with (`layer4`), or by number among the stages that have skips
     (`stage0`, `stage-1`). `start` is the Δ-modules' PyTorch initialisation, where every λ is about 0.5 (`random`), or
-    λ near the frozen network's (`identity`). `batch_norm` normalises every z_j before its activation.
+    λ near the frozen network's (`identity`). `batch_norm` normalises every z_j before its activation; the scale and shift of
+    these norms learn at `norm_lr` (None: ten times `lr`; like all scales and shifts they want a high rate).
 
     `skips` chooses what weighs the skips (Table 5): the Δ-modules (`conditioned`); one learned weight for each skip the
     network has (`existing`) or for every pair of nodes (`learned`), started at 1; 1 everywhere (`all`); or numbers drawn
@@ -56,6 +57,7 @@ class DeltaNetwork(Method):
     stages: tuple[str, ...] = ()
     skips: Skips = "conditioned"
     batch_norm: bool = False
+    norm_lr: PositiveFloat | None = None
     start: Literal["random", "identity"] = "random"
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
@@ -64,6 +66,8 @@ class DeltaNetwork(Method):
             raise MethodError(
                 f"delta: modules={self.modules} and stages={','.join(self.stages)} contradict each other. Set one of them."
             )
+        if self.norm_lr is not None and not self.batch_norm:
+            raise MethodError(f"delta: norm_lr={self.norm_lr} is for batch_norm=True. Set both or neither.")
         if self.start == "identity" and self.skips != "conditioned":
             raise MethodError(
                 f"delta: start='identity' is how Δ-modules start; skips={self.skips!r} has none. Drop one of them."
@@ -83,6 +87,19 @@ class DeltaNetwork(Method):
         for stage in delta_stages(model):
             stage.delta.train()
             stage.norms.train()
+
+    def parameter_groups(self, model: PatchedModel) -> list[dict[str, Any]]:
+        """As for every method, with the scales and shifts of the norms behind z_j in a group of their own."""
+        norms = [parameter for stage in delta_stages(model) for parameter in stage.norms.parameters()]
+        if not norms:
+            return super().parameter_groups(model)
+        own = {id(parameter) for parameter in norms}
+        groups = [
+            {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}
+            for group in super().parameter_groups(model)
+        ]
+        rate = 10 * self.lr if self.norm_lr is None else self.norm_lr
+        return [group for group in groups if group["params"]] + [{"params": norms, "lr": rate, "weight_decay": 0.0}]
 
     def _choose(self, backbone: Backbone) -> tuple[Stage, ...]:
         found = stages_of(backbone)
