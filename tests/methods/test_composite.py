@@ -10,6 +10,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
 from modelpatch.methods import (
     Composite,
+    DeltaNetwork,
     Depthwise,
     FullFinetune,
     LinearProbe,
@@ -64,6 +65,8 @@ def test_members_are_added_one_after_another() -> None:
 def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> None:
     with pytest.raises(MethodError, match=r"piggyback and subset exclude each other on stage2.*masked or trained"):
         (Piggyback() + Subset()).draft(tiny, 3)
+    with pytest.raises(MethodError, match="delta and scale-bias both add modules"):
+        (DeltaNetwork() + ScaleBias(layers="channel")).draft(tiny, 3)
     with pytest.raises(MethodError, match="already trains everything"):
         ScaleBias() + FullFinetune()
     with pytest.raises(MethodError, match="holds subset twice"):

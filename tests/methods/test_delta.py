@@ -472,11 +472,12 @@ def test_added_norms_learn_at_their_own_rate_and_everything_is_in_one_group(
     options: dict[str, float], rate: float
 ) -> None:
     method = DeltaNetwork(batch_norm=True, lr=0.02, head_lr=0.3, weight_decay=0.1, **options)  # type: ignore[arg-type]
-    model = method.draft(network("resnet18"), 3)
+    backbone = network("resnet18")
+    model = method.draft(backbone, 3)
     norms = {id(parameter) for parameter in delta_stages(model)[0].norms.parameters()}
     head = {id(parameter) for parameter in model.head.parameters()}
     seen: list[int] = []
-    for group in method.parameter_groups(model):
+    for group in method.parameter_groups(model, backbone):
         for parameter in group["params"]:
             seen.append(id(parameter))
             expected = rate if id(parameter) in norms else 0.3 if id(parameter) in head else 0.02

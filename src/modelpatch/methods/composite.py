@@ -8,6 +8,7 @@ that exclude each other, such as a mask over a fine-tuned weight, is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -63,8 +64,18 @@ class Composite(Method):
         """Everything the members own and add. Raises `MethodError` for members that exclude each other."""
         _agreed("statistics", self.methods, {"recomputed", "learned"})
         prints = [member.blueprint(backbone) for member in self.methods]
+        self._check_grafts(prints)
         grafts = tuple(graft for one in prints for graft in one.grafts)
         return Blueprint(owned=tuple(dict.fromkeys(name for one in prints for name in one.owned)), grafts=grafts)
+
+    def _check_grafts(self, prints: Sequence[Blueprint]) -> None:
+        for (first, one), (second, other) in itertools.combinations(zip(self.methods, prints, strict=True), 2):
+            for a, b in itertools.product(one.grafts, other.grafts):
+                if a.start < b.end and b.start < a.end:
+                    raise MethodError(
+                        f"{first.name} and {second.name} both add modules to the segments from {max(a.start, b.start)} on, where "
+                        "each expects the backbone's own. Name other blocks, or drop one of them."
+                    )
 
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """All members'. Raises `MethodError` where one masks a weight that another trains."""

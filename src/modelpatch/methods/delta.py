@@ -12,6 +12,7 @@ of Table 5. `delta_stage.py` holds the modules, `residual.py` finds the stages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -88,18 +89,11 @@ class DeltaNetwork(Method):
             stage.delta.train()
             stage.norms.train()
 
-    def parameter_groups(self, model: PatchedModel) -> list[dict[str, Any]]:
-        """As for every method, with the scales and shifts of the norms behind z_j in a group of their own."""
-        norms = [parameter for stage in delta_stages(model) for parameter in stage.norms.parameters()]
-        if not norms:
-            return super().parameter_groups(model)
-        own = {id(parameter) for parameter in norms}
-        groups = [
-            {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}
-            for group in super().parameter_groups(model)
-        ]
-        rate = 10 * self.lr if self.norm_lr is None else self.norm_lr
-        return [group for group in groups if group["params"]] + [{"params": norms, "lr": rate, "weight_decay": 0.0}]
+    def rate(self, name: str) -> float:
+        """The scales and shifts of the norms behind z_j learn at their own rate."""
+        if re.match(r"graft/\d+-\d+/norms\.", name):
+            return 10 * self.lr if self.norm_lr is None else self.norm_lr
+        return super().rate(name)
 
     def _choose(self, backbone: Backbone) -> tuple[Stage, ...]:
         found = stages_of(backbone)
