@@ -73,8 +73,8 @@ class Composite(Method):
             for a, b in itertools.product(one.grafts, other.grafts):
                 if a.start < b.end and b.start < a.end:
                     raise MethodError(
-                        f"{first.name} and {second.name} both add modules to the segments from {max(a.start, b.start)} on, where "
-                        "each expects the backbone's own. Name other blocks, or drop one of them."
+                        f"{first.name} and {second.name} both add modules to segment {max(a.start, b.start)}, where each "
+                        "expects the backbone's own. Name other blocks, or drop one of them."
                     )
 
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
