@@ -36,7 +36,7 @@ from modelpatch.errors import (
 )
 from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, require_peft, weight_name
 from modelpatch.patch import BackboneRecord, Graft, HeadRecord, MethodRecord, Patch, Task
-from modelpatch.patch.codec import PLAIN
+from modelpatch.patch.codec import FLOATS
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -214,8 +214,10 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
             f"{backbone.fingerprints.chain[:12]}. Load the backbone with the weights the adapter was trained on."
         )
     for name, tensor in tensors.items():
-        if tensor.dtype not in PLAIN.values():
-            raise InvalidPatchError(f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(PLAIN)}.")
+        if tensor.dtype not in FLOATS.values():
+            raise InvalidPatchError(
+                f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(FLOATS)}."
+            )
         if not torch.isfinite(tensor).all():
             raise NonFiniteTensorError(f"{path}: tensor {name} holds NaN or infinity.")
     return tensors

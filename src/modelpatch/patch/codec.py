@@ -28,8 +28,9 @@ from modelpatch.errors import MissingExtraError
 from modelpatch.patch.entropy import MAX_BITS, decode_bits, encode_bits
 
 STREAM, SCALE, WHERE = "masks", "scale/", "bits/"
-PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int32": torch.int32}
-STORAGE = ("float32", "float16", "bfloat16", "int8")  # what floating tensors can be stored as
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PLAIN = {**FLOATS, "int32": torch.int32}
+STORAGE = (*FLOATS, "int8")  # what floating tensors can be stored as
 PACKED = ("bits", "trits", "sparse")
 CODEC = re.compile(
     rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"

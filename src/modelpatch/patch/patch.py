@@ -17,7 +17,7 @@ from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
-from modelpatch.patch.codec import PLAIN, STORAGE, snap_int8
+from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.heads import HeadRecord
 from modelpatch.patch.task import Task
 from modelpatch.patch.text import Facts, Text
@@ -140,7 +140,7 @@ class Patch:
             matrices = frozenset(n for n, t in floating.items() if t.ndim > 1 and not n.startswith("delta/"))
             changed = {n: snap_int8(t) if n in matrices else t.float() for n, t in floating.items()}
             return replace(self, tensors={**self.tensors, **changed}, int8=matrices)
-        changed = {name: tensor.to(PLAIN[dtype]) for name, tensor in floating.items()}
+        changed = {name: tensor.to(FLOATS[dtype]) for name, tensor in floating.items()}
         return replace(self, tensors={**self.tensors, **changed}, int8=frozenset())
 
     def at_strength(self, strength: float) -> Patch:
