@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -72,8 +73,15 @@ def test_torchvision_networks_bring_their_published_preprocessing() -> None:
     ],
 )
 def test_a_spec_that_names_nothing_says_what_would(spec: str, hint: str) -> None:
+    random = {} if spec.startswith(("file:", "bundled:")) else {"pretrained": False}
     with pytest.raises(UnknownBackboneError, match=hint):
-        load_backbone(spec, pretrained=False)
+        load_backbone(spec, **random)
+
+
+@pytest.mark.parametrize("arguments", [{"pretrained": False}, {"weights": "other.safetensors"}])
+def test_a_file_of_weights_cannot_be_asked_for_other_weights(arguments: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match="bundled:tiny is a file of weights"):
+        load_backbone("bundled:tiny", **arguments)
 
 
 @pytest.mark.parametrize("spec", [f"timm:{SMALL}", "torchvision:resnet18"])

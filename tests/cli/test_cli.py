@@ -306,6 +306,8 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
         (["fit", "FOLDER", "--epochs", "0"], "epochs = 0 is not valid"),
         (["fit", "FOLDER", "--dtype", "int4", "--epochs", "100000"], "cannot store tensors as --dtype 'int4'"),
         (["fit", "FOLDER", "-o", "missing/x.safetensors"], "the folder of --out missing/x.safetensors does not exist"),
+        (["fit", "FOLDER", "-o", "FOLDER"], "is a folder. Name a file"),
+        (["fit", "FOLDER", "--seed", "100000000000000"], "seed = 100000000000000 is not valid"),
         (["fit", "FOLDER", "-b", "bundled:huge"], "bundles no backbone 'huge'"),
         (["fit", "FOLDER", "-b", "tiny"], "'tiny' is not a backbone"),
         (["compare", "FOLDER", "--methods", "magic"], "there is no method 'magic'"),

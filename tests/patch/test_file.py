@@ -257,6 +257,24 @@ HOSTILE: dict[str, tuple[bytes, type[PatchFileError]]] = {
     ),
     "a task name with a newline": (forge(header=set_in("task", "name", value="a\nb")), HostileNameError),
     "an unknown key with a control character": (forge(header=set_in("\x1b[31m", value=1)), InvalidPatchError),
+    "a hash that is none": (
+        forge(header=set_in("backbone", "fingerprint", "whole", value="\x1b[31mred")),
+        InvalidPatchError,
+    ),
+    "a constructor that reads another file": (
+        forge(header=set_in("backbone", "arguments", value={"pretrained_cfg_overlay": {"file": "evil.pth"}})),
+        InvalidPatchError,
+    ),
+    "a backbone outside the folder": (
+        forge(header=set_in("backbone", "spec", value="file:../../x.safetensors")),
+        InvalidPatchError,
+    ),
+    "images without pixels": (
+        forge(header=set_in("preprocessing", "input_size", value=[3, 0, 0])),
+        InvalidPatchError,
+    ),
+    "a deviation of zero": (forge(header=set_in("preprocessing", "std", value=[0, 1, 1])), InvalidPatchError),
+    "a head of impossible width": (forge(header=set_in("head", "features", value=10**19)), InvalidPatchError),
     "no classes": (forge(header=set_in("task", "classes", value=[])), InvalidPatchError),
     "more classes than outputs": (forge(header=set_in("task", "classes", value=["a", "b", "c"])), InvalidPatchError),
     "an unknown head": (forge(header=set_in("head", "kind", value="nonsense")), InvalidPatchError),

@@ -265,3 +265,24 @@ def test_a_subsample_larger_than_the_task_is_the_task() -> None:
 def test_a_task_shows_its_name_and_counts() -> None:
     assert repr(color_task()) == "TaskData('colors', 3 classes, 24 train, 12 test)"
     assert "6 validation" in repr(color_task().with_validation(0.25, 0))
+
+
+def test_splits_without_training_images_are_not_taken_for_classes(image_folder: Path) -> None:
+    (image_folder / "train").rename(image_folder / "val")
+    with pytest.raises(DataError, match="has the splits test, validation but no training images"):
+        load_task(image_folder)
+
+
+def test_an_empty_split_is_found_before_any_training(image_folder: Path) -> None:
+    for file in (image_folder / "test").rglob("*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="its split 'test' holds no images"):
+        load_task(image_folder)
+
+
+def test_a_row_without_a_label_is_named(image_folder: Path) -> None:
+    images = sorted((image_folder / "train").rglob("*.png"))[:4]
+    rows = ["image,label", *(f"{file},{file.parent.name}" for file in images), f"{images[0]}"]
+    (image_folder / "ragged.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="row 5: it has no label"):
+        load_task(image_folder / "ragged.csv")

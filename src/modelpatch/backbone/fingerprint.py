@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modelpatch.backbone.chain import Chain
 
-HEX = r"^[0-9a-f]{64}$"
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Fingerprint(BaseModel):
@@ -23,10 +24,10 @@ class Fingerprint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    whole: str
-    chain: str
-    head: str
-    segments: tuple[str, ...]
+    whole: Hash
+    chain: Hash
+    head: Hash
+    segments: tuple[Hash, ...]
 
     def __str__(self) -> str:
         return self.whole

@@ -59,6 +59,11 @@ def load_backbone(
         name = f"module:{type(spec).__name__}"
         return Backbone(spec, preprocessing, name, classifier=classifier or find_classifier(spec), **common)
     kind, _, name = spec.partition(":")
+    if kind in ("bundled", "file") and not (pretrained and weights is None):
+        raise BackboneError(
+            f"{spec} is a file of weights: pretrained=False and weights=... do not apply to it. Build the architecture with "
+            "timm:NAME and its arguments instead."
+        )
     if kind == "bundled":
         return _load_file(_bundled_path(name), spec, preprocessing, classifier, common, arguments)
     if kind == "file":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from modelpatch.errors import DataError
@@ -18,6 +18,7 @@ from modelpatch.errors import DataError
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Three = tuple[float, float, float]
+MAX_PIXELS = 8192
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 
@@ -35,6 +36,20 @@ class Preprocessing(BaseModel):
     std: Three = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
     crop_pct: float = Field(default=0.875, gt=0, le=1)
+
+    @field_validator("input_size")
+    @classmethod
+    def _square(cls, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        if size[1] != size[2] or not 0 < size[1] <= MAX_PIXELS:
+            raise ValueError(f"images of {size[1]} x {size[2]} pixels; expected squares of 1 to {MAX_PIXELS}")
+        return size
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _finite(cls, values: Three, info: ValidationInfo) -> Three:
+        if not all(map(math.isfinite, values)) or (info.field_name == "std" and min(values) <= 0):
+            raise ValueError(f"{info.field_name} {values} cannot normalise an image")
+        return values
 
     @property
     def image_size(self) -> int:

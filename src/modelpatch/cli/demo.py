@@ -13,6 +13,7 @@ from rich.console import Console
 
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.cli.options import SeedOption, write_json
+from modelpatch.methods import METHODS
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.report.html import Report
 from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
@@ -28,7 +29,7 @@ modelpatch compare YOUR_FOLDERS -b timm:resnet50.a1_in1k         # all methods o
 
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for patches, pictures and the report.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 3,
     seed: SeedOption = 0,
 ) -> None:
     """Train patches with every method on real handwritten digits, show that the base is unchanged, write a report."""
@@ -44,7 +45,7 @@ def demo(
         f"A task it has never seen: {len(task.train):,} real images of handwritten digits. Training one patch a method ..."
     )
     before = backbone.fingerprint
-    result = compare(backbone, task, epochs=epochs, seed=seed, batch_size=64, progress=True)
+    result = compare(backbone, task, tuple(METHODS), epochs=epochs, seed=seed, batch_size=64, progress=True)
     console.print(comparison_table(result))
     backbone.verify()
     console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({before[:16]}).")

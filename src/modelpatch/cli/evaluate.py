@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modelpatch.cli.options import JsonOption, PatchBackboneOption, SeedOption, backbone_of, write_json
+from modelpatch.cli.options import JsonOption, PatchBackboneOption, backbone_of, write_json
 from modelpatch.patch import Patch
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table
@@ -27,14 +27,18 @@ def evaluate(
     ] = None,
     per_class: Annotated[bool, typer.Option(help="List every class.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the confusion matrix to this picture.")] = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes the test split where there is none; by default the seed of the fit."),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure a patch on the test images of its task: top-1, top-5, per class, confusion."""
     console = Console(stderr=str(json) == "-")
     loaded = Patch.load(patch)
     base = backbone_of(loaded, patch, backbone)
-    task = load_task(data, seed=seed)
+    fitted = loaded.created.get("settings", {}).get("seed", 0)  # another split would test on images it was trained on
+    task = load_task(data, seed=fitted if seed is None else seed)
     with Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         result = run_evaluate(base, loaded, task, advance)
     figures = result.as_dict()

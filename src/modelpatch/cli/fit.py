@@ -70,6 +70,8 @@ def fit(
     path = out or Path(f"{task.task.name}.safetensors")
     if not path.parent.is_dir():
         raise ModelpatchError(f"the folder of --out {path} does not exist. Make it first: mkdir -p {path.parent}")
+    if path.is_dir():
+        raise ModelpatchError(f"--out {path} is a folder. Name a file: --out {path / task.task.name}.safetensors")
     if dtype not in STORAGE:
         raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
     made = make_method(method, **parse_pairs(set_, "--set"))

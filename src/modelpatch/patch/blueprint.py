@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from modelpatch.backbone import Chain
 from modelpatch.errors import ForeignTensorError, UnknownGraftError
+from modelpatch.patch.text import Facts
 
 Span = tuple[int, int]
 GraftBuilder = Callable[..., nn.Module]
@@ -30,7 +30,7 @@ class Graft(BaseModel):
     kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")
     start: int = Field(ge=0)
     end: int = Field(gt=0)
-    arguments: dict[str, Any] = {}
+    arguments: Facts = {}
 
     @model_validator(mode="after")
     def _ordered(self) -> Graft:

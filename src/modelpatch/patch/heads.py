@@ -22,8 +22,8 @@ class HeadRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["linear", "selected"] = "linear"
-    features: int = Field(gt=0)
-    outputs: int = Field(gt=0)
+    features: int = Field(gt=0, le=2**24)
+    outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
@@ -25,6 +25,7 @@ from modelpatch.patch.text import Facts, Text
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
 
+READING = {"weights", "checkpoint_path", "cache_dir", "hf_hub_id", "pretrained_cfg"}
 CHANGES = ("replace/", "mask/", "delta/")
 
 
@@ -38,6 +39,23 @@ class BackboneRecord(BaseModel):
     fingerprint: Fingerprint
     parameters: int = Field(gt=0)
     bytes: int = Field(gt=0)
+
+    @field_validator("arguments")
+    @classmethod
+    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A file may say how a network is built, never which other files or addresses are read."""
+        nested = {key for key, value in arguments.items() if isinstance(value, dict)}
+        if reading := sorted((READING & arguments.keys()) | nested):
+            raise ValueError(f"a patch cannot set {reading[0]!r} of its backbone")
+        return arguments
+
+    @field_validator("spec")
+    @classmethod
+    def _no_path(cls, spec: str) -> str:
+        kind, separator, name = spec.partition(":")
+        if not separator or (kind == "file" and Path(name).name != name):
+            raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
+        return spec
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneRecord:

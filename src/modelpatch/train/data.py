@@ -124,6 +124,8 @@ def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: 
         raise DataError(f"{source} has {len(classes)} class; a classification task needs at least two.")
     if "train" not in raw or not len(raw["train"]):
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
+    if empty := [split for split, images in raw.items() if not len(images)]:
+        raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = raw["train"]
     if "test" not in raw and seed is not None:
@@ -155,7 +157,11 @@ def _read_path(path: Path) -> tuple[dict[str, Split], list[str]]:
             rows = [{**row, "split": split} for split, file in files.items() for row in _read_rows(file)]
             return _from_rows(rows, path)
     folders = {SPLITS[folder.name]: folder for folder in sorted(path.iterdir()) if folder.name in SPLITS}
-    return _read_folders(folders if "train" in folders else {"train": path}, path)
+    if folders and "train" not in folders:
+        raise DataError(
+            f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
+        )
+    return _read_folders(folders or {"train": path}, path)
 
 
 def _read_folders(folders: dict[str, Path], path: Path) -> tuple[dict[str, Split], list[str]]:
@@ -206,11 +212,13 @@ def _from_rows(rows: list[dict[str, Any]], path: Path) -> tuple[dict[str, Split]
             f"{path} has the columns {', '.join(rows[0])}. Expected one of {', '.join(IMAGE_COLUMNS)} and one of "
             f"{', '.join(LABEL_COLUMNS)}."
         )
-    classes = sorted({str(row[label]) for row in rows}, key=_numeric_first)
+    classes = sorted({str(row[label]) for row in rows if row.get(label) is not None}, key=_numeric_first)
     index = {name: number for number, name in enumerate(classes)}
     folder = path if path.is_dir() else path.parent
     splits: dict[str, tuple[list[ImageSource], list[int]]] = {}
     for number, row in enumerate(rows):
+        if row.get(label) is None or row.get(image) is None:
+            raise DataError(f"{path}, row {number + 1}: it has no {label if row.get(label) is None else image}.")
         split = str(row.get("split") or "train")
         if split not in SPLITS:
             raise DataError(f"{path}, row {number + 1}: split {split!r} is none of {', '.join(SPLITS)}.")
@@ -221,7 +229,7 @@ def _from_rows(rows: list[dict[str, Any]], path: Path) -> tuple[dict[str, Split]
 
 
 def _numeric_first(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdigit() else (1, 0, name)
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
 
 
 def _image_source(value: Any, folder: Path, where: str) -> ImageSource:

@@ -55,7 +55,7 @@ class FitSettings:
 
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 32
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     image_size: PositiveInt | None = None
     augment: AugmentName = "auto"
     views: PositiveInt = 4
