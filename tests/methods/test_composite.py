@@ -19,6 +19,7 @@ from modelpatch.methods import (
     Subset,
     make_method,
 )
+from modelpatch.methods.delta import skip_weights
 from modelpatch.methods.registry import split_outside
 from modelpatch.train import fit
 
@@ -157,3 +158,11 @@ def test_masks_and_numbers_outside_zero_and_one_have_no_strength(tiny: Backbone)
     assert draft_patch(tiny, Piggyback()).at_strength(1).strength == 1
     with pytest.raises(PatchError, match=r"strength is 1.5"):
         draft_patch(tiny, ScaleBias()).at_strength(1.5)
+
+
+def test_members_start_as_they_are_told_to(tiny: Backbone) -> None:
+    """A Δ-module that starts near the frozen network gives every sample the same weights."""
+    for method in (DeltaNetwork(start="identity"), DeltaNetwork(start="identity") + ScaleBias()):
+        (record,) = skip_weights(method.draft(tiny, 3), torch.randn(2, 3, 16, 16))
+        near = torch.tensor([float(existing) for existing in record.existing])
+        assert torch.allclose(record.weights, torch.sigmoid(8 * near - 4).expand(2, -1))

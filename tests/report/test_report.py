@@ -16,8 +16,8 @@ from conftest import color_task, draft_patch
 from modelpatch.backbone import Backbone
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods import ScaleBias
-from modelpatch.report.html import Report, data_url
-from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
+from modelpatch.report.html import Report, data_url, write_comparison
+from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
     comparison_markdown,
     comparison_table,
@@ -176,3 +176,15 @@ def test_hostile_names_are_text_and_nothing_is_loaded_from_outside(tmp_path: Pat
     assert not any(value.startswith(("http:", "https:", "//")) for value in page.attributes)
     assert not re.search(r"@import|url\(", source)
     assert {"ok", "bad", HOSTILE} <= set(page.attributes)
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_accuracy_against_bytes_is_drawn_and_stands_in_the_page(base: bool, tmp_path: Path) -> None:
+    plot_bytes(comparison(base=base), tmp_path / "bytes.png")
+    assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
+    write_comparison(comparison(base=base, task=HOSTILE), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "<script" not in page
+    assert "87.5 ± 1.2" in page
+    assert "there is [nothing] to train" in page

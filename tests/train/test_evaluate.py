@@ -14,8 +14,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_
 from conftest import CLASSES, color_task, draft_patch
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import DataError
+from modelpatch.methods import Subset
 from modelpatch.patch import Task
-from modelpatch.train import Evaluation, Split, TaskData, evaluate, harmonic_mean
+from modelpatch.train import Evaluation, Split, TaskData, evaluate, fit, harmonic_mean, store_as
 from modelpatch.train.evaluate import evaluate_base
 
 NAMES = tuple("abcdefg")
@@ -95,3 +96,11 @@ def test_the_base_is_measured_on_classes_matched_by_position_where_it_names_none
 def test_classes_that_cannot_be_matched_to_the_base_are_an_error(tiny: Backbone) -> None:
     with pytest.raises(DataError, match="the base has 5 outputs; base has 4 classes that cannot be matched"):
         evaluate_base(tiny, base_data(NAMES[:4]))
+
+
+def test_a_patch_stored_smaller_is_measured_again(tiny: Backbone, colors: TaskData) -> None:
+    patch = fit(tiny, colors, Subset(), epochs=1)
+    stored = store_as(tiny, patch, colors, "int8")
+    assert stored.metrics["float32_top1"] == patch.metrics["test_top1"]
+    assert stored.metrics["test_top1"] == evaluate(tiny, stored, colors).top1
+    assert stored.inspect().file_bytes < patch.inspect().file_bytes

@@ -92,6 +92,10 @@ class Composite(Method):
             made |= own
         return made
 
+    def initialise(self, model: PatchedModel) -> None:
+        for member in self.methods:
+            member.initialise(model)
+
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head of the first member that has one of its own, else a linear one."""
         own = [member for member in self.methods if type(member).make_head is not Method.make_head]

@@ -75,13 +75,11 @@ class DeltaNetwork(Method):
             )
         return Blueprint(grafts=tuple(self._graft(backbone, stage) for stage in self._choose(backbone)))
 
-    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
-        """The model to train, its Δ-modules started as `start` says."""
-        model = super().draft(backbone, classes)
+    def initialise(self, model: PatchedModel) -> None:
+        """Start the Δ-modules as `start` says."""
         if self.start == "identity":
             for stage in delta_stages(model):
                 stage.delta.start_near([float(existing) for existing in stage.existing])  # type: ignore[operator]
-        return model
 
     def activate(self, model: PatchedModel) -> None:
         """The BatchNorm layers the patch adds use batch statistics; the stages' frozen blocks stay in eval mode."""

@@ -3,10 +3,10 @@
     blueprint(backbone)   which tensors the patch owns, which modules it adds        -> patch.Blueprint
     draft(...)            the model to train: the frozen chain, variants and a head  -> patch.PatchedModel
     prepare(model, ...)   work before the first step (recomputing statistics)
-    train_mode(model)     which norm layers use batch statistics while training
+    activate(model)       what is in train mode while training
     parameter_groups(...) learning rates and weight decay
 
-A new method is one file and its line in `methods/__init__.py`; whatever it makes is an ordinary patch.
+A new method is one file and its line in `methods/registry.py`; whatever it makes is an ordinary patch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ class Method(ABC):
         """The model to train, with a fresh head for `classes` outputs that follows torch's random state."""
         head = self.make_head(backbone, classes)
         head.requires_grad_(self.head == "trained")
-        return PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
+        model = PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
+        self.initialise(model)
+        return model
+
+    def initialise(self, model: PatchedModel) -> None:
+        """Where what the method trains starts, if not as it was built."""
+        return
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A fresh head for `classes` outputs."""
