@@ -1,8 +1,9 @@
 """`fit` against a plain PyTorch loop for the same work: linear probe and last block, MobileNetV2, 1,000 images, 128 px.
 
 Both sides decode once, use the same batches, optimizer and learning rates, no augmentation, and measure the same test
-images; the plain loop runs the whole network in every step, `fit` runs the frozen prefix once. Rounds alternate after
-a warm-up of both, and the ratio is that of the medians. The floor is what `fit` cannot avoid: one pass of the prefix and the steps after it.
+images; the plain loop runs the whole network in every step, `fit` runs the frozen prefix once. Rounds alternate after a
+warm-up of both, and the ratio is that of the medians. The floor is what `fit` cannot avoid: one pass of the prefix and
+the steps after it.
 
     python benchmarks/fit_speed.py --json benchmarks/results/fit_speed.json
 """

@@ -58,10 +58,10 @@ def small_preprocessing(pixels: int = 16) -> Preprocessing:
     return Preprocessing(input_size=(3, pixels, pixels), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
-def make_tiny(seed: int = 0) -> Backbone:
+def make_tiny(seed: int = 0, outputs: int = 5) -> Backbone:
     """A `TinyNet` with seeded weights and running statistics that are not the identity."""
     torch.manual_seed(seed)
-    module = TinyNet()
+    module = TinyNet(outputs)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             nn.init.uniform_(child.weight, 0.5, 1.5)

@@ -96,8 +96,12 @@ class TrainingError(ModelpatchError):
     """Training cannot start, continue or resume."""
 
 
+class DivergedError(TrainingError):
+    """The loss is no longer a finite number."""
+
+
 class CheckpointMismatchError(TrainingError):
-    """A checkpoint belongs to a run with other settings."""
+    """A checkpoint or a patch's file belongs to a run with other settings."""
 
 
 class TrainingWarning(UserWarning):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +37,25 @@ def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
 def test_a_value_that_makes_no_sense_is_an_error_that_quotes_it(name: str, hyperparameter: str, value: object) -> None:
     with pytest.raises(MethodError, match=f"{name}: {hyperparameter} = {value!r} is not valid"):
         make_method(name, **{hyperparameter: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ScaleBias, {"lr": -1}, "scale-bias: lr = -1"),
+        (ScaleBias, {"lr": float("inf")}, "lr = inf"),
+        (ScaleBias, {"statistics": "recomputd"}, "'frozen', 'recomputed' or 'learned'"),
+        (Subset, {"blocks": ()}, "blocks = "),
+        (Subset, {"blocks": 3}, "blocks = 3"),
+    ],
+)
+def test_python_is_checked_as_the_command_line_is(kind: type[Method], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=re.escape(message)):
+        kind(**values)
+
+
+def test_one_name_may_stand_for_a_list_of_one() -> None:
+    assert Subset(blocks="last") == Subset(blocks=("last",))  # type: ignore[arg-type]
 
 
 def test_strings_become_the_values_they_spell() -> None:

@@ -86,13 +86,13 @@ def test_a_linear_probe_is_the_head_over_the_chain(tiny: Backbone, images: Tenso
     assert torch.equal(BoundPatch(tiny, patch)(images), expected)
 
 
-def test_a_patched_model_holds_the_patchs_numbers_and_the_backbones_own_objects(tiny: Backbone) -> None:
+def test_a_patched_model_holds_the_patchs_numbers_and_the_backbones_own_bytes(tiny: Backbone) -> None:
     patch = draft_patch(tiny, ScaleBias())
     model = tiny.patched(patch)
     assert model.tensors().keys() == patch.tensors.keys()
     assert all(torch.equal(tensor, patch.tensors[name]) for name, tensor in model.tensors().items())
-    frozen = {id(parameter) for parameter in tiny.module.parameters()}
-    own = [p for p in model.parameters() if id(p) not in frozen]
+    frozen = {parameter.data_ptr() for parameter in tiny.module.parameters()}
+    own = [p for p in model.parameters() if p.data_ptr() not in frozen]
     assert sum(p.numel() for p in own) == sum(tensor.numel() for tensor in patch.tensors.values())
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
@@ -166,6 +166,19 @@ def load_zeros(model: PatchedModel, images: Tensor) -> None:
     model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()})
 
 
+def to_half_by_parts(model: PatchedModel, images: Tensor) -> None:
+    for part in model.parts:
+        part.half()
+
+
+def write_zeros_by_parts(model: PatchedModel, images: Tensor) -> None:
+    for part in model.parts:
+        for child in filter(None, (part, *part.children())):
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in child.state_dict().items()}
+            with pytest.raises(ModelpatchError, match="assign=True"):
+                child.load_state_dict(zeros)
+
+
 def run_in_train_mode(model: PatchedModel, images: Tensor) -> None:
     model.train()
     model(images)
@@ -173,7 +186,9 @@ def run_in_train_mode(model: PatchedModel, images: Tensor) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize(
-    "act", [to_double, to_half_and_back, to_meta, load_zeros, run_in_train_mode], ids=lambda act: act.__name__
+    "act",
+    [to_double, to_half_and_back, to_half_by_parts, to_meta, load_zeros, write_zeros_by_parts, run_in_train_mode],
+    ids=lambda act: act.__name__,
 )
 def test_whatever_is_done_to_a_patched_model_the_backbone_is_unchanged(
     act: Callable[[PatchedModel, Tensor], None], method: Method, tiny: Backbone, images: Tensor

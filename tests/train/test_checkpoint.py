@@ -193,24 +193,52 @@ def unfinished(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("method", "settings", "named"),
     [
-        (ScaleBias(), {"epochs": 2}, "another method and another hyperparameters"),
-        (LinearProbe(head_lr=0.1), {"epochs": 2}, "another hyperparameters"),
-        (LinearProbe(), {"epochs": 3}, "another settings"),
-        (LinearProbe(), {"epochs": 2, "seed": 1}, "another settings"),
+        (ScaleBias(), {"epochs": 2}, ".*method = 'linear-probe' instead of 'scale-bias'"),
+        (LinearProbe(head_lr=0.1), {"epochs": 2}, "head_lr = 0.01 instead of 0.1"),
+        (LinearProbe(), {"epochs": 3}, "epochs = 2 instead of 3"),
+        (LinearProbe(), {"epochs": 2, "seed": 1}, "seed = 0 instead of 1"),
     ],
 )
 def test_the_state_of_another_run_is_refused_by_what_differs(
     backbone: Backbone, unfinished: Path, method: Method, settings: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(CheckpointMismatchError, match=f"unfinished run with {named}. Finish it"):
+    with pytest.raises(CheckpointMismatchError, match=rf"unfinished run with {named}[,.].*--restart"):
         fit(backbone, color_task(), method, checkpoint=unfinished, **settings)
 
 
 def test_the_state_of_another_task_or_backbone_is_refused(backbone: Backbone, unfinished: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match="another images"):
+    with pytest.raises(CheckpointMismatchError, match="other images"):
         fit(backbone, color_task(12), LinearProbe(), epochs=2, checkpoint=unfinished)
-    with pytest.raises(CheckpointMismatchError, match="another backbone"):
+    with pytest.raises(CheckpointMismatchError, match="other backbone"):
         fit(make_tiny(seed=1), color_task(), LinearProbe(), epochs=2, checkpoint=unfinished)
+
+
+def test_images_that_changed_under_the_same_names_are_noticed(
+    backbone: Backbone, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = color_task()
+    changed.train.images[5][0, 0, 0] ^= 1  # type: ignore[index]
+    with pytest.raises(CheckpointMismatchError, match="with other images"):
+        fit(backbone, changed, LinearProbe(), epochs=2, checkpoint=unfinished)
+
+
+def test_the_state_stays_until_the_patch_is_on_disk(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    settings: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "run", "out": tmp_path / "p.safetensors"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Patch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            fit(backbone, color_task(), LinearProbe(), **settings)
+    assert (tmp_path / "run" / "state.pt").exists()
+    steps = count_steps(monkeypatch)
+    patch = fit(backbone, color_task(), LinearProbe(), **settings)
+    assert steps == []
+    assert not (tmp_path / "run").exists()
+    assert_equal(Patch.load(tmp_path / "p.safetensors"), patch)
 
 
 @pytest.mark.parametrize("content", ["truncated", "text", "foreign", "empty"])

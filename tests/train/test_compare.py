@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 
 from conftest import small_preprocessing
 from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.errors import CheckpointMismatchError, MethodError, TrainingError
 from modelpatch.methods import COMPARED, LinearProbe, ScaleBias
 from modelpatch.patch import Task
 from modelpatch.train import Split, TaskData, compare, evaluate, harmonic_mean
+from modelpatch.train.fit import Fit
 
 
 @pytest.fixture
@@ -86,3 +89,57 @@ def test_a_method_whose_library_is_missing_is_left_out_with_the_reason(
     result = compare(tiny, colors, ["lora", "linear-probe"], epochs=1)
     assert [row.method for row in result.rows] == ["linear-probe"]
     assert "modelpatch[lora]" in result.skipped["lora"]
+
+
+# interrupted, and failing ------------------------------------------------------------------------------------
+
+
+def test_a_comparison_goes_on_where_it_was_interrupted(
+    tiny: Backbone, colors: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, settings = ["linear-probe", "subset(lr=0.01)"], {"seeds": 2, "epochs": 1}
+    fitted: list[str] = []
+    train = Fit._train
+
+    def count(self: Fit) -> None:
+        if len(fitted) == 3:
+            raise KeyboardInterrupt
+        fitted.append(self.method.name)
+        train(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Fit, "_train", count)
+        with pytest.raises(KeyboardInterrupt):
+            compare(tiny, colors, methods, out=tmp_path, **settings)  # type: ignore[arg-type]
+        fitted.clear()
+        resumed = compare(tiny, colors, methods, out=tmp_path, **settings)  # type: ignore[arg-type]
+    assert fitted == ["subset"]
+    whole = compare(tiny, colors, methods, **settings)  # type: ignore[arg-type]
+    assert [row.top1 for row in resumed.rows] == [row.top1 for row in whole.rows]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"colors-{name}-seed{seed}.safetensors" for name in ("linear-probe", "subset-lr-0.01-") for seed in (0, 1)
+    ]
+
+
+def test_a_patch_of_another_comparison_is_not_taken_for_this_one(
+    tiny: Backbone, colors: TaskData, tmp_path: Path
+) -> None:
+    compare(tiny, colors, ["linear-probe"], out=tmp_path, epochs=1)
+    with pytest.raises(CheckpointMismatchError, match="of a run with another backbone, method, settings or images"):
+        compare(tiny, colors, ["linear-probe"], out=tmp_path, epochs=2)
+
+
+def test_a_method_that_diverges_costs_its_own_row_only(tiny: Backbone, colors: TaskData) -> None:
+    result = compare(tiny, colors, ["linear-probe", "subset(lr=1e30,optimizer=sgd)"], epochs=3)
+    assert [row.method for row in result.rows] == ["linear-probe"]
+    assert "the loss is" in result.skipped["subset(lr=1e30,optimizer=sgd)"]
+
+
+def test_what_is_asked_wrongly_is_refused_before_any_training(
+    tiny: Backbone, colors: TaskData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fit, "run", lambda _: pytest.fail("it trained"))
+    with pytest.raises(MethodError, match="'layer9' names no block"):
+        compare(tiny, colors, ["linear-probe", "subset(blocks=layer9)"])
+    with pytest.raises(TrainingError, match="epochs = 0"):
+        compare(tiny, colors, ["linear-probe"], epochs=0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 
-from conftest import CLASSES, color_task, draft_patch
+from conftest import CLASSES, color_task, draft_patch, make_tiny
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import DataError
 from modelpatch.methods import Subset
@@ -93,8 +93,25 @@ def test_the_base_is_measured_on_classes_matched_by_position_where_it_names_none
     assert evaluate_base(tiny, data).top1 == (answers == torch.from_numpy(data.test.labels)).double().mean().item()
 
 
+def test_digits_are_not_scored_as_the_classes_that_a_base_names(tiny: Backbone) -> None:
+    named = load_backbone(tiny.module, preprocessing=tiny.preprocessing)
+    named.classes = NAMES[:5]
+    with pytest.raises(DataError, match=r"named a, b, c, \.\.\.; base has 5 classes \(0, 1, 2"):
+        evaluate_base(named, base_data(tuple("01234")))
+
+
+def test_wordnet_ids_are_matched_to_a_base_with_the_outputs_of_imagenet() -> None:
+    base = make_tiny(outputs=1000)
+    data = base_data(("n01440764", "n01484850"))  # tench and great white shark: outputs 0 and 2
+    answers = base(base.preprocessing(*data.test.images)).argmax(1)
+    expected = (answers == torch.tensor([0, 0, 2, 2])).double().mean().item()
+    assert evaluate_base(base, data).top1 == expected
+    with pytest.raises(DataError, match="1000 outputs; base has 2 classes"):
+        evaluate_base(base, base_data(("n01440764", "cat")))
+
+
 def test_classes_that_cannot_be_matched_to_the_base_are_an_error(tiny: Backbone) -> None:
-    with pytest.raises(DataError, match="the base has 5 outputs; base has 4 classes that cannot be matched"):
+    with pytest.raises(DataError, match=r"the base has 5 outputs; base has 4 classes \(a, b, c.* cannot be matched"):
         evaluate_base(tiny, base_data(NAMES[:4]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conftest import color_task, make_tiny
 from modelpatch.backbone import Backbone
-from modelpatch.errors import BackboneChangedError, TrainingError
+from modelpatch.errors import BackboneChangedError, MethodError, TrainingError
 from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
 from modelpatch.methods.method import Batches
 from modelpatch.patch import Patch, PatchedModel
@@ -33,6 +33,25 @@ def equal(first: Patch, second: Patch) -> bool:
     return first.tensors.keys() == second.tensors.keys() and all(
         torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items()
     )
+
+
+# what is given ----------------------------------------------------------------------------------------------
+
+
+def test_a_method_may_be_spelled(backbone: Backbone, colors: TaskData) -> None:
+    spelled = fit(backbone, colors, "subset(lr=0.002)", epochs=1)
+    assert equal(spelled, fit(backbone, colors, Subset(lr=0.002), epochs=1))
+
+
+def test_what_is_no_method_is_refused(backbone: Backbone, colors: TaskData) -> None:
+    with pytest.raises(MethodError, match=r"is not a method\. Expected one like"):
+        fit(backbone, colors, ScaleBias)  # type: ignore[arg-type]
+
+
+def test_the_file_holds_what_was_asked_for(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+    patch = fit(backbone, colors, Subset(), epochs=1, out=tmp_path / "p.safetensors", dtype="float16")
+    assert {tensor.dtype for tensor in Patch.load(tmp_path / "p.safetensors").tensors.values()} == {torch.float16}
+    assert patch.metrics["float32_top1"] is not None
 
 
 # what follows from the settings -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import color_task
 from modelpatch.backbone import Preprocessing
-from modelpatch.errors import DataError
+from modelpatch.errors import DataError, TrainingError
 from modelpatch.train import Split, load_task
 from modelpatch.train.images import AUGMENTATIONS, Augmentation, ImageStore, allocate, choose_augmentation
 
@@ -43,6 +43,13 @@ def test_a_tensor_beyond_the_budget_lies_on_disk_and_leaves_no_file(
     for tensor in (small, large):
         tensor.copy_(values)
         assert torch.equal(tensor, values)
+
+
+def test_a_disk_without_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(TrainingError, match=r"the cache needs .* GB in .*lower views"):
+        allocate((2**30, 2**30), torch.uint8, memory=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_on_disk_are_the_images_in_memory() -> None:

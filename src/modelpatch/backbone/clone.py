@@ -1,32 +1,50 @@
 """Structural clones: a module's own Python structure over the frozen tensors of another.
 
-    clone.conv.weight is backbone.conv.weight      frozen: the same object, no bytes of its own
+    clone.conv.weight                              frozen: an object of its own over the backbone's bytes
     clone.bn.weight                                owned: a parameter of its own, started from the backbone's values
     clone.bn.running_mean                          buffers are always copied: a BatchNorm in train mode writes them
 
-A clone has its own train/eval flags and hooks, may be edited, and cannot move what it was cloned from.
+A clone has its own train/eval flags and hooks, may be edited, moved and cast, and does not move what it was cloned from.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
+
+from modelpatch.errors import ModelpatchError
 
 
 def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
     """A clone of `module` in eval mode that owns the parameters named in `owned` and shares all others.
 
-    Owned parameters are copies that require gradients; shared ones are the same objects as in `module`.
+    Owned parameters are copies that require gradients; shared ones are views of the same bytes, whose objects are the
+    clone's: casting or moving them leaves `module` as it is. State dicts are loaded by assignment only; copying, which
+    would write `module`'s bytes, raises `ModelpatchError`.
     Raises KeyError for a name in `owned` that is no parameter of `module`.
     """
     parameters = dict(module.named_parameters())
     if unknown := set(owned) - set(parameters):
         raise KeyError(f"no parameters named {sorted(unknown)}; the module has {sorted(parameters)}")
-    shared = {id(parameter): parameter for name, parameter in parameters.items() if name not in owned}
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        for name, parameter in parameters.items()
+        if name not in owned
+    }
     clone = copy.deepcopy(module, dict(shared)).eval()
     for name, parameter in clone.named_parameters():
         if name in owned:
             parameter.requires_grad_(True)
+    for child in clone.modules():
+        child.register_load_state_dict_pre_hook(_refuse_copying)
     return clone
+
+
+def _refuse_copying(
+    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
+) -> None:
+    if not metadata.get("assign_to_params_buffers", False):
+        raise ModelpatchError("this module shares the backbone's bytes: load_state_dict needs assign=True.")

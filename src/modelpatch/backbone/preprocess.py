@@ -108,6 +108,16 @@ class Preprocessing(BaseModel):
         )
 
 
+def image_bytes(source: ImageSource) -> bytes:
+    """What identifies an image: the bytes of its file, or of its pixels in memory. Raises `DataError`."""
+    if isinstance(source, str | Path):
+        try:
+            return Path(source).read_bytes()
+        except OSError as error:
+            raise DataError(f"{source} cannot be read as an image: {error}") from error
+    return source if isinstance(source, bytes) else source.tobytes()
+
+
 def open_image(source: ImageSource) -> Image.Image:
     """An RGB image from a path, encoded bytes, an array (H, W[, 3]) uint8 or a Pillow image.
 

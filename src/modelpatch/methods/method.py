@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,6 +46,18 @@ class Method(ABC):
     weight_decay: NonNegativeFloat = 0.0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     head: Literal["trained", "random"] = "trained"
+
+    def __post_init__(self) -> None:
+        """Check and convert every hyperparameter; strings may stand for what they spell. Raises `MethodError`."""
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            if name in self.lists and isinstance(value, str):
+                value = tuple(part.strip() for part in value.split(","))
+            try:
+                object.__setattr__(self, name, adapter.validate_python(value))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise MethodError(f"{self.name}: {name} = {first['input']!r} is not valid: {first['msg']}.") from error
 
     @abstractmethod
     def blueprint(self, backbone: Backbone) -> Blueprint:
@@ -141,6 +154,14 @@ class Method(ABC):
             return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, fused=True)
+
+
+@cache
+def _adapters(kind: type[Method]) -> dict[str, TypeAdapter[Any]]:
+    """What checks each hyperparameter of a kind of method, by its name."""
+    hints = get_type_hints(kind, include_extras=True)
+    loose = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    return {field.name: TypeAdapter(hints[field.name], config=loose) for field in fields(kind)}
 
 
 def learn_statistics(model: PatchedModel) -> None:

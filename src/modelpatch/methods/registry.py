@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from modelpatch.errors import MethodError
 from modelpatch.methods.composite import Composite
 from modelpatch.methods.delta import DeltaNetwork
@@ -117,14 +115,4 @@ def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
     known = kind.__dataclass_fields__
     if unknown := sorted(hyperparameters.keys() - known.keys()):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
-    values = {key: _split(value) if key in kind.lists else value for key, value in hyperparameters.items()}
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MethodError(f"{name}: {where} = {first['input']!r} is not valid: {first['msg']}.") from error
-
-
-def _split(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    return kind(**hyperparameters)

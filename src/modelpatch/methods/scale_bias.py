@@ -47,6 +47,11 @@ class ScaleBias(Method):
         """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
         if self.layers == "channel" and not self.affine:
             raise MethodError("scale-bias: affine=False leaves nothing of layers='channel' to train. Drop one of them.")
+        if not self.affine and self.statistics == "frozen":
+            raise MethodError(
+                "scale-bias: affine=False with statistics='frozen' leaves nothing to change. Set statistics='recomputed' "
+                "or 'learned'."
+            )
         affine, statistics = self.affine and self.layers != "channel", self.statistics != "frozen"
         owned = [name for segment in backbone.chain for name in norm_tensors(segment, affine, statistics)]
         if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):

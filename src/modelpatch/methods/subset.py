@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 
 from modelpatch.backbone import Backbone, Chain, Segment
 from modelpatch.errors import MethodError
@@ -37,7 +37,7 @@ class Subset(Method):
     paper: ClassVar[str] = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
     lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
-    blocks: tuple[str, ...] = ("last",)
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",)
     statistics: Statistics = "frozen"
     weight_decay: NonNegativeFloat = 1e-2
 

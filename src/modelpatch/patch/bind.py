@@ -1,6 +1,6 @@
 """A patch on its backbone: as a module of its own, or as a light record among hundreds that share one structure.
 
-`PatchedModel` is a plain `nn.Module` whose frozen parameters are the backbone's own objects. `BoundPatch` holds the
+`PatchedModel` is a plain `nn.Module` whose frozen parameters are the backbone's own bytes. `BoundPatch` holds the
 patch's numbers in one flat tensor and lends them to a `PatchedModel` shared by all patches of the same structure, so
 that it costs its own bytes and next to nothing else.
 """
@@ -8,7 +8,7 @@ that it costs its own bytes and next to nothing else.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from modelpatch.backbone import Backbone, Chain, Segment, clone_module
-from modelpatch.errors import ForeignTensorError, ModelpatchError
+from modelpatch.errors import ForeignTensorError
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.heads import DraftHead, HeadRecord, pool, pooled_axes, pooled_width
 from modelpatch.patch.weights import MADE, Reweighting, StoredWeight, resolve, set_strength
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class PatchedModel(nn.Module):
     """Images (B, C, H, W) to the task's logits: the chain with its spans replaced by variants, then the head.
 
-    All parameters but the patch's own are the backbone's objects; no buffer is shared. Built from a patch, it is in
+    All parameters but the patch's own lie in the backbone's bytes; no buffer is shared. Built from a patch, it is in
     eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
     """
 
@@ -225,13 +225,6 @@ class PatchedModel(nn.Module):
         owner, _, leaf = local.rpartition(".")
         return getattr(self.get_submodule(owner), leaf)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for module in self.modules():  # new parameter objects over the same bytes: `.to()` must not move the backbone
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        return super()._apply(fn, recurse)
-
     def requires_grad_(self, requires_grad: bool = True) -> PatchedModel:
         """Applies to the patch's own parameters; those of the backbone stay frozen."""
         for name in self.state():
@@ -241,10 +234,8 @@ class PatchedModel(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
-        """Like `nn.Module.load_state_dict`, but always by assignment: copying would write the backbone's bytes."""
-        if not assign:
-            raise ModelpatchError("a patched model shares the backbone's bytes: load_state_dict needs assign=True.")
-        return super().load_state_dict(state_dict, strict, assign=True)
+        """Like `nn.Module.load_state_dict`, but by assignment: copying would write the backbone's bytes, and is refused."""
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:

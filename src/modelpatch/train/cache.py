@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelpatch.backbone import Backbone
 from modelpatch.patch import PatchedModel
-from modelpatch.train.images import Augmentation, ImageStore, allocate
+from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
 
 BATCH = 64
 WORTHWHILE = 0.1
@@ -68,7 +68,8 @@ class CachedInputs:
 def run_prefix(model: PatchedModel, images: Tensor, start: int) -> Tensor:
     """The output of the frozen segments `[0, start)` for normalised images, on the model's device."""
     device = next(model.parameters()).device
-    return model.run_prefix(images.to(device).contiguous(memory_format=torch.channels_last), start)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    return torch.cat([model.run_prefix(piece, start) for piece in pieces(images)])
 
 
 def prefix_share(backbone: Backbone, start: int) -> float:

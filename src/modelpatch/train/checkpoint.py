@@ -60,10 +60,9 @@ class Checkpoint:
         except Exception as error:
             raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
         if identity != self.identity:
-            differing = [key for key, value in self.identity.items() if identity.get(key) != value]
             raise CheckpointMismatchError(
-                f"{self.folder} holds an unfinished run with another {' and another '.join(differing)}. Finish it with its "
-                "own settings, name another checkpoint folder, or remove it to start anew."
+                f"{self.folder} holds an unfinished run with {', '.join(differences(identity, self.identity))}. Finish it "
+                "with its own settings, or start anew: give --restart, name another checkpoint folder, or remove this one."
             )
         torch.set_rng_state(random)
         torch.cuda.set_rng_state_all(saved["cuda"])
@@ -74,3 +73,16 @@ class Checkpoint:
         self.file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             shutil.rmtree(self.folder)
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs between two identities, in words: `other images`, `epochs = 10 instead of 3`."""
+    words = []
+    for key in sorted(saved.keys() | wanted.keys()):
+        before, now = saved.get(key), wanted.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            words += differences(before, now)
+        elif before != now:
+            plain = isinstance(before, str | int | float) and len(str(before)) <= 40
+            words.append(f"{key} = {before!r} instead of {now!r}" if plain else f"other {key}")
+    return words

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from modelpatch.backbone import Backbone
-from modelpatch.errors import MethodNotApplicableError, MissingExtraError
+from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError
 from modelpatch.methods import COMPARED, Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import evaluate_base, harmonic_mean
-from modelpatch.train.fit import fit
+from modelpatch.train.fit import check_settings, fit
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def compare(
     base: TaskData | None = None,
     seeds: int = 1,
     seed: int = 0,
+    out: str | Path | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Comparison:
@@ -107,34 +109,60 @@ def compare(
 
     `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
     test set of the backbone's own classes: its accuracy is measured before and after every fit, and the harmonic mean
-    with it is reported. A method that cannot patch this backbone, or whose library is not
-    installed, is left out, with the reason.
+    with it is reported. A method that cannot patch this backbone, whose library is not installed or whose training
+    fails is left out, with the reason.
+
+    `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
+    patches that are in it already are not trained again. Raises `TrainingError` for one of another run.
     """
-    made = [(given, make_method(given)) if isinstance(given, str) else (given.name, given) for given in methods]
+    check_settings(settings)
     before = evaluate_base(backbone, base).top1 if base is not None else None
     runs: dict[str, tuple[Run, ...]] = {}
     rows: list[Row] = []
     patches: dict[str, Patch] = {}
     skipped: dict[str, str] = {}
-    for spelling, method in made:
-        name = _unused(spelling, runs)
+    todo: list[tuple[str, Method, int]] = []
+    for name, method in _by_name(methods).items():
+        try:
+            todo.append((name, method, method.count_parameters(backbone)))
+        except (MethodNotApplicableError, MissingExtraError) as error:
+            skipped[name] = str(error)
+    for name, method, parameters in todo:
         fitted: list[Run] = []
         try:
             for number in range(seed, seed + seeds):
-                begin = time.perf_counter()
-                patch = fit(backbone, data, method, progress=progress, seed=number, **settings)
-                seconds = time.perf_counter() - begin
+                files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}")
+                patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
                 after = evaluate_base(backbone, base).top1 if base is not None else None
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
-                fitted.append(Run(number, top1, after, size, seconds))
+                fitted.append(Run(number, top1, after, size, patch.created["seconds"]))
                 patches.setdefault(name, patch)
-        except (MethodNotApplicableError, MissingExtraError) as error:
+        except DivergedError as error:
             skipped[name] = str(error)
             continue
         runs[name] = tuple(fitted)
-        parameters = method.count_parameters(backbone) + head_parameters(patches[name], method)
-        rows.append(Row.of(name, parameters, fitted, before))
+        rows.append(Row.of(name, parameters + head_parameters(patches[name], method), fitted, before))
     return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
+
+
+def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
+    """Methods by their spellings, numbered where one is given twice."""
+    named: dict[str, Method] = {}
+    for given in methods:
+        method = make_method(given) if isinstance(given, str) else given
+        named[_unused(given if isinstance(given, str) else given.name, named)] = method
+    return named
+
+
+def _files(folder: Path, name: str) -> dict[str, Any]:
+    """Where a run keeps its patch and its training state, and from where it goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = re.sub(r"[^A-Za-z0-9.+_-]+", "-", name)
+    return {
+        "out": folder / f"{plain}.safetensors",
+        "checkpoint": folder / f"{plain}.safetensors.training",
+        "reuse": True,
+    }
 
 
 def _unused(name: str, taken: Mapping[str, Any]) -> str:

@@ -14,16 +14,18 @@ Where the source has no test split, a seeded stratified one is made.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 
-from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, open_image
+from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, image_bytes, open_image
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.patch import Task
 
@@ -46,6 +48,14 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """The rows with these indices."""
         return Split([self.images[row] for row in rows], self.labels[rows])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the labels and of every image's bytes as they lie on disk or in memory, 64 hexadecimal digits."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for image in self.images:
+            digest.update(hashlib.sha256(image_bytes(image)).digest())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

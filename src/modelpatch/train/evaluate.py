@@ -13,7 +13,7 @@ from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.errors import DataError
 from modelpatch.patch import Patch
 from modelpatch.train.data import Split, TaskData
-from modelpatch.train.images import ImageStore
+from modelpatch.train.images import ImageStore, pieces
 
 MEMORY = 2 * 2**30
 
@@ -65,20 +65,23 @@ def evaluate(
 
 
 def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessing | None = None) -> Evaluation:
-    """The backbone's own head on a task whose classes are its outputs, matched by name where it names them.
+    """The backbone's own head on a task whose classes are among its outputs.
 
-    Raises `DataError` if they cannot be matched.
+    They are matched by name; where the base names none, WordNet ids are those of ImageNet's 1,000 classes, and other
+    classes are matched by position. Raises `DataError` if they cannot be matched.
     """
-    names = backbone.classes
-    outputs = tuple(names) or tuple(str(index) for index in range(_outputs(backbone)))
+    count = _outputs(backbone)
+    names = backbone.classes or _imagenet_ids(count, data.classes)
+    outputs = tuple(names) or tuple(map(str, range(count)))
     if names and set(data.classes) <= set(names):
         rows = torch.tensor([names.index(name) for name in data.classes])
-    elif len(data.classes) == len(outputs):
+    elif not names and len(data.classes) == len(outputs):
         rows = torch.arange(len(outputs))
     else:
         raise DataError(
             f"the base has {len(outputs)} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
-            f"{data.task.name} has {len(data.classes)} classes that cannot be matched to them."
+            f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...) that cannot be matched "
+            "to them. Give data of the base's own classes."
         )
     split = Split(data.test.images, rows.numpy()[data.test.labels])
     return evaluate_module(backbone.module, split, outputs, preprocessing or backbone.preprocessing)
@@ -98,9 +101,19 @@ def evaluate_module(
     with torch.no_grad():
         for rows in torch.arange(len(store)).split(64):
             images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
-            outputs.append(module(images).float().cpu())
+            outputs += [module(piece).float().cpu() for piece in pieces(images)]
             advance(len(rows))
     return Evaluation.of(torch.cat(outputs), store.labels, classes)
+
+
+def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1,000 classes in the order all zoos use, if `classes` are among them; else none."""
+    if outputs != 1000:
+        return ()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    ids = tuple(ImageNetInfo("imagenet-1k").label_names())
+    return ids if set(classes) <= set(ids) else ()
 
 
 def _outputs(backbone: Backbone) -> int:

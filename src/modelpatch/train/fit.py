@@ -10,6 +10,7 @@ checkpoint to the very same patch.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 import warnings
@@ -27,14 +28,15 @@ from torch import Tensor
 
 import modelpatch
 from modelpatch.backbone import Backbone
-from modelpatch.errors import TrainingError, TrainingWarning
-from modelpatch.methods import Method
+from modelpatch.errors import CheckpointMismatchError, DivergedError, MethodError, TrainingError, TrainingWarning
+from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share
 from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.data import TaskData
-from modelpatch.train.evaluate import Evaluation
-from modelpatch.train.images import Augmentation, AugmentName, ImageStore, choose_augmentation
+from modelpatch.train.evaluate import Evaluation, store_as
+from modelpatch.train.images import Augmentation, AugmentName, ImageStore, choose_augmentation, pieces
+from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
 
@@ -50,7 +52,8 @@ class FitSettings:
     cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
     out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
     `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
-    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it.
+    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
+    how the patch stores numbers (see `Patch.astype`); what it costs is measured and kept in the patch's metrics.
     """
 
     epochs: PositiveInt = 10
@@ -69,6 +72,7 @@ class FitSettings:
     early_stopping: NonNegativeInt = 0
     clip: NonNegativeFloat = 0.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
@@ -97,30 +101,48 @@ class Inputs(Protocol):
 def fit(
     backbone: Backbone,
     data: TaskData,
-    method: Method,
+    method: Method | str,
     *,
+    out: str | Path | None = None,
+    reuse: bool = False,
     checkpoint: str | Path | None = None,
     log: str | Path | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Patch:
-    """Train a patch of `method` for the task and measure it on the test images.
+    """Train a patch of `method` (or of its spelling, see `make_method`) for the task and measure it on the test images.
 
-    `settings` are the fields of `FitSettings`. `checkpoint` names a folder in which training state is kept every minute
-    and every epoch and from which an interrupted run resumes exactly; it is emptied on success. `log` names a folder for
-    `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a bar on a terminal.
+    `settings` are the fields of `FitSettings`. `out` names the patch's file; with `reuse` a file that the very same run
+    wrote earlier is read instead. `checkpoint` names a folder in which training state is kept every minute and every
+    epoch and from which an interrupted run resumes exactly; it is emptied once the patch is made and its file, if any,
+    written. `log` names a folder for `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a
+    bar on a terminal.
 
-    Returns the patch with its measured test accuracy in `metrics`. Raises `MethodNotApplicableError`, `DataError`,
-    `CheckpointMismatchError`, `TrainingError` for a loss that is not finite, and `BackboneChangedError` if anything
-    wrote to the frozen tensors.
+    Returns the patch with its measured test accuracy in `metrics`. Raises `MethodError`, `MethodNotApplicableError`,
+    `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
+    that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
-    chosen = _settings(settings)
+    chosen = check_settings(settings)
+    if isinstance(method, str):
+        method = make_method(method)
+    if not isinstance(method, Method):
+        raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
     bar = Progress(f"{method.name} on {data.task.name}") if progress else quiet_progress()
     with bar, RunLog(log) as run_log:
-        return Fit(backbone, data, method, chosen, bar, run_log, checkpoint).run()
+        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint)
+        if out is not None and reuse and Path(out).exists():
+            return run.finished(Path(out))
+        patch = run.run()
+        if chosen.dtype != "float32":
+            patch = store_as(backbone, patch, data, chosen.dtype)
+        if out is not None:
+            patch.save(out)
+        run.finish()
+    return patch
 
 
-def _settings(values: dict[str, Any]) -> FitSettings:
+def check_settings(values: dict[str, Any]) -> FitSettings:
+    """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
     if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
         raise TrainingError(
             f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
@@ -163,7 +185,9 @@ class Fit:
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
         self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
-        self.checkpoint = Checkpoint(checkpoint, self._identity()) if checkpoint else None
+        identity = self._identity()
+        self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
         self.device = backbone.device
 
     def run(self) -> Patch:
@@ -173,6 +197,9 @@ class Fit:
         self.optimizer = self.method.make_optimizer(self.model, self.backbone)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
+        self.remade = RemadeWeights(self.model)
+        if not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
+            EagerSteps(self.optimizer)
         store = self._decode("train")
         self.state = _State()
         if not self._resume():
@@ -185,9 +212,21 @@ class Fit:
         seconds = time.perf_counter() - begin
         patch = self._make_patch(seconds)
         self.backbone.verify()
+        return patch
+
+    def finished(self, path: Path) -> Patch:
+        """The patch of this run from its file. Raises `CheckpointMismatchError` for one of another run."""
+        patch = Patch.load(path)
+        if patch.created.get("run") != self.digest:
+            raise CheckpointMismatchError(
+                f"{path} is of a run with another backbone, method, settings or images. Name another file, or remove it."
+            )
+        return patch
+
+    def finish(self) -> None:
+        """Forget the training state: the patch is where it should be."""
         if self.checkpoint:
             self.checkpoint.clear()
-        return patch
 
     # inputs -------------------------------------------------------------------------------------------------
 
@@ -253,7 +292,7 @@ class Fit:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         inputs = self._to_device(self.inputs.batch(rows, epoch, number))
-        with self._autocast():
+        with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
             logits = self.model.run_from(inputs, self.inputs.start)
         loss = F.cross_entropy(
             logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
@@ -271,7 +310,7 @@ class Fit:
     def _end_epoch(self, epoch: int, per_epoch: int) -> None:
         row = {"epoch": epoch + 1, "loss": self.state.loss_sum / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         if not torch.isfinite(torch.tensor(row["loss"])):
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss is {row['loss']} in epoch {epoch + 1} at lr {self.method.lr}, head_lr {self.method.head_lr}. "
                 "Lower them, or set clip=1."
             )
@@ -298,7 +337,8 @@ class Fit:
         outputs = []
         for step, rows in enumerate(torch.arange(len(labels)).split(64)):
             x = self._to_device(inputs.batch(rows, 0, step))
-            outputs.append(self.model.run_from(x, inputs.start).float().cpu())
+            parts = pieces(x) if inputs.start == 0 else (x,)
+            outputs += [self.model.run_from(part, inputs.start).float().cpu() for part in parts]
         return Evaluation.of(torch.cat(outputs), labels, self.data.classes)
 
     def _class_weights(self) -> Tensor | None:
@@ -320,12 +360,12 @@ class Fit:
     # state --------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
+        """What must be equal for a checkpoint to be continued, or a patch's file to be of this run."""
         return {
             "backbone": self.backbone.fingerprint,
             "task": self.data.task.model_dump(mode="json"),
-            "images": len(self.data.train),
-            "labels": hashlib.sha256(self.data.train.labels.tobytes()).hexdigest(),
+            "images": self.data.train.digest,
+            "validation": self.data.validation.digest if self.data.validation is not None else None,
             "method": self.method.name,
             "hyperparameters": self.method.hyperparameters(),
             "settings": asdict(self.settings),
@@ -381,4 +421,5 @@ class Fit:
             "augmentation": self.augmentation.name,
             "settings": asdict(self.settings),
             "data": dict(self.data.facts),
+            "run": self.digest,
         }

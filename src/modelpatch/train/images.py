@@ -15,25 +15,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
+from modelpatch.errors import TrainingError
 from modelpatch.train.data import Split, source_size
 
 SMALL_SOURCE = 64
+PIECE = 2**17  # pixels
 AugmentName = Literal["auto", "none", "light", "standard"]
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory: int) -> Tensor:
-    """An empty tensor of at most `memory` bytes in memory; a larger one lies in a file that vanishes with it."""
+    """An empty tensor of at most `memory` bytes in memory; a larger one lies in a file that vanishes with it.
+
+    Raises `TrainingError` where the disk has no room for the file.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
     if size <= memory:
         return torch.empty(shape, dtype=dtype)
     descriptor, path = tempfile.mkstemp(prefix="modelpatch-", suffix=".cache")
     try:
-        os.truncate(descriptor, size)
+        _reserve(descriptor, size)
         flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     finally:
         os.close(descriptor)
         os.unlink(path)  # the mapping keeps the bytes; a killed process leaves nothing behind
     return flat.view(dtype).view(shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make a file `size` bytes long, with room on the disk for all of them where the system can promise it."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        raise TrainingError(
+            f"the cache needs {size / 1e9:.2f} GB in {tempfile.gettempdir()}: {error.strerror}. Point TMPDIR to a larger "
+            "disk, raise memory, lower views, or set cache=False."
+        ) from error
 
 
 class ImageStore:
@@ -73,6 +92,16 @@ class ImageStore:
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         views = augmentation(self.pixels[rows].float(), self.preprocessing.image_size, generator)
         return self.preprocessing.normalize(views)
+
+
+def pieces(images: Tensor) -> tuple[Tensor, ...]:
+    """A batch (B, C, H, W) in pieces whose activations stay in a processor's caches; on other devices, as it is.
+
+    With 8 images of 128 px instead of 64 at a time, MobileNetV2 took half the time.
+    """
+    if images.device.type != "cpu":
+        return (images,)
+    return images.split(max(PIECE // (images.shape[-1] * images.shape[-2]), 1))
 
 
 @dataclass(frozen=True)
