@@ -60,7 +60,8 @@ class PackNet(Method):
             weight = backbone.chain.tensor(name).detach()
             mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
             kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
-            packed[name] = Packed(kept, torch.zeros_like(weight) if delta is None else delta.float().to(weight.device))
+            fixed = weight * kept if delta is None else weight * kept + delta.float().to(weight.device)
+            packed[name] = Packed(kept, fixed)
         return packed
 
     def count_parameters(self, backbone: Backbone) -> int:
@@ -94,21 +95,24 @@ def largest(tensor: Tensor, share: float) -> Tensor:
 
 
 class Packed(Reweighting):
-    """W -> W ⊙ kept + earlier + V ⊙ left, with V trained; `left` starts as all that is free."""
+    """W -> V where the task has weights `left`, else `fixed`: W where it is `kept`, or an earlier task's own weight.
+
+    V is trained; `left` starts as all that is free.
+    """
 
     kept: Tensor
-    earlier: Tensor
+    fixed: Tensor
     left: Tensor
 
-    def __init__(self, kept: Tensor, earlier: Tensor) -> None:
+    def __init__(self, kept: Tensor, fixed: Tensor) -> None:
         super().__init__()
         self.register_buffer("kept", kept)
-        self.register_buffer("earlier", earlier)
-        self.register_buffer("left", ~kept & (earlier == 0))
-        self.values = nn.Parameter(torch.zeros_like(earlier))
+        self.register_buffer("fixed", fixed)
+        self.register_buffer("left", ~kept & (fixed == 0))
+        self.values = nn.Parameter(torch.zeros_like(fixed))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.kept + (self.earlier + self.values * self.left)
+        return torch.where(self.left, self.values, self.fixed)
 
     @torch.no_grad()
     def prune(self, share: float) -> None:
@@ -118,4 +122,4 @@ class Packed(Reweighting):
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        return {"mask": self.kept, "delta": self.earlier + self.values * self.left}
+        return {"mask": self.kept, "delta": torch.where(self.left, self.values, self.fixed.masked_fill(self.kept, 0))}
