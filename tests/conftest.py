@@ -1,10 +1,13 @@
-"""Fixtures: tiny real networks, made-up images for fast tests, the real images and backbone for `real` tests."""
+"""Fixtures: tiny real networks, made-up images for fast tests, the command line in this process, the real images and backbone
+for `real` tests."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,10 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone
+from modelpatch.cli.main import app, main
 from modelpatch.methods import LinearProbe, Method
 from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel, Task
 from modelpatch.train import Split, TaskData
@@ -122,16 +127,68 @@ def draft_patch(backbone: Backbone, method: Method | None = None, classes: int =
     )
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """Class folders `train/` and `test/` with small PNG files."""
+def write_folder(root: Path, classes: Sequence[str] = CLASSES) -> Path:
+    """Class folders `train/` and `test/` with the pictures of `color_task` as small PNG files."""
     data = color_task()
     for name, split in (("train", data.train), ("test", data.test)):
         for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            folder = tmp_path / "colors" / name / CLASSES[label]
+            folder = root / name / classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{number:03}.png")  # type: ignore[arg-type]
-    return tmp_path / "colors"
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "colors")
+
+
+# the command line -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `modelpatch ARGUMENTS` in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["modelpatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        code = stop.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders that many tests read."""
+    return write_folder(tmp_path_factory.mktemp("data") / "colors")
+
+
+@pytest.fixture(scope="session")
+def patches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two patches of different tasks and methods, each trained for one epoch."""
+    root = tmp_path_factory.mktemp("patches")
+    paths = {method: root / f"{method}.safetensors" for method in ("linear-probe", "scale-bias")}
+    other = write_folder(root / "shades", ("dark", "light", "medium"))
+    for (method, path), data in zip(paths.items(), (folder, other), strict=True):
+        result = CliRunner().invoke(app, ["fit", str(data), "-o", str(path), "-m", method, "--epochs", "1"])
+        assert result.exit_code == 0, result.output
+    return paths
+
+
+# real -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

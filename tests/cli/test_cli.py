@@ -6,79 +6,22 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
 import modelpatch
-from conftest import CLASSES, color_task
+from conftest import CLASSES, Run, write_folder
 from modelpatch.backbone import load_backbone, save_backbone
-from modelpatch.cli.main import app, main
 from modelpatch.patch import Patch
+from modelpatch.patch.inspect import Inspection
 from modelpatch.train import checkpoint, evaluate, load_task
 from modelpatch.train.fit import Fit
 
 VERBS = ("demo", "fit", "eval", "predict", "inspect", "verify", "compare")
 TINY = "bundled:tiny"
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `modelpatch ARGUMENTS` in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["modelpatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        code = stop.value.code
-        return Result(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
-
-    return call
-
-
-def write_folder(root: Path, classes: Sequence[str]) -> Path:
-    """Class folders with the pictures of `color_task`."""
-    data = color_task()
-    for name, split in (("train", data.train), ("test", data.test)):
-        for number, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            folder = root / name / classes[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{number:03}.png")  # type: ignore[arg-type]
-    return root
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data") / "colors", CLASSES)
-
-
-@pytest.fixture(scope="module")
-def patches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two patches of different tasks and methods, each trained for one epoch."""
-    root = tmp_path_factory.mktemp("patches")
-    paths = {method: root / f"{method}.safetensors" for method in ("linear-probe", "scale-bias")}
-    other = write_folder(root / "shades", ("dark", "light", "medium"))
-    for (method, path), data in zip(paths.items(), (folder, other), strict=True):
-        result = CliRunner().invoke(app, ["fit", str(data), "-o", str(path), "-m", method, "--epochs", "1"])
-        assert result.exit_code == 0, result.output
-    return paths
 
 
 # every verb -------------------------------------------------------------------------------------------------
@@ -99,7 +42,7 @@ def test_the_command_lists_all_verbs_and_its_version(run: Run) -> None:
 
 
 def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "modelpatch.cli.main", "inspect", "missing.safetensors"]
+    command = [sys.executable, "-m", "modelpatch", "inspect", "missing.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
@@ -158,7 +101,7 @@ def test_inspect_shows_what_the_file_holds(run: Run, patches: dict[str, Path], t
     path = patches["scale-bias"]
     result = run("inspect", path, "--json", "-", "--plot", tmp_path / "parts.png")
     inspection = Patch.load(path).inspect()
-    assert json.loads(result.out) == as_json(inspection.as_dict())
+    assert json.loads(result.out) == as_json(Inspection.of(Patch.load(path), load_backbone(TINY).chain).as_dict())
     assert f"{path.stat().st_size:,} bytes" in result.err
     assert inspection.fingerprint in result.err
     assert (tmp_path / "parts.png").stat().st_size > 0
@@ -194,7 +137,7 @@ def test_verify_fails_on_a_damaged_file_and_still_checks_the_others(
     damaged.write_bytes(data)
     result = run("verify", damaged, patches["linear-probe"], "--json", tmp_path / "verify.json")
     assert result.code == 1
-    assert f"refused  {damaged}: DamagedPatchError" in result.out
+    assert f"refused   {damaged}: DamagedPatchError" in result.out
     assert "intact" in result.out
     first, second = json.loads((tmp_path / "verify.json").read_text())
     assert (first["ok"], first["error"], second["ok"]) == (False, "DamagedPatchError", True)
@@ -206,6 +149,7 @@ def test_verify_refuses_another_backbone(run: Run, patches: dict[str, Path], tmp
     options = ["-b", f"file:{tmp_path / 'other.safetensors'}"]
     result = run("verify", patches["scale-bias"], *options)
     assert result.code == 1
+    assert "refused" in result.out
     assert "WrongBackboneError" in result.out
     assert run("verify", patches["scale-bias"], *options, "--file-only").code == 0
 
@@ -222,7 +166,10 @@ def test_a_backbone_file_is_found_beside_its_patches(run: Run, folder: Path, tmp
     base.unlink()
     missing = run("verify", out)
     assert missing.code == 1
+    assert missing.out.startswith("unchecked")
+    assert "the file is intact, its backbone was not checked" in missing.out
     assert "needs the backbone file base.safetensors" in missing.out
+    assert "refused" not in missing.out
 
 
 # eval and predict -------------------------------------------------------------------------------------------
@@ -306,21 +253,21 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
         (["fit", "FOLDER", "--epochs", "0"], "epochs = 0 is not valid"),
         (["fit", "FOLDER", "--dtype", "int4", "--epochs", "100000"], "cannot store tensors as --dtype 'int4'"),
         (["fit", "FOLDER", "-o", "missing/x.safetensors"], "the folder of --out missing/x.safetensors does not exist"),
-        (["fit", "FOLDER", "-o", "FOLDER"], "is a folder. Name a file"),
+        (["fit", "FOLDER", "-o", "FOLDER"], "is a folder. Name a file in it"),
         (["fit", "FOLDER", "--seed", "100000000000000"], "seed = 100000000000000 is not valid"),
         (["fit", "FOLDER", "-b", "bundled:huge"], "bundles no backbone 'huge'"),
         (["fit", "FOLDER", "-b", "tiny"], "'tiny' is not a backbone"),
         (["compare", "FOLDER", "--methods", "magic"], "there is no method 'magic'"),
         (
             ["compare", "FOLDER", "--methods", "linear-probe", "--epochs", "1", "--markdown", "no/x.md"],
-            "cannot write no",
+            "the folder of --markdown no/x.md does not exist",
         ),
         (["inspect", "missing.safetensors"], "missing.safetensors"),
         (["inspect", "FOLDER/test/red/000.png"], "000.png"),
-        (["inspect", "PATCH", "--plot", "missing/x.png"], "cannot draw missing/x.png"),
-        (["inspect", "PATCH", "--json", "missing/x.json"], "cannot write missing/x.json"),
+        (["inspect", "PATCH", "--plot", "missing/x.png"], "the folder of --plot missing/x.png does not exist"),
+        (["inspect", "PATCH", "--json", "missing/x.json"], "the folder of --json missing/x.json does not exist"),
         (["inspect", "PATCH", "--data", "FOLDER"], "made by linear-probe, which weighs no skips"),
-        (["inspect", "PATCH", "--backbone", "bundled:tiny"], "--backbone is only used to measure skips"),
+        (["inspect", "PATCH", "--backbone", "bundled:huge"], "bundles no backbone 'huge'"),
         (["predict", "missing.png", "-p", "PATCH"], "there is no image or folder missing.png"),
         (["predict", "EMPTY", "-p", "PATCH"], "no images in"),
         (["eval", "EMPTY", "-p", "PATCH"], "holds no class folders"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,9 @@ from rich.table import Table
 from conftest import color_task, draft_patch
 from modelpatch.backbone import Backbone
 from modelpatch.errors import ModelpatchError
-from modelpatch.methods import ScaleBias
+from modelpatch.methods import COMPARED, DeltaNetwork, Method, Piggyback, ScaleBias
+from modelpatch.patch.inspect import Inspection
+from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
@@ -23,8 +26,10 @@ from modelpatch.report.tables import (
     comparison_table,
     evaluation_table,
     inspection_table,
+    parts_table,
     percent,
     prediction_table,
+    show,
 )
 from modelpatch.train import Comparison, Evaluation
 from modelpatch.train.compare import Row
@@ -73,11 +78,72 @@ def test_the_markdown_has_one_line_a_method_of_equal_width() -> None:
 def test_an_inspection_shows_every_part(tiny: Backbone) -> None:
     inspection = draft_patch(tiny, ScaleBias()).inspect()
     text = text_of(inspection_table(inspection))
-    for part in inspection.parts:
-        assert part.name in text
     assert inspection.file_sha256 in text
     assert f"{inspection.file_bytes:,} bytes" in text
-    assert inspection.parts[0].name not in text_of(inspection_table(inspection, spans=False))
+    text = text_of(parts_table(inspection))
+    for part in inspection.parts:
+        assert part.name in text
+        assert f"{part.bytes:,}" in text
+
+
+@pytest.mark.parametrize("method", [ScaleBias(), DeltaNetwork(modules=2), Piggyback(), ScaleBias() + Piggyback()])
+def test_the_bytes_of_spans_head_and_header_add_up_to_the_file(tiny: Backbone, method: Method) -> None:
+    patch = draft_patch(tiny, method)
+    inspection = Inspection.of(patch, tiny.chain)
+    spans = {span.segments: span for span in inspection.spans}
+    assert tuple(spans) == patch.blueprint.spans(tiny.chain)
+    rest = sum(part.bytes for part in inspection.parts if part.span is None)
+    assert sum(span.bytes for span in spans.values()) + rest + inspection.header_bytes == inspection.file_bytes
+    assert sum(part.bytes for part in inspection.parts) == inspection.tensor_bytes
+    text = text_of(parts_table(inspection))
+    for (start, end), span in spans.items():
+        assert span.bytes == sum(part.bytes for part in inspection.parts if part.span == (start, end))
+        first, last = tiny.chain[start].name, tiny.chain[end - 1].name
+        name = f"segment {start} {first}" if end == start + 1 else f"segments {start} to {end - 1} {first} to {last}"
+        assert name in text
+    assert f"{inspection.header_bytes:,}" in text
+
+
+# at 80 columns ----------------------------------------------------------------------------------------------
+
+
+def shown(table: Table, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    show(console, table)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def large_comparison() -> Comparison:
+    """All methods that are compared by default, with figures as wide as they come."""
+    rows = [
+        Row(name, 0.875 - 0.002 * number, 0.0125, 0.7512, 0.7512, 0.808, 123_456_789, 987_654_321, 3600.5)
+        for number, name in enumerate(COMPARED)
+    ]
+    return Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})
+
+
+@pytest.mark.parametrize("width", [40, 80, 240])
+def test_names_wrap_and_figures_do_not(width: int) -> None:
+    lines = shown(comparison_table(large_comparison()), width)
+    assert sum("123,456,789" in line and "987,654,321" in line and "80.8" in line for line in lines) == len(COMPARED)
+    assert not any("…" in line for line in lines)
+    joined = "".join(line[:12].strip() for line in lines)
+    if width == 80:
+        assert "delta(modules=all,batch_norm=true)" in joined
+
+
+def test_a_comparison_with_common_figures_fits_80_columns() -> None:
+    rows = [Row(name, 0.875, 0.0125, 0.7512, 0.7512, 0.8, 3_504_872, 14_123_456, 62.5) for name in COMPARED]
+    lines = shown(comparison_table(Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})), 80)
+    assert max(map(len, lines)) <= 80
+
+
+def test_hashes_are_whole_at_80_columns(tiny: Backbone) -> None:
+    inspection = draft_patch(tiny, ScaleBias()).with_metrics(test_top1=0.5, test_images=12).inspect()
+    lines = shown(inspection_table(inspection), 80)
+    for value in (inspection.fingerprint, inspection.file_sha256, inspection.content_hash):
+        assert any(value in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_an_evaluation_lists_classes_only_when_asked() -> None:
@@ -86,6 +152,17 @@ def test_an_evaluation_lists_classes_only_when_asked() -> None:
     text = text_of(evaluation_table("colors", {**figures, "base_top1": 0.7, "harmonic_mean": 0.58}, per_class=True))
     for figure in ("50.0", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
         assert figure in text
+
+
+def test_a_broken_image_has_its_error_in_the_table() -> None:
+    answers = [
+        {"image": "a.png", "tasks": {}, "error": "a.png cannot be read as an image: [no]"},
+        {"image": "b.png", "tasks": {"colors": [{"label": "red", "probability": 0.75}]}},
+    ]
+    text = text_of(prediction_table(answers))
+    for part in ("error: cannot be read as an image: [no]", "colors", "75.0 %  red"):
+        assert part in text
+    assert "error:" in text_of(prediction_table(answers[:1]))
 
 
 def test_predictions_show_the_best_answers_of_every_task() -> None:
@@ -164,7 +241,7 @@ def test_hostile_names_are_text_and_nothing_is_loaded_from_outside(tmp_path: Pat
     report.section(HOSTILE, HOSTILE)
     report.table((HOSTILE, "value"), [(HOSTILE, HOSTILE)])
     report.picture(tmp_path / "picture.png", HOSTILE)
-    report.samples([(png, HOSTILE, True), (png, HOSTILE, False)])
+    report.samples([(png, HOSTILE, HOSTILE), (png, HOSTILE, "blue")])
     report.code(HOSTILE)
     report.write(tmp_path / "report.html")
     source = (tmp_path / "report.html").read_text()
@@ -175,7 +252,9 @@ def test_hostile_names_are_text_and_nothing_is_loaded_from_outside(tmp_path: Pat
     assert pictures == [data_url(png)] * 3
     assert not any(value.startswith(("http:", "https:", "//")) for value in page.attributes)
     assert not re.search(r"@import|url\(", source)
-    assert {"ok", "bad", HOSTILE} <= set(page.attributes)
+    assert {"ok", "bad", HOSTILE, f"an image of blue, answered {HOSTILE}"} <= set(page.attributes)
+    assert f"✓ {HOSTILE}" in page.text
+    assert f"✗ {HOSTILE}, not blue" in page.text
 
 
 @pytest.mark.parametrize("base", [True, False])
@@ -188,3 +267,14 @@ def test_accuracy_against_bytes_is_drawn_and_stands_in_the_page(base: bool, tmp_
     assert "<script" not in page
     assert "87.5 ± 1.2" in page
     assert "there is [nothing] to train" in page
+
+
+def test_no_two_names_overlap_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.text import Text
+
+    place, drawn = plots._place, []
+    monkeypatch.setattr(plots, "_place", lambda axes, *rest: drawn.append(axes) or place(axes, *rest))
+    plot_bytes(large_comparison(), tmp_path / "bytes.png")
+    boxes = [Text.get_window_extent(text) for text in drawn[0].texts]
+    assert [text.get_text() for text in drawn[0].texts] == list(COMPARED)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

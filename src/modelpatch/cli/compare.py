@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from modelpatch.atomic import write_bytes
 from modelpatch.cli.options import (
     ArgumentOption,
     BackboneOption,
-    JsonOption,
+    DeviceOption,
     SeedOption,
+    find_device,
+    fit_settings,
     open_backbone,
-    parse_pairs,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import (
+    ForceOption,
+    JsonOption,
+    check_file,
+    check_free,
+    check_pictures,
+    make_folder,
+    open_console,
+    tell,
     write_json,
 )
-from modelpatch.methods import COMPARED
+from modelpatch.methods import COMPARED, make_method
 from modelpatch.methods.registry import split_outside
 from modelpatch.report.html import write_comparison
-from modelpatch.report.plots import plot_bytes, plot_comparison
-from modelpatch.report.tables import comparison_markdown, comparison_table
+from modelpatch.report.plots import check_matplotlib, plot_bytes, plot_comparison
+from modelpatch.report.tables import comparison_markdown, comparison_table, show
 from modelpatch.train import compare as run_compare
 from modelpatch.train import load_task
 
@@ -45,39 +57,56 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Fits a method, with this many seeds; gives standard errors.")] = 1,
     option: Annotated[list[str] | None, typer.Option("--fit", help="KEY=VALUE, any other setting of fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder in which to keep the patches.")] = None,
+    force: ForceOption = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the bars to this picture.")] = None,
     bytes_plot: Annotated[Path | None, typer.Option(help="Draw accuracy against file bytes to this picture.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write table and pictures as one HTML page.")] = None,
+    device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
     """Train several methods on one task with the same budget and show one table."""
-    console = Console(stderr=str(json) == "-")
+    console = open_console(json)
+    for name, path in (("--json", json), ("--markdown", markdown), ("--html", html)):
+        check_file(name, path)
+    check_pictures(plot=plot, bytes_plot=bytes_plot)
+    if html is not None:
+        check_matplotlib("--html")
     names = COMPARED if methods == "all" else split_outside(methods, ",")
+    for name in names:
+        make_method(name)
+    settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed, seeds=seeds)
+    arguments, place = parse_arguments(argument), find_device(device)
     task = load_task(data, seed=seed)
     base = None if base_data is None else load_task(base_data, hold_out=False)
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "seed": seed,
-        "seeds": seeds,
-    }
-    settings |= parse_pairs(option, "--fit")
-    result = run_compare(open_backbone(backbone, argument), task, names, base=base, progress=True, **settings)
-    console.print(comparison_table(result))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        check_free("--out", [_file(out, task.task.name, name) for name in _numbered(names)], force)
+        make_folder("--out", out)
+    result = run_compare(open_backbone(backbone, arguments, place), task, names, base=base, progress=True, **settings)
+    show(console, comparison_table(result))
+    write_json(json, result.as_dict())
+    if out is not None:
         for name, patch in result.patches.items():
-            patch.save(out / f"{task.task.name}-{re.sub(r'[^a-z0-9.+-]+', '-', name).strip('-')}.safetensors")
+            patch.save(_file(out, task.task.name, name))
+    if markdown is not None:
+        write_bytes(markdown, comparison_markdown(result).encode())
+        tell(console, f"wrote {markdown}")
     for picture, draw in ((plot, plot_comparison), (bytes_plot, plot_bytes)):
         if picture is not None:
             draw(result, picture)
-            console.print(f"drew {picture}", markup=False)
+            tell(console, f"drew {picture}")
     if html is not None:
         write_comparison(result, html)
-        console.print(f"wrote {html}", markup=False)
-    if markdown is not None:
-        write_bytes(markdown, comparison_markdown(result).encode())
-    write_json(json, result.as_dict())
+        tell(console, f"wrote {html}")
+
+
+def _file(folder: Path, task: str, name: str) -> Path:
+    """Where the patch of a row is kept."""
+    return folder / f"{task}-{re.sub(r'[^a-z0-9.+-]+', '-', name).strip('-')}.safetensors"
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """What the rows are called: a name that stands twice is numbered."""
+    counts = [names[:place].count(name) + 1 for place, name in enumerate(names)]
+    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import io
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image
-from rich.console import Console
 
 from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.cli.options import SeedOption, write_json
+from modelpatch.cli.options import SeedOption
+from modelpatch.cli.outputs import make_folder, open_console, tell, write_json
 from modelpatch.methods import METHODS
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.report.html import Report
-from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
-from modelpatch.report.tables import comparison_cells, comparison_table, percent
+from modelpatch.report.plots import check_matplotlib, plot_comparison, plot_confusion, plot_inspection
+from modelpatch.report.tables import comparison_cells, comparison_table, percent, show
 from modelpatch.train import Comparison, TaskData, compare, evaluate, load_task
 
-NEXT = """\
-modelpatch inspect {folder}/digits-scale-bias.safetensors        # what a patch holds
-modelpatch verify {folder}/*.safetensors                         # every byte, and that it fits the base
-modelpatch fit YOUR_FOLDERS --method scale-bias                  # YOUR_FOLDERS/train/CLASS/*.jpg, .../test/CLASS/*.jpg
-modelpatch compare YOUR_FOLDERS -b timm:resnet50.a1_in1k         # all methods on your task and your backbone"""
+NEXT = {  # what a command is for: the command
+    "What a patch holds": "inspect {folder}/digits-scale-bias.safetensors",
+    "Every byte of the patches, and that they fit the base": "verify {folder}/*.safetensors",
+    "A patch for your task: YOUR_FOLDERS/train/CLASS/*.jpg, .../test/CLASS/*.jpg": (
+        "fit YOUR_FOLDERS --method scale-bias"
+    ),
+    "All methods on your task and your backbone": "compare YOUR_FOLDERS -b timm:resnet50.a1_in1k",
+}
 
 
 def demo(
@@ -33,9 +39,10 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Train patches with every method on real handwritten digits, show that the base is unchanged, write a report."""
-    console = Console()
+    console = open_console()
+    make_folder("--out", out)
+    check_matplotlib("The demo's report")
     begin = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     backbone = load_backbone("bundled:tiny")
     task = load_task("bundled:digits", seed=seed)
     accuracy = percent(backbone.about["cifar10_test_top1"])
@@ -46,16 +53,29 @@ def demo(
     )
     before = backbone.fingerprint
     result = compare(backbone, task, tuple(METHODS), epochs=epochs, seed=seed, batch_size=64, progress=True)
-    console.print(comparison_table(result))
+    show(console, comparison_table(result))
     backbone.verify()
     console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({before[:16]}).")
     for name, patch in result.patches.items():
         patch.save(out / f"digits-{name}.safetensors")
     seconds = time.perf_counter() - begin
-    _write_report(out, backbone, task, result, accuracy)
     write_json(out / "comparison.json", result.as_dict())
+    _write_report(out, backbone, task, result, accuracy)
     console.print(f"Wrote the patches and [b]{out / 'report.html'}[/b] in {seconds:.0f} s. What to try next:\n")
-    console.print(NEXT.format(folder=out), highlight=False, soft_wrap=True)
+    tell(console, suggestions(out))
+
+
+def suggestions(folder: Path) -> str:
+    """What to try next: every command below what it is for, spelled as it can be run from here."""
+    pairs = [(comment, command.format(folder=shlex.quote(str(folder)))) for comment, command in NEXT.items()]
+    return "\n".join(f"# {comment}\n{_program()} {command}" for comment, command in pairs)
+
+
+def _program() -> str:
+    """What runs this command line again: `modelpatch` on the path, else the script that was started, else the module."""
+    if shutil.which("modelpatch"):
+        return "modelpatch"
+    return shlex.quote(sys.argv[0]) if Path(sys.argv[0]).stem == "modelpatch" else "python -m modelpatch"
 
 
 def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Comparison, accuracy: str) -> None:
@@ -76,22 +96,22 @@ def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Compari
         "The base is unchanged",
         f"SHA-256 over every parameter and buffer, before and after all training: {backbone.fingerprint}.",
     )
-    report.section("Answers of the scale-bias patch", "Test images and what the patch says; wrong answers are red.")
+    report.section("Answers of the scale-bias patch", "Test images and what the patch says: ✓ right, ✗ wrong.")
     report.samples(_samples(backbone, small, task))
     report.section("Which digits it mixes up")
     report.picture(out / "confusion.png", "Confusion matrix")
     report.section("What is in the patch file", "Bytes of every normalisation layer it replaces, and of its head.")
     report.picture(out / "scale-bias.png", "Bytes per part")
     report.section("What to try next")
-    report.code(NEXT.format(folder=out))
+    report.code(suggestions(out))
     report.write(out / "report.html")
 
 
-def _samples(backbone: Backbone, patch: Patch, task: TaskData, count: int = 16) -> list[tuple[bytes, str, bool]]:
+def _samples(backbone: Backbone, patch: Patch, task: TaskData, count: int = 16) -> list[tuple[bytes, str, str]]:
     images, labels = task.test.images[:count], task.test.labels[:count]
     answers = BoundPatch(backbone, patch)(patch.preprocessing(*images)).argmax(1).tolist()
     return [
-        (_png(image), task.classes[answer], answer == label)
+        (_png(image), task.classes[answer], task.classes[label])
         for image, answer, label in zip(images, answers, labels, strict=True)
     ]
 

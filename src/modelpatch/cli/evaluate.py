@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from modelpatch.cli.options import JsonOption, PatchBackboneOption, backbone_of, write_json
+from modelpatch.cli.options import (
+    ArgumentOption,
+    DeviceOption,
+    PatchBackboneOption,
+    backbone_of,
+    find_device,
+    naming,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
 from modelpatch.patch import Patch
 from modelpatch.report.plots import plot_confusion
-from modelpatch.report.tables import evaluation_table
+from modelpatch.report.tables import evaluation_table, show
 from modelpatch.train import evaluate as run_evaluate
 from modelpatch.train import harmonic_mean, load_task
 from modelpatch.train.evaluate import evaluate_base
@@ -31,22 +39,27 @@ def evaluate(
         int | None,
         typer.Option(help="Makes the test split where there is none; by default the seed of the fit."),
     ] = None,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
     """Measure a patch on the test images of its task: top-1, top-5, per class, confusion."""
-    console = Console(stderr=str(json) == "-")
+    console = open_console(json)
+    check_file("--json", json)
+    check_pictures(plot=plot)
     loaded = Patch.load(patch)
-    base = backbone_of(loaded, patch, backbone)
+    base = backbone_of(loaded, patch, backbone, parse_arguments(argument), find_device(device))
     fitted = loaded.created.get("settings", {}).get("seed", 0)  # another split would test on images it was trained on
     task = load_task(data, seed=fitted if seed is None else seed)
-    with Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
+    own = None if base_data is None else load_task(base_data, hold_out=False)
+    with naming(patch), Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         result = run_evaluate(base, loaded, task, advance)
     figures = result.as_dict()
-    if base_data is not None:
-        figures["base_top1"] = evaluate_base(base, load_task(base_data, hold_out=False)).top1
+    if own is not None:
+        figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.top1, figures["base_top1"])
-    console.print(evaluation_table(loaded.task.name, figures, per_class))
+    show(console, evaluation_table(loaded.task.name, figures, per_class))
+    write_json(json, figures)
     if plot is not None:
         plot_confusion(result, loaded.task.classes, plot)
-        console.print(f"drew {plot}", markup=False)
-    write_json(json, figures)
+        tell(console, f"drew {plot}")

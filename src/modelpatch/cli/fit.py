@@ -6,21 +6,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from modelpatch.cli.options import (
     ArgumentOption,
     BackboneOption,
-    JsonOption,
+    DeviceOption,
     SeedOption,
+    find_device,
+    fit_settings,
     open_backbone,
+    parse_arguments,
     parse_pairs,
+)
+from modelpatch.cli.outputs import (
+    ForceOption,
+    JsonOption,
+    check_file,
+    check_free,
+    make_folder,
+    open_console,
+    tell,
     write_json,
 )
-from modelpatch.errors import ModelpatchError, PatchError
+from modelpatch.errors import PatchError
 from modelpatch.methods import METHODS, make_method
 from modelpatch.patch.codec import STORAGE
-from modelpatch.report.tables import inspection_table
+from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import fit as run_fit
 from modelpatch.train import load_task, store_as
 
@@ -30,6 +41,7 @@ def fit(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The patch file; by default TASK.safetensors.")
     ] = None,
+    force: ForceOption = False,
     backbone: BackboneOption = "bundled:tiny",
     method: Annotated[
         str, typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; joined by + for several in one patch.")
@@ -58,6 +70,7 @@ def fit(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming it.")
     ] = False,
+    device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -65,41 +78,50 @@ def fit(
 
     An interrupted run resumes exactly when the same command is given again.
     """
-    console = Console(stderr=str(json) == "-")
-    task = load_task(data, seed=seed)
-    path = out or Path(f"{task.task.name}.safetensors")
-    if not path.parent.is_dir():
-        raise ModelpatchError(f"the folder of --out {path} does not exist. Make it first: mkdir -p {path.parent}")
-    if path.is_dir():
-        raise ModelpatchError(f"--out {path} is a folder. Name a file: --out {path / task.task.name}.safetensors")
+    console = open_console(json)
+    check_file("--json", json)
+    if out is not None:
+        check_file("--out", out)
+    if log is not None:
+        make_folder("--log", log)
     if dtype not in STORAGE:
         raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
     made = make_method(method, **parse_pairs(set_, "--set"))
-    base = open_backbone(backbone, argument)
+    settings = fit_settings(
+        option,
+        epochs=epochs,
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        augment=augment,
+        views=views,
+        cache=cache,
+    )
+    arguments, place = parse_arguments(argument), find_device(device)
+    task = load_task(data, seed=seed)
+    path = out or Path(f"{task.task.name}.safetensors")
+    check_file("--out", path)
+    check_free("--out", [path], force)
+    base = open_backbone(backbone, arguments, place)
     checkpoint = path.with_name(path.name + ".training")
     state = checkpoint / "state.pt"
     if restart:
         state.unlink(missing_ok=True)
     if state.exists():
-        console.print(f"resuming the interrupted run in {checkpoint}", markup=False)
-    settings = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "seed": seed,
-        "augment": augment,
-        "views": views,
-        "cache": cache,
-        **parse_pairs(option, "--fit"),
-    }
-    patch = run_fit(base, task, made, checkpoint=checkpoint, log=log, progress=True, **settings)
+        tell(console, f"resuming the interrupted run in {checkpoint}")
+    try:
+        patch = run_fit(base, task, made, checkpoint=checkpoint, log=log, progress=True, **settings)
+    except KeyboardInterrupt:
+        if not state.exists():
+            raise
+        raise KeyboardInterrupt("the run resumes when the same command is given again") from None
     if dtype != "float32":
         patch = store_as(base, patch, task, dtype)
     patch.save(path)
     inspection = patch.inspect()
-    console.print(inspection_table(inspection, spans=False))
-    console.print(
+    show(console, inspection_table(inspection))
+    tell(
+        console,
         f"wrote {path} ({inspection.file_bytes:,} bytes); the base is unchanged (fingerprint {base.fingerprint[:12]})",
-        markup=False,
     )
     write_json(json, inspection.as_dict())

@@ -23,13 +23,13 @@ from modelpatch.errors import ModelpatchError, TrainingWarning
 
 
 class Verbs(TyperGroup):
-    """The verbs, stopped by Ctrl-C with a word on what comes next."""
+    """The verbs, stopped by Ctrl-C with a word on what comes next where a verb has one to say."""
 
     def invoke(self, ctx: Any) -> Any:  # typer itself would end without a word
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; a run with a checkpoint resumes when the same command is given again", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo("; ".join(["interrupted", *map(str, stop.args)]), err=True)
             raise typer.Exit(130) from None
 
 
@@ -83,7 +83,3 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,29 @@
-"""Options that several verbs share, and how they become backbones, tasks and methods."""
+"""Options that several verbs share, and how they become backbones, devices and settings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.errors import MethodError, ModelpatchError, UnknownBackboneError
+from modelpatch.errors import (
+    BackboneError,
+    ForeignTensorError,
+    MethodError,
+    ModelpatchError,
+    TrainingError,
+    UnknownBackboneError,
+    UnknownGraftError,
+    WrongBackboneError,
+)
 from modelpatch.patch import Patch
+from modelpatch.train.fit import FitSettings
 
 BackboneOption = Annotated[
     str, typer.Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, file:PATH or bundled:NAME.")
@@ -22,10 +35,21 @@ PatchBackboneOption = Annotated[
 ArgumentOption = Annotated[
     list[str] | None, typer.Option("--argument", help="KEY=VALUE for the backbone's constructor; may be repeated.")
 ]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, or auto for the fastest there is.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
+RESERVED = ("spec", "preprocessing")  # parameters of `load_backbone` that no text can give
+TYPED: dict[str, tuple[type, str]] = {
+    "pretrained": (bool, "true or false"),
+    "seed": (int, "a whole number"),
+    "weights": (str, "a path"),
+    "classifier": (str, "the name of a module"),
+    "segments": (list, 'a list of names: ["stem", "body"]'),
+}
+
+
+# pairs ------------------------------------------------------------------------------------------------------
 
 
 def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
@@ -33,50 +57,138 @@ def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
         if not separator or not key:
             raise MethodError(f"{option} {pair!r} is not KEY=VALUE.")
+        if key in result:
+            raise MethodError(f"{option} {key}=... is given twice. Give it once.")
         try:
-            result[key.strip().replace("-", "_")] = json.loads(value)
+            result[key] = json.loads(value)
         except ValueError:
-            result[key.strip().replace("-", "_")] = value
+            result[key] = value
     return result
 
 
-def open_backbone(spec: str, arguments: list[str] | None = None) -> Backbone:
-    """The backbone a command line names."""
-    return load_backbone(spec, **parse_pairs(arguments, "--argument"))
+def fit_settings(pairs: list[str] | None, **own: Any) -> dict[str, Any]:
+    """The settings of a fit: those with an option of their `own`, and --fit KEY=VALUE for the others.
+
+    Raises `TrainingError` for a key that has an option of its own or that no fit knows.
+    """
+    given = parse_pairs(pairs, "--fit")
+    others = [name for name in FitSettings.__dataclass_fields__ if name not in own]
+    for key, value in given.items():
+        if key in own:
+            option = key.replace("_", "-")
+            right = f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}"
+            raise TrainingError(f"--fit {key}=... is not taken, since {key} has an option of its own: {right}")
+        if key not in others:
+            raise TrainingError(f"fit has no setting {key!r}. --fit takes: {', '.join(others)}.")
+    return {**own, **given}
 
 
-def backbone_of(patch: Patch, patch_path: Path, spec: str | None) -> Backbone:
-    """The backbone a patch belongs to: the one named, else the one its file names (a file is sought beside the patch)."""
-    if spec is not None:
-        return load_backbone(spec)
+def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """--argument KEY=VALUE. Raises `BackboneError` for what no backbone can be given on a command line."""
+    arguments = parse_pairs(pairs, "--argument")
+    for key, value in arguments.items():
+        if key in RESERVED:
+            advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
+            raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
+        kind, expected = TYPED.get(key, (object, ""))
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise BackboneError(f"--argument {key}={value} is not valid. Expected {expected}.")
+    return arguments
+
+
+# devices ----------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, else the CPU. Raises `ModelpatchError` for one that is not there."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    gpus += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        name = gpus[0] if gpus else "cpu"
+    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": "cuda:0"} if "cuda:0" in gpus else {})}
+    if name in known:
+        return torch.device(known[name])
+    why = " This PyTorch was built without CUDA." if name.startswith("cuda") and torch.version.cuda is None else ""
+    raise ModelpatchError(f"there is no device {name!r} here.{why} Expected one of: auto, {', '.join(known)}.")
+
+
+# backbones --------------------------------------------------------------------------------------------------
+
+
+def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device) -> Backbone:
+    """The backbone a command line names, on a device. Raises `BackboneError` for a patch that is taken for one."""
+    try:
+        backbone = load_backbone(spec, **arguments)
+    except BackboneError as error:
+        path = Path(spec.removeprefix("file:"))
+        if (patch := _read_patch(path)) is None:
+            raise
+        raise BackboneError(
+            f"{path} is a patch, not a backbone. Its own backbone is {patch.backbone.spec}: name that with --backbone."
+        ) from error
+    return backbone if backbone.device == device else backbone.to(device)
+
+
+def backbone_of(
+    patch: Patch,
+    patch_path: Path,
+    spec: str | None,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> Backbone:
+    """The backbone a patch belongs to: the one named, else the one its file names (a file is sought beside the patch).
+
+    `arguments` override those that the patch records; the recorded ones hold for any network from the same source.
+    Raises a `BackboneError` where it cannot be loaded, `WrongBackboneError` where it is not the patch's.
+    """
     record = patch.backbone
-    kind, _, name = record.spec.partition(":")
+    if spec is None or _same_source(spec, record.spec):
+        arguments = {**record.arguments, **arguments}
+    backbone = open_backbone(spec or locate(patch, patch_path), arguments, device)
+    with naming(patch_path):
+        patch.check_backbone(backbone)
+    return backbone
+
+
+def locate(patch: Patch, patch_path: Path) -> str:
+    """The spec of the patch's own backbone on this machine. Raises `UnknownBackboneError` where it cannot be known."""
+    kind, _, name = patch.backbone.spec.partition(":")
     if kind == "module":
         raise UnknownBackboneError(
             f"{patch_path} was made for a module ({name}) that only your own code can build. Use Python: "
             "mp.load_backbone(module).patched(mp.Patch.load(path))."
         )
     if kind != "file":
-        return load_backbone(record.spec, **record.arguments)
+        return patch.backbone.spec
     for folder in (patch_path.parent, Path.cwd()):
         if (folder / name).is_file():
-            return load_backbone(f"file:{folder / name}", **record.arguments)
+            return f"file:{folder / name}"
     raise UnknownBackboneError(
         f"{patch_path} needs the backbone file {name}. Say where it is: --backbone file:PATH/{name}"
     )
 
 
-def write_json(path: Path | None, value: Any) -> None:
-    """Write figures as indented JSON; '-' is standard output and None nothing."""
-    if path is None:
-        return
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    if str(path) == "-":
-        typer.echo(text, nl=False)
-        return
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a patch that does not fit its backbone name the patch's file."""
     try:
-        path.write_text(text)
-    except OSError as error:
-        raise ModelpatchError(f"cannot write {path}: {error.strerror}.") from error
+        yield
+    except (WrongBackboneError, ForeignTensorError, UnknownGraftError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _same_source(spec: str, recorded: str) -> bool:
+    """Whether what was recorded about one holds for the other: the same zoo, or a file of the same name."""
+    kind, _, name = spec.partition(":")
+    other, _, other_name = recorded.partition(":")
+    return kind == other and (kind in ("timm", "torchvision") or Path(name).name == other_name)
+
+
+def _read_patch(path: Path) -> Patch | None:
+    try:
+        return Patch.load(path)
+    except ModelpatchError:
+        return None

@@ -7,15 +7,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from torch import Tensor
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
-from modelpatch.cli.options import JsonOption, PatchBackboneOption, backbone_of, write_json
+from modelpatch.cli.options import (
+    ArgumentOption,
+    DeviceOption,
+    PatchBackboneOption,
+    backbone_of,
+    find_device,
+    naming,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import JsonOption, check_file, open_console, write_json
 from modelpatch.errors import DataError, ModelpatchError
 from modelpatch.patch import BoundPatch, Patch
-from modelpatch.report.tables import prediction_table
+from modelpatch.report.tables import prediction_table, show
 from modelpatch.train.progress import Progress
+
+Row = dict[str, Any]
 
 
 def predict(
@@ -25,22 +36,32 @@ def predict(
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Answer for every image with every patch. All patches must belong to one backbone."""
-    console = Console(stderr=str(json) == "-")
+    """Answer for every image with every patch. All patches must belong to one backbone.
+
+    An image that cannot be read gets an error in its row; the others are answered and the exit status is 1.
+    """
+    console = open_console(json)
+    check_file("--json", json)
     files = find_images(images)
-    patches = [(path, Patch.load(path)) for path in patch]
-    loaded = backbone_of(patches[0][1], patches[0][0], backbone)
-    bound = {name: BoundPatch(loaded, one) for name, one in _named(patches).items()}
-    answers: list[dict[str, Any]] = []
+    patches = {path: Patch.load(path) for path in patch}
+    if len(patches) < len(patch):
+        raise ModelpatchError("a patch file is named twice; give each --patch once.")
+    loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))
+    bound = {name: _bind(loaded, path, patches[path]) for name, path in _names(patches).items()}
+    answers: list[Row] = []
     with Progress("predict") as bar, bar.task("images", len(files)) as advance:
         for at in range(0, len(files), batch_size):
             chunk = files[at : at + batch_size]
             answers += _answer(loaded, bound, base, chunk, top)
             advance(len(chunk))
-    console.print(prediction_table(answers))
+    show(console, prediction_table(answers))
     write_json(json, answers)
+    if broken := sum("error" in answer for answer in answers):
+        raise DataError(f"{broken} of {len(files)} images cannot be read; the others are answered.")
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -58,31 +79,52 @@ def find_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def _named(patches: list[tuple[Path, Patch]]) -> dict[str, Patch]:
-    """Patches by task name, or by file name where two answer tasks of the same name."""
-    tasks = [patch.task.name for _, patch in patches]
-    named = {patch.task.name if tasks.count(patch.task.name) == 1 else path.stem: patch for path, patch in patches}
+def _names(patches: dict[Path, Patch]) -> dict[str, Path]:
+    """Files by task name, or by file name where two answer tasks of the same name."""
+    tasks = [patch.task.name for patch in patches.values()]
+    named = {
+        patch.task.name if tasks.count(patch.task.name) == 1 else path.stem: path for path, patch in patches.items()
+    }
     if len(named) < len(patches):
         raise ModelpatchError("two patches have the same task and file name; give each --patch once.")
     return named
 
 
-def _answer(
-    backbone: Backbone, bound: dict[str, BoundPatch], base: bool, files: list[Path], top: int
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"image": str(file), "tasks": {}} for file in files]
-    inputs: dict[Any, torch.Tensor] = {}
+def _bind(backbone: Backbone, path: Path, patch: Patch) -> BoundPatch:
+    with naming(path):
+        return BoundPatch(backbone, patch)
+
+
+def _answer(backbone: Backbone, bound: dict[str, BoundPatch], base: bool, files: list[Path], top: int) -> list[Row]:
+    """A row an image, with its tasks' answers or the error of an image that cannot be read."""
+    kinds = {patch.preprocessing for patch in bound.values()} | ({backbone.preprocessing} if base else set())
+    rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
+    pixels = [_decode(row, file, kinds) for row, file in zip(rows, files, strict=True)]
+    readable = [row for row in rows if "error" not in row]
+    if not readable:
+        return rows
+    inputs = {
+        kind: kind.normalize(kind.center_crop(torch.stack([one[kind] for one in pixels if one]))).to(backbone.device)
+        for kind in kinds
+    }
     for name, patch in bound.items():
-        if patch.preprocessing not in inputs:
-            inputs[patch.preprocessing] = patch.preprocessing(*files)
-        _fill(rows, name, patch(inputs[patch.preprocessing]), patch.task.classes, top)
+        _fill(readable, name, patch(inputs[patch.preprocessing]), patch.task.classes, top)
     if base:
-        logits = backbone(backbone.preprocessing(*files))
-        _fill(rows, "base", logits, backbone.classes or tuple(map(str, range(logits.shape[1]))), top)
+        logits = backbone(inputs[backbone.preprocessing])
+        _fill(readable, "base", logits, backbone.classes or tuple(map(str, range(logits.shape[1]))), top)
     return rows
 
 
-def _fill(rows: list[dict[str, Any]], name: str, logits: torch.Tensor, classes: tuple[str, ...], top: int) -> None:
+def _decode(row: Row, file: Path, kinds: set[Preprocessing]) -> dict[Preprocessing, Tensor]:
+    """The image as every preprocessing decodes it; nothing, and an error in its row, for one that cannot be read."""
+    try:
+        return {kind: kind.decode(file) for kind in kinds}
+    except DataError as error:
+        row["error"] = str(error)
+        return {}
+
+
+def _fill(rows: list[Row], name: str, logits: Tensor, classes: tuple[str, ...], top: int) -> None:
     scores = logits.softmax(1)
     best = scores.topk(min(top, len(classes)), dim=1)
     for row, values, indices in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -14,6 +14,8 @@ from modelpatch.patch.entropy import entropy_bits
 from modelpatch.patch.file import encode_patch
 
 if TYPE_CHECKING:
+    from modelpatch.backbone import Chain
+    from modelpatch.patch.blueprint import Span
     from modelpatch.patch.patch import Patch
 
 
@@ -22,7 +24,8 @@ class Part:
     """A group of tensors: one module of the backbone, one graft, or the head.
 
     `bytes` are those in the file; of an entropy-coded stream every mask counts its share of the bound. `kept` is the share
-    of weights that a mask keeps.
+    of weights that a mask keeps. `span` [i, j) are the segments of the span it belongs to, None for the head and where the
+    backbone's chain is not known.
     """
 
     name: str
@@ -32,6 +35,22 @@ class Part:
     bytes: int
     codecs: tuple[str, ...]
     kept: float | None = None
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class SpanFigures:
+    """All parts of one span, the segments [i, j): what the backbone calls them, numbers, and bytes in the file."""
+
+    segments: Span
+    name: str
+    numbers: int
+    bytes: int
+
+    def __str__(self) -> str:
+        first, last = self.segments[0], self.segments[1] - 1
+        place = f"segment {first}" if first == last else f"segments {first} to {last}"
+        return f"{place} {self.name}".strip()
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,10 @@ class MaskFigures:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A patch in figures. `file_bytes` is the exact size of its file and `file_sha256` the hash of those bytes."""
+    """A patch in figures. `file_bytes` is the exact size of its file and `file_sha256` the hash of those bytes.
+
+    The bytes of the parts and `header_bytes` add up to `file_bytes`; every span sums the parts that name it.
+    """
 
     task: str
     kind: str
@@ -69,7 +91,9 @@ class Inspection:
     backbone_bytes: int
     fingerprint: str
     image_size: int
+    spans: tuple[SpanFigures, ...]
     parts: tuple[Part, ...]
+    header_bytes: int
     masks: MaskFigures | None
     strength: float
     numbers: int
@@ -81,24 +105,14 @@ class Inspection:
     created: dict[str, Any]
 
     @classmethod
-    def of(cls, patch: Patch) -> Inspection:
+    def of(cls, patch: Patch, chain: Chain | None = None) -> Inspection:
+        """What the patch holds. A file does not say which segment a tensor belongs to: with the backbone's `chain` every
+        part has its span, without it only added modules have. Raises `ForeignTensorError` for another backbone's chain.
+        """
         sizes, codecs = _stored_bytes(patch)
-        groups: dict[tuple[str, str], list[str]] = {}
-        for name in sorted(patch.tensors):  # a file that was read has them in no order
-            groups.setdefault(_group(name), []).append(name)
-        parts = tuple(
-            Part(
-                name=name,
-                kind=kind,
-                tensors=len(members),
-                numbers=sum(patch.tensors[member].numel() for member in members),
-                bytes=round(sum(sizes[member] for member in members)),
-                codecs=tuple(sorted({codecs[member].partition(":")[0] for member in members})),
-                kept=_kept([patch.tensors[member] for member in members]) if kind == "mask" else None,
-            )
-            for (kind, name), members in groups.items()
-        )
+        parts = _parts(patch, chain, sizes, codecs)
         data = encode_patch(patch)
+        tensor_bytes = round(sum(sizes.values()))
         return cls(
             task=patch.task.name,
             kind=patch.task.kind,
@@ -110,11 +124,13 @@ class Inspection:
             backbone_bytes=patch.backbone.bytes,
             fingerprint=patch.backbone.fingerprint.whole,
             image_size=patch.preprocessing.image_size,
+            spans=_spans(parts, chain),
             parts=parts,
+            header_bytes=len(data) - tensor_bytes,
             masks=_mask_figures(patch, sizes),
             strength=patch.strength,
             numbers=sum(part.numbers for part in parts),
-            tensor_bytes=round(sum(sizes.values())),
+            tensor_bytes=tensor_bytes,
             file_bytes=len(data),
             file_sha256=hashlib.sha256(data).hexdigest(),
             content_hash=patch.content_hash,
@@ -133,11 +149,63 @@ class Inspection:
             [
                 f"{self.task}: {self.kind}, {self.classes} classes, made by {self.method} for {self.backbone}",
                 *table,
+                f"  {'header':<48}{'':>20}{self.header_bytes:>14,} bytes",
                 f"  file {self.file_bytes:,} bytes, sha256 {self.file_sha256[:16]}, image size {self.image_size} px",
                 *([f"  masks: {self.masks}"] if self.masks else []),
                 *(f"  {name}: {value}" for name, value in self.metrics.items()),
             ]
         )
+
+
+def _parts(patch: Patch, chain: Chain | None, sizes: dict[str, float], codecs: dict[str, str]) -> tuple[Part, ...]:
+    """One part a module that holds tensors of the patch, in the order of spans, then of names, the head last."""
+    spans = () if chain is None else patch.blueprint.spans(chain)
+    groups: dict[tuple[str, str, Span | None], list[str]] = {}
+    for name in sorted(patch.tensors):  # a file that was read has them in no order
+        groups.setdefault((*_group(name), _span(name, chain, spans)), []).append(name)
+    parts = []
+    done, written = 0.0, 0
+    for (kind, name, span), members in sorted(groups.items(), key=lambda group: _order(*group[0])):
+        done += sum(sizes[member] for member in members)
+        parts.append(
+            Part(
+                name=name,
+                kind=kind,
+                tensors=len(members),
+                numbers=sum(patch.tensors[member].numel() for member in members),
+                bytes=round(done) - written,  # shares of a stream are rounded so that they add up to it
+                codecs=tuple(sorted({codecs[member].partition(":")[0] for member in members})),
+                kept=_kept([patch.tensors[member] for member in members]) if kind == "mask" else None,
+                span=span,
+            )
+        )
+        written = round(done)
+    return tuple(parts)
+
+
+def _order(kind: str, name: str, span: Span | None) -> tuple[Any, ...]:
+    return kind == "head", span is None, span or (0, 0), kind, name
+
+
+def _span(name: str, chain: Chain | None, spans: tuple[Span, ...]) -> Span | None:
+    """The segments of the span that a tensor of the patch belongs to, as far as it can be told."""
+    kind, _, rest = name.partition("/")
+    if kind == "graft":
+        start, _, end = rest.partition("/")[0].partition("-")
+        return int(start), int(end)
+    if chain is None or name.startswith("head."):
+        return None
+    index = chain.segment_of(rest).index
+    return next(span for span in spans if span[0] <= index < span[1])
+
+
+def _spans(parts: tuple[Part, ...], chain: Chain | None) -> tuple[SpanFigures, ...]:
+    figures = []
+    for span in dict.fromkeys(part.span for part in parts if part.span is not None):
+        members = [part for part in parts if part.span == span]
+        name = "" if chain is None else " to ".join(dict.fromkeys((chain[span[0]].name, chain[span[1] - 1].name)))
+        figures.append(SpanFigures(span, name, sum(p.numbers for p in members), sum(p.bytes for p in members)))
+    return tuple(figures)
 
 
 def _stored_bytes(patch: Patch) -> tuple[dict[str, float], dict[str, str]]:

@@ -15,17 +15,20 @@ from modelpatch.train import Comparison
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child { text-align: left; font-weight: 600; }
+table { border-collapse: collapse; } td, th { padding: .3rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
+td { white-space: nowrap; } th { overflow-wrap: normal; vertical-align: bottom; }
+td:first-child, th:first-child { text-align: left; font-weight: 600; white-space: normal; min-width: 9rem; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
 pre { background: #8882; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
 .samples { display: flex; flex-wrap: wrap; gap: .8rem; }
 figure { margin: 0; width: 7rem; text-align: center; font-size: .85rem; }
 figure img { width: 7rem; image-rendering: pixelated; }
-.ok { color: #2a8a4a; } .bad { color: #c0392b; }
+.ok { color: #1f7a3d; } .bad { color: #b3261e; font-weight: 600; }
+@media (prefers-color-scheme: dark) { .ok { color: #7bd497; } .bad { color: #ff9d92; } }
 """
 
 
@@ -49,13 +52,16 @@ class Report:
         """A PNG file, embedded."""
         self.parts.append(f'<p><img src="{data_url(path.read_bytes())}" alt="{escape(description)}"></p>')
 
-    def samples(self, items: Sequence[tuple[bytes, str, bool]]) -> None:
-        """Small PNG pictures with an answer each and whether it is right."""
-        cells = [
-            f'<figure><img src="{data_url(png)}" alt=""><figcaption class={"ok" if right else "bad"}>{escape(text)}'
-            "</figcaption></figure>"
-            for png, text, right in items
-        ]
+    def samples(self, items: Sequence[tuple[bytes, str, str]]) -> None:
+        """Small PNG pictures with the answer given to each and the true one; right and wrong are told by words and marks."""
+        cells = []
+        for png, answer, truth in items:
+            caption = f"✓ {answer}" if answer == truth else f"✗ {answer}, not {truth}"
+            described = escape(f"an image of {truth}, answered {answer}")
+            cells.append(
+                f'<figure><img src="{data_url(png)}" alt="{described}">'
+                f"<figcaption class={'ok' if answer == truth else 'bad'}>{escape(caption)}</figcaption></figure>"
+            )
         self.parts.append(f"<div class=samples>{''.join(cells)}</div>")
 
     def code(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +10,43 @@ from typing import Any
 
 from modelpatch.errors import MissingExtraError, ModelpatchError
 from modelpatch.patch.inspect import Inspection
+from modelpatch.report.labels import arrange, is_far
 from modelpatch.train import Comparison, Evaluation
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
+LABEL = {
+    "xytext": (0, 0),
+    "textcoords": "offset points",
+    "ha": "center",
+    "va": "center",
+    "fontsize": 7,
+    "arrowprops": {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+}
+
+
+def check_matplotlib(purpose: str = "Drawing a picture") -> None:
+    """Raises `MissingExtraError` without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plots", purpose)
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Raises `ModelpatchError` for a picture of a kind that cannot be drawn, `MissingExtraError` without matplotlib."""
+    check_matplotlib(f"{option} {path}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise ModelpatchError(
+            f"{option} {path}: {path.suffix or 'no suffix'} is no kind of picture. Use .png, .svg or .pdf."
+        )
 
 
 @contextmanager
 def figure(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
     """Axes to draw on; the picture is written on leaving. Raises `MissingExtraError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", "Drawing a picture") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(width, height), layout="constrained")
     axes = drawing.subplots(1, columns)
     for one in axes if columns > 1 else [axes]:
@@ -66,16 +92,6 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
         sizes = [row.file_bytes / 1000 for row in rows]
         errors = [100 * (row.top1_error or 0) for row in rows]
         axes.errorbar(sizes, [100 * row.top1 for row in rows], errors, fmt="o", color=BLUE, capsize=3, label="top-1")
-        for place, (size, row) in enumerate(zip(sizes, rows, strict=True)):
-            below = place % 2  # neighbours in size are often neighbours in accuracy
-            axes.annotate(
-                row.method,
-                (size, 100 * row.top1),
-                xytext=(0, -13 if below else 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
         axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="top-1, percent")
         axes.margins(x=0.12, y=0.15)
         axes.set_title(f"{comparison.task} on {comparison.backbone}", pad=24)
@@ -85,6 +101,27 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
             second.plot(*zip(*means, strict=True), "s", color=ORANGE, markersize=4)
             second.set_ylabel("harmonic mean with the base, percent", color=ORANGE)
             second.spines["top"].set_visible(False)
+        names = [
+            axes.annotate(row.method, (size, 100 * row.top1), **LABEL) for size, row in zip(sizes, rows, strict=True)
+        ]
+        for name in names:
+            name.set_in_layout(False)
+        axes.figure.draw_without_rendering()  # the layout is final now
+        _place(axes, names, [tuple(second.transData.transform(point)) for point in means] if means else [])
+
+
+def _place(axes: Any, names: list[Any], marks: list[tuple[float, float]]) -> None:
+    """Move annotations so that they cover neither each other nor points; `marks` are more points, in pixels."""
+    from matplotlib.text import Text
+
+    points = [tuple(axes.transData.transform(name.xy)) for name in names]
+    extents = [Text.get_window_extent(name) for name in names]  # without the line to the point
+    sizes = [(extent.width, extent.height) for extent in extents]
+    offsets = arrange(points, sizes, axes.get_window_extent().extents, marks)
+    for name, size, (dx, dy) in zip(names, sizes, offsets, strict=True):
+        pixel = axes.figure.dpi / 72
+        name.set_position((dx / pixel, dy / pixel))
+        name.arrow_patch.set_visible(is_far((dx, dy), size))
 
 
 def _bars(axes: Any, places: list[Any], values: list[float], height: float, color: str, label: str, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from modelpatch.backbone import Backbone
@@ -15,6 +16,7 @@ from modelpatch.methods.delta import SkipWeights, skip_weights
 from modelpatch.methods.delta_stage import GRAFT
 from modelpatch.patch import Patch
 from modelpatch.report.plots import BLUE, ORANGE, figure
+from modelpatch.report.tables import NAME_WIDTH, new_table
 from modelpatch.train import Split
 from modelpatch.train.images import ImageStore
 
@@ -54,11 +56,14 @@ def stage_names(backbone: Backbone, records: Sequence[SkipWeights]) -> list[str]
 
 def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     """Mean and spread of every weight over the images."""
-    table = Table("stage", "skip", "in the base", "mean λ", "deviation", title="weights of the skips")
+    table = new_table("weights of the skips")
+    table.add_column("stage", overflow="fold", min_width=NAME_WIDTH)
+    for figure_name in ("skip", "in the base", "mean λ", "deviation"):
+        table.add_column(figure_name, no_wrap=True)
     for record, name in zip(records, names, strict=True):
         for edge in record.as_dict()["edges"]:
             arrow, base = f"{edge['from']} → {edge['to']}", "1" if edge["existing"] else "0"
-            table.add_row(name, arrow, base, f"{edge['mean']:.3f}", f"{edge['deviation']:.3f}")
+            table.add_row(escape(name), arrow, base, f"{edge['mean']:.3f}", f"{edge['deviation']:.3f}")
     return table
 
 

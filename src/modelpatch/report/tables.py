@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from modelpatch.patch.inspect import Inspection
+from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.train import Comparison
 from modelpatch.train.compare import Row
+
+NAME_WIDTH, HASH_WIDTH = 12, 64  # characters
+LABELS = {"trainable_parameters": "trained"}
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table. Names wrap; columns of figures (`no_wrap`) are whole even where the console is too narrow for them.
+
+    Lines end where their text does: what is piped on is not padded to the table's width.
+    """
+    for column in table.columns:
+        if column.no_wrap:
+            cells = [Text.from_markup(str(cell)).plain for cell in (column.header, *column.cells)]
+            column.min_width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
+    with console.capture() as captured:
+        console.print(table, crop=False)
+    console.out(re.sub(" +$", "", captured.get(), flags=re.MULTILINE), end="", highlight=False)
+
+
+def new_table(title: str, caption: str = "", header: bool = True) -> Table:
+    """A light table: it leaves a narrow terminal to the figures."""
+    return Table(
+        title=escape(title),
+        caption=escape(caption) or None,
+        show_header=header,
+        box=box.SIMPLE_HEAD if header else None,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )
 
 
 def percent(share: float | None) -> str:
@@ -41,10 +78,11 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
 def comparison_table(comparison: Comparison) -> Table:
     """One row a method."""
     caption = "\n".join(f"{name} left out: {why}" for name, why in comparison.skipped.items())
-    table = Table(title=escape(f"{comparison.task} on {comparison.backbone}"), caption=escape(caption) or None)
-    header, rows = comparison_cells(comparison)
-    for number, column in enumerate(header):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    table = new_table(f"{comparison.task} on {comparison.backbone}", caption)
+    (name, *figures), rows = comparison_cells(comparison)
+    table.add_column(name, overflow="fold", min_width=NAME_WIDTH - 2)
+    for column in figures:
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -58,18 +96,17 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
-    """A patch in figures, with one row for every module it replaces if `spans`."""
-    title = f"{inspection.task}: {inspection.kind}, {inspection.classes} classes"
-    table = Table(title=escape(title), show_header=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("value")
+def inspection_table(inspection: Inspection) -> Table:
+    """A patch in figures."""
+    table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
+    table.add_column("what", overflow="fold", max_width=NAME_WIDTH)
+    table.add_column("value", overflow="fold", min_width=HASH_WIDTH)
     settings = ", ".join(f"{name}={value}" for name, value in inspection.hyperparameters.items())
     file_share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
     rows: list[tuple[str, str]] = [
         ("method", f"{inspection.method} ({settings})"),
         ("backbone", f"{inspection.backbone}, {inspection.backbone_parameters:,} parameters"),
-        ("base fingerprint", inspection.fingerprint),
+        ("fingerprint", inspection.fingerprint),
         ("image size", f"{inspection.image_size} px"),
         ("numbers", f"{inspection.numbers:,} in {inspection.tensor_bytes:,} bytes"),
         *([("masks", str(inspection.masks))] if inspection.masks else []),
@@ -79,24 +116,40 @@ def inspection_table(inspection: Inspection, spans: bool = True) -> Table:
         ("content hash", inspection.content_hash),
     ]
     rows += [
-        (name.replace("_", " "), _figure(name, value, inspection.backbone_parameters))
-        for name, value in inspection.metrics.items()
+        (LABELS.get(name, name.replace("_", " ")), _figure(name, value, inspection.backbone_parameters))
+        for name, value in (*inspection.metrics.items(), *inspection.created.items())
     ]
-    rows += [
-        (name.replace("_", " "), _figure(name, value, inspection.backbone_parameters))
-        for name, value in inspection.created.items()
-    ]
-    if spans:
-        rows += [
-            (
-                f"{part.kind} {part.name}".strip(),
-                f"{part.numbers:,} numbers, {part.bytes:,} bytes, {'/'.join(part.codecs)}"
-                + ("" if part.kept is None else f", {percent(1 - part.kept)} % masked out"),
-            )
-            for part in inspection.parts
-        ]
     for name, value in rows:
         table.add_row(escape(name), escape(value))
+    return table
+
+
+def parts_table(inspection: Inspection) -> Table:
+    """The bytes of the file: a row a span with its modules below, the head, the header, and their sum."""
+    table = new_table("what the bytes are")
+    table.add_column("part", overflow="fold", min_width=NAME_WIDTH)
+    for name in ("numbers", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("stored as", overflow="fold")
+    masked = inspection.masks is not None
+    if masked:
+        table.add_column("masked\nout, %", justify="right", no_wrap=True)
+
+    def add(part: Part, indent: str = "") -> None:
+        share = [""] if part.kept is None else [percent(1 - part.kept)]
+        name = f"{indent}{part.name}" if part.kind == part.name else f"{indent}{part.kind} {part.name}"
+        table.add_row(escape(name), f"{part.numbers:,}", f"{part.bytes:,}", "/".join(part.codecs), *share * masked)
+
+    for span in inspection.spans:
+        table.add_row(f"[b]{escape(str(span))}[/b]", f"{span.numbers:,}", f"[b]{span.bytes:,}[/b]", "")
+        for part in inspection.parts:
+            if part.span == span.segments:
+                add(part, "  ")
+    for part in inspection.parts:
+        if part.span is None:
+            add(part)
+    table.add_row("header", "", f"{inspection.header_bytes:,}", "JSON: names, settings, hashes")
+    table.add_row("[b]file[/b]", f"{inspection.numbers:,}", f"[b]{inspection.file_bytes:,}[/b]", "")
     return table
 
 
@@ -112,7 +165,9 @@ def _figure(name: str, value: Any, parameters: int) -> str:
 
 def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:
     """Accuracies of one patch on one task."""
-    table = Table(title=escape(task), show_header=False)
+    table = new_table(task, header=False)
+    table.add_column("what", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
     rows = [
         ("top-1", percent(figures["top1"])),
         ("top-5", percent(figures["top5"])),
@@ -128,16 +183,19 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
 
 
 def prediction_table(answers: list[dict[str, Any]]) -> Table:
-    """One row an image, one column a task; the best answer first with its probability."""
-    tasks = list(answers[0]["tasks"])
-    table = Table()
-    table.add_column("image", overflow="fold")
+    """One row an image, one column a task; the best answer first with its probability; the error of a broken image."""
+    tasks = list(dict.fromkeys(task for answer in answers for task in answer["tasks"])) or ["answer"]
+    table = new_table("")
+    table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
     for task in tasks:
-        table.add_column(escape(task))
+        table.add_column(escape(task), overflow="fold", min_width=NAME_WIDTH)
     for answer in answers:
-        cells = [
-            "\n".join(f"{100 * one['probability']:5.1f} %  {escape(one['label'])}" for one in answer["tasks"][task])
-            for task in tasks
-        ]
+        cells = ["\n".join(map(_answer, answer["tasks"].get(task, ()))) for task in tasks]
+        if "error" in answer:
+            cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
     return table
+
+
+def _answer(answer: dict[str, Any]) -> str:
+    return f"{100 * answer['probability']:5.1f} %  {escape(answer['label'])}"

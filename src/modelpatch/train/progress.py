@@ -7,25 +7,32 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 
 class Progress:
-    """Bars for the parts of a run, headed by `title`. Quiet unless the console is a terminal."""
+    """Bars for the parts of a run, named after `title`. Quiet unless the console is a terminal.
+
+    ━━━━━━━━━━━━━━━━━━━━  45% 0:00:12 scale-bias on digits: training
+                                       epoch 3  loss 0.21  lr 0.002
+    """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
         console = console or Console(stderr=True)
         self._note = ""
         self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn(
+                "{task.description}\n{task.fields[note]}", markup=False, table_column=Column(ratio=1, overflow="fold")
+            ),
             console=console,
             transient=True,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._current: int | None = None
@@ -42,7 +49,7 @@ class Progress:
             self._bars.remove_task(bar)
 
     def note(self, text: str) -> None:
-        """Put a few words behind the current bar."""
+        """Put a few words below the name of the current bar."""
         if self._current is not None:
             self._bars.update(self._current, note=text)  # type: ignore[arg-type]
 
