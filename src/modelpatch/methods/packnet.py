@@ -60,8 +60,8 @@ class PackNet(Method):
             weight = backbone.chain.tensor(name).detach()
             mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
             kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
-            fixed = weight * kept if delta is None else weight * kept + delta.float().to(weight.device)
-            packed[name] = Packed(kept, fixed)
+            rest = torch.zeros_like(weight) if delta is None else delta.float().to(weight.device)
+            packed[name] = Packed(kept, torch.where(kept, weight, rest))
         return packed
 
     def count_parameters(self, backbone: Backbone) -> int:
