@@ -233,7 +233,7 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
     rows = json.loads(outputs["c.json"].read_text())["rows"]
     assert [row["method"] for row in rows] == names
     for row in rows:
-        assert (outputs["patches"] / f"colors-{row['method']}.safetensors").stat().st_size == row["file_bytes"]
+        assert (outputs["patches"] / f"colors-{row['method']}-seed0.safetensors").stat().st_size == row["file_bytes"]
         assert f"{row['file_bytes']:,}" in outputs["c.md"].read_text()
         assert f"{row['file_bytes']:,}" in result.out
     assert outputs["c.png"].stat().st_size > 0
@@ -251,7 +251,10 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
         (["fit", "FOLDER", "--set", "lr"], "--set 'lr' is not KEY=VALUE"),
         (["fit", "FOLDER", "--fit", "speed=9"], "fit has no setting 'speed'"),
         (["fit", "FOLDER", "--epochs", "0"], "epochs = 0 is not valid"),
-        (["fit", "FOLDER", "--dtype", "int4", "--epochs", "100000"], "cannot store tensors as --dtype 'int4'"),
+        (
+            ["fit", "FOLDER", "--dtype", "int4", "--epochs", "100000"],
+            "dtype = 'int4' is not valid: Input should be 'float32'",
+        ),
         (["fit", "FOLDER", "-o", "missing/x.safetensors"], "the folder of --out missing/x.safetensors does not exist"),
         (["fit", "FOLDER", "-o", "FOLDER"], "is a folder. Name a file in it"),
         (["fit", "FOLDER", "--seed", "100000000000000"], "seed = 100000000000000 is not valid"),

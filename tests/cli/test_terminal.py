@@ -123,20 +123,23 @@ def test_figures_are_kept_when_a_picture_fails(
 
 
 def test_fit_and_compare_replace_files_only_by_force(run: Run, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "colors-linear-probe.safetensors"
+    out = tmp_path / "colors-linear-probe-seed0.safetensors"
     out.write_bytes(b"precious")
     fit = ["fit", folder, "-o", out, "-m", "linear-probe", "--epochs", 1]
     compare = ["compare", folder, "--out", tmp_path, "--methods", "scale-bias,linear-probe", "--epochs", 1]
-    for command in (fit, compare):
+    for command, message in ((fit, "exists already. Give --force to replace it"), (compare, "is not a patch")):
         refused = run(*command)
         assert refused.code == 1
-        assert f"{out} exists already. Give --force to replace it" in refused.err
+        assert str(out) in refused.err
+        assert message in refused.err
         assert out.read_bytes() == b"precious"
-    assert run(*fit, "--force").code == 0
+    assert run(*fit, "--force", "--epochs", 2).code == 0
     assert Patch.load(out).method.name == "linear-probe"
-    assert not (tmp_path / "colors-scale-bias.safetensors").exists()
+    assert "of a run with another backbone, method, settings or images" in run(*compare).err
     assert run(*compare, "--force").code == 0
-    assert (tmp_path / "colors-scale-bias.safetensors").exists()
+    trained = out.read_bytes()
+    assert run(*compare).code == 0
+    assert out.read_bytes() == trained
 
 
 # devices ----------------------------------------------------------------------------------------------------

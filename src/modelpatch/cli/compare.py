@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +22,6 @@ from modelpatch.cli.outputs import (
     ForceOption,
     JsonOption,
     check_file,
-    check_free,
     check_pictures,
     make_folder,
     open_console,
@@ -66,7 +63,10 @@ def compare(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Train several methods on one task with the same budget and show one table."""
+    """Train several methods on one task with the same budget and show one table.
+
+    With --out, an interrupted comparison goes on where it was when the same command is given again.
+    """
     console = open_console(json)
     for name, path in (("--json", json), ("--markdown", markdown), ("--html", html)):
         check_file(name, path)
@@ -81,14 +81,11 @@ def compare(
     task = load_task(data, seed=seed)
     base = None if base_data is None else load_task(base_data, hold_out=False)
     if out is not None:
-        check_free("--out", [_file(out, task.task.name, name) for name in _numbered(names)], force)
         make_folder("--out", out)
-    result = run_compare(open_backbone(backbone, arguments, place), task, names, base=base, progress=True, **settings)
+    opened = open_backbone(backbone, arguments, place)
+    result = run_compare(opened, task, names, base=base, out=out, reuse=not force, progress=True, **settings)
     show(console, comparison_table(result))
     write_json(json, result.as_dict())
-    if out is not None:
-        for name, patch in result.patches.items():
-            patch.save(_file(out, task.task.name, name))
     if markdown is not None:
         write_bytes(markdown, comparison_markdown(result).encode())
         tell(console, f"wrote {markdown}")
@@ -99,14 +96,3 @@ def compare(
     if html is not None:
         write_comparison(result, html)
         tell(console, f"wrote {html}")
-
-
-def _file(folder: Path, task: str, name: str) -> Path:
-    """Where the patch of a row is kept."""
-    return folder / f"{task}-{re.sub(r'[^a-z0-9.+-]+', '-', name).strip('-')}.safetensors"
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    """What the rows are called: a name that stands twice is numbered."""
-    counts = [names[:place].count(name) + 1 for place, name in enumerate(names)]
-    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]

@@ -28,12 +28,10 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
-from modelpatch.errors import PatchError
 from modelpatch.methods import METHODS, make_method
-from modelpatch.patch.codec import STORAGE
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import fit as run_fit
-from modelpatch.train import load_task, store_as
+from modelpatch.train import load_task
 
 
 def fit(
@@ -84,8 +82,6 @@ def fit(
         check_file("--out", out)
     if log is not None:
         make_folder("--log", log)
-    if dtype not in STORAGE:
-        raise PatchError(f"cannot store tensors as --dtype {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
     made = make_method(method, **parse_pairs(set_, "--set"))
     settings = fit_settings(
         option,
@@ -96,6 +92,7 @@ def fit(
         augment=augment,
         views=views,
         cache=cache,
+        dtype=dtype,
     )
     arguments, place = parse_arguments(argument), find_device(device)
     task = load_task(data, seed=seed)
@@ -110,14 +107,11 @@ def fit(
     if state.exists():
         tell(console, f"resuming the interrupted run in {checkpoint}")
     try:
-        patch = run_fit(base, task, made, checkpoint=checkpoint, log=log, progress=True, **settings)
+        patch = run_fit(base, task, made, out=path, checkpoint=checkpoint, log=log, progress=True, **settings)
     except KeyboardInterrupt:
         if not state.exists():
             raise
         raise KeyboardInterrupt("the run resumes when the same command is given again") from None
-    if dtype != "float32":
-        patch = store_as(base, patch, task, dtype)
-    patch.save(path)
     inspection = patch.inspect()
     show(console, inspection_table(inspection))
     tell(

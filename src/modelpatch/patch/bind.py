@@ -40,7 +40,7 @@ class PatchedModel(nn.Module):
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(backbone.device)
 
     @classmethod
     def draft(

@@ -65,7 +65,8 @@ class Checkpoint:
                 "with its own settings, or start anew: give --restart, name another checkpoint folder, or remove this one."
             )
         torch.set_rng_state(random)
-        torch.cuda.set_rng_state_all(saved["cuda"])
+        if len(saved["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["cuda"])
         return saved
 
     def clear(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,6 +103,7 @@ def compare(
     seeds: int = 1,
     seed: int = 0,
     out: str | Path | None = None,
+    reuse: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> Comparison:
@@ -113,7 +115,8 @@ def compare(
     fails is left out, with the reason.
 
     `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
-    patches that are in it already are not trained again. Raises `TrainingError` for one of another run.
+    patches that are in it already are not trained again, unless `reuse=False` replaces them. Raises
+    `CheckpointMismatchError` for one of another run.
     """
     check_settings(settings)
     before = evaluate_base(backbone, base).top1 if base is not None else None
@@ -131,7 +134,7 @@ def compare(
         fitted: list[Run] = []
         try:
             for number in range(seed, seed + seeds):
-                files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}")
+                files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
                 patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
                 after = evaluate_base(backbone, base).top1 if base is not None else None
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
@@ -154,15 +157,14 @@ def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
     return named
 
 
-def _files(folder: Path, name: str) -> dict[str, Any]:
-    """Where a run keeps its patch and its training state, and from where it goes on."""
+def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
+    """Where a run keeps its patch and its training state, from which it goes on if they are to be reused."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = re.sub(r"[^A-Za-z0-9.+_-]+", "-", name)
-    return {
-        "out": folder / f"{plain}.safetensors",
-        "checkpoint": folder / f"{plain}.safetensors.training",
-        "reuse": True,
-    }
+    out = folder / f"{re.sub(r'[^A-Za-z0-9.+_-]+', '-', name)}.safetensors"
+    checkpoint = folder / f"{out.name}.training"
+    if not reuse:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return {"out": out, "checkpoint": checkpoint, "reuse": reuse}
 
 
 def _unused(name: str, taken: Mapping[str, Any]) -> str:

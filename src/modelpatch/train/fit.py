@@ -219,7 +219,8 @@ class Fit:
         patch = Patch.load(path)
         if patch.created.get("run") != self.digest:
             raise CheckpointMismatchError(
-                f"{path} is of a run with another backbone, method, settings or images. Name another file, or remove it."
+                f"{path} is of a run with another backbone, method, settings or images. Name another "
+                "place, or replace it with --force."
             )
         return patch
 
@@ -241,7 +242,9 @@ class Fit:
             return PlainInputs(store, augmentation, self.settings.seed)
         views = min(views, self.settings.epochs) if augmentation.name != "none" else 1
         share = prefix_share(self.backbone, first)
-        with self.bar.task(f"caching {share:.0%} of the network, {views} views", views * len(store)) as advance:
+        with self.bar.task(
+            f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", views * len(store)
+        ) as advance:
             return CachedInputs(
                 self.model, store, first, augmentation, views, self.settings.seed, self.settings.memory, advance
             )
