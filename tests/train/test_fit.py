@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import color_task, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.errors import BackboneChangedError, TrainingError
+from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.errors import BackboneChangedError, BackboneError, TrainingError
 from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
 from modelpatch.methods.method import Batches
 from modelpatch.patch import Patch, PatchedModel
 from modelpatch.train import FitSettings, TaskData, fit
 from modelpatch.train.evaluate import evaluate, evaluate_module
 from modelpatch.train.fit import Fit
+from modelpatch.train.images import ImageStore
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,16 @@ def test_every_optimizer_lowers_the_loss(backbone: Backbone, colors: TaskData, o
 def test_another_image_size_is_trained_and_kept_in_the_patch(backbone: Backbone, colors: TaskData) -> None:
     patch = fit(backbone, colors, LinearProbe(), epochs=1, image_size=24)
     assert patch.preprocessing == backbone.preprocessing.with_image_size(24)
+
+
+@pytest.mark.parametrize("pixels", [2, 9000])
+def test_an_image_size_that_the_backbone_refuses_is_found_before_an_image_is_read(
+    colors: TaskData, monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    monkeypatch.setattr(ImageStore, "__init__", lambda *_: pytest.fail("no image may be read"))
+    with pytest.raises(BackboneError, match=f"{pixels}"):
+        fit(load_backbone(module), colors, LinearProbe(), image_size=pixels)
 
 
 def test_a_processor_computes_in_float32_unless_told_otherwise(backbone: Backbone, colors: TaskData) -> None:

@@ -162,6 +162,7 @@ class Fit:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
         self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+        backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.checkpoint = Checkpoint(checkpoint, self._identity()) if checkpoint else None
         self.device = backbone.device
