@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,18 @@ def test_eval_measures_the_base_beside_the_patch(
     figures = json.loads(run("eval", folder, "-p", patches["linear-probe"], "--base-data", base, "--json", "-").out)
     expected = modelpatch.harmonic_mean(figures["top1"], figures["base_top1"])
     assert figures["harmonic_mean"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("created", [{}, {"settings": "x"}, {"settings": {"seed": "x"}}, {"settings": {"seed": -1}}])
+def test_eval_takes_seed_0_where_a_file_names_none(
+    run: Run, patches: dict[str, Path], tmp_path: Path, created: dict[str, Any]
+) -> None:
+    loaded = Patch.load(patches["linear-probe"])
+    path = replace(loaded, created=created).save(tmp_path / "odd.safetensors")
+    folder = write_folder(tmp_path / "colors", CLASSES) / "train"  # no test split: the seed makes one
+    result = run("eval", folder, "--patch", path, "--json", "-")
+    expected = evaluate(load_backbone(TINY), loaded, load_task(folder, seed=0))
+    assert (result.code, json.loads(result.out)["confusion"]) == (0, expected.confusion)
 
 
 def test_predict_answers_with_every_patch_and_the_base(run: Run, folder: Path, patches: dict[str, Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,20 @@ def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
 def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
     with pytest.raises(MethodError, match=r"scale-bias has no hyperparameter 'blocks'.*head_lr.*statistics"):
         make_method("scale-bias", blocks="last")
+
+
+@pytest.mark.parametrize("hyperparameter", ["name", "paper", "lists"])
+def test_what_a_class_says_of_itself_is_no_hyperparameter(hyperparameter: str) -> None:
+    with pytest.raises(MethodError, match=f"has no hyperparameter '{hyperparameter}'") as caught:
+        make_method("scale-bias", **{hyperparameter: "x"})
+    listed = str(caught.value).partition("It has: ")[2].rstrip(".").split(", ")
+    assert listed == list(ScaleBias().hyperparameters())
+
+
+@pytest.mark.parametrize("spec", [None, 3, ScaleBias()])
+def test_a_name_that_is_no_text_is_refused(spec: Any) -> None:
+    with pytest.raises(MethodError, match="is not a method's name"):
+        make_method(spec)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -78,6 +79,23 @@ def test_an_inspection_shows_every_part(tiny: Backbone) -> None:
     assert inspection.file_sha256 in text
     assert f"{inspection.file_bytes:,} bytes" in text
     assert inspection.parts[0].name not in text_of(inspection_table(inspection, spans=False))
+
+
+ODD = ["abc", True, None, -1, 10**400, 1e308, [1, [2]], {"a": {"b": 1}}, HOSTILE, "", float("inf")]
+
+
+@pytest.mark.parametrize("name", ["trainable_parameters", "test_top1", "settings", "data"])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
+def test_any_fact_of_a_file_is_shown(tiny: Backbone, name: str, value: object) -> None:
+    inspection = draft_patch(tiny).inspect()
+    for facts in ({"metrics": {name: value}}, {"created": {name: value}}):
+        assert name.replace("_", " ") in text_of(inspection_table(replace(inspection, **facts)))
+
+
+def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) -> None:
+    inspection = draft_patch(tiny).inspect()
+    shown = replace(inspection, created={"trainable_parameters": inspection.backbone_parameters})
+    assert f"{inspection.backbone_parameters:,} besides the head, 1e+02 % of" in text_of(inspection_table(shown))
 
 
 def test_an_evaluation_lists_classes_only_when_asked() -> None:

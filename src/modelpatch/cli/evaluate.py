@@ -37,8 +37,7 @@ def evaluate(
     console = Console(stderr=str(json) == "-")
     loaded = Patch.load(patch)
     base = backbone_of(loaded, patch, backbone)
-    fitted = loaded.created.get("settings", {}).get("seed", 0)  # another split would test on images it was trained on
-    task = load_task(data, seed=fitted if seed is None else seed)
+    task = load_task(data, seed=_fitted_seed(loaded) if seed is None else seed)
     with Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         result = run_evaluate(base, loaded, task, advance)
     figures = result.as_dict()
@@ -50,3 +49,10 @@ def evaluate(
         plot_confusion(result, loaded.task.classes, plot)
         console.print(f"drew {plot}", markup=False)
     write_json(json, figures)
+
+
+def _fitted_seed(patch: Patch) -> int:
+    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
+    settings = patch.created.get("settings")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    return seed if type(seed) is int and seed >= 0 else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -67,6 +68,8 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
     Values may be strings, as a command line gives them. Keywords of several methods say whose they are:
     `{"subset.blocks": "layer4"}`. Raises `MethodError` for an unknown name, hyperparameter or value.
     """
+    if not isinstance(spec, str):
+        raise MethodError(f"{spec!r} is not a method's name. Methods: {', '.join(METHODS)}.")
     parts = [_parse(part) for part in split_outside(spec, "+")]
     for key, value in hyperparameters.items():
         owner, _, name = key.rpartition(".")
@@ -114,8 +117,8 @@ def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
     if name not in METHODS:
         raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
     kind = METHODS[name]
-    known = kind.__dataclass_fields__
-    if unknown := sorted(hyperparameters.keys() - known.keys()):
+    known = [field.name for field in fields(kind) if field.init]
+    if unknown := sorted(hyperparameters.keys() - set(known)):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
     values = {key: _split(value) if key in kind.lists else value for key, value in hyperparameters.items()}
     try:
