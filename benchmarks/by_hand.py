@@ -124,13 +124,13 @@ def lora(network: Any, classes: int) -> Trainable:
 class SkippingStage(nn.Module):
     """z_j = M_j(n_{j-1}) + sum of λ_ij n_i; the first block of a stage has no skip of its own."""
 
-    def __init__(self, stage: nn.Module, channels: int) -> None:
+    def __init__(self, stage: Any, channels: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(stage.children())
-        width: int = stage[-1].bn3.num_features  # type: ignore[index]
+        width: int = stage[-1].bn3.num_features
         count, half = len(self.blocks), channels // 2
         self.edges = [(i, j) for j in range(2, count + 1) for i in range(1, j)]
-        for block in self.blocks:
+        for block in stage:
             block.has_skip = False
         self.delta = nn.Sequential(
             nn.Conv2d(channels, half, 3, padding=1, bias=False),

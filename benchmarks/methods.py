@@ -18,13 +18,14 @@ import tempfile
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -74,9 +75,7 @@ def our_run(data: TaskData, backbone: mp.Backbone, method: mp.methods.Method) ->
     return run
 
 
-def hand_steps(
-    data: TaskData, model: nn.Module, optimizer: torch.optim.Optimizer, backbone: mp.Backbone
-) -> list[float]:
+def hand_steps(data: TaskData, model: Any, optimizer: torch.optim.Optimizer, backbone: mp.Backbone) -> list[float]:
     store = ImageStore(data.train, backbone.preprocessing.with_image_size(PIXELS), 2**31)
     seconds = []
     for rows in torch.arange(len(store)).split(BATCH):
@@ -205,24 +204,16 @@ def measure_masks(data: TaskData, epochs: dict[str, int], folder: Path) -> Rows:
         )  # fmt: skip
         bits = torch.cat([t.flatten() for n, t in patch.tensors.items() if n.startswith("mask/")]).numpy()
         stream = encode_bits(bits)
-        seconds = statistics.median(timed(lambda data=stream: decode_bits(data))[1] for _ in range(7))
-        rows.append(
-            (
-                "masks",
-                name,
-                "MB/s of bits",
-                len(bits) / 8e6 / seconds,
-                40.0,
-                len(bits) / 8e6 / seconds / 40,
-                "at least 1",
-            )
-        )
-        ready = statistics.median(
-            timed(lambda backbone=backbone, path=path: mp.BoundPatch(backbone, mp.Patch.load(path)))[1]
-            for _ in range(7)
-        )
+        seconds = statistics.median(timed(partial(decode_bits, stream))[1] for _ in range(7))
+        rate = len(bits) / 8e6 / seconds
+        rows.append(("masks", name, "MB/s of bits", rate, 40.0, rate / 40, "at least 1"))
+        ready = statistics.median(timed(partial(bind, backbone, path))[1] for _ in range(7))
         rows.append(("masks", name, "s, file to ready", ready, 0.5, ready / 0.5, "at most 1 for resnet50"))
     return rows
+
+
+def bind(backbone: mp.Backbone, path: Path) -> mp.BoundPatch:
+    return mp.BoundPatch(backbone, mp.Patch.load(path))
 
 
 def main() -> None:

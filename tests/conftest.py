@@ -26,6 +26,28 @@ from modelpatch.train import Split, TaskData
 
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
 CLASSES = ("red", "green", "blue")
+HOSTILE_ARGUMENTS: list[tuple[str, object]] = [
+    ("pretrained_cfg", "x"),
+    ("pretrained_cfg_overlay", {"file": "evil.pth"}),
+    ("checkpoint_path", "evil.pth"),
+    ("cache_dir", "/tmp"),
+    ("hf_hub_id", "evil/evil"),
+    ("weights", "evil.safetensors"),
+    ("features_only", True),
+    ("spec", "file:evil.safetensors"),
+    ("classifier", "fc"),
+    ("segments", ["fc"]),
+    ("preprocessing", None),
+    ("block_args", {"a": 1}),
+    ("block_args", [[{"a": 1}]]),
+    ("act_layer", "\x1b[31m"),
+    ("act_layer", "a" * 1000),
+    ("num_classes", 10**9),
+    ("num_classes", -(10**9)),
+    ("dims", [8] * 1000),
+    ("a" * 1000, 1),
+    ("a\nb", 1),
+]  # what no file may pass to the constructor of a network
 
 
 class TinyNet(nn.Module):

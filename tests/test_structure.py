@@ -15,6 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = {
     "errors": 1,
     "atomic": 1,
+    "text": 1,
     "backbone": 2,
     "patch": 3,
     "methods": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from conftest import SHARED, TinyNet, small_preprocessing
+from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, small_preprocessing
 from modelpatch.backbone import Backbone, load_backbone, save_backbone
-from modelpatch.errors import BackboneError, UnknownBackboneError
+from modelpatch.backbone.load import METADATA_KEY
+from modelpatch.errors import BackboneError, UnknownBackboneError, UntraceableBackboneError
 
 SMALL = "test_resnet"  # timm's own network for tests: 0.5 million parameters at 160 px
 
@@ -76,6 +78,68 @@ def test_a_spec_that_names_nothing_says_what_would(spec: str, hint: str) -> None
     random = {} if spec.startswith(("file:", "bundled:")) else {"pretrained": False}
     with pytest.raises(UnknownBackboneError, match=hint):
         load_backbone(spec, **random)
+
+
+@pytest.mark.parametrize("spec", [1, None, b"timm:resnet18", nn.Identity, ""])
+def test_a_spec_that_is_no_text_says_what_would(spec: Any) -> None:
+    with pytest.raises(UnknownBackboneError, match=r"is not a backbone\. Expected timm:NAME"):
+        load_backbone(spec)
+
+
+@pytest.mark.parametrize("name", ["../assets/tiny", "/tiny", "a\0b", "a" * 5000])
+def test_what_is_bundled_lies_in_the_package(name: str) -> None:
+    with pytest.raises(UnknownBackboneError, match="bundles no backbone"):
+        load_backbone(f"bundled:{name}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pretrained", "no"),
+        ("pretrained", 0),
+        ("weights", 3),
+        ("preprocessing", 1),
+        ("preprocessing", {"crop_pct": 1.0}),
+        ("classifier", 3),
+        ("segments", 3),
+        ("segments", "stem"),
+        ("segments", [1]),
+        ("segments", None),
+        ("seed", "x"),
+        ("seed", 0.5),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_an_option_of_another_kind_is_an_error_that_quotes_it(option: str, value: Any) -> None:
+    with pytest.raises(BackboneError, match=rf"{option} is {re.escape(repr(value))}; expected "):
+        load_backbone("bundled:tiny", **{option: value})
+
+
+@pytest.mark.parametrize("option", [{"segments": ["stam"]}, {"classifier": "stam"}])
+def test_a_module_that_is_not_there_is_named_with_those_that_are(option: dict[str, Any]) -> None:
+    with pytest.raises(UntraceableBackboneError, match=r"TinyNet has no module 'stam'.* It has: stem"):
+        load_backbone(TinyNet(), preprocessing=small_preprocessing(), **option)
+
+
+@pytest.mark.parametrize("option", [{"num_classes": 3}, {"pretrained": False}, {"weights": "x.safetensors"}])
+def test_a_module_at_hand_cannot_be_built_in_another_way(option: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match="TinyNet is built already"):
+        load_backbone(TinyNet(), preprocessing=small_preprocessing(), **option)
+
+
+def test_a_network_over_images_that_are_not_supported_says_so() -> None:
+    module = timm.create_model(SMALL, num_classes=4)
+    module.pretrained_cfg = module.pretrained_cfg | {"interpolation": "hamming"}
+    with pytest.raises(BackboneError, match=r"'interpolation' is not valid.*preprocessing="):
+        load_backbone(module)
+    assert load_backbone(module, preprocessing=small_preprocessing(160)).preprocessing == small_preprocessing(160)
+
+
+@pytest.mark.parametrize("option", [{"in_chans": 1}, {"features_only": True}])
+def test_a_network_that_is_built_so_that_it_takes_or_gives_something_else_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match="does not run on images"):
+        load_backbone(f"timm:{SMALL}", pretrained=False, **option)
 
 
 @pytest.mark.parametrize("arguments", [{"pretrained": False}, {"weights": "other.safetensors"}])
@@ -194,6 +258,12 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
         {"modelpatch_backbone": "no json"},
         {"modelpatch_backbone": "{}"},
         {"modelpatch_backbone": json.dumps([1])},
+        {"architecture": SMALL, "num_classes": "4", "input_size": "3,64"},
+        {"architecture": SMALL, "num_classes": "4", "crop_pct": "nan"},
+        {"architecture": SMALL, "num_classes": "4", "interpolation": "nonsense"},
+        {"architecture": SMALL, "num_classes": str(10**9)},
+        {"architecture": "hf-hub:timm/resnet18"},
+        {"architecture": "local-dir:/tmp"},
     ],
     ids=lambda metadata: " ".join(f"{key}={value}" for key, value in metadata.items()) or "nothing",
 )
@@ -201,6 +271,67 @@ def test_a_file_that_does_not_say_what_it_holds_is_refused(metadata: dict[str, s
     path = save_plain(tmp_path / "plain.safetensors", **metadata)
     with pytest.raises(BackboneError):
         load_backbone(f"file:{path}")
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE_ARGUMENTS)
+def test_a_file_cannot_pass_the_constructor_more_than_plain_values(
+    small: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    path = write_described(small, tmp_path, arguments={name: value})
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("nothing may be built"))
+    with pytest.raises(BackboneError, match=f"the metadata of {path} does not describe a backbone: 'arguments'"):
+        load_backbone(f"file:{path}")
+
+
+def write_described(backbone: Backbone, folder: Path, **changes: Any) -> Path:
+    """The backbone's file with another description than its own."""
+    described = {
+        "architecture": SMALL,
+        "arguments": {"num_classes": 4},
+        "preprocessing": None,
+        "classes": [],
+        "about": {},
+    }
+    metadata = {METADATA_KEY: json.dumps(described | changes)}
+    save_file(backbone.module.state_dict(), folder / "described.safetensors", metadata)
+    return folder / "described.safetensors"
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_file_names_as_many_classes_as_its_network_has_outputs(small: Backbone, tmp_path: Path, count: int) -> None:
+    path = write_described(small, tmp_path, classes=[str(number) for number in range(count)])
+    with pytest.raises(BackboneError, match=f"names {count} classes for the 4 outputs"):
+        load_backbone(f"file:{path}")
+
+
+def test_weights_that_are_not_finite_are_named(small: Backbone, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in small.module.state_dict().items()}
+    state["fc.bias"][0] = float("nan")
+    save_file(state, tmp_path / "weights.safetensors")
+    with pytest.raises(BackboneError, match=r"fc\.bias of .*weights\.safetensors holds NaN"):
+        load_backbone(f"timm:{SMALL}", weights=tmp_path / "weights.safetensors", num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "about", "message"),
+    [
+        (f"timm:{SMALL}", {}, "does not describe a backbone: 'architecture'"),
+        (SMALL, {"maker": object()}, "cannot be written to .*JSON"),
+    ],
+)
+def test_what_no_reader_would_accept_is_not_written(
+    small: Backbone, tmp_path: Path, architecture: str, about: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BackboneError, match=message):
+        save_backbone(small, tmp_path / "base.safetensors", architecture, **about)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["", "/", "a\0b", "a" * 5000])
+def test_a_path_that_can_be_no_file_is_refused(path: str) -> None:
+    for given in ({"spec": f"file:{path}"}, {"spec": f"timm:{SMALL}", "weights": path}):
+        with pytest.raises(BackboneError):
+            load_backbone(**given)
 
 
 def test_a_module_without_any_linear_layer_has_no_classifier() -> None:

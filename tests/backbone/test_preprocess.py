@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from modelpatch.backbone import Preprocessing
-from modelpatch.errors import DataError
+from modelpatch.backbone.preprocess import MAX_PIXELS
+from modelpatch.errors import BackboneError, DataError
 
 SMALL = Preprocessing(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.8)
 
@@ -125,6 +127,12 @@ def test_timms_own_evaluation_transform_gives_the_same_pixels() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     expected = timm.data.create_transform(**config)(Image.fromarray(noise))
     torch.testing.assert_close(Preprocessing.from_timm(config)(noise)[0], expected)
+
+
+@pytest.mark.parametrize("pixels", [0, -1, MAX_PIXELS + 1, 2.5, True, "16"])
+def test_a_resolution_out_of_range_is_refused(pixels: Any) -> None:
+    with pytest.raises(BackboneError, match=f"image size is {pixels!r}; expected .* 1 to {MAX_PIXELS}"):
+        SMALL.with_image_size(pixels)
 
 
 @pytest.mark.parametrize("wrong", [{"crop_pct": 0}, {"crop_pct": 1.5}, {"input_size": (1, 8, 8)}, {"mean": (0.5,)}])

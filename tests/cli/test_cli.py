@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,18 @@ def test_eval_measures_the_base_beside_the_patch(
     assert figures["harmonic_mean"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("created", [{}, {"settings": "x"}, {"settings": {"seed": "x"}}, {"settings": {"seed": -1}}])
+def test_eval_takes_seed_0_where_a_file_names_none(
+    run: Run, patches: dict[str, Path], tmp_path: Path, created: dict[str, Any]
+) -> None:
+    loaded = Patch.load(patches["linear-probe"])
+    path = replace(loaded, created=created).save(tmp_path / "odd.safetensors")
+    folder = write_folder(tmp_path / "colors", CLASSES) / "train"  # no test split: the seed makes one
+    result = run("eval", folder, "--patch", path, "--json", "-")
+    expected = evaluate(load_backbone(TINY), loaded, load_task(folder, seed=0))
+    assert (result.code, json.loads(result.out)["confusion"]) == (0, expected.confusion)
+
+
 def test_predict_answers_with_every_patch_and_the_base(run: Run, folder: Path, patches: dict[str, Path]) -> None:
     options = [option for path in patches.values() for option in ("-p", path)]
     result = run("predict", folder / "test", *options, "--base", "--top", 2, "--json", "-")
@@ -221,6 +234,17 @@ def test_patches_of_one_task_are_told_apart_by_their_file_names(
     assert "give each --patch once" in run("predict", image, "-p", first, "-p", first).err
 
 
+def test_eval_tests_on_the_images_that_the_fit_held_out(run: Run, folder: Path, tmp_path: Path) -> None:
+    classes = folder / "train"  # class folders without a test split: one is made by the fit's seed
+    out, figures = tmp_path / "p.safetensors", tmp_path / "figures.json"
+    assert run("fit", classes, "-o", out, "-m", "linear-probe", "--epochs", 1, "--seed", 3).code == 0
+    held = load_task(classes, seed=3)
+    backbone, patch = load_backbone("bundled:tiny"), Patch.load(out)
+    assert sorted(map(str, held.test.images)) != sorted(map(str, load_task(classes, seed=0).test.images))
+    assert run("eval", classes, "-p", out, "--json", figures).code == 0
+    assert json.loads(figures.read_text())["confusion"] == evaluate(backbone, patch, held).confusion
+
+
 # compare ----------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +263,15 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
     assert outputs["c.png"].stat().st_size > 0
 
 
+def test_a_sweep_gives_a_row_and_a_point_for_every_value(run: Run, folder: Path, tmp_path: Path) -> None:
+    picture, figures = tmp_path / "lr.png", tmp_path / "lr.json"
+    outputs = ["--plot", picture, "--json", figures, "--methods", "linear-probe,scale-bias", "--epochs", 1]
+    assert run("compare", folder, "--sweep", "lr=0.001,0.1", *outputs).code == 0
+    rows = [row["method"] for row in json.loads(figures.read_text())["rows"]]
+    assert rows == [f"{name}(lr={lr})" for name in ("linear-probe", "scale-bias") for lr in ("0.001", "0.1")]
+    assert picture.stat().st_size > 0
+
+
 # errors -----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +279,8 @@ def test_compare_puts_methods_in_one_table_and_keeps_their_patches(run: Run, fol
     ("arguments", "message"),
     [
         (["fit", "missing"], "missing is neither a folder"),
+        (["compare", "FOLDER", "--sweep", "lr=1"], "--sweep 'lr=1' is not KEY=V1,V2,... with at least two values"),
+        (["compare", "FOLDER", "--sweep", "speed=1,2"], "has no hyperparameter 'speed'"),
         (["fit", "FOLDER", "-m", "magic"], "there is no method 'magic'"),
         (["fit", "FOLDER", "--set", "speed=9"], "has no hyperparameter 'speed'"),
         (["fit", "FOLDER", "--set", "lr"], "--set 'lr' is not KEY=VALUE"),

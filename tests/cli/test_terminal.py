@@ -190,9 +190,9 @@ def test_verbs_that_compute_take_a_device(run: Run, folder: Path, patches: dict[
     [
         ("spec=1", "spec=... is not an argument of the network's constructor. Name the backbone with --backbone"),
         ("preprocessing=1", "not an argument of the network's constructor. Use Python"),
-        ("pretrained=no", "pretrained=no is not valid. Expected true or false"),
-        ("seed=true", "seed=True is not valid. Expected a whole number"),
-        ("segments=stem", "Expected a list of names"),
+        ("pretrained=no", "pretrained is 'no'; expected true or false"),
+        ("seed=-1", "seed is -1; expected an integer"),
+        ("segments=stem", "expected a list of names"),
     ],
 )
 def test_an_argument_that_no_network_takes_is_refused(run: Run, folder: Path, pair: str, message: str) -> None:

@@ -37,11 +37,11 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "tiny": make_tiny,
     "resnet18": lambda: make_timm("resnet18", 32),
     "mobilenetv2_100": lambda: make_timm("mobilenetv2_100", 32),
-    "convnext_atto": lambda: make_timm("convnext_atto", 32),
+    "convnext_tiny": lambda: make_timm("convnext_atto", 32),
     "densenet121": lambda: make_timm("densenet121", 32),
     "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32),
 }
-WITHOUT_BATCH_NORM = {"convnext_atto", "vit_tiny"}
+WITHOUT_BATCH_NORM = {"convnext_tiny", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
 VARIED = {"tiny", "mobilenetv2_100"}  # the networks on which every option is tried as well
 TINY_STAGES = 2

@@ -12,6 +12,7 @@ from torch import nn
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods import METHODS, FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
+from modelpatch.methods.registry import sweep
 
 
 def test_every_method_is_found_by_its_name() -> None:
@@ -27,6 +28,20 @@ def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
 def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
     with pytest.raises(MethodError, match=r"scale-bias has no hyperparameter 'blocks'.*head_lr.*statistics"):
         make_method("scale-bias", blocks="last")
+
+
+@pytest.mark.parametrize("hyperparameter", ["name", "paper", "lists"])
+def test_what_a_class_says_of_itself_is_no_hyperparameter(hyperparameter: str) -> None:
+    with pytest.raises(MethodError, match=f"has no hyperparameter '{hyperparameter}'") as caught:
+        make_method("scale-bias", **{hyperparameter: "x"})
+    listed = str(caught.value).partition("It has: ")[2].rstrip(".").split(", ")
+    assert listed == list(ScaleBias().hyperparameters())
+
+
+@pytest.mark.parametrize("spec", [None, 3, ScaleBias()])
+def test_a_name_that_is_no_text_is_refused(spec: Any) -> None:
+    with pytest.raises(MethodError, match="is not a method's name"):
+        make_method(spec)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -56,6 +71,16 @@ def test_python_is_checked_as_the_command_line_is(kind: type[Method], values: di
 
 def test_one_name_may_stand_for_a_list_of_one() -> None:
     assert Subset(blocks="last") == Subset(blocks=("last",))  # type: ignore[arg-type]
+
+
+def test_a_sweep_spells_a_method_at_every_value() -> None:
+    assert sweep("scale-bias", "lr", ["0.1", "1"]) == {"0.1": "scale-bias(lr=0.1)", "1": "scale-bias(lr=1)"}
+    spelled = sweep("scale-bias(layers=norm)+subset", "scale-bias.lr", ["0.1"])["0.1"]
+    assert make_method(spelled) == ScaleBias(layers="norm", lr=0.1) + Subset()
+    with pytest.raises(MethodError, match="'lr' names no method of"):
+        sweep("scale-bias+subset", "lr", ["0.1"])
+    with pytest.raises(MethodError, match="lr = 'x' is not valid"):
+        sweep("scale-bias", "lr", ["x"])
 
 
 def test_strings_become_the_values_they_spell() -> None:

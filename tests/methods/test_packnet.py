@@ -20,6 +20,8 @@ from modelpatch.train import fit
 def test_the_largest_share_is_kept_and_ties_are_settled_by_place() -> None:
     assert largest(torch.tensor([[1.0, -3.0], [0.5, 2.0]]), 0.5).tolist() == [[False, True], [False, True]]
     assert largest(torch.zeros(4), 0.5).tolist() == [True, True, False, False]
+    assert largest(torch.tensor([1.0, 2.0, -1.0, 1.0]), 0.75).tolist() == [True, True, True, False]
+    assert not largest(torch.ones(3), 0).any()
 
 
 def test_half_of_every_layer_is_kept_as_it_is_and_the_smallest_half_is_free(tiny: Backbone) -> None:

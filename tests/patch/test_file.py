@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import draft_patch
+from conftest import HOSTILE_ARGUMENTS, draft_patch
 from modelpatch.backbone import Preprocessing, load_backbone
 from modelpatch.errors import (
     DamagedPatchError,
@@ -226,6 +227,8 @@ HOSTILE: dict[str, tuple[bytes, type[PatchFileError]]] = {
     "a hash of nothing": (forge().replace(b'sha256\\":\\"', b'sha256\\":\\"f', 1), PatchFileError),
     "no version": (forge(header=lambda header: header.pop("version")), UnknownPatchVersionError),
     "the next version": (forge(header=set_in("version", value=VERSION + 1)), UnknownPatchVersionError),
+    "a version that is a truth": (forge(header=set_in("version", value=True)), UnknownPatchVersionError),
+    "a version with a fraction": (forge(header=set_in("version", value=float(VERSION))), UnknownPatchVersionError),
     "a version in words": (forge(header=set_in("version", value="one")), UnknownPatchVersionError),
     "NaN in a tensor": (forge(payload=NAN + REST), NonFiniteTensorError),
     "infinity in a tensor": (forge(payload=INFINITY + REST), NonFiniteTensorError),
@@ -261,20 +264,33 @@ HOSTILE: dict[str, tuple[bytes, type[PatchFileError]]] = {
         forge(header=set_in("backbone", "fingerprint", "whole", value="\x1b[31mred")),
         InvalidPatchError,
     ),
-    "a constructor that reads another file": (
-        forge(header=set_in("backbone", "arguments", value={"pretrained_cfg_overlay": {"file": "evil.pth"}})),
-        InvalidPatchError,
-    ),
-    "a backbone outside the folder": (
-        forge(header=set_in("backbone", "spec", value="file:../../x.safetensors")),
-        InvalidPatchError,
-    ),
+    **{
+        f"a constructor that is given {name} = {value}"[:80]: (
+            forge(header=set_in("backbone", "arguments", value={name: value})),
+            InvalidPatchError if str(value).isprintable() and name.isprintable() else HostileNameError,
+        )
+        for name, value in HOSTILE_ARGUMENTS
+    },
+    **{
+        f"a backbone in {spec}": (forge(header=set_in("backbone", "spec", value=spec)), InvalidPatchError)
+        for spec in (
+            "file:../../x.safetensors",
+            "file:/x.safetensors",
+            "bundled:../x",
+            "timm:local-dir:x",
+            "timm:/x",
+            "x",
+        )
+    },
     "images without pixels": (
         forge(header=set_in("preprocessing", "input_size", value=[3, 0, 0])),
         InvalidPatchError,
     ),
     "a deviation of zero": (forge(header=set_in("preprocessing", "std", value=[0, 1, 1])), InvalidPatchError),
     "a head of impossible width": (forge(header=set_in("head", "features", value=10**19)), InvalidPatchError),
+    "a strength that is a truth": (forge(header=set_in("strength", value=True)), InvalidPatchError),
+    "a head whose width is text": (forge(header=set_in("head", "features", value="2")), InvalidPatchError),
+    "two classes of one name": (forge(header=set_in("task", "classes", value=["a", "a"])), InvalidPatchError),
     "no classes": (forge(header=set_in("task", "classes", value=[])), InvalidPatchError),
     "more classes than outputs": (forge(header=set_in("task", "classes", value=["a", "b", "c"])), InvalidPatchError),
     "an unknown head": (forge(header=set_in("head", "kind", value="nonsense")), InvalidPatchError),
@@ -286,38 +302,45 @@ HOSTILE: dict[str, tuple[bytes, type[PatchFileError]]] = {
     ),
     "tensors that overlap": (
         forge(table=set_in("head.weight", "data_offsets", value=[4, 20])),
-        DamagedPatchError,
+        InvalidPatchError,
     ),
     "tensors that leave a gap": (
         forge(table=set_in("head.weight", "data_offsets", value=[12, 28]), payload=DATA[TABLE_END:] + bytes(4)),
-        DamagedPatchError,
+        InvalidPatchError,
     ),
     "a tensor beyond the payload": (
         forge(table=set_in("head.weight", value={"dtype": "F32", "shape": [2**40], "data_offsets": [8, 8 + 2**42]})),
         PatchLengthError,
     ),
-    "a shape that is not its length": (forge(table=set_in("head.weight", "shape", value=[3, 2])), DamagedPatchError),
-    "a negative side": (forge(table=set_in("head.weight", "shape", value=[-2, -2])), DamagedPatchError),
-    "a side with a fraction": (forge(table=set_in("head.weight", "shape", value=[2.0, 2.0])), DamagedPatchError),
-    "a side beyond 64 bits": (
-        forge(table=set_in("head.zero", value={"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]})),
-        PatchFileError,
+    "a shape that is not its length": (forge(table=set_in("head.weight", "shape", value=[3, 2])), InvalidPatchError),
+    "a negative side": (forge(table=set_in("head.weight", "shape", value=[-2, -2])), InvalidPatchError),
+    "a side with a fraction": (forge(table=set_in("head.weight", "shape", value=[2.0, 2.0])), InvalidPatchError),
+    **{
+        f"an empty tensor with the sides {sides}": (
+            forge(table=set_in("head.zero", value={"dtype": "F32", "shape": [0, *sides], "data_offsets": [0, 0]})),
+            InvalidPatchError,
+        )
+        for sides in ((2**70,), (2**63,), (2**31, 2**32), (-1,), (True,))
+    },
+    "a side of half of all numbers": (forge(table=set_in("head.weight", "shape", value=[2**63])), InvalidPatchError),
+    "offsets with a fraction": (
+        forge(table=set_in("head.weight", "data_offsets", value=[8.0, 24.0])),
+        InvalidPatchError,
     ),
-    "offsets with a fraction": (forge(table=set_in("head.weight", "data_offsets", value=[8.0, 24.0])), PatchFileError),
     "offsets that are truths": (
         forge(table=set_in("head.zero", value={"dtype": "F32", "shape": [0], "data_offsets": [False, False]})),
-        PatchFileError,
+        InvalidPatchError,
     ),
-    "an unknown dtype": (forge(table=set_in("head.weight", "dtype", value="F64")), DamagedPatchError),
-    "a dtype that is a list": (forge(table=set_in("head.weight", "dtype", value=["F32"])), DamagedPatchError),
-    "an entry that is a number": (forge(table=set_in("head.weight", value=7)), DamagedPatchError),
-    "an entry with one key more": (forge(table=set_in("head.weight", "extra", value=1)), DamagedPatchError),
+    "an unknown dtype": (forge(table=set_in("head.weight", "dtype", value="F64")), InvalidPatchError),
+    "a dtype that is a list": (forge(table=set_in("head.weight", "dtype", value=["F32"])), InvalidPatchError),
+    "an entry that is a number": (forge(table=set_in("head.weight", value=7)), InvalidPatchError),
+    "an entry with one key more": (forge(table=set_in("head.weight", "extra", value=1)), InvalidPatchError),
     "a shape that is an object": (
         forge(
             table=set_in("head.scalar", value={"dtype": "F32", "shape": {}, "data_offsets": [24, 28]}),
             payload=DATA[TABLE_END:] + bytes(4),
         ),
-        PatchFileError,
+        InvalidPatchError,
     ),
 }
 
@@ -340,6 +363,32 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None
     for path in (tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(NotAPatchError, match=path.name):
             Patch.load(path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "a" * 5000, 3, None])
+def test_what_can_be_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(NotAPatchError):
+        Patch.load(path)
+
+
+@pytest.mark.parametrize("shape", [[-1, 0], [0, -1], [2**63, 0], [2**32, 2**31, 0], [2**63], [-2, -1], [True, 2]])
+def test_a_shape_that_no_tensor_has_is_refused_before_anything_is_read(
+    shape: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("nothing may be read"))
+    size = 4 * math.prod(shape) % 2**10  # the length that the shape has, where a file can have it
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [24, 24 + size]}
+    data = forge(table=set_in("head.other", value=entry), payload=DATA[TABLE_END:] + bytes(size))
+    with pytest.raises(InvalidPatchError, match="malformed"):
+        decode_patch(data)
+
+
+def test_a_malformed_table_is_damage_unless_it_was_written_so() -> None:
+    forged = forge(table=set_in("head.weight", "dtype", value="F64"))
+    with pytest.raises(InvalidPatchError, match=r"head\.weight.*malformed"):
+        decode_patch(forged)
+    with pytest.raises(DamagedPatchError, match="SHA-256"):
+        decode_patch(DATA.replace(b'"F32"', b'"F64"', 1))
 
 
 # writing ----------------------------------------------------------------------------------------------------
@@ -401,7 +450,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 @settings(deadline=None, max_examples=60)
 @given(
     tensors=st.dictionaries(NAMES, tensors(), max_size=4),
-    names=st.tuples(PRINTABLE, PRINTABLE, PRINTABLE),
+    names=st.tuples(PRINTABLE, PRINTABLE, PRINTABLE).filter(lambda names: names[1] != names[2]),
     facts=st.dictionaries(
         PRINTABLE,
         st.integers() | PRINTABLE | st.floats(allow_nan=False, allow_infinity=False),

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
-from conftest import draft_patch, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.errors import PatchError
+from conftest import draft_patch, make_tiny, small_preprocessing
+from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.errors import BackboneError, PatchError
 from modelpatch.methods import LinearProbe, Method, ScaleBias, Subset
-from modelpatch.patch import Graft, HeadRecord, Patch, Task
+from modelpatch.patch import BackboneRecord, BoundPatch, Graft, HeadRecord, Patch, PatchedModel, Task
 from modelpatch.patch.codec import PLAIN
 
 METHODS = [LinearProbe(), ScaleBias(), ScaleBias(layers="channel"), Subset()]
@@ -119,3 +120,34 @@ def test_a_head_maps_features_to_outputs() -> None:
     x = torch.randn(2, 4)
     torch.testing.assert_close(head(x), x @ head.weight.T + head.bias)
     assert torch.equal(head(x.view(2, 4, 1, 1)), head(x))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"pretrained_cfg_overlay": {"num_classes": 3}}, {"norm_layer": torch.nn.BatchNorm2d}, {"dims": {}}]
+)
+def test_a_backbone_that_no_file_could_name_is_an_error_that_says_so(arguments: dict[str, object]) -> None:
+    backbone = make_tiny()
+    backbone.arguments = arguments
+    with pytest.raises(
+        PatchError, match=f"no patch file could say how module:TinyNet was loaded: .*{next(iter(arguments))}"
+    ):
+        BackboneRecord.of(backbone)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hub"),
+    [("timm:resnet18", None), ("timm:hf-hub:a/b", "a/b"), ("timm:HF_hub:a/b@c", "a/b@c"), ("bundled:tiny", None)],
+)
+def test_a_repository_that_anybody_may_have_made_is_told_apart(spec: str, hub: str | None) -> None:
+    record = BackboneRecord.of(make_tiny())
+    assert BackboneRecord(**record.model_dump(exclude={"spec"}), spec=spec).hub == hub
+
+
+def test_a_patch_for_images_that_its_backbone_does_not_take_is_refused() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    patch = draft_patch(backbone)
+    for bind in (PatchedModel, BoundPatch):
+        bind(backbone, replace(patch, preprocessing=small_preprocessing(24)))
+        with pytest.raises(BackboneError, match="no images of 2 x 2 pixels"):
+            bind(backbone, replace(patch, preprocessing=small_preprocessing(2)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
+    LABELS,
     comparison_markdown,
     comparison_table,
     evaluation_table,
@@ -144,6 +146,23 @@ def test_hashes_are_whole_at_80_columns(tiny: Backbone) -> None:
     for value in (inspection.fingerprint, inspection.file_sha256, inspection.content_hash):
         assert any(value in line for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+ODD = ["abc", True, None, -1, 10**400, 1e308, [1, [2]], {"a": {"b": 1}}, HOSTILE, "", float("inf")]
+
+
+@pytest.mark.parametrize("name", ["trainable_parameters", "test_top1", "settings", "data"])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
+def test_any_fact_of_a_file_is_shown(tiny: Backbone, name: str, value: object) -> None:
+    inspection = draft_patch(tiny).inspect()
+    for facts in ({"metrics": {name: value}}, {"created": {name: value}}):
+        assert LABELS.get(name, name.replace("_", " ")) in text_of(inspection_table(replace(inspection, **facts)))
+
+
+def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) -> None:
+    inspection = draft_patch(tiny).inspect()
+    shown = replace(inspection, created={"trainable_parameters": inspection.backbone_parameters})
+    assert f"{inspection.backbone_parameters:,} besides the head, 1e+02 % of" in text_of(inspection_table(shown))
 
 
 def test_an_evaluation_lists_classes_only_when_asked() -> None:

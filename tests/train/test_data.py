@@ -136,7 +136,10 @@ def test_labels_that_are_numbers_are_ordered_as_numbers(image_folder: Path) -> N
     [
         ({"split": "holdout"}, "row 1: split 'holdout' is none of train, test"),
         ({"image": "missing.png"}, r"row 1: there is no image .*missing\.png"),
-        ({"image": ""}, "row 1: there is no image"),
+        ({"image": ""}, "row 1: it has no image"),
+        ({"image": "a" * 5000}, "cannot be read: .*too long"),
+        ({"image": "a\0b"}, "row 1: there is no image"),
+        ({"label": " "}, "row 1: it has no label"),
     ],
 )
 def test_a_bad_row_is_an_error_that_gives_its_number(image_folder: Path, change: dict[str, str], message: str) -> None:
@@ -153,6 +156,60 @@ def test_unknown_columns_are_an_error_that_names_the_known_ones(image_folder: Pa
     path.write_text("image,label\n")
     with pytest.raises(DataError, match="no rows"):
         load_task(path)
+    path.write_text("")
+    with pytest.raises(DataError, match=r"has the columns \(none\)"):
+        load_task(path)
+
+
+def write_splits(folder: Path, columns: dict[str, tuple[str, str]]) -> None:
+    """A manifest for each split, with its own names of the columns."""
+    for split, (image, label) in columns.items():
+        rows = [row for row in manifest_rows(folder) if row["split"] == split]
+        write_csv(folder / f"{split}.csv", [{image: row["image"], label: row["label"]} for row in rows])
+
+
+def test_manifests_of_one_task_may_name_their_columns_differently(image_folder: Path) -> None:
+    write_splits(image_folder, {"train": ("image", "label"), "test": ("path", "class")})
+    data = load_task(image_folder)
+    for split in (data.train, data.test):
+        assert names_of(split, data) == [Path(str(image)).parent.name for image in split.images]
+
+
+def test_unknown_columns_of_one_split_are_an_error_that_names_its_file(image_folder: Path) -> None:
+    write_splits(image_folder, {"train": ("image", "label"), "test": ("image", "kind")})
+    with pytest.raises(DataError, match=r"test\.csv has the columns image, kind"):
+        load_task(image_folder)
+
+
+def test_a_bad_row_is_counted_in_its_own_file(image_folder: Path) -> None:
+    write_splits(image_folder, {"train": ("image", "label"), "test": ("image", "label")})
+    with (image_folder / "test.csv").open("a") as stream:
+        stream.write("missing.png,red\n")
+    rows = sum(row["split"] == "test" for row in manifest_rows(image_folder)) + 1
+    with pytest.raises(DataError, match=rf"test\.csv, row {rows}: there is no image"):
+        load_task(image_folder)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_row_with_more_cells_than_columns_is_named(image_folder: Path, number: int) -> None:
+    rows = [f"{row['image']},{row['label']}" for row in manifest_rows(image_folder)]
+    rows[number] += ",more"
+    (image_folder / "ragged.csv").write_text("\n".join(["image,label", *rows]))
+    with pytest.raises(DataError, match=rf"row {number + 1}: it has more cells than the 2 columns"):
+        load_task(image_folder / "ragged.csv")
+
+
+@pytest.mark.parametrize("kind", ["folders", "manifests"])
+def test_two_sources_of_one_split_are_refused(image_folder: Path, kind: str) -> None:
+    if kind == "manifests":
+        write_splits(image_folder, {"train": ("image", "label"), "test": ("image", "label")})
+    for name in ("val", "validation"):
+        if kind == "folders":
+            (image_folder / name).mkdir()
+        else:
+            (image_folder / f"{name}.csv").write_text("image,label\n")
+    with pytest.raises(DataError, match="are both the validation split"):
+        load_task(image_folder)
 
 
 def test_a_parquet_file_may_hold_the_images_themselves(tmp_path: Path) -> None:
@@ -169,6 +226,31 @@ def test_a_parquet_file_may_hold_the_images_themselves(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test)) == (24, 12)
     assert np.array_equal(np.asarray(open_image(data.train.images[5])), colors.train.images[5])
     assert names_of(data.train, data) == [CLASSES[label] for label in colors.train.labels]
+
+
+PARQUET_TROUBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "a label that is null": ({"label": [0, None]}, "row 2: it has no label"),
+    "a label that is no number": ({"label": [0.0, float("nan")]}, "row 2: it has no label"),
+    "a label beyond the names": ({"label": [0, 9], "names": ["a", "b"]}, "cannot be read as a manifest"),
+    "a label that is text where numbers are named": ({"label": ["a", "b"], "names": ["a", "b"]}, "cannot be read"),
+    "names that are a number": ({"label": [0, 1], "names": 3}, "cannot be read as a manifest"),
+    "an image that is null": ({"label": [0, 1], "image": [None, b"x"]}, "row 1: it has no image"),
+    "an image without bytes or path": ({"label": [0, 1], "image": [{"bytes": None, "path": None}] * 2}, "no image"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), PARQUET_TROUBLE.values(), ids=PARQUET_TROUBLE)
+def test_a_parquet_file_with_holes_is_an_error_that_says_where(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    images = given.get("image", [png(image) for image in color_task().train.images[:2]])
+    table = pa.table({"image": images, "label": given["label"]})
+    if "names" in given:
+        described = {"info": {"features": {"label": {"names": given["names"]}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(described)})
+    pq.write_table(table, tmp_path / "holes.parquet")
+    with pytest.raises(DataError, match=message):
+        load_task(tmp_path / "holes.parquet")
 
 
 def test_class_names_in_a_parquet_schema_take_the_place_of_numbers(tmp_path: Path) -> None:
@@ -248,6 +330,50 @@ def test_validation_is_cut_from_the_training_images_once() -> None:
     assert held.validation is not None
     assert (len(held.train), len(held.validation), len(held.test)) == (18, 6, 12)
     assert held.with_validation(0.5, seed=1) is held
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.99])
+def test_a_validation_share_that_leaves_a_class_nothing_to_train_on_is_refused(fraction: float) -> None:
+    data = color_task(count=3 * len(CLASSES))
+    with pytest.raises(DataError, match=rf"{fraction} for validation leaves the class 'red' none of its 3 images"):
+        data.with_validation(fraction, seed=0)
+
+
+def test_a_validation_share_of_single_images_is_refused() -> None:
+    with pytest.raises(DataError, match="no class of colors has an image to spare"):
+        color_task(count=len(CLASSES)).with_validation(0.25, seed=0)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_validation_share_outside_0_and_1_is_refused(fraction: float) -> None:
+    with pytest.raises(DataError, match="expected one between 0 and 1"):
+        color_task().with_validation(fraction, seed=0)
+
+
+def test_a_test_split_cannot_be_cut_from_single_images(image_folder: Path) -> None:
+    for folder in (image_folder / "train").iterdir():
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
+    with pytest.raises(DataError, match="one image a class, and no test split"):
+        load_task(image_folder / "train")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_subsample_of_nothing_is_refused(count: int) -> None:
+    with pytest.raises(DataError, match="expected at least one"):
+        color_task().subsample(count)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "x", None])
+def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
+    with pytest.raises(DataError, match="the seed of a split is"):
+        load_task("bundled:digits", seed=seed)
+
+
+@pytest.mark.parametrize("source", ["", None, 3, "a\0b", "a" * 5000, "~nobody-of-this-name/x"])
+def test_a_source_that_can_be_none_is_refused(source: Any) -> None:
+    with pytest.raises(DataError):
+        load_task(source)
 
 
 @pytest.mark.parametrize("count", [3, 6, 12])

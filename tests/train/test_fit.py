@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from conftest import color_task, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.errors import BackboneChangedError, MethodError, TrainingError
+from conftest import color_task, make_tiny, small_preprocessing
+from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.errors import BackboneChangedError, BackboneError, DataError, MethodError, TrainingError
 from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
 from modelpatch.methods.method import Batches
 from modelpatch.patch import Patch, PatchedModel
 from modelpatch.train import FitSettings, TaskData, fit
 from modelpatch.train.evaluate import evaluate, evaluate_module
 from modelpatch.train.fit import Fit
+from modelpatch.train.images import ImageStore
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,35 @@ def test_a_method_may_be_spelled(backbone: Backbone, colors: TaskData) -> None:
 def test_what_is_no_method_is_refused(backbone: Backbone, colors: TaskData) -> None:
     with pytest.raises(MethodError, match=r"is not a method\. Expected one like"):
         fit(backbone, colors, ScaleBias)  # type: ignore[arg-type]
+
+
+def test_names_in_place_of_a_backbone_or_data_are_refused(backbone: Backbone, colors: TaskData) -> None:
+    with pytest.raises(TrainingError, match=r"'bundled:tiny' is not a backbone\. Load it first"):
+        fit("bundled:tiny", colors, ScaleBias())  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"'flowers/' is not a task's data\. Load it first"):
+        fit(backbone, "flowers/", ScaleBias())  # type: ignore[arg-type]
+
+
+class ToOnePixel(nn.Module):
+    """A network whose last BatchNorm sees one value a channel of every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten())
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.body(images))
+
+
+def test_a_last_image_of_its_own_joins_the_batch_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, sizes = load_backbone(ToOnePixel(), preprocessing=small_preprocessing()), []
+    forward = Fit._forward
+    monkeypatch.setattr(Fit, "_forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=8)
+    assert sizes == [8, 8, 9]
+    with pytest.raises(TrainingError, match="from a batch of 1 at 16 px: a layer has one value a channel"):
+        fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=1)
 
 
 def test_the_file_holds_what_was_asked_for(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
@@ -95,6 +125,16 @@ def test_every_optimizer_lowers_the_loss(backbone: Backbone, colors: TaskData, o
 def test_another_image_size_is_trained_and_kept_in_the_patch(backbone: Backbone, colors: TaskData) -> None:
     patch = fit(backbone, colors, LinearProbe(), epochs=1, image_size=24)
     assert patch.preprocessing == backbone.preprocessing.with_image_size(24)
+
+
+@pytest.mark.parametrize("pixels", [2, 9000])
+def test_an_image_size_that_the_backbone_refuses_is_found_before_an_image_is_read(
+    colors: TaskData, monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    monkeypatch.setattr(ImageStore, "__init__", lambda *_: pytest.fail("no image may be read"))
+    with pytest.raises(BackboneError, match=f"{pixels}"):
+        fit(load_backbone(module), colors, LinearProbe(), image_size=pixels)
 
 
 def test_a_processor_computes_in_float32_unless_told_otherwise(backbone: Backbone, colors: TaskData) -> None:

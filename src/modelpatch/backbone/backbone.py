@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.chain import Chain, build_chain
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocess import Preprocessing
-from modelpatch.errors import BackboneChangedError
+from modelpatch.errors import BackboneChangedError, BackboneError, UntraceableBackboneError
 
 if TYPE_CHECKING:
     from modelpatch.patch import Patch, PatchedModel
@@ -36,6 +36,10 @@ class Backbone:
         classes: Sequence[str] = (),
         about: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UntraceableBackboneError(
+                f"{spec} is a script, which cannot be cut. Give the module it was made from."
+            )
         self.module = module.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.spec = spec
@@ -44,12 +48,19 @@ class Backbone:
         self.classes = tuple(classes)
         self.about = dict(about or {})
         self._segment_names = tuple(segments)
+        self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()
         self._fingerprint = Fingerprint.of(self.chain)
 
     def _build_chain(self) -> None:
         example = torch.zeros(2, *self.input_size, device=self.device)
-        self.chain: Chain = build_chain(self.module, example, self.classifier, self._segment_names)
+        try:
+            self.chain: Chain = build_chain(self.module, example, self.classifier, self._segment_names)
+        except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise BackboneError(
+                f"{self.spec} does not run on images of shape {self.input_size}: {_first_line(error)}. Expected a float32 "
+                "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
+            ) from error
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -91,6 +102,29 @@ class Backbone:
 
         return PatchedModel(self, patch)
 
+    @torch.no_grad()
+    def check_image_size(self, pixels: int) -> None:
+        """Run one blank image of `pixels` x `pixels` through the chain, unless that size was run before.
+
+        Random state and buffers stay as they are. Raises `BackboneError` where the network takes no images of this size,
+        or gives other features for it.
+        """
+        if pixels in self._checked_sizes:
+            return
+        image = torch.zeros(1, *self.preprocessing.with_image_size(pixels).input_size, device=self.device)
+        try:
+            width = self.chain(image).shape[-1]
+            reason = f"it gives {width} features instead of {self.chain.feature_dim}"
+        except (RuntimeError, AssertionError, TypeError, ValueError, LookupError) as error:
+            width, reason = None, _first_line(error)
+        if width != self.chain.feature_dim:
+            raise BackboneError(
+                f"{self.spec} takes no images of {pixels} x {pixels} pixels ({reason}); it was loaded for "
+                f"{self.preprocessing.image_size}. Leave the image size out, choose another, or load the backbone for it "
+                f"(vision transformers of timm: with the argument img_size={pixels})."
+            )
+        self._checked_sizes.add(pixels)
+
     def verify(self) -> None:
         """Hash all frozen tensors again. Raises `BackboneChangedError` naming the segments that moved."""
         now = Fingerprint.of(self.chain)
@@ -105,3 +139,7 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({self.spec!r}, {self.chain!r}, fingerprint {self.fingerprint[:12]})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -9,6 +9,7 @@ network cannot be traced, the chain is coarser, never wrong.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelpatch.backbone.trace import closable, has_children, trace
-from modelpatch.errors import UntraceableBackboneError
+from modelpatch.errors import BackboneError, UntraceableBackboneError
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,9 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
 
     `example` (2, C, H, W) float is run through it to find shapes; `classifier` names the module whose input ends the
     chain (None: the module returns features). `segments` names modules to run one after another instead of tracing.
-    Raises `UntraceableBackboneError` when no cut gives the network's own result.
+    Raises `UntraceableBackboneError` when no cut gives the network's own result, or a name is that of no module.
     """
+    _check_names(module, [*segments, *([classifier] if classifier else [])])
     with torch.no_grad():
         if segments:
             try:
@@ -157,6 +159,16 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
             chain = _coarse_chain(module, example, classifier, error)
             _check(chain, module, example, classifier)
         return chain
+
+
+def _check_names(module: nn.Module, names: Sequence[str]) -> None:
+    modules = dict(module.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        close = difflib.get_close_matches(unknown[0], modules, 5) or [name for name, _ in module.named_children()][:10]
+        raise UntraceableBackboneError(
+            f"{type(module).__name__} has no module {unknown[0]!r}, which segments or classifier name. It has: "
+            f"{', '.join(close)}, ..."
+        )
 
 
 # traced -----------------------------------------------------------------------------------------------------
@@ -306,11 +318,8 @@ def _coarse_chain(
 
 
 def _named_chain(module: nn.Module, example: Tensor, classifier: str | None, names: Sequence[str]) -> Chain:
-    try:
-        parts = [(name, module.get_submodule(name)) for name in names]
-        head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    except AttributeError as error:
-        raise UntraceableBackboneError(f"segments or classifier name no module of the network: {error}") from error
+    parts = [(name, module.get_submodule(name)) for name in names]
+    head = nn.Identity() if classifier is None else module.get_submodule(classifier)
     return _assemble(parts, head, module, _run_shapes(parts, example))
 
 
@@ -399,9 +408,11 @@ def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 
 def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> None:
-    """The chain and its head must give the network's own output, bit for bit."""
+    """The chain and its head must give the network's own output, bit for bit, and it must be finite."""
     probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
     expected = module(probe) if classifier else module(probe).flatten(1)
+    if not torch.isfinite(expected).all():
+        raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
     if not torch.equal(chain.head(chain(probe)), expected):
         raise UntraceableBackboneError(
             f"the {len(chain)} segments found in {type(module).__name__} do not reproduce it. Name its parts in order: "

@@ -18,18 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.described import Described
 from modelpatch.backbone.preprocess import Preprocessing
 from modelpatch.errors import BackboneError, UnknownBackboneError
+from modelpatch.text import first_problem
 
 ASSETS = Path(__file__).parent / "assets"
 METADATA_KEY = "modelpatch_backbone"
 KINDS = "timm:NAME, torchvision:NAME, file:PATH, bundled:NAME or an nn.Module"
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "pretrained": (bool, "true or false"),
+    "weights": (str | Path | None, "the path of a safetensors file"),
+    "preprocessing": (Preprocessing | None, "a modelpatch.backbone.Preprocessing, which is made in Python"),
+    "classifier": (str | None, "the name of a module"),
+    "segments": (list | tuple, 'a list of names of modules, such as ["stem", "stage1"]'),
+    "seed": (int, "an integer from 0 to 2**63 - 1"),
+}
 
 
 def load_backbone(
@@ -50,15 +61,28 @@ def load_backbone(
     constructor. `preprocessing` overrides how images are seen; `classifier` and `segments` name modules where a network
     of your own cannot be cut automatically.
 
-    Raises `UnknownBackboneError` for a spec that names nothing, `BackboneError` for weights that do not fit,
-    `UntraceableBackboneError` for a network that cannot be cut.
+    Raises `UnknownBackboneError` for a spec that names nothing, `BackboneError` for weights that do not fit and for
+    options that are not what they should be, `UntraceableBackboneError` for a network that cannot be cut.
     """
+    _check_options(
+        pretrained=pretrained,
+        weights=weights,
+        preprocessing=preprocessing,
+        classifier=classifier,
+        segments=segments,
+        seed=seed,
+    )
     common: dict[str, Any] = {"segments": segments}
     if isinstance(spec, nn.Module):
+        if arguments or weights is not None or not pretrained:
+            raise BackboneError(
+                f"{type(spec).__name__} is built already: pretrained=False, weights=... and arguments of a constructor "
+                f"({', '.join(arguments) or 'none given'}) do not apply to it. Build the module as you want it."
+            )
         preprocessing = preprocessing or _preprocessing_of(spec)
         name = f"module:{type(spec).__name__}"
         return Backbone(spec, preprocessing, name, classifier=classifier or find_classifier(spec), **common)
-    kind, _, name = spec.partition(":")
+    kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if kind in ("bundled", "file") and not (pretrained and weights is None):
         raise BackboneError(
             f"{spec} is a file of weights: pretrained=False and weights=... do not apply to it. Build the architecture with "
@@ -81,6 +105,16 @@ def load_backbone(
     recorded = {**arguments, **({} if published or weights is not None else {"pretrained": False, "seed": seed})}
     classifier = classifier or find_classifier(module)
     return Backbone(module, preprocessing or default, spec, recorded, classifier, **common)
+
+
+def _check_options(**given: Any) -> None:
+    for name, (kind, expected) in OPTIONS.items():
+        if not isinstance(given[name], kind):
+            raise BackboneError(f"{name} is {given[name]!r}; expected {expected}.")
+    if not all(isinstance(name, str) for name in given["segments"]):
+        raise BackboneError(f"segments is {given['segments']!r}; expected {OPTIONS['segments'][1]}.")
+    if not 0 <= given["seed"] < 2**63:
+        raise BackboneError(f"seed is {given['seed']}; expected {OPTIONS['seed'][1]}.")
 
 
 def find_classifier(module: nn.Module) -> str | None:
@@ -117,7 +151,14 @@ def _preprocessing_of(module: nn.Module) -> Preprocessing:
         return Preprocessing()
     import timm
 
-    return Preprocessing.from_timm(timm.data.config.resolve_model_data_config(module))
+    config = timm.data.config.resolve_model_data_config(module)
+    try:
+        return Preprocessing.from_timm(config)
+    except ValidationError as error:
+        raise BackboneError(
+            f"{type(module).__name__} sees images in a way that is not supported: {first_problem(error)}. Expected square "
+            "RGB images; build the module yourself and give it to load_backbone with preprocessing=..."
+        ) from error
 
 
 def _build_torchvision(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
@@ -154,11 +195,11 @@ def _constructor(name: str) -> Any:
 
 
 def _bundled_path(name: str) -> Path:
-    path = ASSETS / f"{name}.safetensors"
-    if not path.exists():
-        have = ", ".join(sorted(f"bundled:{asset.stem}" for asset in ASSETS.glob("*.safetensors")))
-        raise UnknownBackboneError(f"the package bundles no backbone {name!r}. It has: {have}.")
-    return path
+    bundled = {asset.stem: asset for asset in sorted(ASSETS.glob("*.safetensors"))}
+    if name not in bundled:
+        have = ", ".join(f"bundled:{stem}" for stem in bundled)
+        raise UnknownBackboneError(f"the package bundles no backbone {name[:80]!r}. It has: {have}.")
+    return bundled[name]
 
 
 def _load_file(
@@ -170,69 +211,72 @@ def _load_file(
     arguments: dict[str, Any],
 ) -> Backbone:
     tensors, metadata = _read_tensors(path)
-    try:
-        described = _describe(metadata, path)
-        recorded = Preprocessing(**(described["preprocessing"] or {})).model_dump(exclude_unset=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error!r}") from error
-    described["arguments"] = {**described["arguments"], **arguments}
-    module, default = _build_timm(described["architecture"], False, described["arguments"])
+    described = _describe(metadata, path)
+    recorded = described.preprocessing.model_dump(exclude_unset=True) if described.preprocessing else {}
+    built = {**described.arguments, **arguments}
+    module, default = _build_timm(described.architecture, False, built)
     _load_state(module, tensors, str(path))
+    outputs = getattr(module, "num_classes", None)
+    if described.classes and len(described.classes) != outputs:
+        raise BackboneError(f"{path} names {len(described.classes)} classes for the {outputs} outputs of its network.")
     return Backbone(
         module,
         preprocessing or Preprocessing(**{**default.model_dump(), **recorded}),
         spec,
-        described["arguments"],
+        built,
         classifier or find_classifier(module),
-        classes=described["classes"],
-        about=described["about"],
+        classes=described.classes,
+        about=described.about,
         **common,
     )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; half-precision weights are widened to float32, exactly."""
-    if not path.is_file():
-        raise UnknownBackboneError(f"there is no file {path}. Expected a safetensors file with a backbone's weights.")
     try:
+        if not path.is_file():
+            raise UnknownBackboneError(
+                f"there is no file {path}. Expected a safetensors file with a backbone's weights."
+            )
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise BackboneError(f"{path} is not a readable safetensors file: {error}") from error
+        raise BackboneError(f"{str(path)[:300]} is not a readable safetensors file: {str(error)[:300]}") from error
     half = (torch.float16, torch.bfloat16)
     return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}, metadata
 
 
-def _describe(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """Architecture, arguments, preprocessing, classes and facts from our own metadata or from plain keys."""
+def _describe(metadata: dict[str, str], path: Path) -> Described:
+    """What our own metadata says of the network, or plain keys. Raises `BackboneError` for what cannot be one."""
     if METADATA_KEY in metadata:
-        described = json.loads(metadata[METADATA_KEY])
-        return {key: described[key] for key in ("architecture", "arguments", "preprocessing", "classes", "about")}
+        return Described.parse(metadata[METADATA_KEY], path)
     if "architecture" not in metadata:
         raise BackboneError(
             f"{path} does not say which architecture it holds: its metadata has {sorted(metadata) or 'no keys'}. Expected "
             f"`architecture`, or write it with modelpatch.save_backbone, or load_backbone('timm:NAME', weights={str(path)!r})."
         )
-    plain = dict(metadata)
-    architecture = plain.pop("architecture")
-    convert = {"num_classes": int, "pad_type": str, "bn_eps": float, "global_pool": str}
-    arguments = {key: kind(plain.pop(key)) for key, kind in convert.items() if key in plain}
-    preprocessing: dict[str, Any] = {
-        key: [float(value) for value in plain.pop(key).split(",")] for key in ("mean", "std") if key in plain
-    }
-    if "crop_pct" in plain:
-        preprocessing["crop_pct"] = float(plain.pop("crop_pct"))
-    if "interpolation" in plain:
-        preprocessing["interpolation"] = plain.pop("interpolation")
-    if "input_size" in plain:
-        preprocessing["input_size"] = [int(value) for value in plain.pop("input_size").split(",")]
+    try:
+        return Described.parse(json.dumps(_read_plain(dict(metadata))), path)
+    except ValueError as error:
+        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error}.") from error
+
+
+def _read_plain(metadata: dict[str, str]) -> dict[str, Any]:
+    """Plain keys as the fields of `Described`. Raises ValueError for words where numbers are expected."""
+    numbers = {"num_classes": int, "pad_type": str, "bn_eps": float, "global_pool": str}
+    seen = {"crop_pct": float, "interpolation": str}
+    lists = {"mean": float, "std": float, "input_size": int}
+    preprocessing: dict[str, Any] = {key: kind(metadata.pop(key)) for key, kind in seen.items() if key in metadata}
+    for key, kind in lists.items():
+        if key in metadata:
+            preprocessing[key] = [kind(value) for value in metadata.pop(key).split(",")]
     return {
-        "architecture": architecture,
-        "arguments": arguments,
+        "architecture": metadata.pop("architecture"),
+        "arguments": {key: kind(metadata.pop(key)) for key, kind in numbers.items() if key in metadata},
         "preprocessing": preprocessing,
         "classes": [],
-        "about": plain,
+        "about": metadata,
     }
 
 
@@ -244,13 +288,16 @@ def _load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         raise BackboneError(
             f"the tensors of {source} do not fit {type(module).__name__}: {' '.join(lines[1:3])}"
         ) from error
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BackboneError(f"the tensor {name} of {source} holds NaN or infinity. Fetch or train it again.")
 
 
 def save_backbone(backbone: Backbone, path: str | Path, architecture: str, half: bool = False, **about: Any) -> None:
     """Write a backbone as a file that `load_backbone("file:PATH")` reads.
 
     `architecture` is timm's name and `backbone.arguments` its arguments; `half=True` stores float16. `about` is kept
-    as facts (accuracy, data, licence). The write is atomic.
+    as facts (accuracy, data, licence). The write is atomic. Raises `BackboneError` for what no reader would accept.
     """
     described = {
         "architecture": architecture,
@@ -263,5 +310,10 @@ def save_backbone(backbone: Backbone, path: str | Path, architecture: str, half:
         name: value.half() if half and value.is_floating_point() else value.contiguous()
         for name, value in backbone.module.state_dict().items()
     }
-    metadata = {METADATA_KEY: json.dumps(described, sort_keys=True), "format": "pt"}
-    write_bytes(Path(path), save(tensors, metadata))
+    try:
+        text = json.dumps(described, sort_keys=True)
+        data = save(tensors, {METADATA_KEY: text, "format": "pt"})
+    except (TypeError, ValueError, RuntimeError) as error:  # a fact that is no JSON, tensors that share memory
+        raise BackboneError(f"{backbone.spec} cannot be written to {path}: {error}") from error
+    Described.parse(text, path)
+    write_bytes(Path(path), data)

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from modelpatch.errors import DataError
+from modelpatch.errors import BackboneError, DataError
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -62,8 +62,14 @@ class Preprocessing(BaseModel):
         return math.floor(self.image_size / self.crop_pct)
 
     def with_image_size(self, pixels: int | None) -> Preprocessing:
-        """The same preprocessing at another resolution; None keeps it."""
-        return self if pixels is None else self.model_copy(update={"input_size": (3, pixels, pixels)})
+        """The same preprocessing at another resolution; None keeps it. Raises `BackboneError` for a size out of range."""
+        if pixels is None:
+            return self
+        if type(pixels) is not int or not 0 < pixels <= MAX_PIXELS:
+            raise BackboneError(
+                f"the image size is {pixels!r}; expected a whole number of pixels from 1 to {MAX_PIXELS}."
+            )
+        return self.model_copy(update={"input_size": (3, pixels, pixels)})
 
     def decode(self, source: ImageSource) -> Tensor:
         """uint8 (3, R, R) with R = `resize_to`: decoded, turned upright, resized and cropped to the square centre.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,15 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
+from modelpatch.errors import MethodError
 from modelpatch.methods import COMPARED, make_method
 from modelpatch.methods.registry import split_outside
+from modelpatch.methods.registry import sweep as make_sweep
 from modelpatch.report.html import write_comparison
-from modelpatch.report.plots import check_matplotlib, plot_bytes, plot_comparison
+from modelpatch.report.plots import check_matplotlib, plot_bytes, plot_comparison, plot_sweep
 from modelpatch.report.tables import comparison_markdown, comparison_table, show
+from modelpatch.train import Comparison, load_task
 from modelpatch.train import compare as run_compare
-from modelpatch.train import load_task
 
 
 def compare(
@@ -43,6 +46,9 @@ def compare(
         str,
         typer.Option(help="Comma-separated names, with hyperparameters in brackets and + for combinations, or 'all'."),
     ] = "all",
+    sweep: Annotated[
+        str | None, typer.Option(help="KEY=V1,V2,...: every method with a hyperparameter at each of these values.")
+    ] = None,
     backbone: BackboneOption = "bundled:tiny",
     base_data: Annotated[
         str | None, typer.Option(help="Data of the base's own classes: its accuracy before and after.")
@@ -55,7 +61,9 @@ def compare(
     option: Annotated[list[str] | None, typer.Option("--fit", help="KEY=VALUE, any other setting of fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder in which to keep the patches.")] = None,
     force: ForceOption = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the bars to this picture.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the bars, or with --sweep the lines, to this picture.")
+    ] = None,
     bytes_plot: Annotated[Path | None, typer.Option(help="Draw accuracy against file bytes to this picture.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write table and pictures as one HTML page.")] = None,
@@ -73,7 +81,10 @@ def compare(
     check_pictures(plot=plot, bytes_plot=bytes_plot)
     if html is not None:
         check_matplotlib("--html")
-    names = COMPARED if methods == "all" else split_outside(methods, ",")
+    names = list(COMPARED) if methods == "all" else split_outside(methods, ",")
+    key, values = _read_sweep(sweep)
+    sweeps = {name: make_sweep(name, key, values) for name in names} if values else {}
+    names = [spelled for one in sweeps.values() for spelled in one.values()] or names
     for name in names:
         make_method(name)
     settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed, seeds=seeds)
@@ -89,10 +100,26 @@ def compare(
     if markdown is not None:
         write_bytes(markdown, comparison_markdown(result).encode())
         tell(console, f"wrote {markdown}")
-    for picture, draw in ((plot, plot_comparison), (bytes_plot, plot_bytes)):
+    draw_plot = partial(_draw_sweep, key=key, sweeps=sweeps) if sweeps else plot_comparison
+    for picture, draw in ((plot, draw_plot), (bytes_plot, plot_bytes)):
         if picture is not None:
             draw(result, picture)
             tell(console, f"drew {picture}")
     if html is not None:
         write_comparison(result, html)
         tell(console, f"wrote {html}")
+
+
+def _read_sweep(text: str | None) -> tuple[str, list[str]]:
+    """The key and the values of --sweep; none of either without it. Raises `MethodError`."""
+    if text is None:
+        return "", []
+    key, _, values = text.partition("=")
+    split = [value.strip() for value in split_outside(values, ",") if value.strip()]
+    if not key.strip() or len(split) < 2 or len(set(split)) < len(split):
+        raise MethodError(f"--sweep {text!r} is not KEY=V1,V2,... with at least two values that differ.")
+    return key.strip(), split
+
+
+def _draw_sweep(result: Comparison, path: Path, key: str, sweeps: dict[str, dict[str, str]]) -> None:
+    plot_sweep(result, key, sweeps, path)

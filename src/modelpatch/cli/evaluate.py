@@ -49,8 +49,7 @@ def evaluate(
     check_pictures(plot=plot)
     loaded = Patch.load(patch)
     base = backbone_of(loaded, patch, backbone, parse_arguments(argument), find_device(device))
-    fitted = loaded.created.get("settings", {}).get("seed", 0)  # another split would test on images it was trained on
-    task = load_task(data, seed=fitted if seed is None else seed)
+    task = load_task(data, seed=_fitted_seed(loaded) if seed is None else seed)
     own = None if base_data is None else load_task(base_data, hold_out=False)
     with naming(patch), Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         result = run_evaluate(base, loaded, task, advance)
@@ -63,3 +62,10 @@ def evaluate(
     if plot is not None:
         plot_confusion(result, loaded.task.classes, plot)
         tell(console, f"drew {plot}")
+
+
+def _fitted_seed(patch: Patch) -> int:
+    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
+    settings = patch.created.get("settings")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    return seed if type(seed) is int and seed >= 0 else 0

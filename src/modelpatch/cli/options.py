@@ -39,14 +39,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, or auto for the fastest there is.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
-RESERVED = ("spec", "preprocessing")  # parameters of `load_backbone` that no text can give
-TYPED: dict[str, tuple[type, str]] = {
-    "pretrained": (bool, "true or false"),
-    "seed": (int, "a whole number"),
-    "weights": (str, "a path"),
-    "classifier": (str, "the name of a module"),
-    "segments": (list, 'a list of names: ["stem", "body"]'),
-}
+RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
 
 
 # pairs ------------------------------------------------------------------------------------------------------
@@ -89,13 +82,9 @@ def fit_settings(pairs: list[str] | None, **own: Any) -> dict[str, Any]:
 def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
     """--argument KEY=VALUE. Raises `BackboneError` for what no backbone can be given on a command line."""
     arguments = parse_pairs(pairs, "--argument")
-    for key, value in arguments.items():
-        if key in RESERVED:
-            advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
-            raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
-        kind, expected = TYPED.get(key, (object, ""))
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise BackboneError(f"--argument {key}={value} is not valid. Expected {expected}.")
+    for key in arguments.keys() & RESERVED:
+        advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
+        raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
     return arguments
 
 
@@ -160,6 +149,11 @@ def locate(patch: Patch, patch_path: Path) -> str:
         raise UnknownBackboneError(
             f"{patch_path} was made for a module ({name}) that only your own code can build. Use Python: "
             "mp.load_backbone(module).patched(mp.Patch.load(path))."
+        )
+    if patch.backbone.hub is not None:
+        raise UnknownBackboneError(
+            f"{patch_path} asks for a network of the hub, where anybody may have put it: {patch.backbone.hub}. If you trust "
+            f"it: --backbone {patch.backbone.spec}"
         )
     if kind != "file":
         return patch.backbone.spec

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from modelpatch.errors import MethodError
@@ -65,6 +66,8 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
     Values may be strings, as a command line gives them. Keywords of several methods say whose they are:
     `{"subset.blocks": "layer4"}`. Raises `MethodError` for an unknown name, hyperparameter or value.
     """
+    if not isinstance(spec, str):
+        raise MethodError(f"{spec!r} is not a method's name. Methods: {', '.join(METHODS)}.")
     parts = [_parse(part) for part in split_outside(spec, "+")]
     for key, value in hyperparameters.items():
         owner, _, name = key.rpartition(".")
@@ -76,6 +79,25 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
         chosen[0][name] = value
     methods = [_make(name, values) for name, values in parts]
     return methods[0] if len(methods) == 1 else Composite.of(*methods)
+
+
+def sweep(spec: str, key: str, values: Iterable[str]) -> dict[str, str]:
+    """The spellings of a method with a hyperparameter at each of several values, by the values: for `compare`.
+
+    `sweep("scale-bias", "lr", ["0.001", "0.01"])` gives `scale-bias(lr=0.001)` and `scale-bias(lr=0.01)`. Of several methods
+    the key says whose it is, as in `make_method`. Raises `MethodError` for what cannot be made.
+    """
+    parts = split_outside(spec, "+")
+    owner, _, name = key.rpartition(".")
+    places = [n for n, part in enumerate(parts) if _parse(part)[0] == owner or (not owner and len(parts) == 1)]
+    if not places:
+        raise MethodError(f"{key!r} names no method of {spec!r}. Write METHOD.HYPERPARAMETER with a method of these.")
+    before, part, after = parts[: places[0]], parts[places[0]], parts[places[0] + 1 :]
+    start = f"{part[:-1]}," if part.endswith(")") else f"{part}("
+    spelled = {value: "+".join([*before, f"{start}{name}={value})", *after]) for value in values}
+    for one in spelled.values():
+        make_method(one)
+    return spelled
 
 
 def split_outside(text: str, separator: str) -> list[str]:
@@ -112,7 +134,7 @@ def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
     if name not in METHODS:
         raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
     kind = METHODS[name]
-    known = kind.__dataclass_fields__
-    if unknown := sorted(hyperparameters.keys() - known.keys()):
+    known = [field.name for field in fields(kind) if field.init]
+    if unknown := sorted(hyperparameters.keys() - set(known)):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
     return kind(**hyperparameters)

@@ -15,7 +15,7 @@ from torch import nn
 
 from modelpatch.backbone import Chain
 from modelpatch.errors import ForeignTensorError, UnknownGraftError
-from modelpatch.patch.text import Facts
+from modelpatch.text import Facts
 
 Span = tuple[int, int]
 GraftBuilder = Callable[..., nn.Module]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -36,11 +37,12 @@ from modelpatch.errors import (
 )
 from modelpatch.patch.codec import pack, unpack
 from modelpatch.patch.patch import Header, Patch
-from modelpatch.patch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME
+from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, first_problem
 
 VERSION = 1
 KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
+MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
 
@@ -89,8 +91,8 @@ def read_patch(path: Path) -> Patch:
     """Read and check a patch file. Raises a `PatchFileError` that names the file and what is wrong with it."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise NotAPatchError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
     return decode_patch(data, str(path))
 
 
@@ -103,15 +105,20 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
     outer, payload_start = _read_outer(data, name)
     described = _read_json(outer["__metadata__"][KEY], name)
     version = described.get("version")
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise UnknownPatchVersionError(
             f"{name} is a patch of format version {version!r}; this library reads version {VERSION}. Upgrade modelpatch."
         )
-    _check_table(outer, len(data) - payload_start, name)
-    _check_hash(data, described, outer["__metadata__"][KEY], name)
+    text = outer["__metadata__"][KEY]
+    try:
+        _check_table(outer, len(data) - payload_start, name)
+    except InvalidPatchError:
+        _check_hash(data, described, text, name)  # a damaged table is damage first
+        raise
+    _check_hash(data, described, text, name)
     for tensor_name in outer.keys() - {"__metadata__"}:
         _check_name(tensor_name, STORED_NAME, name)
-    header = _validate(described, name)
+    header = _validate(text, name)
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
     try:
@@ -184,27 +191,33 @@ def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
         if tensor_name == "__metadata__":
             continue
         try:
-            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            count = 1
-            for side in shape:
-                if type(side) is not int or side < 0:
-                    raise ValueError(f"side {side!r}")
-                count *= side
-            if len(entry) != 3 or end - start != count * SIZES[dtype]:
-                raise ValueError("length and shape disagree")
+            spans.append(_span(entry))
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedPatchError(
-                f"{name}: the entry of tensor {tensor_name[:80]!r} is malformed ({error})."
+            raise InvalidPatchError(
+                f"{name}: the entry of tensor {tensor_name[:80]!r} is malformed ({str(error)[:200]})."
             ) from error
-        spans.append((start, end))
     at = 0
     for start, end in sorted(spans):
         if start != at:
-            raise DamagedPatchError(f"{name}: the tensors' bytes overlap or leave a gap at {start}.")
+            raise InvalidPatchError(f"{name}: the tensors' bytes overlap or leave a gap at {str(start)[:80]}.")
         at = end
     if at != payload:
         kind = "truncated" if payload < at else "padded"
         raise PatchLengthError(f"{name} is {kind}: its tensors need {at} payload bytes, the file has {payload}.")
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
+    """Where a tensor's bytes lie. Raises ValueError, TypeError or KeyError for an entry that says nothing sensible."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(entry) != 3 or not isinstance(shape, list) or type(start) is not int or type(end) is not int:
+        raise ValueError("expected a dtype, a shape and two offsets")
+    if wrong := [side for side in shape if type(side) is not int or side < 0]:
+        raise ValueError(f"a side of {str(wrong[0])[:80]!r}")
+    if math.prod(max(side, 1) for side in shape) > MAX_SIDES:
+        raise ValueError("sides whose product is larger than any tensor")
+    if end - start != math.prod(shape) * SIZES[dtype]:
+        raise ValueError("length and shape disagree")
+    return start, end
 
 
 def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) -> None:
@@ -248,14 +261,12 @@ def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> 
         )
 
 
-def _validate(described: dict[str, Any], name: str) -> Header:
+def _validate(text: str, name: str) -> Header:
     try:
-        return Header.model_validate(described)
+        return Header.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = repr(".".join(str(part) for part in first["loc"]))[:80]
-        kind = HostileNameError if "cannot be printed" in first["msg"] else InvalidPatchError
-        raise kind(f"{name}: the header's {where} is not valid: {first['msg']}.") from error
+        kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
+        raise kind(f"{name}: the header's {first_problem(error)}.") from error
 
 
 def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:

@@ -6,27 +6,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
+from modelpatch.backbone.described import Arguments
 from modelpatch.backbone.fingerprint import hash_tensors
-from modelpatch.errors import PatchError, WrongBackboneError
+from modelpatch.errors import NotAPatchError, PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.heads import HeadRecord
 from modelpatch.patch.task import Task
-from modelpatch.patch.text import Facts, Text
+from modelpatch.text import Facts, Text, first_problem
 
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
 
-READING = {"weights", "checkpoint_path", "cache_dir", "hf_hub_id", "pretrained_cfg"}
 CHANGES = ("replace/", "mask/", "delta/")
+HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
 
 
 class BackboneRecord(BaseModel):
@@ -35,38 +37,48 @@ class BackboneRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spec: Text
-    arguments: Facts = {}
+    arguments: Arguments = {}
     fingerprint: Fingerprint
     parameters: int = Field(gt=0)
     bytes: int = Field(gt=0)
 
-    @field_validator("arguments")
-    @classmethod
-    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A file may say how a network is built, never which other files or addresses are read."""
-        nested = {key for key, value in arguments.items() if isinstance(value, dict)}
-        if reading := sorted((READING & arguments.keys()) | nested):
-            raise ValueError(f"a patch cannot set {reading[0]!r} of its backbone")
-        return arguments
-
     @field_validator("spec")
     @classmethod
     def _no_path(cls, spec: str) -> str:
+        """No folder of this machine: neither in a file's name nor where timm would look for a model."""
         kind, separator, name = spec.partition(":")
-        if not separator or (kind == "file" and Path(name).name != name):
+        source, _, repository = name.rpartition(":")
+        if kind == "timm" and source:
+            plain = source.lower() in HUBS and not repository.startswith((".", "/"))
+        else:
+            plain = Path(name).name == name
+        if not separator or not plain:
             raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
         return spec
 
+    @property
+    def hub(self) -> str | None:
+        """The repository that `spec` names if anybody may have put the network there, for a person to decide on."""
+        source, _, repository = self.spec.removeprefix("timm:").partition(":")
+        return repository if source.lower() in HUBS else None
+
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneRecord:
+        """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
         parameters = list(backbone.module.parameters())
-        return cls(
-            spec=backbone.spec,
-            arguments=backbone.arguments,
-            fingerprint=backbone.fingerprints,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
-        )
+        try:
+            return cls(
+                spec=backbone.spec,
+                arguments=backbone.arguments,
+                fingerprint=backbone.fingerprints,
+                parameters=sum(parameter.numel() for parameter in parameters),
+                bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
+            )
+        except ValidationError as error:
+            raise PatchError(
+                f"no patch file could say how {backbone.spec} was loaded: {first_problem(error)}. Build the network "
+                "yourself and give the module to load_backbone."
+            ) from error
 
 
 class MethodRecord(BaseModel):
@@ -128,6 +140,8 @@ class Patch:
         """
         from modelpatch.patch.file import read_patch
 
+        if not isinstance(path, str | PathLike):
+            raise NotAPatchError(f"{path!r} is no path. Expected that of a patch file.")
         return read_patch(Path(path))
 
     def save(self, path: str | Path, *, compress: bool = True) -> Path:
@@ -180,10 +194,12 @@ class Patch:
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises `WrongBackboneError` unless the chain is, byte for byte, the one the patch was made for.
 
-        The base's own classifier may differ: no patch reads it.
+        The base's own classifier may differ: no patch reads it. Raises `BackboneError` for a patch whose images the
+        backbone cannot take.
         """
         expected, given = self.backbone.fingerprint, backbone.fingerprints
         if expected.chain == given.chain:
+            backbone.check_image_size(self.preprocessing.image_size)
             return
         described = f"this patch was made for {self.backbone.spec} (chain {expected.chain[:12]})"
         if len(expected.segments) != len(given.segments):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,30 @@ def figure(path: Path, width: float, height: float, columns: int = 1) -> Iterato
         raise ModelpatchError(
             f"cannot draw {path}: {error}. Use a .png, .svg or .pdf in a folder that exists."
         ) from error
+
+
+def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Top-1 against a hyperparameter, a line a method: `sweeps` holds the rows' names by method and value."""
+    rows = {row.method: row for row in comparison.rows}
+    with figure(path, 7, 4.5) as axes:
+        for number, (method, spelled) in enumerate(sweeps.items()):
+            found = {value: rows[name] for value, name in spelled.items() if name in rows}
+            tops = [100 * row.top1 for row in found.values()]
+            errors = [100 * (row.top1_error or 0) for row in found.values()]
+            places = _numbers(found) or list(found)
+            axes.errorbar(places, tops, yerr=errors, color=f"C{number}", marker="o", capsize=3, label=method)
+        if all(min(_numbers(spelled), default=0) > 0 for spelled in sweeps.values()):
+            axes.set_xscale("log")
+        axes.set(xlabel=key, ylabel="top-1 (%)", title=f"{comparison.task} on {comparison.backbone}")
+        axes.legend(frameon=False)
+
+
+def _numbers(values: Iterable[str]) -> list[float]:
+    """The values as numbers; none if any is no number."""
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return []
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:

@@ -154,13 +154,16 @@ def parts_table(inspection: Inspection) -> Table:
 
 
 def _figure(name: str, value: Any, parameters: int) -> str:
+    """A fact of a patch file for people, whatever a stranger wrote into it."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, float) and "top" in name:
         return f"{percent(value)} %"
-    if name == "trainable_parameters":
+    if type(value) is not int:
+        return str(value)
+    if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
         return f"{value:,} besides the head, {100 * value / parameters:.2g} % of the backbone's"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}"
 
 
 def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:

@@ -24,14 +24,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
+from pydantic import ValidationError
 
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, image_bytes, open_image
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.patch import Task
+from modelpatch.text import first_problem
 
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
 LABEL_COLUMNS = ("label", "class", "fine_label", "target")
+MANIFESTS = (".parquet", ".csv")
 TEST_FRACTION = 0.2
 
 
@@ -73,14 +76,29 @@ class TaskData:
         return self.task.classes
 
     def with_validation(self, fraction: float, seed: int) -> TaskData:
-        """The task with a stratified share of its training images as validation split, unless it has one."""
+        """The task with a stratified share of its training images as validation split, unless it has one.
+
+        Raises `DataError` for a share that leaves a class without training images, or nothing to validate on.
+        """
         if self.validation is not None:
             return self
+        if not 0 < fraction < 1:
+            raise DataError(f"the share of images held out for validation is {fraction}; expected one between 0 and 1.")
         keep, held = stratified(self.train.labels, fraction, seed)
+        if not len(held):
+            raise DataError(f"no class of {self.task.name} has an image to spare for validation. Add images, or none.")
+        if lost := set(self.train.labels[held]) - set(self.train.labels[keep]):
+            name, count = self.classes[min(lost)], int((self.train.labels == min(lost)).sum())
+            raise DataError(
+                f"a share of {fraction:g} for validation leaves the class {name!r} none of its {count} images to train on. "
+                "Hold out a smaller share, or add images."
+            )
         return replace(self, train=self.train.take(keep), validation=self.train.take(held))
 
     def subsample(self, count: int, seed: int = 0) -> TaskData:
-        """The task with `count` stratified training images; all of them if it has fewer."""
+        """The task with `count` stratified training images; all of them if it has fewer. Raises `DataError` below 1."""
+        if count < 1:
+            raise DataError(f"a subsample of {count} images is no task; expected at least one.")
         if count >= len(self.train):
             return self
         _, rows = stratified(self.train.labels, count / len(self.train), seed)
@@ -97,30 +115,43 @@ def load_task(source: str | Path, *, name: str | None = None, seed: int = 0, hol
 
     With `hold_out=False` a source without a test split is tested on all its images: for data that is only measured.
 
-    Raises `DataError` for a source that holds no images, has one class, or has labels of classes that are not trained.
+    Raises `DataError` for a source that cannot be read or holds no images, has one class, or has labels of classes that
+    are not trained.
     """
     text = str(source)
+    if not isinstance(source, str | Path) or not text:
+        raise DataError(f"{source!r} is no data. Expected a folder, a manifest, hf:NAME or bundled:digits.")
+    _check_seed(seed)
     if text.startswith("hf:"):
         splits, classes = _read_hub(text.removeprefix("hf:"))
         stem = text.rsplit("/", 1)[-1].removeprefix("hf:")
     elif text == "bundled:digits":
         splits, classes, stem = *_read_digits(), "digits"
     else:
-        path = Path(source).expanduser()
-        splits, classes = _read_path(path)
-        stem = path.resolve().stem if path.is_file() else path.resolve().name
+        try:
+            path = Path(source).expanduser()
+            splits, classes = _read_path(path)
+            stem = path.resolve().stem if path.is_file() else path.resolve().name
+        except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
+            raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
     return _assemble(splits, classes, name or stem, text, seed if hold_out else None)
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row indices (rest, share): `share` holds about `fraction` of each class, at least one of each with two rows."""
+    _check_seed(seed)
     generator = np.random.default_rng(seed)
-    share: list[np.ndarray] = []
+    share: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
         share.append(rows[: max(round(fraction * len(rows)), int(len(rows) > 1))])
     taken = np.sort(np.concatenate(share))
     return np.setdiff1d(np.arange(len(labels)), taken), taken
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise DataError(f"the seed of a split is {seed!r}; expected a whole number from 0 on.")
 
 
 def source_size(split: Split, sample: int = 16) -> int:
@@ -136,10 +167,15 @@ def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: 
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
     if empty := [split for split, images in raw.items() if not len(images)]:
         raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
+    for split, images in raw.items():
+        if images.labels.min() < 0 or images.labels.max() >= len(classes):
+            raise DataError(f"{source}: its split {split!r} has images without a label. Leave it out, or label them.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = raw["train"]
     if "test" not in raw and seed is not None:
         keep, held = stratified(train.labels, TEST_FRACTION, seed)
+        if not len(held):
+            raise DataError(f"{source} has one image a class, and no test split. Add images.")
         train, raw["test"] = train.take(keep), train.take(held)
         facts["test_split"] = f"stratified {TEST_FRACTION:.0%}, seed {seed}"
     raw.setdefault("test", train)
@@ -148,8 +184,8 @@ def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: 
         raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
         task = Task(name=name, classes=tuple(classes))
-    except ValueError as error:
-        raise DataError(f"{source}: its name or class names cannot be used: {error}") from error
+    except ValidationError as error:
+        raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
     return TaskData(task, train, raw["test"], raw.get("validation"), facts)
 
 
@@ -157,21 +193,32 @@ def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: 
 
 
 def _read_path(path: Path) -> tuple[dict[str, Split], list[str]]:
-    if path.is_file() and path.suffix in (".csv", ".parquet"):
-        return _from_rows(_read_rows(path), path)
+    if path.is_file() and path.suffix in MANIFESTS:
+        return _from_rows(_read_manifest(path, path.parent), path)
     if not path.is_dir():
         raise DataError(f"{path} is neither a folder of images nor a .csv or .parquet manifest.")
-    for suffix in (".parquet", ".csv"):
-        files = {SPLITS[file.stem]: file for file in sorted(path.glob(f"*{suffix}")) if file.stem in SPLITS}
+    for suffix in MANIFESTS:
+        files = _by_split([file for file in sorted(path.glob(f"*{suffix}")) if file.is_file()])
         if "train" in files:
-            rows = [{**row, "split": split} for split, file in files.items() for row in _read_rows(file)]
-            return _from_rows(rows, path)
-    folders = {SPLITS[folder.name]: folder for folder in sorted(path.iterdir()) if folder.name in SPLITS}
+            return _from_rows([row for split, file in files.items() for row in _read_manifest(file, path, split)], path)
+    folders = _by_split([folder for folder in sorted(path.iterdir()) if folder.is_dir()])
     if folders and "train" not in folders:
         raise DataError(
             f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
         )
     return _read_folders(folders or {"train": path}, path)
+
+
+def _by_split(paths: list[Path]) -> dict[str, Path]:
+    """The files or folders that are named as splits. Raises `DataError` for two of one split (`val`, `validation`)."""
+    splits: dict[str, Path] = {}
+    for path in paths:
+        name = path.stem if path.suffix in MANIFESTS else path.name
+        if name in SPLITS:
+            other = splits.setdefault(SPLITS[name], path)
+            if other is not path:
+                raise DataError(f"{other} and {path} are both the {SPLITS[name]} split. Keep one of them.")
+    return splits
 
 
 def _read_folders(folders: dict[str, Path], path: Path) -> tuple[dict[str, Split], list[str]]:
@@ -193,49 +240,86 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a manifest; class names that a parquet file carries are put in place of their numbers."""
+@dataclass(frozen=True)
+class _Row:
+    """One line of a manifest, checked."""
+
+    image: ImageSource
+    label: str
+    split: str
+
+
+def _read_manifest(path: Path, folder: Path, split: str | None = None) -> list[_Row]:
+    """The rows of a manifest whose images lie in `folder`, all of one `split` or each of its own.
+
+    Raises `DataError` that names the file and the row.
+    """
+    columns, rows = _read_columns(path)
+    image = next((column for column in IMAGE_COLUMNS if column in columns), None)
+    label = next((column for column in LABEL_COLUMNS if column in columns), None)
+    if image is None or label is None:
+        raise DataError(
+            f"{path} has the columns {', '.join(columns) or '(none)'}. Expected one of {', '.join(IMAGE_COLUMNS)} and one "
+            f"of {', '.join(LABEL_COLUMNS)}."
+        )
+    result = []
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number + 1}"
+        if None in row:
+            raise DataError(
+                f"{where}: it has more cells than the {len(columns)} columns. Quote cells that hold commas."
+            )
+        for column in (image, label):
+            if _is_missing(row[column]):
+                raise DataError(f"{where}: it has no {column}.")
+        name = split or str(row.get("split") or "train")
+        if name not in SPLITS:
+            raise DataError(f"{where}: split {name!r} is none of {', '.join(SPLITS)}.")
+        result.append(_Row(_image_source(row[image], folder, where), str(row[label]), SPLITS[name]))
+    return result
+
+
+def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
+    """The columns and rows of a manifest; class names that a parquet file carries are put in place of their numbers."""
     try:
         if path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8-sig") as stream:
-                return list(csv.DictReader(stream))
+                reader = csv.DictReader(stream)
+                return list(reader.fieldnames or ()), list(reader)
         table = pyarrow.parquet.read_table(path)
-        described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as a manifest: {error}") from error
-    rows = table.to_pylist()
-    features = described.get("info", {}).get("features", {})
-    for column in LABEL_COLUMNS:
-        if names := features.get(column, {}).get("names"):
+        rows = table.to_pylist()
+        for column, names in _class_names(table.schema.metadata or {}).items():
             for row in rows:
-                row[column] = names[row[column]]
-    return rows
+                if row.get(column) is not None:
+                    row[column] = names[row[column]]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as a manifest: {error}") from error
+    return table.column_names, rows
 
 
-def _from_rows(rows: list[dict[str, Any]], path: Path) -> tuple[dict[str, Split], list[str]]:
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of classes by column, as `datasets` writes them into a parquet file."""
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    described = {column: features.get(column, {}).get("names") for column in LABEL_COLUMNS}
+    return {column: names for column, names in described.items() if names}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _from_rows(rows: list[_Row], path: Path) -> tuple[dict[str, Split], list[str]]:
     if not rows:
         raise DataError(f"{path} has no rows.")
-    image = next((column for column in IMAGE_COLUMNS if column in rows[0]), None)
-    label = next((column for column in LABEL_COLUMNS if column in rows[0]), None)
-    if image is None or label is None:
-        raise DataError(
-            f"{path} has the columns {', '.join(rows[0])}. Expected one of {', '.join(IMAGE_COLUMNS)} and one of "
-            f"{', '.join(LABEL_COLUMNS)}."
-        )
-    classes = sorted({str(row[label]) for row in rows if row.get(label) is not None}, key=_numeric_first)
+    classes = sorted({row.label for row in rows}, key=_numeric_first)
     index = {name: number for number, name in enumerate(classes)}
-    folder = path if path.is_dir() else path.parent
-    splits: dict[str, tuple[list[ImageSource], list[int]]] = {}
-    for number, row in enumerate(rows):
-        if row.get(label) is None or row.get(image) is None:
-            raise DataError(f"{path}, row {number + 1}: it has no {label if row.get(label) is None else image}.")
-        split = str(row.get("split") or "train")
-        if split not in SPLITS:
-            raise DataError(f"{path}, row {number + 1}: split {split!r} is none of {', '.join(SPLITS)}.")
-        images, labels = splits.setdefault(SPLITS[split], ([], []))
-        images.append(_image_source(row[image], folder, f"{path}, row {number + 1}"))
-        labels.append(index[str(row[label])])
-    return {name: Split(images, np.array(labels, dtype=np.int64)) for name, (images, labels) in splits.items()}, classes
+    splits: dict[str, list[_Row]] = {}
+    for row in rows:
+        splits.setdefault(row.split, []).append(row)
+    return {
+        split: Split([row.image for row in members], np.array([index[row.label] for row in members], dtype=np.int64))
+        for split, members in splits.items()
+    }, classes
 
 
 def _numeric_first(name: str) -> tuple[int, int, str]:
@@ -249,7 +333,7 @@ def _image_source(value: Any, folder: Path, where: str) -> ImageSource:
         return value
     file = folder / str(value)
     if not value or not file.is_file():
-        raise DataError(f"{where}: there is no image {file}.")
+        raise DataError(f"{where}: there is no image {str(file)[:300]}.")
     return file
 
 

@@ -28,7 +28,14 @@ from torch import Tensor
 
 import modelpatch
 from modelpatch.backbone import Backbone
-from modelpatch.errors import CheckpointMismatchError, DivergedError, MethodError, TrainingError, TrainingWarning
+from modelpatch.errors import (
+    CheckpointMismatchError,
+    DataError,
+    DivergedError,
+    MethodError,
+    TrainingError,
+    TrainingWarning,
+)
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share
@@ -123,6 +130,10 @@ def fit(
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
     chosen = check_settings(settings)
+    if not isinstance(backbone, Backbone):
+        raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
+    if not isinstance(data, TaskData):
+        raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
     if isinstance(method, str):
         method = make_method(method)
     if not isinstance(method, Method):
@@ -184,7 +195,9 @@ class Fit:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
         self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+        backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
+        self.record = BackboneRecord.of(backbone)
         identity = self._identity()
         self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
@@ -260,6 +273,14 @@ class Fit:
         store = self._decode("validation")
         return self._make_inputs(store, Augmentation("none"), 1), store.labels
 
+    def _batches(self, epoch: int) -> list[Tensor]:
+        """The epoch's rows, batch by batch; a last image of its own joins the batch before, for layers that need two."""
+        order, size = self._order(epoch), self.settings.batch_size
+        batches = list(order.split(size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [order[-size - 1 :]]
+        return batches
+
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.data.train), generator=generator)
@@ -271,7 +292,7 @@ class Fit:
     # the loop -----------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        per_epoch = -(-len(self.labels) // self.settings.batch_size)
+        per_epoch = len(self._batches(0))
         total = per_epoch * self.settings.epochs
         weights = self._class_weights()
         if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
@@ -281,7 +302,7 @@ class Fit:
             while self.state.step < total and self.state.stale < patience:
                 epoch, offset = divmod(self.state.step, per_epoch)
                 self.method.train_mode(self.model)
-                for number, rows in enumerate(self._order(epoch).split(self.settings.batch_size)):
+                for number, rows in enumerate(self._batches(epoch)):
                     if number >= offset:
                         self._step(rows, epoch, number, total, weights)
                         advance(1)
@@ -295,8 +316,7 @@ class Fit:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         inputs = self._to_device(self.inputs.batch(rows, epoch, number))
-        with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
-            logits = self.model.run_from(inputs, self.inputs.start)
+        logits = self._forward(inputs)
         loss = F.cross_entropy(
             logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
         )
@@ -309,6 +329,18 @@ class Fit:
         self.scaler.update()
         self.state.loss_sum += loss.item()
         self.state.step += 1
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        try:
+            with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
+                return self.model.run_from(inputs, self.inputs.start)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"batch statistics cannot be learned from a batch of {len(inputs)} at {self.preprocessing.image_size} px: a "
+                "layer has one value a channel. Raise batch_size or image_size, or freeze the statistics."
+            ) from error
 
     def _end_epoch(self, epoch: int, per_epoch: int) -> None:
         row = {"epoch": epoch + 1, "loss": self.state.loss_sum / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -394,7 +426,7 @@ class Fit:
             self.model.load_state(self.state.best)
         model = self.model
         patch = Patch(
-            backbone=BackboneRecord.of(self.backbone),
+            backbone=self.record,
             task=self.data.task,
             preprocessing=self.preprocessing,
             head=cast(HeadRecord, model.head.record),

@@ -1,11 +1,11 @@
-"""Text that enters a patch file and leaves it again on somebody's terminal or web page: plain, printable, short."""
+"""Text that enters a file and leaves it again on somebody's terminal or web page: plain, printable, short."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, StringConstraints
+from pydantic import AfterValidator, StringConstraints, ValidationError
 
 MAX_LENGTH = 256
 
@@ -29,6 +29,13 @@ def check_facts(value: Any) -> Any:
         for item in value:
             check_facts(item)
     return value
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that a model found wrong, in one short line: `'task.classes' is not valid: ...`."""
+    first = error.errors()[0]
+    where = repr(".".join(str(part) for part in first["loc"]))[:80]
+    return f"{where} is not valid: {' '.join(first['msg'].split())[:400]}"
 
 
 Facts = Annotated[dict[str, Any], AfterValidator(check_facts)]
