@@ -68,7 +68,7 @@ def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[st
             found = {value: rows[name] for value, name in spelled.items() if name in rows}
             tops = [100 * row.top1 for row in found.values()]
             errors = [100 * (row.top1_error or 0) for row in found.values()]
-            places = _numbers(found) or list(found)
+            places: list[float] | list[str] = _numbers(found) or list(found)
             axes.errorbar(places, tops, yerr=errors, color=f"C{number}", marker="o", capsize=3, label=method)
         if all(min(_numbers(spelled), default=0) > 0 for spelled in sweeps.values()):
             axes.set_xscale("log")
