@@ -13,12 +13,14 @@ __version__ = "0.1.0"
 
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
+from modelpatch.engine import Engine
 from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task
 from modelpatch.train import compare, evaluate, fit, harmonic_mean, load_task
 
 __all__ = [
     "Backbone",
     "BoundPatch",
+    "Engine",
     "Patch",
     "PatchedModel",
     "Preprocessing",

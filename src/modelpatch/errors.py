@@ -108,8 +108,22 @@ class TrainingWarning(UserWarning):
     """A run that will end, but not as its user means it to."""
 
 
+# engine -----------------------------------------------------------------------------------------------------
+
+
 class UnknownTaskError(ModelpatchError):
     """A task name that no loaded patch has."""
+
+
+class BudgetError(ModelpatchError):
+    """What was asked for does not fit into the memory that was allowed."""
+
+
+class EngineError(ModelpatchError):
+    """An engine is asked for something it cannot do with the images or patches at hand."""
+
+
+# extras -----------------------------------------------------------------------------------------------------
 
 
 class MissingExtraError(ModelpatchError):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
+from modelpatch.engine import Engine, Tuning
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods import METHODS as REGISTERED
 from modelpatch.methods import (
@@ -142,6 +143,33 @@ def test_a_saved_patch_answers_bit_for_bit_as_before(fitted: Fitted) -> None:
     assert torch.equal(BoundPatch(fitted.backbone, loaded)(fitted.images), logits)
     assert logits.shape == (3, 3)
     assert logits.isfinite().all()
+
+
+def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted) -> None:
+    engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=Tuning())
+    logits = fitted.backbone.patched(fitted.patch)(fitted.images)
+    answers = engine(fitted.images)
+    assert torch.equal(answers["patch"], logits)
+    assert torch.equal(answers["base"], fitted.before)
+    rows = ["patch", "base", "patch"]
+    for row, (name, answer) in enumerate(zip(rows, engine(fitted.images, tasks=rows), strict=True)):
+        alone = logits[row] if name == "patch" else fitted.before[row]
+        assert (answer - alone).abs().max() <= 1e-5 * alone.abs().max()
+        assert answer.argmax() == alone.argmax()
+
+
+def test_a_tuned_engine_answers_within_rounding(fitted: Fitted) -> None:
+    engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=tuned(fitted.backbone))
+    logits = fitted.backbone.patched(fitted.patch)(fitted.images)
+    answers = engine(fitted.images)
+    for answer, alone in ((answers["patch"], logits), (answers["base"], fitted.before)):
+        assert (answer - alone).abs().max() <= 1e-5 * alone.abs().max()
+        assert torch.equal(answer.argmax(1), alone.argmax(1))
+
+
+def tuned(backbone: Backbone) -> Tuning:
+    """Everything that may move the last digits; folding, which takes seconds for a large network, for the small ones."""
+    return Tuning(channels_last=True, fold=len(backbone.chain) < 20, piece_bytes=2**16, merge_rows=16)
 
 
 def test_the_file_is_as_large_as_inspect_says(fitted: Fitted) -> None:

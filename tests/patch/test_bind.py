@@ -17,8 +17,8 @@ from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import ForeignTensorError, ModelpatchError, UnknownGraftError, WrongBackboneError
 from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Graft, Patch, PatchedModel, register_graft
-from modelpatch.patch.bind import skeleton_for
 from modelpatch.patch.blueprint import _BUILDERS
+from modelpatch.patch.bound import skeleton_for
 from modelpatch.patch.file import decode_patch, encode_patch
 
 METHODS = [

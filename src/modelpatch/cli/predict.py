@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
+from rich.console import Console
 
-from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
 from modelpatch.cli.options import (
     ArgumentOption,
@@ -21,9 +19,11 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import JsonOption, check_file, open_console, write_json
+from modelpatch.engine import Answers, Engine, Tuning, describe_step
+from modelpatch.engine.engine import BASE
 from modelpatch.errors import DataError, ModelpatchError
-from modelpatch.patch import BoundPatch, Patch
-from modelpatch.report.tables import prediction_table, show
+from modelpatch.patch import Patch
+from modelpatch.report.tables import prediction_table, show, timing_table
 from modelpatch.train.progress import Progress
 
 Row = dict[str, Any]
@@ -36,31 +36,48 @@ def predict(
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images ahead; 0 decodes in this one.")] = 0,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="First measure what is fastest here: some seconds, worth it for hundreds of images."
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what the patches share, and what each part took for a batch.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan here (.png, .svg or .pdf).")] = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Answer for every image with every patch. All patches must belong to one backbone.
+    """Answer for every image with every patch in one pass. All patches must belong to one backbone.
 
     An image that cannot be read gets an error in its row; the others are answered and the exit status is 1.
     """
     console = open_console(json)
     check_file("--json", json)
+    check_file("--plot", plot)
     files = find_images(images)
     patches = {path: Patch.load(path) for path in patch}
     if len(patches) < len(patch):
         raise ModelpatchError("a patch file is named twice; give each --patch once.")
     loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))
-    bound = {name: _bind(loaded, path, patches[path]) for name, path in _names(patches).items()}
-    answers: list[Row] = []
+    engine = Engine(loaded, tuning=None if tune else Tuning())
+    for name, path in _names(patches).items():
+        with naming(path):
+            engine.add(name, patches[path])
+    tasks = [name for name in engine if base or name != BASE]
+    rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
     with Progress("predict") as bar, bar.task("images", len(files)) as advance:
-        for at in range(0, len(files), batch_size):
-            chunk = files[at : at + batch_size]
-            answers += _answer(loaded, bound, base, chunk, top)
-            advance(len(chunk))
-    show(console, prediction_table(answers))
-    write_json(json, answers)
-    if broken := sum("error" in answer for answer in answers):
+        for answers in engine.stream(files, only=tasks, batch_size=batch_size, workers=workers):
+            _fill(rows, answers, engine, top)
+            advance(len(answers.rows) + len(answers.errors))
+    show(console, prediction_table(rows))
+    readable = [file for file, row in zip(files, rows, strict=True) if "error" not in row]
+    report = _explain(engine, readable[:batch_size], tasks, console, plot) if (explain or plot) and readable else None
+    write_json(json, {"images": rows, "plan": report} if explain else rows)
+    if broken := len(files) - len(readable):
         raise DataError(f"{broken} of {len(files)} images cannot be read; the others are answered.")
 
 
@@ -90,42 +107,31 @@ def _names(patches: dict[Path, Patch]) -> dict[str, Path]:
     return named
 
 
-def _bind(backbone: Backbone, path: Path, patch: Patch) -> BoundPatch:
-    with naming(path):
-        return BoundPatch(backbone, patch)
+def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int) -> None:
+    """Write a batch's answers and errors into the rows of its images."""
+    for place, error in answers.errors.items():
+        rows[place]["error"] = error
+    for name, logits in answers.logits.items():
+        classes = engine.classes(name) or tuple(map(str, range(logits.shape[1])))
+        best = logits.softmax(1).topk(min(top, len(classes)), dim=1)
+        for place, values, indices in zip(answers.rows, best.values.tolist(), best.indices.tolist(), strict=True):
+            pairs = zip(indices, values, strict=True)
+            rows[place]["tasks"][name] = [{"label": classes[i], "probability": value} for i, value in pairs]
 
 
-def _answer(backbone: Backbone, bound: dict[str, BoundPatch], base: bool, files: list[Path], top: int) -> list[Row]:
-    """A row an image, with its tasks' answers or the error of an image that cannot be read."""
-    kinds = {patch.preprocessing for patch in bound.values()} | ({backbone.preprocessing} if base else set())
-    rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
-    pixels = [_decode(row, file, kinds) for row, file in zip(rows, files, strict=True)]
-    readable = [row for row in rows if "error" not in row]
-    if not readable:
-        return rows
-    inputs = {
-        kind: kind.normalize(kind.center_crop(torch.stack([one[kind] for one in pixels if one]))).to(backbone.device)
-        for kind in kinds
+def _explain(engine: Engine, files: list[Path], tasks: list[str], console: Console, plot: Path | None) -> Row:
+    """Print the plan for one batch and what its steps took; the same as facts for JSON."""
+    plan, timings = engine.explain(engine.read(files, tasks), only=tasks)
+    console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(engine.tuning), markup=False, highlight=False, soft_wrap=True)
+    show(console, timing_table(timings))
+    if plot is not None:
+        plan.draw(str(plot))
+    steps = [{"step": describe_step(timing.step), "milliseconds": 1000 * timing.seconds} for timing in timings]
+    return {
+        "flops": plan.flops,
+        "separate_flops": plan.separate_flops,
+        "bytes": plan.bytes,
+        "memory": engine.memory,
+        "steps": steps,
     }
-    for name, patch in bound.items():
-        _fill(readable, name, patch(inputs[patch.preprocessing]), patch.task.classes, top)
-    if base:
-        logits = backbone(inputs[backbone.preprocessing])
-        _fill(readable, "base", logits, backbone.classes or tuple(map(str, range(logits.shape[1]))), top)
-    return rows
-
-
-def _decode(row: Row, file: Path, kinds: set[Preprocessing]) -> dict[Preprocessing, Tensor]:
-    """The image as every preprocessing decodes it; nothing, and an error in its row, for one that cannot be read."""
-    try:
-        return {kind: kind.decode(file) for kind in kinds}
-    except DataError as error:
-        row["error"] = str(error)
-        return {}
-
-
-def _fill(rows: list[Row], name: str, logits: Tensor, classes: tuple[str, ...], top: int) -> None:
-    scores = logits.softmax(1)
-    best = scores.topk(min(top, len(classes)), dim=1)
-    for row, values, indices in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-        row["tasks"][name] = [{"label": classes[i], "probability": v} for i, v in zip(indices, values, strict=True)]

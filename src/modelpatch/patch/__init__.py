@@ -1,7 +1,8 @@
 """What a patch is: tensors over a frozen backbone, a head and a task, in one file that cannot be silently damaged."""
 
-from modelpatch.patch.bind import BoundPatch, PatchedModel
+from modelpatch.patch.bind import PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.bound import BoundPart, BoundPatch
 from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
@@ -10,6 +11,7 @@ from modelpatch.patch.weights import Reweighting
 __all__ = [
     "BackboneRecord",
     "Blueprint",
+    "BoundPart",
     "BoundPatch",
     "DraftHead",
     "Graft",

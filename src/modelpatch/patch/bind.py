@@ -1,16 +1,12 @@
-"""A patch on its backbone: as a module of its own, or as a light record among hundreds that share one structure.
+"""A patch on its backbone as a module of its own: a plain `nn.Module` whose frozen parameters are the backbone's bytes.
 
-`PatchedModel` is a plain `nn.Module` whose frozen parameters are the backbone's own bytes. `BoundPatch` holds the
-patch's numbers in one flat tensor and lends them to a `PatchedModel` shared by all patches of the same structure, so
-that it costs its own bytes and next to nothing else.
+`bound.py` has the light record for patches that are used by the hundred.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +16,7 @@ from modelpatch.backbone import Backbone, Chain, Segment, clone_module
 from modelpatch.errors import ForeignTensorError
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.heads import DraftHead, HeadRecord, pool, pooled_axes, pooled_width
-from modelpatch.patch.weights import MADE, Reweighting, StoredWeight, resolve, set_strength
+from modelpatch.patch.weights import Reweighting, resolve, set_strength
 
 if TYPE_CHECKING:
     from modelpatch.patch.patch import Patch
@@ -257,85 +253,3 @@ def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor])
         if tensors[name].shape != shape:
             given = tuple(tensors[name].shape)
             raise ForeignTensorError(f"{name} has shape {given}; the backbone expects {tuple(shape)}.")
-
-
-class BoundPatch:
-    """A patch bound to a backbone at the cost of its own bytes.
-
-    Calls are thread-safe; patches of one structure take turns on the model they share.
-    """
-
-    def __init__(self, backbone: Backbone, patch: Patch) -> None:
-        self._skeleton = skeleton_for(backbone, patch)
-        self.task, self.preprocessing = patch.task, patch.preprocessing
-        stored = StoredWeight.collect(patch.tensors, backbone, patch.strength)
-        made = {f"replace/{name}" for name in stored}
-        plain = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(MADE)}
-        values = resolve(plain, backbone.chain, patch.strength)
-        check_fit({n: s for n, s in {**self._skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
-        check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
-        whole = {name: tensor for name, tensor in values.items() if not tensor.is_floating_point()}
-        self._layout = self._skeleton.layout(patch.head, made | whole.keys())
-        self._flat = torch.zeros(sum(padded(shape) for _, shape in self._layout), device=backbone.device)
-        pieces = self._flat.split([padded(shape) for _, shape in self._layout])
-        for (name, shape), piece in zip(self._layout, pieces, strict=True):
-            piece[: shape.numel()].copy_(values[name].reshape(-1))
-        self._whole = {self._skeleton.model.names[name]: t.to(backbone.device) for name, t in whole.items()}
-        self._stored = {self._skeleton.model.names[f"replace/{name}"]: weight for name, weight in stored.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the patch's numbers in memory; masks are held as bits."""
-        tensors = (self._flat, *self._whole.values())
-        return sum(tensor.nbytes for tensor in tensors) + sum(weight.nbytes for weight in self._stored.values())
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
-        pieces = self._flat.split([padded(shape) for _, shape in self._layout])
-        tensors = {
-            self._skeleton.model.names[name]: piece[: shape.numel()].view(shape)
-            for (name, shape), piece in zip(self._layout, pieces, strict=True)
-        }
-        tensors |= self._whole | {local: weight.make() for local, weight in self._stored.items()}
-        with self._skeleton.lock:
-            return torch.func.functional_call(self._skeleton.model, tensors, (images,))
-
-
-def padded(shape: torch.Size) -> int:
-    """Numbers a tensor takes in a flat one: whole 64-byte lines, since kernels differ in the last bit off them."""
-    return -(-shape.numel() // 16) * 16
-
-
-class _Skeleton:
-    """The model that all bound patches of one structure share, and the lock they take turns with."""
-
-    def __init__(self, backbone: Backbone, patch: Patch) -> None:
-        self.model = PatchedModel(backbone, patch)
-        self.lock = threading.Lock()
-        self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
-        self._layouts: dict[tuple[int, int, frozenset[str]], tuple[tuple[str, torch.Size], ...]] = {}
-
-    def layout(self, head: HeadRecord, made: Collection[str]) -> tuple[tuple[str, torch.Size], ...]:
-        """Names and shapes in the order a flat tensor holds them, without the weights that are `made` from masks.
-
-        One tuple per head width, shared by all patches.
-        """
-        key = head.features, head.outputs, frozenset(made)
-        shapes = {**self.shapes, **head.shapes()}
-        return self._layouts.setdefault(key, tuple(sorted((n, shape) for n, shape in shapes.items() if n not in made)))
-
-
-_SKELETONS: WeakKeyDictionary[Backbone, dict[str, _Skeleton]] = WeakKeyDictionary()
-_SKELETONS_LOCK = threading.Lock()
-
-
-def skeleton_for(backbone: Backbone, patch: Patch) -> _Skeleton:
-    """The shared model for the patch's structure. Raises `WrongBackboneError` for a patch of another backbone."""
-    patch.check_backbone(backbone)
-    key = f"{backbone.device} {patch.structure}"
-    with _SKELETONS_LOCK:
-        skeletons = _SKELETONS.setdefault(backbone, {})
-        if key not in skeletons:
-            skeletons[key] = _Skeleton(backbone, patch)
-        return skeletons[key]

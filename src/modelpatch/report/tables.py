@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from modelpatch.engine import Timing, describe_step
 from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.train import Comparison
 from modelpatch.train.compare import Row
@@ -197,6 +198,20 @@ def prediction_table(answers: list[dict[str, Any]]) -> Table:
         if "error" in answer:
             cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
+    return table
+
+
+def timing_table(timings: Sequence[Timing]) -> Table:
+    """One row a step of a plan: what it does, what it took and its share of the whole."""
+    table = new_table("")
+    table.add_column("step", overflow="fold", min_width=NAME_WIDTH)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    total = sum(timing.seconds for timing in timings)
+    for timing in timings:
+        milliseconds, share = 1000 * timing.seconds, timing.seconds / total if total else 0.0
+        table.add_row(escape(describe_step(timing.step)), f"{milliseconds:.2f}", f"{share:.0%}")
+    table.add_row("all", f"{1000 * total:.2f}", "100%")
     return table
 
 

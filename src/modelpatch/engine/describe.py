@@ -1,0 +1,177 @@
+"""A plan for people: a tree of streams as text and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from modelpatch.engine.plan import Answer, Plan, Pool, Run, Step, reads, run_flops
+from modelpatch.errors import MissingExtraError, ModelpatchError
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run as one of its streams sees it: `stream` is what it makes, `others` the streams it is concatenated with."""
+
+    run: Run
+    place: int
+
+    @property
+    def stream(self) -> int:
+        return self.run.outputs[self.place]
+
+    @property
+    def source(self) -> int:
+        return self.run.inputs[self.place].stream
+
+    @property
+    def rows(self) -> int:
+        return self.run.sizes[self.place]
+
+    @property
+    def flops(self) -> int:
+        return run_flops(self.run, self.place)
+
+    @property
+    def own(self) -> bool:
+        return any(links[self.place].own for links in self.run.links)
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        return tuple(stream for stream in self.run.outputs if stream != self.stream)
+
+    @property
+    def name(self) -> str:
+        first, last = self.run.links[0][self.place], self.run.links[-1][self.place]
+        return first.name if first is last else f"{first.name} ... {last.name}"
+
+
+def branches(plan: Plan) -> dict[int, list[Branch]]:
+    """The ways on from every stream."""
+    ways: dict[int, list[Branch]] = {}
+    for run in plan.runs:
+        for place in range(len(run.outputs)):
+            branch = Branch(run, place)
+            ways.setdefault(branch.source, []).append(branch)
+    return ways
+
+
+def answers(plan: Plan) -> dict[int, list[str]]:
+    """The tasks whose heads read every stream, pooled or as it is."""
+    pooled = {step.output: step.stream for step in plan.steps if isinstance(step, Pool)}
+    found: dict[int, list[str]] = {}
+    for step in plan.steps:
+        if isinstance(step, Answer):
+            for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
+                found.setdefault(stream, []).extend(step.members)
+    return found
+
+
+def describe(plan: Plan) -> str:
+    """The tree of streams with the operations of every run, and the sums."""
+    images = max((len(rows) for rows in plan.rows), default=0)
+    lines = [
+        f"{len(plan.members)} tasks, up to {images} images each: {_flops(plan.flops)} instead of "
+        f"{_flops(plan.separate_flops)} one after another ({plan.shared:.0%} shared); "
+        f"{plan.bytes / 1e6:.1f} MB of weights and activations"
+    ]
+    ways, heads = branches(plan), answers(plan)
+    for root, stream, rows in plan.roots:
+        size = getattr(root, "image_size", None)
+        lines.append(f"{len(rows)} images" + (f" at {size} px" if size else ""))
+        lines += _below(stream, ways, heads, "")
+    return "\n".join(lines)
+
+
+def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str]], indent: str) -> Iterator[str]:
+    entries: list[Any] = [*ways.get(stream, []), *([heads[stream]] if stream in heads else [])]
+    for number, entry in enumerate(entries):
+        corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
+        if isinstance(entry, Branch):
+            facts = [f"{entry.rows} rows", _flops(entry.flops)]
+            facts += ["its own"] if entry.own else []
+            facts += [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
+            yield f"{indent}{corner}s{entry.stream}  {entry.name}  ({', '.join(facts)})"
+            yield from _below(entry.stream, ways, heads, indent + bar)
+        else:
+            yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
+
+
+def describe_step(step: Step) -> str:
+    """One line on what a step does."""
+    if isinstance(step, Run):
+        name = Branch(step, 0).name
+        together = f", {len(step.outputs)} streams concatenated" if len(step.outputs) > 1 else ""
+        return f"{name} -> {', '.join(f's{stream}' for stream in step.outputs)} ({sum(step.sizes)} rows{together})"
+    if isinstance(step, Pool):
+        return f"pool s{step.stream}"
+    return f"{'heads' if len(step.members) > 1 else 'head'} {', '.join(step.members)}"
+
+
+def _flops(flops: float) -> str:
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if flops >= size:
+            return f"{flops / size:.2f} {unit}"
+    return f"{flops:,.0f} FLOP"
+
+
+def draw(plan: Plan, path: str) -> None:
+    """Streams from left to right along the chain, a lane a task; what a patch owns is coloured.
+
+    Raises `MissingExtraError` without matplotlib, `ModelpatchError` for a path that cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "drawing a plan") from error
+    ways, heads = branches(plan), answers(plan)
+    lanes: dict[int, float] = {}
+    labels: list[tuple[float, str]] = []
+    for _, stream, _ in plan.roots:
+        _place(stream, ways, heads, lanes, labels)
+    length = max((links[0].span[1] for run in plan.runs for links in run.links), default=1)
+    figure = Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
+    axes = figure.subplots()
+    for source, found in ways.items():
+        for branch in found:
+            start, end = branch.run.links[0][0].span[0], branch.run.links[-1][0].span[1]
+            lane = lanes[branch.stream]
+            axes.plot([start, start], [lanes[source], lane], color="0.6", linewidth=1, zorder=1)
+            colour = "tab:orange" if branch.own else "tab:blue"
+            axes.barh(lane, end - start - 0.1, left=start + 0.05, height=0.6, color=colour, zorder=2)
+            for other in branch.others:
+                axes.plot([start + 0.3] * 2, [lane, lanes[other]], color="black", linestyle=":", zorder=3)
+    for lane, label in labels:
+        axes.text(length + 0.2, lane, label, va="center", fontsize=9)
+    axes.set(
+        xlim=(-0.2, length + 4),
+        xlabel="segment of the chain",
+        yticks=[],
+        title=f"{_flops(plan.flops)} instead of {_flops(plan.separate_flops)}: {plan.shared:.0%} shared\n"
+        "blue: the backbone's, orange: a patch's own, dotted: concatenated",
+    )
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ModelpatchError(
+            f"cannot draw {path}: {error}. Use a .png, .svg or .pdf in a folder that exists."
+        ) from error
+
+
+def _place(
+    stream: int,
+    ways: dict[int, list[Branch]],
+    heads: dict[int, list[str]],
+    lanes: dict[int, float],
+    labels: list[tuple[float, str]],
+) -> float:
+    """Give a stream and all that follow from it a lane; a stream that forks lies in the middle of its branches."""
+    below = [_place(branch.stream, ways, heads, lanes, labels) for branch in ways.get(stream, [])]
+    if not below or stream in heads:
+        labels.append((float(len(labels)), ", ".join(heads.get(stream, []))))
+        below.append(labels[-1][0])
+    lanes[stream] = sum(below) / len(below)
+    return lanes[stream]

@@ -1,0 +1,396 @@
+"""The engine: many patches of one backbone on the same images, at the cost of what differs between them.
+
+    engine = Engine(backbone, {"flowers": patch, "birds": "birds.safetensors"})
+    engine(images)                                    {"base": (B, K0), "flowers": (B, K1), "birds": (B, K2)}
+    engine(images, tasks=["flowers", "birds"])        one patch a row: [(K1,), (K2,)]
+    print(engine.plan)                                what is shared, forked and merged, and what it costs
+
+Members are added, removed and swapped while other threads call the engine: every call keeps the members it started with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from pathlib import Path
+from typing import overload
+
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.engine.frozen import FrozenBackbone, Module
+from modelpatch.engine.links import PartLink, SegmentLink
+from modelpatch.engine.measure import measure
+from modelpatch.engine.plan import Link, Member, Plan, Rows, make_plan
+from modelpatch.engine.program import Program, Timing
+from modelpatch.engine.residency import Residency
+from modelpatch.engine.stream import Answers, stream
+from modelpatch.engine.tuning import Tuning
+from modelpatch.errors import EngineError, UnknownTaskError
+from modelpatch.patch import BoundPatch, Patch
+
+BASE = "base"
+PROGRAMS = 128
+Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
+_SERIAL = count()
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A member with everything that runs it. `serial` is never used twice."""
+
+    serial: int
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    head: nn.Module
+    path: tuple[Link, ...]
+    taps: Mapping[int, tuple[int, ...]]
+    bound: BoundPatch | None
+
+    def member(self, root: Hashable, pixels: int, own: int) -> Member:
+        """As the plan sees it: images of `pixels` x `pixels`, the backbone's own being `own` x `own`."""
+        linear = isinstance(self.head, nn.Linear) and not self.taps
+        return Member(self.name, self.path, root, pixels, (pixels / own) ** 2, tuple(self.taps), linear)
+
+
+class Engine:
+    """Patches of one backbone, run together. Every method may be called from any thread.
+
+    `patches` are patches or paths of their files by the name of the task; "base" is the backbone's own answer and is always
+    there. `tuning` pins how the engine computes; by default it is measured now and `print(engine.tuning)` reports it.
+    `budget` are the bytes for variants as modules of their own, beyond the patches' numbers and the backbone (by default
+    twice the backbone's bytes); `eager` makes them when a patch is added instead of when it is used. `bfloat16` lets
+    the measurement choose 16-bit arithmetic, which moves logits by about a hundredth.
+
+    Raises what `BoundPatch` raises for patches that do not fit, `EngineError` for names that cannot be.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        patches: Mapping[str, Patch | str | Path] | None = None,
+        *,
+        tuning: Tuning | None = None,
+        budget: int | None = None,
+        eager: bool = False,
+        bfloat16: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.tuning = measure(backbone, bfloat16=bfloat16) if tuning is None else tuning
+        tensors = (*backbone.module.parameters(), *backbone.module.buffers())
+        self._base_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
+        self.eager = eager
+        self._frozen = FrozenBackbone(backbone, self.tuning)
+        self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
+        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._lock = threading.RLock()
+        self._tasks: dict[str, _Task] = {BASE: self._base()}
+        for name, patch in (patches or {}).items():
+            self.add(name, patch)
+
+    def _base(self) -> _Task:
+        head = self.backbone.chain.head
+        return _Task(
+            next(_SERIAL), BASE, self.backbone.preprocessing, self.backbone.classes, head, self._segments, {}, None
+        )
+
+    # members ------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names that calls may ask for, "base" first."""
+        return tuple(self._tasks)
+
+    def classes(self, task: str) -> tuple[str, ...]:
+        """What the logits of a task stand for; empty where the base does not say."""
+        return self._find(self._tasks, task).classes
+
+    def preprocessing(self, task: str) -> Preprocessing:
+        """How the images of a task are seen."""
+        return self._find(self._tasks, task).preprocessing
+
+    def add(self, name: str, patch: Patch | str | Path) -> None:
+        """Add a patch under a new name. Raises `EngineError` for a name that is taken; see `swap`."""
+        task = self._bind(name, patch)
+        with self._lock:
+            if name in self._tasks:
+                raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
+            self._tasks = {**self._tasks, name: task}
+
+    def swap(self, name: str, patch: Patch | str | Path) -> None:
+        """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one."""
+        task = self._bind(name, patch)
+        with self._lock:
+            old = self._find(self._tasks, name)
+            self._tasks = {**self._tasks, name: task}
+            self._forget(old)
+
+    def remove(self, name: str) -> None:
+        """Forget a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
+        if name == BASE:
+            raise EngineError('"base" is the backbone itself and cannot be removed.')
+        with self._lock:
+            old = self._find(self._tasks, name)
+            self._tasks = {other: task for other, task in self._tasks.items() if other != name}
+            self._forget(old)
+
+    def pin(self, name: str) -> None:
+        """Make a task's variants now and keep them within the budget. Raises `BudgetError` where there is no room."""
+        for link in self._find(self._tasks, name).path:
+            if isinstance(link, PartLink):
+                self.residency.pin(link.part)
+
+    def unpin(self, name: str) -> None:
+        """Let a task's variants be evicted again."""
+        for link in self._find(self._tasks, name).path:
+            if isinstance(link, PartLink):
+                self.residency.unpin(link.part)
+
+    def _bind(self, name: str, patch: Patch | str | Path) -> _Task:
+        if not name or name == BASE:
+            raise EngineError(
+                f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
+            )
+        bound = BoundPatch(self.backbone, patch if isinstance(patch, Patch) else Patch.load(patch))
+        variants = {part.span[0]: part for part in bound.parts}
+        path: list[Link] = []
+        at = 0
+        while at < len(self._segments):
+            if at in variants:
+                end = variants[at].span[1]
+                path.append(PartLink(variants[at], 4 * prod(self.backbone.chain[end - 1].output_shape)))
+                at = end
+            else:
+                path.append(self._segments[at])
+                at += 1
+        task = _Task(
+            next(_SERIAL), name, bound.preprocessing, bound.task.classes, bound.head, tuple(path), bound.taps, bound
+        )
+        for link in path:
+            if isinstance(link, PartLink):
+                _ = link.key  # hashed now, not in the first call
+                if self.eager:
+                    self.residency.module(link.part)
+        return task
+
+    def _forget(self, old: _Task) -> None:
+        """Drop the programs and modules that only a task that is gone used."""
+        for key in [key for key, program in self._programs.items() if old.serial in _serials(key)]:
+            del self._programs[key]
+        used = {link.key for task in self._tasks.values() for link in task.path if link.own} if old.bound else set()
+        for link in old.path:
+            if link.own and link.key not in used:
+                self.residency.drop(link.key)
+
+    @staticmethod
+    def _find(tasks: Mapping[str, _Task], name: str) -> _Task:
+        if name not in tasks:
+            raise UnknownTaskError(f"there is no task {name!r}. Known tasks: {', '.join(tasks)}.")
+        return tasks[name]
+
+    # running ------------------------------------------------------------------------------------------------
+
+    @overload
+    def __call__(
+        self, images: Images, tasks: None = None, *, only: Iterable[str] | None = None
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def __call__(self, images: Images, tasks: Sequence[str]) -> list[Tensor]: ...
+
+    def __call__(
+        self, images: Images, tasks: Sequence[str] | None = None, *, only: Iterable[str] | None = None
+    ) -> dict[str, Tensor] | list[Tensor]:
+        """Logits (B, K) by task for all tasks, or for those in `only`; with `tasks`, one a row, a list of (K,).
+
+        `images` are files or pictures, which every task sees through its own preprocessing; or a batch (B, 3, H, W) that is
+        normalised already, for tasks that normalise alike; or such batches by preprocessing, as `read` gives them.
+        Raises `UnknownTaskError`, and `EngineError` for images that the tasks cannot share.
+        """
+        now = self._tasks
+        if tasks is not None:
+            if only is not None:
+                raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
+            return self._rows(now, images, tasks)
+        program, batches = self._all_rows(now, images, only)
+        answers = program(batches)
+        return {member.name: answers[member.name] for member in program.plan.members}
+
+    def _rows(self, now: Mapping[str, _Task], images: Images, tasks: Sequence[str]) -> list[Tensor]:
+        wanted: dict[str, list[int]] = {}
+        for row, name in enumerate(tasks):
+            wanted.setdefault(name, []).append(row)
+        chosen = [self._find(now, name) for name in wanted]
+        batches = self._batches(chosen, images)
+        if len(tasks) != _count(batches):
+            raise EngineError(f"{_count(batches)} images and {len(tasks)} tasks; expected one task an image.")
+        if not tasks:
+            return []
+        rows = [tuple(wanted[task.name]) for task in chosen]
+        answers = self._program(chosen, rows, _side(images))(batches)
+        placed = {row: logits for name, own in wanted.items() for row, logits in zip(own, answers[name], strict=True)}
+        return [placed[row] for row in range(len(tasks))]
+
+    def read(self, sources: Sequence[ImageSource], only: Iterable[str] | None = None) -> dict[Preprocessing, Tensor]:
+        """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`."""
+        now = self._tasks
+        kinds = {self._find(now, name).preprocessing for name in (now if only is None else only)}
+        return {kind: kind(*sources) for kind in kinds}
+
+    def stream(
+        self,
+        sources: Sequence[ImageSource],
+        *,
+        only: Iterable[str] | None = None,
+        batch_size: int = 16,
+        workers: int = 0,
+    ) -> Iterator[Answers]:
+        """Answers for many images in order, batch by batch, decoded ahead in `workers` processes. See `Answers`."""
+        return stream(self, sources, only=only, batch_size=batch_size, workers=workers)
+
+    def explain(self, images: Images, only: Iterable[str] | None = None) -> tuple[Plan, list[Timing]]:
+        """The plan for these images and what each of its steps took, after a first run that does not count."""
+        program, batches = self._all_rows(self._tasks, images, only)
+        program(batches)
+        timings: list[Timing] = []
+        program(batches, timings)
+        return program.plan, timings
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for one image and all tasks."""
+        return self.plan_for()
+
+    def plan_for(self, rows: int = 1, only: Iterable[str] | None = None) -> Plan:
+        """The plan for `rows` images, seen through the tasks' own preprocessing, and all tasks or those in `only`."""
+        chosen = self._choose(self._tasks, only)
+        return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
+
+    def _choose(self, now: Mapping[str, _Task], only: Iterable[str] | None) -> list[_Task]:
+        return [self._find(now, name) for name in (now if only is None else dict.fromkeys(only))]
+
+    def _all_rows(
+        self, now: Mapping[str, _Task], images: Images, only: Iterable[str] | None
+    ) -> tuple[Program, dict[Hashable, Tensor]]:
+        """The program that answers every image for all tasks or those in `only`, and its batches."""
+        chosen = self._choose(now, only)
+        batches = self._batches(chosen, images)
+        rows = tuple(range(_count(batches)))
+        return self._program(chosen, [rows] * len(chosen), _side(images)), batches
+
+    def _batches(self, tasks: Sequence[_Task], images: Images) -> dict[Hashable, Tensor]:
+        """The images by root: one for a batch that is given, else one for every preprocessing."""
+        device = self.backbone.device
+        if isinstance(images, Tensor):
+            _check_batch(images, tasks)
+            return {None: images.to(device)}
+        given = images if isinstance(images, Mapping) else None
+        kinds = {task.preprocessing for task in tasks}
+        if given is None:
+            given = {kind: kind(*images) for kind in kinds}
+        if missing := kinds - given.keys():
+            names = ", ".join(task.name for task in tasks if task.preprocessing in missing)
+            raise EngineError(
+                f"there are no images for the preprocessing of: {names}. engine.read(files) makes them all."
+            )
+        return {kind: given[kind].to(device) for kind in kinds}
+
+    def _program(self, tasks: Sequence[_Task], rows: Sequence[Rows], pixels: int | None) -> Program:
+        """The program for tasks, each on its rows; `pixels` is the side of one batch for all, None where each has its own."""
+        key = (pixels, tuple((task.serial, own) for task, own in zip(tasks, rows, strict=True)))
+        with self._lock:
+            if key in self._programs:
+                self._programs.move_to_end(key)
+                return self._programs[key]
+        own = self.backbone.preprocessing.image_size
+        members = [
+            task.member(None, pixels, own)
+            if pixels
+            else task.member(task.preprocessing, task.preprocessing.image_size, own)
+            for task in tasks
+        ]
+        program = Program(
+            make_plan(members, rows, self._pays),
+            self._module,
+            {task.name: task.head for task in tasks},
+            {tap: axes for task in tasks for tap, axes in task.taps.items()},
+            self.tuning,
+        )
+        with self._lock:
+            if all(self._tasks.get(task.name) is task for task in tasks):
+                self._programs[key] = program
+                while len(self._programs) > PROGRAMS:
+                    self._programs.popitem(last=False)
+        return program
+
+    def _module(self, link: Link) -> Module:
+        if isinstance(link, PartLink):
+            return self.residency.module(link.part)
+        return self._frozen.module(link.span[0])
+
+    def _pays(self, link: Link, sizes: Sequence[int]) -> bool:
+        """Whether reading the weights once saves more than copying the streams costs: few rows, many weights."""
+        rows = max(sizes)
+        return rows <= self.tuning.merge_rows and link.nbytes > rows * link.output_bytes
+
+    # facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the backbone, of its frozen copies, of all patches' numbers, and of variants as modules of their own."""
+        bound = [task.bound for task in self._tasks.values() if task.bound is not None]
+        return {
+            "backbone": self._base_bytes,
+            "frozen": self._frozen.nbytes,
+            "patches": sum(patch.nbytes for patch in bound),
+            "variants": self.residency.nbytes,
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tasks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.backbone.spec!r}, {len(self._tasks) - 1} patches)"
+
+
+def _side(images: Images) -> int | None:
+    """The side of a batch that all tasks see, in pixels."""
+    return images.shape[-1] if isinstance(images, Tensor) else None
+
+
+def _serials(key: Hashable) -> set[int]:
+    assert isinstance(key, tuple)
+    return {serial for serial, _ in key[1]}
+
+
+def _count(batches: Mapping[Hashable, Tensor]) -> int:
+    counts = {len(batch) for batch in batches.values()}
+    if len(counts) > 1:
+        raise EngineError(f"the batches hold {', '.join(map(str, sorted(counts)))} images; expected the same number.")
+    return counts.pop() if counts else 0
+
+
+def _check_batch(images: Tensor, tasks: Sequence[_Task]) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise EngineError(
+            f"images are a {images.dtype} tensor of shape {tuple(images.shape)}; expected normalised floats "
+            "(B, 3, H, W), or a list of files or pictures."
+        )
+    kinds: dict[Hashable, str] = {}
+    for task in tasks:
+        kinds.setdefault((task.preprocessing.mean, task.preprocessing.std), task.name)
+    if len(kinds) > 1:
+        raise EngineError(
+            f"{' and '.join(list(kinds.values())[:2])} normalise images differently, so one batch cannot be right for "
+            "both. Give files or pictures, engine.read(files), or only=[...]."
+        )

@@ -1,0 +1,92 @@
+"""Frozen copies for inference: BatchNorm folded into the convolution before it, weights with their channels last.
+
+A frozen module costs the bytes of all weights it reads, so the backbone's segments are frozen as they are first used,
+and a patch's variants only where the budget has room for them (`residency.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Segment
+from modelpatch.engine.tuning import Tuning, lay
+
+Module = Callable[[Tensor], Tensor]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
+    """A copy for inference as `tuning` says; None for a module that does not compute the same when frozen.
+
+    `example` (2, ...) is an input of the module. The copy is compared with the module on it, on one row of it, and on more.
+    """
+    dtype = torch.bfloat16 if tuning.bfloat16 else torch.float32
+    copy = deepcopy(module).eval().requires_grad_(False).to(dtype)
+    laid = lay(example, tuning).to(dtype)
+    if tuning.channels_last:
+        copy = copy.to(memory_format=torch.channels_last)
+    if not tuning.fold:
+        return casting(copy, tuning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frozen = torch.jit.freeze(torch.jit.trace(copy, laid, check_trace=False))
+            for x in (example, example[:1], torch.cat([example, example, example])):
+                expected, given = module(x), frozen(lay(x, tuning).to(dtype)).float()
+                if given.shape != expected.shape or not _close(given, expected, 2e-2 if tuning.bfloat16 else 1e-4):
+                    return None
+    except (RuntimeError, TypeError, ValueError, LookupError):
+        return None
+    return casting(frozen, tuning)
+
+
+def casting(module: Module, tuning: Tuning, dtype: torch.dtype = torch.bfloat16) -> Module:
+    """The module for inputs of either precision, computing in `dtype`; as it is where nothing computes in 16 bits."""
+    return (lambda x: module(x.to(dtype))) if tuning.bfloat16 else module
+
+
+def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((given - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
+
+
+class FrozenBackbone:
+    """The backbone's segments, frozen one by one as they are first run."""
+
+    def __init__(self, backbone: Backbone, tuning: Tuning) -> None:
+        self._chain, self._device, self.tuning = backbone.chain, backbone.device, tuning
+        self._modules: dict[int, Module] = {}
+        self._lock = threading.Lock()
+
+    def module(self, index: int) -> Module:
+        """What runs segment `index`."""
+        module = self._modules.get(index)
+        if module is None:
+            with self._lock:
+                module = self._modules[index] = self._modules.get(index) or self._make(self._chain[index])
+        return module
+
+    def _make(self, segment: Segment) -> Module:
+        if self.tuning.plain or not any(True for _ in segment.module.parameters()):
+            return segment.module
+        frozen = freeze(segment.module, sample(segment.input_shape, self._device), self.tuning)
+        return frozen or casting(segment.module, self.tuning, torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the frozen copies."""
+        made = [
+            self._chain[index] for index, module in self._modules.items() if module is not self._chain[index].module
+        ]
+        return sum(tensor.nbytes for segment in made for _, tensor in segment.named_tensors())
+
+
+def sample(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Two rows of noise of this shape, always the same."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,0 +1,415 @@
+"""The plan: which modules run on which streams so that many patches cost what differs between them.
+
+    image ─ stem ─ block 1 ─┬─ block 2 (flowers) ──┐
+                            └─ block 2 ─┬──────────┴─ block 3  both streams, concatenated ─┬─ head flowers
+                                        └──────────────────────────────────────────────────┴─ heads birds, base
+
+A *stream* is one activation on its way through the chain; two patches with the same history are one stream. A step runs
+a stretch of modules on one or several streams; where several meet the same module, they are concatenated along the
+batch axis if that pays, and split again after it (SubTuning, section on inference). What is computed is then exactly the
+set of distinct (history, module) pairs, each on the rows that somebody asked for.
+
+`make_plan` is a pure function of what the patches are made of: it runs nothing and knows no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Protocol
+
+Rows = tuple[int, ...]  # of the batch, in order
+
+
+class Link(Protocol):
+    """One module of a patch's path: it stands for the segments `[span[0], span[1])`."""
+
+    @property
+    def span(self) -> tuple[int, int]: ...
+
+    @property
+    def key(self) -> str:
+        """Equal for links that compute the same."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Equal for links that can run side by side, each row of a batch with the numbers of its own."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a patch's own variant, not the backbone's segment."""
+        ...
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds an image."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it reads."""
+        ...
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of its output for an image."""
+        ...
+
+
+Pays = Callable[[Link, Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task as the plan sees it: the links that cover the chain, and what its head reads.
+
+    Members of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
+    how many pixels that is for one of the backbone's own, by which operations and bytes grow. `taps` are
+    the segments whose pooled outputs the head reads; without them it reads the last output. Heads that are `linear` can
+    be one matrix product.
+    """
+
+    name: str
+    path: tuple[Link, ...]
+    root: Hashable = None
+    shape: Hashable = None
+    scale: float = 1.0
+    taps: tuple[int, ...] = ()
+    linear: bool = True
+
+    @property
+    def needed(self) -> tuple[Link, ...]:
+        """The links up to what the head reads last."""
+        end = max(self.taps) + 1 if self.taps else self.path[-1].span[1]
+        return tuple(link for link in self.path if link.span[1] <= end)
+
+
+@dataclass(frozen=True)
+class Take:
+    """Rows of a stream, as places in it; None takes them all."""
+
+    stream: int
+    places: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run links one after another on the concatenated `inputs`; every input has its own output stream.
+
+    `links` holds, for every module in turn, the link of each input: one and the same, or several of a family. `sizes` are the
+    rows of the inputs, `scale` their pixels over the backbone's own.
+    """
+
+    links: tuple[tuple[Link, ...], ...]
+    inputs: tuple[Take, ...]
+    outputs: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scale: float = 1.0
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pool the output of segment `tap` for heads that read it."""
+
+    tap: int
+    stream: int
+    output: int
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The heads of `members`. Each reads its `takes`; several members are linear heads that read one stream."""
+
+    members: tuple[str, ...]
+    takes: tuple[tuple[Take, ...], ...]
+    frees: tuple[int, ...] = ()
+
+
+Step = Run | Pool | Answer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order. `roots` are the streams of the images, by what they are seen through; `streams` counts all."""
+
+    steps: tuple[Step, ...]
+    roots: tuple[tuple[Hashable, int, Rows], ...]
+    streams: int
+    members: tuple[Member, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of all links for the batch, heads left out."""
+        return sum(run_flops(step, place) for step in self.runs for place in range(len(step.sizes)))
+
+    @property
+    def floor(self) -> int:
+        """The operations of the distinct (history, module) pairs, each on the rows asked for: nothing can cost less."""
+        wanted: dict[tuple[Hashable, ...], tuple[int, float, set[int]]] = {}
+        for member, rows in zip(self.members, self.rows, strict=True):
+            history: tuple[Hashable, ...] = (member.root,)
+            for link in member.needed:
+                history = (*history, (link.span, link.key))
+                wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(rows)
+        return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
+
+    @property
+    def separate_flops(self) -> int:
+        """What the members would cost one after another, each alone."""
+        pairs = zip(self.members, self.rows, strict=True)
+        return sum(round(2 * link.macs * len(rows) * member.scale) for member, rows in pairs for link in member.needed)
+
+    @property
+    def shared(self) -> float:
+        """The share of the separate operations that the plan saves, in [0, 1]."""
+        return 1 - self.flops / self.separate_flops if self.separate_flops else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all modules that the plan reads, and of the streams that are alive at once at its peak."""
+        links = {link.key: link.nbytes for step in self.runs for row in step.links for link in row}
+        return sum(links.values()) + self.activation_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the streams between steps at the peak, images and heads left out."""
+        held: dict[int, int] = {}
+        peak = 0
+        for step in self.steps:
+            if isinstance(step, Run):
+                outputs = zip(step.outputs, step.sizes, strict=True)
+                held |= {stream: round(rows * step.scale) * step.links[-1][0].output_bytes for stream, rows in outputs}
+            peak = max(peak, sum(held.values()))
+            for stream in step.frees:
+                held.pop(stream, None)
+        return peak
+
+    @property
+    def runs(self) -> Iterator[Run]:
+        return (step for step in self.steps if isinstance(step, Run))
+
+    def __str__(self) -> str:
+        from modelpatch.engine.describe import describe
+
+        return describe(self)
+
+    def draw(self, path: str) -> None:
+        """Draw the plan as a tree of streams into a picture (.png, .svg, .pdf). Needs matplotlib."""
+        from modelpatch.engine.describe import draw
+
+        draw(self, path)
+
+
+def run_flops(run: Run, place: int) -> int:
+    """Floating point operations of a run on one of its inputs."""
+    return sum(round(2 * links[place].macs * run.sizes[place] * run.scale) for links in run.links)
+
+
+# making -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stream:
+    """A history: the link that ends it after its parent's. The children are the ways it goes on."""
+
+    number: int
+    parent: _Stream | None
+    link: Link | None
+    shape: Hashable
+    scale: float
+    rows: set[int] = field(default_factory=set)
+    children: dict[Hashable, _Stream] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return self.link.span[1] if self.link else 0
+
+    def places(self, rows: set[int]) -> Rows | None:
+        """Where `rows` lie in this stream's own; None for all of them."""
+        if len(rows) == len(self.rows):
+            return None
+        own = {row: place for place, row in enumerate(sorted(self.rows))}
+        return tuple(own[row] for row in sorted(rows))
+
+
+def always(link: Link, rows: Sequence[int]) -> bool:
+    """Concatenate wherever streams meet."""
+    return True
+
+
+def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = always) -> Plan:
+    """The plan for `members`, each on its `rows` of the batch.
+
+    `pays(link, sizes)` says whether streams of these numbers of rows are to be concatenated where they meet `link`.
+    """
+    streams: list[_Stream] = []
+    roots: dict[Hashable, _Stream] = {}
+    ends: list[_Stream] = []
+    tapped: list[list[_Stream]] = []
+
+    def new(parent: _Stream | None, link: Link | None, member: Member) -> _Stream:
+        streams.append(_Stream(len(streams), parent, link, member.shape, member.scale))
+        return streams[-1]
+
+    for member, wanted in zip(members, rows, strict=True):
+        stream = roots[member.root] if member.root in roots else new(None, None, member)
+        roots[member.root] = stream
+        stream.rows.update(wanted)
+        taps = []
+        for link in member.needed:
+            turn = (link.span, link.key)
+            if turn not in stream.children:
+                stream.children[turn] = new(stream, link, member)
+            stream = stream.children[turn]
+            stream.rows.update(wanted)
+            if stream.end - 1 in member.taps:
+                taps.append(stream)
+        ends.append(stream)
+        tapped.append(taps)
+    runs = _fuse(_meet(streams, pays), {stream.number for taps in tapped for stream in taps})
+    steps = _schedule(runs, list(_answers(members, rows, ends, tapped, len(streams))))
+    pools = sum(isinstance(step, Pool) for step in steps)
+    return Plan(
+        _free(steps),
+        tuple((root, stream.number, tuple(sorted(stream.rows))) for root, stream in roots.items()),
+        len(streams) + pools,
+        tuple(members),
+        tuple(rows),
+    )
+
+
+def _meet(streams: list[_Stream], pays: Pays) -> list[Run]:
+    """A run for every link that streams go on by, one for several streams where that pays."""
+    groups: dict[tuple[Any, ...], list[_Stream]] = {}
+    for stream in streams:
+        if stream.link is not None:
+            groups.setdefault((stream.link.span, stream.link.family, stream.shape), []).append(stream)
+    runs: list[tuple[Any, Run]] = []
+    for (span, *_), group in groups.items():
+        together = len(group) > 1 and pays(_link(group[0]), [len(stream.rows) for stream in group])
+        runs += [(span, _run(part)) for part in ([group] if together else [[stream] for stream in group])]
+    return [run for _, run in sorted(runs, key=lambda item: item[0])]
+
+
+def _run(streams: list[_Stream]) -> Run:
+    links, inputs = [], []
+    for stream in streams:
+        assert stream.parent is not None
+        links.append(_link(stream))
+        inputs.append(Take(stream.parent.number, stream.parent.places(stream.rows)))
+    numbers = tuple(stream.number for stream in streams)
+    sizes = tuple(len(stream.rows) for stream in streams)
+    return Run((tuple(links),), tuple(inputs), numbers, sizes, streams[0].scale)
+
+
+def _link(stream: _Stream) -> Link:
+    assert stream.link is not None
+    return stream.link
+
+
+def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:
+    """Join a run with the one that reads all of its outputs and nothing else, unless a head reads them too."""
+    readers: dict[int, int] = {}
+    for run in runs:
+        for take in run.inputs:
+            readers[take.stream] = readers.get(take.stream, 0) + 1
+    fused: list[Run] = []
+    ending: dict[tuple[int, ...], int] = {}  # the output streams of a fused run -> its place
+    for run in runs:
+        inputs = tuple(take.stream for take in run.inputs)
+        place = ending.pop(inputs, None)
+        plain = all(take.places is None and readers[take.stream] == 1 for take in run.inputs)
+        if place is not None and plain and not tapped.intersection(inputs):
+            before = fused[place]
+            fused[place] = Run((*before.links, *run.links), before.inputs, run.outputs, run.sizes, run.scale)
+        else:
+            place = len(fused)
+            fused.append(run)
+        ending[run.outputs] = place
+    return fused
+
+
+def _answers(
+    members: Sequence[Member],
+    rows: Sequence[Rows],
+    ends: list[_Stream],
+    tapped: list[list[_Stream]],
+    numbers: int,
+) -> Iterator[Step]:
+    """The pools and the heads: linear ones that read the same stream are one."""
+    pools: dict[int, int] = {}
+    together: dict[int, list[int]] = {}
+    for index, member in enumerate(members):
+        if not member.taps and member.linear:
+            together.setdefault(ends[index].number, []).append(index)
+            continue
+        for stream in tapped[index]:
+            if stream.number not in pools:
+                pools[stream.number] = numbers + len(pools)
+                yield Pool(stream.end - 1, stream.number, pools[stream.number])
+        wanted = set(rows[index])
+        takes = [Take(pools[stream.number], stream.places(wanted)) for stream in tapped[index]]
+        takes = takes if member.taps else [Take(ends[index].number, ends[index].places(wanted))]
+        yield Answer((member.name,), (tuple(takes),))
+    for stream_number, indices in together.items():
+        end = ends[indices[0]]
+        yield Answer(
+            tuple(members[index].name for index in indices),
+            tuple((Take(stream_number, end.places(set(rows[index]))),) for index in indices),
+        )
+
+
+def reads(step: Step) -> tuple[int, ...]:
+    """The streams a step reads."""
+    if isinstance(step, Pool):
+        return (step.stream,)
+    takes = step.inputs if isinstance(step, Run) else chain.from_iterable(step.takes)
+    return tuple(dict.fromkeys(take.stream for take in takes))
+
+
+def writes(step: Step) -> tuple[int, ...]:
+    """The streams a step makes."""
+    if isinstance(step, Run):
+        return step.outputs
+    return (step.output,) if isinstance(step, Pool) else ()
+
+
+def _schedule(runs: list[Run], answers: list[Step]) -> list[Step]:
+    """Depth first: a step runs as soon as its streams are there, the latest ones first, so that few are alive at once."""
+    steps: list[Step] = [*runs, *answers]
+    makers = {stream: index for index, step in enumerate(steps) for stream in writes(step)}
+    waiting = [{makers[stream] for stream in reads(step) if stream in makers} for step in steps]
+    followers: dict[int, list[int]] = {}
+    for index, needs in enumerate(waiting):
+        for maker in needs:
+            followers.setdefault(maker, []).append(index)
+    ready = [index for index in reversed(range(len(steps))) if not waiting[index]]
+    order = []
+    while ready:
+        index = ready.pop()
+        order.append(steps[index])
+        released = []
+        for follower in followers.get(index, ()):
+            waiting[follower].discard(index)
+            if not waiting[follower]:
+                released.append(follower)
+        ready += sorted(released, key=lambda i: isinstance(steps[i], Run), reverse=True)
+    return order
+
+
+def _free(steps: list[Step]) -> tuple[Step, ...]:
+    """Every step with the streams that nobody reads after it."""
+    last = {stream: index for index, step in enumerate(steps) for stream in reads(step)}
+    frees: dict[int, list[int]] = {}
+    for stream, index in last.items():
+        frees.setdefault(index, []).append(stream)
+    return tuple(replace(step, frees=tuple(frees.get(index, ()))) for index, step in enumerate(steps))

@@ -1,0 +1,52 @@
+"""How the engine computes on this machine: chosen by a measurement, reported, and pinned by whoever wants to.
+
+| setting | what it changes |
+|---|---|
+| channels_last | activations lie pixel by pixel instead of channel by channel |
+| fold | BatchNorm is folded into the convolution before it, in a frozen copy of the segment |
+| bfloat16 | segments compute in 16 bits; only where allowed, since answers change in the third digit |
+| piece_bytes | large batches go through in pieces whose largest activation has about this many bytes and stays in the caches |
+| merge_rows | streams of at most this many rows are concatenated where they meet the same module |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CACHE = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of an engine; the defaults change nothing: answers are then those of the modules alone, bit for bit."""
+
+    channels_last: bool = False
+    fold: bool = False
+    bfloat16: bool = False
+    piece_bytes: int = 0
+    merge_rows: int = 0
+    measured: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether modules run as they are."""
+        return not (self.channels_last or self.fold or self.bfloat16)
+
+    def __str__(self) -> str:
+        chosen = [name for name in ("channels_last", "fold", "bfloat16") if getattr(self, name)]
+        chosen += [f"pieces of {self.piece_bytes / 2**20:.0f} MiB"] if self.piece_bytes else []
+        chosen += [f"streams of up to {self.merge_rows} rows concatenated"] if self.merge_rows else []
+        return "\n".join(["tuning: " + (", ".join(chosen) or "plain"), *self.measured])
+
+
+def piece_rows(widest: int, tuning: Tuning) -> int:
+    """How many rows go through a run together whose largest activation has `widest` bytes a row; 0 for all."""
+    return max(tuning.piece_bytes // max(widest, 1), 1) if tuning.piece_bytes else 0
+
+
+def lay(x: Tensor, tuning: Tuning) -> Tensor:
+    """Images and feature maps in the memory format that the tuning wants; other tensors as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if tuning.channels_last and x.ndim == 4 else x

@@ -1,0 +1,360 @@
+"""The engine: each task's answer as if it were alone, whoever else is there and whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import draft_patch, make_tiny, small_preprocessing
+from modelpatch.backbone import Backbone, Fingerprint
+from modelpatch.engine import Engine, Tuning, measure
+from modelpatch.errors import BudgetError, EngineError, UnknownTaskError, WrongBackboneError
+from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
+from modelpatch.patch import Patch
+
+PLAIN = Tuning()
+FAST = Tuning(channels_last=True, fold=True, piece_bytes=4096, merge_rows=64)
+BLOCKS = ("stage1.0", "stage1.1", "stage2.0", "stage2.1")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def many(backbone: Backbone) -> dict[str, Patch]:
+    methods: dict[str, Method | None] = {
+        "probe": None,
+        "other probe": None,
+        "scale": ScaleBias(),
+        "mask": Piggyback(),
+        "last": Subset(),
+        "middle": Subset(blocks=(BLOCKS[1],)),
+        "full": FullFinetune(),
+        "delta": DeltaNetwork(),
+    }
+    return {
+        name: draft_patch(backbone, method, classes=2 + number, seed=number)
+        for number, (name, method) in enumerate(methods.items())
+    }
+
+
+def masked(backbone: Backbone, seed: int) -> Patch:
+    """A patch of random masks."""
+    patch = draft_patch(backbone, Piggyback(), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    masks = {
+        name: torch.rand(tensor.shape, generator=generator) < 0.8
+        for name, tensor in patch.tensors.items()
+        if name.startswith("mask/")
+    }
+    return replace(patch, tensors={**patch.tensors, **masks})
+
+
+def close(given: Tensor, expected: Tensor) -> bool:
+    return bool((given - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-3)) and torch.equal(
+        given.argmax(-1), expected.argmax(-1)
+    )
+
+
+def test_answers_are_those_of_each_patch_alone_bit_for_bit_when_nothing_is_tuned(
+    tiny: Backbone, images: Tensor
+) -> None:
+    patches = {name: patch for name, patch in many(tiny).items() if name != "other probe"}
+    answers = Engine(tiny, patches, tuning=PLAIN)(images)
+    assert torch.equal(answers.pop("base"), tiny(images))
+    assert answers.keys() == patches.keys()
+    for name, patch in patches.items():
+        assert torch.equal(answers[name], tiny.patched(patch)(images)), name
+
+
+@pytest.mark.parametrize("tuning", [PLAIN, FAST, Tuning(merge_rows=64), Tuning(channels_last=True)], ids=str)
+@pytest.mark.parametrize("budget", [0, 10**8])
+def test_every_tuning_and_budget_gives_the_same_answers(
+    tiny: Backbone, images: Tensor, tuning: Tuning, budget: int
+) -> None:
+    patches = many(tiny)
+    engine = Engine(tiny, patches, tuning=tuning, budget=budget)
+    for _ in range(2):
+        answers = engine(images)
+        assert close(answers["base"], tiny(images))
+        for name, patch in patches.items():
+            assert close(answers[name], tiny.patched(patch)(images)), name
+    assert Fingerprint.of(tiny.chain) == tiny.fingerprints
+    assert engine.memory["variants"] <= budget
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    spans=st.lists(st.sets(st.sampled_from(BLOCKS), min_size=1), min_size=1, max_size=4),
+    tasks=st.lists(st.integers(0, 4), max_size=8),
+    tuning=st.sampled_from([PLAIN, FAST]),
+)
+def test_a_mixed_batch_of_random_patches_equals_each_row_alone(
+    spans: Sequence[set[str]], tasks: list[int], tuning: Tuning
+) -> None:
+    backbone = make_tiny()
+    patches = {
+        f"patch {number}": draft_patch(backbone, Subset(blocks=tuple(sorted(blocks))), seed=number % 2)
+        for number, blocks in enumerate(spans)
+    }
+    names = ["base", *patches]
+    rows = [names[number % len(names)] for number in tasks]
+    images = torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(len(rows)))
+    answers = Engine(backbone, patches, tuning=tuning)(images, tasks=rows)
+    assert len(answers) == len(rows)
+    for row, name in enumerate(rows):
+        image = images[row : row + 1]
+        alone = backbone(image) if name == "base" else backbone.patched(patches[name])(image)
+        assert close(answers[row], alone[0])
+
+
+def test_a_head_that_reads_intermediate_outputs_is_an_ordinary_member(images: Tensor) -> None:
+    backbone = make_tiny()
+    torch.manual_seed(0)
+    patches = {
+        "taps": head2toe_patch(backbone),
+        "probe": draft_patch(backbone),
+        "last": draft_patch(backbone, Subset()),
+    }
+    engine = Engine(backbone, patches, tuning=PLAIN)
+    assert torch.equal(engine(images)["taps"], backbone.patched(patches["taps"])(images))
+    rows = ["taps", "probe", "taps", "last", "base", "probe"]
+    for row, answer in enumerate(engine(images, tasks=rows)):
+        if rows[row] != "base":
+            assert close(answer, backbone.patched(patches[rows[row]])(images[row : row + 1])[0])
+
+
+def head2toe_patch(backbone: Backbone) -> Patch:
+    from conftest import color_task
+    from modelpatch.train import fit
+
+    return fit(backbone, color_task(12), Head2Toe(), epochs=1)
+
+
+def test_some_tasks_may_be_asked_for(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, many(tiny), tuning=PLAIN)
+    assert set(engine(images, only=["full", "probe"])) == {"full", "probe"}
+    assert all(len(logits) == 0 for logits in engine(images[:0]).values())
+    assert engine(images[:0], tasks=[]) == []
+
+
+# images -----------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int = 3) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 255, (20, 24, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_every_task_sees_pictures_through_its_own_preprocessing(tiny: Backbone) -> None:
+    large = replace(draft_patch(tiny, Subset()), preprocessing=small_preprocessing(32))
+    engine = Engine(tiny, {"large": large, "small": draft_patch(tiny)}, tuning=FAST)
+    answers = engine(pictures())
+    assert close(answers["large"], tiny.patched(large)(small_preprocessing(32)(*pictures())))
+    assert close(answers["base"], tiny(small_preprocessing()(*pictures())))
+    batches = engine.read(pictures())
+    assert set(batches) == {small_preprocessing(32), small_preprocessing()}
+    assert torch.equal(engine(batches)["small"], answers["small"])
+    assert len(engine.plan.roots) == 2
+
+
+def test_one_batch_for_tasks_that_normalise_differently_is_refused(tiny: Backbone, images: Tensor) -> None:
+    other = small_preprocessing().model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    engine = Engine(tiny, {"other": replace(draft_patch(tiny), preprocessing=other)}, tuning=PLAIN)
+    with pytest.raises(EngineError, match=r"normalise images differently.*only="):
+        engine(images)
+    assert engine(images, only=["other"]).keys() == {"other"}
+    with pytest.raises(EngineError, match="no images for the preprocessing of: other"):
+        engine({small_preprocessing(): images})
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16).byte()])
+def test_what_is_no_batch_of_images_is_refused(tiny: Backbone, bad: Tensor) -> None:
+    with pytest.raises(EngineError, match="expected normalised floats"):
+        Engine(tiny, tuning=PLAIN)(bad)
+
+
+def test_as_many_tasks_as_images_are_needed(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny)}, tuning=PLAIN)
+    with pytest.raises(EngineError, match="6 images and 2 tasks"):
+        engine(images, tasks=["a", "base"])
+    with pytest.raises(EngineError, match="not both"):
+        engine(images, tasks=["a"] * 6, only=["a"])
+
+
+# members ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_task_is_refused_by_name_and_the_known_ones_are_named(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, {"flowers": draft_patch(tiny)}, tuning=PLAIN)
+    for ask in (
+        lambda: engine(images, tasks=["birds"] * 6),
+        lambda: engine(images, only=["birds"]),
+        lambda: engine.remove("birds"),
+        lambda: engine.swap("birds", draft_patch(tiny)),
+        lambda: engine.pin("birds"),
+        lambda: engine.classes("birds"),
+    ):
+        with pytest.raises(UnknownTaskError, match=r"no task 'birds'\. Known tasks: base, flowers"):
+            ask()
+
+
+def test_patches_are_added_swapped_and_removed(tiny: Backbone, images: Tensor, tmp_path: Path) -> None:
+    engine = Engine(tiny, tuning=FAST)
+    first, second = draft_patch(tiny, Subset(), seed=1), draft_patch(tiny, Subset(), seed=2)
+    engine.add("a", first.save(tmp_path / "first.safetensors"))
+    assert close(engine(images)["a"], tiny.patched(first)(images))
+    engine.swap("a", second)
+    assert close(engine(images)["a"], tiny.patched(second)(images))
+    assert engine.classes("a") == second.task.classes
+    assert engine.memory["variants"] > 0
+    engine.remove("a")
+    assert engine.tasks == ("base",)
+    assert "a" not in engine
+    assert engine.memory["variants"] == engine.memory["patches"] == 0
+    assert close(engine(images)["base"], tiny(images))
+
+
+def test_names_that_are_taken_or_cannot_be_are_refused(tiny: Backbone) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny)}, tuning=PLAIN)
+    with pytest.raises(EngineError, match=r"already.*swap"):
+        engine.add("a", draft_patch(tiny))
+    for name in ("base", ""):
+        with pytest.raises(EngineError, match="cannot be named"):
+            engine.add(name, draft_patch(tiny))
+    with pytest.raises(EngineError, match="cannot be removed"):
+        engine.remove("base")
+
+
+def test_a_patch_that_does_not_fit_leaves_the_engine_as_it_was(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny)}, tuning=PLAIN)
+    before = engine(images)["a"]
+    for attempt in (engine.add, engine.swap):
+        with pytest.raises(WrongBackboneError):
+            attempt("b" if attempt == engine.add else "a", draft_patch(make_tiny(seed=1)))
+    assert engine.tasks == ("base", "a")
+    assert torch.equal(engine(images)["a"], before)
+
+
+def test_calls_get_one_valid_version_while_patches_come_and_go(tiny: Backbone, images: Tensor) -> None:
+    versions = [draft_patch(tiny, method, seed=seed) for seed in range(2) for method in (ScaleBias(), Subset())]
+    engine = Engine(tiny, {"a": versions[0], "b": draft_patch(tiny, seed=9)}, tuning=PLAIN, budget=4000)
+    valid = [tiny.patched(version)(images) for version in versions]
+    other, base = tiny.patched(draft_patch(tiny, seed=9))(images), tiny(images)
+    stop, wrong = threading.Event(), []
+
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                answers = engine(images)
+            except Exception as error:
+                wrong.append(repr(error))
+                return
+            right = any(torch.equal(answers["a"], version) for version in valid)
+            if not right or not close(answers["b"], other) or not close(answers["base"], base):
+                wrong.append("an answer of no version")
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for change in range(334):  # a swap, an addition and a removal each: 1,000 changes
+            engine.swap("a", versions[change % len(versions)])
+            engine.add("c", versions[(change + 1) % len(versions)])
+            engine.remove("c")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert engine.tasks == ("base", "a", "b")
+
+
+# memory -----------------------------------------------------------------------------------------------------
+
+
+def test_modules_of_variants_stay_within_the_budget_and_the_most_recent_have_them(
+    tiny: Backbone, images: Tensor
+) -> None:
+    patches = {str(seed): masked(tiny, seed) for seed in range(3)}
+    one = Engine(tiny, {"0": patches["0"]}, tuning=PLAIN, eager=True).memory["variants"]
+    assert one == sum(t.numel() * 4 for name, t in patches["0"].tensors.items() if name.startswith("mask/"))
+    engine = Engine(tiny, patches, tuning=PLAIN, budget=one)
+    expected = {name: tiny.patched(patch)(images) for name, patch in patches.items()}
+    for name in ("0", "0", "1", "2", "1", "1", "0"):
+        assert torch.equal(engine(images, only=[name])[name], expected[name])
+        assert 0 < engine.memory["variants"] <= one
+
+
+def test_eager_engines_make_modules_when_a_patch_is_added_lazy_ones_when_it_is_used(
+    tiny: Backbone, images: Tensor
+) -> None:
+    patch = {"mask": draft_patch(tiny, Piggyback())}
+    assert Engine(tiny, patch, tuning=PLAIN, eager=True).memory["variants"] > 0
+    lazy = Engine(tiny, patch, tuning=PLAIN)
+    assert lazy.memory["variants"] == 0
+    lazy(images)
+    assert lazy.memory["variants"] > 0
+
+
+def test_a_pinned_task_keeps_its_modules_and_what_has_no_room_is_refused(tiny: Backbone, images: Tensor) -> None:
+    patches = {str(seed): masked(tiny, seed) for seed in range(2)}
+    one = Engine(tiny, {"0": patches["0"]}, tuning=PLAIN, eager=True).memory["variants"]
+    engine = Engine(tiny, patches, tuning=PLAIN, budget=one)
+    engine.pin("0")
+    with pytest.raises(BudgetError, match="no room beside what is pinned"):
+        engine.pin("1")
+    for _ in range(3):
+        engine(images, only=["1"])
+    assert engine.residency.evicted == 0
+    engine.unpin("0")
+    engine.pin("1")
+    assert engine.residency.evicted > 0
+    assert torch.equal(engine(images)["1"], tiny.patched(patches["1"])(images))
+
+
+def test_scale_and_bias_patches_cost_their_numbers_and_nothing_else_without_folding(
+    tiny: Backbone, images: Tensor
+) -> None:
+    engine = Engine(tiny, {str(s): draft_patch(tiny, ScaleBias(), seed=s) for s in range(4)}, tuning=PLAIN)
+    engine(images)
+    assert engine.memory["variants"] == 0
+
+
+# tuning and explanations ------------------------------------------------------------------------------------
+
+
+def test_the_measurement_reports_what_it_chose(tiny: Backbone, images: Tensor) -> None:
+    tuning = measure(tiny, seconds=0.05)
+    text = str(tuning)
+    assert text.startswith("tuning: ")
+    for name in ("channels_last", "fold", "pieces", "streams concatenated"):
+        assert name in text
+    assert close(Engine(tiny, tuning=tuning)(images)["base"], tiny(images))
+    assert Engine(tiny).tuning.measured
+
+
+def test_sixteen_bits_are_used_only_where_they_are_asked_for(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny, Subset())}, tuning=Tuning(bfloat16=True, fold=True))
+    answers = engine(images)
+    assert answers["base"].dtype == torch.float32
+    assert not close(answers["base"], tiny(images))
+    assert torch.allclose(answers["base"], tiny(images), atol=0.05 * float(tiny(images).abs().max()))
+    assert not measure(tiny, seconds=0.05).bfloat16
+
+
+def test_an_explanation_times_every_step(tiny: Backbone, images: Tensor) -> None:
+    plan, timings = Engine(tiny, many(tiny), tuning=PLAIN).explain(images)
+    assert [timing.step for timing in timings] == list(plan.steps)
+    assert all(timing.seconds >= 0 for timing in timings)
+    assert plan.flops == plan.floor < plan.separate_flops

@@ -1,0 +1,215 @@
+"""The plan: every distinct history once, no stream read after it was freed, every row where it was asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpatch.engine.plan import Answer, Member, Plan, Pool, Rows, Run, Take, make_plan, reads
+
+LENGTH = 5
+
+
+@dataclass(frozen=True)
+class FakeLink:
+    span: tuple[int, int]
+    key: str
+    own: bool = False
+    macs: int = 10
+    nbytes: int = 100
+    output_bytes: int = 8
+
+    @property
+    def name(self) -> str:
+        return self.key
+
+    @property
+    def family(self) -> str:
+        return self.key
+
+
+BASE = tuple(FakeLink((at, at + 1), f"base {at}", macs=at + 1) for at in range(LENGTH))
+
+
+def path(*own: tuple[int, int, str]) -> tuple[FakeLink, ...]:
+    """The base's links but for `own`: (start, end, key)."""
+    links, at = [], 0
+    spans = {start: (end, key) for start, end, key in own}
+    while at < LENGTH:
+        end, key = spans.get(at, (at + 1, ""))
+        links.append(FakeLink((at, end), key, own=True, macs=7) if key else BASE[at])
+        at = end
+    return tuple(links)
+
+
+def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
+    """Run the plan on histories: what every member's head reads is (row, history) a row."""
+    streams: dict[int, list[tuple[int, tuple[Hashable, ...]]]] = {
+        stream: [(row, (root,)) for row in rows] for root, stream, rows in plan.roots
+    }
+    answers: dict[str, list[tuple[int, tuple[Hashable, ...]]]] = {}
+
+    def take(one: Take) -> list[tuple[int, tuple[Hashable, ...]]]:
+        whole = streams[one.stream]
+        return whole if one.places is None else [whole[place] for place in one.places]
+
+    for step in plan.steps:
+        if isinstance(step, Run):
+            for number, (one, output, size) in enumerate(zip(step.inputs, step.outputs, step.sizes, strict=True)):
+                keys = tuple((links[number].span, links[number].key) for links in step.links)
+                streams[output] = [(row, (*history, *keys)) for row, history in take(one)]
+                assert len(streams[output]) == size
+        elif isinstance(step, Pool):
+            streams[step.output] = [(row, (*history, "pooled", step.tap)) for row, history in streams[step.stream]]
+        else:
+            for member, takes in zip(step.members, step.takes, strict=True):
+                read = [take(one) for one in takes]
+                assert all([row for row, _ in other] == [row for row, _ in read[0]] for other in read)
+                answers[member] = [
+                    (rows[0][0], tuple(itertools.chain.from_iterable(history for _, history in rows)))
+                    for rows in zip(*read, strict=True)
+                ]
+        for stream in step.frees:
+            del streams[stream]
+    assert not streams
+    return answers
+
+
+def expected(member: Member, rows: Rows) -> list[tuple[int, tuple[Hashable, ...]]]:
+    history: tuple[Hashable, ...] = (member.root,)
+    seen: list[Hashable] = []
+    for link in member.path:
+        history = (*history, (link.span, link.key))
+        if link.span[1] - 1 in member.taps:
+            seen += [*history, "pooled", link.span[1] - 1]
+    return [(row, tuple(seen) if member.taps else history) for row in rows]
+
+
+@st.composite
+def members(draw: st.DrawFn) -> tuple[list[Member], list[Rows]]:
+    """Members with random spans, numbers, roots, taps, and rows of a batch of four."""
+    made, rows = [], []
+    for number in range(draw(st.integers(1, 6))):
+        own, at = [], 0
+        while at < LENGTH:
+            end = draw(st.integers(at + 1, LENGTH))
+            if draw(st.booleans()):
+                own.append((at, end, f"own {draw(st.integers(0, 2))} {at}-{end}"))
+            at = end if own and own[-1][0] == at else at + 1
+        root = draw(st.sampled_from(["small", "large"]))
+        links = path(*own)
+        ends = [link.span[1] - 1 for link in links]
+        taps = tuple(sorted(draw(st.sets(st.sampled_from(ends), max_size=2))))
+        made.append(Member(f"task {number}", links, root, root, taps, draw(st.booleans())))
+        rows.append(tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))))
+    return made, rows
+
+
+@given(members(), st.sampled_from(["always", "never", "few"]))
+def test_a_plan_computes_what_each_member_would_compute_alone_and_nothing_twice(
+    drawn: tuple[list[Member], list[Rows]], merging: str
+) -> None:
+    pays = {"always": lambda *_: True, "never": lambda *_: False, "few": lambda _, sizes: sum(sizes) < 5}[merging]
+    plan = make_plan(*drawn, pays)
+    answers = simulate(plan)
+    for member, rows in zip(*drawn, strict=True):
+        assert answers[member.name] == expected(member, rows)
+    assert plan.flops == plan.floor <= plan.separate_flops
+    assert plan.activation_bytes <= plan.bytes
+    if merging == "never":
+        assert all(len(run.inputs) == 1 for run in plan.runs)
+
+
+def whole(*members: Member, rows: int = 2, pays: bool = True) -> Plan:
+    return make_plan(members, [tuple(range(rows))] * len(members), lambda *_: pays)
+
+
+def test_patches_that_share_everything_but_the_head_are_one_run_and_one_product() -> None:
+    plan = whole(Member("a", BASE), Member("b", BASE), Member("c", BASE))
+    run, answer = plan.steps
+    assert isinstance(run, Run)
+    assert isinstance(answer, Answer)
+    assert [links[0].key for links in run.links] == [link.key for link in BASE]
+    assert answer.members == ("a", "b", "c")
+    assert plan.shared == pytest.approx(2 / 3)
+
+
+def test_heads_that_are_not_linear_answer_one_by_one() -> None:
+    plan = whole(Member("a", BASE, linear=False), Member("b", BASE), Member("c", BASE))
+    assert sorted(step.members for step in plan.steps if isinstance(step, Answer)) == [("a",), ("b", "c")]
+
+
+def test_streams_fork_at_the_first_variant_and_meet_again_after_the_last() -> None:
+    plan = whole(Member("base", BASE), Member("patch", path((2, 3, "own"))))
+    runs = list(plan.runs)
+    assert [[links[0].key for links in run.links] for run in runs[:1]] == [["base 0", "base 1"]]
+    assert {run.links[0][0].key for run in runs[1:3]} == {"base 2", "own"}
+    assert len(runs) == 4
+    assert len(runs[3].inputs) == 2
+    assert [links[0].key for links in runs[3].links] == ["base 3", "base 4"]
+    assert plan.flops == 2 * 2 * (sum(link.macs for link in BASE) + 7 + 4 + 5)
+
+
+def test_streams_of_different_roots_share_nothing_and_are_not_concatenated_at_another_resolution() -> None:
+    plan = whole(Member("a", BASE, root=1, shape=64), Member("b", BASE, root=2, shape=96))
+    assert plan.shared == 0
+    assert all(len(run.inputs) == 1 for run in plan.runs)
+    same_size = whole(Member("a", BASE, root=1, shape=64), Member("b", BASE, root=2, shape=64))
+    assert same_size.shared == 0
+    assert [len(run.inputs) for run in same_size.runs] == [2]
+
+
+def test_identical_variants_are_one() -> None:
+    plan = whole(*(Member(name, path((1, 3, "same"))) for name in "abc"))
+    assert [len(run.inputs) for run in plan.runs] == [1]
+
+
+def test_streams_are_followed_to_their_end_before_the_next_so_that_few_are_alive() -> None:
+    fork = [Member(str(number), path((0, 1, f"own {number}"))) for number in range(8)]
+    apart = whole(*fork, pays=False)
+    assert apart.activation_bytes == 2 * BASE[0].output_bytes
+    assert whole(*fork).activation_bytes == 2 * (8 * 2 * BASE[0].output_bytes)  # what a run reads and what it makes
+
+
+def test_rows_are_taken_where_streams_fork() -> None:
+    plan = make_plan([Member("a", BASE), Member("b", path((4, 5, "own")))], [(0, 2), (1, 2)])
+    runs = {run.links[-1][0].key: run for run in plan.runs}
+    assert plan.roots[0][2] == (0, 1, 2)
+    assert runs["base 4"].inputs[0].places == (0, 2)
+    assert runs["own"].inputs[0].places == (1, 2)
+
+
+def test_a_plan_frees_each_stream_with_its_last_reader() -> None:
+    plan = whole(Member("a", BASE, taps=(1, 3)), Member("b", path((2, 3, "own"))))
+    for index, step in enumerate(plan.steps):
+        assert set(step.frees) <= set(reads(step))
+        assert all(not set(step.frees) & set(reads(later)) for later in plan.steps[index + 1 :])
+
+
+def test_a_plan_prints_its_tree_and_draws_it(tmp_path: object) -> None:
+    plan = whole(Member("base", BASE), Member("flowers", path((2, 3, "own"))))
+    text = str(plan)
+    assert "2 tasks, up to 2 images each" in text
+    assert "its own" in text
+    assert "concatenated with s" in text
+    assert "head base" in text
+    assert "head flowers" in text
+    file = f"{tmp_path}/plan.png"
+    plan.draw(file)
+    with open(file, "rb") as picture:
+        assert picture.read(4) == b"\x89PNG"
+
+
+def sequence(plan: Plan) -> Sequence[str]:
+    return [type(step).__name__ for step in plan.steps]
+
+
+def test_pooled_outputs_are_computed_once_for_all_heads_that_read_them() -> None:
+    plan = whole(Member("a", BASE, taps=(1, 4)), Member("b", BASE, taps=(1,)))
+    assert sequence(plan).count("Pool") == 2
+    assert sequence(plan).count("Answer") == 2
