@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 import modelpatch as mp
-from common import mobilenet, report
-from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Task
+from common import mobilenet, report, untrained
 
 CLASSES = 43
 WARM = 3  # patches before the first measurement: the shared structure and the allocator's pools are paid once
@@ -36,23 +35,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def make_patch(backbone: mp.Backbone) -> mp.Patch:
-    """A scale-and-bias patch as `fit` would give it, untrained."""
-    method = mp.methods.ScaleBias()
-    model = method.draft(backbone, CLASSES)
-    return mp.Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=Task(name="memory", classes=tuple(f"class {i}" for i in range(CLASSES))),
-        preprocessing=backbone.preprocessing.with_image_size(64),
-        head=HeadRecord(features=backbone.chain.feature_dim, outputs=CLASSES),
-        method=MethodRecord(name=method.name),
-        tensors={name: tensor.clone() for name, tensor in model.tensors().items()},
-    )
-
-
 def make_files(folder: Path, count: int) -> list[Path]:
     """`count` patch files that differ in every number."""
-    patch = make_patch(mp.load_backbone(mobilenet()))
+    backbone = mp.load_backbone(mobilenet())
+    patch = untrained(backbone, mp.methods.ScaleBias(), CLASSES, pixels=64)
     paths = [folder / f"{number:03}.safetensors" for number in range(count)]
     for number, path in enumerate(paths):
         noise = torch.Generator().manual_seed(number)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+import modelpatch as mp
+from modelpatch.patch import BackboneRecord, MethodRecord
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -43,6 +47,45 @@ def unpack(name: str, into: Path) -> Path:
 def mobilenet() -> str:
     """The specification of the real ImageNet MobileNetV2."""
     return f"file:{SHARED / 'weights' / 'mobilenetv2_100_imagenet.safetensors'}"
+
+
+def untrained(
+    backbone: mp.Backbone, method: mp.methods.Method, classes: int, seed: int = 0, pixels: int = 0
+) -> mp.Patch:
+    """A patch as `fit` would give it, with noise where training would have moved a number and masks that keep 95 %."""
+    torch.manual_seed(seed)
+    model = method.draft(backbone, classes)
+    tensors = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    for name, tensor in tensors.items():
+        if name.startswith("mask/"):
+            tensors[name] = torch.rand(tensor.shape) < 0.95
+        elif tensor.is_floating_point():
+            tensors[name] = tensor * (1 + 0.01 * torch.rand(tensor.shape))
+    return mp.Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=mp.Task(name="untrained", classes=tuple(f"class {number}" for number in range(classes))),
+        preprocessing=backbone.preprocessing.with_image_size(pixels or None),
+        head=model.head.record,
+        method=MethodRecord(name=method.name),
+        grafts=method.blueprint(backbone).grafts,
+        tensors=tensors,
+    )
+
+
+def compare_ways(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every way in paired rounds, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for trial in range(rounds + 1):
+        for name, way in ways.items():
+            _, seconds = timed(way)
+            if trial:
+                times[name].append(1000 * seconds)
+    return times
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of paired ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:

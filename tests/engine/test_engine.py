@@ -19,7 +19,7 @@ from modelpatch.backbone import Backbone, Fingerprint
 from modelpatch.engine import Engine, Tuning, measure
 from modelpatch.errors import BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
-from modelpatch.patch import Patch
+from modelpatch.patch import BoundPatch, Patch
 
 PLAIN = Tuning()
 FAST = Tuning(channels_last=True, fold=True, piece_bytes=4096, merge_rows=64)
@@ -223,6 +223,15 @@ def test_patches_are_added_swapped_and_removed(tiny: Backbone, images: Tensor, t
     assert "a" not in engine
     assert engine.memory["variants"] == engine.memory["patches"] == 0
     assert close(engine(images)["base"], tiny(images))
+
+
+def test_a_bound_patch_is_swapped_in_as_it_is(tiny: Backbone, images: Tensor) -> None:
+    first, second = (BoundPatch(tiny, draft_patch(tiny, ScaleBias(), seed=seed)) for seed in range(2))
+    engine = Engine(tiny, {"a": first}, tuning=PLAIN)
+    engine.swap("a", second)
+    assert torch.equal(engine(images)["a"], second(images))
+    with pytest.raises(WrongBackboneError, match="bound to another backbone"):
+        Engine(make_tiny(), {"a": first}, tuning=PLAIN)
 
 
 def test_names_that_are_taken_or_cannot_be_are_refused(tiny: Backbone) -> None:

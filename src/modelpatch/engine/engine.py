@@ -31,11 +31,12 @@ from modelpatch.engine.program import Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.stream import Answers, stream
 from modelpatch.engine.tuning import Tuning
-from modelpatch.errors import EngineError, UnknownTaskError
+from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.patch import BoundPatch, Patch
 
 BASE = "base"
 PROGRAMS = 128
+AnyPatch = Patch | BoundPatch | str | Path
 Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
 _SERIAL = count()
 
@@ -62,11 +63,11 @@ class _Task:
 class Engine:
     """Patches of one backbone, run together. Every method may be called from any thread.
 
-    `patches` are patches or paths of their files by the name of the task; "base" is the backbone's own answer and is always
-    there. `tuning` pins how the engine computes; by default it is measured now and `print(engine.tuning)` reports it.
-    `budget` are the bytes for variants as modules of their own, beyond the patches' numbers and the backbone (by default
-    twice the backbone's bytes); `eager` makes them when a patch is added instead of when it is used. `bfloat16` lets
-    the measurement choose 16-bit arithmetic, which moves logits by about a hundredth.
+    `patches` are patches, bound or not, or paths of their files, by the name of the task; "base" is the backbone's own
+    answer and is always there. `tuning` pins how the engine computes; by default it is measured now, and
+    `print(engine.tuning)` reports it. `budget` are the bytes for variants as modules of their own, beyond the patches'
+    numbers and the backbone (by default twice the backbone's bytes); `eager` makes them when a patch is added instead of
+    when it is used. `bfloat16` lets the measurement choose 16-bit arithmetic, which moves logits by about a hundredth.
 
     Raises what `BoundPatch` raises for patches that do not fit, `EngineError` for names that cannot be.
     """
@@ -74,7 +75,7 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        patches: Mapping[str, Patch | str | Path] | None = None,
+        patches: Mapping[str, AnyPatch] | None = None,
         *,
         tuning: Tuning | None = None,
         budget: int | None = None,
@@ -116,7 +117,7 @@ class Engine:
         """How the images of a task are seen."""
         return self._find(self._tasks, task).preprocessing
 
-    def add(self, name: str, patch: Patch | str | Path) -> None:
+    def add(self, name: str, patch: AnyPatch) -> None:
         """Add a patch under a new name. Raises `EngineError` for a name that is taken; see `swap`."""
         task = self._bind(name, patch)
         with self._lock:
@@ -124,8 +125,11 @@ class Engine:
                 raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
             self._tasks = {**self._tasks, name: task}
 
-    def swap(self, name: str, patch: Patch | str | Path) -> None:
-        """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one."""
+    def swap(self, name: str, patch: AnyPatch) -> None:
+        """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
+
+        A `BoundPatch` is swapped in well under a millisecond; patches and files are bound first, while calls go on.
+        """
         task = self._bind(name, patch)
         with self._lock:
             old = self._find(self._tasks, name)
@@ -153,12 +157,14 @@ class Engine:
             if isinstance(link, PartLink):
                 self.residency.unpin(link.part)
 
-    def _bind(self, name: str, patch: Patch | str | Path) -> _Task:
+    def _bind(self, name: str, patch: AnyPatch) -> _Task:
         if not name or name == BASE:
             raise EngineError(
                 f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
             )
-        bound = BoundPatch(self.backbone, patch if isinstance(patch, Patch) else Patch.load(patch))
+        bound = patch if isinstance(patch, BoundPatch) else BoundPatch(self.backbone, _read(patch))
+        if bound.backbone is not self.backbone:
+            raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {self.backbone.spec}.")
         variants = {part.span[0]: part for part in bound.parts}
         path: list[Link] = []
         at = 0
@@ -361,6 +367,10 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.backbone.spec!r}, {len(self._tasks) - 1} patches)"
+
+
+def _read(patch: Patch | str | Path) -> Patch:
+    return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
 def _side(images: Images) -> int | None:

@@ -70,7 +70,7 @@ class BoundPatch:
         self.parts = tuple(BoundPart(shelf, own) for shelf, own in zip(skeleton.shelves, numbers, strict=False))
         self.taps: Mapping[int, tuple[int, ...]] = skeleton.model.taps
         self.head = _build_head(patch.head, numbers[HEAD])
-        self._chain = backbone.chain
+        self.backbone = backbone
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
 
     @torch.no_grad()
@@ -78,9 +78,9 @@ class BoundPatch:
         """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
         starts = {part.span[0]: part for part in self.parts}
         x, at, pooled = images, 0, []
-        while at < len(self._chain):
+        while at < len(self.backbone.chain):
             part = starts.get(at)
-            x = part(x) if part else self._chain[at].module(x)
+            x = part(x) if part else self.backbone.chain[at].module(x)
             at = part.span[1] if part else at + 1
             if at - 1 in self.taps:
                 pooled.append(pool(x, self.taps[at - 1]))
