@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
-from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task
+from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task, diff, extract, merge
 from modelpatch.train import compare, evaluate, fit, harmonic_mean, load_task
 
 __all__ = [
@@ -25,12 +25,15 @@ __all__ = [
     "Task",
     "__version__",
     "compare",
+    "diff",
     "errors",
     "evaluate",
+    "extract",
     "fit",
     "harmonic_mean",
     "load_backbone",
     "load_task",
+    "merge",
     "methods",
     "save_backbone",
 ]

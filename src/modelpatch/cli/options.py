@@ -38,6 +38,10 @@ ArgumentOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, or auto for the fastest there is.")
 ]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option("--alpha", help="Apply this share of the change, 0 (the base) to 1; by default what the file says."),
+]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
 RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
 
@@ -140,6 +144,11 @@ def backbone_of(
     with naming(patch_path):
         patch.check_backbone(backbone)
     return backbone
+
+
+def at_alpha(patch: Patch, alpha: float | None) -> Patch:
+    """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
+    return patch if alpha is None else patch.with_alpha(alpha)
 
 
 def locate(patch: Patch, patch_path: Path) -> str:

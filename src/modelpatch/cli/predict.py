@@ -12,9 +12,11 @@ from torch import Tensor
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
 from modelpatch.cli.options import (
+    AlphaOption,
     ArgumentOption,
     DeviceOption,
     PatchBackboneOption,
+    at_alpha,
     backbone_of,
     find_device,
     naming,
@@ -36,6 +38,7 @@ def predict(
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
@@ -47,7 +50,7 @@ def predict(
     console = open_console(json)
     check_file("--json", json)
     files = find_images(images)
-    patches = {path: Patch.load(path) for path in patch}
+    patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
     if len(patches) < len(patch):
         raise ModelpatchError("a patch file is named twice; give each --patch once.")
     loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))

@@ -2,12 +2,16 @@
 
 from modelpatch.patch.bind import BoundPatch, PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.diff import diff
+from modelpatch.patch.extract import DELTA_CODECS, extract
 from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
 from modelpatch.patch.weights import Reweighting
 
 __all__ = [
+    "DELTA_CODECS",
     "BackboneRecord",
     "Blueprint",
     "BoundPatch",
@@ -20,6 +24,9 @@ __all__ = [
     "PatchedModel",
     "Reweighting",
     "Task",
+    "diff",
+    "extract",
+    "merge",
     "pooled_width",
     "register_graft",
 ]

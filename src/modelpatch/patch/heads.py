@@ -68,7 +68,7 @@ class SelectedHead(nn.Linear):
         self.register_buffer("selected", torch.zeros(features, dtype=torch.int32))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input[:, self.selected])
+        return super().forward(input.index_select(1, self.selected))
 
     @property
     def record(self) -> HeadRecord:
