@@ -14,11 +14,12 @@ __version__ = "0.1.0"
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
 from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task, diff, extract, merge
-from modelpatch.train import compare, evaluate, fit, harmonic_mean, load_task
+from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
 
 __all__ = [
     "Backbone",
     "BoundPatch",
+    "PaintSettings",
     "Patch",
     "PatchedModel",
     "Preprocessing",
@@ -35,5 +36,6 @@ __all__ = [
     "load_task",
     "merge",
     "methods",
+    "paint",
     "save_backbone",
 ]

@@ -20,6 +20,7 @@ from modelpatch.cli.extract import extract
 from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
 from modelpatch.cli.merge import diff, merge
+from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
@@ -55,6 +56,7 @@ app.command()(compare)
 app.command()(extract)
 app.command()(merge)
 app.command()(diff)
+app.command()(paint)
 app.command()(export)
 
 

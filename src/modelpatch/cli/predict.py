@@ -11,18 +11,23 @@ from torch import Tensor
 
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
+from modelpatch.backbone.text import PACKAGES
 from modelpatch.cli.options import (
     AlphaOption,
     ArgumentOption,
     DeviceOption,
+    NamesOption,
     PatchBackboneOption,
+    TemplateOption,
+    TextOption,
     at_alpha,
     backbone_of,
     find_device,
     naming,
+    open_vocabulary,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, open_console, write_json
+from modelpatch.cli.outputs import JsonOption, check_file, open_console, read_names, write_json
 from modelpatch.errors import DataError, ModelpatchError
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.report.tables import prediction_table, show
@@ -38,6 +43,13 @@ def predict(
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Any answers, comma-separated or a file with one a line, in place of the patch's classes."),
+    ] = None,
+    text: TextOption = None,
+    names: NamesOption = None,
+    template: TemplateOption = None,
     alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
@@ -50,10 +62,15 @@ def predict(
     console = open_console(json)
     check_file("--json", json)
     files = find_images(images)
+    labels_given = read_names("--labels", labels)
     patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
     if len(patches) < len(patch):
         raise ModelpatchError("a patch file is named twice; give each --patch once.")
     loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))
+    if labels_given:
+        patches = {path: _relabel(loaded, one, labels_given, text, names, template) for path, one in patches.items()}
+    elif text or names or template:
+        raise ModelpatchError("--text, --names and --template say how --labels are read. Give --labels as well.")
     bound = {name: _bind(loaded, path, patches[path]) for name, path in _names(patches).items()}
     answers: list[Row] = []
     with Progress("predict") as bar, bar.task("images", len(files)) as advance:
@@ -65,6 +82,28 @@ def predict(
     write_json(json, answers)
     if broken := sum("error" in answer for answer in answers):
         raise DataError(f"{broken} of {len(files)} images cannot be read; the others are answered.")
+
+
+def _relabel(
+    backbone: Backbone,
+    patch: Patch,
+    labels: tuple[str, ...],
+    text: str | None,
+    names: Path | None,
+    template: list[str] | None,
+) -> Patch:
+    """The patch with a head for `labels`, made as its file says unless the options say otherwise."""
+    recorded = patch.method.hyperparameters
+    told = recorded.get("text")
+    if text is None and backbone.text is None and told not in PACKAGES:
+        raise ModelpatchError(
+            f"the patch of {patch.task.name} does not say which text tower reads labels. Name one with --text, such as minilm."
+        )
+    prompts = template or [one for one in recorded.get("templates", ()) if isinstance(one, str)]
+    vocabulary = open_vocabulary(backbone, text or (told if told in PACKAGES else None), names, prompts)
+    if vocabulary is None:
+        raise ModelpatchError("--text none makes no head for --labels. Name a text tower.")
+    return vocabulary.relabel(patch, labels)
 
 
 def find_images(paths: list[Path]) -> list[Path]:

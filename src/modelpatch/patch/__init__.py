@@ -4,7 +4,7 @@ from modelpatch.patch.bind import BoundPatch, PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.diff import diff
 from modelpatch.patch.extract import DELTA_CODECS, extract
-from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, pooled_width
 from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
@@ -15,6 +15,7 @@ __all__ = [
     "BackboneRecord",
     "Blueprint",
     "BoundPatch",
+    "CosineHead",
     "DraftHead",
     "Graft",
     "HeadRecord",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def merge(
     merged = elect(scaled, density) if rule == "ties" else add(scaled)
     start = patches[0] if head == "all" else patches[head]
     task, record, tensors = _join_heads(patches) if head == "all" else (start.task, start.head, _head(start))
-    used = {"rule": rule, "weights": factors, "tasks": [patch.task.name for patch in patches]}
+    used: dict[str, Any] = {"rule": rule, "weights": factors, "tasks": [patch.task.name for patch in patches]}
     used |= {"ties": {"density": density}, "dare": {"drop": drop, "seed": seed}}.get(rule, {})
     return replace(
         start,

@@ -17,6 +17,7 @@ from torch import Tensor
 from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
 from modelpatch.backbone.described import Arguments
 from modelpatch.backbone.fingerprint import hash_tensors
+from modelpatch.backbone.openclip import NAME as OPENCLIP
 from modelpatch.errors import NotAPatchError, PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
@@ -50,6 +51,8 @@ class BackboneRecord(BaseModel):
         source, _, repository = name.rpartition(":")
         if kind == "timm" and source:
             plain = source.lower() in HUBS and not repository.startswith((".", "/"))
+        elif kind == "openclip":
+            plain = OPENCLIP.fullmatch(name) is not None
         else:
             plain = Path(name).name == name
         if not separator or not plain:
