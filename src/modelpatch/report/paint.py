@@ -40,12 +40,7 @@ def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
 
 def painting_table(painting: Painting) -> Table:
     """One row a mixture."""
-    settings = painting.settings
-    caption = (
-        f"* chosen on held-out images by {settings.rule}; distance to optimal {100 * painting.distance:.2f} points, "
-        f"CKA {painting.cka:.4f}, weight cosine {painting.cosine:.6f}"
-    )
-    table = new_table(f"{settings.mode} patching, test accuracy", caption)
+    table = new_table(f"{painting.settings.mode} patching, test accuracy")
     (first, *others), rows = painting_cells(painting)
     table.add_column(first, no_wrap=True)
     for name in others:
@@ -53,6 +48,14 @@ def painting_table(painting: Painting) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def painting_summary(painting: Painting) -> str:
+    """The figures of the whole curve, in a line."""
+    return (
+        f"* chosen on held-out images by {painting.settings.rule}; distance to optimal {100 * painting.distance:.2f} points, "
+        f"CKA {painting.cka:.4f}, weight cosine {painting.cosine:.6f}"
+    )
 
 
 def painting_markdown(painting: Painting) -> str:
