@@ -143,7 +143,7 @@ def curve(study: Study) -> tuple[Sequence[str], Rows]:
 def modes(study: Study) -> tuple[Sequence[str], Rows]:
     """Three tasks in every way."""
     tasks, kept = [study.task(name) for name in study.arguments.tasks], study.supported()
-    rows = [row_of("joint", study.paint(tasks, kept))]
+    rows: Rows = [row_of("joint", study.paint(tasks, kept))]
     for interpolate in (True, False):
         painting = study.paint(tasks, kept, mode="sequential", orders=study.arguments.orders, interpolate=interpolate)
         for order in painting.orders:

@@ -89,7 +89,7 @@ def test_a_patch_is_asked_other_labels_and_evaluated_by_them(tmp_path: Path, fol
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("n01440764", "tench"),
+        ("n01440764", "tench, tinca tinca"),
         ("stop_sign", "stop sign"),
         ("Faces-easy", "faces easy"),
         ("n99999999", "n99999999"),

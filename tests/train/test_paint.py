@@ -124,6 +124,10 @@ def test_one_fine_tuning_gives_the_whole_curve_and_the_base_at_alpha_0(tiny: Bac
     assert torch.equal(model.run_prefix(images, model.end), tiny.chain(images))
     changed = tiny.patched(painting.patch.with_alpha(1))
     assert not torch.equal(changed.run_prefix(images, changed.end), tiny.chain(images))
+    body = sum(parameter.numel() for parameter in changed.parameters()) - sum(
+        p.numel() for p in changed.head.parameters()
+    )
+    assert body == sum(segment.parameters for segment in tiny.chain)  # nothing is added to the network
     assert painting.patch.metrics["alpha"] == [painting.patch.strength]
     assert painting.patch.metrics["test_top1"] == painting.chosen.mean("patched")
 

@@ -81,33 +81,32 @@ def frontier(
         "lwf": lambda strength: LwF(strength, answers),
         "mix": lambda strength: Mix(strength, answers, streams),
     }
-    with painter.bar:
-        patch, tuned = painter.fine_tune(painter.patched, keeper=recorder)
-        tasks = [*tuned, *painter.supported]
-        grid = alphas(painter.exploration.steps)
-        curves = {"paint": tuple(painter.sweep([patch], [(alpha,) for alpha in grid], tasks))}
-        for name in baselines:
-            if name == "early-stopping":
-                tensors = [*recorder.snapshots, dict(patch.tensors)]
-                places = [number / recorder.moments for number in range(1, len(tensors) + 1)]
-            elif name == "ema":
-                tensors, places = [recorder.average], [recorder.decay]
-            else:
-                continue
-            curves[name] = tuple(
-                painter.scorer.point(replace(patch, tensors=one), tasks, (place,))
-                for one, place in zip(tensors, places, strict=True)
-            )
-        for name in (one for one in baselines if one in keepers):
-            curves[name] = tuple(
-                _trained(painter, strength, keeper=keepers[name](strength)) for strength in STRENGTHS[name]
-            )
-        if "lr" in baselines:
-            rate, points = painter.method.lr, []
-            for factor in RATES:
-                painter.method = replace(painter.method, lr=rate * factor)
-                points.append(_trained(painter, rate * factor))
-            curves["lr"] = tuple(points)
+    patch, tuned = painter.fine_tune(painter.patched, keeper=recorder)
+    tasks = [*tuned, *painter.supported]
+    grid = alphas(painter.exploration.steps)
+    curves = {"paint": tuple(painter.sweep([patch], [(alpha,) for alpha in grid], tasks))}
+    for name in baselines:
+        if name == "early-stopping":
+            tensors = [*recorder.snapshots, dict(patch.tensors)]
+            places = [number / recorder.moments for number in range(1, len(tensors) + 1)]
+        elif name == "ema":
+            tensors, places = [recorder.average], [recorder.decay]
+        else:
+            continue
+        curves[name] = tuple(
+            painter.scorer.point(replace(patch, tensors=one), tasks, (place,))
+            for one, place in zip(tensors, places, strict=True)
+        )
+    for name in (one for one in baselines if one in keepers):
+        curves[name] = tuple(
+            _trained(painter, strength, keeper=keepers[name](strength)) for strength in STRENGTHS[name]
+        )
+    if "lr" in baselines:
+        rate, points = painter.method.lr, []
+        for factor in RATES:
+            painter.method = replace(painter.method, lr=rate * factor)
+            points.append(_trained(painter, rate * factor))
+        curves["lr"] = tuple(points)
     backbone.verify()
     return Frontier(painter.base(), curves)
 

@@ -143,9 +143,8 @@ def paint(
     painter = Painter(
         backbone, given, kept, method or Paint(), heads, exploration or PaintSettings(), progress, settings
     )
-    with painter.bar:
-        mode = painter.exploration.mode
-        painting = {"joint": painter.joint, "parallel": painter.parallel, "sequential": painter.sequential}[mode]()
+    mode = painter.exploration.mode
+    painting = {"joint": painter.joint, "parallel": painter.parallel, "sequential": painter.sequential}[mode]()
     backbone.verify()
     return painting
 
@@ -173,7 +172,6 @@ class Painter:
         self.settings, self.progress = settings, progress
         chosen = check_settings(settings)
         self.seed = chosen.seed
-        self.bar = Progress("paint") if progress else quiet_progress()
         preprocessing = backbone.preprocessing.with_image_size(chosen.image_size)
         backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
@@ -231,7 +229,8 @@ class Painter:
     ) -> list[Point]:
         """The points of several mixtures of patches."""
         points = []
-        with self.bar.task("mixtures", len(mixtures)) as advance:
+        bar = Progress("paint") if self.progress else quiet_progress()
+        with bar, bar.task("mixtures", len(mixtures)) as advance:
             for weights in mixtures:
                 points.append(self.scorer.point(mixed(self.backbone, patches, weights), tasks, weights))
                 advance(1)
