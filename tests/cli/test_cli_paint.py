@@ -41,6 +41,10 @@ def test_several_tasks_are_patched_together(run: Run, folder: Path, kept: Path, 
     result = run("paint", folder, other, "--supported", kept, "--steps", 2, "--epochs", 1, "-o", out, *modes)
     assert result.code == 0, result.err
     assert len(Patch.load(out).task.classes) == 6
+    modes = ["--mode", "sequential", "--orders", 2, "--force"]
+    result = run("paint", folder, other, "--supported", kept, "--steps", 2, "--epochs", 1, "-o", out, *modes)
+    assert result.code == 0, result.err
+    assert "sequences, test accuracy" in result.out
 
 
 def test_words_answer_any_labels(run: Run, folder: Path, kept: Path, sentence_encoder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,14 @@ from modelpatch.cli.outputs import (
 )
 from modelpatch.errors import TrainingError
 from modelpatch.methods import Paint, make_method
-from modelpatch.report.paint import frontier_table, painting_markdown, painting_summary, painting_table, plot_tradeoff
+from modelpatch.report.paint import (
+    frontier_table,
+    orders_table,
+    painting_markdown,
+    painting_summary,
+    painting_table,
+    plot_tradeoff,
+)
 from modelpatch.report.tables import show
 from modelpatch.train import PaintSettings, load_task
 from modelpatch.train import paint as run_paint
@@ -138,6 +145,9 @@ def paint(
     patch.save(target)
     show(console, painting_table(painting))
     tell(console, painting_summary(painting))
+    if painting.orders:
+        console.print()
+        show(console, orders_table(painting))
     figures = painting.as_dict()
     curves = {"paint": painting.curve}
     if rivals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def painting_summary(painting: Painting) -> str:
     )
 
 
+def orders_table(painting: Painting) -> Table:
+    """One row an order of the tasks, and their mean: what is left at the end of each."""
+    table = new_table("sequences, test accuracy after the last task")
+    table.add_column("order")
+    for name in ("alphas", "patched", "supported", "combined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for order in painting.orders:
+        point = order.point
+        figures = [percent(value) for value in (point.mean("patched"), point.mean("supported"), point.combined())]
+        table.add_row(escape(", ".join(order.tasks)), ", ".join(f"{alpha:g}" for alpha in order.alphas), *figures)
+    points = [order.point for order in painting.orders]
+    means = [
+        statistics.fmean(values)
+        for values in zip(*((p.mean("patched"), p.mean("supported"), p.combined()) for p in points), strict=True)
+    ]
+    table.add_row("mean", "", *map(percent, means))
+    return table
+
+
 def painting_markdown(painting: Painting) -> str:
     """The same table as Markdown."""
     header, rows = painting_cells(painting)
@@ -89,7 +109,8 @@ def plot_tradeoff(
                 if name == "paint"
                 else {"color": f"C{number}", "alpha": 0.8}
             )
-            places = _places(points)
+            places, sums = _places(points), [sum(point.weights) for point in points]
+            style["linestyle"] = "-" if sums == sorted(sums) else ""  # a line through a curve, not through a cloud
             axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=name, **style)
         axes.plot(*_places([base])[0], "s", color="black", label="base", zorder=4)
         if chosen is not None:
