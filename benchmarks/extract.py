@@ -1,7 +1,7 @@
 """What `extract` keeps of a fully fine-tuned MobileNetV2, codec by codec: accuracy and bytes.
 
 Fine-tunes the real MobileNetV2 on a real task, writes it as an ordinary checkpoint, forgets the patch, and extracts one from
-the checkpoint with every codec. A second column of figures has the median of several seeds.
+the checkpoint with every codec. Figures are medians over the seeds.
 
     python benchmarks/extract.py --task gtsrb --json benchmarks/results/extract.json
 """
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--calibrate", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--images", type=int, help="training images at most")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
@@ -47,7 +48,9 @@ def main() -> None:
         whole.append(evaluate(backbone, patch, data).top1)
         with tempfile.TemporaryDirectory() as folder:
             state = read_checkpoint(export(backbone, patch, Path(folder) / "checkpoint.safetensors", "safetensors"))
-        rows, _ = compare_codecs(backbone, state, data, image_size=arguments.image_size, rank=arguments.rank)
+        rows, _ = compare_codecs(
+            backbone, state, data, image_size=arguments.image_size, rank=arguments.rank, calibration=arguments.calibrate
+        )
         for row in rows:
             found.setdefault(row.codec, []).append(row)
     size = sum(tensor.nbytes for tensor in state.values())

@@ -36,15 +36,30 @@ def test_extract_measures_every_codec_and_writes_the_named_one(
     run: Run, folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "colors.safetensors"
-    options = ["--base", TINY, "--finetuned", checkpoint, "--data", folder, "--codec", "sign", "-o", out, "--rank", 2]
+    options = [
+        "--base",
+        TINY,
+        "--finetuned",
+        checkpoint,
+        "--data",
+        folder,
+        "--codec",
+        "sign",
+        "-o",
+        out,
+        "--rank",
+        2,
+        "--calibrate",
+        3,
+    ]
     result = run("extract", *options, "--json", tmp_path / "x.json")
     assert result.code == 0, result.err
     assert all(codec in result.out for codec in DELTA_CODECS)
     rows = json.loads((tmp_path / "x.json").read_text())["codecs"]
-    assert [row["codec"] for row in rows] == list(DELTA_CODECS)
+    assert [row["codec"] for row in rows] == [*DELTA_CODECS, "sign, calibrated"]
     patch = Patch.load(out)
-    assert patch.method.hyperparameters == {"codec": "sign"}
-    assert out.stat().st_size == next(row["file_bytes"] for row in rows if row["codec"] == "sign")
+    assert patch.method.hyperparameters == {"codec": "sign", "calibration": 3}
+    assert out.stat().st_size == next(row["file_bytes"] for row in rows if row["codec"] == "sign, calibrated")
     assert patch.metrics["test_top1"] == evaluate(load_backbone(TINY), patch, load_task(folder)).top1
     assert run("verify", out).code == 0
     assert "exists already" in run("extract", *options).err

@@ -22,7 +22,7 @@ from modelpatch.errors import ModelpatchError
 from modelpatch.patch import DELTA_CODECS
 from modelpatch.patch import extract as run_extract
 from modelpatch.patch.checkpoint import read_checkpoint
-from modelpatch.report.codecs import codec_figures, codec_table, compare_codecs
+from modelpatch.report.codecs import CALIBRATED, codec_figures, codec_table, compare_codecs
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
@@ -48,6 +48,9 @@ def extract(
     data: Annotated[
         str | None, typer.Option(help="The task's data, as for fit: measure every codec on its test images.")
     ] = None,
+    calibrate: Annotated[
+        int, typer.Option(min=0, help="With --data: steps in which the scales of sign are learned on training images.")
+    ] = 200,
     classes: Annotated[
         str | None, typer.Option(help="Names of the head's outputs, comma-separated, or a file with one a line.")
     ] = None,
@@ -79,9 +82,9 @@ def extract(
         patch = run_extract(backbone, state, codec=codec, name=finetuned.stem, classes=names, **options)
     else:
         run_extract(backbone, state, codec=codec, classes=task.classes, **options)  # what is wrong is said at once
-        with Progress("extract") as bar, bar.task("codecs", len(DELTA_CODECS)) as advance:
-            rows, patches = compare_codecs(backbone, state, task, advance=advance, **options)
-        patch = patches[codec]
+        with Progress("extract") as bar, bar.task("codecs", len(DELTA_CODECS) + bool(calibrate)) as advance:
+            rows, patches = compare_codecs(backbone, state, task, advance=advance, calibration=calibrate, **options)
+        patch = patches[CALIBRATED if codec == "sign" and calibrate else codec]
         show(console, codec_table(f"{task.task.name}: {finetuned.name} over {backbone.spec}", rows))
         console.print()
         figures = codec_figures(rows)

@@ -12,7 +12,8 @@ Vectors (norm layers, biases) have too few numbers to be worth less than 16 bits
 differences as float16. A difference is smaller than the weight, so that the same bits lose less of it.
 
 `sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
-a matrix. `low-rank`: the singular value decomposition of a weight as a matrix (output channels, all else).
+a matrix; `train/calibrate.py` learns the scales. `low-rank`: the singular value decomposition of a weight as a matrix (output
+channels, all else).
 """
 
 from __future__ import annotations
