@@ -101,6 +101,9 @@ def test_class_names_are_spelled_as_words(name: str, words: str) -> None:
 
 
 def test_prompts_and_words_are_checked(tiny: Backbone, tmp_path: Path) -> None:
+    odd = Vocabulary(tiny, Letters(), templates=("{} {0.__class__} {x}",))
+    expected = Letters().encode(["a {0.__class__} {x}"])  # nothing but the name is filled in
+    assert torch.allclose(odd.embed(["a"]), expected)
     for templates in ((), ("a photo",), ("{} and {}",)):
         with pytest.raises(DataError, match="template"):
             Vocabulary(tiny, Letters(), templates=templates)

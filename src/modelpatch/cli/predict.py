@@ -94,13 +94,14 @@ def _relabel(
 ) -> Patch:
     """The patch with a head for `labels`, made as its file says unless the options say otherwise."""
     recorded = patch.method.hyperparameters
-    told = recorded.get("text")
-    if text is None and backbone.text is None and told not in PACKAGES:
+    told = next((name for name in PACKAGES if recorded.get("text") == name), None)  # files name packages, never folders
+    if text is None and backbone.text is None and told is None:
         raise ModelpatchError(
             f"the patch of {patch.task.name} does not say which text tower reads labels. Name one with --text, such as minilm."
         )
-    prompts = template or [one for one in recorded.get("templates", ()) if isinstance(one, str)]
-    vocabulary = open_vocabulary(backbone, text or (told if told in PACKAGES else None), names, prompts)
+    kept = recorded.get("templates")
+    written = [one for one in kept if isinstance(one, str)] if isinstance(kept, list) else []
+    vocabulary = open_vocabulary(backbone, text or told, names, template or written)
     if vocabulary is None:
         raise ModelpatchError("--text none makes no head for --labels. Name a text tower.")
     return vocabulary.relabel(patch, labels)

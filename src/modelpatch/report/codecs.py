@@ -57,9 +57,7 @@ def compare_codecs(
         if codec == CALIBRATED:
             patch = _calibrated(backbone, patch, made("exact"), data, calibration)
         result = evaluate(backbone, patch, data)
-        patch = patch.with_metrics(
-            test_top1=result.top1, test_top5=result.top5, test_images=result.images, data=dict(data.facts)
-        )
+        patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
         file_bytes = patch.inspect().file_bytes
         rows.append(CodecRow(codec, result.top1, file_bytes, file_bytes / size))
         patches[codec] = patch
