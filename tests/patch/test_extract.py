@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
-from conftest import TinyNet, make_tiny
+from conftest import TinyNet, make_timm, make_tiny
 from modelpatch.backbone import Backbone
 from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchError
 from modelpatch.patch import DELTA_CODECS, BoundPatch, Patch, extract
 from modelpatch.patch.checkpoint import read_checkpoint
+from modelpatch.patch.export import state_dict_of
 from modelpatch.patch.extract import factorise
 from modelpatch.patch.file import decode_patch, encode_patch
 
@@ -51,6 +53,23 @@ def test_an_exact_patch_computes_what_the_checkpoint_computes(tiny: Backbone, im
     touched = {name.partition("/")[2] for name in loaded.tensors if not name.startswith("head.")}
     assert touched
     assert not any(name.startswith(("stem.", "stage1.0.")) or "num_batches" in name for name in touched)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_networks_of_every_kind_come_back_exactly(name: str) -> None:
+    size = {"img_size": 32} if name.startswith("vit") else {}
+    backbone = make_timm(name, 32, **size)
+    torch.manual_seed(3)
+    module = timm.create_model(name, num_classes=3, **size).eval()
+    body = {n: t for n, t in backbone.module.state_dict().items() if not n.startswith(f"{backbone.classifier}.")}
+    tuned = {n: t * (1 + 0.05 * torch.randn_like(t)) if t.is_floating_point() else t for n, t in body.items()}
+    module.load_state_dict(tuned, strict=False)
+    patch = extract(backbone, module.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone.patched(patch)(images), module(images))
+    state = state_dict_of(backbone, patch)
+    assert all(torch.equal(state[n], tensor) for n, tensor in module.state_dict().items())
 
 
 @pytest.mark.parametrize("codec", DELTA_CODECS)
