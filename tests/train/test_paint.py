@@ -202,6 +202,11 @@ def test_fine_tuning_starts_at_given_weights(tiny: Backbone) -> None:
     body = {name: t + 1 for name, t in tiny.chain[0].named_tensors() if name == "stem.0.weight"}
     model = Paint(start=Start(body=body)).draft(tiny, 3)
     assert torch.equal(model.tensors()["replace/stem.0.weight"], body["stem.0.weight"])
+    digests = {
+        Paint(start=one).hyperparameters()["start"] for one in (Start(), Start(body=body), Start(LinearHead(16, 3)))
+    }
+    assert len(digests) == 3
+    assert "start" not in Paint().hyperparameters()
     with pytest.raises(MethodError, match="hold nothing"):
         Paint(start=Start(body={"nothing": torch.zeros(1)})).draft(tiny, 3)
 

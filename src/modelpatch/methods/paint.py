@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +20,11 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
+from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.keeping import Keeper
-from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.method import Batches
 from modelpatch.patch import Patch, PatchedModel
 
 
@@ -34,6 +35,13 @@ class Start:
     head: nn.Module | None = None
     body: Mapping[str, Tensor] = field(default_factory=dict)
     keeper: Keeper | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the numbers, and what kind of keeper there is."""
+        head = {} if self.head is None else {f"head.{name}": one for name, one in self.head.state_dict().items()}
+        numbers = hash_tensors([*head.items(), *self.body.items()])[:16]
+        return numbers if self.keeper is None else f"{numbers} {type(self.keeper).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +104,10 @@ class Paint(FullFinetune):
         return self.start.keeper.penalty(model) if self.start and self.start.keeper else 0.0
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Plain values: what only Python can give is left out."""
-        return {name: value for name, value in _plain(self).items() if name != "start"}
+        """Plain values; what only Python can give stands for itself by a digest, so that runs are told apart."""
+        plain = asdict(replace(self, start=None))
+        plain.pop("start")
+        return plain if self.start is None else {**plain, "start": self.start.digest}
 
     def _given_head(self, backbone: Backbone) -> Any:
         if self.start and self.start.head is not None:
@@ -112,9 +122,3 @@ class Paint(FullFinetune):
         }
         head.load_state_dict(tensors)
         return head
-
-
-def _plain(method: Method) -> dict[str, Any]:
-    from dataclasses import replace
-
-    return asdict(replace(method, start=None))  # type: ignore[call-arg]  # a deep copy of modules is no plain value
