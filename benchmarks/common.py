@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modelpatch as mp
-from modelpatch.patch import BackboneRecord, MethodRecord
+from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -54,7 +54,9 @@ def untrained(
 ) -> mp.Patch:
     """A patch as `fit` would give it, with noise where training would have moved a number and masks that keep 95 %."""
     torch.manual_seed(seed)
-    model = method.draft(backbone, classes)
+    model: mp.PatchedModel = method.draft(backbone, classes)
+    record = model.head.record
+    assert isinstance(record, HeadRecord)
     tensors = {name: tensor.clone() for name, tensor in model.tensors().items()}
     for name, tensor in tensors.items():
         if name.startswith("mask/"):
@@ -65,7 +67,7 @@ def untrained(
         backbone=BackboneRecord.of(backbone),
         task=mp.Task(name="untrained", classes=tuple(f"class {number}" for number in range(classes))),
         preprocessing=backbone.preprocessing.with_image_size(pixels or None),
-        head=model.head.record,
+        head=record,
         method=MethodRecord(name=method.name),
         grafts=method.blueprint(backbone).grafts,
         tensors=tensors,

@@ -78,7 +78,7 @@ def sharing(rounds: int) -> Rows:
             for batch in (1, 16):
                 x = images(batch, 224)
                 pairs: list[float] = []
-                ways = {
+                ways: dict[str, Callable[[], object]] = {
                     "engine": partial(engine, x, only=list(patches)),
                     "floor": partial(add_floor, pairs, engine, x, list(patches)),
                     "separate": separate(models, x),
@@ -153,7 +153,7 @@ def whole(rounds: int) -> Rows:
             engine = mp.Engine(backbone, patches, tuning=tuning, budget=budget)
             for batch in (1, 16):
                 x = images(batch, 128)
-                ways = {
+                ways: dict[str, Callable[[], object]] = {
                     "engine": partial(engine, x, only=list(patches)),
                     "separate": separate(models, x),
                 }

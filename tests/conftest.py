@@ -3,6 +3,7 @@ for `real` tests."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tarfile
@@ -163,6 +164,70 @@ def write_folder(root: Path, classes: Sequence[str] = CLASSES) -> Path:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "colors")
+
+
+# open vocabularies --------------------------------------------------------------------------------------------
+
+CLIP_MODELS = ("modelpatch-test-vit", "modelpatch-test-resnet")
+CLIP_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+CLIP_VISION = (
+    {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None},
+)
+
+
+@pytest.fixture(scope="session")
+def clip_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Small models of open_clip's kinds, known to it by the names `CLIP_MODELS`."""
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip")
+    for name, vision in zip(CLIP_MODELS, CLIP_VISION, strict=True):
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": CLIP_TEXT}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+
+
+@pytest.fixture
+def clip(clip_models: None) -> Backbone:
+    """A small open_clip vision transformer with random weights."""
+    return load_backbone(f"openclip:{CLIP_MODELS[0]}", pretrained=False)
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small sentence encoder with random weights and a vocabulary of a few words."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("encoder")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "a",
+        "of",
+        "photo",
+        "and",
+        "cat",
+        "dog",
+        "two",
+        "dogs",
+        "car",
+        "truck",
+        "ship",
+        "bird",
+        "deer",
+        "frog",
+        "horse",
+        "airplane",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).eval().save_pretrained(folder)
+    return folder
 
 
 # the command line -------------------------------------------------------------------------------------------

@@ -14,25 +14,30 @@ __version__ = "0.1.0"
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
 from modelpatch.engine import Engine
-from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task
-from modelpatch.train import compare, evaluate, fit, harmonic_mean, load_task
+from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task, diff, extract, merge
+from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
 
 __all__ = [
     "Backbone",
     "BoundPatch",
     "Engine",
+    "PaintSettings",
     "Patch",
     "PatchedModel",
     "Preprocessing",
     "Task",
     "__version__",
     "compare",
+    "diff",
     "errors",
     "evaluate",
+    "extract",
     "fit",
     "harmonic_mean",
     "load_backbone",
     "load_task",
+    "merge",
     "methods",
+    "paint",
     "save_backbone",
 ]

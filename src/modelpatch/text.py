@@ -40,6 +40,6 @@ def first_problem(error: ValidationError) -> str:
 
 Facts = Annotated[dict[str, Any], AfterValidator(check_facts)]
 Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
-_NAME = r"(head\.|(replace|mask|delta)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
+_NAME = r"(head\.|(replace|mask|delta|left|right)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
 TENSOR_NAME = re.compile(_NAME)
 STORED_NAME = re.compile(rf"masks|(scale/|bits/)?{_NAME}")  # what the codecs add

@@ -21,7 +21,20 @@ from modelpatch.patch.inspect import Inspection
 from modelpatch.train import checkpoint, evaluate, load_task
 from modelpatch.train.fit import Fit
 
-VERBS = ("demo", "fit", "eval", "predict", "inspect", "verify", "compare")
+VERBS = (
+    "demo",
+    "fit",
+    "eval",
+    "predict",
+    "inspect",
+    "verify",
+    "compare",
+    "extract",
+    "merge",
+    "diff",
+    "export",
+    "paint",
+)
 TINY = "bundled:tiny"
 
 

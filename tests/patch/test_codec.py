@@ -17,7 +17,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods import Piggyback, Subset
 from modelpatch.patch import Patch
-from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, unpack
+from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, unpack
 from modelpatch.patch.file import decode_patch, encode_patch
 
 
@@ -70,6 +70,58 @@ def test_sparse_masks_are_smaller_when_coded_and_small_ones_are_left_alone() -> 
     mask = torch.rand(256, 512) < 0.95
     assert pack({"mask/a": mask})[1]["mask/a"] == "entropy-bits:256x512"
     assert pack({"mask/a": mask[:4, :8]})[1]["mask/a"] == "bits:4x8"
+
+
+# signs ----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 1000), st.integers(1, 6), st.integers(2, 9), st.booleans())
+def test_signs_with_a_size_a_channel_come_back(seed: int, channels: int, numbers: int, empty: bool) -> None:
+    delta = torch.randn(channels, numbers, generator=torch.Generator().manual_seed(seed))
+    if empty:
+        delta[seed % channels] = 0
+    snapped = snap_signs(delta)
+    assert torch.allclose(snap_signs(snapped), snapped)
+    stored, codecs = pack({"delta/w": snapped})
+    back = unpack(stored, codecs)["delta/w"]
+    assert torch.equal(back.view(torch.int32), snapped.view(torch.int32))
+    if snapped.any():
+        assert codecs["delta/w"] == f"signs:{channels}x{numbers}"
+        assert stored["delta/w"].nbytes == -(-channels * numbers // 8)
+        assert stored["scale/delta/w"].shape == (channels,)
+
+
+def test_no_other_sizes_have_a_smaller_squared_error_than_the_mean() -> None:
+    delta = torch.randn(4, 50)
+    best = (snap_signs(delta) - delta).square().sum(1)
+    for factor in (0.9, 1.1):
+        assert ((snap_signs(delta) * factor - delta).square().sum(1) > best).all()
+
+
+def test_only_differences_of_one_size_a_channel_are_stored_as_signs() -> None:
+    snapped = snap_signs(torch.randn(3, 4))
+    other = snapped.clone()
+    other[1, 2] *= 1.5
+    codecs = pack({"delta/a": snapped, "replace/b": snapped, "delta/c": other, "delta/d": snapped[:, 0]})[1]
+    assert codecs == {"delta/a": "signs:3x4", "replace/b": "float32", "delta/c": "float32", "delta/d": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "change", "problem"),
+    [
+        ("signs:3x4", {"scale/delta/a": torch.ones(4)}, "has scales"),
+        ("signs:3x4", {"scale/delta/a": -torch.ones(3)}, "below 0"),
+        ("signs:3x40", {}, "does not hold"),
+        ("signs:12", {}, "no channels"),
+        ("entropy-signs:3x4", {}, "no codec"),
+        ("signs", {}, "no codec"),
+    ],
+)
+def test_signs_that_do_not_fit_are_refused(codec: str, change: dict[str, Tensor], problem: str) -> None:
+    stored, _ = pack({"delta/a": snap_signs(torch.randn(3, 4))})
+    with pytest.raises(ValueError, match=problem):
+        unpack({**stored, **change}, {"delta/a": codec})
 
 
 # int8 -------------------------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_metrics_that_imitate_the_hash_do_not_confuse_the_reader() -> None:
 # properties -------------------------------------------------------------------------------------------------
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
-PREFIXES = ("head.", "replace/", "mask/", "delta/", "graft/0-1/", "graft/12345-99999/")
+PREFIXES = ("head.", "replace/", "mask/", "delta/", "left/", "right/", "graft/0-1/", "graft/12345-99999/")
 PATHS = st.from_regex(r"[A-Za-z0-9_]{1,8}(\.[A-Za-z0-9_]{1,8}){0,3}", fullmatch=True)
 NAMES = st.builds(str.__add__, st.sampled_from(PREFIXES), PATHS)
 JSON = st.recursive(

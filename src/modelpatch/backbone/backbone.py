@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.chain import Chain, build_chain
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocess import Preprocessing
+from modelpatch.backbone.text import TextTower
 from modelpatch.errors import BackboneChangedError, BackboneError, UntraceableBackboneError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Backbone:
 
     The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
-    holds whatever facts came with it (measured accuracy, licence, source).
+    holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Backbone:
         segments: Sequence[str] = (),
         classes: Sequence[str] = (),
         about: Mapping[str, Any] | None = None,
+        text: TextTower | None = None,
     ) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise UntraceableBackboneError(
@@ -47,6 +49,7 @@ class Backbone:
         self.classifier = classifier
         self.classes = tuple(classes)
         self.about = dict(about or {})
+        self.text = text
         self._segment_names = tuple(segments)
         self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()

@@ -4,6 +4,7 @@
 |------------------|---------------------------------------------------------------------------------|
 | `timm:NAME`        | timm, with the weights of its tag (`timm:resnet50.a1_in1k`)                     |
 | `torchvision:NAME` | torchvision's classification models, with their default weights                 |
+| `openclip:NAME/TAG` | the image tower of an open_clip model, with its text tower beside it            |
 | `file:PATH`        | a safetensors file whose metadata names architecture, arguments, preprocessing  |
 | `bundled:NAME`     | a file that ships with the package (`bundled:tiny`)                             |
 | an `nn.Module`     | as it is; frozen in place                                                       |
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.described import Described
+from modelpatch.backbone.openclip import build_openclip
 from modelpatch.backbone.preprocess import Preprocessing
 from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.text import first_problem
 
 ASSETS = Path(__file__).parent / "assets"
 METADATA_KEY = "modelpatch_backbone"
-KINDS = "timm:NAME, torchvision:NAME, file:PATH, bundled:NAME or an nn.Module"
+KINDS = "timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH, bundled:NAME or an nn.Module"
 OPTIONS: dict[str, tuple[Any, str]] = {
     "pretrained": (bool, "true or false"),
     "weights": (str | Path | None, "the path of a safetensors file"),
@@ -93,18 +95,23 @@ def load_backbone(
     if kind == "file":
         path = Path(name)
         return _load_file(path, f"file:{path.name}", preprocessing, classifier, common, arguments)
-    if kind not in ("timm", "torchvision") or not name:
+    if kind not in ("timm", "torchvision", "openclip") or not name:
         raise UnknownBackboneError(f"{spec!r} is not a backbone. Expected {KINDS}.")
     published = pretrained and weights is None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        build = _build_timm if kind == "timm" else _build_torchvision
-        module, default = build(name, published, arguments)
+        text = None
+        if kind == "openclip":
+            module, default, text = build_openclip(name, published, arguments)
+        else:
+            build = _build_timm if kind == "timm" else _build_torchvision
+            module, default = build(name, published, arguments)
     if weights is not None:
         _load_state(module, _read_tensors(Path(weights))[0], str(weights))
     recorded = {**arguments, **({} if published or weights is not None else {"pretrained": False, "seed": seed})}
-    classifier = classifier or find_classifier(module)
-    return Backbone(module, preprocessing or default, spec, recorded, classifier, **common)
+    if text is None:
+        classifier = classifier or find_classifier(module)
+    return Backbone(module, preprocessing or default, spec, recorded, classifier, text=text, **common)
 
 
 def _check_options(**given: Any) -> None:

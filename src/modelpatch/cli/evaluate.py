@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from modelpatch.cli.options import (
+    AlphaOption,
     ArgumentOption,
     DeviceOption,
     PatchBackboneOption,
+    at_alpha,
     backbone_of,
     find_device,
     naming,
@@ -39,6 +41,7 @@ def evaluate(
         int | None,
         typer.Option(help="Makes the test split where there is none; by default the seed of the fit."),
     ] = None,
+    alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
@@ -47,7 +50,7 @@ def evaluate(
     console = open_console(json)
     check_file("--json", json)
     check_pictures(plot=plot)
-    loaded = Patch.load(patch)
+    loaded = at_alpha(Patch.load(patch), alpha)
     base = backbone_of(loaded, patch, backbone, parse_arguments(argument), find_device(device))
     task = load_task(data, seed=_fitted_seed(loaded) if seed is None else seed)
     own = None if base_data is None else load_task(base_data, hold_out=False)

@@ -15,8 +15,12 @@ import modelpatch
 from modelpatch.cli.compare import compare
 from modelpatch.cli.demo import demo
 from modelpatch.cli.evaluate import evaluate
+from modelpatch.cli.export import export
+from modelpatch.cli.extract import extract
 from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
+from modelpatch.cli.merge import diff, merge
+from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
@@ -49,6 +53,11 @@ app.command()(predict)
 app.command()(inspect)
 app.command()(verify)
 app.command()(compare)
+app.command()(extract)
+app.command()(merge)
+app.command()(diff)
+app.command()(paint)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

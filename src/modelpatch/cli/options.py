@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ import torch
 import typer
 
 from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.text import OWN
 from modelpatch.errors import (
     BackboneError,
     ForeignTensorError,
@@ -22,11 +23,13 @@ from modelpatch.errors import (
     UnknownGraftError,
     WrongBackboneError,
 )
+from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
 from modelpatch.patch import Patch
 from modelpatch.train.fit import FitSettings
 
 BackboneOption = Annotated[
-    str, typer.Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, file:PATH or bundled:NAME.")
+    str,
+    typer.Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME."),
 ]
 PatchBackboneOption = Annotated[
     str | None,
@@ -38,7 +41,23 @@ ArgumentOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, or auto for the fastest there is.")
 ]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option("--alpha", help="Apply this share of the change, 0 (the base) to 1; by default what the file says."),
+]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Answer by words: minilm, folder:PATH of a sentence encoder, own (an openclip: backbone's), or none."
+    ),
+]
+NamesOption = Annotated[
+    Path | None, typer.Option(help='JSON of words for classes whose names are none: {"00014": "a stop sign"}.')
+]
+TemplateOption = Annotated[
+    list[str] | None, typer.Option(help="A prompt with {} for the name, such as 'a photo of a {}.'; may be repeated.")
+]
 RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
 
 
@@ -121,6 +140,23 @@ def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device)
     return backbone if backbone.device == device else backbone.to(device)
 
 
+def open_vocabulary(
+    backbone: Backbone, text: str | None, names: Path | None, templates: Sequence[str] | None
+) -> Vocabulary | None:
+    """What makes heads of words, if --text or the backbone has a text tower; None for closed vocabularies.
+
+    Raises `MethodError` for words or prompts without a text tower.
+    """
+    if text is None and backbone.text is not None:
+        text = OWN
+    if text is None or text == "none":
+        if names is not None or templates:
+            raise MethodError("--names and --template are for heads made of words. Give --text as well.")
+        return None
+    words = {} if names is None else read_words(names)
+    return vocabulary_of(backbone, text, templates or (), words)
+
+
 def backbone_of(
     patch: Patch,
     patch_path: Path,
@@ -140,6 +176,11 @@ def backbone_of(
     with naming(patch_path):
         patch.check_backbone(backbone)
     return backbone
+
+
+def at_alpha(patch: Patch, alpha: float | None) -> Patch:
+    """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
+    return patch if alpha is None else patch.with_alpha(alpha)
 
 
 def locate(patch: Patch, patch_path: Path) -> str:
@@ -178,7 +219,7 @@ def _same_source(spec: str, recorded: str) -> bool:
     """Whether what was recorded about one holds for the other: the same zoo, or a file of the same name."""
     kind, _, name = spec.partition(":")
     other, _, other_name = recorded.partition(":")
-    return kind == other and (kind in ("timm", "torchvision") or Path(name).name == other_name)
+    return kind == other and (kind in ("timm", "torchvision", "openclip") or Path(name).name == other_name)
 
 
 def _read_patch(path: Path) -> Patch | None:

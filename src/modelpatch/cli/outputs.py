@@ -72,6 +72,21 @@ def make_folder(option: str, folder: Path) -> None:
         raise ModelpatchError(f"{option} {folder} cannot be written to: permission denied. Name another place.")
 
 
+def read_names(option: str, text: str | None) -> tuple[str, ...]:
+    """Names that an option gives, separated by commas, or one a line of the file it names; none without it."""
+    if text is None:
+        return ()
+    path = Path(text)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelpatchError(f"{option} {text} cannot be read as names, one a line: {error}.") from error
+    names = tuple(name.strip() for name in lines if name.strip())
+    if not names or len(set(names)) < len(names):
+        raise ModelpatchError(f"{option} {text[:80]!r} names nothing, or something twice.")
+    return names
+
+
 def write_json(path: Path | None, value: Any) -> None:
     """Write figures as indented JSON; '-' is standard output and None nothing."""
     if path is None:

@@ -8,17 +8,25 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from modelpatch.backbone import Backbone
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
+from modelpatch.backbone.text import PACKAGES
 from modelpatch.cli.options import (
+    AlphaOption,
     ArgumentOption,
     DeviceOption,
+    NamesOption,
     PatchBackboneOption,
+    TemplateOption,
+    TextOption,
+    at_alpha,
     backbone_of,
     find_device,
     naming,
+    open_vocabulary,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, open_console, write_json
+from modelpatch.cli.outputs import JsonOption, check_file, open_console, read_names, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
 from modelpatch.errors import DataError, ModelpatchError
@@ -47,6 +55,14 @@ def predict(
         bool, typer.Option("--explain", help="Print what the patches share, and what each part took for a batch.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the plan here (.png, .svg or .pdf).")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Any answers, comma-separated or a file with one a line, in place of the patch's classes."),
+    ] = None,
+    text: TextOption = None,
+    names: NamesOption = None,
+    template: TemplateOption = None,
+    alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
@@ -59,10 +75,15 @@ def predict(
     check_file("--json", json)
     check_file("--plot", plot)
     files = find_images(images)
-    patches = {path: Patch.load(path) for path in patch}
+    labels_given = read_names("--labels", labels)
+    patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
     if len(patches) < len(patch):
         raise ModelpatchError("a patch file is named twice; give each --patch once.")
     loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))
+    if labels_given:
+        patches = {path: _relabel(loaded, one, labels_given, text, names, template) for path, one in patches.items()}
+    elif text or names or template:
+        raise ModelpatchError("--text, --names and --template say how --labels are read. Give --labels as well.")
     engine = Engine(loaded, tuning=None if tune else Tuning())
     for name, path in _names(patches).items():
         with naming(path):
@@ -79,6 +100,29 @@ def predict(
     write_json(json, {"images": rows, "plan": report} if explain else rows)
     if broken := len(files) - len(readable):
         raise DataError(f"{broken} of {len(files)} images cannot be read; the others are answered.")
+
+
+def _relabel(
+    backbone: Backbone,
+    patch: Patch,
+    labels: tuple[str, ...],
+    text: str | None,
+    names: Path | None,
+    template: list[str] | None,
+) -> Patch:
+    """The patch with a head for `labels`, made as its file says unless the options say otherwise."""
+    recorded = patch.method.hyperparameters
+    told = next((name for name in PACKAGES if recorded.get("text") == name), None)  # files name packages, never folders
+    if text is None and backbone.text is None and told is None:
+        raise ModelpatchError(
+            f"the patch of {patch.task.name} does not say which text tower reads labels. Name one with --text, such as minilm."
+        )
+    kept = recorded.get("templates")
+    written = [one for one in kept if isinstance(one, str)] if isinstance(kept, list) else []
+    vocabulary = open_vocabulary(backbone, text or told, names, template or written)
+    if vocabulary is None:
+        raise ModelpatchError("--text none makes no head for --labels. Name a text tower.")
+    return vocabulary.relabel(patch, labels)
 
 
 def find_images(paths: list[Path]) -> list[Path]:

@@ -32,7 +32,7 @@ from modelpatch.engine.residency import Residency
 from modelpatch.engine.stream import Answers, stream
 from modelpatch.engine.tuning import Tuning
 from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
-from modelpatch.patch import BoundPatch, Patch
+from modelpatch.patch import BoundPatch, LinearHead, Patch
 
 BASE = "base"
 PROGRAMS = 128
@@ -56,7 +56,7 @@ class _Task:
 
     def member(self, root: Hashable, pixels: int, own: int) -> Member:
         """As the plan sees it: images of `pixels` x `pixels`, the backbone's own being `own` x `own`."""
-        linear = isinstance(self.head, nn.Linear) and not self.taps
+        linear = type(self.head) in (nn.Linear, LinearHead)
         return Member(self.name, self.path, root, pixels, (pixels / own) ** 2, tuple(self.taps), linear)
 
 

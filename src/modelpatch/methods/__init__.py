@@ -9,6 +9,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.paint import Paint
 from modelpatch.methods.peft_folder import export_peft, import_peft
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
@@ -27,6 +28,7 @@ __all__ = [
     "LoRA",
     "Method",
     "PackNet",
+    "Paint",
     "Piggyback",
     "ScaleBias",
     "Subset",

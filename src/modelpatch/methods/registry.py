@@ -23,6 +23,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.paint import Paint
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
         LoRA,
         Piggyback,
         PackNet,
+        Paint,
         FullFinetune,
     )
 }

@@ -3,16 +3,21 @@
 from modelpatch.patch.bind import PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.bound import BoundPart, BoundPatch
-from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.diff import diff
+from modelpatch.patch.extract import DELTA_CODECS, extract
+from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
 from modelpatch.patch.weights import Reweighting
 
 __all__ = [
+    "DELTA_CODECS",
     "BackboneRecord",
     "Blueprint",
     "BoundPart",
     "BoundPatch",
+    "CosineHead",
     "DraftHead",
     "Graft",
     "HeadRecord",
@@ -22,6 +27,9 @@ __all__ = [
     "PatchedModel",
     "Reweighting",
     "Task",
+    "diff",
+    "extract",
+    "merge",
     "pooled_width",
     "register_graft",
 ]

@@ -51,7 +51,8 @@ class BoundPatch:
         self.task, self.preprocessing = patch.task, patch.preprocessing
         stored = StoredWeight.collect(patch.tensors, backbone, patch.strength)
         made = {f"replace/{name}": weight for name, weight in stored.items()}
-        plain = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(MADE)}
+        kept = {f"{kind}{name}" for name in stored for kind in MADE}
+        plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
         values = resolve(plain, backbone.chain, patch.strength)
         check_fit({n: s for n, s in {**skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)

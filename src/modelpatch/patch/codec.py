@@ -7,6 +7,8 @@
     bits                        bool, a binary mask               NAME packed, one bit a weight
     trits                       int8 in {-1, 0, 1}                NAME packed, two planes: not zero, positive
     sparse                      float32, a sparse difference      NAME its non-zero values, bits/NAME where they are
+    signs                       float32, a difference of one      NAME packed, one bit a weight: negative; scale/NAME
+                                size in every channel             float32 (C,)
     entropy-bits and so on      the same                          the bits of all of them in `masks`, entropy-coded
 
 The header names the codec of every tensor, with the shape where the stored tensor does not have it: `bits:64x32x3x3`.
@@ -32,8 +34,9 @@ FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PLAIN = {**FLOATS, "int32": torch.int32}
 STORAGE = (*FLOATS, "int8")  # what floating tensors can be stored as
 PACKED = ("bits", "trits", "sparse")
+SIGNS = "signs"
 CODEC = re.compile(
-    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
+    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})|{SIGNS}):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
 )
 Bits = NDArray[np.bool_]
 
@@ -72,6 +75,8 @@ class Codec:
                 )
             return cls("int8")
         shape = tuple(tensor.shape)
+        if name.startswith("delta/") and has_one_size(tensor):
+            return cls(SIGNS, shape)
         if name.startswith("delta/") and tensor.dtype == torch.float32 and 2 * tensor.count_nonzero() < tensor.numel():
             return cls("sparse", shape)
         if tensor.dtype in (torch.bool, torch.int8):
@@ -115,6 +120,9 @@ def pack(
         if codec.kind == "int8":
             scale = stored[SCALE + name] = channel_scale(tensor)
             stored[name] = (tensor / _per_channel(scale, tensor)).round().to(torch.int8)
+        elif codec.kind == SIGNS:
+            stored[SCALE + name] = tensor.flatten(1)[:, 0].abs()
+            stored[name] = torch.from_numpy(np.packbits((tensor < 0).reshape(-1).numpy()))
         elif codec.kind == "sparse":
             packings[name] = _Packing(codec, WHERE + name, _planes(tensor)[:1])
             stored[name] = tensor[tensor != 0]
@@ -144,6 +152,8 @@ def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str,
             tensors[name] = reader.take(name, PLAIN[codec.kind])
         elif codec.kind == "int8":
             tensors[name] = reader.take_int8(name)
+        elif codec.kind == SIGNS:
+            tensors[name] = reader.take_signs(name, codec)
         else:
             if not codec.coded:
                 planes[name] = reader.take_bits(WHERE + name if codec.kind == "sparse" else name, codec)
@@ -174,6 +184,18 @@ class _Reader:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
         return tensor.float() * _per_channel(scale, tensor)
 
+    def take_signs(self, name: str, codec: Codec) -> Tensor:
+        if len(codec.shape) < 2:
+            raise ValueError(f"tensor {name} of shape {codec.shape} has no channels with signs")
+        (negative,) = self.take_bits(name, codec)
+        scale = self.take(SCALE + name, torch.float32)
+        if scale.shape != codec.shape[:1] or bool((scale < 0).any()):
+            raise ValueError(
+                f"tensor {name} of shape {codec.shape} has scales of shape {tuple(scale.shape)} or below 0"
+            )
+        signs = torch.from_numpy(np.where(negative, np.float32(-1), np.float32(1))).view(codec.shape)
+        return signs * _per_channel(scale, signs) + 0.0
+
     def take_bits(self, entry: str, codec: Codec) -> tuple[Bits, ...]:
         tensor = self.take(entry, torch.uint8)
         if tensor.shape != (codec.planes * -(-codec.numbers // 8),):
@@ -186,6 +208,24 @@ def snap_int8(tensor: Tensor) -> Tensor:
     """The nearest float32 tensor whose channels (first axis) are 8-bit integers times a scale: what `int8` stores."""
     grid = _per_channel(channel_scale(tensor.float()), tensor)
     return (tensor.float() / grid).round() * grid + 0.0  # integers have one zero, floats two
+
+
+def snap_signs(delta: Tensor) -> Tensor:
+    """The nearest float32 tensor of one size in every channel (first axis), s sign(delta): what `signs` stores.
+
+    s = mean |delta| has the least squared error (Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit*, 2024,
+    equation 2, which has one s a matrix).
+    """
+    scale = delta.float().reshape(len(delta), -1).abs().mean(1)
+    return torch.where(delta < 0, -1.0, 1.0) * _per_channel(scale, delta) + 0.0
+
+
+def has_one_size(tensor: Tensor) -> bool:
+    """Whether the numbers of every channel of a float32 tensor differ in their signs only; not where all are zero."""
+    if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.numel() <= len(tensor):
+        return False
+    sizes = tensor.flatten(1).abs()
+    return bool((sizes == sizes[:, :1]).all() and sizes.any())
 
 
 def channel_scale(tensor: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from modelpatch.backbone.chain import spatial_size
 class HeadRecord(BaseModel):
     """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
 
-    A `linear` head reads the chain's features. A `selected` head reads some of the pooled outputs of the segments `taps`.
+    A `linear` head reads the chain's features, a `cosine` head only their direction. A `selected` head reads some of the
+    pooled outputs of the segments `taps`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "selected"] = "linear"
+    kind: Literal["linear", "cosine", "selected"] = "linear"
     features: int = Field(gt=0, le=2**24)
     outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
@@ -38,6 +39,8 @@ class HeadRecord(BaseModel):
         """A freshly initialised head of this kind."""
         if self.kind == "selected":
             return SelectedHead(self.features, self.outputs, self.taps)
+        if self.kind == "cosine":
+            return CosineHead(self.features, self.outputs)
         return LinearHead(self.features, self.outputs)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -57,6 +60,20 @@ class LinearHead(nn.Linear):
         return HeadRecord(features=self.in_features, outputs=self.out_features)
 
 
+class CosineHead(nn.Linear):
+    """Features (B, D) to logits (B, K): logits = (f / |f|) Wᵀ. The rows of W are directions times a scale, as in CLIP."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(nn.functional.normalize(input.flatten(1), dim=1))
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind="cosine", features=self.in_features, outputs=self.out_features)
+
+
 class SelectedHead(nn.Linear):
     """Logits (B, K) from the `selected` ones of all pooled outputs (B, D) of the segments `taps`."""
 
@@ -68,7 +85,7 @@ class SelectedHead(nn.Linear):
         self.register_buffer("selected", torch.zeros(features, dtype=torch.int32))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input[:, self.selected])
+        return super().forward(input.index_select(1, self.selected))
 
     @property
     def record(self) -> HeadRecord:

@@ -17,6 +17,7 @@ from torch import Tensor
 from modelpatch.backbone import Backbone, Fingerprint, Preprocessing
 from modelpatch.backbone.described import Arguments
 from modelpatch.backbone.fingerprint import hash_tensors
+from modelpatch.backbone.openclip import NAME as OPENCLIP
 from modelpatch.errors import NotAPatchError, PatchError, WrongBackboneError
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
@@ -27,7 +28,7 @@ from modelpatch.text import Facts, Text, first_problem
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
 
-CHANGES = ("replace/", "mask/", "delta/")
+CHANGES = ("replace/", "mask/", "delta/", "left/", "right/")
 HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
 
 
@@ -50,6 +51,8 @@ class BackboneRecord(BaseModel):
         source, _, repository = name.rpartition(":")
         if kind == "timm" and source:
             plain = source.lower() in HUBS and not repository.startswith((".", "/"))
+        elif kind == "openclip":
+            plain = OPENCLIP.fullmatch(name) is not None
         else:
             plain = Path(name).name == name
         if not separator or not plain:
@@ -95,7 +98,8 @@ class Patch:
     """Tensors over a backbone, a head, a task and where they come from.
 
     `tensors` are named as in the file: `replace/<base name>`, `mask/<base name>` (bool, or int8 for ternary masks),
-    `delta/<base name>`, `graft/<i>-<j>/<name>`, `head.<name>`; `int8` names those that the file stores as integers.
+    `delta/<base name>`, `left/<base name>` and `right/<base name>`, `graft/<i>-<j>/<name>`, `head.<name>`; `int8` names those
+    that the file stores as integers.
     `strength` is the share of the change that is applied, 1 as trained. `preprocessing` is how the task's images are seen,
     `metrics` what was measured, `created` the facts of the run.
     """
@@ -186,6 +190,10 @@ class Patch:
         if strength != 1 and any(name.startswith("mask/") for name in self.tensors):
             raise PatchError("masks do not interpolate: this patch works at strength 1 only.")
         return replace(self, strength=float(strength))
+
+    def with_alpha(self, alpha: float) -> Patch:
+        """`at_strength` by PAINT's name for it: theta = (1 - alpha) theta_0 + alpha theta_1."""
+        return self.at_strength(alpha)
 
     def with_metrics(self, **metrics: Any) -> Patch:
         """The patch with more measured figures."""

@@ -1,8 +1,10 @@
-"""Weights that a patch makes from the frozen ones: masks, sparse differences, and any change at a lower strength.
+"""Weights that a patch makes from the frozen ones: masks, differences, and any change at a lower strength.
 
     replace/W    W' = W + strength (replace - W)
     mask/W       W' = W * mask + delta        the mask binary or ternary; it has no strength between 0 and 1
     delta/W      W' = W + strength delta
+    left/W       W' = W + strength (left right)    of low rank; kernels as matrices, output channels first
+    right/W
 
 `Reweighting` makes such a weight while it is trained, `resolve` when a patch is bound, `StoredWeight` at every call for
 patches that keep their masks as bits.
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from modelpatch.backbone import Backbone, Chain
 from modelpatch.errors import ForeignTensorError, PatchError
 
-MADE = ("mask/", "delta/")
+MADE = ("mask/", "delta/", "left/", "right/")
 
 
 class Reweighting(nn.Module, ABC):
@@ -65,6 +67,10 @@ def _parts(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The frozen weight, its mask and the difference at this strength, checked."""
     mask, delta = tensors.get(f"mask/{name}"), tensors.get(f"delta/{name}")
+    if f"left/{name}" in tensors or f"right/{name}" in tensors:
+        if delta is not None:
+            raise ForeignTensorError(f"the patch holds a difference of {name} and factors of one.")
+        delta = _product(tensors.get(f"left/{name}"), tensors.get(f"right/{name}"), chain, name)
     if f"replace/{name}" in tensors:
         raise ForeignTensorError(f"the patch both replaces {name} and makes it from a mask or difference.")
     if mask is not None and strength != 1:
@@ -73,6 +79,23 @@ def _parts(
         raise ForeignTensorError(f"mask/{name} has dtype {mask.dtype}; expected bool, or int8 for a ternary mask.")
     weights = [_frozen(chain, name, tensor) for tensor in (mask, delta) if tensor is not None]
     return weights[0], mask, None if delta is None else delta.float() * strength
+
+
+def _product(left: Tensor | None, right: Tensor | None, chain: Chain, name: str) -> Tensor:
+    """left (C, r) times right (r, N) in the shape of the weight, (C, ...) with N numbers a channel, float32."""
+    if left is None or right is None:
+        raise ForeignTensorError(f"the patch holds one of the factors left/{name} and right/{name} without the other.")
+    try:
+        weight = chain.tensor(name)
+    except KeyError:
+        weight = left
+    shape = (len(weight), max(weight[:1].numel(), 1)) if weight.ndim else (1, 1)
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0] or (len(left), right.shape[1]) != shape:
+        raise ForeignTensorError(
+            f"the factors of {name} have shapes {tuple(left.shape)} and {tuple(right.shape)}; the backbone expects "
+            f"({shape[0]}, r) and (r, {shape[1]})."
+        )
+    return (left.float() @ right.float()).view(weight.shape)
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
@@ -110,9 +133,11 @@ class StoredWeight:
 
     @classmethod
     def collect(cls, tensors: Mapping[str, Tensor], backbone: Backbone, strength: float) -> dict[str, StoredWeight]:
-        """Those of a patch by the backbone's names of the weights. Raises as `resolve` does."""
+        """The masked weights of a patch and those with a sparse difference, by the backbone's names. Raises as `resolve`."""
         stored = {}
         for name in made_weights(tensors):
+            if f"mask/{name}" not in tensors and not is_sparse(tensors.get(f"delta/{name}")):
+                continue
             weight, mask, delta = _parts(tensors, backbone.chain, name, strength)
             planes = () if mask is None else (mask != 0, mask < 0)[: 1 + (mask.dtype == torch.int8)]
             places = values = None
@@ -136,6 +161,11 @@ class StoredWeight:
         if self.places is not None and self.values is not None:
             made = made.flatten().index_add(0, self.places, self.values.float()).view_as(self.weight)
         return made
+
+
+def is_sparse(delta: Tensor | None) -> bool:
+    """Whether a difference is mostly zero, so that its places and values are fewer than its numbers."""
+    return delta is not None and 2 * int(delta.count_nonzero()) < delta.numel()
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelpatch.engine import Timing, describe_step
+from modelpatch.patch.diff import Difference
 from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.train import Comparison
 from modelpatch.train.compare import Row
@@ -165,6 +166,27 @@ def _figure(name: str, value: Any, parameters: int) -> str:
     if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
         return f"{value:,} besides the head, {100 * value / parameters:.2g} % of the backbone's"
     return f"{value:,}"
+
+
+def difference_tables(difference: Difference, first: str, second: str) -> list[Table]:
+    """What two patch files say differently, and the sizes, distance and cosine of their changes, a row a tensor."""
+    tables = []
+    if difference.facts:
+        facts = new_table("what the files say")
+        for column in ("", first, second):
+            facts.add_column(escape(column), overflow="fold")
+        for fact in difference.facts:
+            facts.add_row(*(escape(cell) for cell in fact))
+        tables.append(facts)
+    numbers = new_table("what they change")
+    numbers.add_column("tensor", overflow="fold", min_width=NAME_WIDTH)
+    for column in ("numbers", "first", "second", "distance", "cosine"):
+        numbers.add_column(column, justify="right", no_wrap=True)
+    for row in (*difference.rows, *((difference.total,) if difference.total else ())):
+        cosine = "–" if row.cosine is None else f"{row.cosine:.3f}"
+        sizes = [f"{size:.4g}" for size in (row.first, row.second, row.distance)]
+        numbers.add_row(escape(row.name), f"{row.numbers:,}", *sizes, cosine)
+    return [*tables, numbers]
 
 
 def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:

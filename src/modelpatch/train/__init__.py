@@ -4,11 +4,14 @@ from modelpatch.train.compare import Comparison, compare
 from modelpatch.train.data import Split, TaskData, load_task
 from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
+from modelpatch.train.paint import Painting, PaintSettings, paint
 
 __all__ = [
     "Comparison",
     "Evaluation",
     "FitSettings",
+    "PaintSettings",
+    "Painting",
     "Split",
     "TaskData",
     "compare",
@@ -16,5 +19,6 @@ __all__ = [
     "fit",
     "harmonic_mean",
     "load_task",
+    "paint",
     "store_as",
 ]

@@ -73,11 +73,10 @@ def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessi
     count = _outputs(backbone)
     names = backbone.classes or _imagenet_ids(count, data.classes)
     outputs = tuple(names) or tuple(map(str, range(count)))
-    if names and set(data.classes) <= set(names):
-        rows = torch.tensor([names.index(name) for name in data.classes])
-    elif not names and len(data.classes) == len(outputs):
+    rows = own_classes(backbone, data.classes)
+    if rows is None and not names and len(data.classes) == len(outputs):
         rows = torch.arange(len(outputs))
-    else:
+    if rows is None:
         raise DataError(
             f"the base has {len(outputs)} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
             f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...) that cannot be matched "
@@ -85,6 +84,12 @@ def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessi
         )
     split = Split(data.test.images, rows.numpy()[data.test.labels])
     return evaluate_module(backbone.module, split, outputs, preprocessing or backbone.preprocessing)
+
+
+def own_classes(backbone: Backbone, classes: tuple[str, ...]) -> Tensor | None:
+    """Which outputs (K,) of the base's own head are these classes, by name; None where it does not name them all."""
+    names = backbone.classes or _imagenet_ids(_outputs(backbone), classes)
+    return torch.tensor([names.index(name) for name in classes]) if names and set(classes) <= set(names) else None
 
 
 def evaluate_module(

@@ -1,0 +1,116 @@
+"""modelpatch merge and modelpatch diff: patches of one backbone together, and side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from modelpatch.backbone import Backbone
+from modelpatch.cli.options import (
+    AlphaOption,
+    ArgumentOption,
+    PatchBackboneOption,
+    SeedOption,
+    at_alpha,
+    backbone_of,
+    naming,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.errors import PatchError
+from modelpatch.patch import Patch
+from modelpatch.patch.diff import check_pair
+from modelpatch.patch.diff import diff as run_diff
+from modelpatch.patch.merge import RULES
+from modelpatch.patch.merge import merge as run_merge
+from modelpatch.report.tables import difference_tables, inspection_table, show
+
+CPU = torch.device("cpu")
+
+
+def merge(
+    patches: Annotated[list[Path], typer.Argument(help="Patch files of one backbone.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The merged patch file.")],
+    force: ForceOption = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Comma-separated factors of the patches; by default 1 / n, for ties 1.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help=f"{', '.join(RULES)}.")] = "sum",
+    density: Annotated[float, typer.Option(help="ties: the share of the largest numbers that is kept.")] = 0.2,
+    drop: Annotated[float, typer.Option(help="dare: the share of numbers that is dropped.")] = 0.9,
+    head: Annotated[
+        str, typer.Option(help="Whose head: the number of a patch, from 0, or 'all' for all classes side by side.")
+    ] = "0",
+    alpha: AlphaOption = None,
+    seed: SeedOption = 0,
+    backbone: PatchBackboneOption = None,
+    argument: ArgumentOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Put the bodies of several patches of one backbone into one patch."""
+    console = open_console(json)
+    check_file("--json", json)
+    check_file("--out", out)
+    check_free("--out", [out], force)
+    loaded = [at_alpha(Patch.load(path), alpha) for path in patches]
+    base = _common_backbone(patches, loaded, backbone, argument)
+    merged = run_merge(
+        base,
+        loaded,
+        weights=_numbers(weights),
+        rule=rule,
+        density=density,
+        drop=drop,
+        seed=seed,
+        head=_which(head),
+    )
+    merged.save(out)
+    inspection = merged.inspect()
+    show(console, inspection_table(inspection))
+    tell(console, f"wrote {out} ({inspection.file_bytes:,} bytes)")
+    write_json(json, inspection.as_dict())
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="A patch file.")],
+    second: Annotated[Path, typer.Argument(help="Another of the same backbone.")],
+    backbone: PatchBackboneOption = None,
+    argument: ArgumentOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Say where two patches differ and by how much: the sizes of their changes, their distance and cosine, a row a tensor."""
+    console = open_console(json)
+    check_file("--json", json)
+    loaded = [Patch.load(path) for path in (first, second)]
+    base = _common_backbone([first, second], loaded, backbone, argument)
+    difference = run_diff(base, *loaded)
+    for table in difference_tables(difference, first.name, second.name):
+        show(console, table)
+        console.print()
+    tell(console, "the two compute the same" if difference.same else "the two compute different answers")
+    write_json(json, difference.as_dict())
+
+
+def _common_backbone(paths: list[Path], patches: list[Patch], spec: str | None, argument: list[str] | None) -> Backbone:
+    for path, patch in zip(paths[1:], patches[1:], strict=True):
+        with naming(path):
+            check_pair(patches[0], patch)
+    return backbone_of(patches[0], paths[0], spec, parse_arguments(argument), CPU)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PatchError(f"--weights {text!r} is not numbers separated by commas.") from None
+
+
+def _which(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise PatchError(f"--head {text!r} is neither 'all' nor the number of a patch.")
+    return int(text)

@@ -1,0 +1,180 @@
+"""modelpatch paint: patch a model on tasks while it goes on supporting others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from modelpatch.atomic import write_bytes
+from modelpatch.cli.options import (
+    ArgumentOption,
+    BackboneOption,
+    DeviceOption,
+    NamesOption,
+    SeedOption,
+    TemplateOption,
+    TextOption,
+    find_device,
+    fit_settings,
+    open_backbone,
+    open_vocabulary,
+    parse_arguments,
+    parse_pairs,
+)
+from modelpatch.cli.outputs import (
+    ForceOption,
+    JsonOption,
+    check_file,
+    check_free,
+    check_pictures,
+    open_console,
+    tell,
+    write_json,
+)
+from modelpatch.errors import TrainingError
+from modelpatch.methods import Paint, make_method
+from modelpatch.report.paint import (
+    frontier_table,
+    orders_table,
+    painting_markdown,
+    painting_summary,
+    painting_table,
+    plot_tradeoff,
+)
+from modelpatch.report.tables import show
+from modelpatch.train import PaintSettings, load_task
+from modelpatch.train import paint as run_paint
+from modelpatch.train.frontier import BASELINES, frontier
+from modelpatch.train.paint import joint_task
+
+
+def paint(
+    data: Annotated[list[str], typer.Argument(help="The data of the tasks to patch, as for fit.")],
+    supported: Annotated[list[str], typer.Option(help="Data of a task that must stay; may be repeated.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The patch file; by default TASK.safetensors.")
+    ] = None,
+    force: ForceOption = False,
+    backbone: BackboneOption = "bundled:tiny",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="How alpha is chosen on held-out images: mean, harmonic, or drop=POINTS that supported tasks may lose."
+        ),
+    ] = "mean",
+    steps: Annotated[int, typer.Option(help="Values of alpha from 0 to 1.")] = 11,
+    mode: Annotated[str, typer.Option(help="Several tasks: joint, sequential or parallel.")] = "joint",
+    mixing: Annotated[
+        str, typer.Option(help="parallel: one scalar, a search, or exhaustive (up to 3 tasks).")
+    ] = "scalar",
+    trials: Annotated[int, typer.Option(help="Mixtures that --mixing search tries.")] = 40,
+    orders: Annotated[int, typer.Option(help="sequential: orders of the tasks that are tried.")] = 1,
+    naive: Annotated[
+        bool, typer.Option("--naive", help="Train the head along instead of freezing it: the baseline.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit closed heads anew at every alpha.")] = False,
+    norms: Annotated[
+        str, typer.Option(help="BatchNorm statistics after mixing: kept, or measured again (shared, or a task's own).")
+    ] = "kept",
+    interpolate: Annotated[bool, typer.Option(help="Mix with what was before; without, plain fine-tuning.")] = True,
+    text: TextOption = None,
+    names: NamesOption = None,
+    template: TemplateOption = None,
+    baselines: Annotated[
+        str | None, typer.Option(help=f"Also trade off by these: {', '.join(BASELINES)}, comma-separated, or 'all'.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyperparameter (lr, weight_decay, ...).")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None,
+    validation: Annotated[float, typer.Option(help="Share of training images held out to choose alpha on.")] = 0.2,
+    seed: SeedOption = 0,
+    option: Annotated[list[str] | None, typer.Option("--fit", help="KEY=VALUE, any other setting of fit.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw patched against supported accuracy to this picture.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Fine-tune, mix the result with the base at many alphas, and choose one on held-out images of both (PAINT).
+
+    The patch keeps the whole change; alpha is its strength and can be turned later without training.
+    """
+    console = open_console(json)
+    for name, path in (("--json", json), ("--markdown", markdown), ("--out", out)):
+        check_file(name, path)
+    check_pictures(plot=plot)
+    exploration = PaintSettings(
+        mode=mode,  # type: ignore[arg-type]
+        mixing=mixing,  # type: ignore[arg-type]
+        rule=rule,
+        steps=steps,
+        trials=trials,
+        naive=naive,
+        refit=refit,
+        norms=norms,  # type: ignore[arg-type]
+        orders=orders,
+        validation=validation,
+        interpolate=interpolate,
+    )
+    rivals = _baselines(baselines, len(data))
+    method = cast(Paint, make_method(Paint.name, **parse_pairs(set_, "--set")))
+    settings: dict[str, Any] = fit_settings(
+        option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed
+    )
+    tasks = [load_task(one, seed=seed) for one in data]
+    kept = [load_task(one, seed=seed) for one in supported]
+    target = out or Path(f"{joint_task([task.task for task in tasks]).name}.safetensors")
+    check_file("--out", target)
+    check_free("--out", [target], force)
+    opened = open_backbone(backbone, parse_arguments(argument), find_device(device))
+    vocabulary = open_vocabulary(opened, text, names, template)
+    common: dict[str, Any] = {
+        "method": method,
+        "heads": vocabulary and vocabulary.head,
+        "progress": True,
+        "exploration": exploration,
+        **settings,
+    }
+    painting = run_paint(opened, tasks, kept, **common)
+    patch = painting.patch if vocabulary is None else vocabulary.mark(painting.patch)
+    patch.save(target)
+    show(console, painting_table(painting))
+    tell(console, painting_summary(painting))
+    if painting.orders:
+        console.print()
+        show(console, orders_table(painting))
+    figures = painting.as_dict()
+    curves = {"paint": painting.curve}
+    if rivals:
+        other = frontier(opened, tasks[0], kept, rivals, **common)
+        console.print()
+        show(console, frontier_table(other))
+        figures["frontier"] = other.as_dict()
+        curves |= {name: points for name, points in other.curves.items() if name != "paint"}
+    tell(
+        console, f"wrote {target} ({target.stat().st_size:,} bytes, strength {patch.strength:g}); the base is unchanged"
+    )
+    if markdown is not None:
+        write_bytes(markdown, painting_markdown(painting).encode())
+        tell(console, f"wrote {markdown}")
+    if plot is not None:
+        plot_tradeoff(curves, painting.base, painting.chosen, f"{patch.task.name} on {opened.spec}"[:80], plot)
+        tell(console, f"drew {plot}")
+    write_json(json, figures)
+
+
+def _baselines(text: str | None, tasks: int) -> list[str]:
+    """The baselines that are asked for. Raises `TrainingError` for unknown ones, or for several tasks."""
+    if text is None:
+        return []
+    chosen = list(BASELINES) if text == "all" else [name.strip() for name in text.split(",")]
+    if unknown := sorted(set(chosen) - set(BASELINES)):
+        raise TrainingError(f"there is no baseline {unknown[0]!r}. Expected some of: {', '.join(BASELINES)}.")
+    if tasks > 1:
+        raise TrainingError("baselines are measured with one task to patch. Give one, or leave --baselines out.")
+    return chosen

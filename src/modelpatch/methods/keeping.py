@@ -1,0 +1,163 @@
+"""What keeps a network to its base while it is fine-tuned: PAINT's rivals, whose trade-off is chosen before the training ends.
+
+    Recorder    early stopping: the weights at several moments; and their exponential moving average (EMA)
+    L2          strength / 2 |theta - theta_0|²                                  Xuhong et al., L2-SP, 2018
+    EWC         strength / 2 sum_i F_i (theta_i - theta_0,i)², F the Fisher      Kirkpatrick et al., 2017, equation 3
+                information of the supported tasks at theta_0
+    LwF         strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
+                on the new task's images
+    Mix         strength cross entropy on images of the supported tasks          mixing objectives; replay
+
+PAINT's interpolation needs none of this: its trade-off is chosen after the training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelpatch.methods.method import Batches
+from modelpatch.patch import PatchedModel
+
+Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # normalised images (B, C, H, W) and their classes (B,)
+
+
+class Keeper:
+    """Looks at a model while it is fine-tuned, and may add to its loss."""
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        """Before the first step; `batches` yields normalised images of the new task."""
+
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Before step `step` of `total`."""
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """What is added to the loss."""
+        return 0.0
+
+
+@dataclass
+class Recorder(Keeper):
+    """Keeps the weights after each of `moments` even shares of all steps but the last, and their moving average."""
+
+    moments: int = 8
+    decay: float = 0.99
+    snapshots: list[dict[str, Tensor]] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        self.snapshots, self.average = [], _copy(model)
+
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        if step:
+            for name, tensor in model.tensors().items():
+                self.average[name].lerp_(tensor.cpu().float(), 1 - self.decay)
+        if step in {round(total * number / self.moments) for number in range(1, self.moments)}:
+            self.snapshots.append(_copy(model))
+
+
+@dataclass
+class L2(Keeper):
+    """Pulls the weights back to where they started."""
+
+    strength: float
+    start: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        self.start = {name: parameter.detach().clone() for name, parameter in _body(model)}
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        return self.strength / 2 * sum((p - self.start[name]).square().sum() for name, p in _body(model))
+
+
+@dataclass
+class EWC(Keeper):
+    """Pulls back those weights that the supported tasks depend on: `heads` answer them, `supported` yields their images."""
+
+    strength: float
+    heads: Sequence[nn.Module]
+    supported: Sequence[Labelled]
+    start: dict[str, Tensor] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        self.start = {name: parameter.detach().clone() for name, parameter in _body(model)}
+        self.fisher = {name: torch.zeros_like(value) for name, value in self.start.items()}
+        seen = 0
+        for head, labelled in zip(self.heads, self.supported, strict=True):
+            for images, labels in labelled():
+                for image, label in zip(images.split(1), labels.split(1), strict=True):
+                    loss = F.cross_entropy(head(_features(model, image)), label.to(image.device))
+                    named = dict(_body(model))
+                    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+                    for name, gradient in zip(named, gradients, strict=True):
+                        self.fisher[name] += 0 if gradient is None else gradient.square()
+                    seen += 1
+        self.fisher = {name: value / max(seen, 1) for name, value in self.fisher.items()}
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        parts = ((self.fisher[name] * (p - self.start[name]).square()).sum() for name, p in _body(model))
+        return self.strength / 2 * sum(parts)
+
+
+@dataclass
+class LwF(Keeper):
+    """Holds the answers for supported tasks, as `heads` give them, to the base's on images of the new task."""
+
+    strength: float
+    heads: Sequence[nn.Module]
+    _held: Iterator[tuple[Tensor, list[Tensor]]] = field(default_factory=lambda: iter(()))
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        held = []
+        with torch.no_grad():
+            for images in batches():
+                features = _features(model, images)
+                held.append((images, [head(features).softmax(1) for head in self.heads]))
+        self._held = itertools.cycle(held)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        images, answers = next(self._held)
+        features = _features(model, images)
+        return self.strength * sum(
+            F.kl_div(head(features).log_softmax(1), answer, reduction="batchmean")
+            for head, answer in zip(self.heads, answers, strict=True)
+        )
+
+
+@dataclass
+class Mix(Keeper):
+    """Trains on images of the supported tasks along."""
+
+    strength: float
+    heads: Sequence[nn.Module]
+    supported: Sequence[Labelled]
+    _streams: list[Iterator[tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        self._streams = [itertools.chain.from_iterable(iter(one, None)) for one in self.supported]
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        total: Tensor | float = 0.0
+        for head, stream in zip(self.heads, self._streams, strict=True):
+            images, labels = next(stream)
+            total = total + F.cross_entropy(head(_features(model, images)), labels.to(images.device))
+        return self.strength * total
+
+
+def _features(model: PatchedModel, images: Tensor) -> Tensor:
+    """What the head reads, with gradients."""
+    return model._run(images, 0, model.end)
+
+
+def _body(model: PatchedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.trainable() if not name.startswith("head."))
+
+
+def _copy(model: PatchedModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().float().clone() for name, tensor in model.tensors().items()}

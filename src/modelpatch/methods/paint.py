@@ -1,0 +1,124 @@
+"""PAINT: fine-tune the body under a head that does not move, then go back a part of the way to where it started.
+
+    theta_alpha = (1 - alpha) theta_0 + alpha theta_1          alpha is the patch's strength, chosen afterwards
+
+Ilharco, Wortsman, Gadre, Song, Hajishirzi, Kornblith, Farhadi, Schmidt: *Patching open-vocabulary models by interpolating
+weights* (NeurIPS 2022), section 2. The paper's head is made of class names and never trained. With a closed vocabulary the
+head is a linear probe on the frozen base that stays frozen too, and BatchNorm keeps its statistics: trained together with
+the body it would belong to theta_1 alone. `train/paint.py` does all steps; this method is the fine-tuning.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.backbone.fingerprint import hash_tensors
+from modelpatch.errors import MethodError
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.keeping import Keeper
+from modelpatch.methods.method import Batches
+from modelpatch.patch import Patch, PatchedModel
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a fine-tuning starts besides the base's weights: a head that stays, weights by the base's names, a keeper."""
+
+    head: nn.Module | None = None
+    body: Mapping[str, Tensor] = field(default_factory=dict)
+    keeper: Keeper | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the numbers, and what kind of keeper there is."""
+        head = {} if self.head is None else {f"head.{name}": one for name, one in self.head.state_dict().items()}
+        numbers = hash_tensors([*head.items(), *self.body.items()])[:16]
+        return numbers if self.keeper is None else f"{numbers} {type(self.keeper).__name__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint(FullFinetune):
+    """Trains every parameter of the body under a frozen head: `head_from` names a patch file of the task, a linear probe for
+    one, whose head it is. Without any the head is trained along (the naive way).
+
+    `start` is for Python: a head, earlier weights, and what keeps the base while training.
+    """
+
+    name: ClassVar[str] = "paint"
+    paper: ClassVar[str] = "Ilharco et al., Patching open-vocabulary models by interpolating weights, NeurIPS 2022"
+
+    lr: PositiveFloat = 3e-4
+    weight_decay: NonNegativeFloat = 1e-2
+    head_from: str | None = None
+    start: Start | None = field(default=None, repr=False, compare=False)
+
+    def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        """The head that stays, or a fresh one. Raises `MethodError` for one of another width."""
+        head = self._given_head(backbone)
+        if head is None:
+            return super().make_head(backbone, classes)
+        outputs = head.record.outputs
+        if classes not in (outputs, 1):  # one class: parameters are being counted
+            raise MethodError(
+                f"paint: the head has {outputs} outputs, the task {classes} classes. Give the task's own."
+            )
+        return head
+
+    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
+        """The model to train; a head that was given is frozen."""
+        model = super().draft(backbone, classes)
+        if self.head_from is not None or (self.start and self.start.head):
+            model.head.requires_grad_(False)
+        return model
+
+    def initialise(self, model: PatchedModel) -> None:
+        """Start at the weights that were given, else at the base's."""
+        body = self.start.body if self.start else {}
+        with torch.no_grad():
+            for name, value in body.items():
+                local = model.names.get(f"replace/{name}")
+                if local is None:
+                    raise MethodError(f"paint: the given weights hold {name}, which is not trained here.")
+                model.get_parameter(local).copy_(value)
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        """Let the keeper look at the model before it moves."""
+        if self.start and self.start.keeper:
+            self.start.keeper.begin(model, batches)
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Let the keeper look at the model between steps."""
+        if self.start and self.start.keeper:
+            self.start.keeper.step(model, step, total)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """What the keeper adds to the loss."""
+        return self.start.keeper.penalty(model) if self.start and self.start.keeper else 0.0
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Plain values; what only Python can give stands for itself by a digest, so that runs are told apart."""
+        plain = asdict(replace(self, start=None))
+        plain.pop("start")
+        return plain if self.start is None else {**plain, "start": self.start.digest}
+
+    def _given_head(self, backbone: Backbone) -> Any:
+        if self.start and self.start.head is not None:
+            return copy.deepcopy(self.start.head)
+        if self.head_from is None:
+            return None
+        patch = Patch.load(self.head_from)
+        patch.check_backbone(backbone)
+        head = patch.head.build()
+        tensors = {
+            name.removeprefix("head."): t.float() for name, t in patch.tensors.items() if name.startswith("head.")
+        }
+        head.load_state_dict(tensors)
+        return head

@@ -1,0 +1,95 @@
+"""What every codec of an extracted patch keeps of the checkpoint's accuracy, and at how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from modelpatch.backbone import Backbone
+from modelpatch.patch import DELTA_CODECS, MethodRecord, Patch, extract
+from modelpatch.report.tables import new_table, percent
+from modelpatch.train import TaskData, evaluate
+from modelpatch.train.calibrate import calibrate
+from modelpatch.train.evaluate import MEMORY
+from modelpatch.train.images import ImageStore
+
+CALIBRATED = "sign, calibrated"
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class CodecRow:
+    """One codec: top-1 in [0, 1] on the task's test images, bytes of the file, and their share of the checkpoint's tensors."""
+
+    codec: str
+    top1: float
+    file_bytes: int
+    share: float
+
+
+def compare_codecs(
+    backbone: Backbone,
+    state: Mapping[str, Tensor],
+    data: TaskData,
+    codecs: Sequence[str] = DELTA_CODECS,
+    advance: Callable[[int], None] = lambda _: None,
+    calibration: int = 0,
+    **options: Any,
+) -> tuple[list[CodecRow], dict[str, Patch]]:
+    """Rows and patches of the same checkpoint under several codecs; `options` go to `extract`.
+
+    With `calibration`, a number of steps, the scales of `sign` are learned on training images in a row of its own.
+    """
+    size = sum(tensor.nbytes for tensor in state.values())
+    rows, patches = [], {}
+
+    def made(codec: str) -> Patch:
+        return extract(backbone, state, codec=codec, name=data.task.name, classes=data.classes, **options)
+
+    for codec in [*codecs, *([CALIBRATED] if calibration and "sign" in codecs else [])]:
+        patch = made("sign" if codec == CALIBRATED else codec)
+        if codec == CALIBRATED:
+            patch = _calibrated(backbone, patch, made("exact"), data, calibration)
+        result = evaluate(backbone, patch, data)
+        patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
+        file_bytes = patch.inspect().file_bytes
+        rows.append(CodecRow(codec, result.top1, file_bytes, file_bytes / size))
+        patches[codec] = patch
+        advance(1)
+    return rows, patches
+
+
+def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: TaskData, steps: int) -> Patch:
+    """The patch with scales that were learned on the task's training images."""
+    store = ImageStore(data.train, patch.preprocessing, MEMORY)
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        order = torch.randperm(len(store), generator=torch.Generator().manual_seed(epoch))
+        for rows in order.split(BATCH):
+            yield store.plain(rows).to(backbone.device)
+
+    better = calibrate(backbone, patch, backbone.patched(exact), batches, steps)
+    used = {**patch.method.hyperparameters, "calibration": steps}
+    return replace(better, method=MethodRecord(name=patch.method.name, hyperparameters=used))
+
+
+def codec_figures(rows: Sequence[CodecRow]) -> list[dict[str, Any]]:
+    """Plain values for JSON."""
+    return [asdict(row) for row in rows]
+
+
+def codec_table(title: str, rows: Sequence[CodecRow]) -> Table:
+    """One row a codec."""
+    table = new_table(title, "bytes beside those of all tensors of the checkpoint")
+    table.add_column("codec")
+    for name in ("top-1", "file bytes", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(escape(row.codec), percent(row.top1), f"{row.file_bytes:,}", percent(row.share))
+    return table

@@ -1,0 +1,127 @@
+"""PAINT's trade-off as a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from modelpatch.report.plots import BLUE, ORANGE, figure
+from modelpatch.report.tables import new_table, percent
+from modelpatch.train.frontier import Frontier
+from modelpatch.train.paint import Painting
+from modelpatch.train.tradeoff import Point
+
+SHOWN = 24  # mixtures in a table
+
+
+def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the base, the mixtures, test accuracies in percent; the chosen mixture has a star."""
+    tasks = list(painting.chosen.tasks)
+    header = ["alpha", *tasks, "patched", "supported", "combined"]
+    points = list(painting.curve)
+    if len(points) > SHOWN:
+        points = sorted(points, key=lambda point: -point.combined("validation"))[:SHOWN]
+    if painting.chosen not in points:
+        points.insert(0, painting.chosen)
+    named = [("base", painting.base), *((_weights(point), point) for point in points if point is not painting.base)]
+    rows = [
+        [
+            name + " *" * (point is painting.chosen),
+            *(percent(point.tasks[task].test) for task in tasks),
+            *(percent(value) for value in (point.mean("patched"), point.mean("supported"), point.combined())),
+        ]
+        for name, point in named
+    ]
+    return header, rows
+
+
+def painting_table(painting: Painting) -> Table:
+    """One row a mixture."""
+    table = new_table(f"{painting.settings.mode} patching, test accuracy")
+    (first, *others), rows = painting_cells(painting)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def painting_summary(painting: Painting) -> str:
+    """The figures of the whole curve, in a line."""
+    return (
+        f"* chosen on held-out images by {painting.settings.rule}; distance to optimal {100 * painting.distance:.2f} points, "
+        f"CKA {painting.cka:.4f}, weight cosine {painting.cosine:.6f}"
+    )
+
+
+def orders_table(painting: Painting) -> Table:
+    """One row an order of the tasks, and their mean: what is left at the end of each."""
+    table = new_table("sequences, test accuracy after the last task")
+    table.add_column("order")
+    for name in ("alphas", "patched", "supported", "combined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for order in painting.orders:
+        point = order.point
+        figures = [percent(value) for value in (point.mean("patched"), point.mean("supported"), point.combined())]
+        table.add_row(escape(", ".join(order.tasks)), ", ".join(f"{alpha:g}" for alpha in order.alphas), *figures)
+    points = [order.point for order in painting.orders]
+    means = [
+        statistics.fmean(values)
+        for values in zip(*((p.mean("patched"), p.mean("supported"), p.combined()) for p in points), strict=True)
+    ]
+    table.add_row("mean", "", *map(percent, means))
+    return table
+
+
+def painting_markdown(painting: Painting) -> str:
+    """The same table as Markdown."""
+    header, rows = painting_cells(painting)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """One row a baseline: the point that held-out images choose."""
+    table = new_table("what else trades off", "each at the point that held-out images choose; test accuracy")
+    table.add_column("", no_wrap=True)
+    for name in ("at", "patched", "supported", "combined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, points in frontier.curves.items():
+        best = max(points, key=lambda point: point.combined("validation"))
+        figures = [percent(value) for value in (best.mean("patched"), best.mean("supported"), best.combined())]
+        table.add_row(escape(name), f"{best.weights[0]:g}", *figures)
+    return table
+
+
+def plot_tradeoff(
+    curves: Mapping[str, Sequence[Point]], base: Point, chosen: Point | None, title: str, path: Path
+) -> None:
+    """Patched against supported test accuracy in percent: PAINT's curve, other curves, the base and the chosen point."""
+    with figure(path, 6.5, 5) as axes:
+        for number, (name, points) in enumerate(curves.items()):
+            style = (
+                {"color": BLUE, "linewidth": 2, "zorder": 3}
+                if name == "paint"
+                else {"color": f"C{number}", "alpha": 0.8}
+            )
+            places, sums = _places(points), [sum(point.weights) for point in points]
+            style["linestyle"] = "-" if sums == sorted(sums) else ""  # a line through a curve, not through a cloud
+            axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=name, **style)
+        axes.plot(*_places([base])[0], "s", color="black", label="base", zorder=4)
+        if chosen is not None:
+            axes.plot(*_places([chosen])[0], "*", color=ORANGE, markersize=15, label="chosen", zorder=5)
+        axes.set(xlabel="supported tasks, accuracy (%)", ylabel="patched tasks, accuracy (%)", title=title)
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _places(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(100 * point.mean("supported"), 100 * point.mean("patched")) for point in points]
+
+
+def _weights(point: Point) -> str:
+    return ", ".join(f"{weight:.2f}" for weight in point.weights)

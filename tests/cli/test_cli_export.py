@@ -1,0 +1,38 @@
+"""modelpatch export, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import Run
+from modelpatch.backbone import load_backbone
+from modelpatch.patch import Patch
+
+
+def test_export_writes_a_model_and_checks_it_on_images(
+    run: Run, patches: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.onnx"
+    options = ["-f", "onnx", "-o", out, "--data", folder, "--images", 6, "--alpha", "0.5"]
+    result = run("export", patches["scale-bias"], *options, "--json", tmp_path / "x.json")
+    assert result.code == 0, result.err
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert figures["equal_answers"] == figures["images"] == 6
+    assert figures["bytes"] == out.stat().st_size
+    assert "exists already" in run("export", patches["scale-bias"], *options).err
+
+
+def test_export_of_weights_is_a_backbone_again(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    assert run("export", patches["scale-bias"], "-o", out).code == 0
+    patch = Patch.load(patches["scale-bias"])
+    assert load_backbone(f"file:{out}").classes == patch.task.classes
+
+
+def test_export_says_in_one_line_what_is_wrong(
+    run: Run, patches: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    for options, problem in ((["-f", "tflite"], "no format"), (["--data", folder], "--data checks the format onnx")):
+        result = run("export", patches["scale-bias"], "-o", tmp_path / "x", *options)
+        assert (result.code, problem in result.err) == (1, True)
