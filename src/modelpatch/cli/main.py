@@ -18,6 +18,8 @@ from modelpatch.cli.evaluate import evaluate
 from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
 from modelpatch.cli.predict import predict
+from modelpatch.cli.profile import profile
+from modelpatch.cli.select import select
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
 
@@ -49,6 +51,8 @@ app.command()(predict)
 app.command()(inspect)
 app.command()(verify)
 app.command()(compare)
+app.command()(profile)
+app.command()(select)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,7 @@
 """How patches are made: one file per method, each with its paper and formula at the top."""
 
 from modelpatch.methods.composite import Composite
+from modelpatch.methods.confined import Confined, confine
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
@@ -19,6 +20,7 @@ __all__ = [
     "COMPARED",
     "METHODS",
     "Composite",
+    "Confined",
     "DeltaNetwork",
     "Depthwise",
     "FullFinetune",
@@ -30,6 +32,7 @@ __all__ = [
     "Piggyback",
     "ScaleBias",
     "Subset",
+    "confine",
     "export_peft",
     "import_peft",
     "make_method",

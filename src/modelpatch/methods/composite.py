@@ -92,9 +92,9 @@ class Composite(Method):
             made |= own
         return made
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         for member in self.methods:
-            member.initialise(model)
+            member.initialise(model, backbone)
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head of the first member that has one of its own, else a linear one."""

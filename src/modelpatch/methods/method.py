@@ -72,10 +72,10 @@ class Method(ABC):
         head = self.make_head(backbone, classes)
         head.requires_grad_(self.head == "trained")
         model = PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
-        self.initialise(model)
+        self.initialise(model, backbone)
         return model
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Where what the method trains starts, if not as it was built."""
         return
 
@@ -166,10 +166,15 @@ def _adapters(kind: type[Method]) -> dict[str, TypeAdapter[Any]]:
 
 def learn_statistics(model: PatchedModel) -> None:
     """Put the BatchNorm layers whose running statistics are the patch's own into train mode."""
+    for norm in own_batch_norms(model):
+        norm.train()
+
+
+def own_batch_norms(model: PatchedModel) -> list[_BatchNorm]:
+    """The BatchNorm layers whose running statistics are the patch's own."""
     own = {tensor.data_ptr() for tensor in model.state().values()}
-    for norm in batch_norms(model):
-        if norm.running_mean is not None and norm.running_mean.data_ptr() in own:
-            norm.train()
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    return [norm for norm in norms if norm.running_mean.data_ptr() in own]  # type: ignore[union-attr]
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

@@ -211,6 +211,25 @@ class PatchedModel(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
+    def portable_state(self) -> dict[str, Tensor]:
+        """Everything that training may change, under names that do not depend on which other spans the patch has."""
+        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        for base, path in self.reweighted.items():
+            own = self.get_submodule(path).state_dict()
+            tensors |= {f"mask/{base}.{name}": tensor for name, tensor in own.items()}
+        return tensors
+
+    @torch.no_grad()
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what another model's `portable_state` holds of this one's; the rest stays as it is.
+
+        Raises `ForeignTensorError` for a tensor of another shape.
+        """
+        for name, tensor in self.portable_state().items():
+            if name in state:
+                check_fit({name: tensor.shape}, {name: state[name]})
+                tensor.copy_(state[name])
+
     def _load(self, values: Mapping[str, Tensor]) -> None:
         check_fit(self.shapes(), values)
         with torch.no_grad():

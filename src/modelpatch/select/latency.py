@@ -1,0 +1,51 @@
+"""What a patch adds to the time of the base, when both answer for the same image.
+
+    added = (t(base and patch) - t(base)) / t(base)          the frozen prefix runs once for both
+
+Measured here by running both, in turns, on this machine (SubTuning, 2023, section 4.3: batch 1, medians of many runs).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from modelpatch.backbone import Backbone
+from modelpatch.patch import PatchedModel
+
+WARM_UP, RUNS = 5, 31
+
+
+@torch.no_grad()
+def added_latency(
+    backbone: Backbone, model: PatchedModel, image_size: int, *, batch: int = 1, runs: int = RUNS
+) -> float:
+    """The share of the base's time that the patch adds, 0 for nothing: the median of `runs` paired measurements."""
+    images = torch.randn(batch, *backbone.preprocessing.with_image_size(image_size).input_size)
+    images = images.to(backbone.device).contiguous(memory_format=torch.channels_last)
+    chain, end, first = backbone.chain, len(backbone.chain), model.eval().first
+
+    def base() -> None:
+        chain.head(chain.run(images, 0, end))
+
+    def both() -> None:
+        x = chain.run(images, 0, first)
+        chain.head(chain.run(x, first, end))
+        model.run_from(x if first else images, first)
+
+    for _ in range(WARM_UP):
+        base()
+        both()
+    pairs = [(_seconds(base), _seconds(both)) for _ in range(runs)]
+    return max(0.0, statistics.median((together - alone) / alone for alone, together in pairs))
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
