@@ -12,6 +12,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.peft_folder import export_peft, import_peft
 from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
@@ -30,6 +31,7 @@ __all__ = [
     "Method",
     "PackNet",
     "Piggyback",
+    "Pruned",
     "ScaleBias",
     "Subset",
     "confine",

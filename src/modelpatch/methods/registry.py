@@ -26,6 +26,7 @@ from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         Depthwise,
         DeltaNetwork,
         Subset,
+        Pruned,
         LoRA,
         Piggyback,
         PackNet,

@@ -2,7 +2,7 @@
 
 from modelpatch.patch.bind import BoundPatch, PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
-from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.heads import DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
 from modelpatch.patch.weights import Reweighting
@@ -19,6 +19,7 @@ __all__ = [
     "Patch",
     "PatchedModel",
     "Reweighting",
+    "SiameseHead",
     "Task",
     "pooled_width",
     "register_graft",

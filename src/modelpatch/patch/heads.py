@@ -16,12 +16,13 @@ from modelpatch.backbone.chain import spatial_size
 class HeadRecord(BaseModel):
     """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
 
-    A `linear` head reads the chain's features. A `selected` head reads some of the pooled outputs of the segments `taps`.
+    A `linear` head reads the chain's features. A `siamese` head reads the patch's and, beside them, the base's. A `selected`
+    head reads some of the pooled outputs of the segments `taps`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "selected"] = "linear"
+    kind: Literal["linear", "siamese", "selected"] = "linear"
     features: int = Field(gt=0, le=2**24)
     outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
@@ -38,6 +39,8 @@ class HeadRecord(BaseModel):
         """A freshly initialised head of this kind."""
         if self.kind == "selected":
             return SelectedHead(self.features, self.outputs, self.taps)
+        if self.kind == "siamese":
+            return SiameseHead(self.features, self.outputs)
         return LinearHead(self.features, self.outputs)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -55,6 +58,16 @@ class LinearHead(nn.Linear):
     @property
     def record(self) -> HeadRecord:
         return HeadRecord(features=self.in_features, outputs=self.out_features)
+
+
+class SiameseHead(nn.Linear):
+    """Logits (B, K) from the patch's features beside the base's (B, 2 D), in that order (SubTuning, section 4.1)."""
+
+    reads_base = True
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind="siamese", features=self.in_features, outputs=self.out_features)
 
 
 class SelectedHead(nn.Linear):

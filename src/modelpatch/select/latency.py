@@ -33,8 +33,13 @@ def added_latency(
 
     def both() -> None:
         x = chain.run(images, 0, first)
-        chain.head(chain.run(x, first, end))
-        model.run_from(x if first else images, first)
+        features, base = model.streams(x, first)
+        if base is None:
+            chain.head(chain.run(x, first, end))
+            model.head(features)
+        else:
+            chain.head(base)
+            model.head(torch.cat([features, base], 1))
 
     for _ in range(WARM_UP):
         base()
