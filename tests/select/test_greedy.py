@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,10 @@ def test_blocks_are_taken_while_they_add_more_than_epsilon(tiny: Backbone, known
     assert [len(one.steps) for one in result.rounds] == [4, 3, 2]
     assert len(known) == 2 * (1 + 4 + 3 + 2)  # folds of the probe and of the rounds' candidates
     assert result.patch.method.hyperparameters["blocks"] == ("stage1.0", "stage1.1")
+    facts = result.complexity
+    sizes = {block.name: block.parameters for block in tiny.chain.blocks}
+    assert (facts.tuned, facts.every) == (sizes["stage1.0"] + sizes["stage1.1"], sum(sizes.values()))
+    assert facts.bound == pytest.approx(math.sqrt(facts.tuned / 24) * math.log(2 * 4))
     assert run(tiny, greedy=Greedy(epsilon=0)).blocks == ("stage1.0", "stage1.1", "stage2.0")
 
 

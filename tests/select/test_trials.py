@@ -187,15 +187,15 @@ def test_no_workers_are_refused(bench: Bench) -> None:
 def test_outcomes_come_back_from_the_journal_but_for_a_line_cut_short(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "trials.jsonl"
     trial = Trial(Subset(), 0, 0, 1)
-    journal = Journal(file)
-    journal.add("a" * 32, trial, Outcome(0.5, 100, 1.0))
-    journal.add("b" * 32, trial, Outcome(None, 0, 1.0, "diverged"))
+    journal = Journal(Outcome, file)
+    journal.add("a" * 32, trial.as_dict(), Outcome(0.5, 100, 1.0))
+    journal.add("b" * 32, trial.as_dict(), Outcome(None, 0, 1.0, "diverged"))
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"key": "cc')
-    again = Journal(file)
+    again = Journal(Outcome, file)
     assert again.outcomes == journal.outcomes
-    again.add("d" * 32, trial, Outcome(0.25, 1, 1.0))
-    assert Journal(file).outcomes.keys() == {"a" * 32, "b" * 32, "d" * 32}
+    again.add("d" * 32, trial.as_dict(), Outcome(0.25, 1, 1.0))
+    assert Journal(Outcome, file).outcomes.keys() == {"a" * 32, "b" * 32, "d" * 32}
     file.write_text("not a journal\n")
     with pytest.raises(TrainingError, match="line 1"):
-        Journal(file)
+        Journal(Outcome, file)

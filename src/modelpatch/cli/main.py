@@ -17,8 +17,10 @@ from modelpatch.cli.demo import demo
 from modelpatch.cli.evaluate import evaluate
 from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
+from modelpatch.cli.label import label
 from modelpatch.cli.predict import predict
 from modelpatch.cli.profile import profile
+from modelpatch.cli.search import search
 from modelpatch.cli.select import select
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
@@ -53,6 +55,8 @@ app.command()(verify)
 app.command()(compare)
 app.command()(profile)
 app.command()(select)
+app.command()(search)
+app.command()(label)
 
 
 @app.callback(invoke_without_command=True)

@@ -76,6 +76,7 @@ def selection_table(selection: Selection) -> Table:
         ("blocks, in the order chosen", ", ".join(selection.blocks) or "none: the linear probe is best"),
         ("cross-validation", f"{accuracy(selection.score)} %"),
         ("linear probe, same folds", f"{accuracy(selection.probe)} %"),
+        ("Theorem 1's bound", str(selection.complexity)),
         *(("given up", reason) for reason in selection.dropped),
         ("test top-1", f"{percent(selection.patch.metrics['test_top1'])} %"),
     ]

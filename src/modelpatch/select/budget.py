@@ -48,11 +48,12 @@ class Budget:
         return None
 
     def added(self, backbone: Backbone, candidate: Candidate, image_size: int) -> float:
-        """The candidate's added latency, measured once."""
-        if candidate.name not in self._latencies:
-            model = draft_model(backbone, candidate.method)
-            self._latencies[candidate.name] = added_latency(backbone, model, image_size)
-        return self._latencies[candidate.name]
+        """The candidate's added latency, measured once for all of its structure."""
+        method = candidate.method
+        key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
+        if key not in self._latencies:
+            self._latencies[key] = added_latency(backbone, draft_model(backbone, method), image_size)
+        return self._latencies[key]
 
     def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
         """What of the budget a trained patch breaks, measured anew; None if it keeps it."""

@@ -12,8 +12,9 @@ Every accuracy that decides comes from the folds; the test images are read once,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,6 +57,37 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Complexity:
+    """What Theorem 1 bounds the error by, but for the distance Δ that training moves: sqrt(r') log(kL) / sqrt(m).
+
+    `tuned` is r', the parameters of the k chosen `blocks` among L `candidates`, `images` m; `every` is r, those of all
+    candidates, for which the bound of full fine-tuning is sqrt(r) / sqrt(m).
+    """
+
+    tuned: int
+    blocks: int
+    candidates: int
+    images: int
+    every: int
+
+    @property
+    def bound(self) -> float:
+        """Of the selection, up to Δ and a constant."""
+        return math.sqrt(self.tuned / self.images) * math.log(max(self.blocks, 1) * self.candidates)
+
+    @property
+    def full_bound(self) -> float:
+        """Of fine-tuning all candidates, up to Δ and a constant."""
+        return math.sqrt(self.every / self.images)
+
+    def __str__(self) -> str:
+        return (
+            f"r' = {self.tuned:,} of {self.every:,}, k = {self.blocks}, L = {self.candidates}, m = {self.images:,}: "
+            f"{self.bound:.1f} against {self.full_bound:.1f} for all blocks, times Δ"
+        )
+
+
+@dataclass(frozen=True)
 class Selection:
     """The blocks in the order they were chosen, the rounds that chose them, and the patch trained on all training images.
 
@@ -71,6 +103,7 @@ class Selection:
     score: Score
     rounds: tuple[Round, ...]
     patch: Patch
+    complexity: Complexity
     dropped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +132,11 @@ class Selection:
                 }
                 for one in self.rounds
             ],
+            "complexity": {
+                **asdict(self.complexity),
+                "bound": self.complexity.bound,
+                "full": self.complexity.full_bound,
+            },
             "dropped": list(self.dropped),
             "test": dict(self.patch.metrics),
         }
@@ -288,7 +326,20 @@ def select(
         score=score,
         rounds=tuple(search.rounds),
         patch=patch,
+        complexity=_complexity(backbone, data, chosen, search.names, candidate),
         dropped=tuple(dropped),
+    )
+
+
+def _complexity(
+    backbone: Backbone, data: TaskData, method: Method, names: Sequence[str], chosen: Candidate
+) -> Complexity:
+    return Complexity(
+        tuned=chosen.method.count_parameters(backbone),
+        blocks=len(chosen.blocks),
+        candidates=len(names),
+        images=len(data.train),
+        every=Candidate.of(method, names).method.count_parameters(backbone),
     )
 
 

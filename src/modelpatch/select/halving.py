@@ -29,21 +29,23 @@ class Effect:
 
 
 def score_by_halving(
-    study: Study, candidates: Sequence[Candidate], eta: int, title: str
+    study: Study, candidates: Sequence[Candidate], eta: int, title: str, epochs: int | None = None
 ) -> tuple[list[Score], Effect | None]:
-    """The candidates' scores, each after the epochs of the last rung it reached; with `eta` 0, of full trials for all.
+    """The candidates' scores, each after the epochs of the last rung it reached; with `eta` 0, of full trials for
+    all. `epochs` are those of a full trial, by default the study's.
 
     Compare scores of different epochs with care: only those that reached the last rung are final. Raises `TrainingError`
     for an `eta` of 1 or below 0.
     """
     if eta == 0:
-        return study.score(candidates, title=title), None
+        return study.score(candidates, epochs, title), None
     if eta < 2:
         raise TrainingError(f"halving keeps one candidate of {eta}; expected at least 2, or 0 for no halving.")
     scores: list[Score | None] = [None] * len(candidates)
     alive, spent = list(range(len(candidates))), 0
     repeats = len(study.bench.data) * len(study.seeds)
-    for epochs in rungs(study.epochs, eta):
+    full = epochs or study.epochs
+    for epochs in rungs(full, eta):
         results = study.score([candidates[number] for number in alive], epochs, f"{title}, {epochs} epochs")
         for number, result in zip(alive, results, strict=True):
             scores[number] = result
@@ -51,7 +53,7 @@ def score_by_halving(
         ranked = sorted(zip(alive, results, strict=True), key=lambda pair: -pair[1].top1)
         alive = sorted(number for number, _ in ranked[: math.ceil(len(alive) / eta)])
     found = [score for score in scores if score is not None]
-    return found, Effect(spent, study.epochs * len(candidates) * repeats)
+    return found, Effect(spent, full * len(candidates) * repeats)
 
 
 def rungs(epochs: int, eta: int) -> list[int]:

@@ -10,18 +10,19 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from modelpatch.errors import TrainingError
-from modelpatch.select.trials import Outcome, Trial
+
+T = TypeVar("T")  # a dataclass of plain values
 
 
-class Journal:
-    """The outcomes in a file of JSON lines; with no path they are kept in memory only."""
+class Journal(Generic[T]):
+    """The outcomes, of type `kind`, in a file of JSON lines; with no path they are kept in memory only."""
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.outcomes: dict[str, Outcome] = {}
+    def __init__(self, kind: type[T], path: str | Path | None = None) -> None:
+        self.kind, self.path = kind, None if path is None else Path(path)
+        self.outcomes: dict[str, T] = {}
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -34,20 +35,20 @@ class Journal:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                self.outcomes[entry["key"]] = Outcome(**entry["outcome"])
+                self.outcomes[entry["key"]] = self.kind(**entry["outcome"])
             except (ValueError, KeyError, TypeError) as error:
                 raise TrainingError(
-                    f"{path}, line {number}: this is no outcome of a trial. Name another file with --trials, or remove it."
+                    f"{path}, line {number}: this is no {self.kind.__name__.lower()}. Name another file, or remove this one."
                 ) from error
         if len(whole) < len(data):
             os.truncate(path, len(whole))
 
-    def add(self, key: str, trial: Trial, outcome: Outcome) -> None:
-        """Keep an outcome; on disk before this returns."""
+    def add(self, key: str, what: dict[str, Any], outcome: T) -> None:
+        """Keep the outcome of `what`; on disk before this returns."""
         self.outcomes[key] = outcome
         if self.path is None:
             return
-        entry: dict[str, Any] = {"key": key, "trial": trial.as_dict(), "outcome": asdict(outcome)}
+        entry: dict[str, Any] = {"key": key, "of": what, "outcome": asdict(outcome)}  # type: ignore[call-overload]
         try:
             with self.path.open("ab") as stream:
                 stream.write(json.dumps(entry, sort_keys=True).encode() + b"\n")

@@ -97,8 +97,15 @@ def profile(
         return profile_units(study, chosen, names, kind, halving)
 
 
-def profile_units(study: Study, method: Method, names: Sequence[tuple[str, ...]], kind: str, halving: int) -> Profile:
-    """The profile of some units, within a study."""
+def profile_units(
+    study: Study,
+    method: Method,
+    names: Sequence[tuple[str, ...]],
+    kind: str,
+    halving: int = 0,
+    epochs: int | None = None,
+) -> Profile:
+    """The profile of some units within a study, by halving or after `epochs` epochs, by default the study's."""
     backbone = study.bench.backbone
     candidates, parameters, skipped = [], [], {}
     for blocks in names:
@@ -112,8 +119,8 @@ def profile_units(study: Study, method: Method, names: Sequence[tuple[str, ...]]
         raise MethodNotApplicableError(
             f"{method.name} has nothing to change in any unit: {next(iter(skipped.values()))}"
         )
-    probe = study.score([Candidate.of(method, ())], title="linear probe")[0]
-    scores, effect = score_by_halving(study, candidates, halving, "profile")
+    probe = study.score([Candidate.of(method, ())], epochs, title="linear probe")[0]
+    scores, effect = score_by_halving(study, candidates, halving, "profile", epochs)
     rows = [
         ProfileRow(describe(backbone, candidate.blocks), candidate.blocks, count, score)
         for candidate, count, score in zip(candidates, parameters, scores, strict=True)

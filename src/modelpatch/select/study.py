@@ -17,7 +17,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import TrainingError
 from modelpatch.select.candidates import Candidate
 from modelpatch.select.journal import Journal
-from modelpatch.select.trials import DISK, Bench
+from modelpatch.select.trials import DISK, Bench, Outcome
 from modelpatch.select.workers import Workers, make_workers
 from modelpatch.train import TaskData
 from modelpatch.train.fit import check_settings
@@ -67,7 +67,7 @@ class Study:
 
     bench: Bench
     workers: Workers
-    journal: Journal
+    journal: Journal[Outcome]
     bar: Progress
     seeds: tuple[int, ...]
     epochs_trained: int = field(default=0, init=False)
@@ -89,7 +89,7 @@ class Study:
         names = list(todo)
         with self.bar.task(title, len(keys), len(keys) - len(todo)) as advance:
             for position, outcome in self.workers.run(list(todo.values())):
-                self.journal.add(names[position], todo[names[position]], outcome)
+                self.journal.add(names[position], todo[names[position]].as_dict(), outcome)
                 self.epochs_trained += todo[names[position]].epochs
                 advance(1)
         return [self._score([self.bench.key(trial) for trial in group], epochs) for group in trials]
@@ -132,7 +132,7 @@ def open_study(
     checked = check_settings(settings)
     bench = Bench(backbone, data, checked, folds=folds, disk=disk)
     bar = Progress(f"{title} on {data.task.name}") if progress else quiet_progress()
-    journal = Journal(trials)
+    journal = Journal(Outcome, trials)
     with bar, make_workers(bench, workers, ray) as pool:
         bench.bar = bar
         yield Study(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
