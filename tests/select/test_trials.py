@@ -66,7 +66,7 @@ def test_the_trained_numbers_are_those_of_a_fit(bench: Bench) -> None:
     shared = bench._fit(trial).run()
     own = fit(bench.backbone, bench.data[0], trial.method, epochs=2, batch_size=8, augment="none")
     for name, tensor in own.tensors.items():
-        assert torch.allclose(shared.tensors[name], tensor, atol=1e-6), name
+        assert torch.allclose(shared.tensors[name], tensor, atol=1e-4), name
 
 
 def test_an_outcome_does_not_depend_on_what_ran_before(bench: Bench) -> None:
@@ -96,7 +96,7 @@ def test_where_activations_lie_does_not_change_what_is_learned(data: TaskData, c
     here = Bench(make_tiny(), data, settings, folds=2)._fit(trial).run()
     there = Bench(make_tiny(), data, replace(settings, **change), folds=2)._fit(trial).run()
     for name, tensor in here.tensors.items():
-        assert torch.allclose(there.tensors[name], tensor, atol=1e-5), name
+        assert torch.allclose(there.tensors[name], tensor, atol=1e-4), name
 
 
 def test_held_out_images_are_seen_without_augmentation(data: TaskData) -> None:

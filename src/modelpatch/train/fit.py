@@ -202,6 +202,7 @@ class Fit:
         begin = time.perf_counter()
         torch.manual_seed(self.settings.seed)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
+        self.source.lend(self.model)
         if start is not None:
             self.model.start_from(start)
         self.optimizer = self.method.make_optimizer(self.model, self.backbone)

@@ -12,12 +12,13 @@ import math
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.patch import PatchedModel
 from modelpatch.train.cache import BATCH, CachedInputs, PlainInputs, cache_worthwhile, prefix_share
 from modelpatch.train.data import Split, TaskData
+from modelpatch.train.folding import fold_segment
 from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
 from modelpatch.train.progress import Progress, quiet_progress
 
@@ -40,6 +41,8 @@ class InputSource(Protocol):
     def plain(self, split: str, rows: Tensor) -> Tensor: ...
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs: ...
+
+    def lend(self, model: PatchedModel) -> None: ...
 
 
 class OwnInputs:
@@ -68,6 +71,9 @@ class OwnInputs:
 
     def plain(self, split: str, rows: Tensor) -> Tensor:
         return self._store(split).plain(rows)
+
+    def lend(self, model: PatchedModel) -> None:
+        """Nothing: the model runs its own frozen segments."""
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         store, first = self._store(split), model.first
@@ -122,6 +128,13 @@ class SharedImages:
         with self.bar.task("decoding", len(split)) as advance:
             self.store = ImageStore(split, preprocessing, memory, advance)
         self._activations: dict[int, Tensor] | None = None
+        self._folded: dict[int, nn.Module] = {}
+
+    def folded(self, segment: int) -> nn.Module:
+        """The frozen segment with its normalisation folded, made once; equal to rounding."""
+        if segment not in self._folded:
+            self._folded[segment] = fold_segment(self.backbone.chain[segment])
+        return self._folded[segment]
 
     def fold(self, **rows: Tensor) -> SharedInputs:
         """The source of one fit: `fold(train=..., test=...)` names the rows of each of its splits."""
@@ -184,6 +197,13 @@ class SharedInputs:
 
     def plain(self, split: str, rows: Tensor) -> Tensor:
         return self.shared.store.plain(self.rows[split][rows])
+
+    def lend(self, model: PatchedModel) -> None:
+        """Let the model run frozen segments whose normalisation is folded, shared by all fits."""
+        spans = dict(model.spans)
+        for number, start in enumerate(model.starts):
+            if start not in spans and start >= model.first:
+                model.parts[number] = self.shared.folded(start)
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         shared, rows = self.shared, self.rows[split]
