@@ -58,11 +58,22 @@ def test_the_test_split_is_not_among_the_images() -> None:
         assert not held & {id(image) for image in data.test.images}
 
 
-def test_a_class_that_would_be_lost_is_named() -> None:
+def test_a_class_of_one_image_is_trained_on_in_every_fold() -> None:
     data = color_task(12)
     labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2])
     data = replace(data, train=Split(data.train.images, labels))
-    with pytest.raises(DataError, match="class 'blue' are in one fold"):
-        Folds.of(data, 3, 0)
+    for train, held in Folds.of(data, 3, 0).rows:
+        assert 11 in train
+        assert 11 not in held
+        assert set(labels[held]) == {0, 1}
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    data = color_task(12)
+    own = replace(data, train=Split(data.train.images[:2], np.array([0, 1])), validation=data.test)
+    with pytest.raises(DataError, match="class 'blue' has images to score"):
+        Folds.of(own, 1, 0)
+    with pytest.raises(DataError, match="no images to score"):
+        Folds.of(replace(own, validation=None), 3, 0)
     with pytest.raises(DataError, match="at least 1"):
         Folds.of(data, 0, 0)

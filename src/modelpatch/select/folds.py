@@ -24,7 +24,7 @@ class Folds:
     def of(cls, data: TaskData, count: int, seed: int) -> Folds:
         """`count` folds of the training images; with one, the source's validation split or a fifth of the images.
 
-        Raises `DataError` where a class would have no image left to train on, or none to score on.
+        Raises `DataError` where nothing is left to score on, or a class is scored that has no image to train on.
         """
         if count < 1:
             raise DataError(f"the number of folds is {count}; expected at least 1.")
@@ -55,13 +55,17 @@ class Folds:
             if lost := set(self.images.labels[held]) - set(self.images.labels[train]):
                 name = data.classes[min(lost)]
                 raise DataError(
-                    f"all images of the class {name!r} are in one fold: none would be left to train on. Use fewer "
-                    "folds, or add images."
+                    f"the class {name!r} has images to score candidates on, but none to train them on. Add some."
                 )
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-    """Disjoint row indices that together are all rows; every fold holds an equal share of every class, give or take one."""
+    """Disjoint row indices; every fold holds an equal share of every class, give or take one.
+
+    Together they are all rows but those of classes with a single image, which is always trained on.
+    """
     generator = np.random.default_rng(seed)
-    rows = np.concatenate([generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)])
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    dealt = [generator.permutation(rows) for rows in classes if len(rows) > 1]
+    rows = np.concatenate([np.zeros(0, dtype=np.int64), *dealt])
     return [np.sort(rows[number::count]) for number in range(count)]
