@@ -30,6 +30,24 @@ def test_profile_draws_and_writes_a_row_a_unit(run: Run, folder: Path, unit: tup
     assert Path("colors.trials.jsonl").exists()
 
 
+def test_profile_of_fewer_images_and_a_word_on_interruption(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelpatch.select.trials import Bench
+
+    seen: list[int] = []
+
+    def stop(self: Bench, trial: object) -> None:
+        seen.append(len(self.folds.images))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "run", stop)
+    result = run("profile", folder, *FAST, "--images", 12, "--trials", "kept.jsonl")
+    assert result.code == 130
+    assert "finished trials are in kept.jsonl" in result.err
+    assert seen == [12]
+
+
 def test_profile_of_pairs_draws_a_heat_map(run: Run, folder: Path) -> None:
     result = run("profile", folder, *FAST, "--pairs", "-m", "scale-bias", "--plot", "pairs.png", "--json", "pairs.json")
     assert result.code == 0, result.err

@@ -26,6 +26,7 @@ from modelpatch.cli.selecting import (
     FitOption,
     HalvingOption,
     ImageSizeOption,
+    ImagesOption,
     MethodOption,
     RayAddressOption,
     RayOption,
@@ -33,6 +34,7 @@ from modelpatch.cli.selecting import (
     SetOption,
     TrialsOption,
     WorkersOption,
+    load_images,
     ray_address,
     read_disk,
     trials_file,
@@ -41,7 +43,6 @@ from modelpatch.methods import make_method
 from modelpatch.report.selection import plot_profile, profile_table
 from modelpatch.report.tables import show
 from modelpatch.select import profile as run_profile
-from modelpatch.train import load_task
 
 
 def profile(
@@ -58,6 +59,7 @@ def profile(
     batch_size: BatchSizeOption = 32,
     image_size: ImageSizeOption = None,
     seed: SeedOption = 0,
+    images: ImagesOption = None,
     halving: HalvingOption = 0,
     option: FitOption = None,
     workers: WorkersOption = 1,
@@ -81,7 +83,7 @@ def profile(
     settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed)
     arguments, place = parse_arguments(argument), find_device(device)
     cluster, room = ray_address(ray, ray_address_), read_disk(disk)
-    task = load_task(data, seed=seed)
+    task = load_images(data, images, seed)
     file = trials_file(trials, task.task.name)
     check_file("--trials", file)
     base = open_backbone(backbone, arguments, place)

@@ -33,11 +33,13 @@ from modelpatch.cli.selecting import (
     EpochsOption,
     FitOption,
     ImageSizeOption,
+    ImagesOption,
     RayAddressOption,
     RayOption,
     SeedsOption,
     TrialsOption,
     WorkersOption,
+    load_images,
     ray_address,
     read_disk,
     trials_file,
@@ -49,7 +51,6 @@ from modelpatch.select import added_latency
 from modelpatch.select import search as run_search
 from modelpatch.select.budget import parse_bytes, parse_latency
 from modelpatch.select.search import METHODS
-from modelpatch.train import load_task
 
 
 def search(
@@ -76,6 +77,7 @@ def search(
     batch_size: BatchSizeOption = 32,
     image_size: ImageSizeOption = None,
     seed: SeedOption = 0,
+    images: ImagesOption = None,
     option: FitOption = None,
     workers: WorkersOption = 1,
     ray: RayOption = False,
@@ -101,7 +103,7 @@ def search(
     settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed)
     arguments, place = parse_arguments(argument), find_device(device)
     cluster, room = ray_address(ray, ray_address_), read_disk(disk)
-    task = load_task(data, seed=seed)
+    task = load_images(data, images, seed)
     path = out or Path(f"{task.task.name}.safetensors")
     file = trials_file(trials, task.task.name)
     check_file("--out", path)

@@ -35,6 +35,7 @@ from modelpatch.cli.selecting import (
     FitOption,
     HalvingOption,
     ImageSizeOption,
+    ImagesOption,
     MethodOption,
     RayAddressOption,
     RayOption,
@@ -42,6 +43,7 @@ from modelpatch.cli.selecting import (
     SetOption,
     TrialsOption,
     WorkersOption,
+    load_images,
     ray_address,
     read_disk,
     trials_file,
@@ -53,7 +55,6 @@ from modelpatch.select import Greedy
 from modelpatch.select import select as run_select
 from modelpatch.select.budget import parse_bytes, parse_latency
 from modelpatch.select.greedy import Rule, Start
-from modelpatch.train import load_task
 
 
 def select(
@@ -86,6 +87,7 @@ def select(
     batch_size: BatchSizeOption = 32,
     image_size: ImageSizeOption = None,
     seed: SeedOption = 0,
+    images: ImagesOption = None,
     option: FitOption = None,
     workers: WorkersOption = 1,
     ray: RayOption = False,
@@ -123,7 +125,7 @@ def select(
     settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed)
     arguments, place = parse_arguments(argument), find_device(device)
     cluster, room = ray_address(ray, ray_address_), read_disk(disk)
-    task = load_task(data, seed=seed)
+    task = load_images(data, images, seed)
     path = out or Path(f"{task.task.name}.safetensors")
     file = trials_file(trials, task.task.name)
     check_file("--out", path)

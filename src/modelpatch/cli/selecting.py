@@ -10,6 +10,7 @@ import typer
 from modelpatch.errors import ModelpatchError
 from modelpatch.select.budget import parse_bytes
 from modelpatch.select.cluster import LOCAL
+from modelpatch.train import TaskData, load_task
 
 MethodOption = Annotated[
     str, typer.Option("--method", "-m", help="What is done to the chosen blocks; any method, with + for several.")
@@ -39,6 +40,9 @@ TrialsOption = Annotated[
     Path | None,
     typer.Option(help="A file of outcomes: what is in it is not trained again. By default TASK.trials.jsonl."),
 ]
+ImagesOption = Annotated[
+    int | None, typer.Option(min=1, help="Use this many of the training images, stratified; by default all.")
+]
 DiskOption = Annotated[str, typer.Option(help="The most that cached activations may take in temporary files.")]
 
 
@@ -52,6 +56,12 @@ def ray_address(ray: bool, address: str) -> str | None:
 def trials_file(path: Path | None, task: str) -> Path:
     """Where outcomes are kept."""
     return path or Path(f"{task}.trials.jsonl")
+
+
+def load_images(data: str, images: int | None, seed: int) -> TaskData:
+    """The task, with a sample of its training images if a number is given."""
+    task = load_task(data, seed=seed)
+    return task if images is None else task.subsample(images, seed)
 
 
 def read_disk(text: str) -> int:

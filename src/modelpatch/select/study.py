@@ -135,5 +135,10 @@ def open_study(
     journal = Journal(Outcome, trials)
     with bar, make_workers(bench, workers, ray) as pool:
         bench.bar = bar
-        yield Study(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
+        try:
+            yield Study(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
+        except KeyboardInterrupt:
+            if trials is None:
+                raise
+            raise KeyboardInterrupt(f"finished trials are in {trials}; the same command goes on from there") from None
     backbone.verify()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -141,10 +142,11 @@ class _Worker:
 
 def _serve(pipe: Connection, bench: Bench, threads: int) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that stops its workers
     while True:
         try:
             trial = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         pipe.send(attempt(bench, trial))
 
