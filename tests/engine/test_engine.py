@@ -41,6 +41,7 @@ def many(backbone: Backbone) -> dict[str, Patch]:
         "middle": Subset(blocks=(BLOCKS[1],)),
         "full": FullFinetune(),
         "delta": DeltaNetwork(),
+        "siamese": Subset(head="siamese"),
     }
     return {
         name: draft_patch(backbone, method, classes=2 + number, seed=number)

@@ -81,13 +81,15 @@ def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
 
 
 def expected(member: Member, rows: Rows) -> list[tuple[int, tuple[Hashable, ...]]]:
-    history: tuple[Hashable, ...] = (member.root,)
     seen: list[Hashable] = []
-    for link in member.path:
-        history = (*history, (link.span, link.key))
-        if link.span[1] - 1 in member.taps:
-            seen += [*history, "pooled", link.span[1] - 1]
-    return [(row, tuple(seen) if member.taps else history) for row in rows]
+    for path in (member.path, *([member.beside] if member.beside else [])):
+        history: tuple[Hashable, ...] = (member.root,)
+        for link in path:
+            history = (*history, (link.span, link.key))
+            if link.span[1] - 1 in member.taps:
+                seen += [*history, "pooled", link.span[1] - 1]
+        seen += [] if member.taps else history
+    return [(row, tuple(seen)) for row in rows]
 
 
 @st.composite
@@ -105,7 +107,8 @@ def members(draw: st.DrawFn) -> tuple[list[Member], list[Rows]]:
         links = path(*own)
         ends = [link.span[1] - 1 for link in links]
         taps = tuple(sorted(draw(st.sets(st.sampled_from(ends), max_size=2))))
-        made.append(Member(f"task {number}", links, root, root, taps, draw(st.booleans())))
+        beside = BASE if not taps and draw(st.booleans()) else ()
+        made.append(Member(f"task {number}", links, root, root, taps=taps, linear=draw(st.booleans()), beside=beside))
         rows.append(tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))))
     return made, rows
 

@@ -30,8 +30,10 @@ from modelpatch.methods import (
     PackNet,
     Paint,
     Piggyback,
+    Pruned,
     ScaleBias,
     Subset,
+    confine,
 )
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
@@ -54,6 +56,8 @@ METHODS: dict[str, Method] = {
     "scale-bias": ScaleBias(),
     "scale-bias learned": ScaleBias(statistics="learned"),
     "subset": Subset(),
+    "pruned": Pruned(),
+    "siamese": Subset(head="siamese"),
     "piggyback": Piggyback(lr=1e-2),
     "lora": LoRA(),
     "depthwise": Depthwise(),
@@ -71,6 +75,16 @@ MORE_METHODS: dict[str, Method] = {
     "channel recomputed": ScaleBias(layers="channel", statistics="recomputed"),
     "channel learned": ScaleBias(layers="channel", statistics="learned"),
     "random head": ScaleBias(head="random"),
+    "subset reinitialized": Subset(reinitialize=True),
+    "pruned stage": Pruned(blocks=("stage-1",), scope="global", norm="l1", reinitialize=True),
+    "pruned learned": Pruned(statistics="learned"),
+    "pruned + scale-bias": Pruned() + ScaleBias(),
+    "scale-bias siamese": ScaleBias(head="siamese"),
+    "delta siamese": DeltaNetwork(head="siamese"),
+    "piggyback siamese": Piggyback(lr=1e-2, head="siamese"),
+    "scale-bias in a stage": confine(ScaleBias(), ["stage-1"]),
+    "scale-bias recomputed in a stage": confine(ScaleBias(statistics="recomputed"), ["stage-1"]),
+    "piggyback in a stage": confine(Piggyback(lr=1e-2), ["stage-1"]),
     "subset stage": Subset(blocks=("stage-1",)),
     "subset learned": Subset(statistics="learned"),
     "full learned": FullFinetune(statistics="learned"),
@@ -92,6 +106,7 @@ PAIRS = [
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
     if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES
+    if architecture != "tiny" or "pruned" not in method.name  # its blocks have no inner channels
 ]
 
 

@@ -26,8 +26,8 @@ def test_an_unknown_method_is_an_error_that_names_all_methods() -> None:
 
 
 def test_an_unknown_hyperparameter_is_an_error_that_names_all_of_them() -> None:
-    with pytest.raises(MethodError, match=r"scale-bias has no hyperparameter 'blocks'.*head_lr.*statistics"):
-        make_method("scale-bias", blocks="last")
+    with pytest.raises(MethodError, match=r"scale-bias has no hyperparameter 'depth'.*head_lr.*statistics"):
+        make_method("scale-bias", depth=3)
 
 
 @pytest.mark.parametrize("hyperparameter", ["name", "paper", "lists"])

@@ -84,3 +84,24 @@ def test_full_finetuning_owns_every_parameter_before_the_classifier(tiny: Backbo
     assert set(FullFinetune().blueprint(tiny).owned) == everything
     buffers = {n for n, _ in tiny.module.named_buffers() if n.endswith(("running_mean", "running_var"))}
     assert set(FullFinetune(statistics="learned").blueprint(tiny).owned) == everything | buffers
+
+
+def test_reinitialized_blocks_start_at_random_values_and_keep_frozen_statistics(tiny: Backbone) -> None:
+    method = Subset(blocks=("stage2.1",), reinitialize=True)
+    drafts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drafts.append(method.draft(tiny, 3).tensors())
+    name = "replace/stage2.1.conv2.weight"
+    assert torch.equal(drafts[0][name], drafts[1][name])
+    assert not torch.equal(drafts[0][name], drafts[2][name])
+    assert not torch.equal(drafts[0][name], tiny.chain.tensor("stage2.1.conv2.weight"))
+    assert torch.equal(drafts[0]["replace/stage2.1.bn1.weight"], torch.ones(16))
+    part = method.draft(tiny, 3).variants[0]
+    assert torch.equal(part.bn1.running_mean, tiny.chain.tensor("stage2.1.bn1.running_mean"))
+    tiny.verify()
+
+
+def test_reinitialized_learned_statistics_start_anew(tiny: Backbone) -> None:
+    tensors = Subset(blocks=("stage2.1",), statistics="learned", reinitialize=True).draft(tiny, 3).tensors()
+    assert torch.equal(tensors["replace/stage2.1.bn1.running_mean"], torch.zeros(16))

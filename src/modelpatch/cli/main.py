@@ -19,9 +19,13 @@ from modelpatch.cli.export import export
 from modelpatch.cli.extract import extract
 from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
+from modelpatch.cli.label import label
 from modelpatch.cli.merge import diff, merge
 from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
+from modelpatch.cli.profile import profile
+from modelpatch.cli.search import search
+from modelpatch.cli.select import select
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
 
@@ -58,6 +62,10 @@ app.command()(merge)
 app.command()(diff)
 app.command()(paint)
 app.command()(export)
+app.command()(profile)
+app.command()(select)
+app.command()(search)
+app.command()(label)
 
 
 @app.callback(invoke_without_command=True)

@@ -52,12 +52,13 @@ class _Task:
     head: nn.Module
     path: tuple[Link, ...]
     taps: Mapping[int, tuple[int, ...]]
+    beside: tuple[Link, ...]
     bound: BoundPatch | None
 
     def member(self, root: Hashable, pixels: int, own: int) -> Member:
         """As the plan sees it: images of `pixels` x `pixels`, the backbone's own being `own` x `own`."""
         linear = type(self.head) in (nn.Linear, LinearHead)
-        return Member(self.name, self.path, root, pixels, (pixels / own) ** 2, tuple(self.taps), linear)
+        return Member(self.name, self.path, root, pixels, (pixels / own) ** 2, tuple(self.taps), linear, self.beside)
 
 
 class Engine:
@@ -99,7 +100,7 @@ class Engine:
     def _base(self) -> _Task:
         head = self.backbone.chain.head
         return _Task(
-            next(_SERIAL), BASE, self.backbone.preprocessing, self.backbone.classes, head, self._segments, {}, None
+            next(_SERIAL), BASE, self.backbone.preprocessing, self.backbone.classes, head, self._segments, {}, (), None
         )
 
     # members ------------------------------------------------------------------------------------------------
@@ -176,8 +177,17 @@ class Engine:
             else:
                 path.append(self._segments[at])
                 at += 1
+        beside = self._segments if bound.reads_base else ()
         task = _Task(
-            next(_SERIAL), name, bound.preprocessing, bound.task.classes, bound.head, tuple(path), bound.taps, bound
+            next(_SERIAL),
+            name,
+            bound.preprocessing,
+            bound.task.classes,
+            bound.head,
+            tuple(path),
+            bound.taps,
+            beside,
+            bound,
         )
         for link in path:
             if isinstance(link, PartLink):

@@ -70,7 +70,8 @@ class Member:
     """A task as the plan sees it: the links that cover the chain, and what its head reads.
 
     Members of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
-    how many pixels that is for one of the backbone's own, by which operations and bytes grow. `taps` are
+    how many pixels that is for one of the backbone's own, by which operations and bytes grow. A head that reads the end of a
+    second path as well, a siamese one, has it in `beside`. `taps` are
     the segments whose pooled outputs the head reads; without them it reads the last output. Heads that are `linear` can
     be one matrix product.
     """
@@ -82,12 +83,18 @@ class Member:
     scale: float = 1.0
     taps: tuple[int, ...] = ()
     linear: bool = True
+    beside: tuple[Link, ...] = ()
 
     @property
     def needed(self) -> tuple[Link, ...]:
         """The links up to what the head reads last."""
         end = max(self.taps) + 1 if self.taps else self.path[-1].span[1]
         return tuple(link for link in self.path if link.span[1] <= end)
+
+    @property
+    def walks(self) -> tuple[tuple[Link, ...], ...]:
+        """The links whose last outputs the head reads: its own and those beside."""
+        return (self.needed, self.beside) if self.beside else (self.needed,)
 
 
 @dataclass(frozen=True)
@@ -154,19 +161,12 @@ class Plan:
     @property
     def floor(self) -> int:
         """The operations of the distinct (history, module) pairs, each on the rows asked for: nothing can cost less."""
-        wanted: dict[tuple[Hashable, ...], tuple[int, float, set[int]]] = {}
-        for member, rows in zip(self.members, self.rows, strict=True):
-            history: tuple[Hashable, ...] = (member.root,)
-            for link in member.needed:
-                history = (*history, (link.span, link.key))
-                wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(rows)
-        return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
+        return _operations(self.members, self.rows)
 
     @property
     def separate_flops(self) -> int:
         """What the members would cost one after another, each alone."""
-        pairs = zip(self.members, self.rows, strict=True)
-        return sum(round(2 * link.macs * len(rows) * member.scale) for member, rows in pairs for link in member.needed)
+        return sum(_operations([member], [rows]) for member, rows in zip(self.members, self.rows, strict=True))
 
     @property
     def shared(self) -> float:
@@ -207,6 +207,17 @@ class Plan:
         from modelpatch.engine.describe import draw
 
         draw(self, path)
+
+
+def _operations(members: Sequence[Member], rows: Sequence[Rows]) -> int:
+    wanted: dict[tuple[Hashable, ...], tuple[int, float, set[int]]] = {}
+    for member, own in zip(members, rows, strict=True):
+        for walk in member.walks:
+            history: tuple[Hashable, ...] = (member.root,)
+            for link in walk:
+                history = (*history, (link.span, link.key))
+                wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(own)
+    return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
 
 
 def run_flops(run: Run, place: int) -> int:
@@ -253,30 +264,31 @@ def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = alwa
     """
     streams: list[_Stream] = []
     roots: dict[Hashable, _Stream] = {}
-    ends: list[_Stream] = []
-    tapped: list[list[_Stream]] = []
+    read: list[list[_Stream]] = []
 
     def new(parent: _Stream | None, link: Link | None, member: Member) -> _Stream:
         streams.append(_Stream(len(streams), parent, link, member.shape, member.scale))
         return streams[-1]
 
-    for member, wanted in zip(members, rows, strict=True):
-        stream = roots[member.root] if member.root in roots else new(None, None, member)
-        roots[member.root] = stream
+    def walk(member: Member, links: tuple[Link, ...], wanted: Rows) -> list[_Stream]:
+        """Follow links from the member's root. The streams that its head reads: the tapped ones, else the last."""
+        stream = roots.setdefault(member.root, roots.get(member.root) or new(None, None, member))
         stream.rows.update(wanted)
-        taps = []
-        for link in member.needed:
+        passed = []
+        for link in links:
             turn = (link.span, link.key)
-            if turn not in stream.children:
-                stream.children[turn] = new(stream, link, member)
+            stream.children.setdefault(turn, stream.children.get(turn) or new(stream, link, member))
             stream = stream.children[turn]
             stream.rows.update(wanted)
             if stream.end - 1 in member.taps:
-                taps.append(stream)
-        ends.append(stream)
-        tapped.append(taps)
-    runs = _fuse(_meet(streams, pays), {stream.number for taps in tapped for stream in taps})
-    steps = _schedule(runs, list(_answers(members, rows, ends, tapped, len(streams))))
+                passed.append(stream)
+        return passed if member.taps else [stream]
+
+    for member, wanted in zip(members, rows, strict=True):
+        read.append([stream for links in member.walks for stream in walk(member, links, wanted)])
+    kept = {stream.number for ends in read for stream in ends}
+    runs = _fuse(_meet(streams, pays), kept)
+    steps = _schedule(runs, list(_answers(members, rows, read, len(streams))))
     pools = sum(isinstance(step, Pool) for step in steps)
     return Plan(
         _free(steps),
@@ -339,29 +351,25 @@ def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:
 
 
 def _answers(
-    members: Sequence[Member],
-    rows: Sequence[Rows],
-    ends: list[_Stream],
-    tapped: list[list[_Stream]],
-    numbers: int,
+    members: Sequence[Member], rows: Sequence[Rows], read: list[list[_Stream]], numbers: int
 ) -> Iterator[Step]:
     """The pools and the heads: linear ones that read the same stream are one."""
     pools: dict[int, int] = {}
     together: dict[int, list[int]] = {}
     for index, member in enumerate(members):
-        if not member.taps and member.linear:
-            together.setdefault(ends[index].number, []).append(index)
+        streams, wanted = read[index], set(rows[index])
+        if not member.taps and not member.beside and member.linear:
+            together.setdefault(streams[0].number, []).append(index)
             continue
-        for stream in tapped[index]:
-            if stream.number not in pools:
-                pools[stream.number] = numbers + len(pools)
-                yield Pool(stream.end - 1, stream.number, pools[stream.number])
-        wanted = set(rows[index])
-        takes = [Take(pools[stream.number], stream.places(wanted)) for stream in tapped[index]]
-        takes = takes if member.taps else [Take(ends[index].number, ends[index].places(wanted))]
+        if member.taps:
+            for stream in streams:
+                if stream.number not in pools:
+                    pools[stream.number] = numbers + len(pools)
+                    yield Pool(stream.end - 1, stream.number, pools[stream.number])
+        takes = [Take(pools.get(s.number, s.number) if member.taps else s.number, s.places(wanted)) for s in streams]
         yield Answer((member.name,), (tuple(takes),))
     for stream_number, indices in together.items():
-        end = ends[indices[0]]
+        end = read[indices[0]][0]
         yield Answer(
             tuple(members[index].name for index in indices),
             tuple((Take(stream_number, end.places(set(rows[index]))),) for index in indices),

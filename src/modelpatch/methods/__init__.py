@@ -1,6 +1,7 @@
 """How patches are made: one file per method, each with its paper and formula at the top."""
 
 from modelpatch.methods.composite import Composite
+from modelpatch.methods.confined import Confined, confine
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
@@ -12,6 +13,7 @@ from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
 from modelpatch.methods.peft_folder import export_peft, import_peft
 from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
@@ -20,6 +22,7 @@ __all__ = [
     "COMPARED",
     "METHODS",
     "Composite",
+    "Confined",
     "DeltaNetwork",
     "Depthwise",
     "FullFinetune",
@@ -30,8 +33,10 @@ __all__ = [
     "PackNet",
     "Paint",
     "Piggyback",
+    "Pruned",
     "ScaleBias",
     "Subset",
+    "confine",
     "export_peft",
     "import_peft",
     "make_method",

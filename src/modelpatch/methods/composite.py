@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.method import Batches, Head, Method
 from modelpatch.patch import Blueprint, PatchedModel, Reweighting
 
 
@@ -45,7 +45,7 @@ class Composite(Method):
             head_lr=members[0].head_lr,
             weight_decay=members[0].weight_decay,
             optimizer=_agreed_optimizer(members),
-            head=cast(Literal["trained", "random"], _agreed("head", members, {"trained", "random"})),
+            head=cast(Head, _agreed("head", members, set(get_args(Head)))),
         )
 
     @property
@@ -92,9 +92,9 @@ class Composite(Method):
             made |= own
         return made
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         for member in self.methods:
-            member.initialise(model)
+            member.initialise(model, backbone)
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head of the first member that has one of its own, else a linear one."""

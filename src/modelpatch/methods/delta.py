@@ -75,7 +75,7 @@ class DeltaNetwork(Method):
             )
         return Blueprint(grafts=tuple(self._graft(backbone, stage) for stage in self._choose(backbone)))
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Start the Δ-modules as `start` says."""
         if self.start == "identity":
             for stage in delta_stages(model):

@@ -24,16 +24,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.patch import Blueprint, LinearHead, PatchedModel, Reweighting
+from modelpatch.patch import Blueprint, LinearHead, PatchedModel, Reweighting, SiameseHead
 
 Batches = Callable[[], Iterable[Tensor]]
+Head = Literal["trained", "random", "siamese"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """Hyperparameters common to all methods.
 
-    `lr` is the patch's learning rate and `head_lr` the head's. `head="random"` leaves the head as it was initialised.
+    `lr` is the patch's learning rate and `head_lr` the head's. `head="random"` leaves the head as it was initialised;
+    `head="siamese"` trains one that reads the base's features beside the patch's (SubTuning, section 4.1).
     Weight decay is never applied to vectors (norm parameters, biases). `a + b` combines methods in one patch.
     """
 
@@ -45,7 +47,7 @@ class Method(ABC):
     head_lr: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    head: Literal["trained", "random"] = "trained"
+    head: Head = "trained"
 
     def __post_init__(self) -> None:
         """Check and convert every hyperparameter; strings may stand for what they spell. Raises `MethodError`."""
@@ -70,17 +72,24 @@ class Method(ABC):
     def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
         """The model to train, with a fresh head for `classes` outputs that follows torch's random state."""
         head = self.make_head(backbone, classes)
-        head.requires_grad_(self.head == "trained")
-        model = PatchedModel.draft(backbone, self.blueprint(backbone), head, self.reweightings(backbone))
-        self.initialise(model)
+        head.requires_grad_(self.head != "random")
+        blueprint = self.blueprint(backbone)
+        if self.head == "siamese" and not getattr(head, "reads_base", False):
+            raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
+        if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
+            raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
+        model = PatchedModel.draft(backbone, blueprint, head, self.reweightings(backbone))
+        self.initialise(model, backbone)
         return model
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Where what the method trains starts, if not as it was built."""
         return
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A fresh head for `classes` outputs."""
+        if self.head == "siamese":
+            return SiameseHead(2 * backbone.chain.feature_dim, classes)
         return LinearHead(backbone.chain.feature_dim, classes)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
@@ -166,10 +175,15 @@ def _adapters(kind: type[Method]) -> dict[str, TypeAdapter[Any]]:
 
 def learn_statistics(model: PatchedModel) -> None:
     """Put the BatchNorm layers whose running statistics are the patch's own into train mode."""
+    for norm in own_batch_norms(model):
+        norm.train()
+
+
+def own_batch_norms(model: PatchedModel) -> list[_BatchNorm]:
+    """The BatchNorm layers whose running statistics are the patch's own."""
     own = {tensor.data_ptr() for tensor in model.state().values()}
-    for norm in batch_norms(model):
-        if norm.running_mean is not None and norm.running_mean.data_ptr() in own:
-            norm.train()
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    return [norm for norm in norms if norm.running_mean.data_ptr() in own]  # type: ignore[union-attr]
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

@@ -79,7 +79,7 @@ class Paint(FullFinetune):
             model.head.requires_grad_(False)
         return model
 
-    def initialise(self, model: PatchedModel) -> None:
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Start at the weights that were given, else at the base's."""
         body = self.start.body if self.start else {}
         with torch.no_grad():

@@ -279,6 +279,7 @@ def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
 def _only_updates(patch: Patch) -> tuple[Graft, ...]:
     """The patch's grafts. Raises `PatchError` where the patch is more, or less, than low-rank updates and a head."""
     kinds = {graft.kind for graft in patch.grafts} | ({"replace"} if patch.blueprint.owned else set())
+    kinds |= {f"{patch.head.kind} head"} - {"linear head"}
     if kinds != {GRAFT}:
         raise PatchError(
             f"PEFT's folder holds low-rank updates and a head; this patch, made by {patch.method.name}, has "

@@ -3,6 +3,7 @@
 scale-bias                                   a method at its defaults
 delta(modules=4,batch_norm=true)             with hyperparameters
 scale-bias + subset(blocks=[layer4,head])    several methods in one patch
+scale-bias(blocks=[layer4])                  a method confined to some blocks
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from modelpatch.errors import MethodError
 from modelpatch.methods.composite import Composite
+from modelpatch.methods.confined import Confined
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
@@ -25,6 +27,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
 from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 
@@ -37,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
         Depthwise,
         DeltaNetwork,
         Subset,
+        Pruned,
         LoRA,
         Piggyback,
         PackNet,
@@ -137,6 +141,17 @@ def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
         raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
     kind = METHODS[name]
     known = [field.name for field in fields(kind) if field.init]
+    if "blocks" in hyperparameters and "blocks" not in known:
+        others = {key: value for key, value in hyperparameters.items() if key != "blocks"}
+        return Confined.of(_make(name, others), _names(hyperparameters["blocks"], name))
     if unknown := sorted(hyperparameters.keys() - set(known)):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
     return kind(**hyperparameters)
+
+
+def _names(value: Any, method: str) -> tuple[str, ...]:
+    """Names of blocks, as a list or separated by commas. Raises `MethodError`."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise MethodError(f"{method}: blocks = {value!r} is not valid: expected names of blocks.")
+    return tuple(names)

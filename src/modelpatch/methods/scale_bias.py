@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone, Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Batches, Method, batch_norms, learn_statistics
+from modelpatch.methods.method import Batches, Method, learn_statistics, own_batch_norms
 from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
 
 GRAFT = "channel-affine"
@@ -107,7 +107,7 @@ def is_norm(module: nn.Module) -> bool:
 def recompute_statistics(model: PatchedModel, batches: Batches) -> None:
     """Replace running means and variances by the average over one pass of the task's images."""
     model.eval()
-    norms = batch_norms(model)
+    norms = own_batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -8,15 +8,18 @@ Kaplun, Gurevich, Swisa, David, Shalev-Shwartz, Malach: *Less is More: Selective
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat
+from torch import nn
 
 from modelpatch.backbone import Backbone, Chain, Segment
-from modelpatch.errors import MethodError
+from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Method, learn_statistics
 from modelpatch.patch import Blueprint, PatchedModel
 
@@ -30,7 +33,9 @@ class Subset(Method):
 
     `blocks` holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`, `stage-1`) or `last`,
     the last block; a name that the network itself uses means the network's. `statistics="learned"` runs their BatchNorm
-    layers in train mode and stores what they learn, as the paper's code does; that needs large batches.
+    layers in train mode and stores what they learn, as the paper's code does; that needs large batches. `reinitialize`
+    starts the blocks from random values, the paper's control: every layer with a `reset_parameters` is reset, while
+    frozen statistics and parameters outside such layers (a layer scale) keep the base's values.
     """
 
     name: ClassVar[str] = "subset"
@@ -40,16 +45,46 @@ class Subset(Method):
     blocks: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",)
     statistics: Statistics = "frozen"
     weight_decay: NonNegativeFloat = 1e-2
+    reinitialize: bool = False
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Owns the parameters of the blocks and, where they are learned, their running statistics."""
         return own_segments(find_segments(backbone, self.blocks), self.statistics)
+
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
+        """Draw the blocks' values anew if they are to be. Raises `MethodNotApplicableError` if no layer can be reset."""
+        if self.reinitialize:
+            for segment in find_segments(backbone, self.blocks):
+                start_at(model, segment, self._reset(segment.module))
+
+    def _reset(self, module: nn.Module) -> nn.Module:
+        """A copy whose layers drew their values anew. Statistics of BatchNorm stay where they are frozen."""
+        fresh = copy.deepcopy(module)
+        layers = [layer for layer in fresh.modules() if callable(getattr(layer, "reset_parameters", None))]
+        if not layers:
+            raise MethodNotApplicableError(f"{type(module).__name__} has no layer that says how it is initialised.")
+        for layer in layers:
+            layer.reset_parameters()  # type: ignore[operator]
+        if self.statistics == "frozen":
+            for name, buffer in module.named_buffers():
+                fresh.get_buffer(name).copy_(buffer)
+        return fresh
 
     def activate(self, model: PatchedModel) -> None:
         """BatchNorm layers of the blocks follow `statistics`; all others keep the backbone's."""
         super().activate(model)
         if self.statistics == "learned":
             learn_statistics(model)
+
+
+@torch.no_grad()
+def start_at(model: PatchedModel, segment: Segment, values: nn.Module) -> None:
+    """Give what the model owns of a segment the values of another module of the same structure."""
+    tensors = model.tensors()
+    for name, tensor in (*values.named_parameters(), *values.named_buffers()):
+        for own in (f"replace/{segment.tensor_names[name]}", f"graft/{segment.index}-{segment.index + 1}/{name}"):
+            if own in tensors:
+                tensors[own].copy_(tensor)
 
 
 def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:

@@ -5,7 +5,7 @@ from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.bound import BoundPart, BoundPatch
 from modelpatch.patch.diff import diff
 from modelpatch.patch.extract import DELTA_CODECS, extract
-from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, pooled_width
+from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
 from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
@@ -26,6 +26,7 @@ __all__ = [
     "Patch",
     "PatchedModel",
     "Reweighting",
+    "SiameseHead",
     "Task",
     "diff",
     "extract",

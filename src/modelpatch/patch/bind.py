@@ -33,6 +33,7 @@ class PatchedModel(nn.Module):
         super().__init__()
         patch.check_backbone(backbone)
         self._build(backbone, patch.blueprint, patch.head.build(), {})
+        check_features(backbone.chain, patch.head)
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
@@ -63,6 +64,8 @@ class PatchedModel(nn.Module):
         self.starts: list[int] = []
         self.parts = nn.ModuleList()
         self.head = head
+        self.reads_base = bool(getattr(head, "reads_base", False))
+        self.twins = nn.ModuleDict()  # where the head reads the base too: its own segments beside the variants, by part
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
         self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
         self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
@@ -73,6 +76,9 @@ class PatchedModel(nn.Module):
             owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
             self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
+            if self.reads_base and index in ends:
+                clones = [clone_module(segment.module) for segment in chain[index:end]]
+                self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
         self.taps = {tap: self._positions(chain, tap) for tap in getattr(head, "taps", ())}
@@ -111,7 +117,8 @@ class PatchedModel(nn.Module):
                 reweighted[id(reweightings[base])] = base
             clones.append(clone)
         variant = clones[0] if len(clones) == 1 else nn.Sequential(*clones)
-        grafted: dict[int, Graft | None] = dict.fromkeys(map(id, (*variant.parameters(), *variant.buffers())))
+        before = (*variant.parameters(), *variant.buffers())  # held, since ids are given again to what is freed
+        grafted: dict[int, Graft | None] = dict.fromkeys(map(id, before))
         for graft in blueprint.grafts:
             if span[0] <= graft.start and graft.end <= span[1]:
                 variant = graft.apply(variant)
@@ -134,7 +141,27 @@ class PatchedModel(nn.Module):
 
     def run_from(self, x: Tensor, start: int) -> Tensor:
         """Logits from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
-        return self.head(self._run(x, start, self.end)) if start < self.end else self.head(x)
+        features, base = self.streams(x, start)
+        return self.head(features if base is None else torch.cat([features, base], 1))
+
+    def streams(self, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """The features that the head reads, from the input of segment `start`: the patch's, and the base's if it reads both.
+
+        What is frozen for both runs once.
+        """
+        if not self.reads_base:
+            return (self._run(x, start, self.end) if start < self.end else x), None
+        shared = max(start, self.first)
+        x = self._run(x, start, shared)
+        return self._run(x, shared, self.end), self._run_base(x, shared)
+
+    @torch.no_grad()
+    def _run_base(self, x: Tensor, start: int) -> Tensor:
+        twins = dict(self.twins.items())
+        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+            if begin >= start:
+                x = twins.get(str(number), part)(x)
+        return x
 
     @torch.no_grad()
     def run_prefix(self, images: Tensor, end: int) -> Tensor:
@@ -207,6 +234,25 @@ class PatchedModel(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
+    def portable_state(self) -> dict[str, Tensor]:
+        """Everything that training may change, under names that do not depend on which other spans the patch has."""
+        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        for base, path in self.reweighted.items():
+            own = self.get_submodule(path).state_dict()
+            tensors |= {f"mask/{base}.{name}": tensor for name, tensor in own.items()}
+        return tensors
+
+    @torch.no_grad()
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what another model's `portable_state` holds of this one's; the rest stays as it is.
+
+        Raises `ForeignTensorError` for a tensor of another shape.
+        """
+        for name, tensor in self.portable_state().items():
+            if name in state:
+                check_fit({name: tensor.shape}, {name: state[name]})
+                tensor.copy_(state[name])
+
     def _load(self, values: Mapping[str, Tensor]) -> None:
         check_fit(self.shapes(), values)
         with torch.no_grad():
@@ -232,6 +278,15 @@ class PatchedModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
         """Like `nn.Module.load_state_dict`, but by assignment: copying would write the backbone's bytes, and is refused."""
         return super().load_state_dict(state_dict, strict, assign)
+
+
+def check_features(chain: Chain, head: HeadRecord) -> None:
+    """Raises `ForeignTensorError` for a head that reads more or fewer features than the chain and its base give."""
+    given = {"selected": head.features, "siamese": 2 * chain.feature_dim}.get(head.kind, chain.feature_dim)
+    if head.features != given:
+        raise ForeignTensorError(
+            f"the patch's {head.kind} head reads {head.features} features; the backbone gives {given}."
+        )
 
 
 def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:

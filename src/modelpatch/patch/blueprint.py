@@ -20,6 +20,7 @@ from modelpatch.text import Facts
 Span = tuple[int, int]
 GraftBuilder = Callable[..., nn.Module]
 _BUILDERS: dict[str, GraftBuilder] = {}
+_WHOLE: set[str] = set()  # kinds whose effect has no share
 
 
 class Graft(BaseModel):
@@ -38,6 +39,11 @@ class Graft(BaseModel):
             raise ValueError(f"the span [{self.start}, {self.end}) is empty")
         return self
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether the added modules have an effect at a strength between 0 and 1."""
+        return self.kind not in _WHOLE
+
     def apply(self, variant: nn.Module) -> nn.Module:
         """`variant` with the added modules.
 
@@ -54,11 +60,15 @@ class Graft(BaseModel):
             ) from error
 
 
-def register_graft(kind: str) -> Callable[[GraftBuilder], GraftBuilder]:
-    """Register a builder `(variant, **arguments) -> module` under a name that patch files can hold."""
+def register_graft(kind: str, *, interpolates: bool = True) -> Callable[[GraftBuilder], GraftBuilder]:
+    """Register a builder `(variant, **arguments) -> module` under a name that patch files can hold.
+
+    `interpolates=False` says that the modules work as trained only, at no lower strength.
+    """
 
     def register(builder: GraftBuilder) -> GraftBuilder:
         _BUILDERS[kind] = builder
+        _WHOLE.update([] if interpolates else [kind])
         return builder
 
     return register

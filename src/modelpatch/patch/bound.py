@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from modelpatch.backbone import Backbone, Segment, clone_module
 from modelpatch.backbone.chain import count_macs
 from modelpatch.backbone.fingerprint import hash_tensors
-from modelpatch.patch.bind import PatchedModel, check_fit, check_selection
+from modelpatch.patch.bind import PatchedModel, check_features, check_fit, check_selection
 from modelpatch.patch.blueprint import Span
 from modelpatch.patch.heads import HeadRecord, pool
 from modelpatch.patch.weights import MADE, StoredWeight, resolve
@@ -42,7 +42,8 @@ class BoundPatch:
     """A patch bound to a backbone at the cost of its own bytes. Calls are thread-safe.
 
     `parts` are the variants of its spans in order, `head` the module that answers, `taps` the segments whose pooled
-    outputs the head reads with the axes of each that are positions; empty where it reads the chain's features.
+    outputs the head reads with the axes of each that are positions; empty where it reads the chain's features, and beside
+    them the base's if `reads_base`.
     Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for tensors that do not fit.
     """
 
@@ -55,6 +56,7 @@ class BoundPatch:
         plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
         values = resolve(plain, backbone.chain, patch.strength)
         check_fit({n: s for n, s in {**skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
+        check_features(backbone.chain, patch.head)
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         whole = {name: t.to(backbone.device) for name, t in values.items() if not t.is_floating_point()}
         layout = skeleton.layout(patch.head, made.keys() | whole.keys())
@@ -70,6 +72,7 @@ class BoundPatch:
         ]
         self.parts = tuple(BoundPart(shelf, own) for shelf, own in zip(skeleton.shelves, numbers, strict=False))
         self.taps: Mapping[int, tuple[int, ...]] = skeleton.model.taps
+        self.reads_base = skeleton.model.reads_base
         self.head = _build_head(patch.head, numbers[HEAD])
         self.backbone = backbone
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
@@ -77,15 +80,19 @@ class BoundPatch:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
-        starts = {part.span[0]: part for part in self.parts}
-        x, at, pooled = images, 0, []
+        features = self._features(images, {part.span[0]: part for part in self.parts})
+        return self.head(torch.cat([features, self._features(images, {})], 1) if self.reads_base else features)
+
+    def _features(self, x: Tensor, parts: Mapping[int, BoundPart]) -> Tensor:
+        """What the chain gives with these parts in it, or all pooled outputs that the head reads."""
+        at, pooled = 0, []
         while at < len(self.backbone.chain):
-            part = starts.get(at)
+            part = parts.get(at)
             x = part(x) if part else self.backbone.chain[at].module(x)
             at = part.span[1] if part else at + 1
             if at - 1 in self.taps:
                 pooled.append(pool(x, self.taps[at - 1]))
-        return self.head(torch.cat(pooled, 1) if self.taps else x)
+        return torch.cat(pooled, 1) if self.taps else x
 
 
 def _build_head(record: HeadRecord, numbers: Numbers) -> nn.Module:

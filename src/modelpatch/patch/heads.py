@@ -16,13 +16,13 @@ from modelpatch.backbone.chain import spatial_size
 class HeadRecord(BaseModel):
     """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
 
-    A `linear` head reads the chain's features, a `cosine` head only their direction. A `selected` head reads some of the
-    pooled outputs of the segments `taps`.
+    A `linear` head reads the chain's features, a `cosine` head only their direction, a `siamese` head the patch's and, beside
+    them, the base's. A `selected` head reads some of the pooled outputs of the segments `taps`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "cosine", "selected"] = "linear"
+    kind: Literal["linear", "cosine", "siamese", "selected"] = "linear"
     features: int = Field(gt=0, le=2**24)
     outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
@@ -41,6 +41,8 @@ class HeadRecord(BaseModel):
             return SelectedHead(self.features, self.outputs, self.taps)
         if self.kind == "cosine":
             return CosineHead(self.features, self.outputs)
+        if self.kind == "siamese":
+            return SiameseHead(self.features, self.outputs)
         return LinearHead(self.features, self.outputs)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -72,6 +74,16 @@ class CosineHead(nn.Linear):
     @property
     def record(self) -> HeadRecord:
         return HeadRecord(kind="cosine", features=self.in_features, outputs=self.out_features)
+
+
+class SiameseHead(nn.Linear):
+    """Logits (B, K) from the patch's features beside the base's (B, 2 D), in that order (SubTuning, section 4.1)."""
+
+    reads_base = True
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind="siamese", features=self.in_features, outputs=self.out_features)
 
 
 class SelectedHead(nn.Linear):

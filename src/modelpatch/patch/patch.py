@@ -189,6 +189,8 @@ class Patch:
             raise PatchError(f"strength is {strength}; expected a number from 0 (the base) to 1 (as trained).")
         if strength != 1 and any(name.startswith("mask/") for name in self.tensors):
             raise PatchError("masks do not interpolate: this patch works at strength 1 only.")
+        if strength != 1 and (whole := [graft.kind for graft in self.grafts if not graft.interpolates]):
+            raise PatchError(f"{whole[0]} blocks do not interpolate: this patch works at strength 1 only.")
         return replace(self, strength=float(strength))
 
     def with_alpha(self, alpha: float) -> Patch:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelpatch.backbone import Backbone
 from modelpatch.patch import PatchedModel
-from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
+from modelpatch.train.images import Augmentation, Images, allocate, pieces
 
 BATCH = 64
 WORTHWHILE = 0.1
@@ -25,7 +25,7 @@ class PlainInputs:
 
     start = 0
 
-    def __init__(self, store: ImageStore, augmentation: Augmentation, seed: int) -> None:
+    def __init__(self, store: Images, augmentation: Augmentation, seed: int) -> None:
         self.store, self.augmentation, self.seed = store, augmentation, seed
 
     def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
@@ -39,7 +39,7 @@ class CachedInputs:
     def __init__(
         self,
         model: PatchedModel,
-        store: ImageStore,
+        store: Images,
         start: int,
         augmentation: Augmentation,
         views: int,

@@ -100,6 +100,14 @@ def evaluate_module(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Any module from normalised images to logits, on a split."""
+    logits = logits_of(module, split, preprocessing, advance)
+    return Evaluation.of(logits, torch.from_numpy(split.labels), classes)
+
+
+def logits_of(
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """The logits (N, K) that a module gives a split's images, not augmented, float32 on the CPU."""
     store = ImageStore(split, preprocessing, MEMORY)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     outputs = []
@@ -108,7 +116,7 @@ def evaluate_module(
             images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
             outputs += [module(piece).float().cpu() for piece in pieces(images)]
             advance(len(rows))
-    return Evaluation.of(torch.cat(outputs), store.labels, classes)
+    return torch.cat(outputs)
 
 
 def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,11 @@ from modelpatch.errors import (
 )
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
-from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share
 from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import Evaluation, store_as
-from modelpatch.train.images import Augmentation, AugmentName, ImageStore, choose_augmentation, pieces
+from modelpatch.train.images import Augmentation, AugmentName, choose_augmentation, pieces
+from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
@@ -95,14 +95,6 @@ class FitSettings:
         if self.schedule == "step":
             return 1.0 if done < 2 / 3 else 0.1 if done < 5 / 6 else 0.01
         return 1.0
-
-
-class Inputs(Protocol):
-    """Where the loop's batches come from: `batch` gives the inputs of segment `start` for some rows."""
-
-    start: int
-
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor: ...
 
 
 def fit(
@@ -189,6 +181,7 @@ class Fit:
         bar: Progress,
         log: RunLog,
         checkpoint: str | Path | None,
+        source: InputSource | None = None,
     ) -> None:
         self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
         if settings.early_stopping and data.validation is None and not settings.validation:
@@ -202,24 +195,28 @@ class Fit:
         self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
         self.device = backbone.device
+        self.source = source or self._own_inputs()
 
-    def run(self) -> Patch:
+    def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
+        """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
         begin = time.perf_counter()
         torch.manual_seed(self.settings.seed)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
+        self.source.lend(self.model)
+        if start is not None:
+            self.model.start_from(start)
         self.optimizer = self.method.make_optimizer(self.model, self.backbone)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         self.remade = RemadeWeights(self.model)
         if not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
             EagerSteps(self.optimizer)
-        store = self._decode("train")
+        self.labels = self.source.labels("train")
         self.state = _State()
         if not self._resume():
             self.log.begin()
-            self.method.prepare(self.model, lambda: self._plain_batches(store))
-        self.inputs = self._make_inputs(store, self.augmentation, self.settings.views)
-        self.labels = store.labels
+            self.method.prepare(self.model, self._plain_batches)
+        self.inputs = self.source.inputs(self.model, "train", augmented=True)
         self._held = self._held_out()
         self._train()
         seconds = time.perf_counter() - begin
@@ -244,34 +241,29 @@ class Fit:
 
     # inputs -------------------------------------------------------------------------------------------------
 
-    def _decode(self, split: str) -> ImageStore:
-        images = getattr(self.data, split)
-        with self.bar.task(f"decoding {split}", len(images)) as advance:
-            return ImageStore(images, self.preprocessing, self.settings.memory, advance)
+    def _own_inputs(self) -> OwnInputs:
+        settings = self.settings
+        return OwnInputs(
+            self.backbone,
+            self.data,
+            self.preprocessing,
+            self.augmentation,
+            views=min(settings.views, settings.epochs),
+            seed=settings.seed,
+            memory=settings.memory,
+            cache=settings.cache,
+            bar=self.bar,
+        )
 
-    def _make_inputs(self, store: ImageStore, augmentation: Augmentation, views: int) -> Inputs:
-        first = self.model.first
-        if not self.settings.cache or not cache_worthwhile(self.backbone, first):
-            return PlainInputs(store, augmentation, self.settings.seed)
-        views = min(views, self.settings.epochs) if augmentation.name != "none" else 1
-        share = prefix_share(self.backbone, first)
-        with self.bar.task(
-            f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", views * len(store)
-        ) as advance:
-            return CachedInputs(
-                self.model, store, first, augmentation, views, self.settings.seed, self.settings.memory, advance
-            )
-
-    def _plain_batches(self, store: ImageStore) -> Iterator[Tensor]:
+    def _plain_batches(self) -> Iterator[Tensor]:
         order = self._order(0)
         for rows in order.split(max(self.settings.batch_size, 64)):
-            yield self._to_device(store.plain(rows))
+            yield self._to_device(self.source.plain("train", rows))
 
     def _held_out(self) -> tuple[Inputs, Tensor] | None:
         if self.data.validation is None or not (self.settings.early_stopping or self.settings.validation):
             return None
-        store = self._decode("validation")
-        return self._make_inputs(store, Augmentation("none"), 1), store.labels
+        return self.source.inputs(self.model, "validation", augmented=False), self.source.labels("validation")
 
     def _batches(self, epoch: int) -> list[Tensor]:
         """The epoch's rows, batch by batch; a last image of its own joins the batch before, for layers that need two."""
@@ -366,15 +358,22 @@ class Fit:
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
         return self._evaluate(inputs, labels).top1
 
-    @torch.no_grad()
     def _evaluate(self, inputs: Inputs, labels: Tensor) -> Evaluation:
+        return Evaluation.of(self._logits(inputs, len(labels)), labels, self.data.classes)
+
+    @torch.no_grad()
+    def _logits(self, inputs: Inputs, count: int) -> Tensor:
         self.model.eval()
         outputs = []
-        for step, rows in enumerate(torch.arange(len(labels)).split(64)):
+        for step, rows in enumerate(torch.arange(count).split(64)):
             x = self._to_device(inputs.batch(rows, 0, step))
             parts = pieces(x) if inputs.start == 0 else (x,)
             outputs += [self.model.run_from(part, inputs.start).float().cpu() for part in parts]
-        return Evaluation.of(torch.cat(outputs), labels, self.data.classes)
+        return torch.cat(outputs)
+
+    def logits(self, split: str) -> Tensor:
+        """The trained model's logits (N, K) for a split's plain images, on the CPU."""
+        return self._logits(self.source.inputs(self.model, split, augmented=False), len(self.source.labels(split)))
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weights == "none":
@@ -435,14 +434,11 @@ class Fit:
             tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
             created=self._facts(seconds),
         )
-        result = self._evaluate(self._make_inputs(self._decode("test"), Augmentation("none"), 1), self._test_labels())
+        result = self._evaluate(self.source.inputs(self.model, "test", augmented=False), self.source.labels("test"))
         metrics: dict[str, Any] = {"test_top1": result.top1, "test_top5": result.top5, "test_images": result.images}
         if self.state.best:
             metrics["validation_top1"] = self.state.best_score
         return patch.with_metrics(**metrics)
-
-    def _test_labels(self) -> Tensor:
-        return torch.from_numpy(self.data.test.labels)
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         return {

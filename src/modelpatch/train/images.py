@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,18 @@ def _reserve(descriptor: int, size: int) -> None:
             f"the cache needs {size / 1e9:.2f} GB in {tempfile.gettempdir()}: {error.strerror}. Point TMPDIR to a larger "
             "disk, raise memory, lower views, or set cache=False."
         ) from error
+
+
+class Images(Protocol):
+    """Decoded images with their labels."""
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def plain(self, rows: Tensor) -> Tensor: ...
+
+    def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor: ...
 
 
 class ImageStore:

@@ -1,0 +1,136 @@
+"""What selection gains: `select` against linear probe and full fine-tuning with the same epochs, test images, three seeds.
+
+Birds and street signs, 600 training images each, on the ImageNet MobileNetV2; the seed moves the sample of images, the folds
+and the training. Also draws the profile of every task, and active learning on CIFAR-10 by margin and at random.
+
+    python benchmarks/selection_accuracy.py --out benchmarks/results/selection
+    python benchmarks/selection_accuracy.py --images 90 --epochs 1 --seeds 1 --folds 2 --pixels 32 --among blocks.6.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import modelpatch as mp
+from common import SHARED, mobilenet, report, unpack
+from modelpatch.report.search import plot_curves
+from modelpatch.report.selection import plot_order, plot_profile
+from modelpatch.select import Greedy, profile, select, simulate
+from modelpatch.train import TaskData
+
+TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
+BASELINES = ("linear-probe", "full-finetune")
+RULES = {"select, the paper's rule": Greedy(), "select, the code's rule": Greedy(rule="code", start="better")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--pixels", type=int, help="for all tasks; by default each has its own")
+    parser.add_argument("--among", help="comma-separated blocks to choose among; by default all")
+    parser.add_argument("--max-blocks", type=int, default=4)
+    parser.add_argument("--method", default="subset")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument(
+        "--labels", type=int, nargs="+", help="of the simulation on CIFAR-10, which runs if they are given"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-selection")
+    given = parser.parse_args()
+    given.cache.mkdir(exist_ok=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    backbone = mp.load_backbone(mobilenet())
+    rows: list[tuple[Any, ...]] = []
+    for name in given.tasks:
+        rows += _compare(backbone, name, given)
+    columns = ("task", "method", "test top-1", "standard error", "each seed", "blocks of each seed")
+    title = f"{given.images} training images, {given.epochs} epochs, {given.seeds} seeds"
+    report(title, columns, rows, given.out / "accuracy.json")
+    if given.labels:
+        _simulate(backbone, given)
+
+
+def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> list[tuple[Any, ...]]:
+    top1s: dict[str, list[float]] = {method: [] for method in (*BASELINES, *RULES)}
+    blocks: dict[str, list[str]] = {method: [] for method in top1s}
+    folder = unpack(name, given.cache)
+    among = tuple(given.among.split(",")) if given.among else ()
+    shared = {"workers": given.workers, "trials": given.out / f"{name}.trials.jsonl"}
+    for seed in range(given.seeds):
+        data = mp.load_task(folder, seed=seed).subsample(given.images, seed)
+        settings: dict[str, Any] = {"epochs": given.epochs, "image_size": given.pixels or TASKS[name], "seed": seed}
+        if seed == 0 and not among:
+            plot_profile(
+                profile(backbone, data, given.method, folds=given.folds, **shared, **settings),
+                given.out / f"{name}.png",
+            )
+        for method in BASELINES:
+            top1s[method].append(mp.fit(backbone, data, method, **settings).metrics["test_top1"])
+        for rule, greedy in RULES.items():
+            chosen = select(
+                backbone,
+                data,
+                given.method,
+                greedy=replace(greedy, candidates=among),
+                max_blocks=given.max_blocks if greedy.rule == "paper" else None,
+                folds=given.folds,
+                **shared,
+                **settings,
+            )
+            top1s[rule].append(chosen.patch.metrics["test_top1"])
+            blocks[rule].append("+".join(chosen.blocks) if len(chosen.blocks) < 6 else f"{len(chosen.blocks)} blocks")
+            plot_order(chosen, given.out / f"{name}-{greedy.rule}-seed{seed}.png")
+    return [
+        (
+            name,
+            method,
+            f"{100 * statistics.fmean(values):.1f}",
+            f"{100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "",
+            " ".join(f"{100 * value:.1f}" for value in values),
+            " ".join(blocks[method]),
+        )
+        for method, values in top1s.items()
+    ]
+
+
+def _simulate(backbone: mp.Backbone, given: argparse.Namespace) -> None:
+    """Margins against random choice on CIFAR-10, a pool of twice the last number of labels, 2,000 test images."""
+    data = mp.load_task(SHARED / "data" / "cifar10_full", name="cifar10").subsample(2 * given.labels[-1])
+    data = _fewer_test_images(data, 2000)
+    curves = simulate(
+        backbone,
+        data,
+        given.method,
+        labels=given.labels,
+        seeds=given.seeds,
+        rounds=given.out / "cifar10.rounds.jsonl",
+        epochs=given.epochs,
+        image_size=given.pixels or 64,
+        progress=True,
+    )
+    plot_curves(curves, given.out / "cifar10-labels.png")
+    rows = [
+        (count, *(f"{100 * curves.mean(name)[n]:.1f} ± {100 * curves.error(name)[n]:.1f}" for name in curves.top1s))
+        for n, count in enumerate(curves.labels)
+    ]
+    report("CIFAR-10, test top-1", ("labels", *curves.top1s), rows, given.out / "cifar10-labels.json")
+
+
+def _fewer_test_images(data: TaskData, count: int) -> TaskData:
+    rows = np.sort(np.random.default_rng(0).permutation(len(data.test))[:count])
+    return replace(data, test=data.test.take(rows))
+
+
+if __name__ == "__main__":
+    main()

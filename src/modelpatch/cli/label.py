@@ -1,0 +1,144 @@
+"""modelpatch label: which images to label next."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelpatch.atomic import write_bytes
+from modelpatch.cli.options import (
+    ArgumentOption,
+    DeviceOption,
+    SeedOption,
+    backbone_of,
+    find_device,
+    fit_settings,
+    naming,
+    open_backbone,
+    parse_arguments,
+    parse_pairs,
+)
+from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
+from modelpatch.cli.predict import find_images
+from modelpatch.cli.selecting import (
+    BatchSizeOption,
+    EpochsOption,
+    FitOption,
+    ImageSizeOption,
+    MethodOption,
+    SetOption,
+)
+from modelpatch.errors import ModelpatchError
+from modelpatch.methods import make_method
+from modelpatch.patch import Patch
+from modelpatch.report.search import contact_sheet, curves_table, picks_table, plot_curves
+from modelpatch.report.tables import show
+from modelpatch.select import pick, simulate
+from modelpatch.train import fit, load_task
+from modelpatch.train.progress import Progress
+
+
+def label(
+    data: Annotated[str, typer.Argument(help="The labelled data, as for fit.")],
+    unlabeled: Annotated[
+        list[Path] | None, typer.Option(help="Images or folders to choose from; may be repeated.")
+    ] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Images to choose.")] = 32,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", "-p", help="Ask this patch instead of training one on DATA.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the list as CSV.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the chosen images to this picture.")] = None,
+    simulate_: Annotated[
+        str | None,
+        typer.Option("--simulate", help="N1,N2,...: label DATA's own images step by step, by margin and at random."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Simulations, with this many seeds.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Draw the simulation's curves to this picture.")] = None,
+    rounds: Annotated[
+        Path | None, typer.Option(help="A file of finished rounds, TASK.rounds.jsonl by default.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", "-b", help="The frozen network; by default bundled:tiny, or the patch's."),
+    ] = None,
+    method: MethodOption = "subset",
+    set_: SetOption = None,
+    epochs: EpochsOption = 10,
+    batch_size: BatchSizeOption = 32,
+    image_size: ImageSizeOption = None,
+    seed: SeedOption = 0,
+    option: FitOption = None,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
+    json: JsonOption = None,
+) -> None:
+    """List the images whose labels would help most: those between whose two best classes the patch can hardly choose.
+
+    With --simulate nothing is asked: accuracy against labels is measured on DATA, for margins and for random choice.
+    """
+    console = open_console(json)
+    for name, path in (("--json", json), ("--out", out), ("--sheet", sheet), ("--rounds", rounds)):
+        check_file(name, path)
+    check_pictures(plot=plot)
+    if (simulate_ is None) == (unlabeled is None):
+        raise ModelpatchError("give either --unlabeled FOLDER, to choose from it, or --simulate N1,N2,...")
+    if simulate_ is not None and (patch or out or sheet):
+        raise ModelpatchError(
+            "--simulate trains its own patches and lists nothing: leave --patch, --out and --sheet out."
+        )
+    if simulate_ is None and (plot or rounds or seeds > 1):
+        raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
+    made = make_method(method, **parse_pairs(set_, "--set"))
+    settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed)
+    arguments, place = parse_arguments(argument), find_device(device)
+    task = load_task(data, seed=seed)
+    if simulate_ is not None:
+        file = rounds or Path(f"{task.task.name}.rounds.jsonl")
+        base = open_backbone(backbone or "bundled:tiny", arguments, place)
+        counts = _counts(simulate_)
+        curves = simulate(base, task, made, labels=counts, seeds=seeds, rounds=file, progress=True, **settings)
+        show(console, curves_table(curves))
+        tell(console, f"rounds kept in {file}")
+        write_json(json, curves.as_dict())
+        if plot is not None:
+            plot_curves(curves, plot)
+            tell(console, f"drew {plot}")
+        return
+    images = find_images(unlabeled or [])
+    if patch is None:
+        base = open_backbone(backbone or "bundled:tiny", arguments, place)
+        asked = fit(base, task, made, progress=True, **settings)
+    else:
+        asked = Patch.load(patch)
+        base = backbone_of(asked, patch, backbone, arguments, place)
+    with Progress("label") as bar, naming(patch or Path("the patch")):
+        picks = pick(base, asked, images, budget, bar)
+    names = [str(image) for image in images]
+    show(console, picks_table(picks, names))
+    rows = [
+        {"image": names[one.position], "margin": one.margin, "first": one.first, "second": one.second} for one in picks
+    ]
+    write_json(json, rows)
+    if out is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(out, text.getvalue().encode())
+        tell(console, f"wrote {out}")
+    if sheet is not None:
+        contact_sheet(picks, images, sheet)
+        tell(console, f"drew {sheet}")
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of --simulate. Raises `ModelpatchError`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ModelpatchError(f"--simulate {text!r} is not N1,N2,...: whole numbers of labels.") from None

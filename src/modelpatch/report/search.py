@@ -1,0 +1,129 @@
+"""Searches and active learning as tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from rich.markup import escape
+from rich.table import Table
+
+from modelpatch.backbone.preprocess import ImageSource, open_image
+from modelpatch.errors import ModelpatchError
+from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
+from modelpatch.report.selection import accuracy
+from modelpatch.report.tables import NAME_WIDTH, new_table, percent
+from modelpatch.select.active import Curves, Pick
+from modelpatch.select.search import Search
+
+SHOWN = 24  # rows of a search's table
+TILE, CAPTION, COLUMNS = 128, 30, 8  # pixels, pixels, tiles
+
+
+def search_table(search: Search) -> Table:
+    """A row a proposal, the longest trained and best first; the chosen one in bold, those of the Pareto front with a star."""
+    front = {id(one) for one in search.front}
+    notes = [f"{len(search.left_out)} proposals left out", *([str(search.effect)] if search.effect else [])]
+    notes += [f"given up: {reason}" for reason in search.dropped]
+    table = new_table(f"{search.task} on {search.backbone}", "\n".join(notes))
+    table.add_column("proposal", overflow="fold", min_width=NAME_WIDTH)
+    for name in ("held-out\ntop-1", "file\nbytes", "added\ntime, %", "epochs", "Pareto"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in search.proposals[:SHOWN]:
+        bold = "[b]{}[/b]" if one.candidate is search.chosen else "{}"
+        figures = (f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}", str(one.score.epochs))
+        name = bold.format(escape(one.candidate.name))
+        table.add_row(name, bold.format(accuracy(one.score)), *figures, "*" if id(one) in front else "")
+    return table
+
+
+def plot_search(search: Search, path: Path) -> None:
+    """Accuracy against bytes (log), the added time as colour; the Pareto front is joined, limits are lines."""
+    with figure(path, 9, 5.5) as axes:
+        for kept, marker in ((False, "x"), (True, "o")):
+            chosen = [one for one in search.proposals if one.kept is kept]
+            if not chosen:
+                continue
+            points = axes.scatter(
+                [one.score.file_bytes / 1000 for one in chosen],
+                [100 * one.score.top1 for one in chosen],
+                c=[100 * one.latency for one in chosen],
+                vmin=0,
+                vmax=max(100 * one.latency for one in search.proposals) or 1,
+                cmap="viridis",
+                marker=marker,
+                label="trained to the end" if kept else "given up early",
+            )
+        front = sorted(search.front, key=lambda one: one.score.file_bytes)
+        axes.plot(
+            [one.score.file_bytes / 1000 for one in front],
+            [100 * one.score.top1 for one in front],
+            color=ORANGE,
+            linewidth=1,
+            zorder=0,
+            label="Pareto front in accuracy, bytes and time",
+        )
+        if search.budget.bytes is not None:
+            axes.axvline(search.budget.bytes / 1000, color=GREY, linestyle="--", label="limit")
+        axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="held-out top-1, percent")
+        axes.set_title(f"{search.task} on {search.backbone}")
+        axes.figure.colorbar(points, label="added time, percent of the base's")
+        axes.legend(frameon=False, fontsize=8)
+
+
+def picks_table(picks: Sequence[Pick], names: Sequence[str]) -> Table:
+    """The images to label next, the least sure first."""
+    table = new_table("label next")
+    table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
+    table.add_column("margin", justify="right", no_wrap=True)
+    table.add_column("between", overflow="fold")
+    for one in picks:
+        table.add_row(escape(names[one.position]), f"{one.margin:.3f}", escape(f"{one.first} and {one.second}"))
+    return table
+
+
+def curves_table(curves: Curves) -> Table:
+    """Accuracy by number of labels and strategy."""
+    table = new_table(f"{curves.task} on {curves.backbone}: {curves.method}")
+    table.add_column("labels", justify="right", no_wrap=True)
+    for name in curves.top1s:
+        table.add_column(f"{name}\ntop-1", justify="right", no_wrap=True)
+    for row, count in enumerate(curves.labels):
+        cells = [
+            percent(curves.mean(name)[row]) + (f" ± {percent(curves.error(name)[row])}" if len(values) > 1 else "")
+            for name, values in curves.top1s.items()
+        ]
+        table.add_row(f"{count:,}", *cells)
+    return table
+
+
+def plot_curves(curves: Curves, path: Path) -> None:
+    """Test accuracy against labels, a line a strategy with standard errors."""
+    with figure(path, 6.5, 4.5) as axes:
+        for name, color in zip(curves.top1s, (BLUE, ORANGE), strict=True):
+            means, errors = ([100 * value for value in values] for values in (curves.mean(name), curves.error(name)))
+            axes.errorbar(curves.labels, means, errors, color=color, marker="o", capsize=3, label=name)
+        axes.set(xlabel="labelled images", ylabel="test top-1, percent", title=f"{curves.task} on {curves.backbone}")
+        axes.legend(frameon=False)
+
+
+def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Path) -> None:
+    """The picked images in rows of eight, with rank, margin and the two classes below each.
+
+    Raises `ModelpatchError` where the picture cannot be written.
+    """
+    columns, rows = min(COLUMNS, len(picks)), -(-len(picks) // COLUMNS)
+    sheet = Image.new("RGB", (columns * TILE, rows * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, one in enumerate(picks):
+        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
+        image = open_image(images[one.position])
+        image.thumbnail((TILE - 4, TILE - 4))
+        sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
+        draw.text((left + 3, top + TILE), f"{number + 1}: {one.margin:.3f}", fill="black")
+        draw.text((left + 3, top + TILE + 13), f"{one.first} / {one.second}"[:22], fill="black")
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise ModelpatchError(f"cannot draw {path}: {error}. Use a .png or .jpg in a folder that exists.") from error

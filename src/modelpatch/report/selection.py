@@ -1,0 +1,148 @@
+"""Profiles, rounds of a selection and searches as tables and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
+from modelpatch.report.tables import NAME_WIDTH, new_table, percent
+from modelpatch.select.greedy import Round, Selection
+from modelpatch.select.profile import Profile
+from modelpatch.select.study import Score
+
+
+def accuracy(score: Score | None) -> str:
+    """`71.3 ± 0.8`, in percent; a dash where nothing was measured."""
+    if score is None or not score.top1s:
+        return "–"
+    return percent(score.top1) + ("" if score.error is None else f" ± {percent(score.error)}")
+
+
+def profile_table(profile: Profile) -> Table:
+    """A row a unit in the order of the chain, the best one in bold, the linear probe last."""
+    notes = [f"{name} left out: {why}" for name, why in profile.skipped.items()]
+    notes += [f"{row.name} failed: {row.score.failure}" for row in profile.rows if row.score.failure]
+    notes += [str(profile.effect)] if profile.effect else []
+    table = new_table(f"{profile.task} on {profile.backbone}: {profile.method} by {profile.kind}", "\n".join(notes))
+    table.add_column("trained", overflow="fold", min_width=NAME_WIDTH)
+    for name in ("held-out\ntop-1", "parameters", "file\nbytes", "epochs", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in profile.rows:
+        bold = "[b]{}[/b]" if row is profile.best else "{}"
+        table.add_row(
+            bold.format(escape(row.name)), bold.format(accuracy(row.score)), f"{row.parameters:,}", *_costs(row.score)
+        )
+    table.add_row("linear probe", accuracy(profile.probe), "0", *_costs(profile.probe))
+    return table
+
+
+def _costs(score: Score) -> tuple[str, str, str]:
+    return f"{score.file_bytes:,}", str(score.epochs), f"{score.seconds:.1f}"
+
+
+def round_table(one: Round, task: str) -> Table:
+    """A row a candidate, the best first; those that a limit leaves out say which."""
+    taken = "taken" if one.accepted else "not taken: it does not improve enough"
+    caption = "no candidate keeps the limits" if one.best is None else f"{one.steps[one.best].block}: {taken}"
+    table = new_table(f"{task}, round {one.number}", "\n".join([caption, *([str(one.effect)] if one.effect else [])]))
+    table.add_column("block", overflow="fold", min_width=NAME_WIDTH)
+    for name in ("held-out\ntop-1", "file\nbytes", "epochs", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("left out", overflow="fold")
+    order = sorted(range(len(one.steps)), key=lambda n: (n != one.best, -_top1(one.steps[n].score)))
+    for n in order:
+        step = one.steps[n]
+        bold = "[b]{}[/b]" if n == one.best else "{}"
+        costs = _costs(step.score) if step.score else ("", "", "")
+        table.add_row(
+            bold.format(escape(step.block)), bold.format(accuracy(step.score)), *costs, escape(step.left_out or "")
+        )
+    return table
+
+
+def _top1(score: Score | None) -> float:
+    return -2.0 if score is None else score.top1
+
+
+def selection_table(selection: Selection) -> Table:
+    """What was chosen and what it scores."""
+    table = new_table(f"{selection.task} on {selection.backbone}", header=False)
+    table.add_column("what", overflow="fold")
+    table.add_column("value", overflow="fold")
+    rows = [
+        ("blocks, in the order chosen", ", ".join(selection.blocks) or "none: the linear probe is best"),
+        ("cross-validation", f"{accuracy(selection.score)} %"),
+        ("linear probe, same folds", f"{accuracy(selection.probe)} %"),
+        ("Theorem 1's bound", str(selection.complexity)),
+        *(("given up", reason) for reason in selection.dropped),
+        ("test top-1", f"{percent(selection.patch.metrics['test_top1'])} %"),
+    ]
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def plot_profile(profile: Profile, path: Path) -> None:
+    """Bars of accuracy by unit with standard errors and the linear probe as a line; for pairs a heat map."""
+    if profile.kind == "pairs":
+        _plot_pairs(profile, path)
+        return
+    with figure(path, 2 + 0.45 * max(len(profile.rows), 8), 4.5) as axes:
+        best = profile.best
+        places = range(len(profile.rows))
+        axes.bar(
+            places,
+            [100 * max(row.score.top1, 0) for row in profile.rows],
+            yerr=[100 * (row.score.error or 0) for row in profile.rows],
+            color=[ORANGE if row is best else BLUE for row in profile.rows],
+            capsize=3,
+        )
+        axes.axhline(100 * max(profile.probe.top1, 0), color=GREY, linestyle="--", label="linear probe")
+        axes.set_xticks(places, [row.name for row in profile.rows], rotation=60, ha="right", fontsize=8)
+        tops = [100 * score.top1 for score in (profile.probe, *(row.score for row in profile.rows)) if score.top1s]
+        axes.set_ylim(bottom=max(0, min(tops, default=0) - 10))
+        axes.set(ylabel="held-out top-1, percent", title=f"{profile.task} on {profile.backbone}: {profile.method}")
+        axes.legend(frameon=False)
+
+
+def _plot_pairs(profile: Profile, path: Path) -> None:
+    """Accuracy of every pair of blocks; the diagonal is empty."""
+    count = len(profile.blocks)
+    cells = [[float("nan")] * count for _ in range(count)]
+    for row in profile.rows:
+        if row.score.top1s:
+            first, second = (profile.blocks.index(block) for block in row.blocks)
+            cells[first][second] = cells[second][first] = 100 * row.score.top1
+    side = 3 + 0.35 * count
+    with figure(path, side + 1, side) as axes:
+        image = axes.imshow(cells, cmap="viridis")
+        axes.set_xticks(range(count), profile.blocks, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), profile.blocks, fontsize=7)
+        axes.set_title(f"{profile.task} on {profile.backbone}: {profile.method} on pairs", fontsize=10)
+        axes.figure.colorbar(image, shrink=0.7, label="held-out top-1, percent")
+
+
+def plot_order(selection: Selection, path: Path) -> None:
+    """In which round each block was chosen (SubTuning's Figure 5), and the accuracy of every round."""
+    with figure(path, 10, 4.5, columns=2) as (left, right):
+        blocks = [step.block for step in selection.rounds[0].steps] if selection.rounds else []
+        rounds = [one for one in selection.rounds if one.accepted and one.best is not None]
+        chosen = [one.steps[one.best].block for one in rounds if one.best is not None]
+        left.scatter([blocks.index(block) for block in chosen], [one.number for one in rounds], color=BLUE, s=60)
+        left.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=7)
+        left.set(ylabel="round", title="chosen block")
+        left.set_yticks([one.number for one in selection.rounds])
+        numbers = [one.number for one in selection.rounds if one.best is not None]
+        scores = [one.steps[one.best].score for one in selection.rounds if one.best is not None]
+        errors = [100 * (score.error or 0) if score else 0 for score in scores]
+        right.errorbar(
+            numbers, [100 * score.top1 if score else 0 for score in scores], errors, color=BLUE, marker="o", capsize=3
+        )
+        right.axhline(100 * selection.probe.top1, color=GREY, linestyle="--", label="linear probe")
+        right.set(xlabel="round", ylabel="held-out top-1, percent", title="best candidate")
+        right.set_xticks(numbers)
+        right.legend(frameon=False)
+        left.figure.suptitle(f"{selection.task} on {selection.backbone}: {selection.method}")

@@ -1,0 +1,238 @@
+"""Active learning: which images to label next, and what labelling them is worth.
+
+    margin(x) = p_1(x) - p_2(x)        the two most probable classes; the smallest margins are labelled next
+
+Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023), section 4.4. Every round trains anew, from
+the base; images are scored as they are, not augmented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelpatch.backbone import Backbone
+from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.errors import DataError
+from modelpatch.methods import Method, make_method
+from modelpatch.patch import Patch
+from modelpatch.select.journal import Journal
+from modelpatch.select.trials import DISK
+from modelpatch.train import FitSettings, Split, TaskData
+from modelpatch.train.evaluate import logits_of
+from modelpatch.train.fit import Fit, check_settings
+from modelpatch.train.images import choose_augmentation
+from modelpatch.train.inputs import SharedImages
+from modelpatch.train.logs import RunLog
+from modelpatch.train.progress import Progress, quiet_progress
+
+STRATEGIES = ("margin", "random")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An image to label: its position among those given, its margin in [0, 1] and the two classes it lies between."""
+
+    position: int
+    margin: float
+    first: str
+    second: str
+
+
+def margins(logits: Tensor) -> Tensor:
+    """p_1 - p_2 of every row of logits (N, K): (N,) in [0, 1]."""
+    best = logits.double().softmax(1).topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def pick(
+    backbone: Backbone, patch: Patch, images: Sequence[ImageSource], budget: int, bar: Progress | None = None
+) -> list[Pick]:
+    """The `budget` images on which the patch is least sure, the least sure first; all of them if there are fewer.
+
+    Raises `DataError` for a budget below 1, for no images, and for images that cannot be read.
+    """
+    if budget < 1 or not images:
+        raise DataError(f"{budget} of {len(images)} images are to be labelled; expected at least 1 of 1.")
+    split = Split(images, np.zeros(len(images), dtype=np.int64))
+    with (bar or quiet_progress()).task("unlabelled images", len(images)) as advance:
+        logits = logits_of(backbone.patched(patch), split, patch.preprocessing, advance)
+    found, classes = margins(logits), patch.task.classes
+    best = logits.topk(2, dim=1).indices.tolist()
+    order = found.argsort(stable=True)[:budget].tolist()
+    return [Pick(n, float(found[n]), classes[best[n][0]], classes[best[n][1]]) for n in order]
+
+
+# simulation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelRound:
+    """One round of a simulation: the test accuracy in [0, 1] with the images labelled so far, and the rows picked next."""
+
+    top1: float
+    picked: list[int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Accuracies in [0, 1] by strategy, seed and number of labels."""
+
+    task: str
+    backbone: str
+    method: str
+    labels: tuple[int, ...]
+    top1s: dict[str, tuple[tuple[float, ...], ...]]
+
+    def mean(self, strategy: str) -> list[float]:
+        """The mean over seeds at every number of labels."""
+        return [statistics.fmean(column) for column in zip(*self.top1s[strategy], strict=True)]
+
+    def error(self, strategy: str) -> list[float]:
+        """The standard error over seeds, 0 for one seed."""
+        columns = list(zip(*self.top1s[strategy], strict=True))
+        return [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else 0.0 for c in columns]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def simulate(
+    backbone: Backbone,
+    data: TaskData,
+    method: Method | str = "subset",
+    *,
+    labels: Sequence[int],
+    seeds: int = 1,
+    rounds: str | Path | None = None,
+    disk: int = DISK,
+    progress: bool = False,
+    **settings: Any,
+) -> Curves:
+    """Active learning on labelled data: accuracy on the test images against the number of labels, by margin and at random.
+
+    Each seed draws the first `labels[0]` training images at random, the same for both strategies; each round trains a patch
+    from the base on what is labelled, measures it, and labels more, up to the next of `labels`. `rounds` names a file from
+    which an interrupted simulation goes on. The rest are settings of `fit`. Raises `DataError` for numbers of labels that
+    do not rise or are more than there are training images.
+    """
+    counts = tuple(labels)
+    if not counts or counts[0] < 2 or list(counts) != sorted(set(counts)) or counts[-1] > len(data.train):
+        raise DataError(
+            f"labels = {', '.join(map(str, counts)) or 'none'}: expected rising numbers from 2 to {len(data.train)}, the "
+            "number of training images."
+        )
+    chosen = make_method(method) if isinstance(method, str) else method
+    checked = check_settings(settings)
+    checked = replace(checked, augment=choose_augmentation(checked.augment, data.train).name)  # type: ignore[arg-type]
+    bar = Progress(f"label on {data.task.name}") if progress else quiet_progress()
+    with bar:
+        run = _Simulation(backbone, data, chosen, counts, checked, Journal(LabelRound, rounds), disk, bar)
+        top1s = {name: [run.curve(name, checked.seed + n) for n in range(seeds)] for name in STRATEGIES}
+    backbone.verify()
+    found = {name: tuple(curves) for name, curves in top1s.items()}
+    return Curves(data.task.name, backbone.spec, chosen.name, counts, found)
+
+
+class _Simulation:
+    """All curves of one simulation, over shared activations."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TaskData,
+        method: Method,
+        counts: tuple[int, ...],
+        settings: FitSettings,
+        journal: Journal[LabelRound],
+        disk: int,
+        bar: Progress,
+    ) -> None:
+        self.backbone, self.data, self.method, self.counts = backbone, data, method, counts
+        self.settings, self.journal, self.disk, self.bar = settings, journal, disk, bar
+        self._shared: SharedImages | None = None
+        facts = [
+            backbone.fingerprint,
+            data.train.digest,
+            data.test.digest,
+            method.name,
+            method.hyperparameters(),
+            {name: value for name, value in asdict(settings).items() if name not in ("memory", "seed")},
+        ]
+        self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shared(self) -> SharedImages:
+        """Activations of training and test images, computed when first needed."""
+        if self._shared is None:
+            both = Split(
+                [*self.data.train.images, *self.data.test.images],
+                np.concatenate([self.data.train.labels, self.data.test.labels]),
+            )
+            settings = self.settings
+            self._shared = SharedImages(
+                self.backbone,
+                both,
+                self.backbone.preprocessing.with_image_size(settings.image_size),
+                choose_augmentation(settings.augment, self.data.train),
+                views=min(settings.views, settings.epochs),
+                seed=settings.seed,
+                memory=settings.memory,
+                disk=self.disk,
+                cache=settings.cache,
+                bar=self.bar,
+            )
+        return self._shared
+
+    def curve(self, strategy: str, seed: int) -> tuple[float, ...]:
+        """Accuracies by number of labels."""
+        generator = np.random.default_rng(seed)
+        labelled = np.sort(generator.permutation(len(self.data.train))[: self.counts[0]])
+        top1s = []
+        with self.bar.task(f"{strategy}, seed {seed}", len(self.counts)) as advance:
+            for number, count in enumerate(self.counts):
+                more = (self.counts[number + 1] if number + 1 < len(self.counts) else count) - count
+                what = {"strategy": strategy, "seed": seed, "labelled": labelled.tolist(), "more": more}
+                key = hashlib.sha256(json.dumps([self.identity, what], sort_keys=True).encode()).hexdigest()[:32]
+                if key not in self.journal.outcomes:
+                    what = {"strategy": strategy, "seed": seed, "labels": count}
+                    self.journal.add(key, what, self._round(strategy, seed, labelled, more))
+                found = self.journal.outcomes[key]
+                top1s.append(found.top1)
+                labelled = np.sort(np.concatenate([labelled, np.array(found.picked, dtype=np.int64)]))
+                advance(1)
+        return tuple(top1s)
+
+    def _round(self, strategy: str, seed: int, labelled: np.ndarray, more: int) -> LabelRound:
+        count = len(self.data.train)
+        pool = np.setdiff1d(np.arange(count), labelled)
+        rows = {"train": labelled, "test": np.arange(count, count + len(self.data.test)), "pool": pool}
+        fit = Fit(
+            self.backbone,
+            replace(self.data, train=self.data.train.take(labelled), validation=None),
+            self.method,
+            replace(self.settings, seed=seed),
+            quiet_progress(),
+            RunLog(None),
+            None,
+            self.shared.fold(**{name: torch.from_numpy(part) for name, part in rows.items()}),
+        )
+        top1 = fit.run().metrics["test_top1"]
+        if not more:
+            return LabelRound(top1, [])
+        if strategy == "random":
+            generator = np.random.default_rng([seed, len(labelled)])
+            return LabelRound(top1, sorted(generator.choice(pool, more, replace=False).tolist()))
+        order = margins(fit.logits("pool")).argsort(stable=True)[:more]
+        return LabelRound(top1, sorted(pool[order.numpy()].tolist()))

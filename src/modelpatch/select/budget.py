@@ -1,0 +1,103 @@
+"""Limits that a patch must keep: blocks, bytes of its file, and the time it adds to the base's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import TrainingError
+from modelpatch.methods import Method
+from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch, PatchedModel, Task
+from modelpatch.select.candidates import Candidate
+from modelpatch.select.latency import added_latency
+from modelpatch.select.trials import file_bytes
+
+UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass
+class Budget:
+    """`blocks`, `bytes` and `latency` (0.15: the base and the patch together may take 15 % longer than the base).
+
+    None is no limit. Latencies are measured on this machine once for every structure.
+    """
+
+    blocks: int | None = None
+    bytes: int | None = None
+    latency: float | None = None
+    _latencies: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def why_not(
+        self, backbone: Backbone, task: Task, candidate: Candidate, image_size: int, dtype: str = "float32"
+    ) -> str | None:
+        """Why no patch of this candidate can keep the budget, known without training it; None if one may."""
+        if self.blocks is not None and len(candidate.blocks) > self.blocks:
+            return f"{len(candidate.blocks)} blocks"
+        if self.bytes is not None:
+            size = file_bytes(draft_patch(backbone, task, candidate.method, image_size).astype(dtype))
+            if size > self.bytes:
+                return f"{size:,} bytes"
+        if self.latency is not None:
+            added = self.added(backbone, candidate, image_size)
+            if added > self.latency:
+                return f"+{added:.0%} time"
+        return None
+
+    def added(self, backbone: Backbone, candidate: Candidate, image_size: int) -> float:
+        """The candidate's added latency, measured once for all of its structure."""
+        method = candidate.method
+        key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
+        if key not in self._latencies:
+            self._latencies[key] = added_latency(backbone, draft_model(backbone, method), image_size)
+        return self._latencies[key]
+
+    def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
+        """What of the budget a trained patch breaks, measured anew; None if it keeps it."""
+        size = file_bytes(patch)
+        if self.bytes is not None and size > self.bytes:
+            return f"its file has {size:,} bytes of {self.bytes:,}"
+        if self.latency is not None:
+            added = added_latency(backbone, backbone.patched(patch), patch.preprocessing.image_size)
+            if added > self.latency:
+                return f"it adds {added:.0%} time of {self.latency:.0%}"
+        return None
+
+
+def draft_model(backbone: Backbone, method: Method, classes: int = 1) -> PatchedModel:
+    """An untrained model of the method; torch's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return method.draft(backbone, classes).to(backbone.device).eval()
+
+
+def draft_patch(backbone: Backbone, task: Task, method: Method, image_size: int) -> Patch:
+    """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run."""
+    model = draft_model(backbone, method, len(task.classes))
+    return Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=task,
+        preprocessing=backbone.preprocessing.with_image_size(image_size),
+        head=cast(HeadRecord, model.head.record),
+        method=MethodRecord(name=method.name, hyperparameters=method.hyperparameters()),
+        grafts=method.blueprint(backbone).grafts,
+        tensors={name: tensor.cpu() for name, tensor in model.tensors().items()},
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """`200KB`, `1.5 MiB` or a plain number of bytes. Raises `TrainingError`."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip().replace(",", "").replace("_", ""))
+    if match is None or match[2].lower() not in UNITS:
+        raise TrainingError(f"{text!r} is no number of bytes. Expected one like 200KB, 1.5MB or 64KiB.")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_latency(text: str) -> float:
+    """`+15%`, `15%` or `0.15` of the base's time. Raises `TrainingError`."""
+    match = re.fullmatch(r"\+?([0-9]+(?:\.[0-9]+)?)(\s*%)?", text.strip())
+    if match is None:
+        raise TrainingError(f"{text!r} is no added latency. Expected a share of the base's time like +15% or 0.15.")
+    return float(match[1]) / (100 if match[2] else 1)

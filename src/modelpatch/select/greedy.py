@@ -1,0 +1,371 @@
+"""Greedy selection of the blocks to patch, by cross-validation.
+
+    S = {}, best = 0
+    repeat   L* = argmax_L CV(S + L);  if CV(S + L*) > best + epsilon: S = S + L*, best = CV(S + L*);  else stop
+    train S on all training images, report the test accuracy once
+
+Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023), Algorithm 1. `rule="code"` is what the
+authors' code does: it begins with the linear probe (or all blocks, or the better), goes on while the best candidate is at
+most epsilon worse than the best so far, adds blocks to none and removes them from all, and returns the best set seen.
+Every accuracy that decides comes from the folds; the test images are read once, for the final patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
+from modelpatch.methods import Method, make_method
+from modelpatch.patch import Patch
+from modelpatch.select.budget import Budget
+from modelpatch.select.candidates import Candidate
+from modelpatch.select.halving import Effect, best, score_by_halving
+from modelpatch.select.study import Score, Study, open_study
+from modelpatch.train import TaskData, fit
+
+Rule = Literal["paper", "code"]
+Start = Literal["none", "all", "better"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One candidate of a round: the block it adds or removes, the blocks it has then, and its score.
+
+    `left_out` says which limit it breaks; without training it has no score.
+    """
+
+    block: str
+    blocks: tuple[str, ...]
+    score: Score | None
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """All candidates of a round, the position of the best one, and whether its block was taken."""
+
+    number: int
+    steps: tuple[Step, ...]
+    best: int | None
+    accepted: bool
+    effect: Effect | None = None
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What Theorem 1 bounds the error by, but for the distance Δ that training moves: sqrt(r') log(kL) / sqrt(m).
+
+    `tuned` is r', the parameters of the k chosen `blocks` among L `candidates`, `images` m; `every` is r, those of all
+    candidates, for which the bound of full fine-tuning is sqrt(r) / sqrt(m).
+    """
+
+    tuned: int
+    blocks: int
+    candidates: int
+    images: int
+    every: int
+
+    @property
+    def bound(self) -> float:
+        """Of the selection, up to Δ and a constant."""
+        return math.sqrt(self.tuned / self.images) * math.log(max(self.blocks, 1) * self.candidates)
+
+    @property
+    def full_bound(self) -> float:
+        """Of fine-tuning all candidates, up to Δ and a constant."""
+        return math.sqrt(self.every / self.images)
+
+    def __str__(self) -> str:
+        return (
+            f"r' = {self.tuned:,} of {self.every:,}, k = {self.blocks}, L = {self.candidates}, m = {self.images:,}: "
+            f"{self.bound:.1f} against {self.full_bound:.1f} for all blocks, times Δ"
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The blocks in the order they were chosen, the rounds that chose them, and the patch trained on all training images.
+
+    `probe` is the linear probe's score on the same folds, `score` that of the chosen set. `dropped` says why blocks chosen
+    last were given up again: the trained patch would have broken a limit.
+    """
+
+    task: str
+    backbone: str
+    method: str
+    blocks: tuple[str, ...]
+    probe: Score
+    score: Score
+    rounds: tuple[Round, ...]
+    patch: Patch
+    complexity: Complexity
+    dropped: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "task": self.task,
+            "backbone": self.backbone,
+            "method": self.method,
+            "blocks": list(self.blocks),
+            "linear_probe": self.probe.as_dict(),
+            "cross_validation": self.score.as_dict(),
+            "rounds": [
+                {
+                    "round": one.number,
+                    "best": None if one.best is None else one.steps[one.best].block,
+                    "accepted": one.accepted,
+                    "halving": str(one.effect) if one.effect else None,
+                    "candidates": [
+                        {
+                            "block": step.block,
+                            "left_out": step.left_out,
+                            **(step.score.as_dict() if step.score else {"top1": None}),
+                        }
+                        for step in one.steps
+                    ],
+                }
+                for one in self.rounds
+            ],
+            "complexity": {
+                **asdict(self.complexity),
+                "bound": self.complexity.bound,
+                "full": self.complexity.full_bound,
+            },
+            "dropped": list(self.dropped),
+            "test": dict(self.patch.metrics),
+        }
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """How blocks are chosen. `candidates` are the blocks to choose among, all by default."""
+
+    rule: Rule = "paper"
+    start: Start = "none"
+    epsilon: float = 0.01
+    warm_start: bool = False
+    halving: int = 0
+    candidates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule) or self.start not in get_args(Start):
+            raise TrainingError(
+                f"rule={self.rule!r}, start={self.start!r}: expected a rule of {', '.join(get_args(Rule))} and a start of "
+                f"{', '.join(get_args(Start))}."
+            )
+        if self.rule == "paper" and self.start != "none":
+            raise TrainingError("the paper's rule starts with no blocks. Give rule='code' to start with others.")
+        if self.warm_start and self.start != "none":
+            raise TrainingError("a warm start adds blocks to trained ones: it goes with start='none' only.")
+        if not 0 <= self.epsilon < 1:
+            raise TrainingError(f"epsilon is {self.epsilon}; expected a share of images from 0 to below 1.")
+
+
+class GreedySearch:
+    """The rounds of one selection, within a study."""
+
+    def __init__(
+        self, study: Study, method: Method, greedy: Greedy, budget: Budget, each_round: Callable[[Round], None]
+    ) -> None:
+        self.each_round = each_round
+        self.study, self.method, self.greedy, self.budget = study, method, greedy, budget
+        self.backbone, self.task = study.bench.backbone, study.bench.data[0].task
+        self.names = self._applicable()
+        self.rounds: list[Round] = []
+        self.sets: list[tuple[Candidate, Score]] = []  # every set that was current, in order
+
+    def _applicable(self) -> list[str]:
+        names = [block.name for block in self.backbone.chain.blocks]
+        if unknown := [name for name in self.greedy.candidates if name not in names]:
+            raise MethodError(f"{self.backbone.spec} has no block {unknown[0]!r}. It has: {', '.join(names)}.")
+        able, reason = [], ""
+        for name in self.greedy.candidates or names:
+            try:
+                Candidate.of(self.method, (name,)).method.count_parameters(self.backbone)
+                able.append(name)
+            except MethodNotApplicableError as error:
+                reason = str(error)
+        if not able:
+            raise MethodNotApplicableError(f"{self.method.name} has nothing to change in any block: {reason}")
+        return able
+
+    def run(self) -> None:
+        """Rounds until the rule says stop."""
+        current, score = self._begin()
+        self.sets.append((current, score))
+        removing = len(current.blocks) > 0
+        bar = 0.0 if self.greedy.rule == "paper" else score.top1
+        while True:
+            found = self._round(current, removing)
+            if found is None:
+                if self.rounds and self.rounds[-1].best is None:
+                    self.each_round(self.rounds[-1])
+                return
+            chosen, score = found
+            accepted = self._accepts(score.top1, bar)
+            self.rounds[-1] = replace(self.rounds[-1], accepted=accepted)
+            self.each_round(self.rounds[-1])
+            if not accepted:
+                return
+            current = chosen
+            bar = max(bar, score.top1)
+            self.sets.append((current, score))
+            if not current.blocks:
+                return
+
+    def _accepts(self, top1: float, bar: float) -> bool:
+        if self.greedy.rule == "code":
+            return top1 >= bar - self.greedy.epsilon
+        return top1 > bar + self.greedy.epsilon if len(self.rounds) > 1 else True  # best = 0 before the first round
+
+    def _begin(self) -> tuple[Candidate, Score]:
+        """The set to start from: none, all blocks, or the better of both."""
+        every = tuple(self.names)
+        starts: dict[Start, list[tuple[str, ...]]] = {"none": [()], "all": [every], "better": [(), every]}
+        candidates = [Candidate.of(self.method, blocks) for blocks in starts[self.greedy.start]]
+        allowed = [self._why_not(candidate) is None for candidate in candidates]
+        scores = self.study.score(candidates, title="start")
+        number = best(scores, allowed)
+        if number is None:
+            raise TrainingError(f"nothing to start from keeps the limits: {self._why_not(candidates[0])}.")
+        return candidates[number], scores[number]
+
+    def _why_not(self, candidate: Candidate) -> str | None:
+        settings = self.study.bench.settings
+        size = settings.image_size or self.backbone.preprocessing.image_size
+        return self.budget.why_not(self.backbone, self.task, candidate, size, settings.dtype)
+
+    def _round(self, current: Candidate, removing: bool) -> tuple[Candidate, Score] | None:
+        """Score every set that has one block more (or fewer) than the current one. None where there is none."""
+        changes = list(current.blocks) if removing else [name for name in self.names if name not in current.blocks]
+        sets = [_change(current.blocks, name, removing) for name in changes]
+        parent = current if self.greedy.warm_start and current.blocks else None
+        candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
+        reasons = [self._why_not(candidate) for candidate in candidates]
+        trained = [number for number, reason in enumerate(reasons) if reason is None]
+        if not trained:
+            if candidates:
+                steps = tuple(Step(n, s, None, r) for n, s, r in zip(changes, sets, reasons, strict=True))
+                self.rounds.append(Round(len(self.rounds) + 1, steps, None, False))
+            return None
+        number = len(self.rounds) + 1
+        scores, effect = score_by_halving(
+            self.study, [candidates[n] for n in trained], self.greedy.halving, f"round {number}"
+        )
+        found = dict(zip(trained, scores, strict=True))
+        limit = self.budget.bytes
+        for n, score in found.items():
+            if limit is not None and score.file_bytes > limit:
+                reasons[n] = f"{score.file_bytes:,} bytes"
+        winner = best([found[n] for n in trained], [reasons[n] is None for n in trained])
+        chosen = None if winner is None else trained[winner]
+        steps = tuple(
+            Step(name, blocks, found.get(n), reasons[n] or (found[n].failure if n in found else None))
+            for n, (name, blocks) in enumerate(zip(changes, sets, strict=True))
+        )
+        self.rounds.append(Round(number, steps, chosen, False, effect))
+        return None if chosen is None else (candidates[chosen], found[chosen])
+
+    def chosen(self) -> list[tuple[Candidate, Score]]:
+        """The sets to train, the best first: the paper's rule takes the last one, the code's the best one seen."""
+        if self.greedy.rule == "paper":
+            return self.sets[::-1]
+        return sorted(self.sets, key=lambda pair: -pair[1].top1)
+
+
+def _change(blocks: tuple[str, ...], name: str, removing: bool) -> tuple[str, ...]:
+    return tuple(block for block in blocks if block != name) if removing else (*blocks, name)
+
+
+def select(
+    backbone: Backbone,
+    data: TaskData,
+    method: Method | str = "subset",
+    *,
+    greedy: Greedy | None = None,
+    max_blocks: int | None = None,
+    max_bytes: int | None = None,
+    max_latency: float | None = None,
+    folds: int = 5,
+    out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    each_round: Callable[[Round], None] = lambda _: None,
+    **options: Any,
+) -> Selection:
+    """Choose the blocks that `method` patches, and train the patch.
+
+    `max_blocks`, `max_bytes` (of the file) and `max_latency` (share of the base's time, see `added_latency`) are limits:
+    what cannot keep them is not tried, and the trained patch is measured against them again. `folds` folds of the training
+    images, or one held-out split. `each_round` is called with every round as it ends. `out` and
+    `checkpoint` are those of the final `fit`; for the other options see
+    `open_study`, the rest are settings of `fit`. Run again after an interruption with the same `trials` file, it goes on.
+    """
+    chosen = make_method(method) if isinstance(method, str) else method
+    budget = Budget(max_blocks, max_bytes, max_latency)
+    with open_study(backbone, data, title="select", folds=folds, **options) as study:
+        search = GreedySearch(study, chosen, greedy or Greedy(), budget, each_round)
+        probe = study.score([Candidate.of(chosen, ())], title="linear probe")[0]
+        search.run()
+        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
+        progress = options.get("progress", False)
+        candidate, score, patch, dropped = train_first_within(
+            backbone, data, search.chosen(), budget, out=out, checkpoint=checkpoint, progress=progress, **final
+        )
+    return Selection(
+        task=data.task.name,
+        backbone=backbone.spec,
+        method=chosen.name,
+        blocks=candidate.blocks,
+        probe=probe,
+        score=score,
+        rounds=tuple(search.rounds),
+        patch=patch,
+        complexity=_complexity(backbone, data, chosen, search.names, candidate),
+        dropped=tuple(dropped),
+    )
+
+
+def _complexity(
+    backbone: Backbone, data: TaskData, method: Method, names: Sequence[str], chosen: Candidate
+) -> Complexity:
+    return Complexity(
+        tuned=chosen.method.count_parameters(backbone),
+        blocks=len(chosen.blocks),
+        candidates=len(names),
+        images=len(data.train),
+        every=Candidate.of(method, names).method.count_parameters(backbone),
+    )
+
+
+STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "progress")
+
+
+def train_first_within(
+    backbone: Backbone,
+    data: TaskData,
+    ranked: Sequence[tuple[Candidate, Score]],
+    budget: Budget,
+    *,
+    out: str | Path | None,
+    **options: Any,
+) -> tuple[Candidate, Score, Patch, list[str]]:
+    """Train the first candidate on all training images; where its patch breaks the budget, the next, and so on.
+
+    Returns the candidate, its score, its patch, written to `out`, and why those before it were given up. Raises
+    `TrainingError` if none keeps the budget.
+    """
+    dropped: list[str] = []
+    for candidate, score in ranked:
+        patch = fit(backbone, data, candidate.method, **options)
+        if (broken := budget.broken_by(backbone, patch)) is None:
+            if out is not None:
+                patch.save(out)
+            return candidate, score, patch, dropped
+        dropped.append(f"{candidate.name}: {broken}")
+    raise TrainingError(f"no patch keeps the budget: {'; '.join(dropped) or 'there is no candidate'}.")

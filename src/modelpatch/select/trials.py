@@ -1,0 +1,195 @@
+"""A trial: a method trained on one fold and scored on the images that were held out of it.
+
+    bench   the backbone, the folds, the settings, and the activations that all trials share
+    trial   a method, a fold, a seed and a number of epochs, and the trial whose patch it starts from, if any
+    outcome its accuracy on the held-out images, and the bytes its patch would have
+
+A trial is an ordinary `fit` whose test images are the held-out ones, fed from activations that are computed once for all
+trials. What comes out depends on the trial alone: in whatever order, process or machine it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import DivergedError, TrainingError
+from modelpatch.methods import Method
+from modelpatch.patch import Patch
+from modelpatch.patch.file import encode_patch
+from modelpatch.select.folds import Folds
+from modelpatch.train import FitSettings, TaskData
+from modelpatch.train.fit import Fit
+from modelpatch.train.images import choose_augmentation
+from modelpatch.train.inputs import SharedImages
+from modelpatch.train.logs import RunLog
+from modelpatch.train.progress import quiet_progress
+
+DISK = 16 * 2**30  # bytes of activations in temporary files
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate on one fold. With `start`, training begins at what that trial ended with."""
+
+    method: Method
+    fold: int
+    seed: int
+    epochs: int
+    start: Trial | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "method": self.method.name,
+            "hyperparameters": self.method.hyperparameters(),
+            "fold": self.fold,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "start": self.start.as_dict() if self.start else None,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`top1` in [0, 1] on the held-out images, None where training failed, and why.
+
+    `file_bytes` is the size of the trial's patch as a file, `seconds` what the trial took.
+    """
+
+    top1: float | None
+    file_bytes: int
+    seconds: float
+    failure: str | None = None
+
+
+class Bench:
+    """Everything the trials of one task share. `run` gives a trial's outcome; the data's test split is never read.
+
+    `settings` hold for all trials, but for the seed and the epochs, which every trial brings. `memory` of the settings and
+    `disk` are the budgets, in bytes, for shared activations.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TaskData,
+        settings: FitSettings,
+        *,
+        folds: int = 5,
+        disk: int = DISK,
+    ) -> None:
+        if settings.early_stopping or settings.validation:
+            raise TrainingError(
+                "candidates are scored after their last epoch, on images that are held out for all of them: leave "
+                "early_stopping and validation out."
+            )
+        self.backbone = backbone
+        self.folds = Folds.of(data, folds, settings.seed)
+        augmentation = choose_augmentation(settings.augment, self.folds.images)
+        self.settings = replace(settings, augment=augmentation.name)  # type: ignore[arg-type]
+        self.disk = disk
+        self.data = [self.folds.data(data, fold) for fold in range(len(self.folds.rows))]
+        self.bar = quiet_progress()
+        self._states: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def shared(self) -> SharedImages:
+        """The decoded images and their activations before every block."""
+        settings, preprocessing = self.settings, self.backbone.preprocessing.with_image_size(self.settings.image_size)
+        self.backbone.check_image_size(preprocessing.image_size)
+        return SharedImages(
+            self.backbone,
+            self.folds.images,
+            preprocessing,
+            choose_augmentation(settings.augment, self.folds.images),
+            views=min(settings.views, settings.epochs),
+            seed=settings.seed,
+            memory=settings.memory,
+            disk=self.disk,
+            cache=settings.cache,
+            bar=self.bar,
+        )
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that outcomes depend on besides their trial."""
+        facts = {
+            "backbone": self.backbone.fingerprint,
+            "task": self.data[0].task.model_dump(mode="json"),
+            "images": self.folds.images.digest,
+            "folds": [held.tolist() for _, held in self.folds.rows],
+            "settings": {k: v for k, v in asdict(self.settings).items() if k not in ("memory", "dtype")},
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def key(self, trial: Trial) -> str:
+        """What names a trial's outcome: 32 hexadecimal digits over the identity, the trial and how patches are stored."""
+        described = [self.identity, trial.as_dict(), self.settings.dtype]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+    def run(self, trial: Trial) -> Outcome:
+        """Train and score. A loss that is not finite is an outcome, anything else that goes wrong is raised."""
+        _ = self.shared.activations  # no trial's own work
+        begin = time.perf_counter()
+        try:
+            fit = self._fit(trial)
+            patch = fit.run(self._start(trial)).astype(self.settings.dtype)
+        except DivergedError as error:
+            return Outcome(None, 0, time.perf_counter() - begin, str(error))
+        return Outcome(patch.metrics["test_top1"], file_bytes(patch), time.perf_counter() - begin)
+
+    def _fit(self, trial: Trial) -> Fit:
+        rows = [torch.from_numpy(part) for part in self.folds.rows[trial.fold]]
+        return Fit(
+            self.backbone,
+            self.data[trial.fold],
+            trial.method,
+            replace(self.settings, seed=trial.seed, epochs=trial.epochs),
+            quiet_progress(),
+            RunLog(None),
+            None,
+            self.shared.fold(train=rows[0], test=rows[1]),
+        )
+
+    def _start(self, trial: Trial) -> Mapping[str, Tensor] | None:
+        """What the trial's `start` ended with; it is trained again where it was not trained in this process."""
+        if trial.start is None:
+            return None
+        key = self.key(trial.start)
+        if key not in self._states:
+            fit = self._fit(trial.start)
+            fit.run(self._start(trial.start))
+            self._states[key] = {name: tensor.clone() for name, tensor in fit.model.portable_state().items()}
+        return self._states[key]
+
+    def for_worker(self, count: int) -> Bench:
+        """A bench for one of `count` workers: a part of the budgets, and nothing computed yet."""
+        part = copy.copy(self)
+        part.settings = replace(self.settings, memory=max(self.settings.memory // count, 1))
+        part.disk = self.disk // count
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts with: it computes its own activations, draws nothing."""
+        identity = self.identity  # hashed once, not by every copy
+        own = {name: value for name, value in vars(self).items() if name not in ("shared", "bar", "_states")}
+        return {**own, "identity": identity}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, bar=quiet_progress(), _states={})
+
+
+def file_bytes(patch: Patch) -> int:
+    """The exact size of the patch's file."""
+    return len(encode_patch(patch))

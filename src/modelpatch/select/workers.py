@@ -1,0 +1,188 @@
+"""Where trials run: in this process, or in several whose death costs one trial.
+
+Every worker holds the bench and computes its own activations once. A worker that dies, whatever killed it, is replaced,
+and its trial is tried again; the outcomes are those of one process with as many threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from modelpatch.errors import ModelpatchError, TrainingError
+from modelpatch.select.trials import Bench, Outcome, Trial
+
+ATTEMPTS = 3  # a trial that kills its worker this often is given up
+
+
+class Workers(Protocol):
+    """`run` yields (position, outcome) as trials finish, in any order."""
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]: ...
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class InProcess:
+    """One trial after another, here."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        for position, trial in enumerate(trials):
+            yield position, self.bench.run(trial)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+
+class Processes:
+    """`count` processes on this machine, each with `threads` threads; they are started when there is work for them."""
+
+    def __init__(self, bench: Bench, count: int, threads: int) -> None:
+        self.bench, self.count, self.threads = bench.for_worker(count), count, threads
+        self.context = multiprocessing.get_context("spawn")
+        self.workers: list[_Worker] = []
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        """Raises what a trial raised, and `TrainingError` for a trial that kills its worker again and again."""
+        waiting, attempts = deque(range(len(trials))), [0] * len(trials)
+        busy: dict[Connection, tuple[_Worker, int]] = {}
+        while waiting or busy:
+            while waiting and len(busy) < self.count:
+                worker, position = self._idle(busy), waiting.popleft()
+                attempts[position] += 1
+                if worker.send(trials[position]):
+                    busy[worker.pipe] = worker, position
+                else:
+                    self._lost(worker, position, attempts, waiting)
+            ready = wait(list(busy))
+            for pipe in [one for one in busy if one in ready]:
+                worker, position = busy.pop(pipe)
+                answer = worker.receive()
+                if answer is None:
+                    self._lost(worker, position, attempts, waiting)
+                elif isinstance(answer, Exception):
+                    raise answer
+                else:
+                    yield position, answer
+
+    def _idle(self, busy: dict[Connection, tuple[_Worker, int]]) -> _Worker:
+        for worker in self.workers:
+            if worker.pipe not in busy:
+                return worker
+        self.workers.append(_Worker(self.context, self.bench, self.threads))
+        return self.workers[-1]
+
+    def _lost(self, worker: _Worker, position: int, attempts: list[int], waiting: deque[int]) -> None:
+        self.workers.remove(worker)
+        worker.stop()
+        give_up(attempts[position], f"exit status {worker.process.exitcode}")
+        waiting.appendleft(position)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self.workers:
+            worker.stop()
+        self.workers.clear()
+
+
+class _Worker:
+    """A process that answers trials with outcomes."""
+
+    def __init__(self, context: Any, bench: Bench, threads: int) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, bench, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, trial: Trial) -> bool:
+        """Whether the process was alive to take the trial."""
+        try:
+            self.pipe.send(trial)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
+
+    def receive(self) -> Outcome | Exception | None:
+        """The trial's outcome, or what it raised; None where the process died."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Connection, bench: Bench, threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that stops its workers
+    while True:
+        try:
+            trial = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(attempt(bench, trial))
+
+
+def attempt(bench: Bench, trial: Trial) -> Outcome | Exception:
+    """A trial's outcome, or the error it raised, in a form that travels between processes."""
+    try:
+        return bench.run(trial)
+    except ModelpatchError as error:
+        return error
+    except Exception:
+        return TrainingError(f"a trial failed in its worker:\n{traceback.format_exc()}")
+
+
+def give_up(attempts: int, why: str) -> None:
+    """Raises `TrainingError` if a trial has killed its worker often enough."""
+    if attempts >= ATTEMPTS:
+        raise TrainingError(
+            f"a trial ended its worker {attempts} times ({why}). Where memory runs out, give fewer workers or less memory."
+        )
+
+
+def default_threads(workers: int) -> int:
+    """Threads for each of so many workers."""
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
+
+
+def make_workers(bench: Bench, workers: int, ray: str | None = None) -> Workers:
+    """In this process for one worker, in processes for more, and on a Ray cluster if its address is given.
+
+    Raises `MissingExtraError` for Ray where it is not installed.
+    """
+    if workers < 1:
+        raise TrainingError(f"the number of workers is {workers}; expected at least 1.")
+    if ray is not None:
+        from modelpatch.select.cluster import RayWorkers
+
+        return RayWorkers(bench, workers, default_threads(workers), ray)
+    return InProcess(bench) if workers == 1 else Processes(bench, workers, default_threads(workers))

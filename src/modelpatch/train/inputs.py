@@ -1,0 +1,262 @@
+"""Where a fit's batches come from: images decoded for it alone, or shared with other fits on the same images.
+
+    images -> [frozen segments, computed once for every image] -> inputs of segment `start` -> what is trained
+
+`OwnInputs` caches what lies before one model's first span. `SharedImages` computes the activations before every block in
+one pass and lends them to many fits: those of a selection differ in what they train, and in which rows they train on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.patch import PatchedModel
+from modelpatch.train.cache import BATCH, CachedInputs, PlainInputs, cache_worthwhile, prefix_share
+from modelpatch.train.data import Split, TaskData
+from modelpatch.train.folding import fold_segment
+from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
+from modelpatch.train.progress import Progress, quiet_progress
+
+NO_AUGMENTATION = Augmentation("none")
+
+
+class Inputs(Protocol):
+    """Where the loop's batches come from: `batch` gives the inputs of segment `start` for some rows."""
+
+    start: int
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor: ...
+
+
+class InputSource(Protocol):
+    """The images of a fit by split: their labels, plain batches of them, and what a model goes on from."""
+
+    def labels(self, split: str) -> Tensor: ...
+
+    def plain(self, split: str, rows: Tensor) -> Tensor: ...
+
+    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs: ...
+
+    def lend(self, model: PatchedModel) -> None: ...
+
+
+class OwnInputs:
+    """Images that are decoded for one fit, with a cache before its model's first span unless `cache` is False."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TaskData,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        *,
+        views: int,
+        seed: int,
+        memory: int,
+        cache: bool = True,
+        bar: Progress | None = None,
+    ) -> None:
+        self.backbone, self.data, self.preprocessing, self.augmentation = backbone, data, preprocessing, augmentation
+        self.views, self.seed, self.memory, self.cache = views, seed, memory, cache
+        self.bar = bar or quiet_progress()
+        self._train: ImageStore | None = None
+
+    def labels(self, split: str) -> Tensor:
+        return torch.from_numpy(getattr(self.data, split).labels)
+
+    def plain(self, split: str, rows: Tensor) -> Tensor:
+        return self._store(split).plain(rows)
+
+    def lend(self, model: PatchedModel) -> None:
+        """Nothing: the model runs its own frozen segments."""
+
+    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
+        store, first = self._store(split), model.first
+        augmentation = self.augmentation if augmented else NO_AUGMENTATION
+        if not self.cache or not cache_worthwhile(self.backbone, first):
+            return PlainInputs(store, augmentation, self.seed)
+        views = self.views if augmentation.name != "none" else 1
+        share = prefix_share(self.backbone, first)
+        with self.bar.task(
+            f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", views * len(store)
+        ) as advance:
+            return CachedInputs(model, store, first, augmentation, views, self.seed, self.memory, advance)
+
+    def _store(self, split: str) -> ImageStore:
+        if split == "train" and self._train is not None:
+            return self._train
+        images = getattr(self.data, split)
+        with self.bar.task(f"decoding {split}", len(images)) as advance:
+            store = ImageStore(images, self.preprocessing, self.memory, advance)
+        if split == "train":
+            self._train = store
+        return store
+
+
+class SharedImages:
+    """Images that many fits of one backbone train on: seen and decoded once, activations before blocks computed once.
+
+    `views` augmented views of every image and the plain one are made once, so that all fits see the same; unless `cache` is
+    False, their activations before every block are kept as well, from the last block to the first, since late ones are
+    small and save most, as long as they fit into `memory` bytes in memory and `disk` bytes in temporary files. A model
+    goes on from the last boundary before its first span.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        split: Split,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        *,
+        views: int,
+        seed: int,
+        memory: int,
+        disk: int,
+        cache: bool = True,
+        bar: Progress | None = None,
+    ) -> None:
+        self.backbone, self.augmentation, self.seed = backbone, augmentation, seed
+        self.views = views if augmentation.name != "none" else 0
+        self.memory, self.disk, self.cache = memory, disk, cache
+        self.bar = bar or quiet_progress()
+        with self.bar.task("decoding", len(split)) as advance:
+            self.store = ImageStore(split, preprocessing, memory, advance)
+        self._activations: dict[int, Tensor] | None = None
+        self._folded: dict[int, nn.Module] = {}
+
+    def folded(self, segment: int) -> nn.Module:
+        """The frozen segment with its normalisation folded, made once; equal to rounding."""
+        if segment not in self._folded:
+            self._folded[segment] = fold_segment(self.backbone.chain[segment])
+        return self._folded[segment]
+
+    def fold(self, **rows: Tensor) -> SharedInputs:
+        """The source of one fit: `fold(train=..., test=...)` names the rows of each of its splits."""
+        return SharedInputs(self, rows)
+
+    @property
+    def activations(self) -> dict[int, Tensor]:
+        """By boundary: (views + 1, N, ...) float32, the plain view last; 0 holds the images. Computed when first needed."""
+        if self._activations is None:
+            self._activations = self._compute()
+        return self._activations
+
+    def before(self, segment: int) -> int:
+        """The boundary that a model goes on from whose first span begins at `segment`."""
+        return max(boundary for boundary in self.activations if boundary <= segment)
+
+    @torch.no_grad()
+    def _compute(self) -> dict[int, Tensor]:
+        chain, count, views = self.backbone.chain, len(self.store), self.views + 1
+        kept = self._allocate(views, count)
+        with self.bar.task(f"activations before {len(kept)} segments", views * count) as advance:
+            for view in range(views):
+                augmentation = self.augmentation if view < self.views else NO_AUGMENTATION
+                for step, rows in enumerate(torch.arange(count).split(BATCH)):
+                    images = self.store.augmented(rows, augmentation, (self.seed, view, step)).to(self.backbone.device)
+                    done = 0
+                    for x in pieces(images.contiguous(memory_format=torch.channels_last)):
+                        chosen, at = rows[done : done + len(x)], 0
+                        done += len(x)
+                        for boundary in sorted(kept):
+                            x, at = chain.run(x, at, boundary), boundary
+                            kept[boundary][view, chosen] = x.cpu()
+                    advance(len(rows))
+        return kept
+
+    def _allocate(self, views: int, count: int) -> dict[int, Tensor]:
+        """Room for the images, and for the boundaries that the budgets allow."""
+        shapes = output_shapes(self.backbone, self.store.preprocessing.input_size)
+        memory, disk = self.memory, self.disk
+        kept: dict[int, Tensor] = {}
+        for boundary in (0, *(chain_boundaries(self.backbone) if self.cache else ())):
+            shape = (views, count, *shapes[boundary])
+            size = 4 * math.prod(shape)
+            in_memory = size <= memory
+            if boundary and not in_memory and size > disk:
+                break
+            kept[boundary] = allocate(shape, torch.float32, size if in_memory else 0)
+            memory, disk = (memory - size, disk) if in_memory else (memory, disk - size)
+        return kept
+
+
+class SharedInputs:
+    """Some rows of shared images as the splits of one fit."""
+
+    def __init__(self, shared: SharedImages, rows: dict[str, Tensor]) -> None:
+        self.shared, self.rows = shared, rows
+
+    def labels(self, split: str) -> Tensor:
+        return self.shared.store.labels[self.rows[split]]
+
+    def plain(self, split: str, rows: Tensor) -> Tensor:
+        return self.shared.store.plain(self.rows[split][rows])
+
+    def lend(self, model: PatchedModel) -> None:
+        """Let the model run frozen segments whose normalisation is folded, shared by all fits."""
+        spans = dict(model.spans)
+        for number, start in enumerate(model.starts):
+            if start not in spans and start >= model.first:
+                model.parts[number] = self.shared.folded(start)
+
+    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
+        shared, rows = self.shared, self.rows[split]
+        augmented = augmented and shared.views > 0
+        augmentation = shared.augmentation if augmented else NO_AUGMENTATION
+        if model.taps and cache_worthwhile(shared.backbone, model.first):  # its head reads more than one boundary
+            count = max(shared.views, 1) if augmented else 1
+            images = ImageRows(shared.store, rows)
+            return CachedInputs(model, images, model.first, augmentation, count, shared.seed, shared.memory)
+        start = 0 if model.taps else shared.before(model.first)
+        views = range(shared.views) if augmented else range(shared.views, shared.views + 1)
+        return BoundaryInputs(start, shared.activations[start], rows, views)
+
+
+class ImageRows:
+    """Some rows of a store, numbered from 0."""
+
+    def __init__(self, store: ImageStore, rows: Tensor) -> None:
+        self.store, self.rows, self.labels = store, rows, store.labels[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def plain(self, rows: Tensor) -> Tensor:
+        return self.store.plain(self.rows[rows])
+
+    def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor:
+        return self.store.augmented(self.rows[rows], augmentation, seed)
+
+
+class BoundaryInputs:
+    """Shared activations (views, N, ...) before segment `start`; epochs take turns through `views`."""
+
+    def __init__(self, start: int, values: Tensor, rows: Tensor, views: range) -> None:
+        self.start, self.values, self.rows, self.views = start, values, rows, views
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
+        """Inputs of segment `start` for these rows, from the epoch's view."""
+        return self.values[self.views[epoch % len(self.views)], self.rows[rows]]
+
+
+def chain_boundaries(backbone: Backbone) -> list[int]:
+    """Where a cache saves work, the last first: before the head, and before every block."""
+    starts = [len(backbone.chain), *(block.index for block in reversed(backbone.chain.blocks))]
+    return [start for start in starts if cache_worthwhile(backbone, start)]
+
+
+@torch.no_grad()
+def output_shapes(backbone: Backbone, input_size: tuple[int, int, int]) -> dict[int, tuple[int, ...]]:
+    """The shape of one image's activation before every segment and before the head, at this input size."""
+    x = torch.zeros(1, *input_size, device=backbone.device)
+    shapes = {0: tuple(x.shape[1:])}
+    for index in range(len(backbone.chain)):
+        x = backbone.chain.run(x, index, index + 1)
+        shapes[index + 1] = tuple(x.shape[1:])
+    return shapes

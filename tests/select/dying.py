@@ -1,0 +1,30 @@
+"""Candidates that die or diverge on purpose."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from modelpatch.methods import LinearProbe
+from modelpatch.methods.method import Batches
+from modelpatch.patch import PatchedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killed(LinearProbe):
+    """A linear probe whose process is killed the first `times` times that it trains."""
+
+    name: ClassVar[str] = "killed"
+
+    marker: str
+    times: int = 1
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        for number in range(self.times):
+            file = Path(f"{self.marker}-{number}")
+            if not file.exists():
+                file.touch()
+                os.kill(os.getpid(), signal.SIGKILL)

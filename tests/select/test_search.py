@@ -1,0 +1,86 @@
+"""A search keeps its budget, proposes what can be made, and reports what no other proposal beats."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conftest import color_task
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError, TrainingError
+from modelpatch.methods import DeltaNetwork, LinearProbe
+from modelpatch.select import Search, search
+from modelpatch.select.candidates import Candidate
+from modelpatch.select.profile import profile
+from modelpatch.select.search import METHODS, Proposal, propose
+from modelpatch.select.study import Score
+from modelpatch.select.trials import file_bytes
+
+FAST = {"epochs": 3, "batch_size": 8, "tries": 6}
+
+
+def run(backbone: Backbone, *arguments: object, **options: object) -> Search:
+    return search(backbone, color_task(30), *arguments, **{**FAST, **options})  # type: ignore[arg-type]
+
+
+def test_the_patch_keeps_the_bytes_and_is_the_best_of_those_that_do(tiny: Backbone) -> None:
+    limit = 5000
+    result = run(tiny, max_bytes=limit)
+    assert file_bytes(result.patch) == result.patch.inspect().file_bytes <= limit
+    kept = [one for one in result.proposals if one.kept and one.score.file_bytes <= limit]
+    assert result.chosen is max(kept, key=lambda one: (one.score.top1, -one.score.file_bytes)).candidate
+    assert any(reason.endswith("bytes") for reason in result.left_out.values())
+    json.dumps(result.as_dict())
+
+
+def test_a_latency_of_nothing_leaves_the_methods_that_add_none(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(backbone: Backbone, model, size, **_: object) -> float:  # type: ignore[no-untyped-def]
+        return (len(backbone.chain) - model.first) / len(backbone.chain)
+
+    monkeypatch.setattr("modelpatch.select.budget.added_latency", known)
+    assert run(tiny, max_latency=0.0).chosen.method == LinearProbe()
+    loose = run(tiny, max_latency=0.5)
+    assert all(one.latency <= 0.5 for one in loose.proposals)
+    assert any(one.latency > 0 for one in loose.proposals)
+
+
+def test_a_budget_that_nothing_keeps_names_what_comes_closest(tiny: Backbone) -> None:
+    with pytest.raises(TrainingError, match="nothing keeps the budget"):
+        run(tiny, max_bytes=10)
+
+
+def test_proposals_are_all_different_and_hold_every_number_of_modules(tiny: Backbone) -> None:
+    left_out: dict[str, str] = {}
+    profiled = profile(tiny, color_task(), epochs=1, batch_size=8)
+    found = list(propose(tiny, METHODS, profiled, left_out))
+    known = [json.dumps([one.method.name, one.method.hyperparameters()]) for one in found]
+    assert len(set(known)) == len(known)
+    assert len({one.name for one in found}) == len(found)
+    numbers = {one.method.modules for one in found if isinstance(one.method, DeltaNetwork)}
+    assert numbers == {1, 2}
+    best = max(profiled.rows, key=lambda row: row.score.top1).blocks
+    assert best in {one.blocks for one in found}
+    assert sum(one.method.name == "linear-probe" for one in found) == 1
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    def proposal(top1: float, size: int, latency: float, kept: bool = True) -> Proposal:
+        return Proposal(Candidate("c", (), LinearProbe()), Score(1, (top1,), size, 1.0), latency, kept)
+
+    good, small, beaten, early = (
+        proposal(0.9, 100, 0.5),
+        proposal(0.5, 10, 0.5),
+        proposal(0.4, 10, 0.5),
+        proposal(1.0, 1, 0.0, kept=False),
+    )
+    assert good.beats(proposal(0.9, 100, 0.6))
+    assert not good.beats(good)
+    result = object.__new__(Search)
+    object.__setattr__(result, "proposals", (good, small, beaten, early))
+    assert result.front == (good, small)
+
+
+def test_a_method_that_does_not_exist_is_refused_before_any_work(tiny: Backbone) -> None:
+    with pytest.raises(MethodError, match="no method 'best'"):
+        run(tiny, ["best"])

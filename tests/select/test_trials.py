@@ -1,0 +1,201 @@
+"""Trials equal fits on the fold's images, share activations, and depend on nothing but themselves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dying import Killed
+
+from conftest import color_task, make_tiny
+from modelpatch.errors import MissingExtraError, TrainingError
+from modelpatch.methods import (
+    DeltaNetwork,
+    FullFinetune,
+    Head2Toe,
+    LinearProbe,
+    Method,
+    Piggyback,
+    ScaleBias,
+    Subset,
+    confine,
+)
+from modelpatch.select.journal import Journal
+from modelpatch.select.trials import Bench, Outcome, Trial
+from modelpatch.select.workers import Processes, make_workers
+from modelpatch.train import FitSettings, TaskData, fit
+
+METHODS: list[Method] = [
+    LinearProbe(),
+    Subset(blocks=("stage1.1",)),
+    Subset(blocks=("stage1.0", "stage2.1")),
+    confine(ScaleBias(), ["stage1"]),
+    confine(ScaleBias(statistics="recomputed"), ["stage2.0"]),
+    confine(Piggyback(lr=1e-2), ["stage2.0"]),
+    DeltaNetwork(),
+    Head2Toe(),
+    FullFinetune(),
+]
+
+
+@pytest.fixture(scope="module")
+def data() -> TaskData:
+    return color_task(30)
+
+
+@pytest.fixture(scope="module")
+def bench(data: TaskData) -> Bench:
+    return Bench(make_tiny(), data, FitSettings(epochs=2, batch_size=8, augment="none"), folds=2)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name} {getattr(method, 'blocks', '')}")
+def test_a_trial_is_a_fit_on_its_fold(bench: Bench, method: Method) -> None:
+    outcome = bench.run(Trial(method, fold=1, seed=3, epochs=2))
+    patch = fit(bench.backbone, bench.data[1], method, epochs=2, batch_size=8, seed=3, augment="none")
+    assert outcome.top1 == patch.metrics["test_top1"]
+    assert abs(outcome.file_bytes - patch.inspect().file_bytes) < 16  # digits of seconds
+    assert outcome.failure is None
+
+
+def test_the_trained_numbers_are_those_of_a_fit(bench: Bench) -> None:
+    trial = Trial(Subset(blocks=("stage2.0",)), 0, 0, 2)
+    shared = bench._fit(trial).run()
+    own = fit(bench.backbone, bench.data[0], trial.method, epochs=2, batch_size=8, augment="none")
+    for name, tensor in own.tensors.items():
+        assert torch.allclose(shared.tensors[name], tensor, atol=1e-4), name
+
+
+def test_an_outcome_does_not_depend_on_what_ran_before(bench: Bench) -> None:
+    trials = [Trial(method, fold, 0, 2) for method in METHODS[:4] for fold in range(2)]
+    forward = [bench.run(trial).top1 for trial in trials]
+    again = Bench(bench.backbone, color_task(30), bench.settings, folds=2)
+    assert forward == [again.run(trial).top1 for trial in trials[::-1]][::-1]
+
+
+def test_activations_are_computed_once_and_only_as_far_as_the_budget_goes(data: TaskData) -> None:
+    settings = FitSettings(epochs=2, batch_size=8, augment="none")
+    every = Bench(make_tiny(), data, settings, folds=2).shared
+    starts = [block.index for block in every.backbone.chain.blocks]
+    assert {0, len(every.backbone.chain)} <= set(every.activations) <= {0, *starts, len(every.backbone.chain)}
+    assert every.activations is every.activations
+    last = 4 * 30 * every.backbone.chain.feature_dim
+    tight = Bench(make_tiny(), data, replace(settings, memory=last), folds=2, disk=0).shared
+    assert set(tight.activations) == {0, len(every.backbone.chain)}
+    off = Bench(make_tiny(), data, replace(settings, cache=False), folds=2).shared
+    assert set(off.activations) == {0}
+
+
+@pytest.mark.parametrize("change", [{"memory": 1}, {"cache": False}], ids=["disk", "from the images"])
+def test_where_activations_lie_does_not_change_what_is_learned(data: TaskData, change: dict[str, int]) -> None:
+    settings = FitSettings(epochs=2, batch_size=8, augment="light")
+    trial = Trial(Subset(), 0, 0, 2)
+    here = Bench(make_tiny(), data, settings, folds=2)._fit(trial).run()
+    there = Bench(make_tiny(), data, replace(settings, **change), folds=2)._fit(trial).run()
+    for name, tensor in here.tensors.items():
+        assert torch.allclose(there.tensors[name], tensor, atol=1e-4), name
+
+
+def test_held_out_images_are_seen_without_augmentation(data: TaskData) -> None:
+    shared = Bench(make_tiny(), data, FitSettings(epochs=3, augment="light"), folds=2).shared
+    rows = torch.arange(5)
+    model = LinearProbe().draft(shared.backbone, 3)
+    held = shared.fold(test=rows).inputs(model, "test", augmented=False)
+    plain = shared.backbone.chain(shared.store.plain(rows))
+    assert torch.allclose(held.batch(rows, 0, 0), plain, atol=1e-6)
+    assert torch.equal(held.batch(rows, 0, 0), held.batch(rows, 1, 0))
+    train = shared.fold(train=rows).inputs(model, "train", augmented=True)
+    assert not torch.allclose(train.batch(rows, 0, 0), train.batch(rows, 1, 0))
+    assert not torch.allclose(train.batch(rows, 0, 0), plain)
+
+
+def test_a_warm_start_goes_on_from_the_parent_s_patch(bench: Bench) -> None:
+    parent = Trial(Subset(blocks=("stage2.1",), lr=1e-2), 0, 0, 2)
+    both = Subset(blocks=("stage1.0", "stage2.1"), lr=1e-9, head_lr=1e-9)
+    trained = bench._fit(parent)
+    trained.run()
+    warm = bench._fit(Trial(both, 0, 0, 2))
+    warm.run(bench._start(Trial(both, 0, 0, 2, start=parent)))
+    for name, tensor in trained.model.portable_state().items():
+        assert torch.allclose(warm.model.portable_state()[name], tensor, atol=1e-6), name
+    assert bench.key(Trial(both, 0, 0, 2)) != bench.key(Trial(both, 0, 0, 2, start=parent))
+
+
+def test_a_loss_that_is_not_finite_is_an_outcome(bench: Bench) -> None:
+    outcome = bench.run(Trial(Subset(lr=1e30), 0, 0, 2))
+    assert outcome.top1 is None
+    assert "lr" in str(outcome.failure)
+
+
+def test_settings_that_would_score_on_what_was_trained_on_are_refused(data: TaskData) -> None:
+    with pytest.raises(TrainingError, match="early_stopping"):
+        Bench(make_tiny(), data, FitSettings(early_stopping=2))
+
+
+# workers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: TaskData, tmp_path: Path) -> None:
+    bench = Bench(make_tiny(), data, FitSettings(epochs=1, batch_size=8), folds=2)
+    trials = [Trial(LinearProbe(), 0, seed, 1) for seed in range(4)]
+    trials.insert(1, Trial(Killed(marker=str(tmp_path / "once")), 1, 0, 1))
+    with make_workers(bench, 2) as workers:
+        outcomes = dict(workers.run(trials))
+    assert (tmp_path / "once-0").exists()
+    expected = [bench.run(trial) for trial in trials]
+    assert [outcomes[n].top1 for n in range(5)] == [one.top1 for one in expected]
+
+
+def test_a_trial_that_kills_every_worker_is_given_up(data: TaskData, tmp_path: Path) -> None:
+    bench = Bench(make_tiny(), data, FitSettings(epochs=1), folds=2)
+    trial = Trial(Killed(marker=str(tmp_path / "always"), times=9), 0, 0, 1)
+    with Processes(bench, 1, 1) as workers, pytest.raises(TrainingError, match="3 times"):
+        list(workers.run([trial]))
+
+
+def test_ray_gives_the_same_outcomes_though_an_actor_dies(
+    data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the actors read this file's classes
+    bench = Bench(make_tiny(), data, FitSettings(epochs=1, batch_size=8), folds=2)
+    trials = [Trial(Subset(), 0, seed, 1) for seed in range(3)]
+    trials.insert(1, Trial(Killed(marker=str(tmp_path / "once")), 1, 0, 1))
+    with make_workers(bench, 2, ray="local") as workers:
+        outcomes = dict(workers.run(trials))
+    assert (tmp_path / "once-0").exists()
+    assert [outcomes[n].top1 for n in range(4)] == [bench.run(trial).top1 for trial in trials]
+
+
+def test_ray_that_is_not_installed_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"modelpatch\[ray\]"):
+        make_workers(bench, 2, ray="local")
+
+
+def test_no_workers_are_refused(bench: Bench) -> None:
+    with pytest.raises(TrainingError, match="workers is 0"):
+        make_workers(bench, 0)
+
+
+# the journal ------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_come_back_from_the_journal_but_for_a_line_cut_short(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "trials.jsonl"
+    trial = Trial(Subset(), 0, 0, 1)
+    journal = Journal(Outcome, file)
+    journal.add("a" * 32, trial.as_dict(), Outcome(0.5, 100, 1.0))
+    journal.add("b" * 32, trial.as_dict(), Outcome(None, 0, 1.0, "diverged"))
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"key": "cc')
+    again = Journal(Outcome, file)
+    assert again.outcomes == journal.outcomes
+    again.add("d" * 32, trial.as_dict(), Outcome(0.25, 1, 1.0))
+    assert Journal(Outcome, file).outcomes.keys() == {"a" * 32, "b" * 32, "d" * 32}
+    file.write_text("not a journal\n")
+    with pytest.raises(TrainingError, match="line 1"):
+        Journal(Outcome, file)
