@@ -235,6 +235,22 @@ def test_predict_answers_with_every_patch_and_the_base(run: Run, folder: Path, p
         assert best["probability"] == pytest.approx(row.max().item(), abs=1e-4)
 
 
+def test_predict_explains_its_plan_and_what_each_part_took(
+    run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path
+) -> None:
+    options = [option for path in patches.values() for option in ("-p", path)]
+    picture = tmp_path / "plan.png"
+    result = run("predict", folder / "test", *options, "--base", "--explain", "--plot", picture, "--workers", 1)
+    assert result.code == 0
+    for text in ("3 tasks, up to", "% shared", "heads base, ", "tuning: plain", "ms", "100%"):
+        assert text in result.out, text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    facts = json.loads(run("predict", folder / "test", *options, "--explain", "--json", "-").out)
+    assert len(facts["images"]) == len(list(folder.glob("test/*/*.png")))
+    assert 0 < facts["plan"]["flops"] <= facts["plan"]["separate_flops"]
+    assert sum(step["milliseconds"] for step in facts["plan"]["steps"]) > 0
+
+
 def test_patches_of_one_task_are_told_apart_by_their_file_names(
     run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path
 ) -> None:

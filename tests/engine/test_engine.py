@@ -363,6 +363,31 @@ def test_sixteen_bits_are_used_only_where_they_are_asked_for(tiny: Backbone, ima
     assert not measure(tiny, seconds=0.05).bfloat16
 
 
+def test_segments_may_be_compiled_and_a_compiler_that_fails_is_named(tiny: Backbone, images: Tensor) -> None:
+    patch = draft_patch(tiny, Subset())
+    engine = Engine(tiny, {"a": patch}, tuning=Tuning(compile="eager"))
+    assert close(engine(images)["a"], tiny.patched(patch)(images))
+    assert "compiled by eager" in str(engine.tuning)
+    with pytest.raises(EngineError, match="backend 'no such backend' fails here"):
+        Engine(tiny, tuning=Tuning(compile="no such backend"))(images)
+
+
+def test_pictures_are_streamed_in_order_and_broken_ones_named(tiny: Backbone, tmp_path: Path) -> None:
+    files: list[Path | np.ndarray] = [*pictures(5)]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    files.insert(2, broken)
+    engine = Engine(tiny, {"a": draft_patch(tiny, Subset())}, tuning=PLAIN)
+    for workers in (0, 2):
+        batches = list(engine.stream(files, only=["a"], batch_size=4, workers=workers))
+        assert [batch.rows for batch in batches] == [(0, 1, 3), (4, 5)]
+        assert list(batches[0].errors) == [2]
+        assert "broken.png" in batches[0].errors[2]
+        logits = torch.cat([batch.logits["a"] for batch in batches])
+        expected = engine([file for file in files if file is not broken], only=["a"])["a"]
+        assert close(logits, expected)
+
+
 def test_an_explanation_times_every_step(tiny: Backbone, images: Tensor) -> None:
     plan, timings = Engine(tiny, many(tiny), tuning=PLAIN).explain(images)
     assert [timing.step for timing in timings] == list(plan.steps)

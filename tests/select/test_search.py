@@ -10,6 +10,7 @@ from conftest import color_task
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods import DeltaNetwork, LinearProbe
+from modelpatch.patch import Patch
 from modelpatch.select import Search, search
 from modelpatch.select.candidates import Candidate
 from modelpatch.select.profile import profile
@@ -35,8 +36,8 @@ def test_the_patch_keeps_the_bytes_and_is_the_best_of_those_that_do(tiny: Backbo
 
 
 def test_a_latency_of_nothing_leaves_the_methods_that_add_none(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def known(backbone: Backbone, model, size, **_: object) -> float:  # type: ignore[no-untyped-def]
-        return (len(backbone.chain) - model.first) / len(backbone.chain)
+    def known(backbone: Backbone, patch: Patch, **_: object) -> float:
+        return (len(backbone.chain) - backbone.patched(patch).first) / len(backbone.chain)
 
     monkeypatch.setattr("modelpatch.select.budget.added_latency", known)
     assert run(tiny, max_latency=0.0).chosen.method == LinearProbe()

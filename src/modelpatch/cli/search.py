@@ -130,7 +130,7 @@ def search(
     )
     show(console, search_table(result))
     patch = result.patch
-    added = added_latency(base, base.patched(patch), patch.preprocessing.image_size)
+    added = added_latency(base, patch)
     tell(
         console,
         f"{result.chosen.name}: {percent(patch.metrics['test_top1'])} % of the test images, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Segment
 from modelpatch.engine.tuning import Tuning, lay
+from modelpatch.errors import EngineError
 
 Module = Callable[[Tensor], Tensor]
 
@@ -29,15 +30,16 @@ def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
     """
     dtype = torch.bfloat16 if tuning.bfloat16 else torch.float32
     copy = deepcopy(module).eval().requires_grad_(False).to(dtype)
-    laid = lay(example, tuning).to(dtype)
     if tuning.channels_last:
         copy = copy.to(memory_format=torch.channels_last)
+    if tuning.compile:
+        return _compile(copy, lay(example, tuning).to(dtype), tuning)
     if not tuning.fold:
         return casting(copy, tuning)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            frozen = torch.jit.freeze(torch.jit.trace(copy, laid, check_trace=False))
+            frozen = torch.jit.freeze(torch.jit.trace(copy, lay(example, tuning).to(dtype), check_trace=False))
             for x in (example, example[:1], torch.cat([example, example, example])):
                 expected, given = module(x), frozen(lay(x, tuning).to(dtype)).float()
                 if given.shape != expected.shape or not _close(given, expected, 2e-2 if tuning.bfloat16 else 1e-4):
@@ -45,6 +47,20 @@ def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
     except (RuntimeError, TypeError, ValueError, LookupError):
         return None
     return casting(frozen, tuning)
+
+
+def _compile(module: nn.Module, example: Tensor, tuning: Tuning) -> Module:
+    """Compiled and run once, so that what is missing is found now. Raises `EngineError`."""
+    try:
+        compiled = torch.compile(module, backend=tuning.compile, dynamic=True)
+        compiled(example)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EngineError(
+            f"torch.compile with the backend {tuning.compile!r} fails here: {reason}. Its default, inductor, needs a C++ "
+            'compiler. Leave compile="" to trace instead.'
+        ) from error
+    return casting(compiled, tuning)
 
 
 def casting(module: Module, tuning: Tuning, dtype: torch.dtype = torch.bfloat16) -> Module:
@@ -69,14 +85,16 @@ class FrozenBackbone:
         module = self._modules.get(index)
         if module is None:
             with self._lock:
-                module = self._modules[index] = self._modules.get(index) or self._make(self._chain[index])
+                if index not in self._modules:
+                    self._modules[index] = self._make(self._chain[index])
+                module = self._modules[index]
         return module
 
     def _make(self, segment: Segment) -> Module:
         if self.tuning.plain or not any(True for _ in segment.module.parameters()):
             return segment.module
         frozen = freeze(segment.module, sample(segment.input_shape, self._device), self.tuning)
-        return frozen or casting(segment.module, self.tuning, torch.float32)
+        return casting(segment.module, self.tuning, torch.float32) if frozen is None else frozen
 
     @property
     def nbytes(self) -> int:

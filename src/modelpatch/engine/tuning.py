@@ -6,6 +6,7 @@
 | fold | BatchNorm is folded into the convolution before it, in a frozen copy of the segment |
 | bfloat16 | segments compute in 16 bits; only where allowed, since answers change in the third digit |
 | piece_bytes | large batches go through in pieces whose largest activation has about this many bytes and stays in the caches |
+| compile | segments are compiled by this backend of `torch.compile` ("inductor") instead of being traced; never measured |
 | merge_rows | streams of at most this many rows are concatenated where they meet the same module |
 """
 
@@ -26,6 +27,7 @@ class Tuning:
     channels_last: bool = False
     fold: bool = False
     bfloat16: bool = False
+    compile: str = ""
     piece_bytes: int = 0
     merge_rows: int = 0
     measured: tuple[str, ...] = field(default=(), compare=False)
@@ -33,10 +35,11 @@ class Tuning:
     @property
     def plain(self) -> bool:
         """Whether modules run as they are."""
-        return not (self.channels_last or self.fold or self.bfloat16)
+        return not (self.channels_last or self.fold or self.bfloat16 or self.compile)
 
     def __str__(self) -> str:
         chosen = [name for name in ("channels_last", "fold", "bfloat16") if getattr(self, name)]
+        chosen += [f"compiled by {self.compile}"] if self.compile else []
         chosen += [f"pieces of {self.piece_bytes / 2**20:.0f} MiB"] if self.piece_bytes else []
         chosen += [f"streams of up to {self.merge_rows} rows concatenated"] if self.merge_rows else []
         return "\n".join(["tuning: " + (", ".join(chosen) or "plain"), *self.measured])

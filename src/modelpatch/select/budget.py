@@ -42,17 +42,17 @@ class Budget:
             if size > self.bytes:
                 return f"{size:,} bytes"
         if self.latency is not None:
-            added = self.added(backbone, candidate, image_size)
+            added = self.added(backbone, task, candidate, image_size)
             if added > self.latency:
                 return f"+{added:.0%} time"
         return None
 
-    def added(self, backbone: Backbone, candidate: Candidate, image_size: int) -> float:
+    def added(self, backbone: Backbone, task: Task, candidate: Candidate, image_size: int) -> float:
         """The candidate's added latency, measured once for all of its structure."""
         method = candidate.method
         key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
         if key not in self._latencies:
-            self._latencies[key] = added_latency(backbone, draft_model(backbone, method), image_size)
+            self._latencies[key] = added_latency(backbone, draft_patch(backbone, task, method, image_size))
         return self._latencies[key]
 
     def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
@@ -61,21 +61,19 @@ class Budget:
         if self.bytes is not None and size > self.bytes:
             return f"its file has {size:,} bytes of {self.bytes:,}"
         if self.latency is not None:
-            added = added_latency(backbone, backbone.patched(patch), patch.preprocessing.image_size)
+            added = added_latency(backbone, patch)
             if added > self.latency:
                 return f"it adds {added:.0%} time of {self.latency:.0%}"
         return None
 
 
-def draft_model(backbone: Backbone, method: Method, classes: int = 1) -> PatchedModel:
-    """An untrained model of the method; torch's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return method.draft(backbone, classes).to(backbone.device).eval()
-
-
 def draft_patch(backbone: Backbone, task: Task, method: Method, image_size: int) -> Patch:
-    """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run."""
-    model = draft_model(backbone, method, len(task.classes))
+    """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run.
+
+    Torch's random state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model: PatchedModel = method.draft(backbone, len(task.classes))
     return Patch(
         backbone=BackboneRecord.of(backbone),
         task=task,

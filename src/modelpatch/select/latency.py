@@ -1,6 +1,6 @@
-"""What a patch adds to the time of the base, when both answer for the same image.
+"""What a patch adds to the time of the base, when the engine answers with both for the same image.
 
-    added = (t(base and patch) - t(base)) / t(base)          the frozen prefix runs once for both
+    added = (t(base and patch) - t(base)) / t(base)          what both share runs once
 
 Measured here by running both in turns on this machine at batch 1. The fastest of many runs of each counts: whatever else
 the machine does makes runs slower, never faster.
@@ -10,46 +10,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from modelpatch.backbone import Backbone
-from modelpatch.patch import PatchedModel
+from modelpatch.engine import Engine, Tuning
+from modelpatch.patch import Patch
 
 WARM_UP, RUNS = 5, 31
 
 
-@torch.no_grad()
 def added_latency(
-    backbone: Backbone, model: PatchedModel, image_size: int, *, batch: int = 1, runs: int = RUNS
+    backbone: Backbone, patch: Patch, *, batch: int = 1, runs: int = RUNS, tuning: Tuning | None = None
 ) -> float:
-    """The share of the base's time that the patch adds, 0 for nothing; the fastest of `runs` runs of each counts."""
-    images = torch.randn(batch, *backbone.preprocessing.with_image_size(image_size).input_size)
-    images = images.to(backbone.device).contiguous(memory_format=torch.channels_last)
-    chain, end, first = backbone.chain, len(backbone.chain), model.eval().first
+    """The share of the base's time that the patch adds, 0 for nothing; the fastest of `runs` runs of each counts.
 
-    def base() -> None:
-        chain.head(chain.run(images, 0, end))
-
-    def both() -> None:
-        x = chain.run(images, 0, first)
-        features, base = model.streams(x, first)
-        if base is None:
-            chain.head(chain.run(x, first, end))
-            model.head(features)
-        else:
-            chain.head(base)
-            model.head(torch.cat([features, base], 1))
-
+    Both run at the patch's image size. `tuning` is how the engine computes; by default with channels last and as it is.
+    """
+    engine = Engine(backbone, {"patch": patch}, tuning=tuning or Tuning(channels_last=True), budget=2**62)
+    images = torch.randn(batch, *patch.preprocessing.input_size)
+    ways = partial(engine, images, only=["base"]), partial(engine, images)
     for _ in range(WARM_UP):
-        base()
-        both()
-    pairs = [(_seconds(base), _seconds(both)) for _ in range(runs)]
-    alone, together = (min(seconds) for seconds in zip(*pairs, strict=True))
+        for way in ways:
+            way()
+    alone, together = (
+        min(times) for times in zip(*([_seconds(way) for way in ways] for _ in range(runs)), strict=True)
+    )
     return max(0.0, (together - alone) / alone)
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     if torch.cuda.is_available():

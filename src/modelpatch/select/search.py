@@ -140,7 +140,7 @@ def search(
         scores, effect = score_by_halving(study, able, halving, "proposals")
         longest = max((score.epochs for score in scores if score.top1s), default=0)
         proposals = [
-            Proposal(one, score, budget.added(backbone, one, size), score.epochs == longest)
+            Proposal(one, score, budget.added(backbone, data.task, one, size), score.epochs == longest)
             for one, score in zip(able, scores, strict=True)
             if score.top1s
         ]
