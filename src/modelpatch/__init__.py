@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
-from modelpatch.engine import Engine
+from modelpatch.engine import Engine, Tuning
 from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task, diff, extract, merge
 from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
 
@@ -26,6 +26,7 @@ __all__ = [
     "PatchedModel",
     "Preprocessing",
     "Task",
+    "Tuning",
     "__version__",
     "compare",
     "diff",

@@ -11,7 +11,7 @@ Members are added, removed and swapped while other threads call the engine: ever
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -91,6 +91,7 @@ class Engine:
         self.eager = eager
         self._frozen = FrozenBackbone(backbone, self.tuning)
         self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
+        self._users: Counter[str] = Counter()  # how many tasks have a variant, by its key
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._tasks: dict[str, _Task] = {BASE: self._base()}
@@ -125,6 +126,7 @@ class Engine:
             if name in self._tasks:
                 raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
             self._tasks = {**self._tasks, name: task}
+            self._users.update(_variants(task))
 
     def swap(self, name: str, patch: AnyPatch) -> None:
         """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
@@ -135,6 +137,7 @@ class Engine:
         with self._lock:
             old = self._find(self._tasks, name)
             self._tasks = {**self._tasks, name: task}
+            self._users.update(_variants(task))
             self._forget(old)
 
     def remove(self, name: str) -> None:
@@ -200,10 +203,11 @@ class Engine:
         """Drop the programs and modules that only a task that is gone used."""
         for key in [key for key, program in self._programs.items() if old.serial in _serials(key)]:
             del self._programs[key]
-        used = {link.key for task in self._tasks.values() for link in task.path if link.own} if old.bound else set()
-        for link in old.path:
-            if link.own and link.key not in used:
-                self.residency.drop(link.key)
+        for key in _variants(old):
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+                self.residency.drop(key)
 
     @staticmethod
     def _find(tasks: Mapping[str, _Task], name: str) -> _Task:
@@ -386,6 +390,11 @@ def _read(patch: Patch | str | Path) -> Patch:
 def _side(images: Images) -> int | None:
     """The side of a batch that all tasks see, in pixels."""
     return images.shape[-1] if isinstance(images, Tensor) else None
+
+
+def _variants(task: _Task) -> list[str]:
+    """The keys of the variants that a task has of its own."""
+    return [link.key for link in task.path if link.own]
 
 
 def _serials(key: Hashable) -> set[int]:

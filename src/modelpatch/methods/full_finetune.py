@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from modelpatch.backbone import Backbone
 from modelpatch.methods.method import Method, learn_statistics
@@ -15,12 +15,14 @@ from modelpatch.patch import Blueprint, PatchedModel
 
 @dataclass(frozen=True, kw_only=True)
 class FullFinetune(Method):
-    """Trains all parameters. `statistics` says what BatchNorm layers do, as in `Subset`."""
+    """Trains all parameters, at a lower rate than patches bear (K for the Price of 1, section 5). `statistics` says what
+    BatchNorm layers do, as in `Subset`."""
 
     name: ClassVar[str] = "full-finetune"
     paper: ClassVar[str] = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
 
     statistics: Statistics = "frozen"
+    lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 1e-2
 
     def blueprint(self, backbone: Backbone) -> Blueprint:

@@ -42,7 +42,7 @@ class Piggyback(Method):
     name: ClassVar[str] = "piggyback"
     paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 1e-4
     norm_lr: PositiveFloat = 1e-2
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     threshold: PositiveFloat = 5e-3

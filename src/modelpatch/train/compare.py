@@ -8,7 +8,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,8 @@ def compare(
     """Fit every method on the task with the same settings and number of steps and put the results in one table.
 
     `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
-    test set of the backbone's own classes: its accuracy is measured before and after every fit, and the harmonic mean
-    with it is reported. A method that cannot patch this backbone, whose library is not installed or whose training
+    test set of the backbone's own classes: its accuracy is measured before the first and after the last fit, between which every
+    fit checks its fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose library is not installed or whose training
     fails is left out, with the reason.
 
     `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
@@ -121,9 +121,9 @@ def compare(
     check_settings(settings)
     before = evaluate_base(backbone, base).top1 if base is not None else None
     runs: dict[str, tuple[Run, ...]] = {}
-    rows: list[Row] = []
     patches: dict[str, Patch] = {}
     skipped: dict[str, str] = {}
+    trained: dict[str, int] = {}
     todo: list[tuple[str, Method, int]] = []
     for name, method in _by_name(methods).items():
         try:
@@ -136,16 +136,18 @@ def compare(
             for number in range(seed, seed + seeds):
                 files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
                 patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
-                after = evaluate_base(backbone, base).top1 if base is not None else None
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
-                fitted.append(Run(number, top1, after, size, patch.created["seconds"]))
+                fitted.append(Run(number, top1, None, size, patch.created["seconds"]))
                 patches.setdefault(name, patch)
         except DivergedError as error:
             skipped[name] = str(error)
             continue
         runs[name] = tuple(fitted)
-        rows.append(Row.of(name, parameters + head_parameters(patches[name], method), fitted, before))
-    return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
+        trained[name] = parameters + head_parameters(patches[name], method)
+    after = evaluate_base(backbone, base).top1 if base is not None else None
+    runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
+    rows = tuple(Row.of(name, trained[name], fitted, before) for name, fitted in runs.items())
+    return Comparison(data.task.name, backbone.spec, rows, runs, patches, skipped)
 
 
 def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
