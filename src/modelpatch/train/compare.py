@@ -110,9 +110,9 @@ def compare(
     """Fit every method on the task with the same settings and number of steps and put the results in one table.
 
     `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
-    test set of the backbone's own classes: its accuracy is measured before the first and after the last fit, between which every
-    fit checks its fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose library is not installed or whose training
-    fails is left out, with the reason.
+    test set of the backbone's own classes: its accuracy is measured before the first fit and after the last, each of which
+    checks the fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose
+    library is not installed or whose training fails is left out, with the reason.
 
     `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
     patches that are in it already are not trained again, unless `reuse=False` replaces them. Raises
