@@ -17,7 +17,7 @@ from torch import Tensor
 from conftest import draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, Fingerprint
 from modelpatch.engine import Engine, Tuning, measure
-from modelpatch.errors import BudgetError, EngineError, UnknownTaskError, WrongBackboneError
+from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Patch
 
@@ -368,7 +368,7 @@ def test_segments_may_be_compiled_and_a_compiler_that_fails_is_named(tiny: Backb
     engine = Engine(tiny, {"a": patch}, tuning=Tuning(compile="eager"))
     assert close(engine(images)["a"], tiny.patched(patch)(images))
     assert "compiled by eager" in str(engine.tuning)
-    with pytest.raises(EngineError, match="backend 'no such backend' fails here"):
+    with pytest.raises(BackboneError, match="backend 'no such backend' fails here"):
         Engine(tiny, tuning=Tuning(compile="no such backend"))(images)
 
 

@@ -9,7 +9,16 @@ from conftest import color_task
 from modelpatch.backbone import Backbone
 from modelpatch.methods import FullFinetune
 from modelpatch.patch import PatchedModel
-from modelpatch.train.cache import CachedInputs, PlainInputs, cache_worthwhile, prefix_share, run_prefix
+from modelpatch.train.cache import (
+    FOLDING,
+    CachedInputs,
+    PlainInputs,
+    Prefix,
+    cache_worthwhile,
+    make_prefix,
+    prefix_share,
+    run_prefix,
+)
 from modelpatch.train.images import AUGMENTATIONS, ImageStore
 
 GENEROUS = 2**30
@@ -24,13 +33,27 @@ def model(backbone: Backbone) -> PatchedModel:
     return FullFinetune().draft(backbone, 3)
 
 
+def prefix(backbone: Backbone) -> Prefix:
+    return make_prefix(backbone, model(backbone), FOLDING - 1)
+
+
+def test_many_images_go_through_folded_copies_that_agree_to_rounding(tiny: Backbone, store: ImageStore) -> None:
+    images = store.plain(torch.arange(70))
+    for end in (1, len(tiny.chain)):
+        direct = prefix(tiny)(images, end)
+        folded = make_prefix(tiny, model(tiny), FOLDING)(images, end)
+        assert torch.equal(direct, run_prefix(model(tiny), images, end))
+        assert torch.equal(folded, direct) == (end == 1)  # a convolution alone, and then its normalisation
+        assert (folded - direct).abs().max() <= 1e-5 * direct.abs().max()
+
+
 @pytest.mark.parametrize("memory", [GENEROUS, 1], ids=["memory", "disk"])
 @pytest.mark.parametrize("start", [1, 3, -1])
 def test_cached_outputs_are_the_prefix_of_every_image(
     tiny: Backbone, store: ImageStore, start: int, memory: int
 ) -> None:
     start = start % (len(tiny.chain) + 1)
-    cached = CachedInputs(model(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
+    cached = CachedInputs(prefix(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
     rows = torch.tensor([69, 3, 3, 0])
     direct = run_prefix(model(tiny), store.plain(rows), start)
     assert cached.start == start
@@ -39,7 +62,7 @@ def test_cached_outputs_are_the_prefix_of_every_image(
 
 def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: ImageStore) -> None:
     counts: list[int] = []
-    cached = CachedInputs(model(tiny), store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
+    cached = CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
     rows = torch.arange(8)
     views = [cached.batch(rows, epoch, step=0) for epoch in range(6)]
     for epoch in range(3):
@@ -49,7 +72,7 @@ def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: Image
 
 
 def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageStore) -> None:
-    assert CachedInputs(model(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
+    assert CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
 
 
 def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:

@@ -22,15 +22,15 @@ from typing import overload
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.backbone.frozen import FrozenBackbone, Module
 from modelpatch.backbone.preprocess import ImageSource
-from modelpatch.engine.frozen import FrozenBackbone, Module
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.measure import measure
 from modelpatch.engine.plan import Link, Member, Plan, Rows, make_plan
 from modelpatch.engine.program import Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.stream import Answers, stream
-from modelpatch.engine.tuning import Tuning
 from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.patch import BoundPatch, LinearHead, Patch
 

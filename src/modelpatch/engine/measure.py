@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone import Backbone
-from modelpatch.engine.frozen import FrozenBackbone, sample
-from modelpatch.engine.tuning import CACHE, Tuning, lay, piece_rows
+from modelpatch.backbone.frozen import FrozenBackbone, sample
+from modelpatch.backbone.tuning import CACHE, Tuning, lay
 
 NOTICEABLE = 1.02  # what is not at least this much faster stays off
 MOST_PAIRS = 9
@@ -54,19 +54,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _whole(backbone: Backbone, tuning: Tuning) -> Callable[[Tensor], Tensor]:
     frozen = FrozenBackbone(backbone, tuning)
-    modules = [frozen.module(segment.index) for segment in backbone.chain]
-    widest = max(4 * prod(segment.output_shape) for segment in backbone.chain)
-
-    def run(images: Tensor) -> Tensor:
-        outputs = []
-        for x in images.split(piece_rows(widest, tuning) or len(images)):
-            x = lay(x, tuning)
-            for module in modules:
-                x = module(x)
-            outputs.append(x.float())
-        return torch.cat(outputs)
-
-    return run
+    return lambda images: frozen.run(images, len(backbone.chain))
 
 
 def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tuple[int, str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modelpatch.engine.frozen import Module
+from modelpatch.backbone.frozen import Module
+from modelpatch.backbone.tuning import Tuning, lay, piece_rows
 from modelpatch.engine.plan import Answer, Link, Plan, Pool, Run, Step, Take
-from modelpatch.engine.tuning import Tuning, lay, piece_rows
 from modelpatch.patch.heads import pool
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from modelpatch.engine.frozen import Module, casting, freeze, sample
-from modelpatch.engine.tuning import Tuning
+from modelpatch.backbone.frozen import Module, casting, freeze, sample
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.errors import BudgetError
 from modelpatch.patch import BoundPart
 

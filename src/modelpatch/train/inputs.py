@@ -9,6 +9,7 @@ one pass and lends them to many fits: those of a selection differ in what they t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.patch import PatchedModel
-from modelpatch.train.cache import BATCH, CachedInputs, PlainInputs, cache_worthwhile, prefix_share
+from modelpatch.train.cache import (
+    BATCH,
+    CachedInputs,
+    PlainInputs,
+    cache_worthwhile,
+    make_prefix,
+    prefix_share,
+    run_prefix,
+)
 from modelpatch.train.data import Split, TaskData
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
@@ -85,7 +94,8 @@ class OwnInputs:
         with self.bar.task(
             f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", views * len(store)
         ) as advance:
-            return CachedInputs(model, store, first, augmentation, views, self.seed, self.memory, advance)
+            prefix = make_prefix(self.backbone, model, views * len(store))
+            return CachedInputs(prefix, store, first, augmentation, views, self.seed, self.memory, advance)
 
     def _store(self, split: str) -> ImageStore:
         if split == "train" and self._train is not None:
@@ -212,7 +222,9 @@ class SharedInputs:
         if model.taps and cache_worthwhile(shared.backbone, model.first):  # its head reads more than one boundary
             count = max(shared.views, 1) if augmented else 1
             images = ImageRows(shared.store, rows)
-            return CachedInputs(model, images, model.first, augmentation, count, shared.seed, shared.memory)
+            return CachedInputs(
+                partial(run_prefix, model), images, model.first, augmentation, count, shared.seed, shared.memory
+            )
         start = 0 if model.taps else shared.before(model.first)
         views = range(shared.views) if augmented else range(shared.views, shared.views + 1)
         return BoundaryInputs(start, shared.activations[start], rows, views)

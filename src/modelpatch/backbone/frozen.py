@@ -1,7 +1,7 @@
 """Frozen copies for inference: BatchNorm folded into the convolution before it, weights with their channels last.
 
 A frozen module costs the bytes of all weights it reads, so the backbone's segments are frozen as they are first used,
-and a patch's variants only where the budget has room for them (`residency.py`).
+and a patch's variants only where the engine's budget has room for them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Segment
-from modelpatch.engine.tuning import Tuning, lay
-from modelpatch.errors import EngineError
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment
+from modelpatch.backbone.tuning import Tuning, lay, piece_rows
+from modelpatch.errors import BackboneError
 
 Module = Callable[[Tensor], Tensor]
 
@@ -50,13 +52,13 @@ def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
 
 
 def _compile(module: nn.Module, example: Tensor, tuning: Tuning) -> Module:
-    """Compiled and run once, so that what is missing is found now. Raises `EngineError`."""
+    """Compiled and run once, so that what is missing is found now. Raises `BackboneError`."""
     try:
         compiled = torch.compile(module, backend=tuning.compile, dynamic=True)
         compiled(example)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EngineError(
+        raise BackboneError(
             f"torch.compile with the backend {tuning.compile!r} fails here: {reason}. Its default, inductor, needs a C++ "
             'compiler. Leave compile="" to trace instead.'
         ) from error
@@ -95,6 +97,18 @@ class FrozenBackbone:
             return segment.module
         frozen = freeze(segment.module, sample(segment.input_shape, self._device), self.tuning)
         return casting(segment.module, self.tuning, torch.float32) if frozen is None else frozen
+
+    def run(self, images: Tensor, end: int) -> Tensor:
+        """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""
+        modules = [self.module(index) for index in range(end)]
+        widest = max((4 * prod(segment.output_shape) for segment in self._chain[:end]), default=1)
+        outputs = []
+        for x in images.split(piece_rows(widest, self.tuning) or max(len(images), 1)):
+            x = lay(x, self.tuning)
+            for module in modules:
+                x = module(x)
+            outputs.append(x.float())
+        return torch.cat(outputs)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""How the engine computes on this machine: chosen by a measurement, reported, and pinned by whoever wants to.
+"""How frozen segments compute on this machine: chosen by the engine's measurement, reported, pinned by whoever wants to.
 
 | setting | what it changes |
 |---|---|
