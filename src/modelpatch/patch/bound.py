@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from modelpatch.patch.patch import Patch
 
 
+RECENT = 32
 HEAD = -1  # the number of the head among a patch's parts
 
 
@@ -176,6 +178,7 @@ class Shelf:
         self._resting = {name: place[path] for name, (place, path) in self._places.items()}
         self._lock = threading.Lock()
         self._holder: weakref.ref[BoundPart] | None = None
+        self._recent: OrderedDict[int, tuple[weakref.ref[BoundPart], dict[str, Tensor]]] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
@@ -192,13 +195,25 @@ class Shelf:
         """The module's output with the part's numbers. Weights made from masks are given back at once."""
         with self._lock:
             if self._holder is None or self._holder() is not part:
-                self._lend(part.numbers.tensors())
-                self._holder = weakref.ref(part, self._forget)
+                self._lend(self._views(part))
+                self._holder = self._recent[id(part)][0] if id(part) in self._recent else weakref.ref(part)
             try:
                 return self.module(x)
             finally:
                 if part.numbers.made:
                     self._give_back()
+
+    def _views(self, part: BoundPart) -> dict[str, Tensor]:
+        """The part's tensors; as views they are kept for the `RECENT` parts that lent last, since making them takes time."""
+        if part.numbers.made:
+            return part.numbers.tensors()
+        owner, views = self._recent.pop(id(part), (None, {}))
+        if owner is None or owner() is not part:
+            owner, views = weakref.ref(part, self._forget), part.numbers.tensors()
+        self._recent[id(part)] = owner, views
+        while len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
+        return views
 
     def _give_back(self) -> None:
         self._lend(self._resting)
@@ -208,6 +223,7 @@ class Shelf:
         """The part that lent its numbers is gone: let go of them, unless another has just taken its place."""
         if self._lock.acquire(blocking=False):
             try:
+                self._recent = OrderedDict((key, kept) for key, kept in self._recent.items() if kept[0] is not holder)
                 if self._holder is holder:
                     self._give_back()
             finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -177,8 +178,14 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` bits as 0 and 1 (int8)."""
-    return ((packed[:, None] >> _shifts(packed.device)) & 1).view(torch.int8).flatten()[:count]
+    """The first `count` bits as 0 and 1 (float32). Bytes are looked up: one read and one write a weight."""
+    return _bytes_as_bits(packed.device).index_select(0, packed.int()).flatten()[:count]
+
+
+@cache
+def _bytes_as_bits(device: torch.device) -> Tensor:
+    values = torch.arange(256, dtype=torch.uint8, device=device)
+    return ((values[:, None] >> _shifts(device)) & 1).float()
 
 
 def _shifts(device: torch.device) -> Tensor:
