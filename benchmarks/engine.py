@@ -74,7 +74,7 @@ def sharing(rounds: int) -> Rows:
         }
         for what, method in methods.items():
             patches = {f"task {n}": untrained(backbone, method, CLASSES, n) for n in range(TASKS)}
-            engine = mp.Engine(backbone, patches, tuning=tuning, budget=10**12)
+            engine = mp.Engine(backbone, patches, tuning=tuning, budget=10**12, eager=True)
             models: list[nn.Module] = [backbone.patched(patch) for patch in patches.values()]
             peft = peft_model(load(name), backbone, method)
             for batch in (1, 16):
@@ -157,7 +157,7 @@ def whole(rounds: int) -> Rows:
         models: list[nn.Module] = [backbone.patched(patch) for patch in patches.values()]
         base_bytes = mp.Engine(backbone, tuning=Tuning()).memory["backbone"]
         for budget in (0, 2 * base_bytes):
-            engine = mp.Engine(backbone, patches, tuning=tuning, budget=budget)
+            engine = mp.Engine(backbone, patches, tuning=tuning, budget=budget, eager=True)
             for batch in (1, 16):
                 x = images(batch, 128)
                 ways: dict[str, Callable[[], object]] = {
@@ -281,7 +281,7 @@ def blocks(rounds: int, picture: Path | None) -> Rows:
     rows: Rows = []
     for block in backbone.chain.blocks:
         patch = untrained(backbone, mp.methods.Subset(blocks=(block.name,)), CLASSES)
-        engine = mp.Engine(backbone, {"task": patch}, tuning=tuning, budget=10**12)
+        engine = mp.Engine(backbone, {"task": patch}, tuning=tuning, budget=10**12, eager=True)
         times = compare_ways({"base": partial(alone, x), "both": partial(engine, x)}, rounds * 3)
         added = ratio(times["both"], times["base"]) - 1
         rows.append((block.name, statistics.median(times["base"]), statistics.median(times["both"]), 100 * added))

@@ -261,6 +261,11 @@ def test_patches_of_one_task_are_told_apart_by_their_file_names(
     answers = json.loads(run("predict", image, "-p", first, "-p", second, "--json", "-").out)
     assert set(answers[0]["tasks"]) == {"linear-probe", "again"}
     assert "give each --patch once" in run("predict", image, "-p", first, "-p", first).err
+    other = tmp_path / "other" / first.name
+    other.parent.mkdir()
+    other.write_bytes(first.read_bytes())
+    answers = json.loads(run("predict", image, "-p", first, "-p", other, "--json", "-").out)
+    assert set(answers[0]["tasks"]) == {str(first), str(other)}
 
 
 def test_eval_tests_on_the_images_that_the_fit_held_out(run: Run, folder: Path, tmp_path: Path) -> None:

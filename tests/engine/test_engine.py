@@ -17,6 +17,7 @@ from torch import Tensor
 from conftest import draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, Fingerprint
 from modelpatch.engine import Engine, Tuning, measure
+from modelpatch.engine.residency import OFTEN
 from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
 from modelpatch.patch import BoundPatch, Patch
@@ -47,6 +48,13 @@ def many(backbone: Backbone) -> dict[str, Patch]:
         name: draft_patch(backbone, method, classes=2 + number, seed=number)
         for number, (name, method) in enumerate(methods.items())
     }
+
+
+def use_often(engine: Engine, images: Tensor) -> None:
+    """Until its variants are modules of their own, as far as the budget allows."""
+    for _ in range(OFTEN):
+        engine(images)
+    engine.settle()
 
 
 def masked(backbone: Backbone, seed: int) -> Patch:
@@ -85,8 +93,9 @@ def test_every_tuning_and_budget_gives_the_same_answers(
 ) -> None:
     patches = many(tiny)
     engine = Engine(tiny, patches, tuning=tuning, budget=budget)
-    for _ in range(2):
+    for _ in range(OFTEN + 1):
         answers = engine(images)
+        engine.settle()
         assert close(answers["base"], tiny(images))
         for name, patch in patches.items():
             assert close(answers[name], tiny.patched(patch)(images)), name
@@ -181,7 +190,7 @@ def test_one_batch_for_tasks_that_normalise_differently_is_refused(tiny: Backbon
 
 @pytest.mark.parametrize("bad", [torch.zeros(3, 16, 16), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16).byte()])
 def test_what_is_no_batch_of_images_is_refused(tiny: Backbone, bad: Tensor) -> None:
-    with pytest.raises(EngineError, match="expected normalised floats"):
+    with pytest.raises(EngineError, match=r"expected normalised floats"):
         Engine(tiny, tuning=PLAIN)(bad)
 
 
@@ -191,6 +200,65 @@ def test_as_many_tasks_as_images_are_needed(tiny: Backbone, images: Tensor) -> N
         engine(images, tasks=["a", "base"])
     with pytest.raises(EngineError, match="not both"):
         engine(images, tasks=["a"] * 6, only=["a"])
+
+
+@pytest.mark.parametrize("bad", ["photo.jpg", None, 3, np.zeros((4, 4, 3), np.uint8)])
+def test_what_is_no_list_of_pictures_is_refused(tiny: Backbone, bad: object) -> None:
+    with pytest.raises(EngineError, match="expected a list of files or pictures"):
+        Engine(tiny, tuning=PLAIN)(bad)  # type: ignore[call-overload]
+
+
+def test_batches_by_preprocessing_are_checked(tiny: Backbone) -> None:
+    engine, kind = Engine(tiny, tuning=PLAIN), tiny.preprocessing
+    for batch, problem in (
+        (torch.zeros(3, 16, 16), "expected normalised floats"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "expected normalised floats"),
+        (torch.zeros(1, 3, 8, 8), "its preprocessing gives"),
+    ):
+        with pytest.raises(EngineError, match=problem):
+            engine({kind: batch})
+
+
+def test_no_pictures_give_no_answers(tiny: Backbone) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny, Subset())}, tuning=PLAIN)
+    assert {name: tuple(logits.shape) for name, logits in engine([]).items()} == {"base": (0, 5), "a": (0, 3)}
+
+
+def test_one_text_in_place_of_a_list_of_tasks_is_refused(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, tuning=PLAIN)
+    with pytest.raises(EngineError, match=r"only='base' is one text"):
+        engine(images, only="base")
+    with pytest.raises(EngineError, match=r"tasks='base' is one text"):
+        engine(images, tasks="base")
+
+
+def test_engines_of_what_is_none_are_refused(tiny: Backbone, tmp_path: Path) -> None:
+    for arguments, problem in (
+        (("bundled:tiny",), "expected what load_backbone gives"),
+        ((tiny, [tmp_path]), "expected them by name"),
+        ((tiny, {}, -1), "expected a number of bytes"),
+    ):
+        with pytest.raises(EngineError, match=problem):
+            Engine(*arguments[:2], tuning=PLAIN, budget=arguments[2] if len(arguments) > 2 else None)  # type: ignore[arg-type]
+
+
+def test_operations_follow_height_and_width(tiny: Backbone) -> None:
+    engine = Engine(tiny, tuning=PLAIN)
+    square, tall = (engine.explain(torch.zeros(1, 3, height, 16))[0].flops for height in (16, 64))
+    assert tall == 4 * square
+
+
+def test_a_backbone_that_somebody_puts_into_train_mode_answers_as_before(tiny: Backbone, images: Tensor) -> None:
+    patch = draft_patch(tiny, Subset())
+    engine, bound = Engine(tiny, {"a": patch}, tuning=PLAIN), BoundPatch(tiny, patch)
+    before = engine(images)
+    tiny.module.train()
+    after = Engine(tiny, {"a": patch}, tuning=PLAIN)(images)
+    for name in before:
+        assert torch.equal(engine(images)[name], before[name])
+        assert torch.equal(after[name], before[name])
+    assert torch.equal(bound(images), before["a"])
+    tiny.verify()
 
 
 # members ----------------------------------------------------------------------------------------------------
@@ -218,6 +286,7 @@ def test_patches_are_added_swapped_and_removed(tiny: Backbone, images: Tensor, t
     engine.swap("a", second)
     assert close(engine(images)["a"], tiny.patched(second)(images))
     assert engine.classes("a") == second.task.classes
+    use_often(engine, images)
     assert engine.memory["variants"] > 0
     engine.remove("a")
     assert engine.tasks == ("base",)
@@ -301,9 +370,12 @@ def test_modules_of_variants_stay_within_the_budget_and_the_most_recent_have_the
     assert one == sum(t.numel() * 4 for name, t in patches["0"].tensors.items() if name.startswith("mask/"))
     engine = Engine(tiny, patches, tuning=PLAIN, budget=one)
     expected = {name: tiny.patched(patch)(images) for name, patch in patches.items()}
-    for name in ("0", "0", "1", "2", "1", "1", "0"):
+    for name in "0001121111100000":
         assert torch.equal(engine(images, only=[name])[name], expected[name])
-        assert 0 < engine.memory["variants"] <= one
+        engine.settle()
+        assert engine.memory["variants"] <= one
+    assert engine.memory["variants"] == one
+    assert engine.residency.evicted > 0
 
 
 def test_eager_engines_make_modules_when_a_patch_is_added_lazy_ones_when_it_is_used(
@@ -313,7 +385,7 @@ def test_eager_engines_make_modules_when_a_patch_is_added_lazy_ones_when_it_is_u
     assert Engine(tiny, patch, tuning=PLAIN, eager=True).memory["variants"] > 0
     lazy = Engine(tiny, patch, tuning=PLAIN)
     assert lazy.memory["variants"] == 0
-    lazy(images)
+    use_often(lazy, images)
     assert lazy.memory["variants"] > 0
 
 
@@ -324,13 +396,59 @@ def test_a_pinned_task_keeps_its_modules_and_what_has_no_room_is_refused(tiny: B
     engine.pin("0")
     with pytest.raises(BudgetError, match="no room beside what is pinned"):
         engine.pin("1")
-    for _ in range(3):
+    for _ in range(OFTEN + 2):
         engine(images, only=["1"])
+        engine.settle()
     assert engine.residency.evicted == 0
     engine.unpin("0")
     engine.pin("1")
     assert engine.residency.evicted > 0
     assert torch.equal(engine(images)["1"], tiny.patched(patches["1"])(images))
+
+
+def test_calls_that_outlive_their_task_leave_nothing_behind(tiny: Backbone, images: Tensor) -> None:
+    engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
+    engine(images, only=["a"])
+    program = next(iter(engine._programs.values()))
+    engine.remove("a")
+    for _ in range(OFTEN + 1):
+        program({None: images})
+    engine.settle()
+    assert engine.memory["variants"] == 0
+
+
+def test_a_refused_patch_or_pin_leaves_nothing_behind(tiny: Backbone) -> None:
+    engine = Engine(tiny, {"a": draft_patch(tiny)}, tuning=PLAIN, eager=True, budget=10_000)
+    with pytest.raises(EngineError, match="already"):
+        engine.add("a", masked(tiny, 0))
+    assert engine.memory["variants"] == 0
+    tight = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN, budget=100)
+    with pytest.raises(BudgetError, match="no room"):
+        tight.pin("a")
+    assert tight.memory["variants"] == 0
+    assert all(not variant.pins for variant in tight.residency._known.values())
+
+
+def test_two_tasks_pin_one_patch_each_for_itself(tiny: Backbone, images: Tensor) -> None:
+    patch = masked(tiny, 0)
+    engine = Engine(tiny, {"a": patch, "b": patch}, tuning=PLAIN)
+    engine.pin("a")
+    engine.pin("b")
+    engine.unpin("b")
+    assert all(variant.pins == 1 for variant in engine.residency._known.values())
+    engine.swap("a", masked(tiny, 1))
+    assert all(not variant.pins for variant in engine.residency._known.values())
+
+
+def test_joined_heads_are_held_once_for_all_batch_sizes_and_not_for_mixed_batches(tiny: Backbone) -> None:
+    engine = Engine(tiny, {str(seed): draft_patch(tiny, seed=seed) for seed in range(4)}, tuning=PLAIN)
+    for rows in (1, 2, 3):
+        engine(torch.zeros(rows, 3, 16, 16))
+    heads = [4 * (16 + 1) * outputs for outputs in (5, 3, 3, 3, 3)]
+    assert engine.memory["joined heads"] == sum(heads)
+    for shift in range(4):
+        engine(torch.zeros(4, 3, 16, 16), tasks=[str((row + shift) % 4) for row in range(4)])
+    assert engine.memory["joined heads"] == sum(heads)
 
 
 def test_scale_and_bias_patches_cost_their_numbers_and_nothing_else_without_folding(
@@ -386,6 +504,16 @@ def test_pictures_are_streamed_in_order_and_broken_ones_named(tiny: Backbone, tm
         logits = torch.cat([batch.logits["a"] for batch in batches])
         expected = engine([file for file in files if file is not broken], only=["a"])["a"]
         assert close(logits, expected)
+
+
+def test_what_cannot_be_streamed_is_refused_before_the_first_batch(tiny: Backbone) -> None:
+    engine = Engine(tiny, tuning=PLAIN)
+    with pytest.raises(EngineError, match="expected a list of files"):
+        engine.stream("photos")
+    with pytest.raises(EngineError, match="batch_size=0"):
+        engine.stream([], batch_size=0)
+    with pytest.raises(UnknownTaskError):
+        engine.stream([], only=["birds"])
 
 
 def test_an_explanation_times_every_step(tiny: Backbone, images: Tensor) -> None:

@@ -101,6 +101,14 @@ def test_peft_computes_the_logits_of_an_exported_patch(backbone: Backbone, tmp_p
     assert_same_logits(backbone, patch, model)
 
 
+def test_the_strength_goes_into_the_folder(backbone: Backbone, tmp_path: Path) -> None:
+    patch = draft_patch(backbone, LoRA(rank=4)).at_strength(0.5)
+    model = peft.PeftModel.from_pretrained(base_model(backbone), export_peft(patch, backbone, tmp_path / "half"))
+    assert_same_logits(backbone, patch, model)
+    with pytest.raises(PatchError, match="strength 0"):
+        export_peft(patch.at_strength(0), backbone, tmp_path / "nothing")
+
+
 def test_the_files_are_those_that_peft_itself_would_write(backbone: Backbone, tmp_path: Path) -> None:
     patch = draft_patch(backbone, LoRA(rank=4, blocks=("last",)))
     export_peft(patch, backbone, tmp_path / "ours")

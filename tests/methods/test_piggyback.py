@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,33 @@ def test_a_warm_start_needs_masks_of_the_same_base(tiny: Backbone, tmp_path: Pat
         Piggyback(warm_start=str(path)).draft(tiny, 3)
 
 
+@pytest.mark.parametrize("start", ["constant", "uniform", "magnitude"])
+@pytest.mark.parametrize("ternary", [False, True])
+@pytest.mark.parametrize("start_at", [0.006, 0.02])
+def test_every_warm_start_begins_with_the_earlier_mask(
+    tiny: Backbone, tmp_path: Path, start: str, ternary: bool, start_at: float
+) -> None:
+    patch = draft_patch(tiny, Piggyback(ternary=ternary))
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        name: torch.randint(-1 if ternary else 0, 2, tensor.shape, generator=generator).to(tensor.dtype)
+        for name, tensor in patch.tensors.items()
+        if name.startswith("mask/")
+    }
+    path = replace(patch, tensors={**patch.tensors, **masks}).save(tmp_path / "earlier.safetensors")
+    method = Piggyback(ternary=ternary, start=start, start_at=start_at, warm_start=str(path))  # type: ignore[arg-type]
+    drafted = method.draft(tiny, 3).tensors()
+    assert all(torch.equal(drafted[name], mask) for name, mask in masks.items())
+
+
 # what does not fit ------------------------------------------------------------------------------------------
 
 
 def test_a_start_below_the_threshold_is_refused(tiny: Backbone) -> None:
     with pytest.raises(MethodError, match="every weight would start masked"):
         Piggyback(start_at=1e-3).draft(tiny, 3)
+    with pytest.raises(MethodError, match="every weight would start masked"):
+        Piggyback(start="uniform", start_at=1e-3).draft(tiny, 3)
 
 
 def test_a_network_without_weights_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
+from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.tuning import Tuning, lay, piece_rows
 from modelpatch.errors import BackboneError
 
@@ -80,6 +81,7 @@ class FrozenBackbone:
     def __init__(self, backbone: Backbone, tuning: Tuning) -> None:
         self._chain, self._device, self.tuning = backbone.chain, backbone.device, tuning
         self._modules: dict[int, Module] = {}
+        self._shared: set[int] = set()  # those that cost no bytes
         self._lock = threading.Lock()
 
     def module(self, index: int) -> Module:
@@ -94,9 +96,14 @@ class FrozenBackbone:
 
     def _make(self, segment: Segment) -> Module:
         if self.tuning.plain or not any(True for _ in segment.module.parameters()):
-            return segment.module
+            return self._clone(segment)
         frozen = freeze(segment.module, sample(segment.input_shape, self._device), self.tuning)
-        return casting(segment.module, self.tuning, torch.float32) if frozen is None else frozen
+        return casting(self._clone(segment), self.tuning, torch.float32) if frozen is None else frozen
+
+    def _clone(self, segment: Segment) -> nn.Module:
+        """Over the same bytes, in eval mode whatever becomes of the backbone's own module."""
+        self._shared.add(segment.index)
+        return clone_module(segment.module)
 
     def run(self, images: Tensor, end: int) -> Tensor:
         """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""
@@ -113,9 +120,7 @@ class FrozenBackbone:
     @property
     def nbytes(self) -> int:
         """Bytes of the frozen copies."""
-        made = [
-            self._chain[index] for index, module in self._modules.items() if module is not self._chain[index].module
-        ]
+        made = [self._chain[index] for index in self._modules.keys() - self._shared]
         return sum(tensor.nbytes for segment in made for _, tensor in segment.named_tensors())
 
 

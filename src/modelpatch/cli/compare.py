@@ -44,7 +44,9 @@ def compare(
     data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
     methods: Annotated[
         str,
-        typer.Option(help="Comma-separated names, with hyperparameters in brackets and + for combinations, or 'all'."),
+        typer.Option(
+            help="Comma-separated names, 'all', combinations with +, hyperparameters as in subset(blocks=last)."
+        ),
     ] = "all",
     sweep: Annotated[
         str | None, typer.Option(help="KEY=V1,V2,...: every method with a hyperparameter at each of these values.")

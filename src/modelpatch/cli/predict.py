@@ -26,7 +26,7 @@ from modelpatch.cli.options import (
     open_vocabulary,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, open_console, read_names, write_json
+from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, read_names, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
 from modelpatch.errors import DataError, ModelpatchError
@@ -73,7 +73,7 @@ def predict(
     """
     console = open_console(json)
     check_file("--json", json)
-    check_file("--plot", plot)
+    check_pictures(plot=plot)
     files = find_images(images)
     labels_given = read_names("--labels", labels)
     patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
@@ -99,7 +99,8 @@ def predict(
     report = _explain(engine, readable[:batch_size], tasks, console, plot) if (explain or plot) and readable else None
     write_json(json, {"images": rows, "plan": report} if explain else rows)
     if broken := len(files) - len(readable):
-        raise DataError(f"{broken} of {len(files)} images cannot be read; the others are answered.")
+        others = "; the others are answered" if readable else ", so that nothing is answered or explained"
+        raise DataError(f"{broken} of {len(files)} images cannot be read{others}.")
 
 
 def _relabel(
@@ -141,13 +142,14 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 def _names(patches: dict[Path, Patch]) -> dict[str, Path]:
-    """Files by task name, or by file name where two answer tasks of the same name."""
+    """Files by task name, by file name where two answer tasks of the same name, and by path where these are equal too."""
     tasks = [patch.task.name for patch in patches.values()]
-    named = {
-        patch.task.name if tasks.count(patch.task.name) == 1 else path.stem: path for path, patch in patches.items()
-    }
-    if len(named) < len(patches):
-        raise ModelpatchError("two patches have the same task and file name; give each --patch once.")
+    stems = [path.stem for path in patches]
+    named: dict[str, Path] = {}
+    for path, patch in patches.items():
+        name = patch.task.name if tasks.count(patch.task.name) == 1 else path.stem
+        name = str(path) if name == path.stem and stems.count(name) > 1 else name
+        named[f"{name} (patch)" if name == BASE else name] = path
     return named
 
 

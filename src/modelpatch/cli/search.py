@@ -65,7 +65,8 @@ def search(
         str | None, typer.Option(help="The most time the patch may add to the base's: +15%.")
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated methods to choose among, with hyperparameters in brackets.")
+        str,
+        typer.Option(help="Comma-separated methods to choose among, with hyperparameters as in subset(blocks=last)."),
     ] = ",".join(METHODS),
     tries: Annotated[int, typer.Option(min=1, help="The most proposals to train.")] = 48,
     halving: Annotated[

@@ -64,7 +64,8 @@ def answers(plan: Plan) -> dict[int, list[str]]:
     for step in plan.steps:
         if isinstance(step, Answer):
             for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
-                found.setdefault(stream, []).extend(step.members)
+                names = found.setdefault(stream, [])
+                names += [name for name in step.members if name not in names]
     return found
 
 

@@ -11,13 +11,14 @@ Members are added, removed and swapped while other threads call the engine: ever
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
 from typing import overload
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -25,19 +26,19 @@ from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.frozen import FrozenBackbone, Module
 from modelpatch.backbone.preprocess import ImageSource
 from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.inputs import Images, make_batches, read
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.measure import measure
 from modelpatch.engine.plan import Link, Member, Plan, Rows, make_plan
-from modelpatch.engine.program import Program, Timing
+from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.stream import Answers, stream
 from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
-from modelpatch.patch import BoundPatch, LinearHead, Patch
+from modelpatch.patch import BoundPart, BoundPatch, LinearHead, Patch
 
 BASE = "base"
 PROGRAMS = 128
 AnyPatch = Patch | BoundPatch | str | Path
-Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
 _SERIAL = count()
 
 
@@ -55,10 +56,15 @@ class _Task:
     beside: tuple[Link, ...]
     bound: BoundPatch | None
 
-    def member(self, root: Hashable, pixels: int, own: int) -> Member:
-        """As the plan sees it: images of `pixels` x `pixels`, the backbone's own being `own` x `own`."""
+    @property
+    def parts(self) -> tuple[BoundPart, ...]:
+        """The variants of the task's own."""
+        return () if self.bound is None else self.bound.parts
+
+    def member(self, root: Hashable, shape: tuple[int, int], own: int) -> Member:
+        """As the plan sees it: images of `shape` (height, width), the backbone's own being `own` x `own`."""
         linear = type(self.head) in (nn.Linear, LinearHead)
-        return Member(self.name, self.path, root, pixels, (pixels / own) ** 2, tuple(self.taps), linear, self.beside)
+        return Member(self.name, self.path, root, shape, prod(shape) / own**2, tuple(self.taps), linear, self.beside)
 
 
 class Engine:
@@ -83,6 +89,14 @@ class Engine:
         eager: bool = False,
         bfloat16: bool = False,
     ) -> None:
+        if not isinstance(backbone, Backbone):
+            raise EngineError(f"the backbone is a {type(backbone).__name__}; expected what load_backbone gives.")
+        if not isinstance(patches or {}, Mapping):
+            raise EngineError(
+                f"the patches are a {type(patches).__name__}; expected them by name: {{'flowers': patch}}."
+            )
+        if budget is not None and (type(budget) is not int or budget < 0):
+            raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
         self.backbone = backbone
         self.tuning = measure(backbone, bfloat16=bfloat16) if tuning is None else tuning
         tensors = (*backbone.module.parameters(), *backbone.module.buffers())
@@ -91,7 +105,8 @@ class Engine:
         self.eager = eager
         self._frozen = FrozenBackbone(backbone, self.tuning)
         self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
-        self._users: Counter[str] = Counter()  # how many tasks have a variant, by its key
+        self._pinned: set[str] = set()
+        self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._tasks: dict[str, _Task] = {BASE: self._base()}
@@ -125,20 +140,21 @@ class Engine:
         with self._lock:
             if name in self._tasks:
                 raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
-            self._tasks = {**self._tasks, name: task}
-            self._users.update(_variants(task))
+            self._enter(task)
+        self._prepare(task)
 
     def swap(self, name: str, patch: AnyPatch) -> None:
         """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
 
-        A `BoundPatch` is swapped in well under a millisecond; patches and files are bound first, while calls go on.
+        A `BoundPatch` is swapped in well under a millisecond; patches and files are bound first, while calls go on. The new
+        patch is not pinned.
         """
         task = self._bind(name, patch)
         with self._lock:
             old = self._find(self._tasks, name)
-            self._tasks = {**self._tasks, name: task}
-            self._users.update(_variants(task))
+            self._enter(task)
             self._forget(old)
+        self._prepare(task)
 
     def remove(self, name: str) -> None:
         """Forget a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
@@ -151,18 +167,34 @@ class Engine:
 
     def pin(self, name: str) -> None:
         """Make a task's variants now and keep them within the budget. Raises `BudgetError` where there is no room."""
-        for link in self._find(self._tasks, name).path:
-            if isinstance(link, PartLink):
-                self.residency.pin(link.part)
+        with self._lock:
+            task = self._find(self._tasks, name)
+            if name not in self._pinned:
+                self.residency.pin(task.parts)
+                self._pinned.add(name)
 
     def unpin(self, name: str) -> None:
         """Let a task's variants be evicted again."""
-        for link in self._find(self._tasks, name).path:
-            if isinstance(link, PartLink):
-                self.residency.unpin(link.part)
+        with self._lock:
+            task = self._find(self._tasks, name)
+            if name in self._pinned:
+                self._pinned.discard(name)
+                self.residency.unpin(task.parts)
+
+    def settle(self) -> None:
+        """Wait for the variants' modules that are being made in the background."""
+        self.residency.settle()
+
+    def _enter(self, task: _Task) -> None:
+        self.residency.retain(task.parts)
+        self._tasks = {**self._tasks, task.name: task}
+
+    def _prepare(self, task: _Task) -> None:
+        if self.eager:
+            self.residency.make(task.parts)
 
     def _bind(self, name: str, patch: AnyPatch) -> _Task:
-        if not name or name == BASE:
+        if not isinstance(name, str) or not name or name == BASE:
             raise EngineError(
                 f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
             )
@@ -192,22 +224,18 @@ class Engine:
             beside,
             bound,
         )
-        for link in path:
-            if isinstance(link, PartLink):
-                _ = link.key  # hashed now, not in the first call
-                if self.eager:
-                    self.residency.module(link.part)
+        for part in task.parts:
+            _ = part.key  # hashed now, not in the first call
         return task
 
     def _forget(self, old: _Task) -> None:
         """Drop the programs and modules that only a task that is gone used."""
-        for key in [key for key, program in self._programs.items() if old.serial in _serials(key)]:
+        for key in [key for key, program in self._programs.items() if old.serial in program.serials]:
             del self._programs[key]
-        for key in _variants(old):
-            self._users[key] -= 1
-            if not self._users[key]:
-                del self._users[key]
-                self.residency.drop(key)
+        if old.name in self._pinned:
+            self._pinned.discard(old.name)
+            self.residency.unpin(old.parts)
+        self.residency.release(old.parts)
 
     @staticmethod
     def _find(tasks: Mapping[str, _Task], name: str) -> _Task:
@@ -238,7 +266,7 @@ class Engine:
         if tasks is not None:
             if only is not None:
                 raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
-            return self._rows(now, images, tasks)
+            return self._rows(now, images, _names(tasks, "tasks") or [])
         program, batches = self._all_rows(now, images, only)
         answers = program(batches)
         return {member.name: answers[member.name] for member in program.plan.members}
@@ -254,15 +282,13 @@ class Engine:
         if not tasks:
             return []
         rows = [tuple(wanted[task.name]) for task in chosen]
-        answers = self._program(chosen, rows, _side(images))(batches)
+        answers = self._program(chosen, rows, batches)(batches)
         placed = {row: logits for name, own in wanted.items() for row, logits in zip(own, answers[name], strict=True)}
         return [placed[row] for row in range(len(tasks))]
 
     def read(self, sources: Sequence[ImageSource], only: Iterable[str] | None = None) -> dict[Preprocessing, Tensor]:
         """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`."""
-        now = self._tasks
-        kinds = {self._find(now, name).preprocessing for name in (now if only is None else only)}
-        return {kind: kind(*sources) for kind in kinds}
+        return read(sources, [task.preprocessing for task in self._choose(self._tasks, only)])
 
     def stream(
         self,
@@ -289,12 +315,15 @@ class Engine:
         return self.plan_for()
 
     def plan_for(self, rows: int = 1, only: Iterable[str] | None = None) -> Plan:
-        """The plan for `rows` images, seen through the tasks' own preprocessing, and all tasks or those in `only`."""
+        """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`."""
+        if rows < 0:
+            raise EngineError(f"a plan for {rows} images; expected 0 or more.")
         chosen = self._choose(self._tasks, only)
         return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
 
     def _choose(self, now: Mapping[str, _Task], only: Iterable[str] | None) -> list[_Task]:
-        return [self._find(now, name) for name in (now if only is None else dict.fromkeys(only))]
+        names = _names(only, "only")
+        return [self._find(now, name) for name in (now if names is None else dict.fromkeys(names))]
 
     def _all_rows(
         self, now: Mapping[str, _Task], images: Images, only: Iterable[str] | None
@@ -303,45 +332,36 @@ class Engine:
         chosen = self._choose(now, only)
         batches = self._batches(chosen, images)
         rows = tuple(range(_count(batches)))
-        return self._program(chosen, [rows] * len(chosen), _side(images)), batches
+        return self._program(chosen, [rows] * len(chosen), batches), batches
 
     def _batches(self, tasks: Sequence[_Task], images: Images) -> dict[Hashable, Tensor]:
-        """The images by root: one for a batch that is given, else one for every preprocessing."""
-        device = self.backbone.device
-        if isinstance(images, Tensor):
-            _check_batch(images, tasks)
-            return {None: images.to(device)}
-        given = images if isinstance(images, Mapping) else None
-        kinds = {task.preprocessing for task in tasks}
-        if given is None:
-            given = {kind: kind(*images) for kind in kinds}
-        if missing := kinds - given.keys():
-            names = ", ".join(task.name for task in tasks if task.preprocessing in missing)
-            raise EngineError(
-                f"there are no images for the preprocessing of: {names}. engine.read(files) makes them all."
-            )
-        return {kind: given[kind].to(device) for kind in kinds}
+        return make_batches(images, {task.name: task.preprocessing for task in tasks}, self.backbone.device)
 
-    def _program(self, tasks: Sequence[_Task], rows: Sequence[Rows], pixels: int | None) -> Program:
-        """The program for tasks, each on its rows; `pixels` is the side of one batch for all, None where each has its own."""
-        key = (pixels, tuple((task.serial, own) for task, own in zip(tasks, rows, strict=True)))
+    def _program(
+        self, tasks: Sequence[_Task], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor] | None
+    ) -> Program:
+        """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
+        one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
+        key = (one, tuple((task.serial, own) for task, own in zip(tasks, rows, strict=True)))
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
         own = self.backbone.preprocessing.image_size
         members = [
-            task.member(None, pixels, own)
-            if pixels
-            else task.member(task.preprocessing, task.preprocessing.image_size, own)
+            task.member(None, one, own)
+            if one
+            else task.member(task.preprocessing, (task.preprocessing.image_size,) * 2, own)
             for task in tasks
         ]
         program = Program(
             make_plan(members, rows, self._pays),
             self._module,
             {task.name: task.head for task in tasks},
+            self._join,
             {tap: axes for task in tasks for tap, axes in task.taps.items()},
             self.tuning,
+            frozenset(task.serial for task in tasks),
         )
         with self._lock:
             if all(self._tasks.get(task.name) is task for task in tasks):
@@ -349,6 +369,14 @@ class Engine:
                 while len(self._programs) > PROGRAMS:
                     self._programs.popitem(last=False)
         return program
+
+    def _join(self, heads: tuple[nn.Module, ...]) -> JoinedHeads:
+        """Linear heads as one, kept as long as a program needs it and shared by all that do."""
+        key = tuple(map(id, heads))
+        joined = self._joined.get(key)
+        if joined is None or joined.heads != heads:
+            joined = self._joined[key] = JoinedHeads(heads)
+        return joined
 
     def _module(self, link: Link) -> Module:
         if isinstance(link, PartLink):
@@ -364,13 +392,16 @@ class Engine:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the backbone, of its frozen copies, of all patches' numbers, and of variants as modules of their own."""
+        """Bytes of the backbone, its frozen copies, all patches' numbers, variants' own modules, and joined heads."""
         bound = [task.bound for task in self._tasks.values() if task.bound is not None]
+        with self._lock:
+            joined = sum(heads.nbytes for heads in self._joined.values())
         return {
             "backbone": self._base_bytes,
             "frozen": self._frozen.nbytes,
             "patches": sum(patch.nbytes for patch in bound),
             "variants": self.residency.nbytes,
+            "joined heads": joined,
         }
 
     def __contains__(self, name: str) -> bool:
@@ -387,39 +418,12 @@ def _read(patch: Patch | str | Path) -> Patch:
     return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
-def _side(images: Images) -> int | None:
-    """The side of a batch that all tasks see, in pixels."""
-    return images.shape[-1] if isinstance(images, Tensor) else None
-
-
-def _variants(task: _Task) -> list[str]:
-    """The keys of the variants that a task has of its own."""
-    return [link.key for link in task.path if link.own]
-
-
-def _serials(key: Hashable) -> set[int]:
-    assert isinstance(key, tuple)
-    return {serial for serial, _ in key[1]}
-
-
 def _count(batches: Mapping[Hashable, Tensor]) -> int:
-    counts = {len(batch) for batch in batches.values()}
-    if len(counts) > 1:
-        raise EngineError(f"the batches hold {', '.join(map(str, sorted(counts)))} images; expected the same number.")
-    return counts.pop() if counts else 0
+    return len(next(iter(batches.values()))) if batches else 0
 
 
-def _check_batch(images: Tensor, tasks: Sequence[_Task]) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise EngineError(
-            f"images are a {images.dtype} tensor of shape {tuple(images.shape)}; expected normalised floats "
-            "(B, 3, H, W), or a list of files or pictures."
-        )
-    kinds: dict[Hashable, str] = {}
-    for task in tasks:
-        kinds.setdefault((task.preprocessing.mean, task.preprocessing.std), task.name)
-    if len(kinds) > 1:
-        raise EngineError(
-            f"{' and '.join(list(kinds.values())[:2])} normalise images differently, so one batch cannot be right for "
-            "both. Give files or pictures, engine.read(files), or only=[...]."
-        )
+def _names(given: Iterable[str] | None, option: str) -> list[str] | None:
+    """The names in a list; a single text is taken for a mistake."""
+    if isinstance(given, str):
+        raise EngineError(f"{option}={given!r} is one text; expected a list of task names: {option}=[{given!r}].")
+    return None if given is None else list(given)

@@ -24,18 +24,28 @@ class Timing:
 
 
 class Program:
-    """Runs a plan. `modules` says what runs a link now, `heads` are the members' heads, `axes` how segments are pooled."""
+    """Runs a plan. `modules` says what runs a link now, `heads` are the members' heads and `join` makes several of them one,
+    `axes` say how segments are pooled, `serials` which tasks it belongs to."""
 
     def __init__(
         self,
         plan: Plan,
         modules: Callable[[Link], Module],
         heads: Mapping[str, nn.Module],
+        join: Callable[[tuple[nn.Module, ...]], JoinedHeads],
         axes: Mapping[int, tuple[int, ...]],
         tuning: Tuning,
+        serials: frozenset[int],
     ) -> None:
         self.plan, self._modules, self._heads, self._axes, self._tuning = plan, modules, heads, axes, tuning
-        self._joined = {step.members: _join(step, heads) for step in plan.steps if isinstance(step, Answer)}
+        self.serials = serials
+        self._joined = {
+            step.members: join(tuple(heads[name] for name in step.members))
+            for step in plan.steps
+            if isinstance(step, Answer)
+            and len(step.members) > 1
+            and all(takes[0].places is None for takes in step.takes)
+        }
 
     @torch.inference_mode()
     def __call__(self, images: Mapping[Hashable, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
@@ -73,32 +83,40 @@ class Program:
             streams[stream] = out
 
     def _answer(self, step: Answer, streams: list[Tensor | None]) -> dict[str, Tensor]:
-        joined = self._joined[step.members]
-        if joined is None:
-            inputs = [_take(streams, take).float() for take in step.takes[0]]
-            features = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-            return {step.members[0]: self._heads[step.members[0]](features)}
-        weight, bias, widths = joined
-        features = _read(streams, step.takes[0][0].stream).float().flatten(1)
-        logits = torch.addmm(bias, features, weight.t()).split(widths, 1)
-        places = [takes[0].places for takes in step.takes]
-        return {
-            name: (out if rows is None else out[list(rows)]).contiguous()
-            for name, out, rows in zip(step.members, logits, places, strict=True)
-        }
+        if step.members in self._joined:
+            features = _read(streams, step.takes[0][0].stream).float().flatten(1)
+            return dict(zip(step.members, self._joined[step.members](features), strict=True))
+        answers = {}
+        for name, takes in zip(step.members, step.takes, strict=True):
+            inputs = [_take(streams, take).float() for take in takes]
+            answers[name] = self._heads[name](inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1))
+        return answers
 
 
-def _join(step: Answer, heads: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor, list[int]] | None:
-    """Several linear heads as one weight, one bias and their widths."""
-    if len(step.members) == 1:
-        return None
-    linear = [heads[name] for name in step.members]
-    weights: list[Tensor] = [head.get_parameter("weight") for head in linear]
-    biases = [
-        weight.new_zeros(len(weight)) if getattr(head, "bias", None) is None else head.get_parameter("bias")
-        for head, weight in zip(linear, weights, strict=True)
-    ]
-    return torch.cat(weights).detach(), torch.cat(biases).detach(), [len(weight) for weight in weights]
+class JoinedHeads:
+    """Linear `heads` that read the same features for the same rows, as one matrix product."""
+
+    def __init__(self, heads: tuple[nn.Module, ...]) -> None:
+        self.heads = heads
+        weights = [head.get_parameter("weight").detach() for head in heads]
+        self._widths = [len(weight) for weight in weights]
+        self._weight = torch.cat(weights)
+        self._bias = torch.cat([_bias(head, weight) for head, weight in zip(heads, weights, strict=True)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the heads' own."""
+        return self._weight.nbytes + self._bias.nbytes
+
+    def __call__(self, features: Tensor) -> list[Tensor]:
+        """Logits (B, K) of every head for features (B, D)."""
+        logits = torch.addmm(self._bias, features, self._weight.t())
+        return [one.contiguous() for one in logits.split(self._widths, 1)]
+
+
+def _bias(head: nn.Module, weight: Tensor) -> Tensor:
+    bias = getattr(head, "bias", None)
+    return weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
 def _through(modules: list[Module], x: Tensor) -> Tensor:

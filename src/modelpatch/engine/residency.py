@@ -1,16 +1,19 @@
 """Which variants are modules of their own, under a byte budget.
 
 A variant always works: its patch lends its numbers to a shared module. One that is used often is faster as a module of
-its own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights. Room is given to the
-least recently used last, and only to a variant that was used more recently than the one it would displace, so that
-many variants taking turns do not throw one another out.
+its own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes
+longer than many calls. So a variant lends at first; from its `OFTEN`th use on its module is made in the background, if the
+budget has room. Room is given to the least recently used last, and only to a variant that was used more recently than
+the one it would displace, so that many variants taking turns do not throw one another out.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,110 +22,153 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.errors import BudgetError
 from modelpatch.patch import BoundPart
 
+OFTEN = 3
+
 
 @dataclass
-class _Resident:
-    module: Module
-    nbytes: int
+class _Variant:
+    """What is known of one variant: how many tasks have it and pin it, when and how often it was used, and its module."""
+
+    users: int = 0
+    pins: int = 0
+    used: int = 0
+    uses: int = 0
+    module: Module | None = None
+    nbytes: int = 0
+    making: Future[None] | None = field(default=None, repr=False)
+    refused: bool = False
 
 
 class Residency:
-    """Modules of variants by their keys. `budget` is in bytes. Thread-safe."""
+    """Modules of variants by their keys. `budget` is in bytes; what is being made counts. Thread-safe."""
 
     def __init__(self, budget: int, tuning: Tuning) -> None:
         self.budget, self.tuning = budget, tuning
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # the least recently used first
-        self._used: dict[str, int] = {}
-        self._pinned: set[str] = set()
-        self._refused: set[str] = set()
-        self._making: set[str] = set()
+        self._known: OrderedDict[str, _Variant] = OrderedDict()  # the least recently used first
         self._clock = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="modelpatch-variants")
         self.made = self.evicted = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the modules there are."""
+        """Bytes of the modules there are or are being made."""
         with self._lock:
-            return self._bytes()
+            return sum(variant.nbytes for variant in self._known.values())
 
-    def _bytes(self) -> int:
-        return sum(resident.nbytes for resident in self._resident.values())
+    def retain(self, parts: Iterable[BoundPart]) -> None:
+        """One more task has these variants."""
+        with self._lock:
+            for part in parts:
+                self._known.setdefault(part.key, _Variant()).users += 1
+
+    def release(self, parts: Iterable[BoundPart]) -> None:
+        """One task fewer has these variants; those that none has are forgotten."""
+        with self._lock:
+            for part in parts:
+                variant = self._known[part.key]
+                variant.users -= 1
+                if not variant.users:
+                    del self._known[part.key]
 
     def module(self, part: BoundPart) -> Module:
-        """What runs the variant now: its own module where there is or should be one, else the part that lends."""
+        """What runs the variant now: its own module where there is one, else the part that lends."""
         with self._lock:
+            variant = self._known.get(part.key)
+            if variant is None:  # a call that began before its task was removed
+                return self._lender(part)
             self._clock += 1
-            before, self._used[part.key] = self._used.get(part.key, 0), self._clock
-            if part.key in self._resident:
-                self._resident.move_to_end(part.key)
-                return self._resident[part.key].module
-            if not self._worth_it(part) or not self._make_room(cost(part, self.tuning), before):
-                return casting(part, self.tuning, torch.float32)
-            self._making.add(part.key)
-        return self._make(part)
+            before, variant.used = variant.used, self._clock
+            variant.uses += 1
+            self._known.move_to_end(part.key)
+            if variant.module is not None:
+                return variant.module
+            if variant.uses >= OFTEN and self._worth_it(part, variant) and self._make_room(part, variant, before):
+                variant.making = self._maker.submit(self._make, part, variant)
+        return self._lender(part)
 
-    def pin(self, part: BoundPart) -> None:
-        """Make the variant's module now and keep it. Raises `BudgetError` where the budget has no room beside other pins."""
+    def make(self, parts: Sequence[BoundPart]) -> None:
+        """Make the variants' modules now, as far as the budget has room."""
+        for part in parts:
+            with self._lock:
+                variant = self._known[part.key]
+                wanted = variant.module is None and self._worth_it(part, variant)
+                if not wanted or not self._make_room(part, variant, self._clock + 1):
+                    continue
+            self._make(part, variant)
+
+    def pin(self, parts: Sequence[BoundPart]) -> None:
+        """Make the variants' modules now and keep them.
+
+        Raises `BudgetError`, with nothing pinned, where the budget has no room beside other pins.
+        """
         with self._lock:
-            needed = cost(part, self.tuning)
-            if part.key not in self._resident and not self._make_room(needed, self._clock + 1):
+            needed = {part.key: cost(part, self.tuning) for part in parts}
+            kept = sum(v.nbytes for key, v in self._known.items() if v.pins and key not in needed)
+            if kept + sum(needed.values()) > self.budget:
                 raise BudgetError(
-                    f"{part.name} takes {needed:,} bytes as a module of its own; the budget of {self.budget:,} has "
-                    "no room beside what is pinned. Raise budget=..., or unpin another task."
+                    f"as modules of their own these variants take {sum(needed.values()):,} bytes; the budget of "
+                    f"{self.budget:,} has no room beside what is pinned, {kept:,}. Raise budget=..., or unpin another task."
                 )
-            self._pinned.add(part.key)
-            if part.key in self._resident:
-                return
-        self._make(part)
+            for part in parts:
+                self._known[part.key].pins += 1
+        self.settle()
+        self.make(parts)
 
-    def unpin(self, part: BoundPart) -> None:
-        """The variant may be evicted again."""
+    def unpin(self, parts: Iterable[BoundPart]) -> None:
+        """The variants may be evicted again, as far as no other task pins them."""
         with self._lock:
-            self._pinned.discard(part.key)
+            for part in parts:
+                variant = self._known[part.key]
+                variant.pins = max(variant.pins - 1, 0)
 
-    def drop(self, key: str) -> None:
-        """Forget a variant that nobody uses any more."""
+    def settle(self) -> None:
+        """Wait for the modules that are being made."""
         with self._lock:
-            self._resident.pop(key, None)
-            self._used.pop(key, None)
-            self._pinned.discard(key)
-            self._refused.discard(key)
+            waiting = [variant.making for variant in self._known.values() if variant.making is not None]
+        for future in waiting:
+            future.result()
 
-    def _worth_it(self, part: BoundPart) -> bool:
-        waits = part.key in self._refused or part.key in self._making
-        return not waits and (self.tuning.fold or bool(part.numbers.made))
+    def _lender(self, part: BoundPart) -> Module:
+        return casting(part, self.tuning, torch.float32)
 
-    def _make_room(self, needed: int, before: int) -> bool:
-        """Evict what was last used before the moment `before` until `needed` bytes are free; nothing if that is too little."""
-        free, victims = self.budget - self._bytes(), []
-        for key, resident in self._resident.items():
+    def _worth_it(self, part: BoundPart, variant: _Variant) -> bool:
+        waits = variant.refused or variant.making is not None
+        return not waits and (not self.tuning.plain or bool(part.numbers.made))
+
+    def _make_room(self, part: BoundPart, variant: _Variant, before: int) -> bool:
+        """Reserve the variant's bytes, evicting what was last used before the moment `before`; False if that is too little."""
+        needed = cost(part, self.tuning)
+        free, victims = self.budget - self.nbytes, []
+        for other in self._known.values():
             if free >= needed:
                 break
-            if key not in self._pinned and self._used.get(key, 0) < before:
-                victims.append(key)
-                free += resident.nbytes
+            if other.module is not None and not other.pins and other.used < before:
+                victims.append(other)
+                free += other.nbytes
         if free < needed:
             return False
-        for key in victims:
-            del self._resident[key]
+        for victim in victims:
+            victim.module, victim.nbytes = None, 0
         self.evicted += len(victims)
+        variant.nbytes = needed
         return True
 
-    def _make(self, part: BoundPart) -> Module:
-        module = part.make()
-        frozen: Module | None = module
-        if not self.tuning.plain:
-            device = next((t.device for t in module.parameters()), None) or part.numbers.flat.device
-            frozen = freeze(module, sample(part.shelf.input_shape, device), self.tuning)
-        with self._lock:
-            self._making.discard(part.key)
-            if frozen is None:
-                self._refused.add(part.key)
-                return casting(part, self.tuning, torch.float32)
-            self._resident[part.key] = _Resident(frozen, cost(part, self.tuning))
-            self.made += 1
-        return frozen
+    def _make(self, part: BoundPart, variant: _Variant) -> None:
+        module: Module | None = None
+        try:
+            made = part.make()
+            module = made
+            if not self.tuning.plain:
+                module = freeze(made, sample(part.shelf.input_shape, part.numbers.flat.device), self.tuning)
+        finally:
+            with self._lock:
+                variant.making = None
+                variant.module, variant.refused = module, module is None
+                if module is None:
+                    variant.nbytes = 0
+                else:
+                    self.made += 1
 
 
 def cost(part: BoundPart, tuning: Tuning) -> int:

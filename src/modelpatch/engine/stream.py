@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from modelpatch.backbone import Preprocessing
 from modelpatch.backbone.preprocess import ImageSource
-from modelpatch.errors import DataError
+from modelpatch.engine.inputs import check_sources
+from modelpatch.errors import DataError, EngineError
 
 if TYPE_CHECKING:
     from modelpatch.engine.engine import Engine
@@ -58,10 +59,24 @@ def stream(
 ) -> Iterator[Answers]:
     """Answers for all `sources` in order, `batch_size` images at a time, for all tasks or those in `only`.
 
-    `workers` processes decode ahead; 0 decodes in this one. Tasks that are added meanwhile are not asked.
+    `workers` processes decode ahead; 0 decodes in this one. The tasks are those of the first moment: one that is removed
+    meanwhile ends the stream with `UnknownTaskError`. Raises `EngineError` for what is no list of files and pictures.
     """
+    check_sources(sources)
+    if batch_size < 1 or workers < 0:
+        raise EngineError(f"batch_size={batch_size}, workers={workers}; expected at least 1 and at least 0.")
     tasks = list(engine if only is None else dict.fromkeys(only))
-    kinds = frozenset(engine.preprocessing(task) for task in tasks)
+    return _stream(engine, sources, tasks, frozenset(map(engine.preprocessing, tasks)), batch_size, workers)
+
+
+def _stream(
+    engine: Engine,
+    sources: Sequence[ImageSource],
+    tasks: list[str],
+    kinds: frozenset[Preprocessing],
+    batch_size: int,
+    workers: int,
+) -> Iterator[Answers]:
     loader = DataLoader(_Crops(sources, kinds), batch_size, num_workers=workers, collate_fn=_as_list)
     for batch in loader:
         errors = {place: decoded for place, decoded in batch if isinstance(decoded, str)}

@@ -81,6 +81,9 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
         )
     layers = [layer for graft in grafts for layer in _layer_names(backbone, graft).values()]
     (rank, scale), *rest = {(graft.arguments["rank"], graft.arguments["scale"]) for graft in grafts}
+    scale *= patch.strength
+    if scale == 0:
+        raise PatchError("the patch has strength 0, which PEFT's folder cannot hold. Give it a strength above 0.")
     if rest:
         raise PatchError("the patch's updates differ in rank or scale; PEFT's folder is written for one of each.")
     config = AdapterConfig(

@@ -59,7 +59,7 @@ class Piggyback(Method):
         masked = weight_names(backbone)
         if not masked:
             raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
-        if self.start_at <= self.threshold and self.start != "uniform":
+        if self.start_at <= self.threshold:
             raise MethodError(
                 f"piggyback: start_at={self.start_at} is not above threshold={self.threshold}, so that every weight would "
                 "start masked. Raise start_at."
@@ -127,6 +127,8 @@ class Mask(Reweighting):
             start = (2 * torch.rand_like(weight) - 1) * method.start_at
         if earlier is not None:  # a masked weight starts as far below the threshold as a kept one above it
             below = 2 * self.threshold - method.start_at * scale
+            if self.ternary:  # between the two thresholds, or the weight would start negative
+                below = max(below, 0.0)
             start = torch.full_like(weight, method.start_at * scale).masked_fill(earlier.to(weight.device) == 0, below)
             start = start.masked_fill(earlier.to(weight.device) < 0, -method.start_at * scale)
         self.scores = nn.Parameter(start)

@@ -67,7 +67,7 @@ COMPARED = (
 
 
 def make_method(spec: str, **hyperparameters: Any) -> Method:
-    """A method by its name, or several joined by `+`, with hyperparameters in brackets or as keywords.
+    """A method by its name, or several joined by `+`, with hyperparameters in parentheses or as keywords.
 
     Values may be strings, as a command line gives them. Keywords of several methods say whose they are:
     `{"subset.blocks": "layer4"}`. Raises `MethodError` for an unknown name, hyperparameter or value.

@@ -77,6 +77,7 @@ class BoundPatch:
         self.reads_base = skeleton.model.reads_base
         self.head = _build_head(patch.head, numbers[HEAD])
         self.backbone = backbone
+        self._frozen = skeleton.frozen
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class BoundPatch:
         at, pooled = 0, []
         while at < len(self.backbone.chain):
             part = parts.get(at)
-            x = part(x) if part else self.backbone.chain[at].module(x)
+            x = part(x) if part else self._frozen[at](x)
             at = part.span[1] if part else at + 1
             if at - 1 in self.taps:
                 pooled.append(pool(x, self.taps[at - 1]))
@@ -287,6 +288,7 @@ class _Skeleton:
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         self.model = PatchedModel(backbone, patch)
+        self.frozen = {segment.index: clone_module(segment.module) for segment in backbone.chain}
         self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
         numbers = {start: number for number, (start, _) in enumerate(self.model.spans)}
         places = {place: numbers[start] for place, start in enumerate(self.model.starts) if start in numbers}
