@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "tiny": make_tiny,
     "resnet18": lambda: make_timm("resnet18", 32),
     "mobilenetv2_100": lambda: make_timm("mobilenetv2_100", 32),
-    "convnext_tiny": lambda: make_timm("convnext_atto", 32),
+    "convnext_tiny": lambda: make_timm("convnext_tiny", 32, dims=(24, 48, 96, 192)),  # as deep, narrower
     "densenet121": lambda: make_timm("densenet121", 32),
     "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32),
 }
