@@ -110,8 +110,8 @@ def floor(engine: mp.Engine, x: Tensor, names: list[str]) -> float:
     for step in plan.steps:
         if isinstance(step, Run):
             y = streams[step.inputs[0].stream]
-            for links in step.links:
-                module = engine._module(links[0])
+            for link in step.links:
+                module = engine._module(link)
                 y, seconds = timed(partial(module, y))
                 total += 1000 * seconds
             streams[step.outputs[0]] = y

@@ -28,10 +28,6 @@ class FakeLink:
     def name(self) -> str:
         return self.key
 
-    @property
-    def family(self) -> str:
-        return self.key
-
 
 BASE = tuple(FakeLink((at, at + 1), f"base {at}", macs=at + 1) for at in range(LENGTH))
 
@@ -60,8 +56,8 @@ def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
 
     for step in plan.steps:
         if isinstance(step, Run):
-            for number, (one, output, size) in enumerate(zip(step.inputs, step.outputs, step.sizes, strict=True)):
-                keys = tuple((links[number].span, links[number].key) for links in step.links)
+            for one, output, size in zip(step.inputs, step.outputs, step.sizes, strict=True):
+                keys = tuple((link.span, link.key) for link in step.links)
                 streams[output] = [(row, (*history, *keys)) for row, history in take(one)]
                 assert len(streams[output]) == size
         elif isinstance(step, Pool):
@@ -137,7 +133,7 @@ def test_patches_that_share_everything_but_the_head_are_one_run_and_one_product(
     run, answer = plan.steps
     assert isinstance(run, Run)
     assert isinstance(answer, Answer)
-    assert [links[0].key for links in run.links] == [link.key for link in BASE]
+    assert [link.key for link in run.links] == [link.key for link in BASE]
     assert answer.members == ("a", "b", "c")
     assert plan.shared == pytest.approx(2 / 3)
 
@@ -150,11 +146,11 @@ def test_heads_that_are_not_linear_answer_one_by_one() -> None:
 def test_streams_fork_at_the_first_variant_and_meet_again_after_the_last() -> None:
     plan = whole(Member("base", BASE), Member("patch", path((2, 3, "own"))))
     runs = list(plan.runs)
-    assert [[links[0].key for links in run.links] for run in runs[:1]] == [["base 0", "base 1"]]
-    assert {run.links[0][0].key for run in runs[1:3]} == {"base 2", "own"}
+    assert [[link.key for link in run.links] for run in runs[:1]] == [["base 0", "base 1"]]
+    assert {run.links[0].key for run in runs[1:3]} == {"base 2", "own"}
     assert len(runs) == 4
     assert len(runs[3].inputs) == 2
-    assert [links[0].key for links in runs[3].links] == ["base 3", "base 4"]
+    assert [link.key for link in runs[3].links] == ["base 3", "base 4"]
     assert plan.flops == 2 * 2 * (sum(link.macs for link in BASE) + 7 + 4 + 5)
 
 
@@ -181,7 +177,7 @@ def test_streams_are_followed_to_their_end_before_the_next_so_that_few_are_alive
 
 def test_rows_are_taken_where_streams_fork() -> None:
     plan = make_plan([Member("a", BASE), Member("b", path((4, 5, "own")))], [(0, 2), (1, 2)])
-    runs = {run.links[-1][0].key: run for run in plan.runs}
+    runs = {run.links[-1].key: run for run in plan.runs}
     assert plan.roots[0][2] == (0, 1, 2)
     assert runs["base 4"].inputs[0].places == (0, 2)
     assert runs["own"].inputs[0].places == (1, 2)

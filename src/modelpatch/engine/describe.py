@@ -35,7 +35,7 @@ class Branch:
 
     @property
     def own(self) -> bool:
-        return any(links[self.place].own for links in self.run.links)
+        return any(link.own for link in self.run.links)
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class Branch:
 
     @property
     def name(self) -> str:
-        first, last = self.run.links[0][self.place], self.run.links[-1][self.place]
+        first, last = self.run.links[0], self.run.links[-1]
         return first.name if first is last else f"{first.name} ... {last.name}"
 
 
@@ -131,12 +131,12 @@ def draw(plan: Plan, path: str) -> None:
     labels: list[tuple[float, str]] = []
     for _, stream, _ in plan.roots:
         _place(stream, ways, heads, lanes, labels)
-    length = max((links[0].span[1] for run in plan.runs for links in run.links), default=1)
+    length = max((link.span[1] for run in plan.runs for link in run.links), default=1)
     figure = Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
     axes = figure.subplots()
     for source, found in ways.items():
         for branch in found:
-            start, end = branch.run.links[0][0].span[0], branch.run.links[-1][0].span[1]
+            start, end = branch.run.links[0].span[0], branch.run.links[-1].span[1]
             lane = lanes[branch.stream]
             axes.plot([start, start], [lanes[source], lane], color="0.6", linewidth=1, zorder=1)
             colour = "tab:orange" if branch.own else "tab:blue"

@@ -25,10 +25,6 @@ class SegmentLink:
         return f"base {self.segment.index}"
 
     @property
-    def family(self) -> str:
-        return self.key
-
-    @property
     def name(self) -> str:
         return self.segment.name
 
@@ -60,10 +56,6 @@ class PartLink:
     @property
     def key(self) -> str:
         return self.part.key
-
-    @property
-    def family(self) -> str:
-        return self.key
 
     @property
     def name(self) -> str:

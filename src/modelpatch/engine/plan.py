@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 Rows = tuple[int, ...]  # of the batch, in order
 
@@ -31,11 +31,6 @@ class Link(Protocol):
     @property
     def key(self) -> str:
         """Equal for links that compute the same."""
-        ...
-
-    @property
-    def family(self) -> str:
-        """Equal for links that can run side by side, each row of a batch with the numbers of its own."""
         ...
 
     @property
@@ -109,11 +104,10 @@ class Take:
 class Run:
     """Run links one after another on the concatenated `inputs`; every input has its own output stream.
 
-    `links` holds, for every module in turn, the link of each input: one and the same, or several of a family. `sizes` are the
-    rows of the inputs, `scale` their pixels over the backbone's own.
+    `sizes` are the rows of the inputs, `scale` their pixels over the backbone's own.
     """
 
-    links: tuple[tuple[Link, ...], ...]
+    links: tuple[Link, ...]
     inputs: tuple[Take, ...]
     outputs: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -176,7 +170,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes of all modules that the plan reads, and of the streams that are alive at once at its peak."""
-        links = {link.key: link.nbytes for step in self.runs for row in step.links for link in row}
+        links = {link.key: link.nbytes for step in self.runs for link in step.links}
         return sum(links.values()) + self.activation_bytes
 
     @property
@@ -187,7 +181,7 @@ class Plan:
         for step in self.steps:
             if isinstance(step, Run):
                 outputs = zip(step.outputs, step.sizes, strict=True)
-                held |= {stream: round(rows * step.scale) * step.links[-1][0].output_bytes for stream, rows in outputs}
+                held |= {stream: round(rows * step.scale) * step.links[-1].output_bytes for stream, rows in outputs}
             peak = max(peak, sum(held.values()))
             for stream in step.frees:
                 held.pop(stream, None)
@@ -222,7 +216,7 @@ def _operations(members: Sequence[Member], rows: Sequence[Rows]) -> int:
 
 def run_flops(run: Run, place: int) -> int:
     """Floating point operations of a run on one of its inputs."""
-    return sum(round(2 * links[place].macs * run.sizes[place] * run.scale) for links in run.links)
+    return sum(round(2 * link.macs * run.sizes[place] * run.scale) for link in run.links)
 
 
 # making -----------------------------------------------------------------------------------------------------
@@ -301,31 +295,26 @@ def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = alwa
 
 def _meet(streams: list[_Stream], pays: Pays) -> list[Run]:
     """A run for every link that streams go on by, one for several streams where that pays."""
-    groups: dict[tuple[Any, ...], list[_Stream]] = {}
+    groups: dict[Hashable, list[_Stream]] = {}
     for stream in streams:
         if stream.link is not None:
-            groups.setdefault((stream.link.span, stream.link.family, stream.shape), []).append(stream)
-    runs: list[tuple[Any, Run]] = []
-    for (span, *_), group in groups.items():
-        together = len(group) > 1 and pays(_link(group[0]), [len(stream.rows) for stream in group])
-        runs += [(span, _run(part)) for part in ([group] if together else [[stream] for stream in group])]
-    return [run for _, run in sorted(runs, key=lambda item: item[0])]
+            groups.setdefault((stream.link.span, stream.link.key, stream.shape), []).append(stream)
+    runs = []
+    for group in groups.values():
+        link = group[0].link
+        assert link is not None
+        together = len(group) > 1 and pays(link, [len(stream.rows) for stream in group])
+        runs += [_run(link, part) for part in ([group] if together else [[stream] for stream in group])]
+    return sorted(runs, key=lambda run: run.links[0].span)
 
 
-def _run(streams: list[_Stream]) -> Run:
-    links, inputs = [], []
+def _run(link: Link, streams: list[_Stream]) -> Run:
+    inputs = []
     for stream in streams:
         assert stream.parent is not None
-        links.append(_link(stream))
         inputs.append(Take(stream.parent.number, stream.parent.places(stream.rows)))
     numbers = tuple(stream.number for stream in streams)
-    sizes = tuple(len(stream.rows) for stream in streams)
-    return Run((tuple(links),), tuple(inputs), numbers, sizes, streams[0].scale)
-
-
-def _link(stream: _Stream) -> Link:
-    assert stream.link is not None
-    return stream.link
+    return Run((link,), tuple(inputs), numbers, tuple(len(stream.rows) for stream in streams), streams[0].scale)
 
 
 def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:

@@ -72,10 +72,8 @@ class Program:
     def _run(self, step: Run, streams: list[Tensor | None]) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
-        modules = [self._modules(links[0]) for links in step.links]
-        rows = piece_rows(
-            max(x.nbytes // max(len(x), 1), *(links[0].output_bytes for links in step.links)), self._tuning
-        )
+        modules = [self._modules(link) for link in step.links]
+        rows = piece_rows(max(x.nbytes // max(len(x), 1), *(link.output_bytes for link in step.links)), self._tuning)
         pieces = [_through(modules, piece) for piece in (x.split(rows) if 0 < rows < len(x) else (x,))]
         output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         outputs = (output,) if len(taken) == 1 else output.split(step.sizes)
