@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from conftest import draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, Fingerprint
@@ -20,7 +22,7 @@ from modelpatch.engine import Engine, Tuning, measure
 from modelpatch.engine.residency import OFTEN
 from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
-from modelpatch.patch import BoundPatch, Patch
+from modelpatch.patch import BoundPart, BoundPatch, Patch
 
 PLAIN = Tuning()
 FAST = Tuning(channels_last=True, fold=True, piece_bytes=4096, merge_rows=64)
@@ -261,6 +263,17 @@ def test_a_backbone_that_somebody_puts_into_train_mode_answers_as_before(tiny: B
     tiny.verify()
 
 
+def test_nothing_that_an_engine_does_moves_a_backbone_in_train_mode(tiny: Backbone, images: Tensor) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.module.state_dict().items()}
+    tiny.module.train()
+    for tuning in (measure(tiny, seconds=0.0), FAST):
+        engine = Engine(tiny, {"a": draft_patch(tiny, Subset())}, tuning=tuning, eager=True)
+        engine(images)
+        assert engine.plan.flops > 0
+    assert tiny.module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.module.state_dict().items())
+
+
 # members ----------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +419,69 @@ def test_a_pinned_task_keeps_its_modules_and_what_has_no_room_is_refused(tiny: B
     assert torch.equal(engine(images)["1"], tiny.patched(patches["1"])(images))
 
 
+class Gate:
+    """Holds up the making of variants until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        make = BoundPart.make
+
+        def wait(part: BoundPart) -> nn.Module:
+            self.reached.set()
+            assert self.opened.wait(30)
+            return make(part)
+
+        monkeypatch.setattr(BoundPart, "make", wait)
+
+
+def test_calls_are_answered_while_a_pinned_task_is_made(
+    tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
+    pinning = threading.Thread(target=engine.pin, args=["a"])
+    pinning.start()
+    assert gate.reached.wait(30)
+    answers = engine(images)
+    assert pinning.is_alive()
+    gate.opened.set()
+    pinning.join(30)
+    assert torch.equal(engine(images)["a"], answers["a"])
+    assert engine.residency.made == len(engine.residency._known)
+
+
+def test_a_task_may_be_removed_while_its_variants_are_made(
+    tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
+    pinning = threading.Thread(target=engine.pin, args=["a"])
+    pinning.start()
+    assert gate.reached.wait(30)
+    engine.remove("a")
+    gate.opened.set()
+    pinning.join(30)
+    assert engine.memory["variants"] == 0
+    assert engine.tasks == ("base",)
+
+
+def test_a_pin_takes_the_room_of_what_is_being_made(
+    tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = {str(seed): masked(tiny, seed) for seed in range(2)}
+    one = Engine(tiny, {"0": patches["0"]}, tuning=PLAIN, eager=True).memory["variants"]
+    gate = Gate(monkeypatch)
+    engine = Engine(tiny, patches, tuning=PLAIN, budget=one)
+    for _ in range(OFTEN):
+        engine(images, only=["0"])
+    gate.opened.set()
+    engine.pin("1")
+    engine.settle()
+    assert engine.memory["variants"] == one
+    held = {key for key, variant in engine.residency._known.items() if variant.module is not None}
+    assert held == {part.key for part in BoundPatch(tiny, patches["1"]).parts}
+
+
 def test_calls_that_outlive_their_task_leave_nothing_behind(tiny: Backbone, images: Tensor) -> None:
     engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
     engine(images, only=["a"])
@@ -506,10 +582,40 @@ def test_pictures_are_streamed_in_order_and_broken_ones_named(tiny: Backbone, tm
         assert close(logits, expected)
 
 
+def test_folders_and_data_sets_are_streamed(tiny: Backbone, tmp_path: Path) -> None:
+    arrays = pictures(3)
+    for number, array in enumerate(arrays):
+        (tmp_path / str(number)).mkdir()
+        Image.fromarray(array).save(tmp_path / str(number) / "picture.png")
+    engine = Engine(tiny, tuning=PLAIN)
+    expected = engine(arrays)["base"]
+    pairs = Items([(array, 0) for array in arrays])
+    rows = Items([{"image": array, "label": 0} for array in arrays])
+    for sources in (tmp_path, str(tmp_path), pairs, rows):
+        (batch,) = engine.stream(sources)
+        assert torch.equal(batch.logits["base"], expected)
+    (batch,) = engine.stream(Items([{"picture": arrays[0]}]))
+    assert 'expected an "image"' in batch.errors[0]
+
+
+class Items(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> object:
+        return self.items[place]
+
+
 def test_what_cannot_be_streamed_is_refused_before_the_first_batch(tiny: Backbone) -> None:
     engine = Engine(tiny, tuning=PLAIN)
-    with pytest.raises(EngineError, match="expected a list of files"):
-        engine.stream("photos")
+    for bad in ("photos", torch.zeros(2, 3, 16, 16), {"a": 1}, 7):
+        with pytest.raises(EngineError, match="expected a list of files"):
+            engine.stream(bad)
+    with pytest.raises(EngineError, match="only='base' is one text"):
+        engine.stream([], only="base")
     with pytest.raises(EngineError, match="batch_size=0"):
         engine.stream([], batch_size=0)
     with pytest.raises(UnknownTaskError):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.trace import closable, has_children, trace
 from modelpatch.errors import BackboneError, UntraceableBackboneError
 
@@ -400,10 +401,11 @@ def _run_shapes(parts: list[tuple[str, nn.Module]], example: Tensor) -> list[tup
 
 
 def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of a module for one input of `input_shape` (no batch axis), counted by running it."""
+    """Multiply-adds of a module for one input of `input_shape` (no batch axis), counted by running a clone of it."""
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    clone = clone_module(module)  # in train mode the module itself would move its statistics
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, *input_shape, device=device))
+        clone(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops() // 2
 
 

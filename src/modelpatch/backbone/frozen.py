@@ -29,7 +29,7 @@ Module = Callable[[Tensor], Tensor]
 def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
     """A copy for inference as `tuning` says; None for a module that does not compute the same when frozen.
 
-    `example` (2, ...) is an input of the module. The copy is compared with the module on it, on one row of it, and on more.
+    The module is in eval mode, `example` (2, ...) an input of it. Both are compared on it, on one row of it, and on more.
     """
     dtype = torch.bfloat16 if tuning.bfloat16 else torch.float32
     copy = deepcopy(module).eval().requires_grad_(False).to(dtype)
@@ -95,15 +95,15 @@ class FrozenBackbone:
         return module
 
     def _make(self, segment: Segment) -> Module:
-        if self.tuning.plain or not any(True for _ in segment.module.parameters()):
-            return self._clone(segment)
-        frozen = freeze(segment.module, sample(segment.input_shape, self._device), self.tuning)
-        return casting(self._clone(segment), self.tuning, torch.float32) if frozen is None else frozen
-
-    def _clone(self, segment: Segment) -> nn.Module:
-        """Over the same bytes, in eval mode whatever becomes of the backbone's own module."""
-        self._shared.add(segment.index)
-        return clone_module(segment.module)
+        clone = clone_module(segment.module)  # in eval mode whatever becomes of the backbone's own module
+        if self.tuning.plain or next(clone.parameters(), None) is None:
+            self._shared.add(segment.index)
+            return clone
+        frozen = freeze(clone, sample(segment.input_shape, self._device), self.tuning)
+        if frozen is None:
+            self._shared.add(segment.index)
+            return casting(clone, self.tuning, torch.float32)
+        return frozen
 
     def run(self, images: Tensor, end: int) -> Tensor:
         """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""

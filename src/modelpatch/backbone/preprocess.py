@@ -114,6 +114,11 @@ class Preprocessing(BaseModel):
         )
 
 
+def find_images(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def image_bytes(source: ImageSource) -> bytes:
     """What identifies an image: the bytes of its file, or of its pixels in memory. Raises `DataError`."""
     if isinstance(source, str | Path):

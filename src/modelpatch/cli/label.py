@@ -23,7 +23,7 @@ from modelpatch.cli.options import (
     parse_pairs,
 )
 from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
-from modelpatch.cli.predict import find_images
+from modelpatch.cli.predict import gather_images
 from modelpatch.cli.selecting import (
     BatchSizeOption,
     EpochsOption,
@@ -109,7 +109,7 @@ def label(
             plot_curves(curves, plot)
             tell(console, f"drew {plot}")
         return
-    images = find_images(unlabeled or [])
+    images = gather_images(unlabeled or [])
     if patch is None:
         base = open_backbone(backbone or "bundled:tiny", arguments, place)
         asked = fit(base, task, made, progress=True, **settings)

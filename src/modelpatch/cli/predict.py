@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from modelpatch.backbone import Backbone
-from modelpatch.backbone.preprocess import IMAGE_SUFFIXES
+from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, find_images
 from modelpatch.backbone.text import PACKAGES
 from modelpatch.cli.options import (
     AlphaOption,
@@ -74,7 +74,7 @@ def predict(
     console = open_console(json)
     check_file("--json", json)
     check_pictures(plot=plot)
-    files = find_images(images)
+    files = gather_images(images)
     labels_given = read_names("--labels", labels)
     patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
     if len(patches) < len(patch):
@@ -126,12 +126,12 @@ def _relabel(
     return vocabulary.relabel(patch, labels)
 
 
-def find_images(paths: list[Path]) -> list[Path]:
+def gather_images(paths: list[Path]) -> list[Path]:
     """Image files in the order given; folders are searched through. Raises `DataError` where there are none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files += find_images(path)
         elif path.is_file():
             files.append(path)
         else:

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.backbone import Backbone, Preprocessing, clone_module
 from modelpatch.backbone.frozen import FrozenBackbone, Module
 from modelpatch.backbone.preprocess import ImageSource
 from modelpatch.backbone.tuning import Tuning
@@ -32,7 +32,7 @@ from modelpatch.engine.measure import measure
 from modelpatch.engine.plan import Link, Member, Plan, Rows, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
-from modelpatch.engine.stream import Answers, stream
+from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.patch import BoundPart, BoundPatch, LinearHead, Patch
 
@@ -114,10 +114,9 @@ class Engine:
             self.add(name, patch)
 
     def _base(self) -> _Task:
-        head = self.backbone.chain.head
-        return _Task(
-            next(_SERIAL), BASE, self.backbone.preprocessing, self.backbone.classes, head, self._segments, {}, (), None
-        )
+        base = self.backbone
+        head = clone_module(base.chain.head)
+        return _Task(next(_SERIAL), BASE, base.preprocessing, base.classes, head, self._segments, {}, (), None)
 
     # members ------------------------------------------------------------------------------------------------
 
@@ -141,7 +140,8 @@ class Engine:
             if name in self._tasks:
                 raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
             self._enter(task)
-        self._prepare(task)
+        if self.eager:
+            self.residency.make(task.parts)
 
     def swap(self, name: str, patch: AnyPatch) -> None:
         """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
@@ -154,7 +154,8 @@ class Engine:
             old = self._find(self._tasks, name)
             self._enter(task)
             self._forget(old)
-        self._prepare(task)
+        if self.eager:
+            self.residency.make(task.parts)
 
     def remove(self, name: str) -> None:
         """Forget a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
@@ -172,6 +173,7 @@ class Engine:
             if name not in self._pinned:
                 self.residency.pin(task.parts)
                 self._pinned.add(name)
+        self.residency.make(task.parts)
 
     def unpin(self, name: str) -> None:
         """Let a task's variants be evicted again."""
@@ -188,10 +190,6 @@ class Engine:
     def _enter(self, task: _Task) -> None:
         self.residency.retain(task.parts)
         self._tasks = {**self._tasks, task.name: task}
-
-    def _prepare(self, task: _Task) -> None:
-        if self.eager:
-            self.residency.make(task.parts)
 
     def _bind(self, name: str, patch: AnyPatch) -> _Task:
         if not isinstance(name, str) or not name or name == BASE:
@@ -292,14 +290,21 @@ class Engine:
 
     def stream(
         self,
-        sources: Sequence[ImageSource],
+        sources: Sources,
         *,
         only: Iterable[str] | None = None,
         batch_size: int = 16,
         workers: int = 0,
     ) -> Iterator[Answers]:
-        """Answers for many images in order, batch by batch, decoded ahead in `workers` processes. See `Answers`."""
-        return stream(self, sources, only=only, batch_size=batch_size, workers=workers)
+        """Answers for many images in order, `batch_size` at a time, for all tasks or those in `only`. See `Answers`.
+
+        `sources` are files and pictures in a list, a folder (its image files as `find_images` orders them), or a data set
+        whose items are pictures, tuples that begin with one, or rows with an "image". `workers` processes decode ahead; 0
+        decodes in this one. The tasks are those of this moment: one that is removed meanwhile ends the stream with
+        `UnknownTaskError`. Raises `EngineError` for what is none of these.
+        """
+        tasks = {task.name: task.preprocessing for task in self._choose(self._tasks, only)}
+        return stream(lambda images: self(images, only=tasks), tasks.values(), sources, batch_size, workers)
 
     def explain(self, images: Images, only: Iterable[str] | None = None) -> tuple[Plan, list[Timing]]:
         """The plan for these images and what each of its steps took, after a first run that does not count."""

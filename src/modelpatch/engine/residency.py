@@ -83,22 +83,25 @@ class Residency:
             self._known.move_to_end(part.key)
             if variant.module is not None:
                 return variant.module
-            if variant.uses >= OFTEN and self._worth_it(part, variant) and self._make_room(part, variant, before):
-                variant.making = self._maker.submit(self._make, part, variant)
+            if variant.uses >= OFTEN:
+                self._begin(part, variant, before)
         return self._lender(part)
 
-    def make(self, parts: Sequence[BoundPart]) -> None:
-        """Make the variants' modules now, as far as the budget has room."""
-        for part in parts:
-            with self._lock:
-                variant = self._known[part.key]
-                wanted = variant.module is None and self._worth_it(part, variant)
-                if not wanted or not self._make_room(part, variant, self._clock + 1):
-                    continue
-            self._make(part, variant)
+    def make(self, parts: Iterable[BoundPart]) -> None:
+        """Make the variants' modules and wait for them, as far as tasks still have them and the budget has room."""
+        waiting = []
+        with self._lock:
+            for part in parts:
+                variant = self._known.get(part.key)
+                if variant is not None:
+                    self._begin(part, variant, self._clock + 1)
+                    waiting.append(variant.making)
+        for future in waiting:
+            if future is not None:
+                future.result()
 
     def pin(self, parts: Sequence[BoundPart]) -> None:
-        """Make the variants' modules now and keep them.
+        """Keep the variants' modules once they are made; see `make`.
 
         Raises `BudgetError`, with nothing pinned, where the budget has no room beside other pins.
         """
@@ -111,9 +114,9 @@ class Residency:
                     f"{self.budget:,} has no room beside what is pinned, {kept:,}. Raise budget=..., or unpin another task."
                 )
             for part in parts:
-                self._known[part.key].pins += 1
-        self.settle()
-        self.make(parts)
+                variant = self._known[part.key]
+                variant.pins += 1
+                self._begin(part, variant, self._clock + 1)
 
     def unpin(self, parts: Iterable[BoundPart]) -> None:
         """The variants may be evicted again, as far as no other task pins them."""
@@ -132,18 +135,24 @@ class Residency:
     def _lender(self, part: BoundPart) -> Module:
         return casting(part, self.tuning, torch.float32)
 
-    def _worth_it(self, part: BoundPart, variant: _Variant) -> bool:
-        waits = variant.refused or variant.making is not None
-        return not waits and (not self.tuning.plain or bool(part.numbers.made))
+    def _begin(self, part: BoundPart, variant: _Variant, before: int) -> None:
+        """Have the variant's module made in the background, if that helps and there is room; see `_make_room`."""
+        helps = not self.tuning.plain or bool(part.numbers.made)
+        idle = variant.module is None and variant.making is None and not variant.refused
+        if helps and idle and self._make_room(part, variant, before):
+            variant.making = self._maker.submit(self._make, part, variant)
 
     def _make_room(self, part: BoundPart, variant: _Variant, before: int) -> bool:
-        """Reserve the variant's bytes, evicting what was last used before the moment `before`; False if that is too little."""
+        """Reserve the variant's bytes, evicting what was last used before the moment `before`; False if that is too little.
+
+        What is being made is evicted as well: it finds its reservation gone when it is ready.
+        """
         needed = cost(part, self.tuning)
         free, victims = self.budget - self.nbytes, []
         for other in self._known.values():
             if free >= needed:
                 break
-            if other.module is not None and not other.pins and other.used < before:
+            if other.nbytes and not other.pins and other.used < before:
                 victims.append(other)
                 free += other.nbytes
         if free < needed:
@@ -163,11 +172,11 @@ class Residency:
                 module = freeze(made, sample(part.shelf.input_shape, part.numbers.flat.device), self.tuning)
         finally:
             with self._lock:
-                variant.making = None
-                variant.module, variant.refused = module, module is None
+                variant.making, variant.refused = None, module is None
                 if module is None:
                     variant.nbytes = 0
-                else:
+                elif variant.nbytes:
+                    variant.module = module
                     self.made += 1
 
 

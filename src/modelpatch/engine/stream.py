@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.backbone.preprocess import ImageSource, find_images
 from modelpatch.engine.inputs import check_sources
 from modelpatch.errors import DataError, EngineError
 
-if TYPE_CHECKING:
-    from modelpatch.engine.engine import Engine
 
+class DataSet(Protocol):
+    """A data set: items by number, each a picture, a tuple that begins with one, or a row with an "image"."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+Sources = Sequence[ImageSource] | DataSet | str | Path
 Decoded = dict[Preprocessing, Tensor] | str  # uint8 crops (3, S, S) by preprocessing, or what is wrong with the image
 
 
@@ -32,7 +40,7 @@ class Answers:
 
 
 class _Crops(Dataset[tuple[int, Decoded]]):
-    def __init__(self, sources: Sequence[ImageSource], kinds: frozenset[Preprocessing]) -> None:
+    def __init__(self, sources: DataSet, kinds: frozenset[Preprocessing]) -> None:
         self.sources, self.kinds = sources, kinds
 
     def __len__(self) -> int:
@@ -40,9 +48,20 @@ class _Crops(Dataset[tuple[int, Decoded]]):
 
     def __getitem__(self, place: int) -> tuple[int, Decoded]:
         try:
-            return place, {kind: kind.center_crop(kind.decode(self.sources[place])) for kind in self.kinds}
+            picture = _picture(self.sources[place])
+            return place, {kind: kind.center_crop(kind.decode(picture)) for kind in self.kinds}
         except DataError as error:
             return place, str(error)
+
+
+def _picture(item: Any) -> ImageSource:
+    if isinstance(item, tuple):
+        return item[0]
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise DataError(f'the row has {", ".join(map(str, item))}; expected an "image".')
+        return item["image"]
+    return item
 
 
 def _as_list(batch: list[Any]) -> list[Any]:
@@ -50,30 +69,30 @@ def _as_list(batch: list[Any]) -> list[Any]:
 
 
 def stream(
-    engine: Engine,
-    sources: Sequence[ImageSource],
-    *,
-    only: Iterable[str] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
+    answer: Callable[[Mapping[Preprocessing, Tensor]], dict[str, Tensor]],
+    kinds: Iterable[Preprocessing],
+    sources: Sources,
+    batch_size: int,
+    workers: int,
 ) -> Iterator[Answers]:
-    """Answers for all `sources` in order, `batch_size` images at a time, for all tasks or those in `only`.
-
-    `workers` processes decode ahead; 0 decodes in this one. The tasks are those of the first moment: one that is removed
-    meanwhile ends the stream with `UnknownTaskError`. Raises `EngineError` for what is no list of files and pictures.
-    """
-    check_sources(sources)
+    """Decode all `sources` as each of `kinds` sees them and `answer` them in batches. See `Engine.stream`."""
     if batch_size < 1 or workers < 0:
         raise EngineError(f"batch_size={batch_size}, workers={workers}; expected at least 1 and at least 0.")
-    tasks = list(engine if only is None else dict.fromkeys(only))
-    return _stream(engine, sources, tasks, frozenset(map(engine.preprocessing, tasks)), batch_size, workers)
+    return _stream(answer, frozenset(kinds), _items(sources), batch_size, workers)
+
+
+def _items(sources: Sources) -> DataSet:
+    if isinstance(sources, str | Path) and Path(sources).is_dir():
+        return find_images(Path(sources))
+    if isinstance(sources, Tensor | Mapping | Sequence) or not hasattr(sources, "__getitem__"):
+        check_sources(sources)
+    return sources  # type: ignore[return-value]
 
 
 def _stream(
-    engine: Engine,
-    sources: Sequence[ImageSource],
-    tasks: list[str],
+    answer: Callable[[Mapping[Preprocessing, Tensor]], dict[str, Tensor]],
     kinds: frozenset[Preprocessing],
+    sources: DataSet,
     batch_size: int,
     workers: int,
 ) -> Iterator[Answers]:
@@ -84,5 +103,5 @@ def _stream(
         logits: dict[str, Tensor] = {}
         if read:
             crops = {kind: kind.normalize(torch.stack([decoded[kind] for _, decoded in read])) for kind in kinds}
-            logits = engine(crops, only=tasks)
+            logits = answer(crops)
         yield Answers(tuple(place for place, _ in read), logits, errors)

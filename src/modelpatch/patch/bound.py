@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RECENT = 32
 HEAD = -1  # the number of the head among a patch's parts
+Step = tuple[int, Callable[[Tensor], Tensor]]  # the last segment that is run, and what runs it
 
 
 class BoundPatch:
@@ -77,24 +78,24 @@ class BoundPatch:
         self.reads_base = skeleton.model.reads_base
         self.head = _build_head(patch.head, numbers[HEAD])
         self.backbone = backbone
-        self._frozen = skeleton.frozen
+        self._steps, self._beside = skeleton.steps({part.span[0]: part for part in self.parts})
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
-        features = self._features(images, {part.span[0]: part for part in self.parts})
-        return self.head(torch.cat([features, self._features(images, {})], 1) if self.reads_base else features)
+        features = self._features(images, self._steps)
+        return self.head(
+            torch.cat([features, self._features(images, self._beside)], 1) if self.reads_base else features
+        )
 
-    def _features(self, x: Tensor, parts: Mapping[int, BoundPart]) -> Tensor:
-        """What the chain gives with these parts in it, or all pooled outputs that the head reads."""
-        at, pooled = 0, []
-        while at < len(self.backbone.chain):
-            part = parts.get(at)
-            x = part(x) if part else self._frozen[at](x)
-            at = part.span[1] if part else at + 1
-            if at - 1 in self.taps:
-                pooled.append(pool(x, self.taps[at - 1]))
+    def _features(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
+        """What the steps give one after another, or all pooled outputs that the head reads."""
+        pooled = []
+        for last, module in steps:
+            x = module(x)
+            if last in self.taps:
+                pooled.append(pool(x, self.taps[last]))
         return torch.cat(pooled, 1) if self.taps else x
 
 
@@ -288,7 +289,6 @@ class _Skeleton:
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         self.model = PatchedModel(backbone, patch)
-        self.frozen = {segment.index: clone_module(segment.module) for segment in backbone.chain}
         self.shapes = {name: shape for name, shape in self.model.shapes().items() if not name.startswith("head.")}
         numbers = {start: number for number, (start, _) in enumerate(self.model.spans)}
         places = {place: numbers[start] for place, start in enumerate(self.model.starts) if start in numbers}
@@ -304,6 +304,17 @@ class _Skeleton:
         grafts = [graft.model_dump_json() for graft in patch.grafts if start <= graft.start and graft.end <= end]
         structure = f"{sorted(local)} {grafts} {patch.strength}"
         return Shelf(backbone.chain[start:end], self.model.parts[place], local, structure)
+
+    def steps(self, parts: Mapping[int, BoundPart]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+        """The chain with these parts, by their first segments, and the base's own beside it where the head reads both."""
+        model = self.model
+        lasts = [start - 1 for start in (*model.starts[1:], model.end)]
+        own = [parts.get(start, module) for start, module in zip(model.starts, model.parts, strict=True)]
+        if not model.reads_base:
+            return tuple(zip(lasts, own, strict=True)), ()
+        twins = dict(model.twins.items())
+        beside = [twins.get(str(place), module) for place, module in enumerate(model.parts)]
+        return tuple(zip(lasts, own, strict=True)), tuple(zip(lasts, beside, strict=True))
 
     def owner(self, name: str) -> int:
         """The number of the part that a tensor of a patch file belongs to, `HEAD` for the head."""

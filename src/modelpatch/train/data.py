@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow.parquet
 from pydantic import ValidationError
 
-from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, image_bytes, open_image
+from modelpatch.backbone.preprocess import ImageSource, find_images, image_bytes, open_image
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.patch import Task
 from modelpatch.text import first_problem
@@ -223,7 +223,12 @@ def _by_split(paths: list[Path]) -> dict[str, Path]:
 
 def _read_folders(folders: dict[str, Path], path: Path) -> tuple[dict[str, Split], list[str]]:
     classes = sorted(
-        {folder.name for root in folders.values() for folder in root.iterdir() if folder.is_dir() and _images(folder)}
+        {
+            folder.name
+            for root in folders.values()
+            for folder in root.iterdir()
+            if folder.is_dir() and find_images(folder)
+        }
     )
     if not classes:
         raise DataError(
@@ -231,13 +236,9 @@ def _read_folders(folders: dict[str, Path], path: Path) -> tuple[dict[str, Split
         )
     splits = {}
     for name, root in folders.items():
-        pairs = [(file, index) for index, kind in enumerate(classes) for file in _images(root / kind)]
+        pairs = [(file, index) for index, kind in enumerate(classes) for file in find_images(root / kind)]
         splits[name] = Split([file for file, _ in pairs], np.array([index for _, index in pairs], dtype=np.int64))
     return splits, classes
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
