@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-CACHE = 4 * 2**20
+CACHE = 8 * 2**20
 
 
 @dataclass(frozen=True)
