@@ -14,9 +14,11 @@ from modelpatch.methods import (
     Depthwise,
     FullFinetune,
     LinearProbe,
+    PackNet,
     Piggyback,
     ScaleBias,
     Subset,
+    confine,
     make_method,
 )
 from modelpatch.methods.delta import skip_weights
@@ -64,8 +66,6 @@ def test_members_are_added_one_after_another() -> None:
 
 
 def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> None:
-    with pytest.raises(MethodError, match=r"piggyback and subset exclude each other on stage2.*masked or trained"):
-        (Piggyback() + Subset()).draft(tiny, 3)
     with pytest.raises(MethodError, match="delta and scale-bias both add modules"):
         (DeltaNetwork() + ScaleBias(layers="channel")).draft(tiny, 3)
     with pytest.raises(MethodError, match="already trains everything"):
@@ -78,6 +78,21 @@ def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> 
         ScaleBias(optimizer="sgd") + Subset()
     with pytest.raises(MethodError, match="head must agree"):
         ScaleBias(head="random") + Subset()
+
+
+def test_a_weight_that_is_masked_and_trained_is_refused_before_anything_is_built(tiny: Backbone) -> None:
+    refused = r"{} and {} exclude each other on stage2.*masked or trained"
+    for first, second in ((Piggyback(), Subset()), (PackNet(), Subset()), (confine(Piggyback(), ["stage2"]), Subset())):
+        for both in (first + second, second + first):
+            with pytest.raises(MethodError, match=refused.format(first.name, second.name)):
+                both.blueprint(tiny)
+    assert (confine(Piggyback(), ["stage1"]) + Subset()).blueprint(tiny).owned
+
+
+def test_the_weights_that_are_made_anew_are_known_by_name(tiny: Backbone) -> None:
+    for method in (Piggyback(), PackNet(), ScaleBias(), confine(Piggyback(), ["stage1"]), Piggyback() + ScaleBias()):
+        assert set(method.reweighted(tiny)) == method.reweightings(tiny).keys()
+        assert set(method.reweighted(tiny)) <= set(method.blueprint(tiny).owned)
 
 
 def test_a_member_that_does_not_apply_says_so() -> None:

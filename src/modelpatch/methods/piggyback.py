@@ -68,6 +68,10 @@ class Piggyback(Method):
         norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=trained, statistics=False)]
         return Blueprint(owned=(*masked, *norms))
 
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """Every masked weight."""
+        return tuple(weight_names(backbone))
+
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """Scores at their start, for every masked weight."""
         earlier = self._earlier_masks(backbone)
