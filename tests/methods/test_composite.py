@@ -22,7 +22,7 @@ from modelpatch.methods import (
     make_method,
 )
 from modelpatch.methods.delta import skip_weights
-from modelpatch.methods.registry import split_outside
+from modelpatch.methods.registry import split_outside, sweep
 from modelpatch.train import fit
 
 
@@ -119,8 +119,22 @@ def test_keywords_say_whose_they_are() -> None:
     made = make_method("scale-bias+subset", **{"subset.blocks": "layer4", "scale-bias.lr": 0.5})
     assert made == ScaleBias(lr=0.5) + Subset(blocks=("layer4",))
     assert make_method("subset", **{"subset.lr": 0.5}) == Subset(lr=0.5)
-    with pytest.raises(MethodError, match="'lr' names no method"):
-        make_method("scale-bias+subset", lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("lr", r"'lr' names no method of scale-bias\+subset. Say whose it is: scale-bias.lr=... or subset.lr=...$"),
+        ("blocks", r"Say whose it is: scale-bias.blocks=... or subset.blocks=...$"),  # any method can be confined
+        ("reinitialize", r"Say whose it is: subset.reinitialize=...$"),
+        ("delta.lr", r"'delta.lr' names no method .* Say whose it is: scale-bias.lr=... or subset.lr=...$"),
+    ],
+)
+def test_keywords_that_do_not_say_whose_they_are_are_told_how(key: str, problem: str) -> None:
+    with pytest.raises(MethodError, match=problem):
+        make_method("scale-bias+subset", **{key: "x"})
+    with pytest.raises(MethodError, match=problem):
+        sweep("scale-bias+subset", key, ["x", "y"])
 
 
 @pytest.mark.parametrize(
