@@ -189,7 +189,20 @@ def test_a_warm_start_needs_masks_of_the_same_base(tiny: Backbone, tmp_path: Pat
         Piggyback(warm_start=str(path)).draft(tiny, 3)
 
 
-@pytest.mark.parametrize("start", ["constant", "uniform", "magnitude"])
+def test_a_warm_start_and_a_random_one_contradict_each_other() -> None:
+    with pytest.raises(MethodError, match=r"earlier mask says, start='uniform' where chance says. Drop one"):
+        Piggyback(warm_start="earlier.safetensors", start="uniform")
+    assert Piggyback(start="uniform").warm_start is None
+
+
+def test_magnitude_scales_a_warm_start_too() -> None:
+    earlier = torch.tensor([[True, False, True], [False, True, True]])
+    module = Mask(Piggyback(start="magnitude", warm_start="earlier.safetensors"), WEIGHT, earlier)
+    assert module.scores[earlier].allclose(WEIGHT.abs().mean())
+    assert torch.equal(module.mask(), earlier)
+
+
+@pytest.mark.parametrize("start", ["constant", "magnitude"])
 @pytest.mark.parametrize("ternary", [False, True])
 @pytest.mark.parametrize("start_at", [0.006, 0.02])
 def test_every_warm_start_begins_with_the_earlier_mask(
@@ -222,6 +235,14 @@ def test_a_network_without_weights_is_refused() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     with pytest.raises(MethodNotApplicableError, match="no weights to mask"):
         Piggyback().draft(load_backbone(module, preprocessing=small_preprocessing()), 3)
+
+
+def test_norms_are_trained_only_where_there_are_some() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    assert Piggyback().blueprint(backbone).owned == ("0.weight",)
+    with pytest.raises(MethodNotApplicableError, match=r"no normalisation layer for piggyback's norms='trained'"):
+        Piggyback(norms="trained").blueprint(backbone)
 
 
 def test_the_order_in_which_tasks_are_learned_does_not_matter(tmp_path: Path) -> None:
