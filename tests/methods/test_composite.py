@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import color_task, draft_patch, make_timm
-from modelpatch.backbone import Backbone
+from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
 from modelpatch.methods import (
     Composite,
     DeltaNetwork,
     Depthwise,
     FullFinetune,
+    Head2Toe,
     LinearProbe,
+    LoRA,
     PackNet,
     Piggyback,
+    Pruned,
     ScaleBias,
     Subset,
     confine,
@@ -23,6 +29,7 @@ from modelpatch.methods import (
 )
 from modelpatch.methods.delta import skip_weights
 from modelpatch.methods.registry import split_outside, sweep
+from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.train import fit
 
 
@@ -106,6 +113,76 @@ def test_a_composite_trains(tiny: Backbone) -> None:
     assert patch.metrics["test_top1"] >= 0.9
 
 
+# low-rank updates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        (Subset() + LoRA(), {"graft", "replace"}),
+        (LoRA(blocks=("stage1",)) + Subset(blocks=("stage2",)), {"graft", "replace"}),
+        (Piggyback(lr=1e-2) + LoRA(), {"graft", "mask"}),
+        (LoRA() + PackNet(), {"graft", "mask", "delta"}),
+        (LoRA() + ScaleBias(), {"graft", "replace"}),
+        (LoRA() + Depthwise(), {"graft", "replace"}),
+        (LoRA() + Head2Toe(), {"graft"}),
+        (LoRA(blocks=("stage1",)) + DeltaNetwork(), {"graft"}),
+        (LoRA(blocks=("stage1",)) + confine(ScaleBias(layers="channel"), ["stage2"]), {"graft"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Composite) else "",
+)
+def test_low_rank_updates_go_with_other_methods(method: Composite, kinds: set[str], tiny: Backbone) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    before = tiny(images)
+    patch = fit(tiny, color_task(), method, epochs=2, batch_size=6)
+    assert {name.partition("/")[0] for name in patch.tensors if not name.startswith("head.")} == kinds
+    updates = [tensor for name, tensor in patch.tensors.items() if "lora_B" in name]  # they start at zero
+    assert updates
+    assert all(update.any() for update in updates)
+    assert torch.equal(tiny(images), before)
+    again = decode_patch(encode_patch(patch))
+    assert torch.equal(tiny.patched(again)(images), tiny.patched(patch)(images))
+
+
+def test_an_update_is_added_to_the_masked_weight(tiny: Backbone) -> None:
+    """W_eff = W ⊙ m + (scale / rank) B A."""
+    patch = draft_patch(tiny, Piggyback() + LoRA(rank=2, scale=6.0))
+    masks = {name: torch.rand(one.shape) < 0.7 for name, one in patch.tensors.items() if name.startswith("mask/")}
+    patch = replace(patch, tensors={**patch.tensors, **masks})
+    expected = copy.deepcopy(tiny.module)
+    weights = dict(expected.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name.removeprefix("mask/")] *= mask
+        for name, first in patch.tensors.items():
+            if name.endswith(".lora_A.default.weight"):
+                second = patch.tensors[name.replace("lora_A", "lora_B")]
+                _, span, layer = name.removesuffix(".lora_A.default.weight").split("/")
+                weight = weights[tiny.chain[int(span.partition("-")[0])].tensor_names[f"{layer}.weight"]]
+                weight += 3 * (second.flatten(1) @ first.flatten(1)).view_as(weight)
+    model = tiny.patched(patch)
+    model.head = torch.nn.Identity()
+    images = torch.randn(2, 3, 16, 16)
+    features = load_backbone(expected, preprocessing=tiny.preprocessing).chain(images)
+    torch.testing.assert_close(model(images), features, rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_updates_exclude_other_added_modules_and_full_fine_tuning(tiny: Backbone) -> None:
+    for other in (DeltaNetwork(), ScaleBias(layers="channel"), confine(ScaleBias(layers="channel"), ["stage2"])):
+        with pytest.raises(
+            MethodError, match=f"lora and {other.name} both add modules to segment .* Name other blocks"
+        ):
+            (LoRA() + other).blueprint(tiny)
+    resnet = make_timm("resnet18", 32)
+    with pytest.raises(MethodError, match="lora and pruned both add modules"):
+        (LoRA() + Pruned()).blueprint(resnet)
+    assert (LoRA(blocks=("layer1",)) + Pruned()).blueprint(resnet).grafts
+    with pytest.raises(MethodError, match="already trains everything"):
+        LoRA() + FullFinetune()
+    with pytest.raises(MethodError, match="holds lora twice"):
+        LoRA(blocks=("stage1",)) + LoRA(blocks=("stage2",))
+
+
 # spelling ---------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +250,6 @@ def test_additive_patches_have_a_strength(method: ScaleBias | Subset, tiny: Back
 
 
 def test_the_strength_is_in_the_file_and_in_the_content(tiny: Backbone) -> None:
-    from modelpatch.patch.file import decode_patch, encode_patch
-
     patch = draft_patch(tiny, ScaleBias())
     half = patch.at_strength(0.5)
     assert decode_patch(encode_patch(half)).strength == 0.5
