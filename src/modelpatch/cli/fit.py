@@ -62,7 +62,10 @@ def fit(
         typer.Option("--fit", help="KEY=VALUE, any other setting of fit (label_smoothing=0.1, early_stopping=3, ...)."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="How the file stores numbers: float32, float16, bfloat16 or int8.")
+        str,
+        typer.Option(
+            help="How the file stores numbers: float32, float16, bfloat16, or int8 (matrices only; vectors stay float32)."
+        ),
     ] = "float32",
     log: Annotated[Path | None, typer.Option(help="A folder for metrics.csv and TensorBoard events.")] = None,
     restart: Annotated[
