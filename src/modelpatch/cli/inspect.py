@@ -23,7 +23,14 @@ from modelpatch.methods.delta import SkipWeights
 from modelpatch.patch import Patch
 from modelpatch.patch.inspect import Inspection
 from modelpatch.report.plots import plot_inspection
-from modelpatch.report.skips import check_skips, measure_skips, plot_skip_weights, skips_table, stage_names
+from modelpatch.report.skips import (
+    check_skips,
+    measure_skips,
+    plot_skip_weights,
+    skips_table,
+    stage_names,
+    variances_table,
+)
 from modelpatch.report.tables import inspection_table, parts_table, show
 from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
@@ -37,7 +44,10 @@ def inspect(
         Path | None, typer.Option(help="Draw bytes per part, or with --data the weights of skips, to this picture.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data of the task, as for eval: measure what a `delta` patch weighs its skips.")
+        str | None,
+        typer.Option(
+            help="Data of the task, as for eval: measure the weights a `delta` patch gives its skips, and variances."
+        ),
     ] = None,
     backbone: PatchBackboneOption = None,
     argument: ArgumentOption = None,
@@ -70,6 +80,8 @@ def inspect(
         records, names, images = _measure_skips(loaded, base, data)
         console.print()
         show(console, skips_table(records, names))
+        console.print()
+        show(console, variances_table(records, names))
         figures["skips"] = [{"stage": name, **one.as_dict()} for name, one in zip(names, records, strict=True)]
     write_json(json, figures)
     if plot is not None:
