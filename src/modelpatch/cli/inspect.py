@@ -17,7 +17,7 @@ from modelpatch.cli.options import (
     open_backbone,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods.delta import SkipWeights
 from modelpatch.patch import Patch
@@ -58,7 +58,6 @@ def inspect(
     Reads no backbone's weights without --backbone or --data: the spans follow from the network's structure alone.
     """
     console = open_console(json)
-    check_file("--json", json)
     check_pictures(plot=plot)
     loaded = Patch.load(patch)
     arguments = parse_arguments(argument)
