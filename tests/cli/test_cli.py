@@ -134,6 +134,8 @@ def test_inspect_measures_and_draws_what_the_skips_weigh(run: Run, folder: Path,
     for stage in figures["skips"]:
         assert stage["stage"] in result.out
         assert all(0 < edge["mean"] < 1 for edge in stage["edges"])
+        assert all(f"{variance:.3g}" in result.out for variance in stage["variances"])
+    assert [len(stage["variances"]) for stage in figures["skips"]] == [3, 1]
 
 
 def test_verify_accepts_intact_files(run: Run, patches: dict[str, Path]) -> None:

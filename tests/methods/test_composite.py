@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import color_task, draft_patch, make_timm
-from modelpatch.backbone import Backbone
+from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
 from modelpatch.methods import (
     Composite,
     DeltaNetwork,
     Depthwise,
     FullFinetune,
+    Head2Toe,
     LinearProbe,
+    LoRA,
+    PackNet,
     Piggyback,
+    Pruned,
     ScaleBias,
     Subset,
+    confine,
     make_method,
 )
 from modelpatch.methods.delta import skip_weights
-from modelpatch.methods.registry import split_outside
+from modelpatch.methods.registry import split_outside, sweep
+from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.train import fit
 
 
@@ -64,8 +73,6 @@ def test_members_are_added_one_after_another() -> None:
 
 
 def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> None:
-    with pytest.raises(MethodError, match=r"piggyback and subset exclude each other on stage2.*masked or trained"):
-        (Piggyback() + Subset()).draft(tiny, 3)
     with pytest.raises(MethodError, match="delta and scale-bias both add modules"):
         (DeltaNetwork() + ScaleBias(layers="channel")).draft(tiny, 3)
     with pytest.raises(MethodError, match="already trains everything"):
@@ -80,6 +87,21 @@ def test_what_excludes_each_other_is_refused_with_the_reason(tiny: Backbone) -> 
         ScaleBias(head="random") + Subset()
 
 
+def test_a_weight_that_is_masked_and_trained_is_refused_before_anything_is_built(tiny: Backbone) -> None:
+    refused = r"{} and {} exclude each other on stage2.*masked or trained"
+    for first, second in ((Piggyback(), Subset()), (PackNet(), Subset()), (confine(Piggyback(), ["stage2"]), Subset())):
+        for both in (first + second, second + first):
+            with pytest.raises(MethodError, match=refused.format(first.name, second.name)):
+                both.blueprint(tiny)
+    assert (confine(Piggyback(), ["stage1"]) + Subset()).blueprint(tiny).owned
+
+
+def test_the_weights_that_are_made_anew_are_known_by_name(tiny: Backbone) -> None:
+    for method in (Piggyback(), PackNet(), ScaleBias(), confine(Piggyback(), ["stage1"]), Piggyback() + ScaleBias()):
+        assert set(method.reweighted(tiny)) == method.reweightings(tiny).keys()
+        assert set(method.reweighted(tiny)) <= set(method.blueprint(tiny).owned)
+
+
 def test_a_member_that_does_not_apply_says_so() -> None:
     with pytest.raises(MethodNotApplicableError, match="no depthwise convolution"):
         (ScaleBias() + Depthwise()).draft(make_timm("resnet18", 32), 3)
@@ -89,6 +111,76 @@ def test_a_composite_trains(tiny: Backbone) -> None:
     patch = fit(tiny, color_task(48), Piggyback(lr=3e-3) + ScaleBias() + LinearProbe(), epochs=6, batch_size=8)
     assert patch.method.name == "piggyback+scale-bias+linear-probe"
     assert patch.metrics["test_top1"] >= 0.9
+
+
+# low-rank updates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        (Subset() + LoRA(), {"graft", "replace"}),
+        (LoRA(blocks=("stage1",)) + Subset(blocks=("stage2",)), {"graft", "replace"}),
+        (Piggyback(lr=1e-2) + LoRA(), {"graft", "mask"}),
+        (LoRA() + PackNet(), {"graft", "mask", "delta"}),
+        (LoRA() + ScaleBias(), {"graft", "replace"}),
+        (LoRA() + Depthwise(), {"graft", "replace"}),
+        (LoRA() + Head2Toe(), {"graft"}),
+        (LoRA(blocks=("stage1",)) + DeltaNetwork(), {"graft"}),
+        (LoRA(blocks=("stage1",)) + confine(ScaleBias(layers="channel"), ["stage2"]), {"graft"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Composite) else "",
+)
+def test_low_rank_updates_go_with_other_methods(method: Composite, kinds: set[str], tiny: Backbone) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    before = tiny(images)
+    patch = fit(tiny, color_task(), method, epochs=2, batch_size=6)
+    assert {name.partition("/")[0] for name in patch.tensors if not name.startswith("head.")} == kinds
+    updates = [tensor for name, tensor in patch.tensors.items() if "lora_B" in name]  # they start at zero
+    assert updates
+    assert all(update.any() for update in updates)
+    assert torch.equal(tiny(images), before)
+    again = decode_patch(encode_patch(patch))
+    assert torch.equal(tiny.patched(again)(images), tiny.patched(patch)(images))
+
+
+def test_an_update_is_added_to_the_masked_weight(tiny: Backbone) -> None:
+    """W_eff = W ⊙ m + (scale / rank) B A."""
+    patch = draft_patch(tiny, Piggyback() + LoRA(rank=2, scale=6.0))
+    masks = {name: torch.rand(one.shape) < 0.7 for name, one in patch.tensors.items() if name.startswith("mask/")}
+    patch = replace(patch, tensors={**patch.tensors, **masks})
+    expected = copy.deepcopy(tiny.module)
+    weights = dict(expected.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name.removeprefix("mask/")] *= mask
+        for name, first in patch.tensors.items():
+            if name.endswith(".lora_A.default.weight"):
+                second = patch.tensors[name.replace("lora_A", "lora_B")]
+                _, span, layer = name.removesuffix(".lora_A.default.weight").split("/")
+                weight = weights[tiny.chain[int(span.partition("-")[0])].tensor_names[f"{layer}.weight"]]
+                weight += 3 * (second.flatten(1) @ first.flatten(1)).view_as(weight)
+    model = tiny.patched(patch)
+    model.head = torch.nn.Identity()
+    images = torch.randn(2, 3, 16, 16)
+    features = load_backbone(expected, preprocessing=tiny.preprocessing).chain(images)
+    torch.testing.assert_close(model(images), features, rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_updates_exclude_other_added_modules_and_full_fine_tuning(tiny: Backbone) -> None:
+    for other in (DeltaNetwork(), ScaleBias(layers="channel"), confine(ScaleBias(layers="channel"), ["stage2"])):
+        with pytest.raises(
+            MethodError, match=f"lora and {other.name} both add modules to segment .* Name other blocks"
+        ):
+            (LoRA() + other).blueprint(tiny)
+    resnet = make_timm("resnet18", 32)
+    with pytest.raises(MethodError, match="lora and pruned both add modules"):
+        (LoRA() + Pruned()).blueprint(resnet)
+    assert (LoRA(blocks=("layer1",)) + Pruned()).blueprint(resnet).grafts
+    with pytest.raises(MethodError, match="already trains everything"):
+        LoRA() + FullFinetune()
+    with pytest.raises(MethodError, match="holds lora twice"):
+        LoRA(blocks=("stage1",)) + LoRA(blocks=("stage2",))
 
 
 # spelling ---------------------------------------------------------------------------------------------------
@@ -104,8 +196,22 @@ def test_keywords_say_whose_they_are() -> None:
     made = make_method("scale-bias+subset", **{"subset.blocks": "layer4", "scale-bias.lr": 0.5})
     assert made == ScaleBias(lr=0.5) + Subset(blocks=("layer4",))
     assert make_method("subset", **{"subset.lr": 0.5}) == Subset(lr=0.5)
-    with pytest.raises(MethodError, match="'lr' names no method"):
-        make_method("scale-bias+subset", lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("lr", r"'lr' names no method of scale-bias\+subset. Say whose it is: scale-bias.lr=... or subset.lr=...$"),
+        ("blocks", r"Say whose it is: scale-bias.blocks=... or subset.blocks=...$"),  # any method can be confined
+        ("reinitialize", r"Say whose it is: subset.reinitialize=...$"),
+        ("delta.lr", r"'delta.lr' names no method .* Say whose it is: scale-bias.lr=... or subset.lr=...$"),
+    ],
+)
+def test_keywords_that_do_not_say_whose_they_are_are_told_how(key: str, problem: str) -> None:
+    with pytest.raises(MethodError, match=problem):
+        make_method("scale-bias+subset", **{key: "x"})
+    with pytest.raises(MethodError, match=problem):
+        sweep("scale-bias+subset", key, ["x", "y"])
 
 
 @pytest.mark.parametrize(
@@ -144,8 +250,6 @@ def test_additive_patches_have_a_strength(method: ScaleBias | Subset, tiny: Back
 
 
 def test_the_strength_is_in_the_file_and_in_the_content(tiny: Backbone) -> None:
-    from modelpatch.patch.file import decode_patch, encode_patch
-
     patch = draft_patch(tiny, ScaleBias())
     half = patch.at_strength(0.5)
     assert decode_patch(encode_patch(half)).strength == 0.5

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models import vgg as timm_vgg
 from torch import Tensor, nn
+from torchvision.models import vgg as torchvision_vgg
 
 from conftest import color_task, draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, Fingerprint, load_backbone
@@ -19,6 +23,7 @@ from modelpatch.methods.piggyback import Mask, weight_names
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import fit
 
+VGG_WIDTH = 4096  # features before the logits
 WEIGHT = torch.tensor([[0.5, -1.0, 0.0], [2.0, -0.25, 4.0]])
 
 
@@ -189,7 +194,20 @@ def test_a_warm_start_needs_masks_of_the_same_base(tiny: Backbone, tmp_path: Pat
         Piggyback(warm_start=str(path)).draft(tiny, 3)
 
 
-@pytest.mark.parametrize("start", ["constant", "uniform", "magnitude"])
+def test_a_warm_start_and_a_random_one_contradict_each_other() -> None:
+    with pytest.raises(MethodError, match=r"earlier mask says, start='uniform' where chance says. Drop one"):
+        Piggyback(warm_start="earlier.safetensors", start="uniform")
+    assert Piggyback(start="uniform").warm_start is None
+
+
+def test_magnitude_scales_a_warm_start_too() -> None:
+    earlier = torch.tensor([[True, False, True], [False, True, True]])
+    module = Mask(Piggyback(start="magnitude", warm_start="earlier.safetensors"), WEIGHT, earlier)
+    assert module.scores[earlier].allclose(WEIGHT.abs().mean())
+    assert torch.equal(module.mask(), earlier)
+
+
+@pytest.mark.parametrize("start", ["constant", "magnitude"])
 @pytest.mark.parametrize("ternary", [False, True])
 @pytest.mark.parametrize("start_at", [0.006, 0.02])
 def test_every_warm_start_begins_with_the_earlier_mask(
@@ -224,6 +242,14 @@ def test_a_network_without_weights_is_refused() -> None:
         Piggyback().draft(load_backbone(module, preprocessing=small_preprocessing()), 3)
 
 
+def test_norms_are_trained_only_where_there_are_some() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    assert Piggyback().blueprint(backbone).owned == ("0.weight",)
+    with pytest.raises(MethodNotApplicableError, match=r"no normalisation layer for piggyback's norms='trained'"):
+        Piggyback(norms="trained").blueprint(backbone)
+
+
 def test_the_order_in_which_tasks_are_learned_does_not_matter(tmp_path: Path) -> None:
     """Claim P6: masks of one task do not see those of another."""
     backbone, first, second = make_tiny(), color_task(24, seed=0), color_task(24, seed=1)
@@ -249,3 +275,66 @@ def test_a_saved_mask_gives_exactly_the_trained_models_logits(tmp_path: Path) ->
     images = torch.randn(3, 3, 16, 16)
     loaded = Patch.load(patch.save(tmp_path / "p.safetensors"))
     assert torch.equal(backbone.patched(loaded)(images), BoundPatch(backbone, patch)(images))
+
+
+# VGG --------------------------------------------------------------------------------------------------------
+
+THIN = [width if width == "M" else width // 16 for width in timm_vgg.cfgs["vgg16"]]  # type: ignore[operator]
+HIDDEN = 16
+
+
+def vgg_of_timm(batch_norm: bool) -> nn.Module:
+    """VGG-16 with a sixteenth of its channels; its two layers before the logits are convolutions, 7x7 and 1x1."""
+    norm = nn.BatchNorm2d if batch_norm else None
+    return timm_vgg.VGG(THIN, num_classes=7, norm_layer=norm, mlp_ratio=HIDDEN / VGG_WIDTH)
+
+
+def vgg_of_torchvision(batch_norm: bool) -> nn.Module:
+    """The same from torchvision, where those two layers are linear."""
+    module = torchvision_vgg.VGG(torchvision_vgg.make_layers(THIN, batch_norm), num_classes=7)  # type: ignore[arg-type]
+    first, act, drop, second, *_ = nn.Sequential(
+        nn.Linear(32 * 49, HIDDEN), nn.ReLU(True), nn.Dropout(), nn.Linear(HIDDEN, VGG_WIDTH)
+    )
+    module.classifier = nn.Sequential(first, act, drop, second, nn.ReLU(True), nn.Dropout(), nn.Linear(VGG_WIDTH, 7))
+    return module
+
+
+def vgg_weights(widths: list[int | str], hidden: int) -> int:
+    """Weights of VGG's 3x3 convolutions and of its two layers before the logits."""
+    channels = [3, *(width for width in widths if isinstance(width, int))]
+    return sum(9 * a * b for a, b in itertools.pairwise(channels)) + hidden * (49 * channels[-1] + VGG_WIDTH)
+
+
+def test_a_mask_of_vgg_has_the_size_that_the_paper_prints() -> None:
+    """537 MB for the network, 621 MB with the masks of five tasks."""
+    bits = vgg_weights(timm_vgg.cfgs["vgg16"], VGG_WIDTH)
+    assert bits / 8e6 == pytest.approx((621 - 537) / 5, abs=0.05)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["vgg16", "vgg16_bn"])
+@pytest.mark.parametrize("make", [vgg_of_timm, vgg_of_torchvision])
+def test_vgg_is_masked_up_to_its_logits(make: Callable[[bool], nn.Module], batch_norm: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = make(batch_norm)
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    *masked, logits = (f"{name}.weight" for name in layers)
+    backbone = load_backbone(module, preprocessing=small_preprocessing(32))
+    images = torch.randn(2, 3, 32, 32)
+    before = backbone(images)
+    method = Piggyback(lr=1e-2, norms="trained" if batch_norm else "frozen")
+    assert weight_names(backbone) == masked
+    assert logits not in method.blueprint(backbone).owned
+    assert len(masked) == 13 + 2
+    affine = 2 * sum(width for width in THIN if isinstance(width, int)) if batch_norm else 0
+    assert method.count_parameters(backbone) == vgg_weights(THIN, HIDDEN) + affine
+
+    patch = fit(backbone, color_task(12, 32), method, epochs=2, batch_size=6)
+    figures = patch.inspect().masks
+    assert figures is not None
+    assert figures.weights == vgg_weights(THIN, HIDDEN)
+    assert figures.kept < 1
+    assert not any(patch.tensors[f"mask/{name}"].all() for name in masked[-2:])
+    assert Fingerprint.of(backbone.chain) == backbone.fingerprints
+    assert torch.equal(backbone(images), before)
+    loaded = Patch.load(patch.save(tmp_path / "vgg.safetensors"))
+    assert torch.equal(backbone.patched(loaded)(images), backbone.patched(patch)(images))

@@ -8,7 +8,7 @@ import torch
 from conftest import make_timm
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods import FullFinetune, Subset
+from modelpatch.methods import FullFinetune, LoRA, ScaleBias, Subset
 from modelpatch.methods.subset import find_segments
 from modelpatch.train import TaskData, fit
 
@@ -57,6 +57,16 @@ def test_a_subset_owns_all_parameters_of_its_blocks_and_only_learned_statistics(
     assert set(frozen) == {block.tensor_names[name] for name, _ in block.module.named_parameters()}
     assert {name.rpartition(".")[2] for name in set(learned) - set(frozen)} == {"running_mean", "running_var"}
     assert Subset().count_parameters(resnet) == block.parameters
+
+
+def test_blocks_need_no_keyword(resnet: Backbone) -> None:
+    assert Subset("layer4") == Subset(("layer4",)) == Subset(blocks=("layer4",))  # type: ignore[arg-type]
+    assert Subset("layer3.1, layer4").blocks == LoRA("layer3.1, layer4").blocks == ("layer3.1", "layer4")  # type: ignore[arg-type]
+    both = ScaleBias() + Subset("layer4")  # type: ignore[arg-type]
+    expected = {*Subset(blocks=("layer4",)).blueprint(resnet).owned, *ScaleBias().blueprint(resnet).owned}
+    assert set(both.blueprint(resnet).owned) == expected
+    with pytest.raises(MethodError, match=r"subset: blocks = 0.01 is not valid"):
+        Subset(0.01)  # type: ignore[arg-type]
 
 
 def test_only_the_named_blocks_and_the_head_move(tiny: Backbone, colors: TaskData) -> None:

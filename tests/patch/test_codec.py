@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
 from conftest import draft_patch
@@ -57,6 +58,34 @@ def test_a_binary_mask_takes_a_bit_a_weight_and_a_ternary_one_two() -> None:
     assert stored["mask/b"].nbytes == 64 * 64 / 8
     assert stored["mask/t"].nbytes == 2 * 64 * 64 / 8
     assert codecs == {"mask/b": "bits:64x64", "mask/t": "trits:64x64"}
+
+
+@pytest.mark.parametrize(("ternary", "bits"), [(False, 1), (True, 2)])
+def test_a_packed_mask_costs_its_bits_beside_the_32_of_a_weight(
+    tiny: Backbone, tmp_path: Path, ternary: bool, bits: int
+) -> None:
+    """A task costs 1/32 of the float32 weights it masks (Piggyback, section 4), and `inspect` says so."""
+    patch = draft_patch(tiny, Piggyback(ternary=ternary))
+    generator = torch.Generator().manual_seed(0)
+    masks = {  # bits that no code makes smaller; kept and masked, and for ternary ones the signs, are as likely
+        name: torch.rand(tensor.shape, generator=generator) < 0.5
+        if not ternary
+        else torch.tensor([-1, 0, 0, 1], dtype=torch.int8)[torch.randint(4, tensor.shape, generator=generator)]
+        for name, tensor in patch.tensors.items()
+        if name.startswith("mask/")
+    }
+    patch = replace(patch, tensors={**patch.tensors, **masks})
+    weights = [tiny.chain.tensor(name.removeprefix("mask/")) for name in masks]
+    assert all(weight.dtype == torch.float32 and weight.numel() % 8 == 0 for weight in weights)
+    float_bytes = sum(weight.nbytes for weight in weights)
+    with safe_open(patch.save(tmp_path / "packed.safetensors", compress=False), "pt") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in masks)
+    assert stored == float_bytes * bits / 32
+    figures = patch.inspect().masks
+    assert figures is not None
+    if not ternary:  # of a ternary weight's two bits the sign is needed only where it is kept
+        assert figures.bits_per_weight == 8 * stored / figures.weights == bits
+    assert figures.bound <= figures.bits_per_weight <= bits
 
 
 def test_a_sparse_difference_takes_a_bit_a_weight_and_its_values() -> None:

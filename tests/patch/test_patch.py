@@ -42,6 +42,19 @@ def test_half_precision_saves_two_bytes_a_number(patch: Patch) -> None:
     assert half.file_bytes < full.file_bytes
 
 
+def test_int8_leaves_vectors_float32_and_says_so(patch: Patch, tmp_path: Path) -> None:
+    vectors = sum(tensor.numel() for tensor in patch.tensors.values() if tensor.ndim == 1)
+    matrices = sum(tensor.numel() for tensor in patch.tensors.values() if tensor.ndim > 1)
+    loaded = Patch.load(patch.astype("int8").save(tmp_path / "patch.safetensors"))
+    for name, tensor in patch.tensors.items():
+        if tensor.ndim == 1:
+            assert torch.equal(loaded.tensors[name], tensor)
+    inspection = loaded.inspect()
+    assert inspection.stored == {"int8": matrices, "float32": vectors}
+    assert sum(inspection.stored.values()) == inspection.numbers
+    assert patch.inspect().stored == {"float32": inspection.numbers}
+
+
 def test_another_type_is_refused_with_those_there_are(patch: Patch) -> None:
     with pytest.raises(PatchError, match=r"'int4'.*float32, float16, bfloat16, int8"):
         patch.astype("int4")

@@ -88,6 +88,16 @@ def test_an_inspection_shows_every_part(tiny: Backbone) -> None:
         assert f"{part.bytes:,}" in text
 
 
+def test_an_inspection_says_which_numbers_int8_left_alone(tiny: Backbone) -> None:
+    patch = draft_patch(tiny, ScaleBias())
+    counts = patch.astype("int8").inspect().stored
+    text = re.sub(r"\s+", " ", text_of(inspection_table(patch.astype("int8").inspect())))
+    for kind in ("int8", "float32"):
+        assert f"{kind} {counts[kind]:,}" in text
+    assert "vectors stay float32" in text
+    assert "vectors stay float32" not in text_of(inspection_table(patch.astype("float16").inspect()))
+
+
 @pytest.mark.parametrize("method", [ScaleBias(), DeltaNetwork(modules=2), Piggyback(), ScaleBias() + Piggyback()])
 def test_the_bytes_of_spans_head_and_header_add_up_to_the_file(tiny: Backbone, method: Method) -> None:
     patch = draft_patch(tiny, method)

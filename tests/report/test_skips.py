@@ -15,7 +15,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods import DeltaNetwork, ScaleBias
 from modelpatch.methods.delta import SkipWeights, skip_weights
-from modelpatch.report.skips import measure_skips, plot_skip_weights, skips_table, stage_names
+from modelpatch.report.skips import measure_skips, plot_skip_weights, skips_table, stage_names, variances_table
 from modelpatch.train import TaskData
 from modelpatch.train.images import ImageStore
 
@@ -33,6 +33,17 @@ def test_weights_are_measured_on_every_image(tiny: Backbone, colors: TaskData, r
     for record, other in zip(records, expected, strict=True):
         assert record.weights.shape == (len(colors.test), 3)
         torch.testing.assert_close(record.weights, other.weights)
+        assert record.variances == pytest.approx(other.variances, rel=1e-4)
+        assert len(record.variances) == 2
+
+
+def test_records_of_batches_join_to_that_of_all_images(tiny: Backbone) -> None:
+    model, images = tiny.patched(draft_patch(tiny, DeltaNetwork(modules=2))), torch.randn(7, 3, 16, 16)
+    images[:2] *= 3
+    parts = zip(*(skip_weights(model, batch) for batch in images.split([2, 5])), strict=True)
+    for joined, whole in zip(map(SkipWeights.join, parts), skip_weights(model, images), strict=True):
+        torch.testing.assert_close(joined.weights, whole.weights)
+        torch.testing.assert_close(joined.moments, whole.moments, rtol=1e-4, atol=1e-5)
 
 
 def test_a_patch_without_weighed_skips_is_refused(tiny: Backbone, colors: TaskData) -> None:
@@ -51,6 +62,16 @@ def test_the_table_names_stages_and_shows_mean_and_deviation(tiny: Backbone, rec
             assert f"{edge['from']} → {edge['to']}" in text
             assert f"{edge['mean']:.3f}" in text
             assert f"{edge['deviation']:.3f}" in text
+
+
+def test_a_table_shows_the_variance_of_every_node_and_its_growth(tiny: Backbone, records: list[SkipWeights]) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(variances_table(records, stage_names(tiny, records)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for record in records:
+        first, second = record.as_dict()["variances"]
+        for figure in (f"{first:.3g}", f"{second:.3g}", f"{second / first:.2f}"):
+            assert figure in text
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -9,16 +9,8 @@ from typing import Annotated
 import typer
 
 from modelpatch.atomic import write_bytes
-from modelpatch.cli.options import (
-    ArgumentOption,
-    BackboneOption,
-    DeviceOption,
-    SeedOption,
-    find_device,
-    fit_settings,
-    open_backbone,
-    parse_arguments,
-)
+from modelpatch.cli.grouped import grouped
+from modelpatch.cli.options import Network, Training
 from modelpatch.cli.outputs import (
     ForceOption,
     JsonOption,
@@ -40,8 +32,11 @@ from modelpatch.train import Comparison, load_task
 from modelpatch.train import compare as run_compare
 
 
+@grouped
 def compare(
     data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    network: Network,
+    training: Training,
     methods: Annotated[
         str,
         typer.Option(
@@ -51,16 +46,10 @@ def compare(
     sweep: Annotated[
         str | None, typer.Option(help="KEY=V1,V2,...: every method with a hyperparameter at each of these values.")
     ] = None,
-    backbone: BackboneOption = "bundled:tiny",
     base_data: Annotated[
         str | None, typer.Option(help="Data of the base's own classes: its accuracy before and after.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images, equal for all methods.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None,
-    seed: SeedOption = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Fits a method, with this many seeds; gives standard errors.")] = 1,
-    option: Annotated[list[str] | None, typer.Option("--fit", help="KEY=VALUE, any other setting of fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder in which to keep the patches.")] = None,
     force: ForceOption = False,
     plot: Annotated[
@@ -69,8 +58,6 @@ def compare(
     bytes_plot: Annotated[Path | None, typer.Option(help="Draw accuracy against file bytes to this picture.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write table and pictures as one HTML page.")] = None,
-    device: DeviceOption = "cpu",
-    argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
     """Train several methods on one task with the same budget and show one table.
@@ -78,7 +65,7 @@ def compare(
     With --out, an interrupted comparison goes on where it was when the same command is given again.
     """
     console = open_console(json)
-    for name, path in (("--json", json), ("--markdown", markdown), ("--html", html)):
+    for name, path in (("--markdown", markdown), ("--html", html)):
         check_file(name, path)
     check_pictures(plot=plot, bytes_plot=bytes_plot)
     if html is not None:
@@ -89,14 +76,12 @@ def compare(
     names = [spelled for one in sweeps.values() for spelled in one.values()] or names
     for name in names:
         make_method(name)
-    settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed, seeds=seeds)
-    arguments, place = parse_arguments(argument), find_device(device)
-    task = load_task(data, seed=seed)
+    settings = training.settings(seeds=seeds)
+    task = load_task(data, seed=training.seed)
     base = None if base_data is None else load_task(base_data, hold_out=False)
     if out is not None:
         make_folder("--out", out)
-    opened = open_backbone(backbone, arguments, place)
-    result = run_compare(opened, task, names, base=base, out=out, reuse=not force, progress=True, **settings)
+    result = run_compare(network.open(), task, names, base=base, out=out, reuse=not force, progress=True, **settings)
     show(console, comparison_table(result))
     write_json(json, result.as_dict())
     if markdown is not None:

@@ -18,7 +18,7 @@ from modelpatch.cli.options import (
     naming,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
 from modelpatch.patch import Patch
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table, show
@@ -48,7 +48,6 @@ def evaluate(
 ) -> None:
     """Measure a patch on the test images of its task: top-1, top-5, per class, confusion."""
     console = open_console(json)
-    check_file("--json", json)
     check_pictures(plot=plot)
     loaded = at_alpha(Patch.load(patch), alpha)
     base = backbone_of(loaded, patch, backbone, parse_arguments(argument), find_device(device))

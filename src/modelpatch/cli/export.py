@@ -44,7 +44,6 @@ def export(
 ) -> None:
     """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph."""
     console = open_console(json)
-    check_file("--json", json)
     if data is not None and form != "onnx":
         raise ModelpatchError("--data checks the format onnx. Leave it out, or give --format onnx.")
     path = out or patch.with_name(f"{patch.stem}-model{SUFFIXES.get(form, '')}")

@@ -66,7 +66,6 @@ def extract(
     With --data every codec is measured, and the patch of --codec written with its accuracy.
     """
     console = open_console(json)
-    check_file("--json", json)
     path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
     check_file("--out", path)
     check_free("--out", [path], force)

@@ -17,13 +17,20 @@ from modelpatch.cli.options import (
     open_backbone,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods.delta import SkipWeights
 from modelpatch.patch import Patch
 from modelpatch.patch.inspect import Inspection
 from modelpatch.report.plots import plot_inspection
-from modelpatch.report.skips import check_skips, measure_skips, plot_skip_weights, skips_table, stage_names
+from modelpatch.report.skips import (
+    check_skips,
+    measure_skips,
+    plot_skip_weights,
+    skips_table,
+    stage_names,
+    variances_table,
+)
 from modelpatch.report.tables import inspection_table, parts_table, show
 from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
@@ -37,7 +44,10 @@ def inspect(
         Path | None, typer.Option(help="Draw bytes per part, or with --data the weights of skips, to this picture.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data of the task, as for eval: measure what a `delta` patch weighs its skips.")
+        str | None,
+        typer.Option(
+            help="Data of the task, as for eval: measure the weights a `delta` patch gives its skips, and variances."
+        ),
     ] = None,
     backbone: PatchBackboneOption = None,
     argument: ArgumentOption = None,
@@ -48,7 +58,6 @@ def inspect(
     Reads no backbone's weights without --backbone or --data: the spans follow from the network's structure alone.
     """
     console = open_console(json)
-    check_file("--json", json)
     check_pictures(plot=plot)
     loaded = Patch.load(patch)
     arguments = parse_arguments(argument)
@@ -70,6 +79,8 @@ def inspect(
         records, names, images = _measure_skips(loaded, base, data)
         console.print()
         show(console, skips_table(records, names))
+        console.print()
+        show(console, variances_table(records, names))
         figures["skips"] = [{"stage": name, **one.as_dict()} for name, one in zip(names, records, strict=True)]
     write_json(json, figures)
     if plot is not None:

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from modelpatch.atomic import write_bytes
+from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import (
     ArgumentOption,
     DeviceOption,
-    SeedOption,
+    SetOption,
+    Training,
     backbone_of,
     find_device,
-    fit_settings,
     naming,
     open_backbone,
     parse_arguments,
@@ -24,14 +25,7 @@ from modelpatch.cli.options import (
 )
 from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
 from modelpatch.cli.predict import gather_images
-from modelpatch.cli.selecting import (
-    BatchSizeOption,
-    EpochsOption,
-    FitOption,
-    ImageSizeOption,
-    MethodOption,
-    SetOption,
-)
+from modelpatch.cli.selecting import MethodOption
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods import make_method
 from modelpatch.patch import Patch
@@ -42,8 +36,10 @@ from modelpatch.train import fit, load_task
 from modelpatch.train.progress import Progress
 
 
+@grouped
 def label(
     data: Annotated[str, typer.Argument(help="The labelled data, as for fit.")],
+    training: Training,
     unlabeled: Annotated[
         list[Path] | None, typer.Option(help="Images or folders to choose from; may be repeated.")
     ] = None,
@@ -68,11 +64,6 @@ def label(
     ] = None,
     method: MethodOption = "subset",
     set_: SetOption = None,
-    epochs: EpochsOption = 10,
-    batch_size: BatchSizeOption = 32,
-    image_size: ImageSizeOption = None,
-    seed: SeedOption = 0,
-    option: FitOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
@@ -82,7 +73,7 @@ def label(
     With --simulate nothing is asked: accuracy against labels is measured on DATA, for margins and for random choice.
     """
     console = open_console(json)
-    for name, path in (("--json", json), ("--out", out), ("--sheet", sheet), ("--rounds", rounds)):
+    for name, path in (("--out", out), ("--sheet", sheet), ("--rounds", rounds)):
         check_file(name, path)
     check_pictures(plot=plot)
     if (simulate_ is None) == (unlabeled is None):
@@ -94,9 +85,9 @@ def label(
     if simulate_ is None and (plot or rounds or seeds > 1):
         raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
     made = make_method(method, **parse_pairs(set_, "--set"))
-    settings = fit_settings(option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed)
+    settings = training.settings()
     arguments, place = parse_arguments(argument), find_device(device)
-    task = load_task(data, seed=seed)
+    task = load_task(data, seed=training.seed)
     if simulate_ is not None:
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
         base = open_backbone(backbone or "bundled:tiny", arguments, place)

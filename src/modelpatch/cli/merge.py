@@ -52,7 +52,6 @@ def merge(
 ) -> None:
     """Put the bodies of several patches of one backbone into one patch."""
     console = open_console(json)
-    check_file("--json", json)
     check_file("--out", out)
     check_free("--out", [out], force)
     loaded = [at_alpha(Patch.load(path), alpha) for path in patches]
@@ -83,7 +82,6 @@ def diff(
 ) -> None:
     """Say where two patches differ and by how much: the sizes of their changes, their distance and cosine, a row a tensor."""
     console = open_console(json)
-    check_file("--json", json)
     loaded = [Patch.load(path) for path in (first, second)]
     base = _common_backbone([first, second], loaded, backbone, argument)
     difference = run_diff(base, *loaded)

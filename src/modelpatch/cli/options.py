@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.backbone.text import OWN
+from modelpatch.cli.outputs import ForceOption, check_file, check_free
 from modelpatch.errors import (
     BackboneError,
     ForeignTensorError,
@@ -45,6 +47,13 @@ AlphaOption = Annotated[
     float | None,
     typer.Option("--alpha", help="Apply this share of the change, 0 (the base) to 1; by default what the file says."),
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="KEY=VALUE, a hyperparameter of the method (lr=0.003), of one of several METHOD.KEY=VALUE; may be repeated.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
 TextOption = Annotated[
     str | None,
@@ -59,6 +68,63 @@ TemplateOption = Annotated[
     list[str] | None, typer.Option(help="A prompt with {} for the name, such as 'a photo of a {}.'; may be repeated.")
 ]
 RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
+
+
+# groups -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """The frozen network and where it computes. Raises `ModelpatchError` for arguments or a device that cannot be."""
+
+    backbone: BackboneOption = "bundled:tiny"
+    argument: ArgumentOption = None
+    device: DeviceOption = "cpu"
+
+    def __post_init__(self) -> None:
+        parse_arguments(self.argument)
+        find_device(self.device)
+
+    def open(self) -> Backbone:
+        """The backbone, on its device."""
+        return open_backbone(self.backbone, parse_arguments(self.argument), find_device(self.device))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a fit runs, alike for all verbs that train."""
+
+    epochs: Annotated[int, typer.Option(help="Passes over the training images, equal for all that is compared.")] = 10
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
+    image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None
+    seed: SeedOption = 0
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--fit", help="KEY=VALUE, any other setting of fit (label_smoothing=0.1, early_stopping=3, ...)."),
+    ] = None
+
+    def settings(self, **own: Any) -> dict[str, Any]:
+        """The settings of a fit, with those for which the verb has options of its `own`. Raises `TrainingError`."""
+        named = {name: getattr(self, name) for name in ("epochs", "batch_size", "image_size", "seed")}
+        return fit_settings(self.option, **named, **own)
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """Where a trained patch is written. Raises `ModelpatchError` if it cannot be."""
+
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The patch file; by default TASK.safetensors.")] = None
+    force: ForceOption = False
+
+    def __post_init__(self) -> None:
+        check_file("--out", self.out)
+
+    def path(self, task: str) -> Path:
+        """The file. Raises `ModelpatchError` if it cannot be written, or stands there already and is not to be replaced."""
+        path = self.out or Path(f"{task}.safetensors")
+        check_file("--out", path)
+        check_free("--out", [path], self.force)
+        return path
 
 
 # pairs ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,11 @@ UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 
 
 def open_console(json: Path | None = None, **style: Any) -> Console:
-    """Standard output, or standard error if `json` claims the output; wide unless it is a terminal."""
+    """Standard output, or standard error if `json` claims the output; wide unless it is a terminal.
+
+    Raises `ModelpatchError` if --json names a file that cannot be written.
+    """
+    check_file("--json", json)
     console = Console(stderr=str(json) == "-", **style)
     if not console.is_terminal:
         console.width = UNSEEN_WIDTH

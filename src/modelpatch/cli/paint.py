@@ -8,31 +8,19 @@ from typing import Annotated, Any, cast
 import typer
 
 from modelpatch.atomic import write_bytes
+from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import (
-    ArgumentOption,
-    BackboneOption,
-    DeviceOption,
     NamesOption,
-    SeedOption,
+    Network,
+    PatchFile,
+    SetOption,
     TemplateOption,
     TextOption,
-    find_device,
-    fit_settings,
-    open_backbone,
+    Training,
     open_vocabulary,
-    parse_arguments,
     parse_pairs,
 )
-from modelpatch.cli.outputs import (
-    ForceOption,
-    JsonOption,
-    check_file,
-    check_free,
-    check_pictures,
-    open_console,
-    tell,
-    write_json,
-)
+from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
 from modelpatch.errors import TrainingError
 from modelpatch.methods import Paint, make_method
 from modelpatch.report.paint import (
@@ -50,14 +38,13 @@ from modelpatch.train.frontier import BASELINES, frontier
 from modelpatch.train.paint import joint_task
 
 
+@grouped
 def paint(
     data: Annotated[list[str], typer.Argument(help="The data of the tasks to patch, as for fit.")],
     supported: Annotated[list[str], typer.Option(help="Data of a task that must stay; may be repeated.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The patch file; by default TASK.safetensors.")
-    ] = None,
-    force: ForceOption = False,
-    backbone: BackboneOption = "bundled:tiny",
+    network: Network,
+    training: Training,
+    file: PatchFile,
     rule: Annotated[
         str,
         typer.Option(
@@ -85,19 +72,10 @@ def paint(
     baselines: Annotated[
         str | None, typer.Option(help=f"Also trade off by these: {', '.join(BASELINES)}, comma-separated, or 'all'.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyperparameter (lr, weight_decay, ...).")
-    ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None,
+    set_: SetOption = None,
     validation: Annotated[float, typer.Option(help="Share of training images held out to choose alpha on.")] = 0.2,
-    seed: SeedOption = 0,
-    option: Annotated[list[str] | None, typer.Option("--fit", help="KEY=VALUE, any other setting of fit.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw patched against supported accuracy to this picture.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
-    device: DeviceOption = "cpu",
-    argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
     """Fine-tune, mix the result with the base at many alphas, and choose one on held-out images of both (PAINT).
@@ -105,8 +83,7 @@ def paint(
     The patch keeps the whole change; alpha is its strength and can be turned later without training.
     """
     console = open_console(json)
-    for name, path in (("--json", json), ("--markdown", markdown), ("--out", out)):
-        check_file(name, path)
+    check_file("--markdown", markdown)
     check_pictures(plot=plot)
     exploration = PaintSettings(
         mode=mode,  # type: ignore[arg-type]
@@ -123,15 +100,11 @@ def paint(
     )
     rivals = _baselines(baselines, len(data))
     method = cast(Paint, make_method(Paint.name, **parse_pairs(set_, "--set")))
-    settings: dict[str, Any] = fit_settings(
-        option, epochs=epochs, batch_size=batch_size, image_size=image_size, seed=seed
-    )
-    tasks = [load_task(one, seed=seed) for one in data]
-    kept = [load_task(one, seed=seed) for one in supported]
-    target = out or Path(f"{joint_task([task.task for task in tasks]).name}.safetensors")
-    check_file("--out", target)
-    check_free("--out", [target], force)
-    opened = open_backbone(backbone, parse_arguments(argument), find_device(device))
+    settings = training.settings()
+    tasks = [load_task(one, seed=training.seed) for one in data]
+    kept = [load_task(one, seed=training.seed) for one in supported]
+    target = file.path(joint_task([task.task for task in tasks]).name)
+    opened = network.open()
     vocabulary = open_vocabulary(opened, text, names, template)
     common: dict[str, Any] = {
         "method": method,

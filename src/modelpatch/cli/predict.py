@@ -26,7 +26,7 @@ from modelpatch.cli.options import (
     open_vocabulary,
     parse_arguments,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, read_names, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, read_names, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
 from modelpatch.errors import DataError, ModelpatchError
@@ -72,7 +72,6 @@ def predict(
     An image that cannot be read gets an error in its row; the others are answered and the exit status is 1.
     """
     console = open_console(json)
-    check_file("--json", json)
     check_pictures(plot=plot)
     files = gather_images(images)
     labels_given = read_names("--labels", labels)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from modelpatch.cli.options import ArgumentOption, PatchBackboneOption, backbone_of, parse_arguments
-from modelpatch.cli.outputs import JsonOption, check_file, open_console, write_json
+from modelpatch.cli.outputs import JsonOption, open_console, write_json
 from modelpatch.errors import BackboneError, MissingExtraError, ModelpatchError
 from modelpatch.patch import Patch, PatchedModel
 
@@ -29,7 +29,6 @@ def verify(
     A file is `intact`, `refused`, or `unchecked` where its backbone cannot be loaded. Exit status 1 unless all are intact.
     """
     console = open_console(json, soft_wrap=True, highlight=False)
-    check_file("--json", json)
     arguments = parse_arguments(argument)
     results = []
     for path in patch:

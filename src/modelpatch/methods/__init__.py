@@ -2,7 +2,7 @@
 
 from modelpatch.methods.composite import Composite
 from modelpatch.methods.confined import Confined, confine
-from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.delta import DeltaNetwork, SkipWeights, skip_variances, skip_weights
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
@@ -35,9 +35,12 @@ __all__ = [
     "Piggyback",
     "Pruned",
     "ScaleBias",
+    "SkipWeights",
     "Subset",
     "confine",
     "export_peft",
     "import_peft",
     "make_method",
+    "skip_variances",
+    "skip_weights",
 ]

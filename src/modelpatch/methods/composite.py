@@ -65,6 +65,7 @@ class Composite(Method):
         _agreed("statistics", self.methods, {"recomputed", "learned"})
         prints = [member.blueprint(backbone) for member in self.methods]
         self._check_grafts(prints)
+        self._check_weights(prints, backbone)
         grafts = tuple(graft for one in prints for graft in one.grafts)
         return Blueprint(owned=tuple(dict.fromkeys(name for one in prints for name in one.owned)), grafts=grafts)
 
@@ -77,20 +78,22 @@ class Composite(Method):
                         "expects the backbone's own. Name other blocks, or drop one of them."
                     )
 
+    def _check_weights(self, prints: Sequence[Blueprint], backbone: Backbone) -> None:
+        for member, (other, owned) in itertools.product(self.methods, zip(self.methods, prints, strict=True)):
+            both = set(member.reweighted(backbone)) & set(owned.owned) if other is not member else ()
+            if both:
+                raise MethodError(
+                    f"{member.name} and {other.name} exclude each other on {min(both)}: a weight is masked or trained, not "
+                    "both. Name other blocks, or drop one of them."
+                )
+
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """All members'."""
+        return tuple(name for member in self.methods for name in member.reweighted(backbone))
+
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
-        """All members'. Raises `MethodError` where one masks a weight that another trains."""
-        made: dict[str, Reweighting] = {}
-        for member in self.methods:
-            own = member.reweightings(backbone)
-            for other in self.methods:
-                both = sorted(own.keys() & set(other.blueprint(backbone).owned)) if other is not member else []
-                if both:
-                    raise MethodError(
-                        f"{member.name} and {other.name} exclude each other on {both[0]}: a weight is masked or trained, not "
-                        "both. Name other blocks, or drop one of them."
-                    )
-            made |= own
-        return made
+        """All members', which share no weight (see `blueprint`)."""
+        return {name: one for member in self.methods for name, one in member.reweightings(backbone).items()}
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         for member in self.methods:

@@ -92,11 +92,15 @@ class Confined(Method):
             raise MethodNotApplicableError(f"{self.name} has nothing to change in {', '.join(self.blocks)}.")
         return Blueprint(owned=owned, grafts=grafts)
 
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """Those in these segments."""
+        chain, chosen = backbone.chain, self._chosen(backbone)
+        return tuple(name for name in self.method.reweighted(backbone) if chain.segment_of(name).index in chosen)
+
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """Those of weights in these segments."""
-        chain, chosen = backbone.chain, self._chosen(backbone)
         made = self.method.reweightings(backbone)
-        return {name: one for name, one in made.items() if chain.segment_of(name).index in chosen}
+        return {name: made[name] for name in self.reweighted(backbone)}
 
     def _chosen(self, backbone: Backbone) -> set[int]:
         return {segment.index for segment in find_segments(backbone, self.blocks)}

@@ -13,9 +13,9 @@ of Table 5. `delta_stage.py` holds the modules, `residual.py` finds the stages.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -221,22 +221,45 @@ def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
 class SkipWeights:
     """What λ a stage over the segments `span` gave its `edges` (i, j): `weights` (B, p) for B images.
 
-    `existing` says which of the edges the frozen network has.
+    `existing` says which of the edges the frozen network has. `moments` (k, 2) are mean and mean square of z_1 ... z_k, as
+    they enter their activations, over the same images.
     """
 
     span: Span
     edges: tuple[Edge, ...]
     existing: tuple[bool, ...]
     weights: Tensor
+    moments: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
+
+    @classmethod
+    def join(cls, records: Sequence[SkipWeights]) -> SkipWeights:
+        """The record of all images of several records of one stage."""
+        images = [len(record.weights) for record in records]
+        moments = torch.stack([count * one.moments for count, one in zip(images, records, strict=True)]).sum(0)
+        return replace(
+            records[0], weights=torch.cat([one.weights.cpu() for one in records]), moments=moments / sum(images)
+        )
+
+    @property
+    def variances(self) -> list[float]:
+        """The variance of z_1 ... z_k.
+
+        Along skips that are added without a norm it grows from node to node, and doubles where what is added is as large as
+        the branch and independent of it (equations 5 and 6); with `batch_norm=True` it is about 1.
+        """
+        mean, square = self.moments.unbind(1)
+        variances: list[float] = (square - mean**2).tolist()
+        return variances
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: each edge with its mean and standard deviation over the images."""
+        """Plain values for JSON: each edge with its mean and standard deviation over the images, each node's variance."""
         mean, deviation = self.weights.mean(0).tolist(), self.weights.std(0, correction=0).tolist()
         rows = zip(self.edges, self.existing, mean, deviation, strict=True)
         keys = ("from", "to", "existing", "mean", "deviation")
         return {
             "span": list(self.span),
             "edges": [dict(zip(keys, (*edge, *rest), strict=True)) for edge, *rest in rows],
+            "variances": self.variances,
         }
 
 
@@ -247,43 +270,36 @@ def delta_stages(model: nn.Module) -> list[DeltaStage]:
 
 @torch.no_grad()
 def skip_weights(model: PatchedModel, images: Tensor) -> list[SkipWeights]:
-    """λ of every patched stage for normalised images (B, C, H, W), in the stages' order.
+    """λ and the moments of z of every patched stage for normalised images (B, C, H, W), in the stages' order.
 
     Raises `MethodError` for a model that weighs no skips.
     """
-    records: list[SkipWeights] = []
+    found = list(_spans(model))
+    weights: list[Tensor] = []
+    moments: list[list[tuple[float, float]]] = [[] for _ in found]
     with ExitStack() as hooks:
-        for span, stage in _spans(model):
+        for (_, stage), own in zip(found, moments, strict=True):
 
-            def record(_: nn.Module, inputs: tuple[Tensor, ...], span: Span = span, stage: DeltaStage = stage) -> None:
-                records.append(SkipWeights(span, stage.edges, stage.existing, stage.weights(inputs[0])))
+            def weigh(_: nn.Module, inputs: tuple[Tensor, ...], stage: DeltaStage = stage) -> None:
+                weights.append(stage.weights(inputs[0]))
 
-            handle = stage.register_forward_pre_hook(record)
-            hooks.callback(handle.remove)
-        model(images)
-    return records
+            def measure(_: nn.Module, inputs: Any, z: Tensor, own: list[tuple[float, float]] = own) -> None:
+                variance, mean = (one.item() for one in torch.var_mean(z.float(), correction=0))
+                own.append((mean, variance + mean**2))
 
-
-@torch.no_grad()
-def skip_variances(model: PatchedModel, images: Tensor) -> list[list[float]]:
-    """The variance of z_1 ... z_k, as they enter their activations, for every patched stage.
-
-    Along skips that are added without a norm it grows from node to node, and doubles where what is added is as large as
-    the branch and independent of it (equations 5 and 6); with `batch_norm=True` it is about 1.
-    """
-    variances: list[list[float]] = []
-    with ExitStack() as hooks:
-        for _, stage in _spans(model):
-            own: list[float] = []
-            variances.append(own)
-
-            def record(_: nn.Module, inputs: Any, z: Tensor, own: list[float] = own) -> None:
-                own.append(z.float().var().item())
-
+            hooks.callback(stage.register_forward_pre_hook(weigh).remove)
             for norm in stage.norms:
-                hooks.callback(norm.register_forward_hook(record).remove)
+                hooks.callback(norm.register_forward_hook(measure).remove)
         model(images)
-    return variances
+    return [
+        SkipWeights(span, stage.edges, stage.existing, given, torch.tensor(own, dtype=torch.float64).view(-1, 2))
+        for (span, stage), given, own in zip(found, weights, moments, strict=True)
+    ]
+
+
+def skip_variances(model: PatchedModel, images: Tensor) -> list[list[float]]:
+    """The variance of z_1 ... z_k for every patched stage (see `SkipWeights.variances`)."""
+    return [record.variances for record in skip_weights(model, images)]
 
 
 def _spans(model: PatchedModel) -> Iterator[tuple[Span, DeltaStage]]:

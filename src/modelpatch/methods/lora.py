@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -55,7 +55,7 @@ class LoRA(Method):
     lr: PositiveFloat = 2e-3
     rank: Rank = 8
     scale: PositiveFloat = 16.0
-    blocks: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = field(default=(), kw_only=False)
     layers: Literal["all", "linear", "convolution"] = "all"
 
     def blueprint(self, backbone: Backbone) -> Blueprint:

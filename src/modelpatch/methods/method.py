@@ -65,6 +65,10 @@ class Method(ABC):
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """What a patch of this method owns and adds. Raises `MethodNotApplicableError` where there is nothing."""
 
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """The owned weights that are not replaced but made from the frozen ones: the names of `reweightings`."""
+        return ()
+
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """What makes owned weights from the frozen ones while they are trained, by the backbone's names of the weights."""
         return {}

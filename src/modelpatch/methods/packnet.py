@@ -52,6 +52,10 @@ class PackNet(Method):
             raise MethodNotApplicableError(f"{backbone.spec} has no weights to free. Try the method `scale-bias`.")
         return Blueprint(owned=tuple(names))
 
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """Every weight matrix and kernel."""
+        return tuple(weight_names(backbone))
+
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """What each weight keeps, and the freed part at zero."""
         earlier = self._earlier(backbone)

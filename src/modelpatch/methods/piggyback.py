@@ -36,7 +36,8 @@ class Piggyback(Method):
     `at_threshold` says what a score equal to τ gives: `kept` as in the paper, `masked` as in its code. `scaling` divides
     the scores' gradient by the layer's `mean` |W| or by every `weight`'s own |w|. `ternary` masks are -1 below 0, 1 from τ
     on and 0 between. `norms="trained"` trains the normalisation layers' scale and bias too, at `norm_lr` (the paper's
-    Trained BN). `warm_start` names a patch file of another task on the same backbone to start the masks from.
+    Trained BN). `warm_start` names a patch file of another task on the same backbone to start the masks from: its bits say
+    where a score starts, so that `start="uniform"` contradicts it; `magnitude` says how far from the threshold.
     """
 
     name: ClassVar[str] = "piggyback"
@@ -54,19 +55,37 @@ class Piggyback(Method):
     norms: Literal["frozen", "trained"] = "frozen"
     warm_start: str | None = None
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
-        """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
-        masked = weight_names(backbone)
-        if not masked:
-            raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
+    def __post_init__(self) -> None:
+        """Raises `MethodError` for starts that contradict each other, too."""
+        super().__post_init__()
         if self.start_at <= self.threshold:
             raise MethodError(
                 f"piggyback: start_at={self.start_at} is not above threshold={self.threshold}, so that every weight would "
                 "start masked. Raise start_at."
             )
-        trained = self.norms == "trained"
-        norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=trained, statistics=False)]
+        if self.warm_start is not None and self.start == "uniform":
+            raise MethodError(
+                "piggyback: warm_start starts every score where the earlier mask says, start='uniform' where chance says. "
+                "Drop one of them."
+            )
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
+        masked = weight_names(backbone)
+        if not masked:
+            raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
+        if self.norms == "frozen":
+            return Blueprint(owned=tuple(masked))
+        norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=True, statistics=False)]
+        if not norms:
+            raise MethodNotApplicableError(
+                f"{backbone.spec} has no normalisation layer for piggyback's norms='trained'. Leave it at 'frozen'."
+            )
         return Blueprint(owned=(*masked, *norms))
+
+    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
+        """Every masked weight."""
+        return tuple(weight_names(backbone))
 
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         """Scores at their start, for every masked weight."""

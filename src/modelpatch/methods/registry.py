@@ -76,13 +76,8 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
         raise MethodError(f"{spec!r} is not a method's name. Methods: {', '.join(METHODS)}.")
     parts = [_parse(part) for part in split_outside(spec, "+")]
     for key, value in hyperparameters.items():
-        owner, _, name = key.rpartition(".")
-        chosen = [values for part, values in parts if part == owner or (not owner and len(parts) == 1)]
-        if not chosen:
-            raise MethodError(
-                f"{key!r} names no method of {spec!r}. Write METHOD.HYPERPARAMETER with a method of these."
-            )
-        chosen[0][name] = value
+        number, name = _owner(key, [part for part, _ in parts])
+        parts[number][1][name] = value
     methods = [_make(name, values) for name, values in parts]
     return methods[0] if len(methods) == 1 else Composite.of(*methods)
 
@@ -94,16 +89,25 @@ def sweep(spec: str, key: str, values: Iterable[str]) -> dict[str, str]:
     the key says whose it is, as in `make_method`. Raises `MethodError` for what cannot be made.
     """
     parts = split_outside(spec, "+")
-    owner, _, name = key.rpartition(".")
-    places = [n for n, part in enumerate(parts) if _parse(part)[0] == owner or (not owner and len(parts) == 1)]
-    if not places:
-        raise MethodError(f"{key!r} names no method of {spec!r}. Write METHOD.HYPERPARAMETER with a method of these.")
-    before, part, after = parts[: places[0]], parts[places[0]], parts[places[0] + 1 :]
+    number, name = _owner(key, [_parse(part)[0] for part in parts])
+    before, part, after = parts[:number], parts[number], parts[number + 1 :]
     start = f"{part[:-1]}," if part.endswith(")") else f"{part}("
     spelled = {value: "+".join([*before, f"{start}{name}={value})", *after]) for value in values}
     for one in spelled.values():
         make_method(one)
     return spelled
+
+
+def _owner(key: str, methods: list[str]) -> tuple[int, str]:
+    """Which of the methods a key such as `subset.blocks` means, and its hyperparameter. Raises `MethodError` for none."""
+    owner, _, name = key.rpartition(".")
+    if not owner and len(methods) == 1:
+        return 0, name
+    if owner in methods:
+        return methods.index(owner), name
+    takers = [method for method in methods if name == "blocks" or name in _hyperparameters(method)] or methods
+    spelled = " or ".join(f"{method}.{name}=..." for method in takers)
+    raise MethodError(f"{key!r} names no method of {'+'.join(methods)}. Say whose it is: {spelled}")
 
 
 def split_outside(text: str, separator: str) -> list[str]:
@@ -137,16 +141,20 @@ def _pairs(items: Iterable[str], text: str) -> Iterable[tuple[str, Any]]:
 
 
 def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
-    if name not in METHODS:
-        raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
-    kind = METHODS[name]
-    known = [field.name for field in fields(kind) if field.init]
+    known = _hyperparameters(name)
     if "blocks" in hyperparameters and "blocks" not in known:
         others = {key: value for key, value in hyperparameters.items() if key != "blocks"}
         return Confined.of(_make(name, others), _names(hyperparameters["blocks"], name))
     if unknown := sorted(hyperparameters.keys() - set(known)):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
-    return kind(**hyperparameters)
+    return METHODS[name](**hyperparameters)
+
+
+def _hyperparameters(name: str) -> list[str]:
+    """What the method of that name has. Raises `MethodError` for an unknown one."""
+    if name not in METHODS:
+        raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
+    return [field.name for field in fields(METHODS[name]) if field.init]
 
 
 def _names(value: Any, method: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -29,20 +29,21 @@ RUNNING = ("running_mean", "running_var")
 
 @dataclass(frozen=True, kw_only=True)
 class Subset(Method):
-    """Trains every parameter of the named blocks.
+    """Trains every parameter of the named blocks: `Subset("layer4")`, `Subset(("layer3.1", "layer4"))`.
 
-    `blocks` holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`, `stage-1`) or `last`,
-    the last block; a name that the network itself uses means the network's. `statistics="learned"` runs their BatchNorm
-    layers in train mode and stores what they learn, as the paper's code does; that needs large batches. `reinitialize`
-    starts the blocks from random values, the paper's control: every layer with a `reset_parameters` is reset, while
-    frozen statistics and parameters outside such layers (a layer scale) keep the base's values.
+    `blocks` needs no keyword. It holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`,
+    `stage-1`) or `last`, the last block; a name that the network itself uses means the network's. `statistics="learned"`
+    runs their BatchNorm layers in train mode and stores what they learn, as the paper's code does; that needs large
+    batches. `reinitialize` starts the blocks from random values, the paper's control: every layer with a
+    `reset_parameters` is reset, while frozen statistics and parameters outside such layers (a layer scale) keep the
+    base's values.
     """
 
     name: ClassVar[str] = "subset"
     paper: ClassVar[str] = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
     lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
-    blocks: Annotated[tuple[str, ...], Field(min_length=1)] = ("last",)
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)] = field(default=("last",), kw_only=False)
     statistics: Statistics = "frozen"
     weight_decay: NonNegativeFloat = 1e-2
     reinitialize: bool = False

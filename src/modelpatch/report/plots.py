@@ -42,14 +42,17 @@ def check_picture(path: Path, option: str) -> None:
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on; the picture is written on leaving. Raises `MissingExtraError` without matplotlib."""
+def figure(path: Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
+    """Axes to draw on, an array of them if there are several; the picture is written on leaving.
+
+    Raises `MissingExtraError` without matplotlib.
+    """
     check_matplotlib()
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(width, height), layout="constrained")
-    axes = drawing.subplots(1, columns)
-    for one in axes if columns > 1 else [axes]:
+    axes = drawing.subplots(rows, columns)
+    for one in drawing.axes:
         one.spines[["top", "right"]].set_visible(False)
     yield axes
     try:

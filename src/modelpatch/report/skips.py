@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +11,10 @@ from rich.table import Table
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.delta import SkipWeights, skip_weights
+from modelpatch.methods import SkipWeights, skip_weights
 from modelpatch.methods.delta_stage import GRAFT
 from modelpatch.patch import Patch
-from modelpatch.report.plots import BLUE, ORANGE, figure
+from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import NAME_WIDTH, new_table
 from modelpatch.train import Split
 from modelpatch.train.images import ImageStore
@@ -27,7 +26,7 @@ MAX_LABELS = 60
 def measure_skips(
     backbone: Backbone, patch: Patch, split: Split, advance: Callable[[int], None] = lambda _: None
 ) -> list[SkipWeights]:
-    """λ of every patched stage for every image of a split. Raises `MethodError` for a patch that weighs no skips."""
+    """λ and variances of every patched stage over a split's images. Raises `MethodError` for a patch that weighs no skips."""
     check_skips(patch)
     model = backbone.patched(patch)
     store = ImageStore(split, patch.preprocessing, MEMORY)
@@ -35,8 +34,7 @@ def measure_skips(
     for rows in torch.arange(len(store)).split(64):
         batches.append(skip_weights(model, store.plain(rows).to(backbone.device)))
         advance(len(rows))
-    stages = zip(*batches, strict=True)
-    return [replace(stage[0], weights=torch.cat([record.weights.cpu() for record in stage])) for stage in stages]
+    return [SkipWeights.join(stage) for stage in zip(*batches, strict=True)]
 
 
 def check_skips(patch: Patch) -> None:
@@ -67,15 +65,29 @@ def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     return table
 
 
+def variances_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
+    """The variance of every node's sum, and how much it is of the node before: about 2 where skips pile up."""
+    table = new_table("variance of the nodes", "of z before its activation, over all images, channels and places")
+    table.add_column("stage", overflow="fold", min_width=NAME_WIDTH)
+    for figure_name in ("node", "variance", "times the last"):
+        table.add_column(figure_name, no_wrap=True)
+    for record, name in zip(records, names, strict=True):
+        before = None
+        for node, variance in enumerate(record.variances, 1):
+            table.add_row(escape(name), str(node), f"{variance:.3g}", f"{variance / before:.2f}" if before else "")
+            before = variance
+    return table
+
+
 def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], title: str, path: Path) -> None:
     """For every stage its weights over the images: a box from quartile to quartile, whiskers from the 5th to the 95th
-    percentile, a dot at the mean. All stages have one scale."""
+    percentile, a dot at the mean, all stages on one scale; and below them the variance of its nodes."""
     longest = min(max(len(record.edges) for record in records), MAX_LABELS)
     width = min(max((1 + 0.28 * longest) * len(records) + 1, 5), 24)
     every = torch.cat([record.weights.flatten() for record in records])
     low, high = min(every.min().item(), 0), max(every.max().item(), 1)
-    with figure(path, width, 3.6, columns=len(records)) as drawn:
-        for axes, record, name in zip(drawn if len(records) > 1 else [drawn], records, names, strict=True):
+    with figure(path, width, 6, columns=len(records), rows=2) as drawn:
+        for axes, below, record, name in zip(*drawn.reshape(2, -1), records, names, strict=True):
             boxes = axes.boxplot(
                 record.weights.float().numpy(),
                 whis=(5, 95),
@@ -92,4 +104,7 @@ def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], titl
             axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=7)
             axes.set(title=name, ylabel="λ", ylim=(low - 0.03, high + 0.03))
             axes.title.set_fontsize(9)
+            nodes = range(1, len(record.variances) + 1)
+            below.bar(nodes, record.variances, color=GREY)
+            below.set(xlabel="node", ylabel="variance of z", xticks=nodes if len(nodes) <= MAX_LABELS else [])
         axes.figure.suptitle(f"{title}\nblue: skips of the base, orange: new ones", fontsize=10)

@@ -111,6 +111,7 @@ def inspection_table(inspection: Inspection) -> Table:
         ("fingerprint", inspection.fingerprint),
         ("image size", f"{inspection.image_size} px"),
         ("numbers", f"{inspection.numbers:,} in {inspection.tensor_bytes:,} bytes"),
+        ("stored as", _stored(inspection)),
         *([("masks", str(inspection.masks))] if inspection.masks else []),
         *([("strength", f"{inspection.strength:g}")] if inspection.strength != 1 else []),
         ("file", f"{inspection.file_bytes:,} bytes, {file_share} of the backbone's"),
@@ -153,6 +154,12 @@ def parts_table(inspection: Inspection) -> Table:
     table.add_row("header", "", f"{inspection.header_bytes:,}", "JSON: names, settings, hashes")
     table.add_row("[b]file[/b]", f"{inspection.numbers:,}", f"[b]{inspection.file_bytes:,}[/b]", "")
     return table
+
+
+def _stored(inspection: Inspection) -> str:
+    """How many numbers are of which type, and why not all are where int8 was asked for."""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in inspection.stored.items())
+    return f"{kinds} (int8 is for matrices; vectors stay float32)" if inspection.stored.keys() > {"int8"} else kinds
 
 
 def _figure(name: str, value: Any, parameters: int) -> str:

@@ -27,7 +27,7 @@ from modelpatch.errors import DataError
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.select.journal import Journal
-from modelpatch.select.trials import DISK
+from modelpatch.select.trials import DISK, share_images
 from modelpatch.train import FitSettings, Split, TaskData
 from modelpatch.train.evaluate import logits_of
 from modelpatch.train.fit import Fit, check_settings
@@ -180,19 +180,7 @@ class _Simulation:
                 [*self.data.train.images, *self.data.test.images],
                 np.concatenate([self.data.train.labels, self.data.test.labels]),
             )
-            settings = self.settings
-            self._shared = SharedImages(
-                self.backbone,
-                both,
-                self.backbone.preprocessing.with_image_size(settings.image_size),
-                choose_augmentation(settings.augment, self.data.train),
-                views=min(settings.views, settings.epochs),
-                seed=settings.seed,
-                memory=settings.memory,
-                disk=self.disk,
-                cache=settings.cache,
-                bar=self.bar,
-            )
+            self._shared = share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
         return self._shared
 
     def curve(self, strategy: str, seed: int) -> tuple[float, ...]:

@@ -28,12 +28,12 @@ from modelpatch.methods import Method
 from modelpatch.patch import Patch
 from modelpatch.patch.file import encode_patch
 from modelpatch.select.folds import Folds
-from modelpatch.train import FitSettings, TaskData
+from modelpatch.train import FitSettings, Split, TaskData
 from modelpatch.train.fit import Fit
 from modelpatch.train.images import choose_augmentation
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.logs import RunLog
-from modelpatch.train.progress import quiet_progress
+from modelpatch.train.progress import Progress, quiet_progress
 
 DISK = 16 * 2**30  # bytes of activations in temporary files
 
@@ -106,20 +106,8 @@ class Bench:
     @cached_property
     def shared(self) -> SharedImages:
         """The decoded images and their activations before every block."""
-        settings, preprocessing = self.settings, self.backbone.preprocessing.with_image_size(self.settings.image_size)
-        self.backbone.check_image_size(preprocessing.image_size)
-        return SharedImages(
-            self.backbone,
-            self.folds.images,
-            preprocessing,
-            choose_augmentation(settings.augment, self.folds.images),
-            views=min(settings.views, settings.epochs),
-            seed=settings.seed,
-            memory=settings.memory,
-            disk=self.disk,
-            cache=settings.cache,
-            bar=self.bar,
-        )
+        images = self.folds.images
+        return share_images(self.backbone, images, images, self.settings, self.disk, self.bar)
 
     @cached_property
     def identity(self) -> str:
@@ -193,3 +181,23 @@ class Bench:
 def file_bytes(patch: Patch) -> int:
     """The exact size of the patch's file."""
     return len(encode_patch(patch))
+
+
+def share_images(
+    backbone: Backbone, images: Split, trained: Split, settings: FitSettings, disk: int, bar: Progress
+) -> SharedImages:
+    """Images for many fits with these settings, augmented as suits those that are trained on."""
+    preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+    backbone.check_image_size(preprocessing.image_size)
+    return SharedImages(
+        backbone,
+        images,
+        preprocessing,
+        choose_augmentation(settings.augment, trained),
+        views=min(settings.views, settings.epochs),
+        seed=settings.seed,
+        memory=settings.memory,
+        disk=disk,
+        cache=settings.cache,
+        bar=bar,
+    )

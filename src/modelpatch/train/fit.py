@@ -60,7 +60,8 @@ class FitSettings:
     out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
     `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
     inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
-    how the patch stores numbers (see `Patch.astype`); what it costs is measured and kept in the patch's metrics.
+    how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
+    in the patch's metrics.
     """
 
     epochs: PositiveInt = 10

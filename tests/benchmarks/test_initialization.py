@@ -1,0 +1,81 @@
+"""The study of Piggyback's backbone: three kinds of weights for one network, at a tiny scale."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import color_task, make_tiny
+from modelpatch.train import TaskData
+
+
+@pytest.fixture(scope="module")
+def initialization() -> ModuleType:
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import initialization
+    finally:
+        sys.path.remove(folder)
+    return initialization
+
+
+def test_the_untrained_network_is_the_same_one_with_other_weights(initialization: ModuleType) -> None:
+    backbone = make_tiny()
+    random = initialization.untrained(backbone)
+    assert [segment.name for segment in random.chain] == [segment.name for segment in backbone.chain]
+    own = dict(random.module.named_parameters())
+    for name, parameter in backbone.module.named_parameters():
+        assert not torch.equal(parameter, own[name])
+    norms = [layer for layer in random.module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms
+    assert all(bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all()) for norm in norms)
+    assert initialization.untrained(backbone).fingerprint == random.fingerprint
+
+
+def test_other_weights_are_all_trained_and_leave_their_start_alone(
+    initialization: ModuleType, colors: TaskData
+) -> None:
+    random = initialization.untrained(make_tiny())
+    before = random.fingerprint
+    other = initialization.pretrained_on(colors, random, epochs=2, batch_size=6)
+    start, state = random.module.state_dict(), other.module.state_dict()
+    for name in state:
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
+            assert not torch.equal(state[name], start[name]), name
+    assert torch.equal(state["fc.weight"], start["fc.weight"])
+    assert random.module.state_dict().keys() == state.keys()
+    assert random.fingerprint == before
+
+
+def test_a_study_has_a_row_for_each_kind_of_weights_and_method(initialization: ModuleType) -> None:
+    backbone, data = make_tiny(), color_task(24)
+    backbones: dict[str, object] = {"trained": backbone, "random": initialization.untrained(backbone)}
+    methods = ("linear-probe", "piggyback(lr=0.01,norms=trained)")
+    rows = initialization.study(backbones, data, methods, epochs=2, batch_size=6, seeds=2)
+    assert [row[:2] for row in rows] == [(name, method) for name in backbones for method in methods]
+    for _, _, top1, error, wrong, chance in rows:
+        assert 0 <= top1 <= 1
+        assert error >= 0
+        assert wrong == pytest.approx(1 - top1)
+        assert chance == pytest.approx(1 / 3)
+
+
+@pytest.mark.real
+def test_the_documented_command_runs(
+    initialization: ModuleType, real_data: Callable[[str], Path], real_backbone: object, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = real_data("mnist").parent
+    real_data("gtsrb")
+    asked = "--images 90 --other mnist --other-images 60 --epochs 1 --other-epochs 1 --seeds 1 --pixels 32"
+    arguments = [*asked.split(), "--cache", str(folder), "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["initialization.py", *arguments])
+    initialization.main()
+    assert (tmp_path / "rows.json").read_text().count('"weights"') == 3 * len(initialization.METHODS)
