@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--task", default="gtsrb")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=mp.methods.FullFinetune().lr)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--calibrate", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)

@@ -542,7 +542,7 @@ def test_the_measurement_reports_what_it_chose(tiny: Backbone, images: Tensor) -
     tuning = measure(tiny, seconds=0.05)
     text = str(tuning)
     assert text.startswith("tuning: ")
-    for name in ("channels_last", "fold", "pieces", "streams concatenated"):
+    for name in ("channels_last", "fold", "piece", "streams concatenated"):
         assert name in text
     assert close(Engine(tiny, tuning=tuning)(images)["base"], tiny(images))
     assert Engine(tiny).tuning.measured

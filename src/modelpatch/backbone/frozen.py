@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
 from math import prod
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
-from modelpatch.backbone.tuning import Tuning, lay, piece_rows
+from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.errors import BackboneError
-
-Module = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode(False)
@@ -108,14 +105,8 @@ class FrozenBackbone:
     def run(self, images: Tensor, end: int) -> Tensor:
         """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""
         modules = [self.module(index) for index in range(end)]
-        widest = max((4 * prod(segment.output_shape) for segment in self._chain[:end]), default=1)
-        outputs = []
-        for x in images.split(piece_rows(widest, self.tuning) or max(len(images), 1)):
-            x = lay(x, self.tuning)
-            for module in modules:
-                x = module(x)
-            outputs.append(x.float())
-        return torch.cat(outputs)
+        widths = [4 * max(prod(segment.input_shape), prod(segment.output_shape)) for segment in self._chain[:end]]
+        return run_in_pieces(modules, widths, lay(images, self.tuning), self.tuning).float()
 
     @property
     def nbytes(self) -> int:

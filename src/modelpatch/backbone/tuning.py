@@ -5,18 +5,20 @@
 | channels_last | activations lie pixel by pixel instead of channel by channel |
 | fold | BatchNorm is folded into the convolution before it, in a frozen copy of the segment |
 | bfloat16 | segments compute in 16 bits; only where allowed, since answers change in the third digit |
-| piece_bytes | large batches go through in pieces whose largest activation has about this many bytes and stays in the caches |
+| piece_bytes | large batches go through in pieces whose activations have about this many bytes and stay in the caches |
 | compile | segments are compiled by this backend of `torch.compile` ("inductor") instead of being traced; never measured |
 | merge_rows | streams of at most this many rows are concatenated where they meet the same module |
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+Module = Callable[[Tensor], Tensor]
 CACHE = 8 * 2**20
 
 
@@ -45,9 +47,34 @@ class Tuning:
         return "\n".join(["tuning: " + (", ".join(chosen) or "plain"), *self.measured])
 
 
-def piece_rows(widest: int, tuning: Tuning) -> int:
-    """How many rows go through a run together whose largest activation has `widest` bytes a row; 0 for all."""
-    return max(tuning.piece_bytes // max(widest, 1), 1) if tuning.piece_bytes else 0
+def run_in_pieces(modules: Sequence[Module], widths: Sequence[int], x: Tensor, tuning: Tuning) -> Tensor:
+    """The modules one after another on `x` (B, ...), in pieces of the batch that `tuning` lets stay in the caches.
+
+    `widths` are the bytes a row of each module's larger side. Pieces grow along the way, as activations become narrower.
+    """
+    for start, end, rows in _cuts(widths, tuning):
+        outputs = []
+        for piece in x.split(rows) if 0 < rows < len(x) else (x,):
+            for module in modules[start:end]:
+                piece = module(piece)
+            outputs.append(piece)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return x
+
+
+def _cuts(widths: Sequence[int], tuning: Tuning) -> list[tuple[int, int, int]]:
+    """(start, end, rows of a piece) of runs of modules: a new run where twice as many rows fit, or fewer. 0 rows are all."""
+    if not tuning.piece_bytes:
+        return [(0, len(widths), 0)]
+    cuts: list[tuple[int, int, int]] = []
+    for place, width in enumerate(widths):
+        fitting = max(tuning.piece_bytes // max(width, 1), 1)
+        start, _, rows = cuts[-1] if cuts else (0, 0, 0)
+        if rows <= fitting < 2 * rows:
+            cuts[-1] = (start, place + 1, rows)
+        else:
+            cuts.append((place, place + 1, fitting))
+    return cuts
 
 
 def lay(x: Tensor, tuning: Tuning) -> Tensor:

@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Preprocessing, clone_module
-from modelpatch.backbone.frozen import FrozenBackbone, Module
+from modelpatch.backbone.frozen import FrozenBackbone
 from modelpatch.backbone.preprocess import ImageSource
-from modelpatch.backbone.tuning import Tuning
+from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.engine.inputs import Images, make_batches, read
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.measure import measure

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone.frozen import Module
-from modelpatch.backbone.tuning import Tuning, lay, piece_rows
+from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.engine.plan import Answer, Link, Plan, Pool, Run, Step, Take
 from modelpatch.patch.heads import pool
 
@@ -72,10 +72,9 @@ class Program:
     def _run(self, step: Run, streams: list[Tensor | None]) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
-        modules = [self._modules(link) for link in step.links]
-        rows = piece_rows(max(x.nbytes // max(len(x), 1), *(link.output_bytes for link in step.links)), self._tuning)
-        pieces = [_through(modules, piece) for piece in (x.split(rows) if 0 < rows < len(x) else (x,))]
-        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
+        widths = [max(pair) for pair in pairwise(sides)]
+        output = run_in_pieces([self._modules(link) for link in step.links], widths, x, self._tuning)
         outputs = (output,) if len(taken) == 1 else output.split(step.sizes)
         for stream, out in zip(step.outputs, outputs, strict=True):
             streams[stream] = out
@@ -115,12 +114,6 @@ class JoinedHeads:
 def _bias(head: nn.Module, weight: Tensor) -> Tensor:
     bias = getattr(head, "bias", None)
     return weight.new_zeros(len(weight)) if bias is None else bias.detach()
-
-
-def _through(modules: list[Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
 
 
 def _read(streams: list[Tensor | None], stream: int) -> Tensor:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modelpatch.backbone.frozen import Module, casting, freeze, sample
-from modelpatch.backbone.tuning import Tuning
+from modelpatch.backbone.frozen import casting, freeze, sample
+from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.errors import BudgetError
 from modelpatch.patch import BoundPart
 
@@ -44,7 +44,8 @@ class Residency:
 
     def __init__(self, budget: int, tuning: Tuning) -> None:
         self.budget, self.tuning = budget, tuning
-        self._known: OrderedDict[str, _Variant] = OrderedDict()  # the least recently used first
+        self._known: dict[str, _Variant] = {}
+        self._held: OrderedDict[str, _Variant] = OrderedDict()  # those with bytes, the least recently used first
         self._clock = 0
         self._lock = threading.RLock()
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="modelpatch-variants")
@@ -54,7 +55,7 @@ class Residency:
     def nbytes(self) -> int:
         """Bytes of the modules there are or are being made."""
         with self._lock:
-            return sum(variant.nbytes for variant in self._known.values())
+            return sum(variant.nbytes for variant in self._held.values())
 
     def retain(self, parts: Iterable[BoundPart]) -> None:
         """One more task has these variants."""
@@ -70,6 +71,7 @@ class Residency:
                 variant.users -= 1
                 if not variant.users:
                     del self._known[part.key]
+                    self._held.pop(part.key, None)
 
     def module(self, part: BoundPart) -> Module:
         """What runs the variant now: its own module where there is one, else the part that lends."""
@@ -80,7 +82,8 @@ class Residency:
             self._clock += 1
             before, variant.used = variant.used, self._clock
             variant.uses += 1
-            self._known.move_to_end(part.key)
+            if part.key in self._held:
+                self._held.move_to_end(part.key)
             if variant.module is not None:
                 return variant.module
             if variant.uses >= OFTEN:
@@ -107,7 +110,7 @@ class Residency:
         """
         with self._lock:
             needed = {part.key: cost(part, self.tuning) for part in parts}
-            kept = sum(v.nbytes for key, v in self._known.items() if v.pins and key not in needed)
+            kept = sum(v.nbytes for key, v in self._held.items() if v.pins and key not in needed)
             if kept + sum(needed.values()) > self.budget:
                 raise BudgetError(
                     f"as modules of their own these variants take {sum(needed.values()):,} bytes; the budget of "
@@ -148,19 +151,22 @@ class Residency:
         What is being made is evicted as well: it finds its reservation gone when it is ready.
         """
         needed = cost(part, self.tuning)
+        if needed > self.budget:
+            return False
         free, victims = self.budget - self.nbytes, []
-        for other in self._known.values():
+        for key, other in self._held.items():
             if free >= needed:
                 break
-            if other.nbytes and not other.pins and other.used < before:
-                victims.append(other)
+            if not other.pins and other.used < before:
+                victims.append(key)
                 free += other.nbytes
         if free < needed:
             return False
-        for victim in victims:
-            victim.module, victim.nbytes = None, 0
+        for key in victims:
+            self._held.pop(key).module = None
         self.evicted += len(victims)
         variant.nbytes = needed
+        self._held[part.key] = variant
         return True
 
     def _make(self, part: BoundPart, variant: _Variant) -> None:
@@ -173,11 +179,12 @@ class Residency:
         finally:
             with self._lock:
                 variant.making, variant.refused = None, module is None
-                if module is None:
-                    variant.nbytes = 0
-                elif variant.nbytes:
-                    variant.module = module
-                    self.made += 1
+                if self._held.get(part.key) is variant:
+                    if module is None:
+                        del self._held[part.key]
+                    else:
+                        variant.module = module
+                        self.made += 1
 
 
 def cost(part: BoundPart, tuning: Tuning) -> int:
