@@ -26,7 +26,7 @@ if __name__ == "__main__":
     import atheris
 
     with atheris.instrument_imports(include=["modelpatch.patch", "modelpatch.text"]):
-        import modelpatch.patch.file
+        import modelpatch.patch.file  # noqa: F401
 
 from modelpatch.errors import PatchFileError
 from modelpatch.patch.file import KEY, ZEROS, canonical, decode_patch, encode_patch

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from patch_parser import CORPUS, split
 
 from conftest import draft_patch, make_tiny
 from modelpatch import methods
 from modelpatch.patch import Patch
 from modelpatch.patch.codec import snap_signs
 from modelpatch.patch.file import encode_patch
-from patch_parser import CORPUS, split
 
 
 def make_patches() -> dict[str, Patch]:
