@@ -80,6 +80,9 @@ def test_versions_are_kept_and_tags_move(store: Store) -> None:
     assert store.tag("flowers", "old", f"flowers@{first.hash[:8]}").tags == ("old",)
     assert store.load("flowers@prod").content_hash == PATCHES[1].content_hash
     store.untag("flowers", "old")
+    for missing in ("old", first.hash[:8]):
+        with pytest.raises(UnknownPatchError):
+            store.untag("flowers", missing)
     with pytest.raises(UnknownPatchError, match=r"has flowers, but no flowers@old; its tags: latest, prod"):
         store.resolve("flowers@old")
     assert Store(store.url).list() == store.list()
@@ -241,7 +244,11 @@ def test_a_tag_that_cannot_be_read_stops_the_collection(folder_store: Store) -> 
     place(folder_store, "prod.tag").write_bytes(b"garbage")
     with pytest.raises(DamagedPatchError, match="the tag prod of flowers is damaged"):
         folder_store.collect()
-    assert folder_store.read(first) == FILES[0]
+    assert folder_store.read(first) == folder_store.read(first.reference) == FILES[0]
+    assert folder_store.load("flowers").content_hash == PATCHES[1].content_hash  # the other tag still serves
+    assert [one.tags for one in folder_store.list()] == [(), ("latest",)]
+    folder_store.untag("flowers", "prod")
+    assert folder_store.collect() == [replace(first, tags=())]
 
 
 def test_collect_removes_what_dead_writers_left(folder_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +301,13 @@ def test_every_damage_is_refused_and_found(folder_store: Store) -> None:
     assert "the record of flowers" in problems()[0]
     assert store.load("birds").content_hash == PATCHES[1].content_hash
     assert [one.name for one in store.rebuild()] == ["birds"]  # the others are still listed
+    mend()
+    record.write_bytes(b"{}")
+    store.publish("flowers", PATCHES[2], tags=())
+    assert [one.hash for one in store.versions("flowers")] == [HASHES[2]]
+    store.remove(f"flowers@{HASHES[2]}")
+    with pytest.raises(DamagedPatchError, match="records of all versions of flowers are damaged"):
+        store.versions("flowers")
     mend()
     record.write_bytes(replace(version, nbytes=7).record())
     assert "the record is not that of the patch" in problems()[0]

@@ -108,7 +108,8 @@ class Store:
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays until `collect`. Raises `UnknownPatchError` for a tag that is not there."""
-        self._hash_of_tag(check_name(name), check_tag(tag))
+        if not self._storage.exists(self._records.path(check_name(name), check_tag(tag) + TAG)):
+            raise self._unknown_version(name, tag)
         with self._index.changing(name):
             self._records.delete(name, tag + TAG)
 
@@ -136,7 +137,8 @@ class Store:
         """
         removed = []
         for name, files in sorted(self._records.files().items()):
-            untagged = [version for version in self._records.versions(name, files) if not version.tags]
+            tagged = self._records.tagged(name)
+            untagged = [version for version in self._records.versions(name, files) if version.hash not in tagged]
             if dry_run:
                 removed += untagged
                 continue
@@ -161,6 +163,8 @@ class Store:
     def versions(self, name: str) -> Versions:
         """All versions of a name, the oldest first. Raises `UnknownPatchError` where there is none."""
         found = self._records.versions(check_name(name))
+        if not found and self._records.hashes(name):
+            raise DamagedPatchError(f"the records of all versions of {name} are damaged. Publish the patch again.")
         if not found:
             raise self._unknown_name(name)
         return found
@@ -263,10 +267,10 @@ class Store:
     def _drop(self, version: Version) -> bool:
         """Remove a version's files unless a tag names it, and put back what another writer needs meanwhile."""
         name, hash, records = version.name, version.hash, self._records
-        if hash in records.tags(name).values():
+        if hash in records.tagged(name):
             return False
         records.delete(name, hash + RECORD)
-        if hash in records.tags(name).values():  # tagged between the two
+        if hash in records.tagged(name):  # tagged between the two
             records.write_record(version)
             return False
         try:
