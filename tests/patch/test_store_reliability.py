@@ -25,7 +25,7 @@ from modelpatch.patch.file import encode_patch
 from modelpatch.patch.records import Records
 from modelpatch.patch.version import Version
 
-KILLS = int(os.environ.get("MODELPATCH_KILLS", "30"))
+KILLS = int(os.environ.get("MODELPATCH_KILLS", "20"))
 TINY = make_tiny()
 FILES = [encode_patch(draft_patch(TINY, seed=seed)) for seed in range(5)]
 HASHES = [Version.of("flowers", data, draft_patch(TINY, seed=seed)).hash for seed, data in enumerate(FILES)]
@@ -126,7 +126,7 @@ def test_processes_publish_at_once_while_others_read_and_collect(publishers: Pub
     store = Store(tmp_path / "store")
     store.publish("flowers", FILES[0], tags=("latest", "prod"))
     for number in range(3):
-        publishers.start(number, 12)
+        publishers.start(number, 8)
     done: list[list[int]] = []
     waiting = threading.Thread(target=lambda: done.append(publishers.wait()))
     waiting.start()

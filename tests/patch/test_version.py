@@ -53,7 +53,7 @@ NO_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["a", "0", "a.b-c_d", "flowers-2", "a..b", "a" * 64])
+@pytest.mark.parametrize("name", ["a", "0", "a.b-c_d", "flowers-2", "a..b", "z" * 64])
 def test_names(name: str) -> None:
     assert check_name(name) == check_tag(name) == name
 
