@@ -12,7 +12,7 @@ from patch_parser import CORPUS, split
 
 from conftest import draft_patch, make_tiny
 from modelpatch import methods
-from modelpatch.patch import Patch
+from modelpatch.patch import HeadRecord, Patch
 from modelpatch.patch.codec import snap_signs
 from modelpatch.patch.file import encode_patch
 
@@ -27,7 +27,10 @@ def make_patches() -> dict[str, Patch]:
         "stage2.1.conv2.weight": torch.rand(16, 16, 1, 1, generator=generator) < 0.02,
     }
     change = torch.randn(16, 16, 1, 1, generator=generator)
-    low = {"left/stage2.1.conv2.weight": torch.randn(16, 2), "right/stage2.1.conv2.weight": torch.randn(2, 16)}
+    low = {
+        "left/stage2.1.conv2.weight": torch.randn(16, 2, generator=generator),
+        "right/stage2.1.conv2.weight": torch.randn(2, 16, generator=generator),
+    }
 
     def with_tensors(**tensors: torch.Tensor) -> Patch:
         return replace(probe, tensors={**probe.tensors, **tensors})
@@ -46,6 +49,15 @@ def make_patches() -> dict[str, Patch]:
         "sparse": with_tensors(**{"delta/stage2.1.conv2.weight": change * (change > 1.5)}),
         "signs": with_tensors(**{"delta/stage2.1.conv2.weight": snap_signs(change)}),
         "low-rank": with_tensors(**low),
+        "selected": replace(
+            probe,
+            head=HeadRecord(kind="selected", features=4, outputs=3, taps=(1, 2)),
+            tensors={
+                "head.weight": torch.randn(3, 4, generator=generator),
+                "head.bias": torch.zeros(3),
+                "head.selected": torch.arange(4, dtype=torch.int32),
+            },
+        ),
     }
 
 
