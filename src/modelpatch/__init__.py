@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
 from modelpatch.engine import Engine, Tuning
-from modelpatch.patch import BoundPatch, Patch, PatchedModel, Task, diff, extract, merge
+from modelpatch.patch import BoundPatch, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
 from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
 
 __all__ = [
@@ -25,8 +25,10 @@ __all__ = [
     "Patch",
     "PatchedModel",
     "Preprocessing",
+    "Store",
     "Task",
     "Tuning",
+    "Version",
     "__version__",
     "compare",
     "diff",

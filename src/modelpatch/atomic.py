@@ -27,14 +27,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise ModelpatchError(
             f"cannot write {path}: {error.strerror}. Check that the folder exists and has room."
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make what was written, made or renamed in a folder survive a power cut."""
     if os.name != "posix":  # other systems cannot open a folder; the rename is atomic there all the same
         return
     descriptor = os.open(folder, os.O_RDONLY)

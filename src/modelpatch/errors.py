@@ -77,6 +77,25 @@ class UnknownGraftError(PatchError):
     """The patch adds a kind of module this installation does not know."""
 
 
+# store ------------------------------------------------------------------------------------------------------
+
+
+class StoreError(ModelpatchError):
+    """A store of patches cannot be read or written."""
+
+
+class InvalidReferenceError(StoreError):
+    """A name, tag or reference that no store can hold."""
+
+
+class UnknownPatchError(StoreError):
+    """A name, tag or version that the store does not have."""
+
+
+class TaggedVersionError(StoreError):
+    """A version that a tag names was to be removed."""
+
+
 # methods, data, training ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,9 @@ from modelpatch.patch.extract import DELTA_CODECS, extract
 from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
 from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.store import Problem, Store
 from modelpatch.patch.task import Task
+from modelpatch.patch.version import Version
 from modelpatch.patch.weights import Reweighting
 
 __all__ = [
@@ -25,9 +27,12 @@ __all__ = [
     "MethodRecord",
     "Patch",
     "PatchedModel",
+    "Problem",
     "Reweighting",
     "SiameseHead",
+    "Store",
     "Task",
+    "Version",
     "diff",
     "extract",
     "merge",

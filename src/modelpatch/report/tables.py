@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from modelpatch.engine import Timing, describe_step
+from modelpatch.patch import Version
 from modelpatch.patch.diff import Difference
 from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.train import Comparison
 from modelpatch.train.compare import Row
 
-NAME_WIDTH, HASH_WIDTH = 12, 64  # characters
+NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
 
 
@@ -246,3 +247,40 @@ def timing_table(timings: Sequence[Timing]) -> Table:
 
 def _answer(answer: dict[str, Any]) -> str:
     return f"{100 * answer['probability']:5.1f} %  {escape(answer['label'])}"
+
+
+def versions_table(versions: Sequence[Version]) -> Table:
+    """A store's versions, one row each: the first digits of the hash are enough to name it."""
+    table = new_table("")
+    for column in ("name", "version", "tags", "method", "task"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "version"))
+    for column in ("top-1", "bytes", "published"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in versions:
+        names = (one.name, one.hash[:SHORT_HASH], " ".join(one.tags), one.method, one.task)
+        table.add_row(
+            *map(escape, names), percent(one.metrics.get("top1")), f"{one.nbytes:,}", escape(one.created[:16])
+        )
+    return table
+
+
+def version_table(version: Version) -> Table:
+    """Everything that a store says of one version."""
+    table = new_table(version.name, header=False)
+    table.add_column("what", overflow="fold", max_width=NAME_WIDTH)
+    table.add_column("value", overflow="fold", min_width=HASH_WIDTH)
+    rows = [
+        ("hash", version.hash),
+        ("tags", " ".join(version.tags) or "none"),
+        ("published", version.created),
+        ("file", f"{version.nbytes:,} bytes"),
+        ("task", version.task),
+        ("method", version.method),
+        ("backbone", version.backbone),
+        ("fingerprint", version.fingerprint),
+        ("its chain", version.chain),
+        *((LABELS.get(name, name.replace("_", " ")), f"{value:g}") for name, value in version.metrics.items()),
+    ]
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    return table

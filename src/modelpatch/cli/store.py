@@ -1,0 +1,166 @@
+"""modelpatch store: patches by name, version and tag, in a folder or an object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelpatch.atomic import write_bytes
+from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.errors import ModelpatchError, StoreError
+from modelpatch.patch import Store
+from modelpatch.report.tables import show, version_table, versions_table
+from modelpatch.train.progress import Progress
+
+store = typer.Typer(
+    name="store",
+    help="Keep patches by name, version and tag, in a folder or under s3://, gs:// or hf://.",
+    no_args_is_help=True,
+)
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as s3://bucket/patches.")]
+OtherArgument = Annotated[str, typer.Argument(metavar="OTHER", help="Another store.")]
+ReferenceArgument = Annotated[
+    str, typer.Argument(metavar="REFERENCE", help="NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more.")
+]
+ReferencesArgument = Annotated[list[str], typer.Argument(metavar="REFERENCE...", help="NAME, NAME@TAG or NAME@HASH.")]
+
+
+@store.command("ls")
+def list_versions(
+    store: StoreArgument,
+    name: Annotated[str | None, typer.Argument(help="Only the versions of this patch.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """List all versions, or those of one name, the oldest first."""
+    console = open_console(json)
+    check_file("--json", json)
+    opened = Store(store)
+    versions = opened.list() if name is None else opened.versions(name)
+    if versions:
+        show(console, versions_table(versions))
+    else:
+        tell(console, f"no patches in {opened.url}")
+    write_json(json, [version.as_dict() for version in versions])
+
+
+@store.command("add")
+def add(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(help="The patch's name: a-z, 0-9, '.', '_' and '-'.")],
+    patch: Annotated[Path, typer.Argument(help="The patch file.")],
+    tag: Annotated[list[str] | None, typer.Option(help="A tag for it, by default latest; may be repeated.")] = None,
+) -> None:
+    """Check a patch file and publish it."""
+    version = Store(store).publish(name, patch, tags=tag or ("latest",))
+    tell(open_console(), f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
+
+
+@store.command("show")
+def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonOption = None) -> None:
+    """Say everything about one version."""
+    console = open_console(json)
+    check_file("--json", json)
+    version = Store(store).resolve(reference)
+    show(console, version_table(version))
+    write_json(json, version.as_dict())
+
+
+@store.command("get")
+def get(
+    store: StoreArgument,
+    reference: ReferenceArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The patch file to write.")],
+    force: ForceOption = False,
+) -> None:
+    """Write a version's patch file, checked, to a place of its own."""
+    check_file("--out", out)
+    check_free("--out", [out], force)
+    opened = Store(store)
+    version = opened.resolve(reference)
+    opened.load(version)
+    write_bytes(out, opened.read(version))
+    tell(open_console(), f"wrote {out} ({version}, {version.nbytes:,} bytes)")
+
+
+@store.command("tag")
+def set_tag(
+    store: StoreArgument,
+    reference: ReferenceArgument,
+    tag: Annotated[str | None, typer.Argument(help="The tag that shall name it.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the tag: NAME@TAG --delete.")] = False,
+) -> None:
+    """Let a tag name a version, wherever it pointed before; or remove a tag."""
+    opened = Store(store)
+    if delete == (tag is not None):
+        raise ModelpatchError("give either REFERENCE TAG, to set the tag, or NAME@TAG --delete, to remove it.")
+    name, _, old = reference.partition("@")
+    if tag is None:
+        opened.untag(name, old)
+        tell(open_console(), f"{name} has no tag {old} any more")
+    else:
+        tell(open_console(), f"{name}@{tag} is now {opened.tag(name, tag, reference)}")
+
+
+@store.command("rm")
+def remove(
+    store: StoreArgument,
+    reference: ReferenceArgument,
+    force: Annotated[bool, typer.Option("--force", help="Also if tags name it; they go too.")] = False,
+) -> None:
+    """Remove one version."""
+    tell(open_console(), f"removed {Store(store).remove(reference, force=force)}")
+
+
+@store.command("verify")
+def verify(store: StoreArgument, json: JsonOption = None) -> None:
+    """Read every byte of a store and say what is wrong. Exit status 1 if anything is."""
+    console = open_console(json)
+    check_file("--json", json)
+    opened = Store(store)
+    versions = opened.list()
+    names = len({version.name for version in versions})
+    with Progress("verify") as bar, bar.task(opened.url, names) as advance:
+        problems = opened.verify(advance)
+    for problem in problems:
+        tell(console, str(problem))
+    write_json(json, [{"where": problem.where, "what": problem.what} for problem in problems])
+    if problems:
+        raise StoreError(f"{opened.url} has {len(problems)} problems.")
+    tell(console, f"{opened.url} is intact: {len(versions)} versions of {names} patches")
+
+
+@store.command("gc")
+def collect(
+    store: StoreArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove every version that no tag names."""
+    removed = Store(store).collect(dry_run=dry_run)
+    console = open_console()
+    for version in removed:
+        tell(console, str(version))
+    total = sum(version.nbytes for version in removed)
+    tell(console, f"{'would remove' if dry_run else 'removed'} {len(removed)} versions, {total:,} bytes")
+
+
+@store.command("push")
+def push(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
+    """Copy versions from STORE to OTHER, with the tags that name them here."""
+    _copy(Store(store), Store(other), references)
+
+
+@store.command("pull")
+def pull(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
+    """Copy versions to STORE from OTHER, with the tags that name them there."""
+    _copy(Store(other), Store(store), references)
+
+
+def _copy(source: Store, target: Store, references: list[str]) -> None:
+    console = open_console()
+    with Progress("copy") as bar, bar.task(target.url, len(references)) as advance:
+        for reference in references:
+            (version,) = source.push(target, reference)
+            tell(console, f"copied {version} to {target.url}")
+            advance(1)
