@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Module = Callable[[Tensor], Tensor]
-CACHE = 8 * 2**20
+CACHE = 2 * 2**20
 
 
 @dataclass(frozen=True)
