@@ -17,7 +17,7 @@ from conftest import draft_patch
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods import Piggyback, Subset
-from modelpatch.patch import Patch
+from modelpatch.patch import Patch, entropy
 from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, unpack
 from modelpatch.patch.file import decode_patch, encode_patch
 
@@ -240,6 +240,21 @@ def test_a_codec_that_does_not_fit_its_tensor_is_refused(codec: str, problem: st
     stored, _ = pack({"mask/a": torch.rand(4, 8) < 0.5}, compress=False)
     with pytest.raises(ValueError, match=problem):
         unpack(stored, {"mask/a": codec})
+
+
+def test_masks_of_more_numbers_than_are_allowed_are_refused_before_they_are_unfolded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, codecs = pack(
+        {"mask/a": torch.ones(64, 64, dtype=torch.bool), "mask/b": torch.ones(8, 8, dtype=torch.bool)}
+    )
+    assert "masks" in stored
+    unpack(stored, codecs, most=64 * 64 + 8 * 8)
+    monkeypatch.setattr(entropy, "_decode", None)
+    with pytest.raises(ValueError, match=r"4,160 packed numbers; at most 4,159"):
+        unpack(stored, codecs, most=64 * 64 + 8 * 8 - 1)
+    with pytest.raises(ValueError, match="a stream of 4160 bits"):
+        unpack(stored, {**codecs, "mask/a": "entropy-bits:8x8"})
 
 
 def test_a_tensor_without_a_codec_is_refused() -> None:

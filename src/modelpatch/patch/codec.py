@@ -54,16 +54,13 @@ class Codec:
 
     @classmethod
     def parse(cls, text: str) -> Codec:
-        """Raises ValueError for a text that is no codec, or one of a tensor larger than any that is read."""
+        """Raises ValueError for a text that is no codec."""
         match = CODEC.fullmatch(text)
         if match is None:
             raise ValueError(f"{text[:80]!r} is no codec")
         if match[1]:
             return cls(match[1])
-        codec = cls(match[2].removeprefix("entropy-"), tuple(map(int, match[3].split("x"))), match[2][:8] == "entropy-")
-        if codec.numbers > MAX_BITS:
-            raise ValueError(f"a tensor of {codec.numbers:,} numbers; at most {MAX_BITS:,} are read")
-        return codec
+        return cls(match[2].removeprefix("entropy-"), tuple(map(int, match[3].split("x"))), match[2][:8] == "entropy-")
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, int8: bool = False) -> Codec:
@@ -140,10 +137,16 @@ def pack(
     return stored, {name: str(codec) for name, codec in codecs.items()}
 
 
-def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Tensor]:
-    """The patch's tensors. Raises ValueError where the stored tensors are not those the codecs describe."""
+def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str], most: int = MAX_BITS) -> dict[str, Tensor]:
+    """The patch's tensors. Raises ValueError where the stored tensors are not those the codecs describe.
+
+    Packed numbers unfold to many times their bytes: files that say they hold more than `most` of them are refused first.
+    """
     reader = _Reader(dict(stored))
     parsed = {name: Codec.parse(text) for name, text in sorted(codecs.items())}
+    numbers = sum(codec.numbers for codec in parsed.values() if codec.shape)
+    if numbers > most:
+        raise ValueError(f"{numbers:,} packed numbers; at most {most:,} are read here")
     coded = {name: codec for name, codec in parsed.items() if codec.coded}
     planes = _decode(reader.take(STREAM, torch.uint8), coded) if coded else {}
     tensors = {}
@@ -276,7 +279,7 @@ def _encode(packings: Mapping[str, _Packing]) -> bytes | None:
 
 def _decode(stream: Tensor, codecs: Mapping[str, Codec]) -> dict[str, tuple[Bits, ...]]:
     """The planes of every entropy-coded tensor."""
-    bits = decode_bits(stream.numpy().tobytes())
+    bits = decode_bits(stream.numpy().tobytes(), sum(codec.planes * codec.numbers for codec in codecs.values()))
     at = 0
 
     def take(count: int) -> Bits:

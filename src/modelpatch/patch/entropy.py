@@ -47,12 +47,15 @@ def encode_bits(bits: NDArray[np.bool_]) -> bytes:
     return header + counts.astype("<u4").tobytes() + raw + words.astype("<u4").tobytes()
 
 
-def decode_bits(data: bytes) -> NDArray[np.bool_]:
-    """What `encode_bits` was given. Raises ValueError for bytes it did not make, `MissingExtraError` without constriction."""
+def decode_bits(data: bytes, most: int = MAX_BITS) -> NDArray[np.bool_]:
+    """What `encode_bits` was given, if that is at most so many bits.
+
+    Raises ValueError for bytes it did not make, `MissingExtraError` without constriction.
+    """
     if len(data) < HEADER.size + 4 * LEVELS:
         raise ValueError("the stream is too short for its header")
     chunk, levels, words, count, digest = HEADER.unpack_from(data)
-    if chunk not in CHUNKS or levels != LEVELS or count > MAX_BITS:
+    if chunk not in CHUNKS or levels != LEVELS or count > most:
         raise ValueError(f"a stream of {count} bits in chunks of {chunk} bytes at {levels} levels is not one of ours")
     counts = np.frombuffer(data, "<u4", LEVELS, HEADER.size).astype(np.int64)
     length = -(-count // 8)

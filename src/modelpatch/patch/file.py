@@ -36,6 +36,7 @@ from modelpatch.errors import (
     UnknownPatchVersionError,
 )
 from modelpatch.patch.codec import pack, unpack
+from modelpatch.patch.entropy import MAX_BITS
 from modelpatch.patch.patch import Header, Patch
 from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, first_problem
 
@@ -96,8 +97,11 @@ def read_patch(path: Path) -> Patch:
     return decode_patch(data, str(path))
 
 
-def decode_patch(data: bytes, name: str = "the patch") -> Patch:
+def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> Patch:
     """A patch from a file's bytes; `name` stands for the file in error messages.
+
+    A file of masks may unfold to thousands of times its bytes: `most` bounds how many numbers its masks may have. Whoever
+    reads files of strangers gives the backbone's own number.
 
     Raises `NotAPatchError`, `PatchLengthError`, `UnknownPatchVersionError`, `DamagedPatchError`, `HostileNameError`,
     `NonFiniteTensorError` or `InvalidPatchError`; `MissingExtraError` for entropy-coded masks without `constriction`.
@@ -128,7 +132,7 @@ def decode_patch(data: bytes, name: str = "the patch") -> Patch:
     for tensor_name, tensor in stored.items():
         _check_finite(tensor_name, tensor, name)
     try:
-        tensors = unpack(stored, header.codecs)
+        tensors = unpack(stored, header.codecs, most)
     except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     _check_head(header, tensors, name)
