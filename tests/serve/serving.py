@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Serving:
 @contextmanager
 def serving(store: Store, backbone: Backbone | None = None, **settings: object) -> Iterator[Serving]:
     """A server in a thread of this process on a free port."""
-    backbone = backbone or make_tiny()
+    backbone = backbone or network()
     service = Service(store, backbone, Settings(**{"token": TOKEN, "refresh": 0.05, **settings}))  # type: ignore[arg-type]
     listening = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="on", ws="none"))
@@ -85,11 +86,17 @@ def wait_until(ready: Callable[[], bool], seconds: float = 60.0) -> float:
     return time.monotonic() - start
 
 
+@cache
+def network(seed: int = 0) -> Backbone:
+    """The tiny network, loaded once: loading traces, and while one thread traces none may compute."""
+    return make_tiny(seed)
+
+
+@cache
 def drafts() -> dict[str, Patch]:
     """Patches of several methods for the tiny network."""
-    backbone = make_tiny()
     return {
-        name: draft_patch(backbone, method, classes=3 + seed, seed=seed)
+        name: draft_patch(network(), method, classes=3 + seed, seed=seed)
         for seed, (name, method) in enumerate(METHODS.items())
     }
 

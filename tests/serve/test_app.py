@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from serving import TOKEN, Serving, close, drafts, fill, picture, serving
+from serving import TOKEN, Serving, close, drafts, fill, network, picture, serving
 
-from conftest import draft_patch, make_tiny
+from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias
 from modelpatch.patch import Store
 from modelpatch.patch.file import encode_patch
@@ -27,6 +27,7 @@ from modelpatch.serve.schemas import PIXEL
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for all tests that change nothing."""
+    network(1)
     with serving(fill(tmp_path_factory.mktemp("steady"))) as running:
         yield running
 
@@ -177,7 +178,7 @@ def test_what_takes_too_long_ends_at_the_deadline(store: Store, image: bytes) ->
 
 
 def test_all_leaves_out_what_cannot_be_loaded_and_says_so(store: Store, image: bytes) -> None:
-    store.publish("stranger", draft_patch(make_tiny(seed=1), LinearProbe()))
+    store.publish("stranger", draft_patch(network(1), LinearProbe()))
     with serving(store) as server, httpx.Client(base_url=server.url) as http:
         answer = http.post("/v1/predict", files=files(image)).json()
         assert answer["images"][0]["answers"].keys() == {"base", *drafts()}
@@ -212,7 +213,7 @@ def test_the_plan_is_that_of_the_engine(http: httpx.Client, server: Serving, ima
 
 
 def test_a_patch_is_published_tagged_and_removed(server: Serving, image: bytes) -> None:
-    first, second = (draft_patch(make_tiny(), ScaleBias(), classes=3, seed=seed) for seed in (11, 12))
+    first, second = (draft_patch(network(), ScaleBias(), classes=3, seed=seed) for seed in (11, 12))
     with server.client() as client:
         old = client.publish("cars", first)
         assert old["resident"]
@@ -233,10 +234,10 @@ def test_a_patch_is_published_tagged_and_removed(server: Serving, image: bytes) 
 
 def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:
     before = server.store.list()
-    good = encode_patch(draft_patch(make_tiny(), ScaleBias()))
+    good = encode_patch(draft_patch(network(), ScaleBias()))
     uploads = {
         422: good[:-1],
-        409: encode_patch(draft_patch(make_tiny(seed=1), ScaleBias())),
+        409: encode_patch(draft_patch(network(1), ScaleBias())),
     }
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
         for status, data in uploads.items():
@@ -248,7 +249,7 @@ def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:
 
 
 def test_a_patch_larger_than_allowed_is_refused(store: Store) -> None:
-    patch = draft_patch(make_tiny(), ScaleBias())
+    patch = draft_patch(network(), ScaleBias())
     with (
         serving(store, patch_bytes=1000) as server,
         server.client() as client,
@@ -276,7 +277,7 @@ def test_pages_of_the_list_join_up(there: httpx.Client) -> None:
 
 def test_changes_others_make_are_seen(server: Serving, http: httpx.Client, image: bytes) -> None:
     http.post("/v1/predict", files=files(image), data={"tasks": "flowers"})
-    newer = server.store.publish("flowers", draft_patch(make_tiny(), ScaleBias(), classes=3, seed=99))
+    newer = server.store.publish("flowers", draft_patch(network(), ScaleBias(), classes=3, seed=99))
     time.sleep(0.1)
     answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}).json()
     assert answer["images"][0]["answers"]["flowers"]["version"] == newer.hash
