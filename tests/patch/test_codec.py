@@ -229,3 +229,13 @@ def test_a_tensor_of_another_type_cannot_be_written(tiny: Backbone) -> None:
         encode_patch(replace(patch, tensors={**patch.tensors, "replace/x": torch.zeros(2, dtype=torch.float64)}))
     with pytest.raises(PatchError, match="int8 stores float32 matrices"):
         encode_patch(replace(patch, int8=frozenset({"head.bias"})))
+
+
+@pytest.mark.parametrize("scale", [0.5, 3e38], ids=["not that of the numbers", "numbers become infinite"])
+def test_int8_scales_that_no_writer_gives_are_refused(scale: float) -> None:
+    stored, codecs = pack({"head.weight": snap_int8(torch.randn(2, 3))}, int8=["head.weight"])
+    unpack(stored, codecs)
+    stored["head.weight"] //= 2
+    stored["scale/head.weight"] = torch.full((2,), scale)
+    with pytest.raises(ValueError, match="scales that are not those of its numbers"):
+        unpack(stored, codecs)

@@ -182,7 +182,12 @@ class _Reader:
         tensor, scale = self.take(name, torch.int8), self.take(SCALE + name, torch.float32)
         if tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
-        return tensor.float() * _per_channel(scale, tensor)
+        values = tensor.float() * _per_channel(scale, tensor)
+        if not torch.equal(
+            channel_scale(values), scale
+        ):  # else the numbers may be infinite, or others when written again
+            raise ValueError(f"tensor {name} has scales that are not those of its numbers")
+        return values
 
     def take_signs(self, name: str, codec: Codec) -> Tensor:
         if len(codec.shape) < 2:

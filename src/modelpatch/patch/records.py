@@ -11,6 +11,7 @@ that a name is read, repaired or copied by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from modelpatch.errors import DamagedPatchError
@@ -44,17 +45,24 @@ class Records:
         return hash
 
     def tags(self, name: str, files: Iterable[str] | None = None) -> dict[str, str]:
-        """The hash that every tag of a name names. Raises `DamagedPatchError` for a tag that names none."""
-        files = self.storage.names(self.path(name)) if files is None else files
+        """The hash that every tag of a name names, without tags that are damaged."""
         found = {}
-        for file in sorted(files):
-            tag = file.removesuffix(TAG)
-            if file.endswith(TAG) and NAME.fullmatch(tag):
-                try:
-                    found[tag] = self.tag(name, tag)
-                except FileNotFoundError:  # removed since it was listed
-                    continue
+        for tag in self._tag_names(name, files):
+            with suppress(FileNotFoundError, DamagedPatchError):  # removed since it was listed
+                found[tag] = self.tag(name, tag)
         return found
+
+    def tagged(self, name: str) -> set[str]:
+        """The hashes that tags name. Raises `DamagedPatchError` for a tag of which nobody knows what it names."""
+        found = set()
+        for tag in self._tag_names(name):
+            with suppress(FileNotFoundError):
+                found.add(self.tag(name, tag))
+        return found
+
+    def _tag_names(self, name: str, files: Iterable[str] | None = None) -> list[str]:
+        files = self.storage.names(self.path(name)) if files is None else files
+        return sorted(tag for file in files if file.endswith(TAG) and NAME.fullmatch(tag := file.removesuffix(TAG)))
 
     def version(self, name: str, hash: str, tags: dict[str, str]) -> Version:
         """A version with those of the `tags` that name it. Raises `FileNotFoundError`, or `DamagedPatchError`."""
@@ -66,16 +74,17 @@ class Records:
         return _hashes(self.storage.names(self.path(name)), suffix)
 
     def versions(self, name: str, files: Iterable[str] | None = None) -> list[Version]:
-        """All versions of a name, the oldest first. Raises `DamagedPatchError` for a record or tag that is damaged."""
+        """All versions of a name, the oldest first, without those whose record is damaged.
+
+        One damaged file must not hide the others: `Store.verify` finds it, and asking for that version names it.
+        """
         files = self.storage.names(self.path(name)) if files is None else files
         tags = self.tags(name, files)
         found = []
         for hash in _hashes(files, RECORD):
-            try:
+            with suppress(FileNotFoundError, DamagedPatchError):
                 found.append(self.version(name, hash, tags))
-            except FileNotFoundError:
-                continue
-        return sorted(found, key=_order)
+        return sorted(found, key=lambda version: (version.created, version.hash))
 
     def content(self, name: str, hash: str) -> bytes:
         """The patch file as it lies there, unchecked. Raises `FileNotFoundError`."""
@@ -93,19 +102,10 @@ class Records:
         return found
 
     def scan(self, names: Iterable[str] | None = None) -> list[Version]:
-        """All versions of some names, or of all, by name and age; without those of names whose files are damaged.
-
-        One damaged file must not hide everything else: `Store.verify` finds it, and asking for the name itself names it.
-        """
+        """The versions of some names, or of all, by name and age."""
         files = self.files() if names is None else dict.fromkeys(names)
-        found = self.storage.map(lambda item: self._scan(*item), sorted(files.items()))
+        found = self.storage.map(lambda item: self.versions(*item), sorted(files.items()))
         return [version for versions in found for version in versions]
-
-    def _scan(self, name: str, files: list[str] | None) -> list[Version]:
-        try:
-            return self.versions(name, files)
-        except DamagedPatchError:
-            return []
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -131,10 +131,6 @@ class Records:
 
 def _hashes(files: Iterable[str], suffix: str) -> set[str]:
     return {hash for file in files if file.endswith(suffix) and HASH.fullmatch(hash := file.removesuffix(suffix))}
-
-
-def _order(version: Version) -> tuple[str, str]:
-    return version.created, version.hash
 
 
 def is_temporary(file: str) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from modelpatch.patch.records import FILE, RECORD, TAG, Records, is_temporary
 from modelpatch.patch.storage import open_storage
 from modelpatch.patch.version import HASH, LATEST, PREFIX, Version, check_name, check_tag, parse_reference
 
-TRIES = 10
+TRIES, PAUSE = 10, 0.01  # the pause, in seconds, grows with every try
 LEFTOVER = 3600.0  # seconds after which a file without a record was left by a writer that died
 NEAR = 2000  # names that are compared with an unknown one
 
@@ -107,7 +108,8 @@ class Store:
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays until `collect`. Raises `UnknownPatchError` for a tag that is not there."""
-        self._hash_of_tag(check_name(name), check_tag(tag))
+        if not self._storage.exists(self._records.path(check_name(name), check_tag(tag) + TAG)):
+            raise self._unknown_version(name, tag)
         with self._index.changing(name):
             self._records.delete(name, tag + TAG)
 
@@ -135,7 +137,8 @@ class Store:
         """
         removed = []
         for name, files in sorted(self._records.files().items()):
-            untagged = [version for version in self._records.versions(name, files) if not version.tags]
+            tagged = self._records.tagged(name)
+            untagged = [version for version in self._records.versions(name, files) if version.hash not in tagged]
             if dry_run:
                 removed += untagged
                 continue
@@ -160,6 +163,8 @@ class Store:
     def versions(self, name: str) -> Versions:
         """All versions of a name, the oldest first. Raises `UnknownPatchError` where there is none."""
         found = self._records.versions(check_name(name))
+        if not found and self._records.hashes(name):
+            raise DamagedPatchError(f"the records of all versions of {name} are damaged. Publish the patch again.")
         if not found:
             raise self._unknown_name(name)
         return found
@@ -170,37 +175,25 @@ class Store:
         A tag comes before a hash that begins like it. Raises `UnknownPatchError` with the names that are near.
         """
         name, rest = parse_reference(reference)
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
+            hash = rest if HASH.fullmatch(rest) else self._hash_of_tag(name, rest)
             try:
-                hash = rest if HASH.fullmatch(rest) else self._hash_of_tag(name, rest)
-                tags = self._records.tags(name)
-                return self._records.version(name, hash, tags)
+                return self._records.version(name, hash, self._records.tags(name))
             except FileNotFoundError:
-                if HASH.fullmatch(rest):
+                if hash == rest:
                     raise self._unknown_version(name, rest) from None
-        raise DamagedPatchError(
-            f"{name}@{rest} names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
-        )
+                time.sleep(PAUSE * attempt)  # the tag has moved on, or somebody is putting the version back
+        what = f"{name}@{rest} names the version {hash[:12]}, which is not there"
+        raise DamagedPatchError(f"{what}. Publish it again, or move the tag.")
 
     def read(self, version: Version | str) -> bytes:
         """The bytes of a version's patch file. Raises `DamagedPatchError` unless they are the ones that were published."""
-        version = self.resolve(version) if isinstance(version, str) else version
-        try:
-            data = self._records.content(version.name, version.hash)
-        except FileNotFoundError:
-            if version.hash in self._records.hashes(version.name):
-                raise DamagedPatchError(f"the file of {version} is missing. Publish the patch again.") from None
-            raise self._unknown_version(version.name, version.hash) from None
-        if hashlib.sha256(data).hexdigest() != version.hash:
-            raise DamagedPatchError(
-                f"the file of {version} is damaged: its bytes are not those that were published. Publish the patch again."
-            )
-        return data
+        return self._read(version)[1]
 
     def load(self, reference: str | Version) -> Patch:
         """A patch, checked by its hash and like any patch file."""
-        version = self.resolve(reference) if isinstance(reference, str) else reference
-        return decode_patch(self.read(version), str(version))
+        version, data = self._read(reference)
+        return decode_patch(data, str(version))
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> Problems:
         """Read everything and say what is wrong: files that are damaged or missing, tags that name nothing, a wrong index.
@@ -224,8 +217,7 @@ class Store:
         """
         copied = []
         for reference in (references,) if isinstance(references, str) else tuple(references):
-            version = self.resolve(reference)
-            data = self.read(version)
+            version, data = self._read(reference)
             decode_patch(data, str(version))
             rest = parse_reference(reference)[1]
             copied.append(other._publish(version, data, (rest,) if rest in version.tags else ()))
@@ -236,6 +228,25 @@ class Store:
         return other.push(self, references)
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _read(self, reference: Version | str) -> tuple[Version, bytes]:
+        """What a reference names, and its bytes."""
+        for attempt in range(TRIES):
+            version = self.resolve(reference) if isinstance(reference, str) else reference
+            try:
+                data = self._records.content(version.name, version.hash)
+                break
+            except FileNotFoundError:  # the tag has moved on and the old version was collected, or is being put back
+                if isinstance(reference, Version) and version.hash not in self._records.hashes(version.name):
+                    raise self._unknown_version(version.name, version.hash) from None
+                time.sleep(PAUSE * attempt)
+        else:
+            raise DamagedPatchError(f"the file of {version} is missing. Publish the patch again.")
+        if hashlib.sha256(data).hexdigest() != version.hash:
+            raise DamagedPatchError(
+                f"the file of {version} is damaged: its bytes are not those that were published. Publish the patch again."
+            )
+        return version, data
 
     def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
         name, hash = version.name, version.hash
@@ -256,10 +267,10 @@ class Store:
     def _drop(self, version: Version) -> bool:
         """Remove a version's files unless a tag names it, and put back what another writer needs meanwhile."""
         name, hash, records = version.name, version.hash, self._records
-        if hash in records.tags(name).values():
+        if hash in records.tagged(name):
             return False
         records.delete(name, hash + RECORD)
-        if hash in records.tags(name).values():  # tagged between the two
+        if hash in records.tagged(name):  # tagged between the two
             records.write_record(version)
             return False
         try:

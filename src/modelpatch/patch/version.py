@@ -61,7 +61,7 @@ class Version:
             name=name,
             hash=hashlib.sha256(data).hexdigest(),
             nbytes=len(data),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             method=patch.method.name,
             task=patch.task.name,
             backbone=patch.backbone.spec,
