@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from typer.testing import CliRunner
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone
 from modelpatch.cli.main import app, main
 from modelpatch.methods import LinearProbe, Method
-from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel, Task
+from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel, Store, Task
+from modelpatch.serve import Client
 from modelpatch.train import Split, TaskData
 
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -273,6 +275,41 @@ def patches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         result = CliRunner().invoke(app, ["fit", str(data), "-o", str(path), "-m", method, "--epochs", "1"])
         assert result.exit_code == 0, result.output
     return paths
+
+
+# serving ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store of four drafted patches for the tiny network."""
+    from serving import fill
+
+    return fill(tmp_path / "store")
+
+
+@pytest.fixture
+def server(store: Store) -> Iterator[Any]:
+    """A server over that store, in a thread of this process."""
+    from serving import serving
+
+    with serving(store) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[Client]:
+    """A client of that server, with its token."""
+    with server.client() as opened:
+        yield opened
+
+
+@pytest.fixture
+def image() -> bytes:
+    """An encoded image of noise."""
+    from serving import picture
+
+    return picture()
 
 
 # real -------------------------------------------------------------------------------------------------------

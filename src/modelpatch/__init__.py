@@ -15,11 +15,13 @@ from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
 from modelpatch.engine import Engine, Tuning
 from modelpatch.patch import BoundPatch, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
+from modelpatch.serve import Client
 from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
 
 __all__ = [
     "Backbone",
     "BoundPatch",
+    "Client",
     "Engine",
     "PaintSettings",
     "Patch",

@@ -142,6 +142,13 @@ class EngineError(ModelpatchError):
     """An engine is asked for something it cannot do with the images or patches at hand."""
 
 
+# serving ----------------------------------------------------------------------------------------------------
+
+
+class ServeError(ModelpatchError):
+    """A server cannot start, answer or be reached."""
+
+
 # extras -----------------------------------------------------------------------------------------------------
 
 

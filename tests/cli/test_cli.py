@@ -34,6 +34,7 @@ VERBS = (
     "diff",
     "export",
     "paint",
+    "serve",
     "store",
 )
 TINY = "bundled:tiny"

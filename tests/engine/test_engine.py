@@ -627,3 +627,21 @@ def test_an_explanation_times_every_step(tiny: Backbone, images: Tensor) -> None
     assert [timing.step for timing in timings] == list(plan.steps)
     assert all(timing.seconds >= 0 for timing in timings)
     assert plan.flops == plan.floor < plan.separate_flops
+
+
+def test_any_tasks_for_any_image(tiny: Backbone, images: Tensor) -> None:
+    patches = many(tiny)
+    engine = Engine(tiny, patches, tuning=PLAIN)
+    wanted = {"scale": [0, 3], "probe": [3], "base": [1, 2, 5], "siamese": [0]}
+    answers = engine.answer(images, wanted)
+    assert answers.keys() == wanted.keys()
+    for name, rows in wanted.items():
+        alone = tiny(images[rows]) if name == "base" else tiny.patched(patches[name])(images[rows])
+        assert close(answers[name], alone), name
+    assert engine.plan_for(wanted).rows == tuple(map(tuple, wanted.values()))
+    assert engine.answer(images, {}) == {}
+    for wrong in ([1, 0], [0, 0], [6], [-1]):
+        with pytest.raises(EngineError, match="increasing"):
+            engine.answer(images, {"scale": wrong})
+    with pytest.raises(UnknownTaskError):
+        engine.answer(images, {"nobody": [0]})

@@ -26,6 +26,7 @@ from modelpatch.cli.predict import predict
 from modelpatch.cli.profile import profile
 from modelpatch.cli.search import search
 from modelpatch.cli.select import select
+from modelpatch.cli.serve import serve
 from modelpatch.cli.store import store
 from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
@@ -68,6 +69,7 @@ app.command()(select)
 app.command()(search)
 app.command()(label)
 app.add_typer(store)
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)

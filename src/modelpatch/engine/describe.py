@@ -1,4 +1,4 @@
-"""A plan for people: a tree of streams as text and as a picture."""
+"""A plan for people: a tree of streams as text, as facts and as a picture."""
 
 from __future__ import annotations
 
@@ -97,6 +97,36 @@ def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str
             yield from _below(entry.stream, ways, heads, indent + bar)
         else:
             yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
+
+
+def tree(plan: Plan) -> list[dict[str, Any]]:
+    """The tree of streams as nested facts for JSON: a node an image size, below it one a run, with its tasks."""
+    ways, heads = branches(plan), answers(plan)
+
+    def below(stream: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": branch.name,
+                "images": branch.rows,
+                "flops": branch.flops,
+                "own": branch.own,
+                "tasks": heads.get(branch.stream, []),
+                "children": below(branch.stream),
+            }
+            for branch in ways.get(stream, [])
+        ]
+
+    return [
+        {
+            "name": f"images at {root.image_size} px" if hasattr(root, "image_size") else "images",
+            "images": len(rows),
+            "flops": 0,
+            "own": False,
+            "tasks": heads.get(stream, []),
+            "children": below(stream),
+        }
+        for root, stream, rows in plan.roots
+    ]
 
 
 def describe_step(step: Step) -> str:

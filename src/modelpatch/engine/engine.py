@@ -284,6 +284,20 @@ class Engine:
         placed = {row: logits for name, own in wanted.items() for row, logits in zip(own, answers[name], strict=True)}
         return [placed[row] for row in range(len(tasks))]
 
+    def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Logits by task, each (len(rows[task]), K) for its own rows of the images: any tasks for any image.
+
+        `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
+        """
+        now = self._tasks
+        chosen = [self._find(now, name) for name in rows]
+        batches = self._batches(chosen, images)
+        count = _count(batches)
+        for name, own in rows.items():
+            if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
+                raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
+        return self._program(chosen, [tuple(own) for own in rows.values()], batches)(batches) if rows else {}
+
     def read(self, sources: Sequence[ImageSource], only: Iterable[str] | None = None) -> dict[Preprocessing, Tensor]:
         """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`."""
         return read(sources, [task.preprocessing for task in self._choose(self._tasks, only)])
@@ -319,8 +333,12 @@ class Engine:
         """The plan for one image and all tasks."""
         return self.plan_for()
 
-    def plan_for(self, rows: int = 1, only: Iterable[str] | None = None) -> Plan:
-        """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`."""
+    def plan_for(self, rows: int | Mapping[str, Sequence[int]] = 1, only: Iterable[str] | None = None) -> Plan:
+        """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`; or for the
+        rows of each task, as `answer` takes them."""
+        if isinstance(rows, Mapping):
+            named = self._choose(self._tasks, rows)
+            return self._program(named, [tuple(rows[task.name]) for task in named], None).plan
         if rows < 0:
             raise EngineError(f"a plan for {rows} images; expected 0 or more.")
         chosen = self._choose(self._tasks, only)

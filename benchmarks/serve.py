@@ -1,0 +1,201 @@
+"""What HTTP costs on the loopback: our server beside direct calls of its engine, and LitServe beside it where installed.
+
+    overhead     one client: the median of a request beside the engine's own call on the same bytes
+    throughput   8 and 32 clients: images a second beside the engine's own at the batch sizes that formed
+
+    python benchmarks/serve.py --json benchmarks/results/serve.json
+
+MobileNetV2 has its ImageNet weights where they are at hand, else the bundled backbone serves; patches are untrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import modelpatch as mp
+from common import SHARED, compare_ways, mobilenet, report, untrained
+from modelpatch.serve import Client
+
+LITSERVE = """
+import sys
+import litserve, torch
+import modelpatch as mp
+from modelpatch.engine import Tuning
+
+class Api(litserve.LitAPI):
+    def setup(self, device):
+        backbone = mp.load_backbone(sys.argv[1])
+        store = mp.Store(sys.argv[2])
+        self.names = sys.argv[4:]
+        self.engine = mp.Engine(backbone, {name: store.load(name) for name in self.names}, tuning=Tuning())
+    def decode_request(self, request):
+        return request["images"].file.read()
+    def batch(self, inputs):
+        return list(inputs)
+    def predict(self, images):
+        images = images if isinstance(images, list) else [images]
+        answers = self.engine(images, only=self.names)
+        best = {name: logits.softmax(1).topk(3).values.tolist() for name, logits in answers.items()}
+        return [{name: values[row] for name, values in best.items()} for row in range(len(images))]
+    def unbatch(self, output):
+        return output
+    def encode_response(self, output):
+        return output
+
+api = Api(max_batch_size=32, batch_timeout=0.0)
+litserve.LitServer(api, accelerator="cpu").run(port=int(sys.argv[3]), host="127.0.0.1", generate_client_file=False)
+"""
+
+
+class Server(AbstractContextManager[str]):
+    """A server's process; yields its URL once it answers."""
+
+    def __init__(self, command: list[str], url: str | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE if url is None else subprocess.DEVNULL, text=True
+        )
+        self.url = url
+
+    def __enter__(self) -> str:
+        if self.url is None:
+            assert self.process.stdout is not None
+            self.url = self.process.stdout.readline().strip()
+        return self.url
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def photo(pixels: int = 128) -> bytes:
+    """A JPEG of smooth noise, of a photograph's size on the wire."""
+    import io
+
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(values).resize((pixels, pixels), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def images_a_second(ask: Callable[[], object], clients: int, seconds: float) -> float:
+    """All clients ask over and over for that long; images answered a second."""
+    counts = [0] * clients
+    until = time.perf_counter() + seconds
+
+    def one(place: int) -> None:
+        while time.perf_counter() < until:
+            ask()
+            counts[place] += 1
+
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def batch_count(url: str) -> tuple[float, float]:
+    """Batches so far, and their images, as the server counts them."""
+    import httpx
+
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    counts = dict(line.rpartition(" ")[::2] for line in lines if line.startswith("modelpatch_batch_images"))
+    return float(counts["modelpatch_batch_images_count"]), float(counts["modelpatch_batch_images_sum"])
+
+
+def measure_ours(url: str, engine: mp.Engine, names: list[str], image: bytes, rounds: int, seconds: float) -> list[Any]:
+    rows: list[Any] = []
+    with Client(url) as client:
+
+        def ask() -> object:
+            return client.predict([image], names)
+
+        while not client.ready():
+            time.sleep(0.1)
+        times = compare_ways({"http": ask, "engine": lambda: engine([image], only=names)}, rounds)
+        middle = {name: statistics.median(values) for name, values in times.items()}
+        rows.append(("overhead, ms, 1 client", middle["http"], middle["engine"], middle["http"] - middle["engine"]))
+        for clients in (8, 32):
+            before = batch_count(url)
+            speed = images_a_second(ask, clients, seconds)
+            after = batch_count(url)
+            size = max(1, round((after[1] - before[1]) / max(after[0] - before[0], 1)))
+            times = compare_ways({"engine": partial(engine, [image] * size, only=names)}, max(rounds // 4, 3))
+            own = 1000 * size / statistics.median(times["engine"])
+            rows.append((f"images a second, {clients} clients, batches of {size}", speed, own, speed / own))
+    return rows
+
+
+def measure_litserve(spec: str, store: Path, names: list[str], image: bytes, rounds: int, seconds: float) -> list[Any]:
+    import socket
+
+    import httpx
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", LITSERVE, spec, str(store), str(port), *names]
+    rows: list[Any] = []
+    with Server(command, f"http://127.0.0.1:{port}") as url, httpx.Client(timeout=60) as http:
+
+        def ask() -> object:
+            return http.post(f"{url}/predict", files={"images": image}).raise_for_status()
+
+        for _ in range(600):
+            try:
+                if http.get(f"{url}/health").is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        middle = statistics.median(compare_ways({"http": ask}, rounds)["http"])
+        rows.append(("LitServe: ms, 1 client", middle, "", ""))
+        rows += [(f"LitServe: images a second, {n} clients", images_a_second(ask, n, seconds), "", "") for n in (8, 32)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    spec = mobilenet() if (SHARED / "weights").is_dir() else "bundled:tiny"
+    backbone = mp.load_backbone(spec)
+    patches = {
+        "flowers": untrained(backbone, mp.methods.ScaleBias(), 43, 0),
+        "birds": untrained(backbone, mp.methods.Subset(), 43, 1),
+        "signs": untrained(backbone, mp.methods.LinearProbe(), 43, 2),
+    }
+    image = photo()
+    with tempfile.TemporaryDirectory() as folder:
+        store = mp.Store(folder)
+        for name, patch in patches.items():
+            store.publish(name, patch)
+        engine = mp.Engine(backbone, patches, tuning=mp.Tuning())
+        command = [sys.executable, "-m", "modelpatch", "serve", folder, "-b", spec, "--port", "0", "--no-tune"]
+        with Server(command) as url, torch.inference_mode():
+            rows = measure_ours(url, engine, list(patches), image, options.rounds, options.seconds)
+        if importlib.util.find_spec("litserve"):
+            rows += measure_litserve(spec, Path(folder), list(patches), image, options.rounds, options.seconds)
+    report("HTTP beside the engine", ("what", "server", "engine", "difference or ratio"), rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""modelpatch serve: answer over HTTP with the patches of a store."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from modelpatch.cli.options import (
+    ArgumentOption,
+    BackboneOption,
+    DeviceOption,
+    find_device,
+    open_backbone,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import open_console, tell
+from modelpatch.errors import ServeError
+from modelpatch.serve.run import check_libraries, serve_forever
+from modelpatch.serve.settings import Settings
+
+DEFAULT = Settings()
+
+
+def serve(
+    store: Annotated[str, typer.Argument(help="The folder or URL of a store of patches.")],
+    backbone: BackboneOption,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="MODELPATCH_TOKEN", help="Who has it may publish, tag and remove; off without one."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that answer; they share the backbone's memory.")] = 1,
+    cache: Annotated[
+        int, typer.Option(min=1, help="Bytes for patches that are resident, a worker.")
+    ] = DEFAULT.cache_bytes,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take.")] = DEFAULT.deadline,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are computed together at most.")] = DEFAULT.batch,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more get 429.")] = DEFAULT.queue,
+    pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image at most.")] = DEFAULT.pixels,
+    refresh: Annotated[
+        float, typer.Option(min=0, help="Seconds until changes that others make to the store are seen.")
+    ] = DEFAULT.refresh,
+    tune: Annotated[bool, typer.Option(help="First measure what is fastest here: some seconds.")] = True,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Deploy replicas on Ray Serve instead of workers.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --ray.")] = 2,
+) -> None:
+    """Answer over HTTP with the patches of a store: any of them, several, or all at once, loaded when they are asked for.
+
+    The page is at /, the routes are described at /openapi.json. Ctrl-C or SIGTERM finishes what runs, then stops.
+    """
+    check_libraries()
+    console = open_console()
+    settings = Settings(
+        token=token,
+        cache_bytes=cache,
+        deadline=deadline,
+        batch=batch,
+        queue=queue,
+        images=min(DEFAULT.images, queue),
+        pixels=pixels,
+        refresh=refresh,
+    )
+    place = find_device(device)
+    options: dict[str, Any] = {"host": host, "port": port}
+    if ray:
+        from modelpatch.serve.deployment import deploy
+
+        if workers != 1:
+            raise ServeError("--workers and --ray are two ways to have several processes. With --ray say --replicas.")
+        deploy(
+            store,
+            backbone,
+            parse_arguments(argument),
+            device,
+            settings,
+            replicas=replicas,
+            tune=tune,
+            say=partial(tell, console),
+            **options,
+        )
+        return
+    load = partial(open_backbone, backbone, parse_arguments(argument), torch.device("cpu"))
+    serve_forever(store, load, place, settings, workers=workers, tune=tune, say=partial(tell, console), **options)

@@ -1,0 +1,373 @@
+"""The HTTP routes over a service: what comes in is read within limits, what goes out is JSON, problems are problem+json."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import modelpatch
+from modelpatch.serve.body import read_body, read_form
+from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
+from modelpatch.serve.schemas import (
+    NAME,
+    REFERENCE,
+    Health,
+    PatchInfo,
+    PatchList,
+    PlanAnswer,
+    Prediction,
+    PredictRequest,
+    ProblemBody,
+    TagRequest,
+    VersionList,
+)
+from modelpatch.serve.service import Service
+from modelpatch.text import first_problem
+
+LOG = logging.getLogger("modelpatch.serve")
+PAGE = Path(__file__).parent / "page"
+FILES = {"page.css": "text/css", "page.js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+PatchName = Annotated[str, PathParameter(pattern=NAME, examples=["flowers"])]
+PatchReference = Annotated[str, PathParameter(pattern=REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
+PREDICT_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {
+                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                    "tasks": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
+                    "per_image": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
+                    "top": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 3},
+                },
+            },
+            "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
+        },
+    },
+}
+FILE_BODY = {
+    "required": True,
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+
+
+def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses for what a route may refuse."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind in ("bad-request", "invalid-request", "failed", *kinds):
+        status, title = TITLES[kind]
+        found[status] = {"model": ProblemBody, "description": title, "content": {MEDIA_TYPE: {}}}
+    return found
+
+
+BUSY = ("too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
+READING = ("too-slow", "unknown-kind")
+ADMIN = ("no-token", "wrong-token", "unknown-patch", "store-unreachable")
+
+
+async def check_token(request: Request) -> None:
+    """Lets through whoever has the server's token. Raises `Problem`, 401 or 403."""
+    token = service_of(request).settings.token
+    if token is None:
+        raise Problem("admin-off", "This server was started without a token.", "Start it with --token.")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given:
+        raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
+    if not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
+        raise Problem("wrong-token", "The token is another than the server's.", "Ask whoever started the server.")
+
+
+def service_of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+public = APIRouter()
+admin = APIRouter(dependencies=[Depends(check_token)], tags=["admin"])
+
+
+# answers ----------------------------------------------------------------------------------------------------
+
+
+@public.post(
+    "/v1/predict",
+    response_model=Prediction,
+    responses=problems(*BUSY, *READING),
+    openapi_extra={"requestBody": PREDICT_BODY},
+    tags=["answers"],
+)
+async def predict(request: Request) -> Response:
+    """What patches say of images. As JSON with the images in base64, or as a multipart form with the files themselves."""
+    service = service_of(request)
+    async with service.turn():
+        asked, images = await _read_question(request, service)
+        return JSONResponse(await service.predict(images, asked.tasks, asked.per_image, asked.top))
+
+
+async def _read_question(request: Request, service: Service) -> tuple[PredictRequest, list[bytes]]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    limit = service.settings.body_bytes
+    if kind == "application/json":
+        asked = _validate(await read_body(request, limit))
+        return asked, [_decode_base64(text, place) for place, text in enumerate(asked.images)]
+    if kind == "multipart/form-data":
+        async with read_form(request, limit, service.settings.images + 2 * service.settings.tasks + 64) as form:
+            files = [value for value in form.getlist("images") if isinstance(value, UploadFile)]
+            if len(files) < len(form.getlist("images")):
+                raise Problem("invalid-request", "A part `images` is no file.", "With curl: -F images=@photo.jpg")
+            words: dict[str, Any] = {"images": ["file"] * len(files)}
+            for name in dict.fromkeys(name for name, _ in form.multi_items() if name != "images"):
+                values = [value for value in form.getlist(name) if isinstance(value, str)]
+                split = [part.strip() for value in values for part in value.split(",")]
+                words[name] = (values[-1] if values else "") if name == "top" else split
+            return _validate(words, strict=False), [await file.read() for file in files]
+    raise Problem(
+        "unknown-kind",
+        f"The body is {kind[:80] or 'of no stated kind'!r}.",
+        "Send application/json, or multipart/form-data with parts named images.",
+    )
+
+
+def _validate(given: bytes | dict[str, Any], strict: bool = True) -> PredictRequest:
+    try:
+        if isinstance(given, bytes):
+            return PredictRequest.model_validate_json(given, strict=strict)
+        return PredictRequest.model_validate(given, strict=strict)
+    except ValidationError as error:
+        kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
+        raise Problem(kind, f"The request's {first_problem(error)}.", "GET /docs shows what is expected.") from error
+
+
+def _decode_base64(text: str, place: int) -> bytes:
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Problem(
+            "unreadable-image", f"Image {place} is no base64: {error}.", "Encode the bytes of the file.", image=place
+        ) from error
+
+
+@public.get("/v1/plan", response_model=PlanAnswer, responses=problems(*BUSY), tags=["answers"])
+async def plan(
+    request: Request,
+    tasks: Annotated[
+        str | None, Query(description="Names, comma-separated; those that are resident without it.")
+    ] = None,
+    images: Annotated[int, Query(ge=1, le=1024)] = 1,
+) -> Response:
+    """What tasks share in one pass: the tree of streams, and the share of the work that is saved."""
+    service = service_of(request)
+    names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
+    async with service.turn():
+        return JSONResponse(await service.plan(names, images))
+
+
+# patches ----------------------------------------------------------------------------------------------------
+
+
+@public.get("/v1/patches", response_model=PatchList, responses=problems("store-unreachable"), tags=["patches"])
+async def list_patches(
+    request: Request,
+    after: Annotated[str, Query(max_length=64, description="Continue behind this name.")] = "",
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> Response:
+    """The patches of the store, their latest versions."""
+    return JSONResponse(await service_of(request).patches(after, limit))
+
+
+@public.get(
+    "/v1/patches/{name}",
+    response_model=VersionList,
+    responses=problems("unknown-patch", "store-unreachable"),
+    tags=["patches"],
+)
+async def list_versions(request: Request, name: PatchName) -> Response:
+    """All versions of a patch."""
+    return JSONResponse(await service_of(request).versions(name))
+
+
+@admin.put(
+    "/v1/patches/{name}",
+    response_model=PatchInfo,
+    status_code=201,
+    responses=problems(*ADMIN, *BUSY, "too-slow"),
+    openapi_extra={"requestBody": FILE_BODY},
+)
+async def publish(
+    request: Request,
+    name: PatchName,
+    tag: Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")] = None,
+) -> Response:
+    """Publish a patch file as the newest version. It is checked against the backbone first, and resident at once."""
+    service = service_of(request)
+    async with service.turn():
+        data = await read_body(request, service.settings.patch_bytes)
+        return JSONResponse(await service.publish(name, data, tag or ["latest"]), 201)
+
+
+@admin.delete("/v1/patches/{name}", status_code=204, responses=problems(*ADMIN, "tagged"))
+async def remove(
+    request: Request,
+    name: PatchReference,
+    force: Annotated[bool, Query(description="Also the tags of a single version.")] = False,
+) -> Response:
+    """Remove a patch with all its versions and tags, or one version of it (NAME@HASH) that no tag names."""
+    await service_of(request).remove(name, force)
+    return Response(status_code=204)
+
+
+@admin.post("/v1/patches/{name}/tag", response_model=PatchInfo, responses=problems(*ADMIN))
+async def set_tag(request: Request, name: PatchName, asked: TagRequest) -> Response:
+    """Let a tag name a version. Requests for NAME@TAG get that version from then on."""
+    return JSONResponse(await service_of(request).tag(name, asked.tag, asked.version))
+
+
+# health -----------------------------------------------------------------------------------------------------
+
+
+@public.get("/healthz", response_model=Health, tags=["health"])
+async def healthz() -> Response:
+    """The process lives."""
+    return JSONResponse({"status": "alive"})
+
+
+@public.get("/readyz", response_model=Health, responses={503: {"model": Health}}, tags=["health"])
+async def readyz(request: Request) -> Response:
+    """The server takes requests: its backbone is loaded, and it is not stopping."""
+    ready = service_of(request).ready
+    return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+
+@public.get("/metrics", response_class=Response, tags=["health"])
+async def metrics(request: Request) -> Response:
+    """Counts for Prometheus."""
+    counts = service_of(request).metrics
+    return Response(counts.text(), media_type=counts.content_type)
+
+
+# the page ---------------------------------------------------------------------------------------------------
+
+
+@public.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(PAGE / "index.html", headers=HEADERS)
+
+
+@public.get("/page/{name}", include_in_schema=False)
+async def page_file(name: str) -> Response:
+    if name not in FILES:
+        raise HTTPException(404)
+    return FileResponse(PAGE / name, media_type=FILES[name], headers=HEADERS)
+
+
+# the application --------------------------------------------------------------------------------------------
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application over a service, which it starts and stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="modelpatch",
+        version=modelpatch.__version__,
+        summary="One frozen vision backbone, many tasks.",
+        lifespan=lifespan,
+        redoc_url=None,
+        docs_url=None,
+        responses={405: {"model": ProblemBody, "description": TITLES["not-allowed"][1], "content": {MEDIA_TYPE: {}}}},
+    )
+    app.state.service = service
+    app.include_router(public)
+    app.include_router(admin)
+    app.middleware("http")(_count)
+    for kind in (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _tell)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description with the schema that only `openapi_extra` names, and problems as problem+json alone."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        models = schema["components"]["schemas"]
+        models["PredictRequest"] = PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        for unused in ("HTTPValidationError", "ValidationError"):
+            models.pop(unused, None)
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                for answer in operation["responses"].values():
+                    content = answer.get("content", {})
+                    if MEDIA_TYPE in content:
+                        content[MEDIA_TYPE] = content.pop("application/json", content[MEDIA_TYPE])
+    assert app.openapi_schema is not None
+    return app.openapi_schema
+
+
+async def _count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Count a request by its route, so that what strangers make up adds no labels."""
+    start = time.perf_counter()
+    status = 500
+    try:
+        response = await call(request)
+        status = response.status_code
+        return response
+    finally:
+        route = getattr(request.scope.get("route"), "path", "none")
+        counts = service_of(request).metrics
+        counts.requests.labels(request.method if status != 405 else "other", route, status).inc()
+        counts.request_seconds.labels(route).observe(time.perf_counter() - start)
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    match error:
+        case HTTPException(status_code=405):
+            problem = Problem("not-allowed", f"{request.method} does not apply to {request.url.path[:200]}.")
+        case HTTPException(status_code=404):
+            problem = Problem("not-found", f"There is no {request.url.path[:200]}.", "GET /openapi.json lists routes.")
+        case HTTPException():
+            problem = Problem("bad-request", str(error.detail)[:300])
+        case RequestValidationError():
+            first = error.errors()[0]
+            kind = "bad-request" if first["type"] == "json_invalid" else "invalid-request"
+            where = ".".join(str(part) for part in first["loc"])[:80]
+            problem = Problem(kind, f"{where!r} is not valid: {first['msg'][:300]}.", "GET /openapi.json says more.")
+        case ClientDisconnect():
+            problem = Problem("bad-request", "The request ended before its body did.")
+        case _:
+            problem = problem_of(error)
+            if problem.kind == "failed":
+                LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    headers = {**problem.headers, **({"Connection": "close"} if problem.kind in ("too-large", "too-slow") else {})}
+    body = {**problem.body(), "instance": request.url.path[:200]}
+    return JSONResponse(body, problem.status, headers, MEDIA_TYPE)

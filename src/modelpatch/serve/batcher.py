@@ -1,0 +1,159 @@
+"""Images of many requests through the engine together.
+
+    request 1: image, {flowers, birds} ─┐
+    request 2: image, {signs}           ├─ queue ─ [as many as are there, at most `batch`] ─ engine.answer ─ each its own
+    request 3: image, {flowers, birds} ─┘
+
+Nothing waits for company: a free engine takes what is there, and while it computes the next batch gathers by itself. Rows
+are ordered by what they ask for, so that batches of one composition share one compiled plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modelpatch.backbone import Preprocessing
+from modelpatch.engine import Engine
+from modelpatch.serve.metrics import Metrics
+from modelpatch.serve.problems import Problem, problem_of
+from modelpatch.serve.settings import Settings
+
+LOG = logging.getLogger("modelpatch.serve")
+Best = list[tuple[int, float]]  # places of classes with their probabilities, the best first
+
+
+@dataclass(eq=False)
+class Row:
+    """One image: its crops by preprocessing, the engine's tasks it asks for, and how many answers of each."""
+
+    crops: Mapping[Preprocessing, Tensor]
+    tasks: tuple[str, ...]
+    top: int
+    since: float = field(default_factory=time.perf_counter)
+    answer: asyncio.Future[dict[str, Best]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher:
+    """The queue before an engine, and the one thread that calls it."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self._waiting: list[Row] = []
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="modelpatch-engine")
+        self._shares: dict[tuple[tuple[tuple[str, ...], int], ...], float] = {}
+        self._work = asyncio.get_running_loop().create_task(self._run())
+
+    async def answer(self, rows: Sequence[Row]) -> list[dict[str, Best]]:
+        """The best classes of every row's tasks. Raises `Problem`, 429 where the queue is full."""
+        if len(self._waiting) + len(rows) > self.settings.queue:
+            raise Problem(
+                "too-busy",
+                f"{len(self._waiting)} images wait already; this server queues {self.settings.queue}.",
+                "Try again soon, or send fewer at once.",
+                retry_after=1,
+            )
+        self._waiting += rows
+        self.metrics.waiting.set(len(self._waiting))
+        self._arrived.set()
+        return await asyncio.gather(*(row.answer for row in rows))
+
+    async def stop(self) -> None:
+        """End the thread; whatever still waits is told."""
+        self._work.cancel()
+        for row in self._waiting:
+            if not row.answer.done():
+                row.answer.set_exception(Problem("stopping", "The server is stopping.", retry_after=1))
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            batch = [row for row in self._waiting[: self.settings.batch] if not row.answer.done()]
+            del self._waiting[: self.settings.batch]
+            self.metrics.waiting.set(len(self._waiting))
+            if not self._waiting:
+                self._arrived.clear()
+            if not batch:
+                continue
+            now = time.perf_counter()
+            for row in batch:
+                self.metrics.queue_seconds.observe(now - row.since)
+            for row, result in zip(batch, await loop.run_in_executor(self._thread, self._answers, batch), strict=True):
+                if row.answer.done():  # its request gave up meanwhile
+                    continue
+                if isinstance(result, BaseException):
+                    row.answer.set_exception(result)
+                else:
+                    row.answer.set_result(result)
+
+    def _answers(self, batch: list[Row]) -> list[dict[str, Best] | Problem]:
+        """In the engine's thread. A batch that fails is tried image by image, so that no row spoils another's."""
+        try:
+            return list(self._compute(batch))
+        except Exception as error:
+            if len(batch) == 1:
+                if not isinstance(error, Problem):
+                    LOG.exception("the engine failed on an image for %s", ", ".join(batch[0].tasks))
+                return [problem_of(error)]
+        return [self._answers([row])[0] for row in batch]
+
+    @torch.inference_mode()
+    def _compute(self, batch: list[Row]) -> list[dict[str, Best]]:
+        order = sorted(range(len(batch)), key=lambda place: batch[place].tasks)
+        rows = [batch[place] for place in order]
+        wanted: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            for task in row.tasks:
+                wanted.setdefault(task, []).append(place)
+        self._measure(rows, wanted)
+        logits = self.engine.answer(_stack(rows), wanted)
+        found: list[dict[str, Best]] = [{} for _ in rows]
+        for task, places in wanted.items():
+            own = logits[task].float()
+            if not own.isfinite().all():
+                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.")
+            most = min(max(rows[place].top for place in places), own.shape[1])
+            best = own.softmax(1).topk(most, dim=1)
+            for place, indices, values in zip(places, best.indices.tolist(), best.values.tolist(), strict=True):
+                found[place][task] = list(zip(indices, values, strict=True))[: rows[place].top]
+        answers: list[dict[str, Best]] = [{} for _ in batch]
+        for place, found_here in zip(order, found, strict=True):
+            answers[place] = found_here
+        return answers
+
+    def _measure(self, rows: Sequence[Row], wanted: Mapping[str, Sequence[int]]) -> None:
+        """The share of work that is saved, computed once a composition."""
+        key = tuple(sorted(Counter(row.tasks for row in rows).items()))
+        if key not in self._shares:
+            if len(self._shares) >= 1024:
+                self._shares.clear()
+            self._shares[key] = self.engine.plan_for(wanted).shared
+        self.metrics.batch_images.observe(len(rows))
+        self.metrics.shared.observe(self._shares[key])
+
+
+def _stack(rows: Sequence[Row]) -> dict[Preprocessing, Tensor]:
+    """Normalised batches (B, 3, S, S) by preprocessing; rows that no task sees that way are zeros, and nobody reads them."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row.crops)
+    return {
+        kind: kind.normalize(
+            torch.stack(
+                [
+                    row.crops[kind] if kind in row.crops else torch.zeros(kind.input_size, dtype=torch.uint8)
+                    for row in rows
+                ]
+            )
+        )
+        for kind in kinds
+    }

@@ -1,0 +1,187 @@
+"""A client for the server: the same words, Python values.
+
+client = Client("http://127.0.0.1:8000")
+client.predict(["photo.jpg"], tasks=["flowers", "birds"])      [{"flowers": [("rose", 0.93), ...], "birds": [...]}]
+client.predict(["a.jpg", "b.jpg"], per_image=["flowers", "birds@prod"])
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+
+from modelpatch.errors import DataError, MissingExtraError, ServeError
+from modelpatch.patch import Patch
+from modelpatch.patch.file import encode_patch
+from modelpatch.serve.problems import Problem
+
+ImageFile = str | Path | bytes | Image.Image
+Answers = dict[str, list[tuple[str, float]]]
+AGAIN = ("too-busy", "no-room", "deadline", "stopping")
+MODEL = "serve_multiplexed_model_id"  # where Ray Serve looks for a hint which replica has the patch
+
+
+class Client:
+    """A server at `url`. `token` is for admin verbs. Questions are asked again up to `retries` times where the server is busy
+    or the connection breaks; admin verbs are not. Safe to share between threads.
+
+    Methods raise `Problem` with what the server said, `ServeError` where it cannot be reached.
+    """
+
+    def __init__(self, url: str, *, token: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise MissingExtraError("httpx", "serve", "asking a server") from error
+        self.url, self.retries = url.rstrip("/"), retries
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
+            self._broken: tuple[type[Exception], ...] = (httpx.TransportError,)
+        except (ValueError, TypeError, httpx.InvalidURL) as error:
+            raise ServeError(f"{url!r} is no address of a server: {error}.") from error
+
+    def predict(
+        self,
+        images: Sequence[ImageFile],
+        tasks: Sequence[str] | None = None,
+        *,
+        per_image: Sequence[str] | None = None,
+        top: int = 3,
+    ) -> list[Answers]:
+        """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
+        one task an image, or for all. Raises `DataError` for files that cannot be read."""
+        return [
+            {
+                task: [(guess["class"], guess["probability"]) for guess in answer["top"]]
+                for task, answer in image["answers"].items()
+            }
+            for image in self.ask(images, tasks, per_image=per_image, top=top)["images"]
+        ]
+
+    def ask(
+        self,
+        images: Sequence[ImageFile],
+        tasks: Sequence[str] | None = None,
+        *,
+        per_image: Sequence[str] | None = None,
+        top: int = 3,
+    ) -> dict[str, Any]:
+        """`predict` with all that the server says: versions, indices, patches that were left out."""
+        if isinstance(images, str | Path | bytes | Image.Image) or isinstance(tasks, str) or isinstance(per_image, str):
+            raise ServeError("images, tasks and per_image are lists: predict(['photo.jpg'], tasks=['flowers']).")
+        parts = [("images", (f"image {place}", _encode(image))) for place, image in enumerate(images)]
+        words: dict[str, Any] = {"top": str(top)}
+        words |= {key: list(given) for key, given in (("tasks", tasks), ("per_image", per_image)) if given is not None}
+        only = set(tasks or per_image or ())
+        hint = {MODEL: next(iter(only))} if len(only) == 1 else {}
+        return self._send("POST", "/v1/predict", again=True, files=parts, data=words, headers=hint)
+
+    def patches(self) -> list[dict[str, Any]]:
+        """All patches of the store, with their latest versions."""
+        found: list[dict[str, Any]] = []
+        after: str | None = ""
+        while after is not None:
+            page = self._send("GET", "/v1/patches", again=True, params={"after": after})
+            found, after = found + page["patches"], page["next"]
+        return found
+
+    def versions(self, name: str) -> list[dict[str, Any]]:
+        """All versions of a patch."""
+        return list(self._send("GET", f"/v1/patches/{_name(name)}", again=True)["versions"])
+
+    def plan(self, tasks: Sequence[str] | None = None, images: int = 1) -> dict[str, Any]:
+        """What tasks share in one pass."""
+        chosen = {} if tasks is None else {"tasks": ",".join(tasks)}
+        return self._send("GET", "/v1/plan", again=True, params={"images": images, **chosen})
+
+    def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
+        """Publish a patch or its file as the newest version. Needs the token."""
+        data = encode_patch(patch) if isinstance(patch, Patch) else _read(patch)
+        return self._send("PUT", f"/v1/patches/{_name(name)}", content=data, params={"tag": list(tags)})
+
+    def tag(self, name: str, tag: str, version: str = "latest") -> dict[str, Any]:
+        """Let a tag name a version. Needs the token."""
+        return self._send("POST", f"/v1/patches/{_name(name)}/tag", json={"tag": tag, "version": version})
+
+    def remove(self, reference: str) -> None:
+        """Remove a patch, or one version of it. Needs the token."""
+        self._send("DELETE", f"/v1/patches/{_name(reference)}")
+
+    def ready(self) -> bool:
+        """Whether the server answers and is ready."""
+        try:
+            return bool(self._http.get("/readyz").status_code == 200)
+        except self._broken:
+            return False
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, verb: str, path: str, *, again: bool = False, **rest: Any) -> dict[str, Any]:
+        for trial in range(self.retries + 1 if again else 1):
+            last = trial == self.retries or not again
+            wait = 0.1 * 2**trial * (1 + random.random())
+            try:
+                answer = self._http.request(verb, path, **rest)
+            except self._broken as error:
+                if last:
+                    raise ServeError(
+                        f"{self.url} cannot be reached: {error}. Is `modelpatch serve` running?"
+                    ) from error
+            else:
+                if answer.is_success:
+                    return dict(answer.json()) if answer.content else {}
+                problem = _problem(answer.status_code, answer.text, answer.headers)
+                if last or problem.kind not in AGAIN:
+                    raise problem
+                wait = max(wait, problem.retry_after or 0)
+            time.sleep(wait)
+        raise AssertionError("the last trial returns or raises")
+
+
+def _problem(status: int, text: str, headers: Any) -> Problem:
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = {}
+    return Problem.read(status, body if isinstance(body, dict) else {}, headers)
+
+
+def _name(name: str) -> str:
+    from urllib.parse import quote
+
+    return quote(name, safe="@")
+
+
+def _encode(image: ImageFile) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return stream.getvalue()
+    return _read(image)
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error

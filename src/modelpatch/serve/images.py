@@ -1,0 +1,62 @@
+"""Images from strangers: formats on a list, pixels counted before they are decoded, anything else a clear refusal."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from modelpatch.backbone import Preprocessing
+from modelpatch.backbone.preprocess import open_image
+from modelpatch.serve.problems import Problem
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
+
+
+def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> dict[Preprocessing, Tensor]:
+    """uint8 crops (3, S, S) of an encoded image, one for every preprocessing.
+
+    Only the first frame of an animation is read. Raises `Problem`: 413 for more than `pixels`, in the file or as resized,
+    422 for what is no image of a known format.
+    """
+    wanted = list(dict.fromkeys(kinds))
+    if not data:
+        raise Problem("unreadable-image", "The image is empty: 0 bytes.", "Send the bytes of the file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below it
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image, wanted, pixels)
+        whole = open_image(image)
+        return {kind: kind.center_crop(kind.decode(whole)) for kind in wanted}
+    except Problem:
+        raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise Problem("too-large", f"The image is too large: {error}.", "Send a smaller one.") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise Problem(
+            "unreadable-image", f"The image's format is not known. Expected {known}.", "Convert it."
+        ) from error
+    except Exception as error:  # Pillow's parsers raise dozens of kinds for files that were made to hurt
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise Problem("unreadable-image", f"The image cannot be decoded: {said}.", "Save it again.") from error
+
+
+def _check_size(image: Image.Image, kinds: Iterable[Preprocessing], pixels: int) -> None:
+    width, height = image.size
+    sizes = {"": width * height}
+    for kind in kinds:  # the shorter side becomes `resize_to`, which makes a long strip enormous
+        sizes[f" as resized to {kind.resize_to} px"] = (
+            kind.resize_to**2 * max(width, height) // max(1, min(width, height))
+        )
+    for how, count in sizes.items():
+        if count > pixels:
+            raise Problem(
+                "too-large",
+                f"The image of {width} x {height} has {count:,} pixels{how}; this server takes {pixels:,}.",
+                "Resize or crop it first.",
+            )

@@ -1,0 +1,116 @@
+"""Errors as the server tells them: problem+json (RFC 9457) with what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modelpatch.errors import (
+    DataError,
+    InvalidReferenceError,
+    MissingExtraError,
+    ModelpatchError,
+    PatchError,
+    ServeError,
+    StoreError,
+    TaggedVersionError,
+    UnknownPatchError,
+    WrongBackboneError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+TITLES = {
+    "bad-request": (400, "The request cannot be read"),
+    "no-token": (401, "An admin verb needs the server's token"),
+    "wrong-token": (403, "That is not the server's token"),
+    "admin-off": (403, "Admin verbs are off"),
+    "unknown-patch": (404, "There is no such patch"),
+    "not-found": (404, "There is nothing here"),
+    "not-allowed": (405, "That verb does not apply here"),
+    "too-slow": (408, "The request came too slowly"),
+    "wrong-backbone": (409, "The patch belongs to another backbone"),
+    "tagged": (409, "A tag names that version"),
+    "too-large": (413, "That is more than this server takes"),
+    "unknown-kind": (415, "The body is of another kind than expected"),
+    "invalid-request": (422, "The request asks for something impossible"),
+    "unreadable-image": (422, "An image cannot be read"),
+    "damaged-patch": (422, "The patch cannot be trusted or does not fit"),
+    "too-busy": (429, "The server has too much to do"),
+    "failed": (500, "The server failed"),
+    "missing-extra": (501, "The server lacks a library"),
+    "deadline": (503, "The answer would come too late"),
+    "no-room": (503, "There is no room for the patch now"),
+    "store-unreachable": (503, "The store cannot be read"),
+    "stopping": (503, "The server is stopping"),
+}
+
+
+class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
+    """What a server answers instead of a result; the client raises the same. `kind` is a key of `TITLES`.
+
+    `detail` says what was given and expected, `advice` what to do; `facts` are further members, such as the patch's name.
+    """
+
+    def __init__(
+        self, kind: str, detail: str, advice: str = "", *, retry_after: float | None = None, **facts: Any
+    ) -> None:
+        super().__init__(f"{detail} {advice}".strip())
+        self.kind, self.detail, self.advice, self.retry_after, self.facts = kind, detail, advice, retry_after, facts
+
+    @property
+    def status(self) -> int:
+        return TITLES[self.kind][0]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What HTTP says in headers of its own."""
+        named = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after is not None else {}
+        return {**named, "WWW-Authenticate": 'Bearer realm="modelpatch"'} if self.kind == "no-token" else named
+
+    def body(self) -> dict[str, Any]:
+        """The members of the JSON object."""
+        status, title = TITLES[self.kind]
+        known = {"type": f"urn:modelpatch:{self.kind}", "title": title, "status": status, "detail": self.detail}
+        return {**known, **({"advice": self.advice} if self.advice else {}), **self.facts}
+
+    @classmethod
+    def read(cls, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> Problem:
+        """The problem that a server sent; one that is none of ours keeps its words."""
+        kind = str(body.get("type", "")).rpartition(":")[2]
+        if kind not in TITLES:
+            kind = next((k for k, (code, _) in TITLES.items() if code == status), "failed")
+        facts = {k: v for k, v in body.items() if k not in ("type", "title", "status", "detail", "advice")}
+        wait = headers.get("retry-after", "")
+        detail = str(body.get("detail") or f"The server answered {status}.")
+        return cls(
+            kind, detail, str(body.get("advice", "")), retry_after=float(wait) if wait.isdigit() else None, **facts
+        )
+
+
+def problem_of(error: BaseException, **facts: Any) -> Problem:
+    """Any error as a problem; one that nobody foresaw is `failed` and does not show its words."""
+    if isinstance(error, Problem):
+        return error
+    said = str(error)
+    match error:
+        case UnknownPatchError():
+            return Problem("unknown-patch", said, "GET /v1/patches lists those there are.", **facts)
+        case WrongBackboneError():
+            return Problem("wrong-backbone", said, "GET /v1/plan names the server's backbone.", **facts)
+        case PatchError():
+            return Problem("damaged-patch", said, "Publish the patch again from its source.", **facts)
+        case TaggedVersionError():
+            return Problem("tagged", said, **facts)
+        case InvalidReferenceError():
+            return Problem("invalid-request", said, **facts)
+        case StoreError():
+            return Problem("store-unreachable", said, retry_after=5, **facts)
+        case MissingExtraError():
+            return Problem("missing-extra", said, **facts)
+        case DataError():
+            return Problem("unreadable-image", said, **facts)
+        case ModelpatchError():
+            return Problem("invalid-request", said, **facts)
+        case OSError():
+            return Problem("store-unreachable", f"{type(error).__name__}: {said}"[:300], retry_after=5, **facts)
+    return Problem("failed", f"{type(error).__name__}.", "The server's log says more.", **facts)

@@ -1,0 +1,112 @@
+"""How a server is started: everything is checked and loaded once, then workers serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from modelpatch.backbone import Backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine import measure
+from modelpatch.errors import MissingExtraError
+from modelpatch.patch.store import Store
+from modelpatch.serve.settings import Settings
+from modelpatch.serve.supervisor import Supervisor, bind, rehearse
+
+CONNECTIONS = 1024  # open at once, a worker; more are told 503 at once
+DRAIN = 5.0  # seconds beside the deadline that stopping may take
+
+
+def check_libraries() -> None:
+    """Raises `MissingExtraError` where the extra `serve` is not installed."""
+    import importlib.util
+
+    for module, library in (
+        ("fastapi", "fastapi"),
+        ("uvicorn", "uvicorn"),
+        ("python_multipart", "python-multipart"),
+        ("prometheus_client", "prometheus-client"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(library, "serve", "serving")
+
+
+def serve_forever(
+    url: str,
+    load: Callable[[], Backbone],
+    device: torch.device,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    tune: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Serve the store at `url` until SIGTERM or Ctrl-C. `load` gives the backbone on the CPU; workers move it to the `device`.
+
+    `say` is told once where the server listens. Raises `StoreError` and `ServeError` before anything is served.
+    """
+    listening = bind(host, port)
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(1)  # no thread in this process, so that it may fork
+    backbone = load()
+
+    def try_all() -> Tuning:
+        torch.set_num_threads(threads)
+        Store(url).list()
+        return measure(backbone.to(device)) if tune else Tuning()
+
+    tuning = rehearse(try_all)
+    say(f"http://{_shown(listening)}")
+    if tune:
+        say(str(tuning))
+    with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
+        if workers > 1:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        import uvicorn  # noqa: F401 (here, and after that, so that a new worker finds all imports done)
+
+        import modelpatch.serve.app  # noqa: F401
+
+        def work(opened: socket.socket) -> None:
+            torch.set_num_threads(threads)
+            run_worker(url, backbone.to(device), settings, tuning, opened)
+
+        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN).run()
+
+
+def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning, listening: socket.socket) -> None:
+    """Serve on a listening socket in this process until SIGTERM; requests that run are finished."""
+    import uvicorn
+
+    from modelpatch.serve.app import create_app
+    from modelpatch.serve.service import Service
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
+    )
+    app = create_app(Service(Store(url), backbone, settings, tuning))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(settings.deadline + DRAIN),
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _shown(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,180 @@
+"""The bodies of requests and answers, with examples: what OpenAPI shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+REFERENCE = r"^[a-z0-9][a-z0-9._-]{0,63}(@[a-z0-9][a-z0-9._-]{0,63})?$"
+MOST_TOP = 1000
+Name = Annotated[str, StringConstraints(pattern=NAME)]
+Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
+Top = Annotated[int, Field(ge=1, le=MOST_TOP, description="Classes an answer, the likeliest first.")]
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+HASH = "9f2c" + "0" * 60
+
+
+class PredictRequest(BaseModel):
+    """Images and what to ask about them."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"images": [PIXEL], "tasks": ["base"], "top": 3}]},
+    )
+
+    images: list[str] = Field(min_length=1, description="Image files in base64: JPEG, PNG, WebP, GIF, BMP or PPM.")
+    tasks: list[Reference] | None = Field(
+        None, description="Patches for every image: NAME, NAME@TAG or NAME@HASH; base is the backbone. All without it."
+    )
+    per_image: list[Reference] | None = Field(None, description="Instead of tasks: one for every image.")
+    top: Top = 3
+
+
+class Guess(BaseModel):
+    """A class and its probability."""
+
+    class_: str = Field(alias="class")
+    index: int
+    probability: float = Field(ge=0, le=1)
+
+
+class TaskAnswer(BaseModel):
+    """What one patch says of one image. `version` is the SHA-256 of the patch file, of the base its fingerprint."""
+
+    version: str
+    top: list[Guess]
+
+
+class ProblemBody(BaseModel):
+    """An error (RFC 9457): what happened, and what to do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    advice: str | None = None
+    instance: str | None = None
+    patch: str | None = None
+    image: int | None = None
+
+
+class ImageAnswers(BaseModel):
+    """What the tasks say of one image, by the names that were asked for."""
+
+    answers: dict[str, TaskAnswer]
+
+
+class Prediction(BaseModel):
+    """Answers in the order of the images. `refused` names patches that were left out of all, and why."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "images": [
+                        {
+                            "answers": {
+                                "flowers": {
+                                    "version": HASH,
+                                    "top": [{"class": "rose", "index": 7, "probability": 0.93}],
+                                }
+                            }
+                        }
+                    ],
+                    "refused": {},
+                }
+            ]
+        }
+    )
+
+    images: list[ImageAnswers]
+    refused: dict[str, ProblemBody]
+
+
+class PatchInfo(BaseModel):
+    """A version of a patch. `fits` says whether it belongs to this server's backbone, `problem` why it last failed to load."""
+
+    name: str
+    version: str
+    tags: list[str]
+    nbytes: int
+    created: str
+    method: str
+    task: str
+    metrics: dict[str, float]
+    resident: bool
+    fits: bool
+    problem: ProblemBody | None
+
+
+class BackboneInfo(BaseModel):
+    """The frozen network that all patches share."""
+
+    spec: str
+    fingerprint: str
+    parameters: int
+    classes: int
+
+
+class PatchList(BaseModel):
+    """Patches in the order of names; `next` continues the list as `after`."""
+
+    patches: list[PatchInfo]
+    next: str | None
+    backbone: BackboneInfo
+
+
+class VersionList(BaseModel):
+    """All versions of a patch."""
+
+    name: str
+    versions: list[PatchInfo]
+
+
+class TagRequest(BaseModel):
+    """The version that the tag shall name: the beginning of its hash, or another tag."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"tag": "prod", "version": "latest"}]})
+
+    tag: Name
+    version: Name = "latest"
+
+
+class PlanNode(BaseModel):
+    """A stretch of modules: images and operations through it, whether a patch owns it, and the tasks answered after it."""
+
+    name: str
+    images: int
+    flops: int
+    own: bool
+    tasks: list[str]
+    children: list[PlanNode]
+
+
+class PlanAnswer(BaseModel):
+    """What tasks share: `shared` is the part of the separate operations that running them together saves."""
+
+    backbone: BackboneInfo
+    tasks: list[str]
+    images: int
+    flops: int
+    separate_flops: int
+    shared: float
+    bytes: int
+    memory: dict[str, int]
+    tree: list[PlanNode]
+
+
+class Health(BaseModel):
+    """Whether the server lives, or is ready."""
+
+    status: str
+
+
+def described(model: type[BaseModel], description: str) -> dict[str, Any]:
+    """An entry of OpenAPI's responses."""
+    return {"model": model, "description": description}

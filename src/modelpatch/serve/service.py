@@ -1,0 +1,301 @@
+"""What the server does, without HTTP: a store, an engine, the shelf of resident patches and the queue, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from modelpatch.backbone import Backbone
+from modelpatch.backbone.frozen import sample
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine import Engine
+from modelpatch.engine.describe import tree
+from modelpatch.engine.engine import BASE
+from modelpatch.patch.store import Store
+from modelpatch.patch.version import LATEST, Version
+from modelpatch.serve.batcher import Batcher, Best, Row
+from modelpatch.serve.catalogue import Catalogue
+from modelpatch.serve.images import decode
+from modelpatch.serve.metrics import Metrics
+from modelpatch.serve.problems import Problem, problem_of
+from modelpatch.serve.settings import Settings
+from modelpatch.serve.shelf import Shelf, stage
+
+LASTING = ("wrong-backbone", "damaged-patch", "missing-extra", "unknown-patch")  # a patch's own faults
+
+
+class Service:
+    """Answers for images with the patches of a store. `start` and `stop` belong to the event loop that calls it.
+
+    Raises `Problem` for whatever cannot be answered.
+    """
+
+    def __init__(self, store: Store, backbone: Backbone, settings: Settings, tuning: Tuning | None = None) -> None:
+        self.store, self.backbone, self.settings = store, backbone, settings
+        self.engine = Engine(backbone, tuning=tuning or Tuning())
+        self.metrics = Metrics()
+        self.ready = False
+        self._running = 0
+
+    async def start(self) -> None:
+        """Read the store once and run the engine once, so that the first request finds everything warm."""
+        self.catalogue = Catalogue(self.store, self.settings.refresh)
+        self.shelf = Shelf(self.engine, self.store.read, self.settings, self.metrics)
+        self.batcher = Batcher(self.engine, self.settings, self.metrics)
+        self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="modelpatch-decode")
+        image = sample(self.backbone.input_size, self.backbone.device)[:1]
+        await asyncio.get_running_loop().run_in_executor(self._decoders, partial(self.engine, image, only=[BASE]))
+        await self.catalogue.list()
+        self.ready = True
+
+    async def stop(self) -> None:
+        """Whoever still waits gets 503; the threads end."""
+        self.ready = False
+        await self.batcher.stop()
+        self.shelf.close()
+        self.catalogue.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    # answering ----------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A place among the requests that are answered at once, until the deadline. Raises `Problem`, 429 or 503."""
+        if self._running >= self.settings.requests:
+            raise Problem(
+                "too-busy",
+                f"{self._running} requests are being answered; this server takes that many.",
+                "Try again soon.",
+                retry_after=1,
+            )
+        self._running += 1
+        try:
+            async with asyncio.timeout(self.settings.deadline):
+                yield
+        except TimeoutError:
+            raise Problem(
+                "deadline",
+                f"There was no answer within {self.settings.deadline:g} seconds.",
+                "Try again, or send fewer images at once.",
+                retry_after=1,
+            ) from None
+        finally:
+            self._running -= 1
+
+    async def predict(
+        self, images: Sequence[bytes], tasks: Sequence[str] | None, per_image: Sequence[str] | None, top: int
+    ) -> dict[str, Any]:
+        """The best `top` classes of every image: for `tasks` or for one task an image; without either for all there are.
+
+        Of all, those that cannot be loaded are left out and named in the answer.
+        """
+        if tasks is not None and per_image is not None:
+            raise Problem("invalid-request", "Both tasks and per_image are given.", "Give one of them.")
+        if not 0 < len(images) <= self.settings.images:
+            raise Problem(
+                "too-large" if images else "invalid-request",
+                f"The request has {len(images)} images; expected 1 to {self.settings.images}.",
+                "Send several requests." if images else "Send the images in the field `images`.",
+            )
+        if per_image is not None and len(per_image) != len(images):
+            raise Problem(
+                "invalid-request",
+                f"per_image names {len(per_image)} tasks for {len(images)} images.",
+                "Name one task for every image.",
+            )
+        wanted = await self._choose(tasks if per_image is None else per_image)
+        versions = await self._resolve(wanted)
+        everything = tasks is None and per_image is None
+        refused: dict[str, Any] = {}
+        while True:
+            try:
+                answers = await self._predict(images, versions, per_image, top)
+                return {"images": answers, "refused": refused}
+            except Problem as problem:
+                name = problem.facts.get("patch", "").partition("@")[0]
+                if not everything or problem.kind not in LASTING or name not in versions:
+                    raise
+                refused[name] = problem.body()
+                del versions[name]
+
+    async def _predict(
+        self,
+        images: Sequence[bytes],
+        versions: Mapping[str, Version | None],
+        per_image: Sequence[str] | None,
+        top: int,
+    ) -> list[dict[str, Any]]:
+        """The answers of every image for all of `versions`, or for one of them an image."""
+        async with self.shelf.lease([version for version in versions.values() if version is not None]):
+            keys = {name: version.hash if version else BASE for name, version in versions.items()}
+            kinds = {name: self.engine.preprocessing(key) for name, key in keys.items()}
+            asked = [list(keys)] * len(images) if per_image is None else [[name] for name in per_image]
+            answers = await self.batcher.answer(await self._rows(images, asked, keys, kinds, top))
+            return [
+                {"answers": {name: self._answer(versions[name], keys[name], found[keys[name]]) for name in names}}
+                for names, found in zip(asked, answers, strict=True)
+            ]
+
+    async def _choose(self, tasks: Sequence[str] | None) -> list[str]:
+        """The names asked for, each once; all patches and the base without any."""
+        if tasks is None:
+            tasks = [BASE, *(version.name for version in await self.catalogue.list() if LATEST in version.tags)]
+        names = list(dict.fromkeys(tasks))
+        if not names:
+            raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
+        if len(names) > self.settings.tasks:
+            raise Problem(
+                "too-large",
+                f"The request asks for {len(names)} tasks; this server answers {self.settings.tasks} at once.",
+                "Name the tasks you need.",
+            )
+        return names
+
+    async def _resolve(self, names: Sequence[str]) -> dict[str, Version | None]:
+        found = await asyncio.gather(*(self.catalogue.resolve(name) for name in names if name != BASE))
+        rest = iter(found)
+        return {name: None if name == BASE else next(rest) for name in names}
+
+    async def _rows(
+        self,
+        images: Sequence[bytes],
+        asked: Sequence[Sequence[str]],
+        keys: dict[str, str],
+        kinds: dict[str, Any],
+        top: int,
+    ) -> list[Row]:
+        loop = asyncio.get_running_loop()
+        jobs = [
+            loop.run_in_executor(self._decoders, decode, data, [kinds[name] for name in names], self.settings.pixels)
+            for data, names in zip(images, asked, strict=True)
+        ]
+        try:
+            crops = await asyncio.gather(*jobs)
+        except Problem as problem:
+            place = next(n for n, job in enumerate(jobs) if job.done() and job.exception() is problem)
+            for job in jobs:
+                job.cancel()
+            problem.facts["image"] = place
+            raise
+        tasks = [tuple(sorted({keys[name] for name in names})) for names in asked]
+        return [Row(crop, own, top) for crop, own in zip(crops, tasks, strict=True)]
+
+    def _answer(self, version: Version | None, key: str, best: Best) -> dict[str, Any]:
+        classes = self.engine.classes(key)
+        return {
+            "version": version.hash if version else self.backbone.fingerprint,
+            "top": [
+                {"class": classes[place] if classes else str(place), "index": place, "probability": round(value, 6)}
+                for place, value in best
+            ],
+        }
+
+    async def plan(self, tasks: Sequence[str] | None, images: int) -> dict[str, Any]:
+        """What a batch of images would share among tasks (None: those resident), as figures, text and a tree."""
+        if not 0 < images <= self.settings.batch:
+            raise Problem("invalid-request", f"A plan for {images} images; expected 1 to {self.settings.batch}.")
+        if tasks is None:
+            resident = set(self.shelf.sizes)
+            here = (v for v in await self.catalogue.list() if v.hash in resident and LATEST in v.tags)
+            tasks = [BASE, *(version.name for version in here)][: self.settings.tasks]
+        versions = await self._resolve(await self._choose(tasks))
+        async with self.shelf.lease([version for version in versions.values() if version is not None]):
+            keys = {name: version.hash if version else BASE for name, version in versions.items()}
+            named: dict[str, list[str]] = {}
+            for name, key in keys.items():
+                named.setdefault(key, []).append(name)
+            work = partial(self.engine.plan_for, images, list(named))
+            plan = await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+            return {
+                "backbone": self._backbone(),
+                "tasks": list(keys),
+                "images": images,
+                "flops": plan.flops,
+                "separate_flops": plan.separate_flops,
+                "shared": round(plan.shared, 6),
+                "bytes": plan.bytes,
+                "memory": self.engine.memory,
+                "tree": [_rename(node, named) for node in tree(plan)],
+            }
+
+    def _backbone(self) -> dict[str, Any]:
+        tensors = self.backbone.module.parameters()
+        return {
+            "spec": self.backbone.spec,
+            "fingerprint": self.backbone.fingerprint,
+            "parameters": sum(tensor.numel() for tensor in tensors),
+            "classes": len(self.backbone.classes),
+        }
+
+    # patches ------------------------------------------------------------------------------------------------
+
+    async def patches(self, after: str, limit: int) -> dict[str, Any]:
+        """The patches whose names follow `after`, in the order of names."""
+        found = [version for version in await self.catalogue.list() if version.name > after]
+        page = found[:limit]
+        return {
+            "patches": [self._describe(version) for version in page],
+            "next": page[-1].name if len(found) > len(page) else None,
+            "backbone": self._backbone(),
+        }
+
+    async def versions(self, name: str) -> dict[str, Any]:
+        """Every version of one patch."""
+        return {"name": name, "versions": [self._describe(v) for v in await self.catalogue.versions(name)]}
+
+    def _describe(self, version: Version) -> dict[str, Any]:
+        failure = self.shelf.failure(version.hash)
+        return {
+            "name": version.name,
+            "version": version.hash,
+            "tags": list(version.tags),
+            "nbytes": version.nbytes,
+            "created": version.created,
+            "method": version.method,
+            "task": version.task,
+            "metrics": dict(version.metrics),
+            "resident": version.hash in self.shelf.sizes,
+            "fits": version.chain == self.backbone.fingerprints.chain,
+            "problem": failure.body() if failure else None,
+        }
+
+    async def publish(self, name: str, data: bytes, tags: Sequence[str]) -> dict[str, Any]:
+        """Check a patch file against the backbone, then publish it; it is resident before a request can ask for it."""
+        if name == BASE:
+            raise Problem("invalid-request", f"A patch cannot be named {BASE!r}, which is the backbone's own answer.")
+        loop = asyncio.get_running_loop()
+        try:
+            bound = await loop.run_in_executor(self._decoders, stage, self.backbone, data, name)
+        except Exception as error:
+            raise problem_of(error, patch=name) from error
+        version = await self.catalogue.change(lambda: self.store.publish(name, data, tags), patch=name)
+        await self.shelf.enter(version, bound)
+        return self._describe(version)
+
+    async def tag(self, name: str, tag: str, version: str) -> dict[str, Any]:
+        """Let a tag of a name point to the version that a hash prefix or another tag names."""
+        found = await self.catalogue.resolve(f"{name}@{version}")
+        await self.catalogue.change(lambda: self.store.tag(name, tag, found), patch=name)
+        return self._describe(await self.catalogue.resolve(f"{name}@{tag}"))
+
+    async def remove(self, reference: str, force: bool) -> None:
+        """Remove a patch with all its versions and tags; or one version, with its tags only if `force`."""
+        whole = "@" not in reference
+        gone = list(await self.catalogue.versions(reference)) if whole else [await self.catalogue.resolve(reference)]
+
+        def work() -> None:
+            for version in gone:
+                self.store.remove(version, force=whole or force)
+
+        await self.catalogue.change(work, patch=reference)
+        self.shelf.drop([version.hash for version in gone])
+
+
+def _rename(node: dict[str, Any], named: dict[str, list[str]]) -> dict[str, Any]:
+    """A node of the tree with the names that were asked for in the place of hashes."""
+    tasks = [name for key in node["tasks"] for name in named[key]]
+    return {**node, "tasks": tasks, "children": [_rename(child, named) for child in node["children"]]}

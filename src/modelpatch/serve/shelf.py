@@ -1,0 +1,274 @@
+"""Which patches are resident: loaded when asked for, within a budget of bytes.
+
+    ask ── resident? ── yes ───────────────────────────────────────────────────────┐
+             no                                                                    │
+             └─ load, once for all who ask:  read ─ validate ─ bind ─ try ─ enter ─┴─ lease ─ answer ─ release
+                                               any failure: remembered, and nothing else changes
+
+Nothing leaves before its successor has proven itself, and never what a request has on lease. A request first claims the
+bytes of all patches it needs, in the order of arrival, and only then waits for loads: requests that hold some patches and
+wait for others cannot block each other. A patch is known by the hash of its file, so a new version is a new patch, and an
+answer is always that of one version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import torch
+
+from modelpatch.backbone import Backbone
+from modelpatch.backbone.frozen import sample
+from modelpatch.engine import Engine
+from modelpatch.errors import InvalidPatchError
+from modelpatch.patch import BoundPatch
+from modelpatch.patch.file import decode_patch
+from modelpatch.patch.version import Version
+from modelpatch.serve.metrics import Metrics
+from modelpatch.serve.problems import Problem, problem_of
+from modelpatch.serve.settings import Settings
+
+LOG = logging.getLogger("modelpatch.serve")
+PASSING = ("store-unreachable", "failed")  # another try may do better, so these are remembered for a moment only
+MOMENT = 1.0
+MOST = 65_536  # failures and sizes that are remembered
+
+
+def stage(backbone: Backbone, data: bytes, name: str) -> BoundPatch:
+    """A patch file's bytes as a bound patch that has answered a trial image with finite numbers.
+
+    Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
+    """
+    bound = BoundPatch(backbone, decode_patch(data, name))
+    for part in bound.parts:
+        _ = part.key  # hashed here, not in the event loop
+    size = bound.preprocessing.input_size
+    with torch.inference_mode():
+        logits = bound(sample(size, backbone.device)[:1])
+    if not logits.isfinite().all():
+        raise InvalidPatchError(f"{name} answers a trial image with numbers that are not finite. Train it again.")
+    return bound
+
+
+class Shelf:
+    """The resident patches of an engine, whose tasks are named by the patches' hashes. For one event loop.
+
+    `read` gives the bytes of a version; it is called in threads.
+    """
+
+    def __init__(self, engine: Engine, read: Callable[[Version], bytes], settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.read, self.settings, self.metrics = engine, read, settings, metrics
+        self.sizes: OrderedDict[str, int] = OrderedDict()  # resident bytes by hash, the least recently used first
+        self._learned: dict[str, int] = {}  # of every patch that was ever bound
+        self._claims: Counter[str] = Counter()
+        self._queue: deque[tuple[Sequence[Version], asyncio.Future[None]]] = deque()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._failed: OrderedDict[str, tuple[float, Problem]] = OrderedDict()
+        self._freed = asyncio.Condition()
+        self._threads = ThreadPoolExecutor(settings.loaders, thread_name_prefix="modelpatch-load")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the resident patches, never more than the budget."""
+        return sum(self.sizes.values())
+
+    def failure(self, key: str) -> Problem | None:
+        """Why a patch is refused, while that is remembered."""
+        until, problem = self._failed.get(key, (0.0, None))
+        return problem if until > time.monotonic() else None
+
+    @asynccontextmanager
+    async def lease(self, versions: Sequence[Version]) -> AsyncIterator[None]:
+        """The versions are resident inside. Raises `Problem` where one cannot be, before anything is loaded if known."""
+        versions = list({version.hash: version for version in versions}.values())
+        for version in versions:
+            if problem := self.failure(version.hash):
+                raise problem
+        await self._claim(versions)
+        try:
+            missing = [version for version in versions if version.hash not in self.sizes]
+            self.metrics.hits.inc(len(versions) - len(missing))
+            self.metrics.misses.inc(len(missing))
+            if missing:
+                await asyncio.gather(*(asyncio.shield(self._load(version)) for version in missing))
+            for version in versions:
+                self.sizes.move_to_end(version.hash)
+            yield
+        finally:
+            self._claims.subtract([version.hash for version in versions])
+            self._claims += Counter()
+            self._admit()
+            async with self._freed:
+                self._freed.notify_all()
+
+    async def enter(self, version: Version, bound: BoundPatch) -> None:
+        """Make a staged patch resident if there is room that nobody uses."""
+        size = self._learn(version, bound)
+        self._failed.pop(version.hash, None)
+        if version.hash not in self.sizes and self._make_room(size):
+            self._put(version.hash, bound)
+
+    def drop(self, hashes: Sequence[str]) -> None:
+        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room."""
+        for key in hashes:
+            self._failed.pop(key, None)
+            if key in self.sizes and not self._claims[key]:
+                self._evict(key)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # claiming -----------------------------------------------------------------------------------------------
+
+    def _size(self, version: Version) -> int:
+        """Bytes a version takes: those of its file, and once it was bound those of its numbers if they are more."""
+        return self._learned.get(version.hash, version.nbytes)
+
+    def _learn(self, version: Version, bound: BoundPatch) -> int:
+        size = self._learned[version.hash] = max(version.nbytes, bound.nbytes)
+        return size
+
+    def _fits(self, versions: Sequence[Version]) -> bool:
+        """Whether all fit beside what is claimed; what is claimed already costs nothing."""
+        new = [version for version in versions if not self._claims[version.hash]]
+        claimed = sum(self._learned.get(key, 0) for key in self._claims)
+        return not new or claimed + sum(map(self._size, new)) <= self.settings.cache_bytes
+
+    async def _claim(self, versions: Sequence[Version]) -> None:
+        needed = sum(map(self._size, versions))
+        if needed > self.settings.cache_bytes:
+            raise Problem(
+                "too-large",
+                f"The patches asked for take {needed:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
+                "Ask for fewer tasks at once, or start the server with a larger --cache.",
+            )
+        known = all(self._claims[version.hash] for version in versions)
+        if not known and (self._queue or not self._fits(versions)):
+            turn = asyncio.get_running_loop().create_future()
+            self._queue.append((versions, turn))
+            try:
+                await turn  # `_admit` claims
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._claims.subtract([version.hash for version in versions])
+                    self._claims += Counter()
+                self._queue = deque(entry for entry in self._queue if entry[1] is not turn)
+                self._admit()
+                raise
+        else:
+            self._take(versions)
+
+    def _take(self, versions: Sequence[Version]) -> None:
+        for version in versions:
+            self._learned.setdefault(version.hash, version.nbytes)
+            self._claims[version.hash] += 1
+        while len(self._learned) > MOST:
+            del self._learned[next(key for key in self._learned if not self._claims[key])]
+
+    def _admit(self) -> None:
+        """Let in those who wait, in their order, as far as there is room."""
+        while self._queue and (self._queue[0][1].done() or self._fits(self._queue[0][0])):
+            versions, turn = self._queue.popleft()
+            if not turn.done():
+                self._take(versions)
+                turn.set_result(None)
+
+    # loading ------------------------------------------------------------------------------------------------
+
+    def _load(self, version: Version) -> asyncio.Task[None]:
+        """The one load of a version that is under way, or a new one."""
+        key = version.hash
+        if key not in self._loading:
+            task = self._loading[key] = asyncio.get_running_loop().create_task(self._load_now(version))
+            task.add_done_callback(lambda done: (self._loading.pop(key, None), done.cancelled() or done.exception()))
+        return self._loading[key]
+
+    async def _load_now(self, version: Version) -> None:
+        key = version.hash
+        start = time.perf_counter()
+        try:
+            bound = await asyncio.get_running_loop().run_in_executor(self._threads, self._stage, version)
+        except Exception as error:
+            problem = problem_of(error)
+            problem.facts["patch"] = f"{version.name}@{version.hash[:12]}"
+            if problem.kind == "failed":
+                LOG.exception("loading %s failed", version)
+            lasting = MOMENT if problem.kind in PASSING else self.settings.remember
+            self._failed[key] = (time.monotonic() + lasting, problem)
+            while len(self._failed) > MOST:
+                self._failed.popitem(last=False)
+            self.metrics.loads.labels(problem.kind).inc()
+            raise problem from error
+        self.metrics.loads.labels("loaded").inc()
+        self.metrics.load_seconds.observe(time.perf_counter() - start)
+        size = self._learn(version, bound)
+        if size > self.settings.cache_bytes:
+            raise Problem(
+                "too-large",
+                f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
+                "Start the server with a larger --cache.",
+                patch=f"{version.name}@{version.hash[:12]}",
+            )
+        while not self._make_room(size):  # it turned out larger than its file, and all others are on lease
+            if not self._claims[key]:
+                return
+            await self._wait()
+        self._put(key, bound)
+
+    async def _wait(self) -> None:
+        async with self._freed:
+            try:
+                await asyncio.wait_for(self._freed.wait(), self.settings.deadline)
+            except TimeoutError:
+                raise Problem(
+                    "no-room", "Running requests use all patches that are resident.", "Try again.", retry_after=1
+                ) from None
+
+    def _stage(self, version: Version) -> BoundPatch:
+        try:
+            data = self.read(version)
+        except FileNotFoundError:
+            raise Problem(
+                "unknown-patch",
+                f"{version} is gone from the store.",
+                "GET /v1/patches lists those there are.",
+            ) from None
+        return stage(self.engine.backbone, data, f"{version.name}@{version.hash[:12]}")
+
+    # room ---------------------------------------------------------------------------------------------------
+
+    def _make_room(self, needed: int) -> bool:
+        """Evict the least recently used that nobody has on lease; False, and nothing evicted, if that is too little."""
+        free, victims = self.settings.cache_bytes - self.nbytes, []
+        for key, size in self.sizes.items():
+            if free >= needed:
+                break
+            if not self._claims[key]:
+                victims.append(key)
+                free += size
+        if free < needed:
+            return False
+        for key in victims:
+            self._evict(key)
+            self.metrics.evictions.inc()
+        return True
+
+    def _put(self, key: str, bound: BoundPatch) -> None:
+        self.engine.add(key, bound)
+        self.sizes[key] = self._learned[key]
+        self._count()
+
+    def _evict(self, key: str) -> None:
+        self.engine.remove(key)
+        del self.sizes[key]
+        self._count()
+
+    def _count(self) -> None:
+        self.metrics.resident.set(len(self.sizes))
+        self.metrics.resident_bytes.set(self.nbytes)

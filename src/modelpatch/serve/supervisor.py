@@ -1,0 +1,161 @@
+"""One listening socket, worker processes that share it, and a parent that does nothing but replace the dead.
+
+    parent: imports, loads the backbone, binds and listens ── fork ── worker 1: engine, event loop, requests
+            waits for children                             └─ fork ── worker 2: ...
+
+A worker is forked from a parent that has everything loaded, so a new one serves within a fraction of a second and all share
+the backbone's memory; connections that arrive in between wait in the socket's queue. The parent computes nothing and starts
+no thread, which is what makes forking safe. It holds the writing end of a pipe: when it dies, however it dies, workers read
+its end and stop.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+from modelpatch.errors import ModelpatchError, ServeError
+
+T = TypeVar("T")
+BACKLOG = 2048
+QUICK = 2.0  # seconds; a worker that ends sooner has not started
+TRIES = 5  # quick ends in a row before the server gives up
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `ServeError`."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ServeError(
+            f"cannot listen on {host} port {port}: {error}. Choose another with --host and --port."
+        ) from error
+    opened.set_inheritable(True)
+    return opened
+
+
+def rehearse(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a child so that this process stays without threads. Raises what it raises."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send((True, work()))
+        except ModelpatchError as error:
+            sender.send((False, str(error)))
+
+    child = fork.Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        fine, result = receiver.recv()
+    except EOFError:
+        raise ServeError("the server cannot start: the first process ended without a word.") from None
+    finally:
+        child.join()
+    if not fine:
+        raise ServeError(result)
+    return result
+
+
+class Supervisor:
+    """Keeps `workers` processes alive that each run `serve(socket)` until SIGTERM, which they answer by finishing their work.
+
+    `grace` is how long they may take, in seconds; then they are killed.
+    """
+
+    def __init__(
+        self, serve: Callable[[socket.socket], None], listening: socket.socket, workers: int, grace: float
+    ) -> None:
+        self.serve, self.listening, self.workers, self.grace = serve, listening, workers, grace
+        self._children: dict[int, float] = {}  # process id -> when it was started
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises `ServeError` if workers end as soon as they start."""
+        self._lifeline, self._held = os.pipe()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGALRM, self._kill)
+        quick = 0
+        for _ in range(self.workers):
+            self._start()
+        while self._children:
+            child, status = os.waitpid(-1, 0)
+            started = self._children.pop(child, None)
+            if started is None or self._stopping:
+                continue
+            quick = quick + 1 if time.monotonic() - started < QUICK else 0
+            if quick >= TRIES * self.workers:
+                self._stop(signal.SIGTERM, None)
+                raise ServeError(f"workers end as soon as they start ({_ended(status)}). The log above says why.")
+            print(f"worker {child} ended ({_ended(status)}); another takes its place", file=sys.stderr, flush=True)
+            self._start()
+
+    def _start(self) -> None:
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        child = os.fork()
+        if child == 0:
+            self._work(masked)
+        self._children[child] = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        if self._stopping:  # the signal came while it was blocked
+            os.kill(child, signal.SIGTERM)
+
+    def _work(self, masked: Any) -> None:
+        """In the child: serve, and never return."""
+        status = 1
+        try:
+            os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+            os.close(self._held)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            threading.Thread(target=self._watch, daemon=True).start()
+            self.serve(self.listening)
+            status = 0
+        except BaseException as error:
+            print(f"worker {os.getpid()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _watch(self) -> None:
+        """In the child: when the parent is gone, stop as if it had said so."""
+        os.read(self._lifeline, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self.listening.close()
+            signal.alarm(max(1, round(self.grace)))
+        for child in list(self._children):
+            self._signal(child, signal.SIGTERM)
+
+    def _kill(self, number: int, frame: FrameType | None) -> None:
+        for child in list(self._children):
+            self._signal(child, signal.SIGKILL)
+
+    @staticmethod
+    def _signal(child: int, number: int) -> None:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            return
+
+
+def _ended(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {-code}" if code < 0 else f"status {code}"

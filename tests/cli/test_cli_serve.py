@@ -1,0 +1,37 @@
+"""modelpatch serve: what cannot work is said in one line, before anything listens."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from conftest import Run
+
+pytest.importorskip("fastapi")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-b", "bundled:nothing"], "bundles no backbone"),
+        (["-b", "bundled:tiny", "--token", "short"], "shorter than 8"),
+        (["-b", "bundled:tiny", "--host", "256.256.256.256"], "cannot listen"),
+        (["-b", "bundled:tiny", "--device", "tpu"], "no device"),
+        (["-b", "bundled:tiny", "--ray", "--workers", "2"], "--replicas"),
+    ],
+)
+def test_mistakes_end_in_one_line(run: Run, tmp_path: Path, options: list[str], words: str) -> None:
+    result = run("serve", tmp_path, "--port", 0, "--no-tune", *options)
+    assert result.code == 1
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_port_that_is_taken_is_named(run: Run, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", tmp_path, "-b", "bundled:tiny", "--port", port, "--no-tune")
+    assert result.code == 1
+    assert f"port {port}" in result.err

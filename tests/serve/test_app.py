@@ -1,0 +1,378 @@
+"""The routes: answers, patches, tokens, limits, and an error that helps for everything else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+from serving import TOKEN, Serving, close, drafts, fill, network, picture, serving
+
+from conftest import draft_patch
+from modelpatch.methods import LinearProbe, ScaleBias
+from modelpatch.patch import Store
+from modelpatch.patch.file import encode_patch
+from modelpatch.serve import app as application
+from modelpatch.serve import body
+from modelpatch.serve.problems import MEDIA_TYPE, Problem
+from modelpatch.serve.schemas import PIXEL
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for all tests that change nothing."""
+    network(1)
+    with serving(fill(tmp_path_factory.mktemp("steady"))) as running:
+        yield running
+
+
+@pytest.fixture
+def there(steady: Serving) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=steady.url, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture
+def http(server: Serving) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as opened:
+        yield opened
+
+
+def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (f"{place}.png", image)) for place, image in enumerate(images)]
+
+
+def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The problem, which says what to do."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    problem = answer.json()
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    return dict(problem)
+
+
+# answers ----------------------------------------------------------------------------------------------------
+
+
+def test_every_task_answers_as_its_patch_alone(there: httpx.Client, steady: Serving, image: bytes) -> None:
+    answer = there.post("/v1/predict", files=files(image), data={"top": "9"}).json()
+    (found,) = answer["images"]
+    assert found["answers"].keys() == {"base", *drafts()}
+    for name, patch in drafts().items():
+        expected = steady.truth(patch, image)
+        top = found["answers"][name]["top"]
+        assert [guess["class"] for guess in top] == [patch.task.classes[guess["index"]] for guess in top]
+        assert all(close(guess["probability"], expected[guess["index"]]) for guess in top)
+        assert found["answers"][name]["version"] == steady.store.resolve(name).hash
+
+
+def test_json_and_forms_say_the_same(there: httpx.Client, image: bytes) -> None:
+    question = {"images": [base64.b64encode(image).decode()], "tasks": ["flowers", "birds@latest"], "top": 2}
+    as_json = there.post("/v1/predict", json=question).json()
+    as_form = there.post(
+        "/v1/predict", files=files(image), data={"tasks": ["flowers", "birds@latest"], "top": 2}
+    ).json()
+    commas = there.post("/v1/predict", files=files(image), data={"tasks": "flowers, birds@latest", "top": "2"}).json()
+    assert as_json == as_form == commas
+    assert as_json["images"][0]["answers"].keys() == {"flowers", "birds@latest"}
+
+
+def test_every_image_may_have_a_task_of_its_own(there: httpx.Client, steady: Serving) -> None:
+    names = ["birds", "base", "flowers", "birds"]
+    images = [picture(seed) for seed in range(4)]
+    answer = there.post("/v1/predict", files=files(*images), data={"per_image": names, "top": 1}).json()
+    for image, name, found in zip(images, names, answer["images"], strict=True):
+        (guess,) = found["answers"].pop(name)["top"]
+        assert not found["answers"]
+        if name != "base":
+            assert close(guess["probability"], max(steady.truth(drafts()[name], image)))
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"tasks": ["nobody"]}, 404),
+        ({"tasks": ["flowers@nothing"]}, 404),
+        ({"tasks": ["../etc/passwd"]}, 422),
+        ({"tasks": ["Flowers"]}, 422),
+        ({"tasks": []}, 422),
+        ({"tasks": ["flowers"] * 2, "per_image": ["flowers"]}, 422),
+        ({"per_image": ["flowers", "birds"]}, 422),
+        ({"top": 0}, 422),
+        ({"top": "3"}, 422),
+        ({"images": []}, 422),
+        ({"images": ["!"]}, 422),
+        ({"images": [""]}, 422),
+        ({"images": [PIXEL] * 65}, 413),
+        ({"tasks": [f"t{n}" for n in range(65)]}, 413),
+        ({"more": 1}, 422),
+    ],
+    ids=str,
+)
+def test_a_question_that_makes_no_sense_is_refused(there: httpx.Client, change: dict[str, Any], status: int) -> None:
+    problem = refused(there.post("/v1/predict", json={"images": [PIXEL], **change}), status)
+    assert problem["instance"] == "/v1/predict"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 422),
+        (b"x", "text/plain", 415),
+        (b"", "", 415),
+        (b"x", "multipart/form-data", 400),
+        (b"x", "multipart/form-data; boundary=" + "b" * 4000, 400),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="images"\r\n\r\nx\r\n--b--\r\n',
+            "multipart/form-data; boundary=b",
+            422,
+        ),
+        (b"\xff" * 100, "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_body_that_cannot_be_read_is_refused(there: httpx.Client, content: bytes, kind: str, status: int) -> None:
+    refused(there.post("/v1/predict", content=content, headers={"content-type": kind}), status)
+
+
+def test_a_broken_image_is_named(there: httpx.Client, image: bytes) -> None:
+    problem = refused(there.post("/v1/predict", files=files(image, image[:50]), data={"tasks": "flowers"}), 422)
+    assert problem["image"] == 1
+
+
+def test_bytes_are_counted_as_they_arrive(store: Store) -> None:
+    with serving(store, body_bytes=100_000) as server, httpx.Client(base_url=server.url) as http:
+        flood = (b"x" * 10_000 for _ in range(10_000))
+        refused(http.post("/v1/predict", content=flood, headers={"content-type": "application/json"}), 413)
+        said = http.post("/v1/predict", content=b"x" * 100_001, headers={"content-type": "application/json"})
+        refused(said, 413)
+
+
+def test_silence_is_not_waited_for(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "SILENCE", 0.2)
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=20) as slow:
+        slow.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_what_takes_too_long_ends_at_the_deadline(store: Store, image: bytes) -> None:
+    with serving(store, deadline=0.3) as server, httpx.Client(base_url=server.url) as http:
+        whole = server.service.engine.answer
+        server.service.engine.answer = lambda *given: (time.sleep(1), whole(*given))[1]  # type: ignore
+        answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"})
+        refused(answer, 503)
+        assert answer.headers["retry-after"] == "1"
+
+
+def test_all_leaves_out_what_cannot_be_loaded_and_says_so(store: Store, image: bytes) -> None:
+    store.publish("stranger", draft_patch(network(1), LinearProbe()))
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        answer = http.post("/v1/predict", files=files(image)).json()
+        assert answer["images"][0]["answers"].keys() == {"base", *drafts()}
+        assert answer["refused"].keys() == {"stranger"}
+        assert answer["refused"]["stranger"]["status"] == 409
+        refused(http.post("/v1/predict", files=files(image), data={"tasks": "flowers,stranger"}), 409)
+        listed = {patch["name"]: patch for patch in http.get("/v1/patches").json()["patches"]}
+        assert not listed["stranger"]["fits"]
+        assert listed["stranger"]["problem"]["status"] == 409
+
+
+def test_the_plan_is_that_of_the_engine(http: httpx.Client, server: Serving, image: bytes) -> None:
+    names = ["base", "signs", "birds"]
+    plan = http.get("/v1/plan", params={"tasks": ",".join(names), "images": 4}).json()
+    engine = server.service.engine
+    keys = ["base", *(server.store.resolve(name).hash for name in names[1:])]
+    expected = engine.plan_for(4, keys)
+    assert (plan["flops"], plan["separate_flops"]) == (expected.flops, expected.separate_flops)
+    assert plan["shared"] == pytest.approx(expected.shared, abs=1e-6)
+
+    def walk(nodes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for node in nodes:
+            yield node
+            yield from walk(node["children"])
+
+    assert sum(node["flops"] for node in walk(plan["tree"])) == expected.flops
+    assert sorted(task for node in walk(plan["tree"]) for task in node["tasks"]) == sorted(names)
+    assert set(http.get("/v1/plan").json()["tasks"]) == {"base", "signs", "birds"}  # those that are resident
+
+
+# patches ----------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_published_tagged_and_removed(server: Serving, image: bytes) -> None:
+    first, second = (draft_patch(network(), ScaleBias(), classes=3, seed=seed) for seed in (11, 12))
+    with server.client() as client:
+        old = client.publish("cars", first)
+        assert old["resident"]
+        assert server.store.resolve("cars").hash == old["version"]
+        client.tag("cars", "prod")
+        new = client.publish("cars", second)
+        found = client.ask([image], ["cars", "cars@prod", f"cars@{old['version'][:12]}"])["images"][0]["answers"]
+        assert [answer["version"] for answer in found.values()] == [new["version"], old["version"], old["version"]]
+        assert close(found["cars@prod"]["top"][0]["probability"], max(server.truth(first, image)))
+        assert len(client.versions("cars")) == 2
+        client.tag("cars", "prod", new["version"][:10])
+        client.remove(f"cars@{old['version']}")
+        assert [version["version"] for version in client.versions("cars")] == [new["version"]]
+        client.remove("cars")
+        with pytest.raises(Problem, match="no patch"):
+            client.predict([image], ["cars"])
+
+
+def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:
+    before = server.store.list()
+    good = encode_patch(draft_patch(network(), ScaleBias()))
+    uploads = {
+        422: good[:-1],
+        409: encode_patch(draft_patch(network(1), ScaleBias())),
+    }
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
+        for status, data in uploads.items():
+            refused(http.put("/v1/patches/flowers", content=data), status)
+        refused(http.put("/v1/patches/base", content=good), 422)
+        refused(http.put("/v1/patches/.hidden", content=good), 422)
+        assert http.put("/v1/patches/..%2f..%2fetc", content=good).status_code in (404, 405)
+    assert server.store.list() == before
+
+
+def test_a_patch_larger_than_allowed_is_refused(store: Store) -> None:
+    patch = draft_patch(network(), ScaleBias())
+    with (
+        serving(store, patch_bytes=1000) as server,
+        server.client() as client,
+        pytest.raises(Problem, match="larger than"),
+    ):
+        client.publish("cars", patch)
+
+
+def test_removing_a_tagged_version_needs_force(server: Serving) -> None:
+    version = server.store.resolve("flowers")
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
+        refused(http.delete(f"/v1/patches/flowers@{version.hash}"), 409)
+        assert http.delete(f"/v1/patches/flowers@{version.hash}?force=true").status_code == 204
+        refused(http.get("/v1/patches/flowers"), 404)
+
+
+def test_pages_of_the_list_join_up(there: httpx.Client) -> None:
+    names: list[str] = []
+    after: str | None = ""
+    while after is not None:
+        page = there.get("/v1/patches", params={"after": after, "limit": 3}).json()
+        names, after = names + [patch["name"] for patch in page["patches"]], page["next"]
+    assert names == sorted(drafts())
+
+
+def test_changes_others_make_are_seen(server: Serving, http: httpx.Client, image: bytes) -> None:
+    http.post("/v1/predict", files=files(image), data={"tasks": "flowers"})
+    newer = server.store.publish("flowers", draft_patch(network(), ScaleBias(), classes=3, seed=99))
+    time.sleep(0.1)
+    answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}).json()
+    assert answer["images"][0]["answers"]["flowers"]["version"] == newer.hash
+
+
+# tokens -----------------------------------------------------------------------------------------------------
+
+
+def admin_routes() -> list[tuple[str, str]]:
+    """Every route but those that only look, from the application's own table."""
+    routes = [route for route in (*application.public.routes, *application.admin.routes) if isinstance(route, APIRoute)]
+    return [
+        (method, route.path.replace("{name}", "flowers"))
+        for route in routes
+        for method in sorted(route.methods or ())
+        if method not in ("GET", "HEAD") and route.path != "/v1/predict"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        (f"Basic {TOKEN}", 401),
+        ("Bearer wrong", 403),
+        (f"Bearer {TOKEN}x", 403),
+        (f"Bearer {TOKEN[:-1]}", 403),
+        ("Bearer t\u00f6ken".encode("latin-1"), 403),
+    ],
+)
+def test_every_admin_route_needs_the_token(steady: Serving, header: str | bytes | None, status: int) -> None:
+    before = steady.store.list()
+    routes = admin_routes()
+    assert {method for method, _ in routes} == {"PUT", "POST", "DELETE"}
+    with httpx.Client(base_url=steady.url) as http:
+        for method, path in routes:
+            answer = http.request(method, path, headers={} if header is None else {"Authorization": header})
+            refused(answer, status)
+    assert steady.store.list() == before
+
+
+def test_without_a_token_admin_verbs_are_off(store: Store) -> None:
+    with serving(store, token=None) as server, httpx.Client(base_url=server.url) as http:
+        for method, path in admin_routes():
+            refused(http.request(method, path, headers={"Authorization": "Bearer None"}), 403)
+
+
+# health and the rest ----------------------------------------------------------------------------------------
+
+
+def test_health_and_counts(http: httpx.Client, image: bytes) -> None:
+    assert http.get("/healthz").json() == {"status": "alive"}
+    assert http.get("/readyz").json() == {"status": "ready"}
+    for _ in range(2):
+        http.post("/v1/predict", files=files(image, image), data={"tasks": "flowers,signs"})
+    http.post("/v1/predict", files=files(image), data={"tasks": "nobody"})
+    lines = http.get("/metrics").text.splitlines()
+    counts = dict(line.rpartition(" ")[::2] for line in lines if not line.startswith("#"))
+    assert counts["modelpatch_cache_misses_total"] == "2.0"
+    assert counts["modelpatch_cache_hits_total"] == "2.0"
+    assert counts['modelpatch_loads_total{outcome="loaded"}'] == "2.0"
+    assert counts["modelpatch_load_seconds_count"] == "2.0"
+    assert counts["modelpatch_evictions_total"] == "0.0"
+    assert counts["modelpatch_queue_seconds_count"] == "4.0"
+    assert float(counts["modelpatch_batch_images_sum"]) == 4
+    assert float(counts["modelpatch_shared_fraction_count"]) == float(counts["modelpatch_batch_images_count"])
+    assert counts["modelpatch_resident_patches"] == "2.0"
+    assert counts['modelpatch_requests_total{method="POST",route="/v1/predict",status="404"}'] == "1.0"
+
+
+def test_what_is_not_there_is_a_problem_too(there: httpx.Client) -> None:
+    refused(there.get("/nothing"), 404)
+    refused(there.get("/page/../app.py"), 404)
+    refused(there.get("/page/%2e%2e%2fapp.py"), 404)
+    refused(there.patch("/v1/predict"), 405)
+
+
+def test_errors_nobody_foresaw_tell_strangers_nothing(server: Serving, http: httpx.Client, image: bytes) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("secret words")
+
+    server.service.engine.answer = fail  # type: ignore
+    problem = refused(http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}), 500)
+    assert "secret" not in json.dumps(problem)
+
+
+def test_the_page_asks_nobody_else(there: httpx.Client) -> None:
+    page = there.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    sources = page.text + there.get("/page/page.css").text + there.get("/page/page.js").text
+    assert "https://" not in sources
+    assert sources.count("http://") == sources.count("http://www.w3.org/2000/svg")
+
+
+def test_the_stores_place_is_not_told(steady: Serving, there: httpx.Client) -> None:
+    assert steady.store.url not in there.get("/v1/patches/nobody").text
