@@ -181,8 +181,11 @@ def base(rounds: int) -> Rows:
     rows: Rows = []
     backbone = load("mobilenetv2_100")
     small = mp.load_backbone(mobilenet(), preprocessing=backbone.preprocessing.with_image_size(128))
-    settings = {"float32": measure(small), "16 bits allowed": measure(small, bfloat16=True)}
+    settings = {"float32": measure(small), "16 bits": measure(small, bfloat16=True)}
     for name, tuning in settings.items():
+        if name == "16 bits" and not tuning.bfloat16:
+            print("16 bits are not faster here, or this processor has none: left out")
+            continue
         engine = mp.Engine(small, tuning=tuning)
         for batch in (1, 32):
             x = images(batch, 128)
@@ -191,9 +194,8 @@ def base(rounds: int) -> Rows:
             difference = float((answer - eager).abs().max())
             agree = float((answer.argmax(1) == eager.argmax(1)).float().mean())
             middle = [statistics.median(times[side]) for side in ("engine", "eager")]
-            chosen = "" if tuning.bfloat16 or name == "float32" else " (not chosen here)"
             faster = ratio(times["eager"], times["engine"])
-            rows.append((f"{name}{chosen}, batch {batch}", *middle, faster, difference, agree))
+            rows.append((f"{name}, batch {batch}", *middle, faster, difference, agree))
     return rows
 
 

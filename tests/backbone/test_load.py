@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, small_preprocessing
+from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, load_backbone, save_backbone
 from modelpatch.backbone.load import METADATA_KEY
 from modelpatch.errors import BackboneError, UnknownBackboneError, UntraceableBackboneError
@@ -44,6 +45,26 @@ def test_random_weights_follow_the_seed_and_leave_the_callers_random_state_alone
     torch.manual_seed(7)
     load_backbone(f"timm:{SMALL}", pretrained=False)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_other_threads_compute_while_a_backbone_is_loaded() -> None:
+    other, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.ones(1, 4)
+    expected, done, wrong = other(x), threading.Event(), []
+
+    def compute() -> None:
+        while not done.is_set():
+            try:
+                assert torch.equal(other(x), expected)
+            except Exception as error:
+                wrong.append(error)
+
+    computing = threading.Thread(target=compute)
+    computing.start()
+    for _ in range(3):
+        make_tiny()
+    done.set()
+    computing.join()
+    assert not wrong
 
 
 def test_what_is_recorded_loads_the_same_backbone_again() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import MAX_PIXELS
+from modelpatch.backbone.preprocess import LONGEST, MAX_PIXELS
 from modelpatch.errors import BackboneError, DataError
 
 SMALL = Preprocessing(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.8)
@@ -98,6 +98,12 @@ def test_what_is_not_an_image_is_refused_by_name(content: bytes, tmp_path: Path)
         SMALL.decode(path)
     with pytest.raises(DataError):
         SMALL.decode(content)
+
+
+def test_a_strip_that_would_grow_without_bound_is_refused() -> None:
+    assert SMALL(Image.new("RGB", (LONGEST, 1))).shape == (1, 3, 8, 8)
+    with pytest.raises(DataError, match=f"more than {LONGEST} times as long as wide"):
+        SMALL(Image.new("RGB", (1, LONGEST + 1)))
 
 
 def test_a_missing_file_and_a_pixel_bomb_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

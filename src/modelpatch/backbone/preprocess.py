@@ -19,6 +19,7 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Three = tuple[float, float, float]
 MAX_PIXELS = 8192
+LONGEST = 64
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 
@@ -78,6 +79,9 @@ class Preprocessing(BaseModel):
         """
         image = open_image(source)
         side = self.resize_to
+        if max(image.size) > LONGEST * min(image.size):  # resized, such a strip takes any amount of memory
+            given = f"{image.width} x {image.height}"
+            raise DataError(f"an image of {given} pixels is more than {LONGEST} times as long as wide. Crop it first.")
         scale = side / min(image.size)
         size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
         if size != image.size:

@@ -24,6 +24,30 @@ ROOT = "module"
 LOCK = threading.Lock()  # torch.fx replaces `nn.Module.__call__` while it traces: one trace at a time
 
 
+class _ThreadTracer(fx.Tracer):
+    """Leaves alone what other threads run meanwhile: tracing replaces `nn.Module.__call__` for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return self.call_own(m, forward, args, kwargs)
+
+    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call by the thread that traces."""
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 class _OneInput(nn.Module):
     """Calls a module with its image alone, so that every optional argument takes its default while tracing."""
 
@@ -49,7 +73,7 @@ class Scope:
 
 
 @dataclass(eq=False)
-class _Tracer(fx.Tracer):
+class _Tracer(_ThreadTracer):
     closed: set[type[nn.Module]] = field(default_factory=set)
     always_open: set[str] = field(default_factory=set)
 
@@ -63,15 +87,13 @@ class _Tracer(fx.Tracer):
             return False
         return type(m) in self.closed or not opens(m)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_leaf_module(m, self.path_of_module(m)):
             self._count_calls(1)
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_own(m, forward, args, kwargs)
         scope = Scope(type(m), first=len(self.graph.nodes))
         self.stack.append(scope)
-        result = super().call_module(m, forward, args, kwargs)
+        result = super().call_own(m, forward, args, kwargs)
         self.stack.pop()
         scope.last = len(self.graph.nodes)
         self.scopes.append(scope)
@@ -129,28 +151,15 @@ def closable(kind: type[nn.Module]) -> bool:
     return kind not in (nn.Sequential, nn.ModuleList)
 
 
-class _CallTracer(fx.Tracer):
-    """Every child of the traced module is a leaf. Modules that other threads run meanwhile are left alone."""
+class _CallTracer(_ThreadTracer):
+    """Every child of the traced module is a leaf."""
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
         self.opened = opened
-        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def trace_calls(module: nn.Module) -> fx.Graph:

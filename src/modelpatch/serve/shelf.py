@@ -45,7 +45,8 @@ def stage(backbone: Backbone, data: bytes, name: str) -> BoundPatch:
 
     Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
     """
-    bound = BoundPatch(backbone, decode_patch(data, name))
+    numbers = sum(parameter.numel() for parameter in backbone.module.parameters())
+    bound = BoundPatch(backbone, decode_patch(data, name, most=numbers))
     for part in bound.parts:
         _ = part.key  # hashed here, not in the event loop
     size = bound.preprocessing.input_size
