@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,12 +141,12 @@ class StoredWeight:
             if f"mask/{name}" not in tensors and not is_sparse(tensors.get(f"delta/{name}")):
                 continue
             weight, mask, delta = _parts(tensors, backbone.chain, name, strength)
-            planes = () if mask is None else (mask != 0, mask < 0)[: 1 + (mask.dtype == torch.int8)]
+            planes = () if mask is None else (mask,) if mask.dtype == torch.bool else (mask != 0, mask < 0)
             places = values = None
             if delta is not None:
                 places = delta.flatten().nonzero()[:, 0].to(weight.device)
                 values = delta.flatten()[delta.flatten() != 0].to(weight.device)
-            stored[name] = cls(weight, tuple(pack_bits(plane.to(weight.device)) for plane in planes), places, values)
+            stored[name] = cls(weight, tuple(pack_bits(plane).to(weight.device) for plane in planes), places, values)
         return stored
 
     @property
@@ -170,11 +171,8 @@ def is_sparse(delta: Tensor | None) -> bool:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A boolean tensor of n elements as ceil(n / 8) bytes (uint8)."""
-    flat = mask.flatten()
-    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=flat.device)
-    padded[: flat.numel()] = flat
-    return (padded.view(-1, 8) << _shifts(flat.device)).sum(1, dtype=torch.uint8)
+    """A boolean tensor of n elements as ceil(n / 8) bytes (uint8) on the CPU, the first element in the lowest bit."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -185,8 +183,4 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 @cache
 def _bytes_as_bits(device: torch.device) -> Tensor:
     values = torch.arange(256, dtype=torch.uint8, device=device)
-    return ((values[:, None] >> _shifts(device)) & 1).float()
-
-
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+    return ((values[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1).float()
