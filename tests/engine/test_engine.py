@@ -242,6 +242,8 @@ def test_engines_of_what_is_none_are_refused(tiny: Backbone, tmp_path: Path) -> 
     ):
         with pytest.raises(EngineError, match=problem):
             Engine(*arguments[:2], tuning=PLAIN, budget=arguments[2] if len(arguments) > 2 else None)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="the tuning is a str"):
+        Engine(tiny, tuning="fast")  # type: ignore[arg-type]
 
 
 def test_operations_follow_height_and_width(tiny: Backbone) -> None:
@@ -611,9 +613,13 @@ class Items(Dataset):
 
 def test_what_cannot_be_streamed_is_refused_before_the_first_batch(tiny: Backbone) -> None:
     engine = Engine(tiny, tuning=PLAIN)
-    for bad in ("photos", torch.zeros(2, 3, 16, 16), {"a": 1}, 7):
+    for bad in (torch.zeros(2, 3, 16, 16), {"a": 1}, 7):
         with pytest.raises(EngineError, match="expected a list of files"):
             engine.stream(bad)
+    with pytest.raises(EngineError, match="there is no folder 'photos'"):
+        engine.stream("photos")
+    with pytest.raises(EngineError, match="workers='a'"):
+        engine.stream([], workers="a")
     with pytest.raises(EngineError, match="only='base' is one text"):
         engine.stream([], only="base")
     with pytest.raises(EngineError, match="batch_size=0"):

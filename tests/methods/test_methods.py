@@ -134,3 +134,22 @@ def test_the_optimizer_is_the_one_named(tiny: Backbone, name: str, kind: type[to
 def test_settings_that_train_nothing_are_an_error(tiny: Backbone, method: Method) -> None:
     with pytest.raises(MethodError, match="trains nothing"):
         method.make_optimizer(method.draft(tiny, 3), tiny)
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("linear-probe(lr=0.1)", "give head_lr=0.1 instead of lr"),
+        ("piggyback(norm_lr=0.1)", "is for norms='trained'"),
+        ("paint+scale-bias", "paint already trains everything"),
+        ("scale-bias+full-finetune", "full-finetune already trains everything"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(spec: str, problem: str) -> None:
+    with pytest.raises(MethodError, match=re.escape(problem)):
+        make_method(spec)
+
+
+def test_only_methods_are_added_to_a_method() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        ScaleBias() + 3  # type: ignore[operator]

@@ -172,7 +172,7 @@ def test_any_fact_of_a_file_is_shown(tiny: Backbone, name: str, value: object) -
 def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) -> None:
     inspection = draft_patch(tiny).inspect()
     shown = replace(inspection, created={"trainable_parameters": inspection.backbone_parameters})
-    assert f"{inspection.backbone_parameters:,} besides the head, 1e+02 % of" in text_of(inspection_table(shown))
+    assert f"{inspection.backbone_parameters:,} besides the head, 100 % of" in text_of(inspection_table(shown))
 
 
 def test_an_evaluation_lists_classes_only_when_asked() -> None:

@@ -65,7 +65,7 @@ def test_a_method_that_cannot_patch_the_backbone_is_left_out_with_the_reason(col
 
 
 def test_seeds_give_a_mean_and_its_standard_error(tiny: Backbone, colors: TaskData) -> None:
-    result = compare(tiny, colors, ["linear-probe", "linear-probe(lr=0.1)"], seeds=3, seed=4, epochs=1)
+    result = compare(tiny, colors, ["linear-probe", "linear-probe(head_lr=0.1)"], seeds=3, seed=4, epochs=1)
     for row in result.rows:
         runs = result.runs[row.method]
         assert [run.seed for run in runs] == [4, 5, 6]

@@ -144,6 +144,8 @@ def open_image(source: ImageSource) -> Image.Image:
             image = Image.fromarray(source)
         elif isinstance(source, Image.Image):
             image = source
+        elif not isinstance(source, str | Path | bytes):
+            raise TypeError(f"a {type(source).__name__} is no path, bytes, array or Pillow image")
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         return _to_rgb(image)

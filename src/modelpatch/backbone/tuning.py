@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from modelpatch.errors import EngineError
+
 Module = Callable[[Tensor], Tensor]
 CACHE = 2 * 2**20
 
@@ -33,6 +35,13 @@ class Tuning:
     piece_bytes: int = 0
     merge_rows: int = 0
     measured: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises `EngineError` for negative sizes."""
+        for name in ("piece_bytes", "merge_rows"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise EngineError(f"{name}={value!r}; expected a whole number from 0 on.")
 
     @property
     def plain(self) -> bool:

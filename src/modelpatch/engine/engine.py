@@ -95,6 +95,10 @@ class Engine:
             raise EngineError(
                 f"the patches are a {type(patches).__name__}; expected them by name: {{'flowers': patch}}."
             )
+        if tuning is not None and not isinstance(tuning, Tuning):
+            raise EngineError(
+                f"the tuning is a {type(tuning).__name__}; expected a Tuning, such as mp.Tuning(fold=True)."
+            )
         if budget is not None and (type(budget) is not int or budget < 0):
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
         self.backbone = backbone
@@ -266,7 +270,7 @@ class Engine:
                 raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
             return self._rows(now, images, _names(tasks, "tasks") or [])
         program, batches = self._all_rows(now, images, only)
-        answers = program(batches)
+        answers = self._compute(program, batches)
         return {member.name: answers[member.name] for member in program.plan.members}
 
     def _rows(self, now: Mapping[str, _Task], images: Images, tasks: Sequence[str]) -> list[Tensor]:
@@ -280,7 +284,7 @@ class Engine:
         if not tasks:
             return []
         rows = [tuple(wanted[task.name]) for task in chosen]
-        answers = self._program(chosen, rows, batches)(batches)
+        answers = self._compute(self._program(chosen, rows, batches), batches)
         placed = {row: logits for name, own in wanted.items() for row, logits in zip(own, answers[name], strict=True)}
         return [placed[row] for row in range(len(tasks))]
 
@@ -296,7 +300,9 @@ class Engine:
         for name, own in rows.items():
             if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
                 raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
-        return self._program(chosen, [tuple(own) for own in rows.values()], batches)(batches) if rows else {}
+        if not rows:
+            return {}
+        return self._compute(self._program(chosen, [tuple(own) for own in rows.values()], batches), batches)
 
     def read(self, sources: Sequence[ImageSource], only: Iterable[str] | None = None) -> dict[Preprocessing, Tensor]:
         """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`."""
@@ -339,8 +345,8 @@ class Engine:
         if isinstance(rows, Mapping):
             named = self._choose(self._tasks, rows)
             return self._program(named, [tuple(rows[task.name]) for task in named], None).plan
-        if rows < 0:
-            raise EngineError(f"a plan for {rows} images; expected 0 or more.")
+        if type(rows) is not int or rows < 0:
+            raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
         chosen = self._choose(self._tasks, only)
         return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
 
@@ -392,6 +398,19 @@ class Engine:
                 while len(self._programs) > PROGRAMS:
                     self._programs.popitem(last=False)
         return program
+
+    def _compute(self, program: Program, batches: Mapping[Hashable, Tensor]) -> dict[str, Tensor]:
+        """Raises `EngineError` where the network cannot compute images of another size than its own."""
+        try:
+            return program(batches)
+        except RuntimeError as error:
+            size = batches[None].shape[2:] if None in batches else ()
+            if not size or set(size) == {self.backbone.preprocessing.image_size}:
+                raise
+            raise EngineError(
+                f"{self.backbone.spec} cannot compute images of {size[0]} x {size[1]}; its own have "
+                f"{self.backbone.preprocessing.image_size} pixels a side."
+            ) from error
 
     def _join(self, heads: tuple[nn.Module, ...]) -> JoinedHeads:
         """Linear heads as one, kept as long as a program needs it and shared by all that do."""
@@ -449,4 +468,6 @@ def _names(given: Iterable[str] | None, option: str) -> list[str] | None:
     """The names in a list; a single text is taken for a mistake."""
     if isinstance(given, str):
         raise EngineError(f"{option}={given!r} is one text; expected a list of task names: {option}=[{given!r}].")
+    if given is not None and not isinstance(given, Iterable):
+        raise EngineError(f"{option}={given!r} is a {type(given).__name__}; expected a list of task names.")
     return None if given is None else list(given)

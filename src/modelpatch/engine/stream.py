@@ -48,10 +48,16 @@ class _Crops(Dataset[tuple[int, Decoded]]):
 
     def __getitem__(self, place: int) -> tuple[int, Decoded]:
         try:
-            picture = _picture(self.sources[place])
+            picture = _picture(self._item(place))
             return place, {kind: kind.center_crop(kind.decode(picture)) for kind in self.kinds}
         except DataError as error:
             return place, str(error)
+
+    def _item(self, place: int) -> Any:
+        try:
+            return self.sources[place]
+        except Exception as error:  # whatever a data set of somebody else's raises
+            raise DataError(f"item {place} of the data set cannot be read: {error!r}.") from error
 
 
 def _picture(item: Any) -> ImageSource:
@@ -76,17 +82,19 @@ def stream(
     workers: int,
 ) -> Iterator[Answers]:
     """Decode all `sources` as each of `kinds` sees them and `answer` them in batches. See `Engine.stream`."""
-    if batch_size < 1 or workers < 0:
-        raise EngineError(f"batch_size={batch_size}, workers={workers}; expected at least 1 and at least 0.")
+    if type(batch_size) is not int or type(workers) is not int or batch_size < 1 or workers < 0:
+        raise EngineError(f"batch_size={batch_size!r}, workers={workers!r}; expected at least 1 and at least 0.")
     return _stream(answer, frozenset(kinds), _items(sources), batch_size, workers)
 
 
 def _items(sources: Sources) -> DataSet:
-    if isinstance(sources, str | Path) and Path(sources).is_dir():
+    if isinstance(sources, str | Path):
+        if not Path(sources).is_dir():
+            raise EngineError(f"there is no folder {str(sources)!r}. Give a folder, or files in a list.")
         return find_images(Path(sources))
     if isinstance(sources, Tensor | Mapping | Sequence) or not hasattr(sources, "__getitem__"):
         check_sources(sources)
-    return sources  # type: ignore[return-value]
+    return sources
 
 
 def _stream(

@@ -37,8 +37,8 @@ class Composite(Method):
         names = [member.name for member in members]
         if twice := {name for name in names if names.count(name) > 1}:
             raise MethodError(f"{' + '.join(names)} holds {sorted(twice)[0]} twice. Give its options to one of them.")
-        if "full-finetune" in names:
-            raise MethodError(f"{' + '.join(names)}: full-finetune already trains everything. Leave the others out.")
+        if whole := {"full-finetune", "paint"} & set(names):
+            raise MethodError(f"{' + '.join(names)}: {min(whole)} already trains everything. Leave the others out.")
         return cls(
             methods=tuple(members),
             lr=members[0].lr,

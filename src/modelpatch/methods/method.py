@@ -146,6 +146,8 @@ class Method(ABC):
         """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
         from modelpatch.methods.composite import Composite
 
+        if not isinstance(other, Method):
+            return NotImplemented
         return Composite.of(self, other)
 
     def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:

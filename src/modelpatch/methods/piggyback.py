@@ -25,6 +25,7 @@ from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import Blueprint, Patch, Reweighting
 
 Scaling = Literal["none", "mean", "weight"]
+NORM_LR = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,16 @@ class Piggyback(Method):
     `"uniform"` draws from (-start_at, start_at), `"magnitude"` starts a layer at its mean |W| and scales τ with it.
     `at_threshold` says what a score equal to τ gives: `kept` as in the paper, `masked` as in its code. `scaling` divides
     the scores' gradient by the layer's `mean` |W| or by every `weight`'s own |w|. `ternary` masks are -1 below 0, 1 from τ
-    on and 0 between. `norms="trained"` trains the normalisation layers' scale and bias too, at `norm_lr` (the paper's
-    Trained BN). `warm_start` names a patch file of another task on the same backbone to start the masks from: its bits say
-    where a score starts, so that `start="uniform"` contradicts it; `magnitude` says how far from the threshold.
+    on and 0 between. `norms="trained"` trains the normalisation layers' scale and bias too, at `norm_lr` (None: 0.01; the
+    paper's Trained BN). `warm_start` names a patch file of another task on the same backbone to start the masks from: its
+    bits say where a score starts, so that `start="uniform"` contradicts it; `magnitude` says how far from the threshold.
     """
 
     name: ClassVar[str] = "piggyback"
     paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
 
     lr: PositiveFloat = 1e-4
-    norm_lr: PositiveFloat = 1e-2
+    norm_lr: PositiveFloat | None = None
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     threshold: PositiveFloat = 5e-3
     start: Literal["constant", "uniform", "magnitude"] = "constant"
@@ -63,6 +64,8 @@ class Piggyback(Method):
                 f"piggyback: start_at={self.start_at} is not above threshold={self.threshold}, so that every weight would "
                 "start masked. Raise start_at."
             )
+        if self.norm_lr is not None and self.norms == "frozen":
+            raise MethodError(f"piggyback: norm_lr={self.norm_lr} is for norms='trained'. Set both or neither.")
         if self.warm_start is not None and self.start == "uniform":
             raise MethodError(
                 "piggyback: warm_start starts every score where the earlier mask says, start='uniform' where chance says. "
@@ -97,7 +100,7 @@ class Piggyback(Method):
 
     def rate(self, name: str) -> float:
         """Scores learn at `lr`, normalisation layers at `norm_lr`."""
-        return self.norm_lr if name.startswith("replace/") else super().rate(name)
+        return (self.norm_lr or NORM_LR) if name.startswith("replace/") else super().rate(name)
 
     def warn(self, reach: float) -> str | None:
         """Adam moves a score by at most about `lr` in a step: a mask that cannot change is said before the training."""

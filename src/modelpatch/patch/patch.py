@@ -185,8 +185,8 @@ class Patch:
         Replaced tensors become W + strength (W' - W), as in PAINT's weight interpolation; added modules scale their effect.
         The head stays. Raises `PatchError` outside [0, 1] and for masks, which do not interpolate.
         """
-        if not 0 <= strength <= 1:
-            raise PatchError(f"strength is {strength}; expected a number from 0 (the base) to 1 (as trained).")
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise PatchError(f"strength is {strength!r}; expected a number from 0 (the base) to 1 (as trained).")
         if strength != 1 and any(name.startswith("mask/") for name in self.tensors):
             raise PatchError("masks do not interpolate: this patch works at strength 1 only.")
         if strength != 1 and (whole := [graft.kind for graft in self.grafts if not graft.interpolates]):

@@ -172,7 +172,8 @@ def _figure(name: str, value: Any, parameters: int) -> str:
     if type(value) is not int:
         return str(value)
     if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
-        return f"{value:,} besides the head, {100 * value / parameters:.2g} % of the backbone's"
+        share = 100 * value / parameters
+        return f"{value:,} besides the head, {share:{'.2g' if share < 99.5 else '.0f'}} % of the backbone's"
     return f"{value:,}"
 
 
