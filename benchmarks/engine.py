@@ -2,6 +2,7 @@
 
     sharing   8 tasks over the last stage, the last block, only the head: beside the floor (every distinct module timed by
               itself), 8 separate models, and PEFT's LoRA on the same layers
+    mixed     a batch with one of 8 tasks a row: beside 8 separate models on their rows, and PEFT's adapter_names
     whole     8 scale-and-bias patches and 8 masks, which share nothing but weights: beside 8 separate models, and memory
     base      the base alone beside plain eager PyTorch
     swap      swapping, from a cold file to the first answer: beside PEFT's set_adapter and load_adapter
@@ -143,6 +144,39 @@ def one_after_another(model: Any, x: Tensor) -> None:
     for number in range(TASKS):
         model.set_adapter(f"task{number}")
         model(x)
+
+
+# mixed ------------------------------------------------------------------------------------------------------
+
+
+def mixed(rounds: int) -> Rows:
+    rows: Rows = []
+    for name in ("mobilenetv2_100", "resnet50"):
+        backbone = load(name)
+        tuning = measure(backbone)
+        x, tasks = images(2 * TASKS, 224), [f"task {n % TASKS}" for n in range(2 * TASKS)]
+        for what, method in {"last block": mp.methods.Subset(), "head": mp.methods.LinearProbe()}.items():
+            patches = {f"task {n}": untrained(backbone, method, CLASSES, n) for n in range(TASKS)}
+            engine = mp.Engine(backbone, patches, tuning=tuning, budget=10**12, eager=True)
+            models: list[nn.Module] = [backbone.patched(patch) for patch in patches.values()]
+            peft = peft_model(load(name), backbone, method)
+            adapters = [f"task{n % TASKS}" for n in range(2 * TASKS)]
+            ways: dict[str, Callable[[], object]] = {
+                "engine": partial(engine, x, tasks=tasks),
+                "separate": partial(each_its_rows, models, x),
+                "peft": torch.inference_mode()(partial(peft, x, adapter_names=adapters)),
+            }
+            times = compare_ways(ways, rounds)
+            middle = {key: statistics.median(values) for key, values in times.items()}
+            others = [(middle[side], ratio(times[side], times["engine"])) for side in ("separate", "peft")]
+            rows.append((f"{name}, {what}", middle["engine"], *others[0], *others[1]))
+    return rows
+
+
+@torch.inference_mode()
+def each_its_rows(models: list[nn.Module], x: Tensor) -> None:
+    for number, model in enumerate(models):
+        model(x[number::TASKS])
 
 
 # whole ------------------------------------------------------------------------------------------------------
@@ -319,6 +353,11 @@ PARTS: dict[str, tuple[Callable[..., Rows], str, tuple[str, ...]]] = {
             "PEFT ms",
             "x faster than PEFT",
         ),
+    ),
+    "mixed": (
+        mixed,
+        f"{2 * TASKS} images of 224 px, each for one of {TASKS} tasks",
+        ("tasks over", "engine ms", "separate ms", "x faster", "PEFT adapter_names ms", "x faster than PEFT"),
     ),
     "whole": (
         whole,
