@@ -139,7 +139,8 @@ def test_settings_that_train_nothing_are_an_error(tiny: Backbone, method: Method
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("linear-probe(lr=0.1)", "give head_lr=0.1 instead of lr"),
+        ("linear-probe(lr=0.1)", "linear-probe trains a head alone: give head_lr=0.1 instead of lr"),
+        ("head2toe(lr=0.1)", "head2toe trains a head alone: give head_lr=0.1 instead of lr"),
         ("piggyback(norm_lr=0.1)", "is for norms='trained'"),
         ("paint+scale-bias", "paint already trains everything"),
         ("scale-bias+full-finetune", "full-finetune already trains everything"),

@@ -18,14 +18,14 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
-from modelpatch.methods.method import Method
-from modelpatch.patch import Blueprint, DraftHead, HeadRecord, PatchedModel, pooled_width
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.patch import DraftHead, HeadRecord, PatchedModel, pooled_width
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head2Toe(Method):
+class Head2Toe(LinearProbe):
     """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
 
     `lasso` is λ, `choose_after` the share of all steps after which features are chosen.
@@ -37,10 +37,6 @@ class Head2Toe(Method):
     keep: Share = 0.25
     lasso: NonNegativeFloat = 1e-4
     choose_after: Annotated[float, Field(gt=0, lt=1)] = 0.5
-
-    def blueprint(self, backbone: Backbone) -> Blueprint:
-        """Nothing is owned: the patch is its head."""
-        return Blueprint()
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         chain = backbone.chain

@@ -22,7 +22,7 @@ class LinearProbe(Method):
         """Raises `MethodError` for an `lr`, too."""
         super().__post_init__()
         if self.lr != Method.lr:
-            raise MethodError(f"linear-probe trains a head alone: give head_lr={self.lr} instead of lr.")
+            raise MethodError(f"{self.name} trains a head alone: give head_lr={self.lr} instead of lr.")
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Nothing is owned: the patch is its head."""
