@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # of this package, and the library each brings
 REQUESTS = 32  # at a time, where every file is a request over the network
+TRIES = 10
 
 
 class Storage(ABC):
@@ -191,15 +192,25 @@ class Objects(Storage):
         with self._errors("list", folder):
             self.system.invalidate_cache()  # listings are kept by some systems, and others write too
             try:
-                found = self.system.ls(self._place(folder), detail=False)
+                found = self._steadily(lambda: self.system.ls(self._place(folder), detail=False))
             except FileNotFoundError:
                 return set()
         return {name for path in found if (name := path.rstrip("/").rpartition("/")[2])}
 
+    @staticmethod
+    def _steadily(listing: Callable[[], list[str]]) -> list[str]:
+        """A listing, made again where it goes through a dictionary in memory that another thread changes meanwhile."""
+        for _ in range(TRIES):
+            try:
+                return listing()
+            except RuntimeError:
+                continue
+        return listing()
+
     def walk(self, folder: str) -> list[str]:
         with self._errors("list", folder):
             self.system.invalidate_cache()
-            found = self.system.find(self._place(folder))
+            found = self._steadily(lambda: self.system.find(self._place(folder)))
         start = len(self._place(folder)) + 1
         return [f"{folder}/{path[start:]}" for path in found]
 
