@@ -58,13 +58,20 @@ class Client:
         top: int = 3,
     ) -> list[Answers]:
         """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
-        one task an image, or for all. Raises `DataError` for files that cannot be read."""
+        one task an image, or for all.
+
+        Raises `DataError` for files that cannot be read, and `Problem` if a task that was named cannot be answered; of all,
+        those are left out."""
+        said = self.ask(images, tasks, per_image=per_image, top=top)
+        if said["refused"] and (tasks is not None or per_image is not None):
+            problem = next(iter(said["refused"].values()))
+            raise Problem.read(problem["status"], problem, {})
         return [
             {
                 task: [(guess["class"], guess["probability"]) for guess in answer["top"]]
                 for task, answer in image["answers"].items()
             }
-            for image in self.ask(images, tasks, per_image=per_image, top=top)["images"]
+            for image in said["images"]
         ]
 
     def ask(

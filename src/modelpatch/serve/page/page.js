@@ -183,7 +183,9 @@ async function ask() {
     const body = await call("/v1/predict", { method: "POST", body: form });
     if (turn !== state.turn) return;
     $("took").textContent = `${names.length} ${names.length === 1 ? "task" : "tasks"} in ${Math.round(performance.now() - start)} ms`;
-    $("answers").replaceChildren(...Object.entries(body.images[0].answers).map(([name, answer]) => card(name, answer)));
+    $("answers").replaceChildren(
+      ...Object.entries(body.images[0].answers).map(([name, answer]) => card(name, answer)),
+      ...Object.entries(body.refused).map(([name, problem]) => refusal(name, problem)));
     refresh().catch(() => {});
   } catch (error) {
     if (turn === state.turn) notify("notice", error.message);
@@ -206,6 +208,15 @@ function card(name, answer) {
       element("span", { class: "share-of" }, percent(guess.probability, guess.probability < 0.1 ? 1 : 0)),
       element("div", { class: "bar" }, fill));
   }));
+  return made;
+}
+
+function refusal(name, problem) {
+  const made = $("card").content.cloneNode(true).firstElementChild;
+  made.classList.add("refused");
+  made.querySelector("h3").textContent = name;
+  made.querySelector(".where").textContent = "refused";
+  made.querySelector("ol").replaceWith(element("p", { class: "quiet" }, [problem.detail, problem.advice].filter(Boolean).join(" ")));
   return made;
 }
 
