@@ -7,14 +7,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from fastapi.routing import APIRoute
-from serving import TOKEN, Serving, close, drafts, fill, network, picture, serving
+from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
 
 from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias
@@ -210,20 +209,6 @@ def test_of_several_tasks_those_that_can_answer_do(store: Store, image: bytes) -
         refused(http.get("/v1/plan", params={"tasks": "stranger,nobody"}), 404)
         with server.client() as client, pytest.raises(Problem, match="backbone"):
             client.predict([image], ["flowers", "stranger"])
-
-
-def damage(store: Store, name: str) -> None:
-    """Flip a byte of the copy that one name has."""
-    version = store.resolve(name)
-    (file,) = (
-        path
-        for path in Path(store.url).rglob("*")
-        if name in path.parts and version.hash in path.name and path.stat().st_size == version.nbytes
-    )
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.chmod(0o644)
-    file.write_bytes(data)
 
 
 def test_a_damaged_copy_is_the_fault_of_its_name_alone(store: Store, image: bytes) -> None:
