@@ -301,6 +301,18 @@ def test_a_patch_is_published_tagged_and_removed(server: Serving, image: bytes) 
             client.predict([image], ["cars"])
 
 
+def test_removing_one_name_keeps_what_another_has_resident(server: Serving, image: bytes) -> None:
+    server.store.publish("copy", drafts()["flowers"])
+    with server.client() as client:
+        client.predict([image], ["copy"])
+        client.remove("copy")
+        listed = {patch["name"]: patch["resident"] for patch in client.patches()}
+        assert listed["flowers"]
+        assert "copy" not in listed
+        client.remove("flowers")
+        assert not server.service.shelf.sizes
+
+
 def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:
     before = server.store.list()
     good = encode_patch(draft_patch(network(), ScaleBias()))

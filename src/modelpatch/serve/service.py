@@ -356,7 +356,7 @@ class Service:
                 self.store.remove(version, force=whole or force)
 
         await self.catalogue.change(work, patch=reference)
-        self.shelf.drop(gone)
+        self.shelf.drop(gone, kept={version.hash for version in await self.catalogue.list()})
 
 
 def _bodies(refused: Mapping[str, Problem]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -145,11 +145,14 @@ class Shelf:
         if version.hash not in self.sizes and self._make_room(size):
             self._put(version.hash, bound)
 
-    def drop(self, versions: Sequence[Version]) -> None:
-        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room."""
+    def drop(self, versions: Sequence[Version], kept: Collection[str]) -> None:
+        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room.
+
+        So do those whose hashes are `kept`, as other names have the same bytes.
+        """
         for version in versions:
             self._forget(version)
-            if version.hash in self.sizes and not self._claims[version.hash]:
+            if version.hash in self.sizes and version.hash not in kept and not self._claims[version.hash]:
                 self._evict(version.hash)
 
     def _forget(self, version: Version) -> None:

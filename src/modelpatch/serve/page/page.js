@@ -231,7 +231,7 @@ async function plan(names, turn) {
     $("saved").textContent = body ? `${percent(body.shared)} of the work is saved` : "";
     $("plan").replaceChildren(...(body ? [draw(body)] : []));
     if (!body) return;
-    $("share-done").style.width = width(1 - body.shared);
+    $("share-done").style.width = width(body.shared);
     $("share-text").textContent = `${operations(body.flops)} instead of ${operations(body.separate_flops)} one after another, for ${names.length} ${names.length === 1 ? "task" : "tasks"} on one image`;
   } catch (error) {
     if (turn !== state.turn) return;
