@@ -5,7 +5,7 @@ RUN pip install torch torchvision --index-url https://download.pytorch.org/whl/c
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install '.[serve,compress]' && useradd --create-home modelpatch && mkdir /patches && chown modelpatch /patches
+RUN pip install '.[serve,compress]' && useradd --create-home --uid 1000 modelpatch && mkdir /patches && chown modelpatch /patches
 USER modelpatch
 VOLUME /patches
 EXPOSE 8000

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import LONGEST, MAX_PIXELS
+from modelpatch.backbone import Preprocessing, preprocess
+from modelpatch.backbone.preprocess import LONGEST, MAX_PIXELS, open_image
 from modelpatch.errors import BackboneError, DataError
 
 SMALL = Preprocessing(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.8)
@@ -86,6 +86,27 @@ def test_grey_palette_and_transparent_images_become_rgb() -> None:
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     deep = Image.fromarray(np.full((10, 10), 0x8080, dtype=np.uint16))
     assert SMALL.decode(deep).unique().tolist() == [0x80]
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(np.asarray(open_image(every))[..., 0], every // 257)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "1", "keyed"])
+def test_strips_join_to_what_pillow_makes_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8))
+    image = (
+        noise
+        if mode == "RGBA"
+        else noise.convert("RGB").quantize(16)
+        if mode in ("P", "keyed")
+        else noise.convert(mode)
+    )
+    if mode == "keyed":
+        image.info["transparency"] = 3
+    monkeypatch.setattr(preprocess, "STRIP", 40)
+    whole = image
+    if mode in ("RGBA", "LA", "keyed"):
+        whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    assert np.array_equal(np.asarray(open_image(image)), np.asarray(whole.convert("RGB")))
 
 
 @pytest.mark.parametrize(

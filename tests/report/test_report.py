@@ -18,6 +18,8 @@ from conftest import color_task, draft_patch
 from modelpatch.backbone import Backbone
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods import COMPARED, DeltaNetwork, Method, Piggyback, ScaleBias
+from modelpatch.patch import Version
+from modelpatch.patch.file import encode_patch
 from modelpatch.patch.inspect import Inspection
 from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
@@ -32,6 +34,7 @@ from modelpatch.report.tables import (
     percent,
     prediction_table,
     show,
+    versions_table,
 )
 from modelpatch.train import Comparison, Evaluation
 from modelpatch.train.compare import Row
@@ -307,3 +310,8 @@ def test_no_two_names_overlap_in_the_picture(tmp_path: Path, monkeypatch: pytest
     boxes = [Text.get_window_extent(text) for text in drawn[0].texts]
     assert [text.get_text() for text in drawn[0].texts] == list(COMPARED)
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_the_versions_of_a_store_show_the_accuracy_that_was_measured(tiny: Backbone) -> None:
+    patch = draft_patch(tiny, ScaleBias()).with_metrics(test_top1=0.1234)
+    assert "12.3" in text_of(versions_table([Version.of("colors", encode_patch(patch), patch)]))

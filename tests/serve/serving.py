@@ -32,6 +32,7 @@ from modelpatch.methods import FullFinetune, LinearProbe, ScaleBias, Subset
 from modelpatch.patch import Patch, Store
 from modelpatch.serve import Client, Settings
 from modelpatch.serve.app import create_app
+from modelpatch.serve.protocol import GuardedProtocol
 from modelpatch.serve.service import Service
 from modelpatch.serve.supervisor import bind
 
@@ -61,7 +62,9 @@ def serving(store: Store, backbone: Backbone | None = None, **settings: object) 
     backbone = backbone or network()
     service = Service(store, backbone, Settings(**{"token": TOKEN, "refresh": 0.05, **settings}))  # type: ignore[arg-type]
     listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="on", ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), http=GuardedProtocol, log_level="warning", lifespan="on", ws="none")
+    )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     port = listening.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
@@ -107,6 +110,20 @@ def fill(folder: Path) -> Store:
     for name, patch in drafts().items():
         filled.publish(name, patch)
     return filled
+
+
+def damage(store: Store, name: str) -> None:
+    """Flip a byte of the copy that one name has."""
+    version = store.resolve(name)
+    (file,) = (
+        path
+        for path in Path(store.url).rglob("*")
+        if name in path.parts and version.hash in path.name and path.stat().st_size == version.nbytes
+    )
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(data)
 
 
 def picture(seed: int = 0, pixels: int = 16, kind: str = "PNG") -> bytes:

@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi.routing import APIRoute
-from serving import TOKEN, Serving, close, drafts, fill, network, picture, serving
+from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
 
 from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias
@@ -184,10 +185,78 @@ def test_all_leaves_out_what_cannot_be_loaded_and_says_so(store: Store, image: b
         assert answer["images"][0]["answers"].keys() == {"base", *drafts()}
         assert answer["refused"].keys() == {"stranger"}
         assert answer["refused"]["stranger"]["status"] == 409
-        refused(http.post("/v1/predict", files=files(image), data={"tasks": "flowers,stranger"}), 409)
+        refused(http.post("/v1/predict", files=files(image), data={"tasks": "stranger"}), 409)
         listed = {patch["name"]: patch for patch in http.get("/v1/patches").json()["patches"]}
         assert not listed["stranger"]["fits"]
         assert listed["stranger"]["problem"]["status"] == 409
+
+
+def test_of_several_tasks_those_that_can_answer_do(store: Store, image: bytes) -> None:
+    store.publish("stranger", draft_patch(network(1), LinearProbe()))
+    named = "flowers,stranger,nobody,flowers@latest"
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        answer = http.post("/v1/predict", files=files(image), data={"tasks": named}).json()
+        assert list(answer["images"][0]["answers"]) == ["flowers", "flowers@latest"]
+        assert {name: problem["status"] for name, problem in answer["refused"].items()} == {
+            "stranger": 409,
+            "nobody": 404,
+        }
+        each = http.post("/v1/predict", files=files(image, image), data={"per_image": "stranger,birds"}).json()
+        assert [list(one["answers"]) for one in each["images"]] == [[], ["birds"]]
+        plan = http.get("/v1/plan", params={"tasks": named}).json()
+        assert plan["tasks"] == ["flowers", "flowers@latest"]
+        assert plan["refused"].keys() == {"stranger", "nobody"}
+        refused(http.get("/v1/plan", params={"tasks": "stranger,nobody"}), 404)
+        with server.client() as client, pytest.raises(Problem, match="backbone"):
+            client.predict([image], ["flowers", "stranger"])
+
+
+def test_a_damaged_copy_is_the_fault_of_its_name_alone(store: Store, image: bytes) -> None:
+    for name in ("copy", "zebras"):  # before and behind the healthy name
+        store.publish(name, drafts()["flowers"])
+        damage(store, name)
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        refused(http.post("/v1/predict", files=files(image), data={"tasks": "copy"}), 422)
+        listed = {patch["name"]: patch for patch in http.get("/v1/patches").json()["patches"]}
+        assert listed["copy"]["problem"]["status"] == 422
+        assert listed["flowers"]["problem"] is None
+        assert http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}).status_code == 200
+    store.remove(store.resolve("flowers"), force=True)
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        answer = http.post("/v1/predict", files=files(image)).json()
+        assert answer["images"][0]["answers"].keys() == {"base", *drafts()} - {"flowers"}
+        assert answer["refused"].keys() == {"copy", "zebras"}
+
+
+def test_a_patch_that_fails_on_an_image_is_left_out_of_all(store: Store, image: bytes) -> None:
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        whole, bad = server.service.engine.answer, store.resolve("birds").hash
+
+        def spoiled(*given: Any) -> dict[str, torch.Tensor]:
+            return {task: logits * float("nan") if task == bad else logits for task, logits in whole(*given).items()}
+
+        server.service.engine.answer = spoiled  # type: ignore
+        answer = http.post("/v1/predict", files=files(image)).json()
+        assert answer["refused"].keys() == {"birds"}
+        assert answer["images"][0]["answers"].keys() == {"base", *drafts()} - {"birds"}
+
+
+def test_all_is_answered_in_passes_that_fit(store: Store, image: bytes) -> None:
+    largest = max(version.nbytes for version in store.list())
+    for limits in ({"tasks": 2}, {"cache_bytes": 2 * largest}):
+        with serving(store, **limits) as server, server.client() as client:
+            (answers,) = client.predict([image], top=1000)
+            assert list(answers) == ["base", *sorted(drafts())]
+            for name, patch in drafts().items():
+                assert close(max(value for _, value in answers[name]), max(server.truth(patch, image)))
+
+
+def test_one_patch_larger_than_the_cache_is_left_out_of_all(store: Store, image: bytes) -> None:
+    largest = max(store.list(), key=lambda version: version.nbytes)
+    with serving(store, cache_bytes=largest.nbytes - 1) as server, httpx.Client(base_url=server.url) as http:
+        answer = http.post("/v1/predict", files=files(image)).json()
+        assert answer["refused"][largest.name]["status"] == 413
+        assert answer["images"][0]["answers"].keys() == {"base", *drafts()} - {largest.name}
 
 
 def test_the_plan_is_that_of_the_engine(http: httpx.Client, server: Serving, image: bytes) -> None:
@@ -230,6 +299,18 @@ def test_a_patch_is_published_tagged_and_removed(server: Serving, image: bytes) 
         client.remove("cars")
         with pytest.raises(Problem, match="no patch"):
             client.predict([image], ["cars"])
+
+
+def test_removing_one_name_keeps_what_another_has_resident(server: Serving, image: bytes) -> None:
+    server.store.publish("copy", drafts()["flowers"])
+    with server.client() as client:
+        client.predict([image], ["copy"])
+        client.remove("copy")
+        listed = {patch["name"]: patch["resident"] for patch in client.patches()}
+        assert listed["flowers"]
+        assert "copy" not in listed
+        client.remove("flowers")
+        assert not server.service.shelf.sizes
 
 
 def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:

@@ -26,6 +26,11 @@ def test_paths_bytes_and_pictures_are_the_same_image(
     assert close(value, max(expected))
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "PA", "F", "RGBA", "I;16"])
+def test_pictures_of_any_mode_can_be_asked_about(client: Client, mode: str) -> None:
+    assert client.predict([Image.new(mode, (20, 20))], ["flowers"])[0]["flowers"]
+
+
 def test_one_task_an_image_and_all_tasks(client: Client) -> None:
     answers = client.predict([picture(1), picture(2)], per_image=["birds", "base"])
     assert [list(answer) for answer in answers] == [["birds"], ["base"]]
@@ -48,6 +53,14 @@ def test_mistakes_are_found_before_anything_is_sent() -> None:
     client = Client("http://127.0.0.1:9", retries=0)
     with pytest.raises(ServeError, match="are lists"):
         client.predict("photo.jpg")
+    with pytest.raises(ServeError, match="no images"):
+        client.predict([])
+    with pytest.raises(ServeError, match="no task is named"):
+        client.predict([picture()], [])
+    with pytest.raises(ServeError, match="no task is named"):
+        client.predict([picture()], per_image=[])
+    with pytest.raises(ServeError, match="printable ASCII"):
+        Client("http://127.0.0.1:9", token="schlüssel")
     with pytest.raises(DataError, match=r"missing\.jpg"):
         client.predict(["missing.jpg"])
     with pytest.raises(ServeError, match="Is `modelpatch serve` running"):

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from conftest import small_preprocessing
 from modelpatch.serve.images import FORMATS, decode
 from modelpatch.serve.problems import Problem
+from modelpatch.serve.settings import Settings
 
 KIND = small_preprocessing()
 LIMIT = 1_000_000
@@ -138,6 +140,35 @@ for data in corpus:
         statuses.append(problem.status)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *statuses)
 """
+
+
+LARGEST = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from test_images import KIND, decode
+from modelpatch.serve.settings import Settings
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in sys.argv[1:]:
+    assert decode(Path(file).read_bytes(), [KIND], Settings().pixels)[KIND].shape == (3, 16, 16)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_images_at_the_limit_take_bounded_memory(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = []
+    for mode in ("P", "I;16", "RGB", "CMYK", "LA", "RGBA"):
+        image = Image.new(mode, (Settings().pixels // 4000, 4000))
+        kind = "JPEG" if mode in ("RGB", "CMYK") else "PNG"
+        files.append(tmp_path / mode)
+        files[-1].write_bytes(encoded(image, kind, exif=turned, **({"compress_level": 1} if kind == "PNG" else {})))
+    code = LARGEST.format(path=[path for path in sys.path if path])
+    result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    peaks = [1024 * int(line) for line in result.stdout.split()]
+    assert len(peaks) == len(files)
+    assert max(peaks) < 200_000_000, peaks
 
 
 def test_decompression_bombs_cost_little_memory() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import TOKEN, Serving, drafts, network, picture
+from serving import TOKEN, Serving, damage, drafts, network, picture
 
 from conftest import draft_patch
 from modelpatch.methods import ScaleBias
@@ -61,6 +61,17 @@ def test_a_sample_is_answered_by_every_task_and_the_plan_is_drawn(page: Any, ser
     page.get_by_label("Ask birds", exact=True).click()
     page.locator(".card").nth(len(drafts())).wait_for(state="detached")
     assert "birds" not in page.locator(".card h3").all_inner_texts()
+
+
+def test_one_damaged_patch_leaves_the_others_their_answers(page: Any, server: Serving) -> None:
+    server.store.publish("broken", draft_patch(network(), ScaleBias(), seed=9))
+    damage(server.store, "broken")
+    page.reload()
+    page.locator("#patches tr").nth(len(drafts()) + 1).wait_for()
+    page.get_by_label("Ask about a flower").click()
+    page.locator(".card.refused", has_text="broken").wait_for()
+    assert page.locator(".card:not(.refused)").count() == len(drafts()) + 1
+    page.locator("#plan svg rect").first.wait_for()
 
 
 def test_a_file_is_chosen_and_a_patch_is_uploaded_and_removed(page: Any, server: Serving, tmp_path: Path) -> None:

@@ -269,3 +269,26 @@ def test_workers_do_not_outlive_a_killed_parent(ordinary: Store) -> None:
         workers = children(running.pid)
         running.kill()
         wait_until(lambda: not any(map(alive, workers)), 20)
+
+
+def test_gauges_forget_a_worker_that_was_killed(ordinary: Store) -> None:
+    with (
+        process(ordinary, "--workers", "2") as (running, url),
+        Client(url) as client,
+        httpx.Client(base_url=url) as http,
+    ):
+
+        def files() -> set[int]:
+            """The workers whose gauges are kept."""
+            http.get("/metrics")
+            return {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*.db")}
+
+        client.predict([picture()], ["flowers"])
+        environment = Path(f"/proc/{children(running.pid)[0]}/fd")
+        (folder,) = {
+            Path(os.readlink(link)).parent for link in environment.iterdir() if os.readlink(link).endswith(".db")
+        }
+        killed = children(running.pid)[0]
+        wait_until(lambda: killed in files())
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: killed not in files() and client.ready())

@@ -20,6 +20,8 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Three = tuple[float, float, float]
 MAX_PIXELS = 8192
 LONGEST = 64
+ORIENTATION = 0x0112  # the EXIF tag
+STRIP = 2**18  # pixels that are converted at once
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 
@@ -154,13 +156,28 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright and RGB, a strip at a time: beside the image and its result nothing of their size is made."""
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "F"):  # 16-bit grey: Pillow's own conversion would clip, not scale
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else max(float(values.max()), 1.0)
-        image = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
+    if image.getexif().get(ORIENTATION, 1) != 1:  # asked here, as Pillow copies an image that is upright
+        image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    brightest = max(float(image.getextrema()[1]), 1.0) if image.mode == "F" else 0.0  # type: ignore[arg-type]
+    result = Image.new("RGB", image.size)
+    rows = max(1, STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(_strip_to_rgb(strip, brightest), (0, top))
+    return result
+
+
+def _strip_to_rgb(image: Image.Image, brightest: float) -> Image.Image:
+    if image.mode == "F":
+        image = Image.fromarray(np.clip(np.asarray(image) / brightest * 255, 0, 255).astype(np.uint8))
+    elif image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -260,7 +260,7 @@ def versions_table(versions: Sequence[Version]) -> Table:
     for one in versions:
         names = (one.name, one.hash[:SHORT_HASH], " ".join(one.tags), one.method, one.task)
         table.add_row(
-            *map(escape, names), percent(one.metrics.get("top1")), f"{one.nbytes:,}", escape(one.created[:16])
+            *map(escape, names), percent(one.metrics.get("test_top1")), f"{one.nbytes:,}", escape(one.created[:16])
         )
     return table
 

@@ -160,7 +160,9 @@ def _validate(given: bytes | dict[str, Any], strict: bool = True) -> PredictRequ
         return PredictRequest.model_validate(given, strict=strict)
     except ValidationError as error:
         kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
-        raise Problem(kind, f"The request's {first_problem(error)}.", "GET /docs shows what is expected.") from error
+        raise Problem(
+            kind, f"The request's {first_problem(error)}.", "GET /openapi.json shows what is expected."
+        ) from error
 
 
 def _decode_base64(text: str, place: int) -> bytes:
@@ -352,11 +354,15 @@ async def _count(request: Request, call: Callable[[Request], Awaitable[Response]
 async def _tell(request: Request, error: Exception) -> Response:
     match error:
         case HTTPException(status_code=405):
-            problem = Problem("not-allowed", f"{request.method} does not apply to {request.url.path[:200]}.")
+            problem = Problem(
+                "not-allowed",
+                f"{request.method} does not apply to {request.url.path[:200]}.",
+                "GET /openapi.json lists routes.",
+            )
         case HTTPException(status_code=404):
             problem = Problem("not-found", f"There is no {request.url.path[:200]}.", "GET /openapi.json lists routes.")
         case HTTPException():
-            problem = Problem("bad-request", str(error.detail)[:300])
+            problem = Problem("bad-request", str(error.detail)[:300], "GET /openapi.json shows what is expected.")
         case RequestValidationError():
             first = error.errors()[0]
             kind = "bad-request" if first["type"] == "json_invalid" else "invalid-request"

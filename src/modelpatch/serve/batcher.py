@@ -122,7 +122,7 @@ class Batcher:
         for task, places in wanted.items():
             own = logits[task].float()
             if not own.isfinite().all():
-                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.")
+                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", patch=task)
             most = min(max(rows[place].top for place in places), own.shape[1])
             best = own.softmax(1).topk(most, dim=1)
             for place, indices, values in zip(places, best.indices.tolist(), best.values.tolist(), strict=True):

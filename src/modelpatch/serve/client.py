@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from modelpatch.backbone.preprocess import open_image
 from modelpatch.errors import DataError, MissingExtraError, ServeError
 from modelpatch.patch import Patch
 from modelpatch.patch.file import encode_patch
@@ -42,6 +43,8 @@ class Client:
         except ImportError as error:
             raise MissingExtraError("httpx", "serve", "asking a server") from error
         self.url, self.retries = url.rstrip("/"), retries
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ServeError("the token has characters other than printable ASCII. Make one: openssl rand -hex 16")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
@@ -58,13 +61,20 @@ class Client:
         top: int = 3,
     ) -> list[Answers]:
         """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
-        one task an image, or for all. Raises `DataError` for files that cannot be read."""
+        one task an image, or for all.
+
+        Raises `DataError` for files that cannot be read, and `Problem` if a task that was named cannot be answered; of all,
+        those are left out."""
+        said = self.ask(images, tasks, per_image=per_image, top=top)
+        if said["refused"] and (tasks is not None or per_image is not None):
+            problem = next(iter(said["refused"].values()))
+            raise Problem.read(problem["status"], problem, {})
         return [
             {
                 task: [(guess["class"], guess["probability"]) for guess in answer["top"]]
                 for task, answer in image["answers"].items()
             }
-            for image in self.ask(images, tasks, per_image=per_image, top=top)["images"]
+            for image in said["images"]
         ]
 
     def ask(
@@ -78,6 +88,10 @@ class Client:
         """`predict` with all that the server says: versions, indices, patches that were left out."""
         if isinstance(images, str | Path | bytes | Image.Image) or isinstance(tasks, str) or isinstance(per_image, str):
             raise ServeError("images, tasks and per_image are lists: predict(['photo.jpg'], tasks=['flowers']).")
+        if not images:
+            raise ServeError("there are no images to ask about: predict(['photo.jpg']).")
+        if (tasks is not None and not tasks) or (per_image is not None and not per_image):
+            raise ServeError("no task is named. Name some, or leave tasks out to ask all.")
         parts = [("images", (f"image {place}", _encode(image))) for place, image in enumerate(images)]
         words: dict[str, Any] = {"top": str(top)}
         words |= {key: list(given) for key, given in (("tasks", tasks), ("per_image", per_image)) if given is not None}
@@ -175,7 +189,8 @@ def _encode(image: ImageFile) -> bytes:
         return image
     if isinstance(image, Image.Image):
         stream = io.BytesIO()
-        image.save(stream, "PNG")
+        writable = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+        (image if writable else open_image(image)).save(stream, "PNG")  # PNG has no CMYK, YCbCr or floats
         return stream.getvalue()
     return _read(image)
 

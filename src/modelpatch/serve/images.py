@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
@@ -30,6 +30,7 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> dict[Pre
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below it
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image, wanted, pixels)
+        ImageOps.exif_transpose(image, in_place=True)  # so that the image as it was is not kept beside
         whole = open_image(image)
         return {kind: kind.center_crop(kind.decode(whole)) for kind in wanted}
     except Problem:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SHARES = tuple(n / 20 for n in range(1, 21))
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where the workers of one server add up their counts
+
+
+def forget(process: int) -> None:
+    """A worker has ended: what it had resident is no more. What it counted stays."""
+    if FOLDER in os.environ:
+        mark_process_dead(process)
 
 
 class Metrics:

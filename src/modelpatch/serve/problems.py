@@ -36,6 +36,7 @@ TITLES = {
     "unreadable-image": (422, "An image cannot be read"),
     "damaged-patch": (422, "The patch cannot be trusted or does not fit"),
     "too-busy": (429, "The server has too much to do"),
+    "head-too-large": (431, "The request's head is too large"),
     "failed": (500, "The server failed"),
     "missing-extra": (501, "The server lacks a library"),
     "deadline": (503, "The answer would come too late"),
@@ -100,7 +101,7 @@ def problem_of(error: BaseException, **facts: Any) -> Problem:
         case PatchError():
             return Problem("damaged-patch", said, "Publish the patch again from its source.", **facts)
         case TaggedVersionError():
-            return Problem("tagged", said, **facts)
+            return Problem("tagged", said, "Move the tag, or remove with force=true.", **facts)
         case InvalidReferenceError():
             return Problem("invalid-request", said, **facts)
         case StoreError():

@@ -30,6 +30,7 @@ def check_libraries() -> None:
     for module, library in (
         ("fastapi", "fastapi"),
         ("uvicorn", "uvicorn"),
+        ("httptools", "httptools"),
         ("python_multipart", "python-multipart"),
         ("prometheus_client", "prometheus-client"),
     ):
@@ -72,13 +73,15 @@ def serve_forever(
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         import uvicorn  # noqa: F401 (here, and after that, so that a new worker finds all imports done)
 
-        import modelpatch.serve.app  # noqa: F401
+        import modelpatch.serve.app
+        import modelpatch.serve.protocol  # noqa: F401
+        from modelpatch.serve.metrics import forget
 
         def work(opened: socket.socket) -> None:
             torch.set_num_threads(threads)
             run_worker(url, backbone.to(device), settings, tuning, opened)
 
-        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN).run()
+        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()
 
 
 def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning, listening: socket.socket) -> None:
@@ -86,6 +89,7 @@ def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning,
     import uvicorn
 
     from modelpatch.serve.app import create_app
+    from modelpatch.serve.protocol import GuardedProtocol
     from modelpatch.serve.service import Service
 
     logging.basicConfig(
@@ -94,6 +98,7 @@ def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning,
     app = create_app(Service(Store(url), backbone, settings, tuning))
     config = uvicorn.Config(
         app,
+        http=GuardedProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,

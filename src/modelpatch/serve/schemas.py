@@ -69,7 +69,7 @@ class ImageAnswers(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Answers in the order of the images. `refused` names patches that were left out of all, and why."""
+    """Answers in the order of the images. `refused` names tasks that could not be answered, and why."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -156,7 +156,10 @@ class PlanNode(BaseModel):
 
 
 class PlanAnswer(BaseModel):
-    """What tasks share: `shared` is the part of the separate operations that running them together saves."""
+    """What tasks share: `shared` is the part of the separate operations that running them together saves.
+
+    `refused` names tasks that could not be loaded, and why.
+    """
 
     backbone: BackboneInfo
     tasks: list[str]
@@ -167,6 +170,7 @@ class PlanAnswer(BaseModel):
     bytes: int
     memory: dict[str, int]
     tree: list[PlanNode]
+    refused: dict[str, ProblemBody]
 
 
 class Health(BaseModel):

@@ -23,9 +23,9 @@ from modelpatch.serve.images import decode
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.shelf import Shelf, stage
+from modelpatch.serve.shelf import Shelf, label, stage
 
-LASTING = ("wrong-backbone", "damaged-patch", "missing-extra", "unknown-patch")  # a patch's own faults
+Tasks = dict[str, Version | None]  # what was asked for by name; None is the backbone itself
 
 
 class Service:
@@ -91,7 +91,8 @@ class Service:
     ) -> dict[str, Any]:
         """The best `top` classes of every image: for `tasks` or for one task an image; without either for all there are.
 
-        Of all, those that cannot be loaded are left out and named in the answer.
+        Tasks that cannot be answered are left out and named in the answer; it is an error if none can be. What does not fit
+        into one pass is answered in several.
         """
         if tasks is not None and per_image is not None:
             raise Problem("invalid-request", "Both tasks and per_image are given.", "Give one of them.")
@@ -107,43 +108,86 @@ class Service:
                 f"per_image names {len(per_image)} tasks for {len(images)} images.",
                 "Name one task for every image.",
             )
-        wanted = await self._choose(tasks if per_image is None else per_image)
-        versions = await self._resolve(wanted)
-        everything = tasks is None and per_image is None
-        refused: dict[str, Any] = {}
-        while True:
-            try:
-                answers = await self._predict(images, versions, per_image, top)
-                return {"images": answers, "refused": refused}
-            except Problem as problem:
-                name = problem.facts.get("patch", "").partition("@")[0]
-                if not everything or problem.kind not in LASTING or name not in versions:
-                    raise
-                refused[name] = problem.body()
-                del versions[name]
+        versions, refused = await self._resolve(await self._choose(tasks if per_image is None else per_image))
+        answers: list[dict[str, Any]] = [{} for _ in images]
+        for group in self._groups(versions):
+            while group:
+                try:
+                    found = await self._predict(images, group, per_image, top)
+                except Problem as problem:
+                    self._leave_out(problem, group, refused)
+                    continue
+                for answer, more in zip(answers, found, strict=True):
+                    answer.update(more)
+                break
+        names = [name for name in versions if name not in refused]
+        self._expect_some(names, refused)
+        ordered = [{name: answer[name] for name in names if name in answer} for answer in answers]
+        return {"images": [{"answers": answer} for answer in ordered], "refused": _bodies(refused)}
+
+    def _groups(self, versions: Tasks) -> list[Tasks]:
+        """The tasks in as few passes as their number and the bytes that stay resident allow."""
+        groups: list[Tasks] = []
+        room = 0
+        seen: set[str] = set()
+        for name, version in versions.items():
+            size = 0 if version is None or version.hash in seen else self.shelf.size(version)
+            if not groups or len(groups[-1]) >= self.settings.tasks or size > room:
+                groups.append({})
+                room, seen = self.settings.cache_bytes, set()
+                size = 0 if version is None else self.shelf.size(version)
+            room -= size
+            seen |= set() if version is None else {version.hash}
+            groups[-1][name] = version
+        return groups
+
+    @staticmethod
+    def _leave_out(problem: Problem, group: Tasks, refused: dict[str, Problem]) -> None:
+        """Take what the problem is about from the group. Raises the problem if it is about none of it."""
+        patch = problem.facts.get("patch")
+        names = [name for name, version in group.items() if patch == (label(version) if version else BASE)]
+        if not names:
+            raise problem
+        for name in names:
+            refused[name] = problem
+            del group[name]
+
+    @staticmethod
+    def _expect_some(names: Sequence[str], refused: Mapping[str, Problem]) -> None:
+        if not names:
+            raise next(iter(refused.values()))
 
     async def _predict(
         self,
         images: Sequence[bytes],
-        versions: Mapping[str, Version | None],
+        versions: Tasks,
         per_image: Sequence[str] | None,
         top: int,
     ) -> list[dict[str, Any]]:
-        """The answers of every image for all of `versions`, or for one of them an image."""
+        """The answers of every image for all of `versions`, or for that of `per_image` if it is among them."""
         async with self.shelf.lease([version for version in versions.values() if version is not None]):
             keys = {name: version.hash if version else BASE for name, version in versions.items()}
             kinds = {name: self.engine.preprocessing(key) for name, key in keys.items()}
-            asked = [list(keys)] * len(images) if per_image is None else [[name] for name in per_image]
-            answers = await self.batcher.answer(await self._rows(images, asked, keys, kinds, top))
+            asked = [list(keys)] * len(images) if per_image is None else [[n] * (n in keys) for n in per_image]
+            try:
+                rows = await self._rows(images, asked, keys, kinds, top)
+                found = iter(await self.batcher.answer([row for row in rows if row.tasks]))
+                answers = [next(found) if row.tasks else {} for row in rows]
+            except Problem as problem:
+                if (key := problem.facts.get("patch")) is not None:  # the engine knows hashes alone
+                    name = next(name for name in keys if keys[name] == key)
+                    version = versions[name]
+                    problem.facts["patch"] = label(version) if version else BASE
+                raise
             return [
-                {"answers": {name: self._answer(versions[name], keys[name], found[keys[name]]) for name in names}}
-                for names, found in zip(asked, answers, strict=True)
+                {name: self._answer(versions[name], keys[name], best[keys[name]]) for name in names}
+                for names, best in zip(asked, answers, strict=True)
             ]
 
     async def _choose(self, tasks: Sequence[str] | None) -> list[str]:
         """The names asked for, each once; all patches and the base without any."""
         if tasks is None:
-            tasks = [BASE, *(version.name for version in await self.catalogue.list() if LATEST in version.tags)]
+            return [BASE, *(version.name for version in await self.catalogue.list() if LATEST in version.tags)]
         names = list(dict.fromkeys(tasks))
         if not names:
             raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
@@ -155,10 +199,22 @@ class Service:
             )
         return names
 
-    async def _resolve(self, names: Sequence[str]) -> dict[str, Version | None]:
-        found = await asyncio.gather(*(self.catalogue.resolve(name) for name in names if name != BASE))
-        rest = iter(found)
-        return {name: None if name == BASE else next(rest) for name in names}
+    async def _resolve(self, names: Sequence[str]) -> tuple[Tasks, dict[str, Problem]]:
+        """What the names stand for, and why others stand for nothing. Raises `Problem` if none stands for anything."""
+        asked = [name for name in names if name != BASE]
+        found = await asyncio.gather(*map(self.catalogue.resolve, asked), return_exceptions=True)
+        known = dict(zip(asked, found, strict=True))
+        for problem in found:
+            if isinstance(problem, BaseException) and not isinstance(problem, Problem):
+                raise problem
+        refused = {name: value for name, value in known.items() if isinstance(value, Problem)}
+        versions: Tasks = {
+            name: None if name == BASE else value
+            for name, value in ((name, known.get(name)) for name in names if name not in refused)
+            if value is None or isinstance(value, Version)
+        }
+        self._expect_some(list(versions), refused)
+        return versions, refused
 
     async def _rows(
         self,
@@ -172,7 +228,7 @@ class Service:
         jobs = [
             loop.run_in_executor(self._decoders, decode, data, [kinds[name] for name in names], self.settings.pixels)
             for data, names in zip(images, asked, strict=True)
-        ]
+        ]  # a damaged image is found even where no task of this pass is asked about it
         try:
             crops = await asyncio.gather(*jobs)
         except Problem as problem:
@@ -202,7 +258,15 @@ class Service:
             resident = set(self.shelf.sizes)
             here = (v for v in await self.catalogue.list() if v.hash in resident and LATEST in v.tags)
             tasks = [BASE, *(version.name for version in here)][: self.settings.tasks]
-        versions = await self._resolve(await self._choose(tasks))
+        versions, refused = await self._resolve(await self._choose(tasks))
+        while True:
+            try:
+                return {**await self._plan(versions, images), "refused": _bodies(refused)}
+            except Problem as problem:
+                self._leave_out(problem, versions, refused)
+                self._expect_some(list(versions), refused)
+
+    async def _plan(self, versions: Tasks, images: int) -> dict[str, Any]:
         async with self.shelf.lease([version for version in versions.values() if version is not None]):
             keys = {name: version.hash if version else BASE for name, version in versions.items()}
             named: dict[str, list[str]] = {}
@@ -248,7 +312,7 @@ class Service:
         return {"name": name, "versions": [self._describe(v) for v in await self.catalogue.versions(name)]}
 
     def _describe(self, version: Version) -> dict[str, Any]:
-        failure = self.shelf.failure(version.hash)
+        failure = self.shelf.failure(version)
         return {
             "name": version.name,
             "version": version.hash,
@@ -292,7 +356,11 @@ class Service:
                 self.store.remove(version, force=whole or force)
 
         await self.catalogue.change(work, patch=reference)
-        self.shelf.drop([version.hash for version in gone])
+        self.shelf.drop(gone, kept={version.hash for version in await self.catalogue.list()})
+
+
+def _bodies(refused: Mapping[str, Problem]) -> dict[str, Any]:
+    return {name: problem.body() for name, problem in refused.items()}
 
 
 def _rename(node: dict[str, Any], named: dict[str, list[str]]) -> dict[str, Any]:

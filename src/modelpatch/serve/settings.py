@@ -40,7 +40,7 @@ class Settings:
     tasks: int = 64
     body_bytes: int = 32 * MIB
     patch_bytes: int = 512 * MIB
-    pixels: int = 32_000_000
+    pixels: int = 20_000_000  # with which an image of any kind takes less than 200 MB
     refresh: float = 1.0
     remember: float = 30.0
     loaders: int = 8

@@ -8,7 +8,8 @@
 Nothing leaves before its successor has proven itself, and never what a request has on lease. A request first claims the
 bytes of all patches it needs, in the order of arrival, and only then waits for loads: requests that hold some patches and
 wait for others cannot block each other. A patch is known by the hash of its file, so a new version is a new patch, and an
-answer is always that of one version.
+answer is always that of one version. One file may be in the store under several names: bytes that cannot be read are the
+fault of that name's copy, everything else is the fault of the bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -57,6 +58,15 @@ def stage(backbone: Backbone, data: bytes, name: str) -> BoundPatch:
     return bound
 
 
+class _Unread(Exception):  # noqa: N818 (internal)
+    """The bytes of a version could not be read; the cause says why."""
+
+
+def label(version: Version) -> str:
+    """What problems call a version."""
+    return f"{version.name}@{version.hash[:12]}"
+
+
 class Shelf:
     """The resident patches of an engine, whose tasks are named by the patches' hashes. For one event loop.
 
@@ -69,8 +79,8 @@ class Shelf:
         self._learned: dict[str, int] = {}  # of every patch that was ever bound
         self._claims: Counter[str] = Counter()
         self._queue: deque[tuple[Sequence[Version], asyncio.Future[None]]] = deque()
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._failed: OrderedDict[str, tuple[float, Problem]] = OrderedDict()
+        self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}  # by hash and name
+        self._failed: OrderedDict[tuple[str, str | None], tuple[float, Problem]] = OrderedDict()  # None: by any name
         self._freed = asyncio.Condition()
         self._threads = ThreadPoolExecutor(settings.loaders, thread_name_prefix="modelpatch-load")
 
@@ -79,25 +89,45 @@ class Shelf:
         """Bytes of the resident patches, never more than the budget."""
         return sum(self.sizes.values())
 
-    def failure(self, key: str) -> Problem | None:
-        """Why a patch is refused, while that is remembered."""
-        until, problem = self._failed.get(key, (0.0, None))
-        return problem if until > time.monotonic() else None
+    def failure(self, version: Version) -> Problem | None:
+        """Why a version is refused, while that is remembered."""
+        for name in (None, version.name):
+            until, problem = self._failed.get((version.hash, name), (0.0, None))
+            if problem is not None and until > time.monotonic():
+                told = problem.detail.replace(problem.facts["patch"], label(version))
+                return Problem(
+                    problem.kind,
+                    told,
+                    problem.advice,
+                    retry_after=problem.retry_after,
+                    **{**problem.facts, "patch": label(version)},
+                )
+        return None
+
+    def size(self, version: Version) -> int:
+        """Bytes a version takes: those of its file, and once it was bound those of its numbers if they are more."""
+        return self._learned.get(version.hash, version.nbytes)
 
     @asynccontextmanager
     async def lease(self, versions: Sequence[Version]) -> AsyncIterator[None]:
-        """The versions are resident inside. Raises `Problem` where one cannot be, before anything is loaded if known."""
-        versions = list({version.hash: version for version in versions}.values())
+        """The versions are resident inside. Raises `Problem` where one cannot be, before anything is loaded if known.
+
+        What is about one version has its `label` as the fact `patch`.
+        """
+        copies: dict[str, list[Version]] = {}
         for version in versions:
-            if problem := self.failure(version.hash):
-                raise problem
+            copies.setdefault(version.hash, []).append(version)
+        for same in copies.values():
+            if same[0].hash not in self.sizes and all(problems := [self.failure(version) for version in same]):
+                raise next(problem for problem in problems if problem is not None)
+        versions = [same[0] for same in copies.values()]
         await self._claim(versions)
         try:
             missing = [version for version in versions if version.hash not in self.sizes]
             self.metrics.hits.inc(len(versions) - len(missing))
             self.metrics.misses.inc(len(missing))
             if missing:
-                await asyncio.gather(*(asyncio.shield(self._load(version)) for version in missing))
+                await asyncio.gather(*(self._load_any(copies[version.hash]) for version in missing))
             for version in versions:
                 self.sizes.move_to_end(version.hash)
             yield
@@ -111,25 +141,28 @@ class Shelf:
     async def enter(self, version: Version, bound: BoundPatch) -> None:
         """Make a staged patch resident if there is room that nobody uses."""
         size = self._learn(version, bound)
-        self._failed.pop(version.hash, None)
+        self._forget(version)
         if version.hash not in self.sizes and self._make_room(size):
             self._put(version.hash, bound)
 
-    def drop(self, hashes: Sequence[str]) -> None:
-        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room."""
-        for key in hashes:
-            self._failed.pop(key, None)
-            if key in self.sizes and not self._claims[key]:
-                self._evict(key)
+    def drop(self, versions: Sequence[Version], kept: Collection[str]) -> None:
+        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room.
+
+        So do those whose hashes are `kept`, as other names have the same bytes.
+        """
+        for version in versions:
+            self._forget(version)
+            if version.hash in self.sizes and version.hash not in kept and not self._claims[version.hash]:
+                self._evict(version.hash)
+
+    def _forget(self, version: Version) -> None:
+        for name in (None, version.name):
+            self._failed.pop((version.hash, name), None)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # claiming -----------------------------------------------------------------------------------------------
-
-    def _size(self, version: Version) -> int:
-        """Bytes a version takes: those of its file, and once it was bound those of its numbers if they are more."""
-        return self._learned.get(version.hash, version.nbytes)
 
     def _learn(self, version: Version, bound: BoundPatch) -> int:
         size = self._learned[version.hash] = max(version.nbytes, bound.nbytes)
@@ -139,10 +172,12 @@ class Shelf:
         """Whether all fit beside what is claimed; what is claimed already costs nothing."""
         new = [version for version in versions if not self._claims[version.hash]]
         claimed = sum(self._learned.get(key, 0) for key in self._claims)
-        return not new or claimed + sum(map(self._size, new)) <= self.settings.cache_bytes
+        return not new or claimed + sum(map(self.size, new)) <= self.settings.cache_bytes
 
     async def _claim(self, versions: Sequence[Version]) -> None:
-        needed = sum(map(self._size, versions))
+        for version in versions:
+            self._check_size(version)
+        needed = sum(map(self.size, versions))
         if needed > self.settings.cache_bytes:
             raise Problem(
                 "too-large",
@@ -165,6 +200,15 @@ class Shelf:
         else:
             self._take(versions)
 
+    def _check_size(self, version: Version) -> None:
+        if (size := self.size(version)) > self.settings.cache_bytes:
+            raise Problem(
+                "too-large",
+                f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
+                "Start the server with a larger --cache.",
+                patch=label(version),
+            )
+
     def _take(self, versions: Sequence[Version]) -> None:
         for version in versions:
             self._learned.setdefault(version.hash, version.nbytes)
@@ -182,9 +226,21 @@ class Shelf:
 
     # loading ------------------------------------------------------------------------------------------------
 
+    async def _load_any(self, same: Sequence[Version]) -> None:
+        """Load the bytes that several names have from the first whose copy can be read."""
+        for version in same:
+            try:
+                if problem := self.failure(version):
+                    raise problem
+                await asyncio.shield(self._load(version))
+                return
+            except Problem:
+                if version is same[-1]:
+                    raise
+
     def _load(self, version: Version) -> asyncio.Task[None]:
         """The one load of a version that is under way, or a new one."""
-        key = version.hash
+        key = (version.hash, version.name)
         if key not in self._loading:
             task = self._loading[key] = asyncio.get_running_loop().create_task(self._load_now(version))
             task.add_done_callback(lambda done: (self._loading.pop(key, None), done.cancelled() or done.exception()))
@@ -196,12 +252,13 @@ class Shelf:
         try:
             bound = await asyncio.get_running_loop().run_in_executor(self._threads, self._stage, version)
         except Exception as error:
-            problem = problem_of(error)
-            problem.facts["patch"] = f"{version.name}@{version.hash[:12]}"
+            unread = isinstance(error, _Unread)
+            problem = problem_of(error.__cause__ or error if unread else error)
+            problem.facts["patch"] = label(version)
             if problem.kind == "failed":
                 LOG.exception("loading %s failed", version)
             lasting = MOMENT if problem.kind in PASSING else self.settings.remember
-            self._failed[key] = (time.monotonic() + lasting, problem)
+            self._failed[key, version.name if unread else None] = (time.monotonic() + lasting, problem)
             while len(self._failed) > MOST:
                 self._failed.popitem(last=False)
             self.metrics.loads.labels(problem.kind).inc()
@@ -209,13 +266,7 @@ class Shelf:
         self.metrics.loads.labels("loaded").inc()
         self.metrics.load_seconds.observe(time.perf_counter() - start)
         size = self._learn(version, bound)
-        if size > self.settings.cache_bytes:
-            raise Problem(
-                "too-large",
-                f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
-                "Start the server with a larger --cache.",
-                patch=f"{version.name}@{version.hash[:12]}",
-            )
+        self._check_size(version)
         while not self._make_room(size):  # it turned out larger than its file, and all others are on lease
             if not self._claims[key]:
                 return
@@ -235,12 +286,14 @@ class Shelf:
         try:
             data = self.read(version)
         except FileNotFoundError:
-            raise Problem(
+            raise _Unread from Problem(
                 "unknown-patch",
                 f"{version} is gone from the store.",
                 "GET /v1/patches lists those there are.",
-            ) from None
-        return stage(self.engine.backbone, data, f"{version.name}@{version.hash[:12]}")
+            )
+        except Exception as error:
+            raise _Unread from error
+        return stage(self.engine.backbone, data, label(version))
 
     # room ---------------------------------------------------------------------------------------------------
 
@@ -261,6 +314,8 @@ class Shelf:
         return True
 
     def _put(self, key: str, bound: BoundPatch) -> None:
+        if key in self.sizes:  # another name had the same bytes
+            return
         self.engine.add(key, bound)
         self.sizes[key] = self._learned[key]
         self._count()

@@ -75,9 +75,14 @@ class Supervisor:
     """
 
     def __init__(
-        self, serve: Callable[[socket.socket], None], listening: socket.socket, workers: int, grace: float
+        self,
+        serve: Callable[[socket.socket], None],
+        listening: socket.socket,
+        workers: int,
+        grace: float,
+        ended: Callable[[int], None],
     ) -> None:
-        self.serve, self.listening, self.workers, self.grace = serve, listening, workers, grace
+        self.serve, self.listening, self.workers, self.grace, self.ended = serve, listening, workers, grace, ended
         self._children: dict[int, float] = {}  # process id -> when it was started
         self._stopping = False
 
@@ -93,6 +98,7 @@ class Supervisor:
         while self._children:
             child, status = os.waitpid(-1, 0)
             started = self._children.pop(child, None)
+            self.ended(child)
             if started is None or self._stopping:
                 continue
             quick = quick + 1 if time.monotonic() - started < QUICK else 0

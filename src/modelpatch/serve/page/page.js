@@ -183,7 +183,9 @@ async function ask() {
     const body = await call("/v1/predict", { method: "POST", body: form });
     if (turn !== state.turn) return;
     $("took").textContent = `${names.length} ${names.length === 1 ? "task" : "tasks"} in ${Math.round(performance.now() - start)} ms`;
-    $("answers").replaceChildren(...Object.entries(body.images[0].answers).map(([name, answer]) => card(name, answer)));
+    $("answers").replaceChildren(
+      ...Object.entries(body.images[0].answers).map(([name, answer]) => card(name, answer)),
+      ...Object.entries(body.refused).map(([name, problem]) => refusal(name, problem)));
     refresh().catch(() => {});
   } catch (error) {
     if (turn === state.turn) notify("notice", error.message);
@@ -209,6 +211,15 @@ function card(name, answer) {
   return made;
 }
 
+function refusal(name, problem) {
+  const made = $("card").content.cloneNode(true).firstElementChild;
+  made.classList.add("refused");
+  made.querySelector("h3").textContent = name;
+  made.querySelector(".where").textContent = "refused";
+  made.querySelector("ol").replaceWith(element("p", { class: "quiet" }, [problem.detail, problem.advice].filter(Boolean).join(" ")));
+  return made;
+}
+
 // the plan -----------------------------------------------------------------------------------------------------
 
 async function plan(names, turn) {
@@ -220,7 +231,7 @@ async function plan(names, turn) {
     $("saved").textContent = body ? `${percent(body.shared)} of the work is saved` : "";
     $("plan").replaceChildren(...(body ? [draw(body)] : []));
     if (!body) return;
-    $("share-done").style.width = width(1 - body.shared);
+    $("share-done").style.width = width(body.shared);
     $("share-text").textContent = `${operations(body.flops)} instead of ${operations(body.separate_flops)} one after another, for ${names.length} ${names.length === 1 ? "task" : "tasks"} on one image`;
   } catch (error) {
     if (turn !== state.turn) return;
