@@ -115,3 +115,9 @@ import modelpatch.cli
 """
     found = [item for item in imports(ast.parse(source)) if item[1].startswith("modelpatch")]
     assert found == [("f", "modelpatch.train"), ("", "modelpatch.methods"), ("", "modelpatch.cli")]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Their folders are no packages, so that a name stands for one file."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

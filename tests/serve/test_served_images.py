@@ -127,7 +127,7 @@ def test_flipped_bytes_are_an_image_or_a_refusal() -> None:
 BOMBS = """
 import resource, sys
 sys.path[:0] = {path!r}
-from test_images import KIND, bomb, decode
+from test_served_images import KIND, bomb, decode
 from modelpatch.serve.problems import Problem
 corpus = [bomb(13_000, 13_000), bomb(100_000, 90_000, 9), bomb(2**31 - 1, 2**31 - 1, 0), bomb(60_000, 1), bomb(1, 60_000)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -146,7 +146,7 @@ LARGEST = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_images import KIND, decode
+from test_served_images import KIND, decode
 from modelpatch.serve.settings import Settings
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sys.argv[1:]:
