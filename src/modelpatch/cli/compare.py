@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from modelpatch.atomic import write_bytes
 from modelpatch.cli.grouped import grouped
@@ -72,8 +73,8 @@ def compare(
         check_matplotlib("--html")
     names = list(COMPARED) if methods == "all" else split_outside(methods, ",")
     key, values = _read_sweep(sweep)
-    sweeps = {name: make_sweep(name, key, values) for name in names} if values else {}
-    names = [spelled for one in sweeps.values() for spelled in one.values()] or names
+    sweeps = _sweeps(names, key, values, console) if values else {}
+    names = [spelled for name in names for spelled in sweeps.get(name, {name: name}).values()]
     for name in names:
         make_method(name)
     settings = training.settings(seeds=seeds)
@@ -95,6 +96,22 @@ def compare(
     if html is not None:
         write_comparison(result, html)
         tell(console, f"wrote {html}")
+
+
+def _sweeps(names: list[str], key: str, values: list[str], console: Console) -> dict[str, dict[str, str]]:
+    """The spellings of every method that has the key, at each value. Raises `MethodError` where none has it."""
+    sweeps: dict[str, dict[str, str]] = {}
+    refused: dict[str, MethodError] = {}
+    for name in names:
+        try:
+            sweeps[name] = make_sweep(name, key, values)
+        except MethodError as error:
+            refused[name] = error
+    if not sweeps:
+        raise next(iter(refused.values()))
+    for name, reason in refused.items():
+        tell(console, f"{name} is compared as it is: {reason}")
+    return sweeps
 
 
 def _read_sweep(text: str | None) -> tuple[str, list[str]]:
