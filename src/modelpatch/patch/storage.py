@@ -203,7 +203,7 @@ class Objects(Storage):
         for _ in range(TRIES):
             try:
                 return listing()
-            except RuntimeError:
+            except (RuntimeError, KeyError):
                 continue
         return listing()
 
