@@ -14,14 +14,14 @@ import torch
 
 from conftest import draft_patch, make_tiny
 from modelpatch.engine import Engine, Tuning
-from modelpatch.errors import DamagedPatchError
-from modelpatch.methods import LinearProbe, ScaleBias
+from modelpatch.errors import DamagedPatchError, InvalidPatchError
+from modelpatch.methods import LinearProbe, PackNet, Piggyback, ScaleBias
 from modelpatch.patch import BoundPatch, Patch, Version
 from modelpatch.patch.file import encode_patch
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.shelf import Shelf
+from modelpatch.serve.shelf import Shelf, stage
 
 
 class Reader:
@@ -228,3 +228,25 @@ def test_a_patch_that_answers_nonsense_is_refused() -> None:
                 pass
 
     on_shelf(reader, work)
+
+
+def sparse(patch: Patch) -> Patch:
+    """The patch with a difference in one of many places of every masked weight, as training leaves PackNet's."""
+    tensors = dict(patch.tensors)
+    for name, mask in patch.tensors.items():
+        if name.startswith("mask/"):
+            delta = torch.zeros(mask.shape)
+            delta.view(-1)[0] = 0.5
+            tensors[name.replace("mask/", "delta/", 1)] = delta
+    return replace(patch, tensors=tensors)
+
+
+def test_a_mask_and_a_difference_of_every_weight_are_staged_and_masks_of_more_are_refused() -> None:
+    backbone = make_tiny()
+    patch = sparse(draft_patch(backbone, PackNet()))
+    assert {name.partition("/")[0] for name in patch.tensors} >= {"mask", "delta"}
+    assert stage(backbone, encode_patch(patch), "packed").nbytes > 0
+    many = draft_patch(backbone, Piggyback())
+    bomb = {f"mask/layer{number}.weight": torch.ones(64, 64, dtype=torch.bool) for number in range(9)}
+    with pytest.raises(InvalidPatchError, match="packed numbers; at most"):
+        stage(backbone, encode_patch(replace(many, tensors={**many.tensors, **bomb})), "bomb")

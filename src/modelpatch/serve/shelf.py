@@ -47,7 +47,7 @@ def stage(backbone: Backbone, data: bytes, name: str) -> BoundPatch:
     Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
     """
     numbers = sum(parameter.numel() for parameter in backbone.module.parameters())
-    bound = BoundPatch(backbone, decode_patch(data, name, most=numbers))
+    bound = BoundPatch(backbone, decode_patch(data, name, most=2 * numbers))  # a mask and a difference of every weight
     for part in bound.parts:
         _ = part.key  # hashed here, not in the event loop
     size = bound.preprocessing.input_size
