@@ -435,15 +435,20 @@ class Gate:
 
         monkeypatch.setattr(BoundPart, "make", wait)
 
+    def pinning(self, backbone: Backbone) -> tuple[Engine, threading.Thread]:
+        """An engine whose task "a" is being pinned by a thread that stands before the gate."""
+        engine = Engine(backbone, {"a": masked(backbone, 0)}, tuning=PLAIN)
+        thread = threading.Thread(target=engine.pin, args=["a"])
+        thread.start()
+        assert self.reached.wait(30)
+        return engine, thread
+
 
 def test_calls_are_answered_while_a_pinned_task_is_made(
     tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
-    pinning = threading.Thread(target=engine.pin, args=["a"])
-    pinning.start()
-    assert gate.reached.wait(30)
+    engine, pinning = gate.pinning(tiny)
     answers = engine(images)
     assert pinning.is_alive()
     gate.opened.set()
@@ -456,10 +461,7 @@ def test_a_task_may_be_removed_while_its_variants_are_made(
     tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    engine = Engine(tiny, {"a": masked(tiny, 0)}, tuning=PLAIN)
-    pinning = threading.Thread(target=engine.pin, args=["a"])
-    pinning.start()
-    assert gate.reached.wait(30)
+    engine, pinning = gate.pinning(tiny)
     engine.remove("a")
     gate.opened.set()
     pinning.join(30)

@@ -186,9 +186,7 @@ class _Reader:
         if tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
         values = tensor.float() * _per_channel(scale, tensor)
-        if not torch.equal(
-            channel_scale(values), scale
-        ):  # else the numbers may be infinite, or others when written again
+        if not torch.equal(channel_scale(values), scale):  # they may be infinite, or others when they are written again
             raise ValueError(f"tensor {name} has scales that are not those of its numbers")
         return values
 
