@@ -7,7 +7,7 @@ import torch
 
 from conftest import color_task
 from modelpatch.backbone import Backbone
-from modelpatch.methods import FullFinetune
+from modelpatch.methods import FullFinetune, Head2Toe
 from modelpatch.patch import PatchedModel
 from modelpatch.train.cache import (
     FOLDING,
@@ -45,6 +45,14 @@ def test_many_images_go_through_folded_copies_that_agree_to_rounding(tiny: Backb
         assert torch.equal(direct, run_prefix(model(tiny), images, end))
         assert torch.equal(folded, direct) == (end == 1)  # a convolution alone, and then its normalisation
         assert (folded - direct).abs().max() <= 1e-5 * direct.abs().max()
+
+
+def test_the_inner_segments_that_a_head_reads_are_in_the_prefix_of_many_images_too(
+    tiny: Backbone, store: ImageStore
+) -> None:
+    reader, images = Head2Toe().draft(tiny, 3), store.plain(torch.arange(70))
+    features = make_prefix(tiny, reader, FOLDING)(images, reader.first)
+    assert torch.allclose(reader.run_from(features, reader.first), reader(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", [GENEROUS, 1], ids=["memory", "disk"])
