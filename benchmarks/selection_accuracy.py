@@ -27,7 +27,7 @@ from modelpatch.train import TaskData
 
 TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
 BASELINES = ("linear-probe", "full-finetune")
-RULES = {"select, the paper's rule": Greedy(), "select, the code's rule": Greedy(rule="code", start="better")}
+RULES = {"paper": Greedy(), "code": Greedy(rule="code", start="better")}
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, help="for all tasks; by default each has its own")
     parser.add_argument("--among", help="comma-separated blocks to choose among; by default all")
     parser.add_argument("--max-blocks", type=int, default=4)
+    parser.add_argument("--halving", type=int, default=0, help="train all for a few epochs, the best of so many for more")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--method", default="subset")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
@@ -62,7 +64,8 @@ def main() -> None:
 
 
 def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> list[tuple[Any, ...]]:
-    top1s: dict[str, list[float]] = {method: [] for method in (*BASELINES, *RULES)}
+    rules = {f"select, the {rule}'s rule": RULES[rule] for rule in given.rules}
+    top1s: dict[str, list[float]] = {method: [] for method in (*BASELINES, *rules)}
     blocks: dict[str, list[str]] = {method: [] for method in top1s}
     folder = unpack(name, given.cache)
     among = tuple(given.among.split(",")) if given.among else ()
@@ -72,18 +75,18 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
         settings: dict[str, Any] = {"epochs": given.epochs, "image_size": given.pixels or TASKS[name], "seed": seed}
         if seed == 0 and not among:
             plot_profile(
-                profile(backbone, data, given.method, folds=given.folds, **shared, **settings),
+                profile(backbone, data, given.method, folds=given.folds, halving=given.halving, **shared, **settings),
                 given.out / f"{name}.png",
             )
         for method in BASELINES:
             top1s[method].append(mp.fit(backbone, data, method, **settings).metrics["test_top1"])
-        for rule, greedy in RULES.items():
+        for rule, greedy in rules.items():
             chosen = select(
                 backbone,
                 data,
                 given.method,
-                greedy=replace(greedy, candidates=among),
-                max_blocks=given.max_blocks if greedy.rule == "paper" else None,
+                greedy=replace(greedy, candidates=among, halving=given.halving),
+                max_blocks=given.max_blocks,
                 folds=given.folds,
                 **shared,
                 **settings,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from conftest import Run, write_folder
 from modelpatch.backbone import load_backbone
 from modelpatch.patch import Patch
+from modelpatch.train.fit import Fit
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,38 @@ def test_paint_writes_the_patch_the_table_and_the_picture(run: Run, folder: Path
     assert patch.strength == figures["chosen"]["weights"][0]
     assert "distance to optimal" in result.out
     assert "exists already" in run("paint", folder, *options).err
+
+
+def test_an_interrupted_run_goes_on_without_training_again_what_was_trained(
+    run: Run, folder: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_folder(tmp_path / "hues", ("p", "q", "r"))
+    command = ["paint", folder, other, "--supported", kept, "--steps", 2, "--epochs", 1, "--mode", "parallel", "-o"]
+    out, straight = tmp_path / "p.safetensors", tmp_path / "straight.safetensors"
+    trained: list[str] = []
+    step = Fit._step
+
+    def recorded(self: Fit, *rest: Any) -> None:
+        trained.append(self.data.task.name)
+        if trained[-1] == "hues" and "again" not in trained:
+            raise KeyboardInterrupt
+        step(self, *rest)
+
+    monkeypatch.setattr(Fit, "_step", recorded)
+    stopped = run(*command, out)
+    assert (stopped.code, set(trained)) == (130, {"colors", "hues"})
+    assert "goes on when the same command is given again" in stopped.err
+    refused = run(*command, out, "--batch-size", 7)
+    assert refused.code == 1
+    assert "--restart" in refused.err
+    trained[:] = ["again"]
+    resumed = run(*command, out)
+    assert f"going on with the interrupted run in {out}.training" in resumed.out
+    assert set(trained) == {"again", "hues"}
+    assert not out.with_name(out.name + ".training").exists()
+    run(*command, straight)
+    wanted = Patch.load(straight).tensors
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in Patch.load(out).tensors.items())
 
 
 def test_several_tasks_are_patched_together(run: Run, folder: Path, kept: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, PatchFile, SetOption, Training, parse_pairs
+from modelpatch.cli.options import Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, make_folder, open_console, tell, write_json
 from modelpatch.methods import METHODS, make_method
 from modelpatch.report.tables import inspection_table, show
@@ -38,9 +38,7 @@ def fit(
         ),
     ] = "float32",
     log: Annotated[Path | None, typer.Option(help="A folder for metrics.csv and TensorBoard events.")] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming it.")
-    ] = False,
+    restart: RestartOption = False,
     json: JsonOption = None,
 ) -> None:
     """Train a patch for a task and measure it on the task's test images.

@@ -54,6 +54,7 @@ SetOption = Annotated[
         help="KEY=VALUE, a hyperparameter of the method (lr=0.003), of one of several METHOD.KEY=VALUE; may be repeated.",
     ),
 ]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming it.")]
 SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
 TextOption = Annotated[
     str | None,

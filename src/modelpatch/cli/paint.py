@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -13,6 +14,7 @@ from modelpatch.cli.options import (
     NamesOption,
     Network,
     PatchFile,
+    RestartOption,
     SetOption,
     TemplateOption,
     TextOption,
@@ -76,11 +78,13 @@ def paint(
     validation: Annotated[float, typer.Option(help="Share of training images held out to choose alpha on.")] = 0.2,
     plot: Annotated[Path | None, typer.Option(help="Draw patched against supported accuracy to this picture.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    restart: RestartOption = False,
     json: JsonOption = None,
 ) -> None:
     """Fine-tune, mix the result with the base at many alphas, and choose one on held-out images of both (PAINT).
 
-    The patch keeps the whole change; alpha is its strength and can be turned later without training.
+    The patch keeps the whole change; alpha is its strength and can be turned later without training. An interrupted run
+    goes on when the same command is given again.
     """
     console = open_console(json)
     check_file("--markdown", markdown)
@@ -113,9 +117,18 @@ def paint(
         "exploration": exploration,
         **settings,
     }
-    painting = run_paint(opened, tasks, kept, **common)
+    checkpoint = target.with_name(target.name + ".training")
+    if restart:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    if checkpoint.exists():
+        tell(console, f"going on with the interrupted run in {checkpoint}")
+    try:
+        painting = run_paint(opened, tasks, kept, checkpoint=checkpoint, **common)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the run goes on when the same command is given again") from None
     patch = painting.patch if vocabulary is None else vocabulary.mark(painting.patch)
     patch.save(target)
+    shutil.rmtree(checkpoint)
     show(console, painting_table(painting))
     tell(console, painting_summary(painting))
     if painting.orders:

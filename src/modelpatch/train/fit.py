@@ -231,7 +231,7 @@ class Fit:
         if patch.created.get("run") != self.digest:
             raise CheckpointMismatchError(
                 f"{path} is of a run with another backbone, method, settings or images. Name another "
-                "place, or replace it with --force."
+                "place, or replace it: --force, or --restart for what an interrupted run left."
             )
         return patch
 

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -130,18 +131,20 @@ def paint(
     heads: HeadMaker | None = None,
     progress: bool = False,
     exploration: PaintSettings | None = None,
+    checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> Painting:
     """Patch a backbone on tasks while it goes on supporting others.
 
     `heads` makes a head of class names (see `methods.vocabulary`); without it the vocabulary is closed. `settings` are those
-    of `fit`; `exploration` says how the trade-off is explored. Raises `TrainingError` for settings and `DataError` for tasks
-    that cannot be held out from or share a name.
+    of `fit`; `exploration` says how the trade-off is explored. `checkpoint` names a folder that keeps every fine-tuning, whole
+    or begun, so that an interrupted run goes on; remove it afterwards. Raises `TrainingError` for settings, `DataError` for
+    tasks that cannot be held out from or share a name, and `CheckpointMismatchError` for the folder of another run.
     """
     given = [data] if isinstance(data, TaskData) else list(data)
     kept = [supported] if isinstance(supported, TaskData) else list(supported)
     painter = Painter(
-        backbone, given, kept, method or Paint(), heads, exploration or PaintSettings(), progress, settings
+        backbone, given, kept, method or Paint(), heads, exploration or PaintSettings(), progress, settings, checkpoint
     )
     mode = painter.exploration.mode
     painting = {"joint": painter.joint, "parallel": painter.parallel, "sequential": painter.sequential}[mode]()
@@ -162,6 +165,7 @@ class Painter:
         exploration: PaintSettings,
         progress: bool,
         settings: dict[str, Any],
+        checkpoint: str | Path | None = None,
     ) -> None:
         if not data or not supported:
             raise DataError("PAINT needs a task to patch and one to support.")
@@ -170,6 +174,7 @@ class Painter:
             raise DataError(f"two tasks are named {sorted(twice)[0]!r}. Load one of them with another name.")
         self.backbone, self.method, self.heads, self.exploration = backbone, method, heads, exploration
         self.settings, self.progress = settings, progress
+        self.checkpoint, self.trained = Path(checkpoint) if checkpoint else None, 0
         chosen = check_settings(settings)
         self.seed = chosen.seed
         preprocessing = backbone.preprocessing.with_image_size(chosen.image_size)
@@ -205,17 +210,29 @@ class Painter:
     def fine_tune(
         self, tasks: Sequence[ScoredTask], body: dict[str, Tensor] | None = None, keeper: Keeper | None = None
     ) -> tuple[Patch, list[ScoredTask]]:
-        """A patch of these tasks and the tasks with the heads they have now: the same ones, unless trained along (`naive`)."""
+        """A patch of these tasks and the tasks with the heads they have now: the same ones, unless trained along (`naive`).
+
+        A keeper may hold what it has seen so far, which no checkpoint has: its fine-tuning is trained as a whole.
+        """
         data = join_tasks([task.data for task in tasks])
         head = None if self.exploration.naive else join_heads([task.head for task in tasks])
         method = replace(self.method, start=Start(head=head, body=body or {}, keeper=keeper))
-        patch = fit(self.backbone, data, method, progress=self.progress, **self.settings)
+        patch = fit(self.backbone, data, method, progress=self.progress, **self._place(keeper), **self.settings)
         if not self.exploration.naive:
             return patch, list(tasks)
         trained = patch.head.build()
         trained.load_state_dict({n.removeprefix("head."): t for n, t in patch.tensors.items() if n.startswith("head.")})
         heads = split_head(trained.eval().requires_grad_(False), [len(task.data.classes) for task in tasks])
         return patch, [replace(task, head=one.to(self.backbone.device)) for task, one in zip(tasks, heads, strict=True)]
+
+    def _place(self, keeper: Keeper | None) -> dict[str, Any]:
+        """Where the next fine-tuning is kept, as options of `fit`."""
+        if self.checkpoint is None or keeper is not None:
+            return {}
+        self.trained += 1
+        file = self.checkpoint / f"{self.trained}.safetensors"
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        return {"out": file, "reuse": True, "checkpoint": file.with_suffix(".training")}
 
     def body_of(self, patch: Patch) -> dict[str, Tensor]:
         """The patched weights by the backbone's names."""
