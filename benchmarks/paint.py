@@ -151,7 +151,9 @@ def modes(study: Study) -> tuple[Sequence[str], Rows]:
             cells = row_of(name, replace(painting, chosen=order.point))
             rows.append([cells[0], ", ".join(f"{alpha:g}" for alpha in order.alphas), *cells[2:]])
     for mixing in ("scalar", "search"):
-        rows.append(row_of(f"parallel, {mixing}", study.paint(tasks, kept, mode="parallel", mixing=mixing)))
+        trials = study.arguments.trials
+        painting = study.paint(tasks, kept, mode="parallel", mixing=mixing, trials=trials)
+        rows.append(row_of(f"parallel, {mixing}", painting))
     rows += [row_of(f"specialist {task.task.name}", study.paint([task], kept, rule="drop=100")) for task in tasks]
     return CHOSEN, rows
 
@@ -338,6 +340,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--images", type=int)
     parser.add_argument("--orders", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=40, help="mixtures that the search of parallel patching tries")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

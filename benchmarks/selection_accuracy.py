@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, help="for all tasks; by default each has its own")
     parser.add_argument("--among", help="comma-separated blocks to choose among; by default all")
     parser.add_argument("--max-blocks", type=int, default=4)
-    parser.add_argument("--halving", type=int, default=0, help="train all for a few epochs, the best of so many for more")
+    parser.add_argument(
+        "--halving", type=int, default=0, help="train all for a few epochs, the best of so many for more"
+    )
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--method", default="subset")
     parser.add_argument("--workers", type=int, default=1)
