@@ -237,7 +237,7 @@ async function plan(names, turn) {
     if (turn !== state.turn) return;
     $("share").hidden = true;
     $("saved").textContent = "";
-    $("plan").replaceChildren(element("p", { class: "quiet" }, error.message));
+    $("plan").replaceChildren(element("p", { class: "quiet" }, state.image ? "There is no plan." : error.message)); // the notice says why
   }
 }
 
