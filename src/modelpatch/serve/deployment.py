@@ -68,7 +68,7 @@ def deploy(
         raise MissingExtraError("ray[serve]", "ray", "--ray") from error
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's is 15: whatever else runs here would come before requests
     threads = max(1, (os.cpu_count() or 1) // replicas)
-    own = {"num_cpus": threads * replicas, "include_dashboard": False} if address == LOCAL else {}
+    own: dict[str, Any] = {"num_cpus": threads * replicas, "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises that itself
