@@ -72,7 +72,7 @@ def deploy(
     try:
         ray.init(address=address, logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises that itself
-        raise ServeError(f"there is no Ray at {address!r}: {str(error).splitlines()[0]}") from error
+        raise ServeError(f"there is no Ray at {address!r}: {_first_line(error)}") from error
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
@@ -132,11 +132,17 @@ def _check(url: str, spec: str, arguments: Mapping[str, Any], settings: Settings
 def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bool:
     """Deploy, and wait until all replicas run. False if `stopped` came first. Raises `ServeError`."""
     from ray import serve
-    from ray.exceptions import RayError
+    from ray.exceptions import RayActorError, RayError
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+        for last in (False, False, True):
+            try:
+                serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+                break
+            except RayActorError:  # on a busy machine Ray puts another proxy in the place of one that starts slowly
+                if last:
+                    raise
         target = serve.RunTarget(application.bind(), name=NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         while not stopped.wait(PAUSE):
@@ -146,8 +152,12 @@ def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bo
             if found is not None and found.status == "DEPLOY_FAILED":
                 raise ServeError(f"the replicas cannot start: {found.message}")
     except (RuntimeError, TimeoutError, RayError) as error:
-        raise ServeError(f"Ray Serve cannot run the replicas: {error}") from error
+        raise ServeError(f"Ray Serve cannot run the replicas: {_first_line(error)}") from error
     return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _stop(seconds: float, last: bool) -> None:
