@@ -1,4 +1,4 @@
-# The server of docs/serve.md, on the CPU.   docker build -t modelpatch . && docker run -p 8000:8000 -v ./patches:/patches modelpatch
+# The server of docs/serve.md, on the CPU.   docker build -t modelpatch . && docker run -p 127.0.0.1:8000:8000 -v ./patches:/patches modelpatch
 FROM python:3.11-slim
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 MODELPATCH_BACKBONE=bundled:tiny
 RUN pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class ModelpatchError(Exception):
-    """The root: catch this to catch everything this library raises on purpose."""
+    """The root: catch this to catch everything this library raises on purpose.
+
+    `detail` says what happened; `advice`, which may be empty, what to do at the command line or in Python. The text is both.
+    """
+
+    def __init__(self, detail: str = "", advice: str = "") -> None:
+        super().__init__(f"{detail} {advice}".strip())
+        self.detail, self.advice = detail, advice
 
 
 # backbone ---------------------------------------------------------------------------------------------------

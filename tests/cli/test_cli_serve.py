@@ -29,6 +29,17 @@ def test_mistakes_end_in_one_line(run: Run, tmp_path: Path, options: list[str], 
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("options", [[], ["--ray"]])
+def test_a_store_that_is_not_there_is_a_slip_unless_somebody_may_publish(
+    run: Run, tmp_path: Path, options: list[str]
+) -> None:
+    if options:
+        pytest.importorskip("ray.serve")
+    result = run("serve", tmp_path / "stoer", "-b", "bundled:tiny", "--port", 0, "--no-tune", *options)
+    assert result.code == 1
+    assert f"there is no store at {tmp_path / 'stoer'}" in result.err
+
+
 def test_a_port_that_is_taken_is_named(run: Run, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -45,8 +45,40 @@ def test_ls_and_show_say_what_is_there(run: Run, filled: Path, patches: dict[str
     assert json.loads(run("store", "show", filled, "colors", "--json", "-").out)["tags"] == ["latest"]
 
 
-def test_an_empty_store_says_so(run: Run, tmp_path: Path) -> None:
-    assert run("store", "ls", tmp_path / "none").out == f"no patches in {tmp_path / 'none'}\n"
+def test_an_empty_store_says_how_to_publish(run: Run, tmp_path: Path) -> None:
+    said = run("store", "ls", tmp_path).out
+    assert said == f"no patches in {tmp_path}; `modelpatch store add {tmp_path} NAME FILE` publishes one\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "rest"),
+    [
+        ("ls", []),
+        ("show", ["colors"]),
+        ("get", ["colors", "-o", "out.safetensors"]),
+        ("tag", ["colors", "prod"]),
+        ("rm", ["colors"]),
+        ("verify", []),
+        ("gc", []),
+        ("push", ["other", "colors"]),
+    ],
+)
+@pytest.mark.parametrize("url", ["stoer", "memory://stoer"])
+def test_where_no_store_is_nothing_is_read_or_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, verb: str, rest: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("store", verb, url, *rest)
+    assert (result.code, result.out) == (1, "")
+    assert f"there is no store at {url}. `modelpatch store add {url} NAME FILE` makes one." in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_publishes_first_makes_the_store(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:
+    assert not Store(tmp_path / "new").exists()
+    assert run("store", "add", tmp_path / "new", "colors", patches["linear-probe"]).code == 0
+    assert Store(tmp_path / "new").exists()
+    assert "there is no store" in run("store", "pull", tmp_path / "new", tmp_path / "missing", "colors").err
 
 
 def test_get_writes_the_file_that_was_added(run: Run, filled: Path, patches: dict[str, Path], tmp_path: Path) -> None:

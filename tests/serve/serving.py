@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import signal
 import subprocess
@@ -178,3 +179,12 @@ def alive(pid: int) -> bool:
 
 def close(given: float, expected: float) -> bool:
     return bool(torch.isclose(torch.tensor(given), torch.tensor(expected), atol=2e-5))
+
+
+def told(what: str, **counts: object) -> None:
+    """Say the counts of a long run, and keep them where `MODELPATCH_COUNTS` says."""
+    line = json.dumps({what: counts})
+    print(line)
+    if path := os.environ.get("MODELPATCH_COUNTS"):
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")

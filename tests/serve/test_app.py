@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -216,7 +217,8 @@ def test_a_damaged_copy_is_the_fault_of_its_name_alone(store: Store, image: byte
         store.publish(name, drafts()["flowers"])
         damage(store, name)
     with serving(store) as server, httpx.Client(base_url=server.url) as http:
-        refused(http.post("/v1/predict", files=files(image), data={"tasks": "copy"}), 422)
+        problem = refused(http.post("/v1/predict", files=files(image), data={"tasks": "copy"}), 422)
+        assert (problem["detail"] + problem["advice"]).count("ublish the patch again") == 1
         listed = {patch["name"]: patch for patch in http.get("/v1/patches").json()["patches"]}
         assert listed["copy"]["problem"]["status"] == 422
         assert listed["flowers"]["problem"] is None
@@ -457,3 +459,14 @@ def test_the_page_asks_nobody_else(there: httpx.Client) -> None:
 
 def test_the_stores_place_is_not_told(steady: Serving, there: httpx.Client) -> None:
     assert steady.store.url not in there.get("/v1/patches/nobody").text
+
+
+def test_the_stores_place_is_not_told_where_a_patch_cannot_be_read(store: Store, image: bytes) -> None:
+    version = store.resolve("birds")
+    (file,) = Path(store.url).rglob(f"birds/{version.hash}.safetensors")
+    file.unlink()
+    file.mkdir()  # reading it is an error of the file system's
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        problem = refused(http.post("/v1/predict", files=files(image), data={"tasks": "birds"}), 503)
+        assert "the store" in problem["detail"]
+        assert store.url not in json.dumps(problem)

@@ -42,6 +42,19 @@ def test_the_description_names_every_route(schema: Any) -> None:
     assert found == {(path, method) for path, methods in PATHS.items() for method in methods}
 
 
+def test_the_description_says_which_verbs_need_the_token_and_how_files_are_sent(schema: Any) -> None:
+    description = schema.raw_schema
+    ((name, scheme),) = description["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for item in description["paths"].values():
+        for operation in item.values():
+            admin = "admin" in operation["tags"]
+            assert operation.get("security") == ([{name: []}] if admin else None)
+    form = description["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    for example in form["examples"].values():
+        assert set(form["schema"]["required"]) <= set(example["value"]) <= set(form["schema"]["properties"])
+
+
 @pytest.mark.parametrize(("path", "method"), [(path, method) for path, methods in PATHS.items() for method in methods])
 def test_no_request_crashes_and_answers_are_as_described(
     schema: Any, described: Serving, path: str, method: str

@@ -28,13 +28,13 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(params=["light", "dark", "phone"])
+@pytest.fixture(params=["light", "dark", "phone", "narrow"])
 def page(request: pytest.FixtureRequest, browser: Any, server: Serving) -> Iterator[Any]:
     """The page, which asks only its own server and says nothing wrong on the console."""
-    phone = request.param == "phone"
+    widths = {"phone": 390, "narrow": 320}
     context = browser.new_context(
         color_scheme="dark" if request.param == "dark" else "light",
-        viewport={"width": 390, "height": 844} if phone else {"width": 1280, "height": 1000},
+        viewport={"width": widths.get(request.param, 1280), "height": 900},
     )
     opened = context.new_page()
     wrong: list[str] = []
@@ -47,6 +47,10 @@ def page(request: pytest.FixtureRequest, browser: Any, server: Serving) -> Itera
     if SHOTS:
         opened.screenshot(path=Path(SHOTS) / f"{request.param}.png", full_page=True)
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    for part in (".scroll", "#plan"):
+        assert opened.evaluate(
+            f"(({{scrollWidth, clientWidth}}) => scrollWidth <= clientWidth)(document.querySelector('{part}'))"
+        )
     assert [words for words in wrong if "Failed to load resource" not in words] == []  # what the server refused
     context.close()
 
@@ -71,6 +75,16 @@ def test_one_damaged_patch_leaves_the_others_their_answers(page: Any, server: Se
     page.get_by_label("Ask about a flower").click()
     page.locator(".card.refused", has_text="broken").wait_for()
     assert page.locator(".card:not(.refused)").count() == len(drafts()) + 1
+    page.locator("#plan svg rect").first.wait_for()
+
+
+def test_long_names_fit(page: Any, server: Serving) -> None:
+    server.store.publish(
+        "w" * 64, draft_patch(network(), ScaleBias(), seed=9), tags=["latest", "candidate-of-november"]
+    )
+    page.reload()
+    page.locator("#patches tr").nth(len(drafts()) + 1).wait_for()
+    page.get_by_label("Ask about a flower").click()
     page.locator("#plan svg rect").first.wait_for()
 
 

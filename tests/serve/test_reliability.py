@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, wait_until
+from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, told, wait_until
 
 from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias, Subset
@@ -28,15 +27,6 @@ from modelpatch.patch.file import encode_patch
 from modelpatch.serve import Client, Problem
 
 LONG = os.environ.get("MODELPATCH_LONG") == "1"
-
-
-def told(what: str, **counts: object) -> None:
-    """Say the counts of a long run, and keep them where `MODELPATCH_COUNTS` says."""
-    line = json.dumps({what: counts})
-    print(line)
-    if path := os.environ.get("MODELPATCH_COUNTS"):
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
 
 
 class Traffic:
@@ -265,11 +255,14 @@ def test_stopping_finishes_what_runs_closes_the_port_and_leaves_no_process(ordin
             httpx.get(f"{url}/healthz", timeout=2)
 
 
-def test_workers_do_not_outlive_a_killed_parent(ordinary: Store) -> None:
+def test_nothing_outlives_a_killed_parent(ordinary: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with process(ordinary, "--workers", "2") as (running, _):
         workers = children(running.pid)
+        (counts,) = tmp_path.glob("modelpatch-metrics-*")
         running.kill()
         wait_until(lambda: not any(map(alive, workers)), 20)
+        assert not counts.exists()
 
 
 def test_gauges_forget_a_worker_that_was_killed(ordinary: Store) -> None:

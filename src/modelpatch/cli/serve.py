@@ -77,7 +77,7 @@ def serve(
             store,
             backbone,
             parse_arguments(argument),
-            device,
+            str(place),
             settings,
             replicas=replicas,
             tune=tune,

@@ -20,11 +20,21 @@ store = typer.Typer(
     no_args_is_help=True,
 )
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as s3://bucket/patches.")]
-OtherArgument = Annotated[str, typer.Argument(metavar="OTHER", help="Another store.")]
+NewStoreArgument = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="A folder, or a URL such as s3://bucket/patches; made if nothing is there."),
+]
+TargetArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy to; made if nothing is there.")]
+SourceArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy from.")]
 ReferenceArgument = Annotated[
     str, typer.Argument(metavar="REFERENCE", help="NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more.")
 ]
-ReferencesArgument = Annotated[list[str], typer.Argument(metavar="REFERENCE...", help="NAME, NAME@TAG or NAME@HASH.")]
+ReferencesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="REFERENCE...", help="What to copy: NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more."
+    ),
+]
 
 
 @store.command("ls")
@@ -36,23 +46,23 @@ def list_versions(
     """List all versions, or those of one name, the oldest first."""
     console = open_console(json)
     check_file("--json", json)
-    opened = Store(store)
+    opened = open_store(store)
     versions = opened.list() if name is None else opened.versions(name)
     if versions:
         show(console, versions_table(versions))
     else:
-        tell(console, f"no patches in {opened.url}")
+        tell(console, f"no patches in {opened.url}; `modelpatch store add {store} NAME FILE` publishes one")
     write_json(json, [version.as_dict() for version in versions])
 
 
 @store.command("add")
 def add(
-    store: StoreArgument,
+    store: NewStoreArgument,
     name: Annotated[str, typer.Argument(help="The patch's name: a-z, 0-9, '.', '_' and '-'.")],
     patch: Annotated[Path, typer.Argument(help="The patch file.")],
     tag: Annotated[list[str] | None, typer.Option(help="A tag for it, by default latest; may be repeated.")] = None,
 ) -> None:
-    """Check a patch file and publish it."""
+    """Check a patch file and publish it; the first one makes the store."""
     version = Store(store).publish(name, patch, tags=tag or ("latest",))
     tell(open_console(), f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
@@ -62,7 +72,7 @@ def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonO
     """Say everything about one version."""
     console = open_console(json)
     check_file("--json", json)
-    version = Store(store).resolve(reference)
+    version = open_store(store).resolve(reference)
     show(console, version_table(version))
     write_json(json, version.as_dict())
 
@@ -77,7 +87,7 @@ def get(
     """Write a version's patch file, checked, to a place of its own."""
     check_file("--out", out)
     check_free("--out", [out], force)
-    opened = Store(store)
+    opened = open_store(store)
     version = opened.resolve(reference)
     opened.load(version)
     write_bytes(out, opened.read(version))
@@ -92,7 +102,7 @@ def set_tag(
     delete: Annotated[bool, typer.Option("--delete", help="Remove the tag: NAME@TAG --delete.")] = False,
 ) -> None:
     """Let a tag name a version, wherever it pointed before; or remove a tag."""
-    opened = Store(store)
+    opened = open_store(store)
     if delete == (tag is not None):
         raise ModelpatchError("give either REFERENCE TAG, to set the tag, or NAME@TAG --delete, to remove it.")
     name, _, old = reference.partition("@")
@@ -110,7 +120,7 @@ def remove(
     force: Annotated[bool, typer.Option("--force", help="Also if tags name it; they go too.")] = False,
 ) -> None:
     """Remove one version."""
-    tell(open_console(), f"removed {Store(store).remove(reference, force=force)}")
+    tell(open_console(), f"removed {open_store(store).remove(reference, force=force)}")
 
 
 @store.command("verify")
@@ -118,7 +128,7 @@ def verify(store: StoreArgument, json: JsonOption = None) -> None:
     """Read every byte of a store and say what is wrong. Exit status 1 if anything is."""
     console = open_console(json)
     check_file("--json", json)
-    opened = Store(store)
+    opened = open_store(store)
     versions = opened.list()
     names = len({version.name for version in versions})
     with Progress("verify") as bar, bar.task(opened.url, names) as advance:
@@ -137,7 +147,7 @@ def collect(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
     """Remove every version that no tag names."""
-    removed = Store(store).collect(dry_run=dry_run)
+    removed = open_store(store).collect(dry_run=dry_run)
     console = open_console()
     for version in removed:
         tell(console, str(version))
@@ -146,15 +156,26 @@ def collect(
 
 
 @store.command("push")
-def push(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
-    """Copy versions from STORE to OTHER, with the tags that name them here."""
-    _copy(Store(store), Store(other), references)
+def push(store: StoreArgument, other: TargetArgument, references: ReferencesArgument) -> None:
+    """Copy versions from STORE to OTHER, each with the tag that it is asked for by: flowers@prod is flowers@prod there too.
+
+    NAME alone stands for NAME@latest. A version that is asked for by its hash arrives without a tag; `store tag` gives it one.
+    """
+    _copy(open_store(store), Store(other), references)
 
 
 @store.command("pull")
-def pull(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
-    """Copy versions to STORE from OTHER, with the tags that name them there."""
-    _copy(Store(other), Store(store), references)
+def pull(store: NewStoreArgument, other: SourceArgument, references: ReferencesArgument) -> None:
+    """Copy versions to STORE from OTHER: `push` the other way round, with the same tags."""
+    _copy(open_store(other), Store(store), references)
+
+
+def open_store(url: str) -> Store:
+    """A store to read from. Raises `StoreError` where nothing is, which is more often a slip than an empty store."""
+    opened = Store(url)
+    if not opened.exists():
+        raise StoreError(f"there is no store at {url}.", f"`modelpatch store add {url} NAME FILE` makes one.")
+    return opened
 
 
 def _copy(source: Store, target: Store, references: list[str]) -> None:

@@ -226,18 +226,19 @@ def _span(entry: dict[str, Any]) -> tuple[int, int]:
 
 def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) -> None:
     digest = described.get("sha256")
-    problem = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch). Fetch it again."
+    said = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch)."
+    problem = DamagedPatchError(said, "Fetch it again.")
     try:
         intact = isinstance(digest, str) and len(digest) == 64 and canonical(described) == text
     except (ValueError, RecursionError):  # infinite numbers, or nested deeper than can be written
         intact = False
     at = _hash_position(data, digest) if intact else -1
     if at < 0:
-        raise DamagedPatchError(problem)
+        raise problem
     blank = bytearray(data)
     blank[at : at + 64] = ZEROS.encode()
     if hashlib.sha256(blank).hexdigest() != digest:
-        raise DamagedPatchError(problem)
+        raise problem
 
 
 def _hash_position(data: bytes | bytearray, digest: Any) -> int:

@@ -222,7 +222,8 @@ class Patch:
         hit = sum(segment.index in touched for segment in differing)
         raise WrongBackboneError(
             f"{described}; {backbone.spec} differs in {len(differing)} of {len(backbone.chain)} segments, {hit} of them "
-            f"patched, first {differing[0].name!r}. Load the backbone with the weights the patch was made for."
+            f"patched, first {differing[0].name!r}.",
+            "Load the backbone with the weights the patch was made for.",
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

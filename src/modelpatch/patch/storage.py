@@ -54,6 +54,10 @@ class Storage(ABC):
         """Whether there is such a file."""
 
     @abstractmethod
+    def is_there(self) -> bool:
+        """Whether the place itself is there: a folder, even an empty one; in an object store anything below the prefix."""
+
+    @abstractmethod
     def names(self, folder: str) -> set[str]:
         """The names of the files and folders in a folder; none where there is no such folder."""
 
@@ -123,6 +127,10 @@ class Folder(Storage):
     def exists(self, path: str) -> bool:
         return self._inside(path).is_file()
 
+    def is_there(self) -> bool:
+        with self._errors("find", ""):
+            return self.root.is_dir()
+
     def names(self, folder: str) -> set[str]:
         with self._errors("list", folder):
             try:
@@ -187,6 +195,11 @@ class Objects(Storage):
         with self._errors("find", path):
             self.system.invalidate_cache()
             return bool(self.system.isfile(self._place(path)))
+
+    def is_there(self) -> bool:
+        with self._errors("find", ""):
+            self.system.invalidate_cache()
+            return bool(self.system.exists(self.root))
 
     def names(self, folder: str) -> set[str]:
         with self._errors("list", folder):

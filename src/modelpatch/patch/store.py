@@ -39,6 +39,7 @@ from modelpatch.patch.version import HASH, LATEST, PREFIX, Version, check_name, 
 TRIES, PAUSE = 10, 0.01  # the pause, in seconds, grows with every try
 LEFTOVER = 3600.0  # seconds after which a file without a record was left by a writer that died
 NEAR = 2000  # names that are compared with an unknown one
+PUBLISH = "Publish the patch again."
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Store:
     def url(self) -> str:
         """Where the store is."""
         return self._storage.url
+
+    def exists(self) -> bool:
+        """Whether anything is there. Nothing needs to be: what publishes first makes the store."""
+        return self._storage.is_there()
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,7 @@ class Store:
         with self._index.changing(version.name):
             if version.tags and not force:
                 named = ", ".join(version.tags)
-                raise TaggedVersionError(f"{version} is tagged {named}. Remove the tag first, or force the removal.")
+                raise TaggedVersionError(f"{version} is tagged {named}.", "Remove the tag first, or force the removal.")
             for tag in version.tags:
                 self._records.delete(version.name, tag + TAG)
             if not self._drop(version):
@@ -184,7 +189,7 @@ class Store:
                     raise self._unknown_version(name, rest) from None
                 time.sleep(PAUSE * attempt)  # the tag has moved on, or somebody is putting the version back
         what = f"{name}@{rest} names the version {hash[:12]}, which is not there"
-        raise DamagedPatchError(f"{what}. Publish it again, or move the tag.")
+        raise DamagedPatchError(f"{what}.", "Publish it again, or move the tag.")
 
     def read(self, version: Version | str) -> bytes:
         """The bytes of a version's patch file. Raises `DamagedPatchError` unless they are the ones that were published."""
@@ -241,10 +246,10 @@ class Store:
                     raise self._unknown_version(version.name, version.hash) from None
                 time.sleep(PAUSE * attempt)
         else:
-            raise DamagedPatchError(f"the file of {version} is missing. Publish the patch again.")
+            raise DamagedPatchError(f"the file of {version} is missing.", PUBLISH)
         if hashlib.sha256(data).hexdigest() != version.hash:
             raise DamagedPatchError(
-                f"the file of {version} is damaged: its bytes are not those that were published. Publish the patch again."
+                f"the file of {version} is damaged: its bytes are not those that were published.", PUBLISH
             )
         return version, data
 
@@ -353,8 +358,10 @@ class Store:
     def _unknown_name(self, name: str) -> UnknownPatchError:
         alike = sorted(other for other in self._records.names() if other[0] == name[0])[:NEAR]
         near = [other for other in difflib.get_close_matches(name, alike) if other != name]
-        advice = f"Did you mean {' or '.join(near)}?" if near else "See `modelpatch store ls`."
-        return UnknownPatchError(f"there is no patch {name!r} in {self.url}. {advice}")
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        return UnknownPatchError(
+            f"there is no patch {name!r} in {self.url}.{guess}", "" if near else "See `modelpatch store ls`."
+        )
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -66,6 +67,11 @@ PREDICT_BODY = {
                 },
             },
             "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
+            "examples": {
+                "every patch": {"value": {"images": ["@photo.jpg"]}},
+                "two patches": {"value": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5}},
+                "one patch an image": {"value": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]}},
+            },
         },
     },
 }
@@ -107,8 +113,9 @@ def service_of(request: Request) -> Service:
     return service
 
 
+TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
 public = APIRouter()
-admin = APIRouter(dependencies=[Depends(check_token)], tags=["admin"])
+admin = APIRouter(dependencies=[Depends(check_token), Depends(TOKEN)], tags=["admin"])
 
 
 # answers ----------------------------------------------------------------------------------------------------

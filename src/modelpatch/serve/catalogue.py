@@ -50,6 +50,15 @@ class Catalogue:
         """All versions of one name. Raises `Problem`, 404 where there are none."""
         return await self._ask(f"{name}@*", lambda: self.store.versions(name), patch=name)
 
+    def read(self, version: Version) -> bytes:
+        """The bytes of a version, from any thread. Raises `FileNotFoundError` if it is gone, else `Problem`."""
+        try:
+            return self.store.read(version)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise self._problem(error) from error
+
     async def change(self, work: Callable[[], T], **facts: Any) -> T:
         """Write to the store, and forget what was remembered. Raises `Problem`."""
         try:

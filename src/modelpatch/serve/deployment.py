@@ -3,21 +3,37 @@
 A request's header `serve_multiplexed_model_id` names its patch, and Ray sends it where that patch was answered before. Only
 that hint is Ray's: loading, the budget, single flight and what happens to a patch that fails stay with each replica's shelf,
 so a failing load takes nothing from its neighbours. A hint that Ray forgets costs nothing either.
+
+    this process: check, start Ray, deploy ── waits for SIGTERM ── delete the application, so that replicas finish
+                                                                   what runs; end Serve; end Ray, if it is ours
+
+Every call of Ray's may wait for processes that are gone, so the end of all this has a limit of time.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from modelpatch.backbone import load_backbone
 from modelpatch.errors import MissingExtraError, ServeError
 from modelpatch.patch.store import Store
+from modelpatch.serve.run import DRAIN, check_store
 from modelpatch.serve.settings import Settings
+from modelpatch.serve.supervisor import bind, rehearse
 
 NAME = "modelpatch"
+LOCAL = "local"  # Ray's word for a Ray of this machine that ends with this process
 HINTS = 1000  # patches a replica may be known for
+HEARTBEAT = 1.0  # seconds between two looks whether a replica lives
+PAUSE = 0.5  # seconds between two looks whether all replicas have started
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def deploy(
@@ -35,35 +51,47 @@ def deploy(
 ) -> None:
     """Run replicas until SIGTERM or Ctrl-C, on the Ray cluster that `RAY_ADDRESS` names or on one of this machine.
 
-    Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start.
+    Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start, and whatever is wrong with the store or
+    the backbone before anything is started.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray[serve]", "ray", "--ray")
+    rehearse(lambda: _check(url, spec, arguments, settings))  # before Ray is imported, which starts threads
+    address = os.environ.get("RAY_ADDRESS", LOCAL)
+    if address == LOCAL:
+        with bind(host, port) as free:
+            port = free.getsockname()[1]
     try:
-        from ray import serve
+        import ray
+        from ray import serve  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("ray[serve]", "ray", "--ray") from error
-    Store(url).list()
-    stopped = threading.Event()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's is 15: whatever else runs here would come before requests
+    threads = max(1, (os.cpu_count() or 1) // replicas)
+    own: dict[str, Any] = {"num_cpus": threads * replicas, "include_dashboard": False} if address == LOCAL else {}
     try:
-        serve.start(http_options={"host": host, "port": port})
-        application = replica(url, spec, arguments, device, settings, tune)
-        serve.run(
-            application.options(
-                name=NAME,
-                num_replicas=replicas,
-                max_ongoing_requests=settings.requests,
-                graceful_shutdown_timeout_s=settings.deadline,
-            ).bind(),
+        ray.init(address=address, logging_level=logging.WARNING, **own)
+    except Exception as error:  # Ray raises that itself
+        raise ServeError(f"there is no Ray at {address!r}: {_first_line(error)}") from error
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        resources = {"num_cpus": threads if own else 1, "num_gpus": int(device.startswith("cuda"))}
+        application = replica(url, spec, arguments, device.partition(":")[0], settings, tune).options(
             name=NAME,
-            route_prefix="/",
+            num_replicas=replicas,
+            ray_actor_options=resources,
+            max_ongoing_requests=settings.requests,
+            graceful_shutdown_timeout_s=settings.deadline,
+            health_check_period_s=HEARTBEAT,
+            logging_config=QUIET,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
-        say(f"http://{host}:{port} ({replicas} replicas)")
-        stopped.wait()
-    except RuntimeError as error:
-        raise ServeError(f"Ray Serve cannot run the replicas: {error}") from error
+        if _run(application, host, port, stopped):
+            say(f"http://{host}:{port} ({replicas} replicas)")
+            stopped.wait()
     finally:
-        serve.shutdown()
+        _stop(settings.deadline + 2 * DRAIN, last=bool(own))
 
 
 def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, settings: Settings, tune: bool) -> Any:
@@ -71,7 +99,6 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
     from ray import serve
 
     def build() -> Any:
-        from modelpatch.backbone import load_backbone
         from modelpatch.engine import measure
         from modelpatch.serve.app import create_app
         from modelpatch.serve.service import Service
@@ -94,3 +121,69 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         return app
 
     return serve.deployment(serve.ingress(build)())
+
+
+def _check(url: str, spec: str, arguments: Mapping[str, Any], settings: Settings) -> None:
+    """Raises what a replica would raise, which Ray would start again and again."""
+    check_store(url, settings)
+    load_backbone(spec, **arguments)
+
+
+def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bool:
+    """Deploy, and wait until all replicas run. False if `stopped` came first. Raises `ServeError`."""
+    from ray import serve
+    from ray.exceptions import RayActorError, RayError
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        for last in (False, False, True):
+            try:
+                serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+                break
+            except RayActorError:  # on a busy machine Ray puts another proxy in the place of one that starts slowly
+                if last:
+                    raise
+        target = serve.RunTarget(application.bind(), name=NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        while not stopped.wait(PAUSE):
+            found = serve.status().applications.get(NAME)
+            if found is not None and found.status == "RUNNING":
+                return True
+            if found is not None and found.status == "DEPLOY_FAILED":
+                raise ServeError(f"the replicas cannot start: {found.message}")
+    except (RuntimeError, TimeoutError, RayError) as error:
+        raise ServeError(f"Ray Serve cannot run the replicas: {_first_line(error)}") from error
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _stop(seconds: float, last: bool) -> None:
+    """End what was started: let replicas finish what runs, then end Ray if it is ours (`last`), else Serve if nobody uses it.
+
+    If that takes longer than `seconds`, this process ends on the spot, and a Ray of its own with it.
+    """
+    worker = threading.Thread(target=_leave, args=(last,), daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if worker.is_alive():
+        left = "it is ended as it is" if last else f"see `serve status` for what is left of {NAME}"
+        if error := sys.exception():  # why it was to stop
+            print(error, file=sys.stderr)
+        print(f"Ray did not stop within {seconds:g} seconds; {left}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _leave(last: bool) -> None:
+    import ray
+    from ray import serve
+
+    try:
+        serve.delete(NAME)
+        if not last and not serve.status().applications:
+            serve.shutdown()
+    except Exception as error:
+        print(f"Ray Serve did not stop in order: {error}", file=sys.stderr, flush=True)
+    ray.shutdown()

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelpatch.errors import (
+    DamagedPatchError,
     DataError,
     InvalidReferenceError,
     MissingExtraError,
     ModelpatchError,
+    NotAPatchError,
     PatchError,
+    PatchLengthError,
     ServeError,
     StoreError,
     TaggedVersionError,
@@ -24,8 +27,8 @@ TITLES = {
     "no-token": (401, "An admin verb needs the server's token"),
     "wrong-token": (403, "That is not the server's token"),
     "admin-off": (403, "Admin verbs are off"),
-    "unknown-patch": (404, "There is no such patch"),
     "not-found": (404, "There is nothing here"),
+    "unknown-patch": (404, "There is no such patch"),
     "not-allowed": (405, "That verb does not apply here"),
     "too-slow": (408, "The request came too slowly"),
     "wrong-backbone": (409, "The patch belongs to another backbone"),
@@ -55,8 +58,8 @@ class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
     def __init__(
         self, kind: str, detail: str, advice: str = "", *, retry_after: float | None = None, **facts: Any
     ) -> None:
-        super().__init__(f"{detail} {advice}".strip())
-        self.kind, self.detail, self.advice, self.retry_after, self.facts = kind, detail, advice, retry_after, facts
+        super().__init__(detail, advice)
+        self.kind, self.retry_after, self.facts = kind, retry_after, facts
 
     @property
     def status(self) -> int:
@@ -93,15 +96,18 @@ def problem_of(error: BaseException, **facts: Any) -> Problem:
     if isinstance(error, Problem):
         return error
     said = str(error)
+    detail = error.detail if isinstance(error, ModelpatchError) else said  # where HTTP has another advice
     match error:
         case UnknownPatchError():
-            return Problem("unknown-patch", said, "GET /v1/patches lists those there are.", **facts)
+            return Problem("unknown-patch", detail, "GET /v1/patches lists those there are.", **facts)
         case WrongBackboneError():
-            return Problem("wrong-backbone", said, "GET /v1/plan names the server's backbone.", **facts)
+            return Problem("wrong-backbone", detail, "GET /v1/plan names the server's backbone.", **facts)
+        case DamagedPatchError() | PatchLengthError() | NotAPatchError():
+            return Problem("damaged-patch", detail, "Publish the patch again from its source.", **facts)
         case PatchError():
-            return Problem("damaged-patch", said, "Publish the patch again from its source.", **facts)
+            return Problem("damaged-patch", said, **facts)
         case TaggedVersionError():
-            return Problem("tagged", said, "Move the tag, or remove with force=true.", **facts)
+            return Problem("tagged", detail, "Move the tag, or remove with force=true.", **facts)
         case InvalidReferenceError():
             return Problem("invalid-request", said, **facts)
         case StoreError():

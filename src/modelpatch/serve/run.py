@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import torch
 from modelpatch.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import measure
-from modelpatch.errors import MissingExtraError
+from modelpatch.errors import MissingExtraError, ServeError
 from modelpatch.patch.store import Store
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import Supervisor, bind, rehearse
@@ -36,6 +37,17 @@ def check_libraries() -> None:
     ):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(library, "serve", "serving")
+
+
+def check_store(url: str, settings: Settings) -> None:
+    """Raises `StoreError` where the store cannot be listed, `ServeError` where there is none and no token to publish with."""
+    store = Store(url)
+    if settings.token is None and not store.exists():
+        raise ServeError(
+            f"there is no store at {url}, and without a token nobody can publish to it here.",
+            f"`modelpatch store add {url} NAME FILE` makes one.",
+        )
+    store.list()
 
 
 def serve_forever(
@@ -61,7 +73,7 @@ def serve_forever(
 
     def try_all() -> Tuning:
         torch.set_num_threads(threads)
-        Store(url).list()
+        check_store(url, settings)
         return measure(backbone.to(device)) if tune else Tuning()
 
     tuning = rehearse(try_all)
@@ -77,9 +89,15 @@ def serve_forever(
         import modelpatch.serve.protocol  # noqa: F401
         from modelpatch.serve.metrics import forget
 
+        parent = os.getpid()
+
         def work(opened: socket.socket) -> None:
             torch.set_num_threads(threads)
-            run_worker(url, backbone.to(device), settings, tuning, opened)
+            try:
+                run_worker(url, backbone.to(device), settings, tuning, opened)
+            finally:
+                if os.getppid() != parent:  # it was killed, so nobody else clears up
+                    shutil.rmtree(folder, ignore_errors=True)
 
         Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()
 

@@ -44,7 +44,7 @@ class Service:
     async def start(self) -> None:
         """Read the store once and run the engine once, so that the first request finds everything warm."""
         self.catalogue = Catalogue(self.store, self.settings.refresh)
-        self.shelf = Shelf(self.engine, self.store.read, self.settings, self.metrics)
+        self.shelf = Shelf(self.engine, self.catalogue.read, self.settings, self.metrics)
         self.batcher = Batcher(self.engine, self.settings, self.metrics)
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="modelpatch-decode")
         image = sample(self.backbone.input_size, self.backbone.device)[:1]

@@ -124,11 +124,17 @@ class Supervisor:
         try:
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             os.close(self._held)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-                signal.signal(number, signal.SIG_DFL)
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # the server takes them; before and after it they end the worker
+                signal.signal(number, lambda *_: sys.exit())
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             threading.Thread(target=self._watch, daemon=True).start()
             self.serve(self.listening)
+            status = 0
+        except SystemExit:
             status = 0
         except BaseException as error:
             print(f"worker {os.getpid()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -237,14 +237,22 @@ async function plan(names, turn) {
     if (turn !== state.turn) return;
     $("share").hidden = true;
     $("saved").textContent = "";
-    $("plan").replaceChildren(element("p", { class: "quiet" }, error.message));
+    $("plan").replaceChildren(element("p", { class: "quiet" }, state.image ? "There is no plan." : error.message)); // the notice says why
   }
+}
+
+// How wide a text of the plan is, in pixels.
+const pen = document.createElement("canvas").getContext("2d");
+function span(text) {
+  pen.font = "12px system-ui, sans-serif"; // as in page.css
+  return pen.measureText(text).width;
 }
 
 // Streams from left to right, as long as their work; a lane for every stream that ends.
 function draw(body) {
   const wide = Math.max($("plan").clientWidth, 280);
-  const lane = 36, left = 4, right = Math.min(240, wide / 3);
+  const lane = 36, left = 4, gap = 16;
+  const right = gap + Math.min(Math.max(...labels(body.tree).map(span)), 0.4 * wide);
   const scale = (wide - left - right) / Math.max(...body.tree.map(longest), 1);
   const shapes = [];
   let lanes = 0;
@@ -256,7 +264,7 @@ function draw(body) {
     if (node.tasks.length || !below.length) {
       y = lanes++ * lane + 24;
       shapes.push(["line", { class: "end", x1: left + end * scale + 4, x2: wide - right + 6, y1: y, y2: y }]);
-      shapes.push(["text", { x: wide - right + 12, y: y + 4 }, shorten(node.tasks.join(", "), Math.floor(right / 6.6))]);
+      shapes.push(["text", { x: wide - right + 12, y: y + 4 }, fit(node.tasks.join(", "), right - gap)]);
     }
     const x = left + end * scale;
     for (const other of below) shapes.unshift(["path", { class: "way", d: `M${x} ${y}L${x} ${other}` }]);
@@ -287,6 +295,8 @@ function draw(body) {
 
 const longest = (node) => node.flops + Math.max(0, ...node.children.map(longest));
 const shorten = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const fit = (text, room) => (span(text) <= room ? text : fit(`${text.replace(/…$/, "").slice(0, -1)}…`, room));
+const labels = (nodes) => nodes.flatMap((node) => [node.tasks.join(", "), ...labels(node.children)]);
 const outline = (nodes) => nodes.map((node) => [node.name, node.tasks.length ? `answers ${node.tasks.join(", ")}` : "", node.children.length ? `(${outline(node.children)})` : ""].filter(Boolean).join(" ")).join("; ");
 
 // the beginning ------------------------------------------------------------------------------------------------
