@@ -56,7 +56,7 @@ def test_extract_measures_every_codec_and_writes_the_named_one(
     assert result.code == 0, result.err
     assert all(codec in result.out for codec in DELTA_CODECS)
     rows = json.loads((tmp_path / "x.json").read_text())["codecs"]
-    assert [row["codec"] for row in rows] == [*DELTA_CODECS, "sign, calibrated"]
+    assert [row["codec"] for row in rows] == [*DELTA_CODECS, "sign, calibrated", "two-bit, calibrated"]
     patch = Patch.load(out)
     assert patch.method.hyperparameters == {"codec": "sign", "calibration": 3}
     assert out.stat().st_size == next(row["file_bytes"] for row in rows if row["codec"] == "sign, calibrated")

@@ -13,7 +13,7 @@ from patch_parser import CORPUS, split
 from conftest import draft_patch, make_tiny
 from modelpatch import methods
 from modelpatch.patch import HeadRecord, Patch
-from modelpatch.patch.codec import snap_signs
+from modelpatch.patch.codec import snap_signs, snap_sizes
 from modelpatch.patch.file import encode_patch
 
 
@@ -48,6 +48,7 @@ def make_patches() -> dict[str, Patch]:
         ),
         "sparse": with_tensors(**{"delta/stage2.1.conv2.weight": change * (change > 1.5)}),
         "signs": with_tensors(**{"delta/stage2.1.conv2.weight": snap_signs(change)}),
+        "sizes": with_tensors(**{"delta/stage2.1.conv2.weight": snap_sizes(change)}),
         "low-rank": with_tensors(**low),
         "selected": replace(
             probe,

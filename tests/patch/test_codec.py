@@ -18,7 +18,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods import Piggyback, Subset
 from modelpatch.patch import Patch, entropy
-from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, unpack
+from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, snap_sizes, unpack
 from modelpatch.patch.file import decode_patch, encode_patch
 
 
@@ -132,8 +132,46 @@ def test_only_differences_of_one_size_a_channel_are_stored_as_signs() -> None:
     snapped = snap_signs(torch.randn(3, 4))
     other = snapped.clone()
     other[1, 2] *= 1.5
-    codecs = pack({"delta/a": snapped, "replace/b": snapped, "delta/c": other, "delta/d": snapped[:, 0]})[1]
-    assert codecs == {"delta/a": "signs:3x4", "replace/b": "float32", "delta/c": "float32", "delta/d": "float32"}
+    third = other.clone()
+    third[1, 3] *= 2
+    changes = {
+        "delta/a": snapped,
+        "delta/c": third,
+        "delta/d": snapped[:, 0],
+        "delta/e": other,
+        "delta/f": other[:, 1:3],
+    }
+    assert pack({**changes, "replace/b": snapped})[1] == {
+        "delta/a": "signs:3x4",
+        "replace/b": "float32",
+        "delta/c": "float32",
+        "delta/d": "float32",
+        "delta/e": "sizes:3x4",
+        "delta/f": "float32",  # two numbers always have two sizes
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 1000), st.integers(1, 6), st.integers(4, 40), st.booleans())
+def test_two_sizes_a_channel_come_back_in_two_bits_a_number(
+    seed: int, channels: int, numbers: int, empty: bool
+) -> None:
+    delta = torch.randn(channels, numbers, generator=torch.Generator().manual_seed(seed))
+    if empty and channels > 1:
+        delta[seed % channels] = 0
+    snapped = snap_sizes(delta)
+    stored, codecs = pack({"delta/w": snapped})
+    back = unpack(stored, codecs)["delta/w"]
+    assert codecs["delta/w"] == f"sizes:{channels}x{numbers}"
+    assert torch.equal(back.view(torch.int32), snapped.view(torch.int32))
+    assert stored["delta/w"].nbytes == 2 * -(-channels * numbers // 8)
+    assert (snapped - delta).square().sum() <= (snap_signs(delta) - delta).square().sum()
+
+
+def test_the_two_sizes_of_a_normal_distribution_are_those_of_its_best_quantiser() -> None:
+    normal = torch.distributions.Normal(0, 1).icdf(torch.linspace(0, 1, 40_003)[1:-1])
+    low, high = snap_sizes(normal.view(1, -1)).abs().unique().tolist()
+    assert (low, high) == (pytest.approx(0.4528, abs=2e-3), pytest.approx(1.510, abs=2e-3))  # Max (1960), table I
 
 
 @pytest.mark.parametrize(
@@ -149,6 +187,23 @@ def test_only_differences_of_one_size_a_channel_are_stored_as_signs() -> None:
 )
 def test_signs_that_do_not_fit_are_refused(codec: str, change: dict[str, Tensor], problem: str) -> None:
     stored, _ = pack({"delta/a": snap_signs(torch.randn(3, 4))})
+    with pytest.raises(ValueError, match=problem):
+        unpack({**stored, **change}, {"delta/a": codec})
+
+
+@pytest.mark.parametrize(
+    ("codec", "change", "problem"),
+    [
+        ("sizes:3x4", {"scale/delta/a": torch.ones(3)}, "has scales"),
+        ("sizes:3x4", {"scale/delta/a": torch.tensor([[2.0, 1.0]] * 3)}, "in order"),
+        ("sizes:3x4", {"scale/delta/a": torch.tensor([[-1.0, 1.0]] * 3)}, "below 0"),
+        ("signs:3x4", {}, "does not hold"),
+        ("sizes:12", {}, "no channels"),
+        ("entropy-sizes:3x4", {}, "no codec"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(codec: str, change: dict[str, Tensor], problem: str) -> None:
+    stored, _ = pack({"delta/a": snap_sizes(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))})
     with pytest.raises(ValueError, match=problem):
         unpack({**stored, **change}, {"delta/a": codec})
 

@@ -100,7 +100,7 @@ def test_smaller_codecs_are_nearer_to_the_checkpoint_than_the_base_is(tiny: Back
     nothing = sum(float((base[n] - t).square().sum()) for n, t in module.state_dict().items() if "conv" in n)
     assert errors["exact"] == 0
     assert errors["float16"] < errors["bfloat16"] < errors["int8"] * 10
-    assert errors["int8"] < errors["sign"] < nothing
+    assert errors["int8"] < errors["two-bit"] < errors["sign"] < nothing
     assert errors["low-rank"] < nothing
 
 
@@ -109,7 +109,7 @@ def test_files_shrink_with_the_codec() -> None:
     state = finetuned(base).state_dict()
     sizes = {codec: extract(base, state, codec=codec).inspect().tensor_bytes for codec in DELTA_CODECS}
     assert sizes["float16"] == sizes["bfloat16"] == sizes["exact"] / 2
-    assert sizes["sign"] < sizes["int8"] < sizes["float16"]
+    assert sizes["sign"] < sizes["two-bit"] < sizes["int8"] < sizes["float16"]
 
 
 def test_the_factors_are_the_nearest_of_their_rank() -> None:

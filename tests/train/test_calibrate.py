@@ -23,7 +23,8 @@ def batches(epoch: int) -> Iterator[Tensor]:
     return (IMAGES[rows] for rows in order.split(16))
 
 
-def test_calibrated_scales_answer_more_like_the_checkpoint(tiny: Backbone) -> None:
+@pytest.mark.parametrize("codec", ["sign", "two-bit"])
+def test_calibrated_sizes_answer_more_like_the_checkpoint(tiny: Backbone, codec: str) -> None:
     torch.manual_seed(1)
     module = TinyNet(4)
     state = {
@@ -31,7 +32,7 @@ def test_calibrated_scales_answer_more_like_the_checkpoint(tiny: Backbone) -> No
     }
     state = {n: t.abs() if "running_var" in n else t for n, t in state.items() if not n.startswith("fc.")}
     state |= {n: t for n, t in module.state_dict().items() if n.startswith("fc.")}
-    patch, exact = (extract(tiny, state, codec=codec) for codec in ("sign", "exact"))
+    patch, exact = (extract(tiny, state, codec=one) for one in (codec, "exact"))
     teacher = tiny.patched(exact)
     better = calibrate(tiny, patch, teacher, batches, steps=60)
     held = IMAGES[48:]

@@ -22,7 +22,7 @@ from modelpatch.errors import ModelpatchError
 from modelpatch.patch import DELTA_CODECS
 from modelpatch.patch import extract as run_extract
 from modelpatch.patch.checkpoint import read_checkpoint
-from modelpatch.report.codecs import CALIBRATED, codec_figures, codec_table, compare_codecs
+from modelpatch.report.codecs import CALIBRATED, SIZED, codec_figures, codec_table, compare_codecs
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
@@ -81,9 +81,12 @@ def extract(
         patch = run_extract(backbone, state, codec=codec, name=finetuned.stem, classes=names, **options)
     else:
         run_extract(backbone, state, codec=codec, classes=task.classes, **options)  # what is wrong is said at once
-        with Progress("extract") as bar, bar.task("codecs", len(DELTA_CODECS) + bool(calibrate)) as advance:
+        with (
+            Progress("extract") as bar,
+            bar.task("codecs", len(DELTA_CODECS) + len(SIZED) * bool(calibrate)) as advance,
+        ):
             rows, patches = compare_codecs(backbone, state, task, advance=advance, calibration=calibrate, **options)
-        patch = patches[CALIBRATED if codec == "sign" and calibrate else codec]
+        patch = patches[f"{codec}{CALIBRATED}" if codec in SIZED and calibrate else codec]
         show(console, codec_table(f"{task.task.name}: {finetuned.name} over {backbone.spec}", rows))
         console.print()
         figures = codec_figures(rows)

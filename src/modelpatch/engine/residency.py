@@ -19,6 +19,7 @@ import torch
 
 from modelpatch.backbone.frozen import casting, freeze, sample
 from modelpatch.backbone.tuning import Module, Tuning
+from modelpatch.engine.threads import compute_with
 from modelpatch.errors import BudgetError
 from modelpatch.patch import BoundPart
 
@@ -48,7 +49,7 @@ class Residency:
         self._held: OrderedDict[str, _Variant] = OrderedDict()  # those with bytes, the least recently used first
         self._clock = 0
         self._lock = threading.RLock()
-        self._maker = ThreadPoolExecutor(1, thread_name_prefix="modelpatch-variants")
+        self._maker = ThreadPoolExecutor(1, "modelpatch-variants", initializer=compute_with, initargs=(1,))
         self.made = self.evicted = 0
 
     @property

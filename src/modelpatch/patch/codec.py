@@ -9,6 +9,8 @@
     sparse                      float32, a sparse difference      NAME its non-zero values, bits/NAME where they are
     signs                       float32, a difference of one      NAME packed, one bit a weight: negative; scale/NAME
                                 size in every channel             float32 (C,)
+    sizes                       float32, a difference of two      NAME packed, two planes: negative, of the larger size;
+                                sizes in every channel            scale/NAME float32 (C, 2)
     entropy-bits and so on      the same                          the bits of all of them in `masks`, entropy-coded
 
 The header names the codec of every tensor, with the shape where the stored tensor does not have it: `bits:64x32x3x3`.
@@ -34,9 +36,9 @@ FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PLAIN = {**FLOATS, "int32": torch.int32}
 STORAGE = (*FLOATS, "int8")  # what floating tensors can be stored as
 PACKED = ("bits", "trits", "sparse")
-SIGNS = "signs"
+SIGNS, SIZES = "signs", "sizes"
 CODEC = re.compile(
-    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})|{SIGNS}):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
+    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})|{SIGNS}|{SIZES}):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
 )
 Bits = NDArray[np.bool_]
 
@@ -72,8 +74,8 @@ class Codec:
                 )
             return cls("int8")
         shape = tuple(tensor.shape)
-        if name.startswith("delta/") and has_one_size(tensor):
-            return cls(SIGNS, shape)
+        if name.startswith("delta/") and (sizes := sizes_of(tensor)) is not None:
+            return cls(SIGNS if sizes.shape[1] == 1 else SIZES, shape)
         if name.startswith("delta/") and tensor.dtype == torch.float32 and 2 * tensor.count_nonzero() < tensor.numel():
             return cls("sparse", shape)
         if tensor.dtype in (torch.bool, torch.int8):
@@ -89,7 +91,7 @@ class Codec:
 
     @property
     def planes(self) -> int:
-        return 2 if self.kind == "trits" else 1
+        return 2 if self.kind in ("trits", SIZES) else 1
 
 
 @dataclass
@@ -117,9 +119,13 @@ def pack(
         if codec.kind == "int8":
             scale = stored[SCALE + name] = channel_scale(tensor)
             stored[name] = (tensor / _per_channel(scale, tensor)).round().to(torch.int8)
-        elif codec.kind == SIGNS:
-            stored[SCALE + name] = tensor.flatten(1)[:, 0].abs()
-            stored[name] = torch.from_numpy(np.packbits((tensor < 0).reshape(-1).numpy()))
+        elif codec.kind in (SIGNS, SIZES):
+            sizes = sizes_of(tensor)
+            assert sizes is not None
+            planes = [tensor < 0, tensor.abs() == _per_channel(sizes[:, -1], tensor)][: codec.planes]
+            stored[SCALE + name] = sizes if codec.kind == SIZES else sizes[:, 0].contiguous()
+            bits = [np.packbits(plane.reshape(-1).numpy()) for plane in planes]
+            stored[name] = torch.from_numpy(np.concatenate(bits))
         elif codec.kind == "sparse":
             packings[name] = _Packing(codec, WHERE + name, _planes(tensor)[:1])
             stored[name] = tensor[tensor != 0]
@@ -155,8 +161,8 @@ def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str], most: int = 
             tensors[name] = reader.take(name, PLAIN[codec.kind])
         elif codec.kind == "int8":
             tensors[name] = reader.take_int8(name)
-        elif codec.kind == SIGNS:
-            tensors[name] = reader.take_signs(name, codec)
+        elif codec.kind in (SIGNS, SIZES):
+            tensors[name] = reader.take_sizes(name, codec)
         else:
             if not codec.coded:
                 planes[name] = reader.take_bits(WHERE + name if codec.kind == "sparse" else name, codec)
@@ -190,17 +196,20 @@ class _Reader:
             raise ValueError(f"tensor {name} has scales that are not those of its numbers")
         return values
 
-    def take_signs(self, name: str, codec: Codec) -> Tensor:
+    def take_sizes(self, name: str, codec: Codec) -> Tensor:
         if len(codec.shape) < 2:
             raise ValueError(f"tensor {name} of shape {codec.shape} has no channels with signs")
-        (negative,) = self.take_bits(name, codec)
+        negative, *large = self.take_bits(name, codec)
         scale = self.take(SCALE + name, torch.float32)
-        if scale.shape != codec.shape[:1] or bool((scale < 0).any()):
+        if scale.shape != (codec.shape[:1] if codec.kind == SIGNS else (codec.shape[0], 2)) or not _rising(scale):
             raise ValueError(
-                f"tensor {name} of shape {codec.shape} has scales of shape {tuple(scale.shape)} or below 0"
+                f"tensor {name} of shape {codec.shape} has scales of shape {tuple(scale.shape)}, below 0 or not in order"
             )
         signs = torch.from_numpy(np.where(negative, np.float32(-1), np.float32(1))).view(codec.shape)
-        return signs * _per_channel(scale, signs) + 0.0
+        sizes = _per_channel(scale.view(codec.shape[0], -1)[:, 0], signs)
+        if large:
+            sizes = torch.where(torch.from_numpy(large[0]).view(codec.shape), _per_channel(scale[:, 1], signs), sizes)
+        return signs * sizes + 0.0
 
     def take_bits(self, entry: str, codec: Codec) -> tuple[Bits, ...]:
         tensor = self.take(entry, torch.uint8)
@@ -226,12 +235,43 @@ def snap_signs(delta: Tensor) -> Tensor:
     return torch.where(delta < 0, -1.0, 1.0) * _per_channel(scale, delta) + 0.0
 
 
-def has_one_size(tensor: Tensor) -> bool:
-    """Whether the numbers of every channel of a float32 tensor differ in their signs only; not where all are zero."""
+def snap_sizes(delta: Tensor, rounds: int = 20) -> Tensor:
+    """A near float32 tensor of two sizes in every channel (first axis): what `sizes` stores.
+
+    The sizes are those of Lloyd's algorithm (1982) on |delta|: every number takes the nearer one, each is the mean of its
+    numbers, `rounds` times over.
+    """
+    sizes = delta.float().reshape(len(delta), -1).abs()
+    high = 2 * sizes.mean(1, keepdim=True)
+    low = torch.zeros_like(high)  # the mean parts them at first
+    for _ in range(rounds):
+        large = sizes > (low + high) / 2
+        low = torch.where(large, 0, sizes).sum(1, keepdim=True) / (~large).sum(1, keepdim=True).clamp(min=1)
+        count = large.sum(1, keepdim=True)
+        high = torch.where(count > 0, torch.where(large, sizes, 0).sum(1, keepdim=True) / count.clamp(min=1), high)
+    nearest = torch.where(sizes > (low + high) / 2, high, low).view(delta.shape)
+    return torch.where(delta < 0, -1.0, 1.0) * nearest + 0.0
+
+
+def sizes_of(tensor: Tensor) -> Tensor | None:
+    """The sizes (C, 1) or (C, 2), rising, of a float32 tensor whose numbers have no others in their channel (first axis).
+
+    None where they have more, where all numbers are zero, and where there are too few numbers for it to mean anything.
+    """
     if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.numel() <= len(tensor):
-        return False
+        return None
     sizes = tensor.flatten(1).abs()
-    return bool((sizes == sizes[:, :1]).all() and sizes.any())
+    ends = torch.stack([sizes.amin(1), sizes.amax(1)], 1)
+    if not sizes.any():
+        return None
+    if torch.equal(ends[:, 0], ends[:, 1]):
+        return ends[:, :1]
+    few = bool(((sizes == ends[:, :1]) | (sizes == ends[:, 1:])).all())
+    return ends if few and tensor.numel() > 2 * len(tensor) else None
+
+
+def _rising(scale: Tensor) -> bool:
+    return bool((scale >= 0).all() and (scale.view(len(scale), -1).diff(dim=1) >= 0).all())
 
 
 def channel_scale(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     float16 bfloat16  delta = W' - W in 16 bits                           the same 16 bits
     int8              delta in 8 bits with a scale an output channel      8 bits
     sign              delta = s sign(W' - W), s an output channel         8 bits
+    two-bit           the same with two sizes s an output channel         8 bits
     low-rank          left right, the best approximation of delta of      8 bits
                       a rank r, 16 bits; int8 where that is smaller
 
@@ -12,8 +13,8 @@ Vectors (norm layers, biases) have too few numbers to be worth less than 16 bits
 differences as float16. A difference is smaller than the weight, so that the same bits lose less of it.
 
 `sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
-a matrix; `train/calibrate.py` learns the scales. `low-rank`: the singular value decomposition of a weight as a matrix (output
-channels, all else).
+a matrix; `train/calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
+matrix (output channels, all else).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from torch import Tensor
 from modelpatch.backbone import Backbone
 from modelpatch.errors import PatchError
 from modelpatch.patch.checkpoint import match_names, read_checkpoint
-from modelpatch.patch.codec import snap_int8, snap_signs
+from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
 from modelpatch.patch.heads import HeadRecord
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.task import Task
 from modelpatch.text import first_problem
 
-DeltaCodec = Literal["exact", "float16", "bfloat16", "int8", "sign", "low-rank"]
+DeltaCodec = Literal["exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank"]
 DELTA_CODECS: tuple[str, ...] = get_args(DeltaCodec)
 METHOD = "extract"
 
@@ -150,6 +151,8 @@ def _store(
         tensors[f"delta/{name}"] = delta.half()
     elif codec == "sign":
         tensors[f"delta/{name}"] = snap_signs(delta)
+    elif codec == "two-bit":
+        tensors[f"delta/{name}"] = snap_sizes(delta)
     elif codec == "low-rank" and 2 * rank * (len(delta) + delta[0].numel()) < delta.numel():
         left, right = factorise(delta, rank)
         tensors |= {f"left/{name}": left.half(), f"right/{name}": right.half()}

@@ -19,7 +19,8 @@ from modelpatch.train.calibrate import calibrate
 from modelpatch.train.evaluate import MEMORY
 from modelpatch.train.images import ImageStore
 
-CALIBRATED = "sign, calibrated"
+SIZED = ("sign", "two-bit")  # codecs whose sizes can be learned
+CALIBRATED = ", calibrated"  # what their rows are called then
 BATCH = 32
 
 
@@ -44,7 +45,8 @@ def compare_codecs(
 ) -> tuple[list[CodecRow], dict[str, Patch]]:
     """Rows and patches of the same checkpoint under several codecs; `options` go to `extract`.
 
-    With `calibration`, a number of steps, the scales of `sign` are learned on training images in a row of its own.
+    With `calibration`, a number of steps, the sizes of `sign` and `two-bit` are learned on training images, in rows of
+    their own.
     """
     size = sum(tensor.nbytes for tensor in state.values())
     rows, patches = [], {}
@@ -52,9 +54,9 @@ def compare_codecs(
     def made(codec: str) -> Patch:
         return extract(backbone, state, codec=codec, name=data.task.name, classes=data.classes, **options)
 
-    for codec in [*codecs, *([CALIBRATED] if calibration and "sign" in codecs else [])]:
-        patch = made("sign" if codec == CALIBRATED else codec)
-        if codec == CALIBRATED:
+    for codec in [*codecs, *(f"{one}{CALIBRATED}" for one in SIZED if calibration and one in codecs)]:
+        patch = made(codec.removesuffix(CALIBRATED))
+        if codec.endswith(CALIBRATED):
             patch = _calibrated(backbone, patch, made("exact"), data, calibration)
         result = evaluate(backbone, patch, data)
         patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
@@ -66,7 +68,7 @@ def compare_codecs(
 
 
 def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: TaskData, steps: int) -> Patch:
-    """The patch with scales that were learned on the task's training images."""
+    """The patch with sizes that were learned on the task's training images."""
     store = ImageStore(data.train, patch.preprocessing, MEMORY)
 
     def batches(epoch: int) -> Iterator[Tensor]:

@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
 from modelpatch.engine import Engine
+from modelpatch.engine.engine import BASE
+from modelpatch.engine.threads import compute_with
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
@@ -43,15 +46,20 @@ class Row:
 
 
 class Batcher:
-    """The queue before an engine, and the one thread that calls it."""
+    """The queue before an engine, and the one thread that calls it, which computes with `threads`."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, threads: int | None = None) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._waiting: list[Row] = []
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="modelpatch-engine")
+        used = threads or torch.get_num_threads()
+        self._thread = ThreadPoolExecutor(1, "modelpatch-engine", initializer=compute_with, initargs=(used,))
         self._shares: dict[tuple[tuple[tuple[str, ...], int], ...], float] = {}
         self._work = asyncio.get_running_loop().create_task(self._run())
+
+    async def warm_up(self, image: Tensor) -> None:
+        """Run the backbone once."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.engine, image, only=[BASE]))
 
     async def answer(self, rows: Sequence[Row]) -> list[dict[str, Best]]:
         """The best classes of every row's tasks. Raises `Problem`, 429 where the queue is full."""

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from modelpatch.backbone import load_backbone
@@ -99,13 +100,20 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
     from ray import serve
 
     def build() -> Any:
+        import torch
+
         from modelpatch.engine import measure
+        from modelpatch.engine.threads import compute_with
         from modelpatch.serve.app import create_app
         from modelpatch.serve.service import Service
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the engine's thread alone has more
         backbone = load_backbone(spec, **arguments)
         backbone = backbone if device == "cpu" else backbone.to(device)
-        app = create_app(Service(Store(url), backbone, settings, measure(backbone) if tune else None))
+        with ThreadPoolExecutor(1, initializer=compute_with, initargs=(threads,)) as one:
+            tuning = one.submit(measure, backbone).result() if tune else None
+        app = create_app(Service(Store(url), backbone, settings, tuning, threads))
 
         @serve.multiplexed(max_num_models_per_replica=HINTS)  # type: ignore[untyped-decorator]
         async def known_for(reference: str) -> str:

@@ -68,7 +68,7 @@ def serve_forever(
     """
     listening = bind(host, port)
     threads = max(1, torch.get_num_threads() // workers)
-    torch.set_num_threads(1)  # no thread in this process, so that it may fork
+    torch.set_num_threads(1)  # no thread in this process, so that it may fork; workers have the engine's thread alone
     backbone = load()
 
     def try_all() -> Tuning:
@@ -92,9 +92,8 @@ def serve_forever(
         parent = os.getpid()
 
         def work(opened: socket.socket) -> None:
-            torch.set_num_threads(threads)
             try:
-                run_worker(url, backbone.to(device), settings, tuning, opened)
+                run_worker(url, backbone.to(device), settings, tuning, opened, threads)
             finally:
                 if os.getppid() != parent:  # it was killed, so nobody else clears up
                     shutil.rmtree(folder, ignore_errors=True)
@@ -102,8 +101,13 @@ def serve_forever(
         Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()
 
 
-def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning, listening: socket.socket) -> None:
-    """Serve on a listening socket in this process until SIGTERM; requests that run are finished."""
+def run_worker(
+    url: str, backbone: Backbone, settings: Settings, tuning: Tuning, listening: socket.socket, threads: int
+) -> None:
+    """Serve on a listening socket in this process until SIGTERM; requests that run are finished.
+
+    The engine computes with `threads`; nothing else of this process has more than PyTorch's number, which is 1 here.
+    """
     import uvicorn
 
     from modelpatch.serve.app import create_app
@@ -113,7 +117,7 @@ def run_worker(url: str, backbone: Backbone, settings: Settings, tuning: Tuning,
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
-    app = create_app(Service(Store(url), backbone, settings, tuning))
+    app = create_app(Service(Store(url), backbone, settings, tuning, threads))
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,

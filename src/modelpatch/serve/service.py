@@ -31,11 +31,19 @@ Tasks = dict[str, Version | None]  # what was asked for by name; None is the bac
 class Service:
     """Answers for images with the patches of a store. `start` and `stop` belong to the event loop that calls it.
 
-    Raises `Problem` for whatever cannot be answered.
+    `threads` compute each batch (PyTorch's number by default); a server gives the engine all it has, and sets PyTorch's
+    number to 1 for what decodes and loads. Raises `Problem` for whatever cannot be answered.
     """
 
-    def __init__(self, store: Store, backbone: Backbone, settings: Settings, tuning: Tuning | None = None) -> None:
-        self.store, self.backbone, self.settings = store, backbone, settings
+    def __init__(
+        self,
+        store: Store,
+        backbone: Backbone,
+        settings: Settings,
+        tuning: Tuning | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.store, self.backbone, self.settings, self.threads = store, backbone, settings, threads
         self.engine = Engine(backbone, tuning=tuning or Tuning())
         self.metrics = Metrics()
         self.ready = False
@@ -45,10 +53,9 @@ class Service:
         """Read the store once and run the engine once, so that the first request finds everything warm."""
         self.catalogue = Catalogue(self.store, self.settings.refresh)
         self.shelf = Shelf(self.engine, self.catalogue.read, self.settings, self.metrics)
-        self.batcher = Batcher(self.engine, self.settings, self.metrics)
+        self.batcher = Batcher(self.engine, self.settings, self.metrics, self.threads)
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="modelpatch-decode")
-        image = sample(self.backbone.input_size, self.backbone.device)[:1]
-        await asyncio.get_running_loop().run_in_executor(self._decoders, partial(self.engine, image, only=[BASE]))
+        await self.batcher.warm_up(sample(self.backbone.input_size, self.backbone.device)[:1])
         await self.catalogue.list()
         self.ready = True
 

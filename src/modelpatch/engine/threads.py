@@ -1,0 +1,24 @@
+"""How many cores a thread computes with.
+
+Every thread that computes keeps helpers of its own. As soon as a process has more computing threads and helpers than cores,
+OpenMP lets all of them sleep between any two layers, and they wake up late: an engine on two cores then takes two to three
+times as long. So one thread of a process computes with all cores, and what else computes has one.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+
+def compute_with(threads: int) -> None:
+    """Let the calling thread compute with so many, and all others go on as they are.
+
+    PyTorch sets the number of the calling thread together with the one that new threads start with; the second is put back.
+    """
+    others = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    putting_back = threading.Thread(target=torch.set_num_threads, args=(others,))
+    putting_back.start()
+    putting_back.join()
