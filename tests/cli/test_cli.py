@@ -34,6 +34,7 @@ VERBS = (
     "diff",
     "export",
     "paint",
+    "multires",
     "serve",
     "store",
 )

@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeA
 from torch import Tensor
 
 import modelpatch
-from modelpatch.backbone import Backbone
+from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.errors import (
     CheckpointMismatchError,
     DataError,
@@ -159,7 +159,7 @@ def check_settings(values: dict[str, Any]) -> FitSettings:
 
 
 @dataclass
-class _State:
+class State:
     """Where the loop stands: steps done, the best epoch so far and the history of epochs."""
 
     step: int = 0
@@ -171,7 +171,12 @@ class _State:
 
 
 class Fit:
-    """One run of `fit`, in the order in which things happen."""
+    """One run of `fit`, in the order in which things happen.
+
+    `eager` runs may use gradients before all of them are complete.
+    """
+
+    eager = True
 
     def __init__(
         self,
@@ -183,12 +188,13 @@ class Fit:
         log: RunLog,
         checkpoint: str | Path | None,
         source: InputSource | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
         if settings.early_stopping and data.validation is None and not settings.validation:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
-        self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+        self.preprocessing = preprocessing or backbone.preprocessing.with_image_size(settings.image_size)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.record = BackboneRecord.of(backbone)
@@ -200,30 +206,41 @@ class Fit:
 
     def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
         """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
+        patch = self._make_patch(self.train(start))
+        self.backbone.verify()
+        return patch
+
+    def train(self, start: Mapping[str, Tensor] | None = None) -> float:
+        """Train the model, or go on from the checkpoint, until all epochs are done. Returns the seconds it took."""
         begin = time.perf_counter()
+        self.draft(start)
+        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
+        if self.eager and not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
+            EagerSteps(self.optimizer)
+        self.state = State()
+        if not self._resume():
+            self.log.begin()
+            self.method.prepare(self.model, self._plain_batches)
+        self.open_inputs()
+        self._train()
+        return time.perf_counter() - begin
+
+    def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
+        """The model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
         self.source.lend(self.model)
         if start is not None:
             self.model.start_from(start)
-        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         self.remade = RemadeWeights(self.model)
-        if not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
-            EagerSteps(self.optimizer)
+
+    def open_inputs(self) -> None:
+        """What the model is trained on, and what is held out for it."""
         self.labels = self.source.labels("train")
-        self.state = _State()
-        if not self._resume():
-            self.log.begin()
-            self.method.prepare(self.model, self._plain_batches)
         self.inputs = self.source.inputs(self.model, "train", augmented=True)
         self._held = self._held_out()
-        self._train()
-        seconds = time.perf_counter() - begin
-        patch = self._make_patch(seconds)
-        self.backbone.verify()
-        return patch
 
     def finished(self, path: Path) -> Patch:
         """The patch of this run from its file. Raises `CheckpointMismatchError` for one of another run."""
@@ -289,12 +306,12 @@ class Fit:
         total = per_epoch * self.settings.epochs
         weights = self._class_weights()
         if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
-            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=4)
+            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=5)
         patience = self.settings.early_stopping or self.settings.epochs
         with self.bar.task("training", total, self.state.step) as advance:
             while self.state.step < total and self.state.stale < patience:
                 epoch, offset = divmod(self.state.step, per_epoch)
-                self.method.train_mode(self.model)
+                self.train_mode()
                 for number, rows in enumerate(self._batches(epoch)):
                     if number >= offset:
                         self._step(rows, epoch, number, total, weights)
@@ -308,20 +325,30 @@ class Fit:
         factor = self.settings.factor(self.state.step, total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        inputs = self._to_device(self.inputs.batch(rows, epoch, number))
-        logits = self._forward(inputs)
-        loss = F.cross_entropy(
-            logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + self.method.penalty(self.model)).backward()
+        self.state.loss_sum += self._backward(rows, epoch, number, weights)
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.state.loss_sum += loss.item()
         self.state.step += 1
+
+    def train_mode(self) -> None:
+        """What is trained is in train mode, everything frozen in eval mode."""
+        self.method.train_mode(self.model)
+
+    def _backward(self, rows: Tensor, epoch: int, number: int, weights: Tensor | None) -> float:
+        """The gradients of a step, left with the parameters, and its loss."""
+        loss = self.loss(rows, epoch, number, weights)
+        self.scaler.scale(loss + self.method.penalty(self.model)).backward()
+        return loss.item()
+
+    def loss(self, rows: Tensor, epoch: int, number: int, weights: Tensor | None) -> Tensor:
+        """The cross entropy of a batch, as the epoch and the batch's number augment it."""
+        logits = self._forward(self._to_device(self.inputs.batch(rows, epoch, number)))
+        labels = self.labels[rows].to(self.device)
+        return F.cross_entropy(logits.float(), labels, weights, label_smoothing=self.settings.label_smoothing)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         try:
@@ -357,6 +384,7 @@ class Fit:
             self._save()
 
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
+        """Top-1 on what is held out."""
         return self._evaluate(inputs, labels).top1
 
     def _evaluate(self, inputs: Inputs, labels: Tensor) -> Evaluation:
@@ -418,7 +446,7 @@ class Fit:
         self.model.load_state(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.state = _State(**saved["state"])
+        self.state = State(**saved["state"])
         return True
 
     def _make_patch(self, seconds: float) -> Patch:
