@@ -35,6 +35,7 @@ VERBS = (
     "export",
     "paint",
     "multires",
+    "cascade",
     "serve",
     "store",
 )

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import modelpatch
+from modelpatch.cli.cascade import cascade
 from modelpatch.cli.compare import compare
 from modelpatch.cli.demo import demo
 from modelpatch.cli.evaluate import evaluate
@@ -65,6 +66,7 @@ app.command()(merge)
 app.command()(diff)
 app.command()(paint)
 app.command()(multires)
+app.command()(cascade)
 app.command()(export)
 app.command()(profile)
 app.command()(select)

@@ -17,6 +17,7 @@ from modelpatch.backbone.text import OWN
 from modelpatch.cli.outputs import ForceOption, check_file, check_free
 from modelpatch.errors import (
     BackboneError,
+    CascadeError,
     ForeignTensorError,
     MethodError,
     ModelpatchError,
@@ -26,7 +27,8 @@ from modelpatch.errors import (
     WrongBackboneError,
 )
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
-from modelpatch.patch import Patch
+from modelpatch.patch import Cascade, Patch
+from modelpatch.patch.cascade import is_cascade
 from modelpatch.train.fit import FitSettings
 
 BackboneOption = Annotated[
@@ -247,6 +249,24 @@ def backbone_of(
 def at_alpha(patch: Patch, alpha: float | None) -> Patch:
     """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
     return patch if alpha is None else patch.with_alpha(alpha)
+
+
+def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
+    """The patch, at the strength that --alpha names, or the cascade in a file. Raises `PatchError`."""
+    if not is_cascade(path):
+        return at_alpha(Patch.load(path), alpha)
+    if alpha is not None:
+        raise CascadeError(
+            f"--alpha turns the strength of a patch; {path} is a cascade, whose thresholds hold for its own."
+        )
+    return Cascade.load(path)
+
+
+def fitted_seed(patch: Patch) -> int:
+    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
+    settings = patch.created.get("settings")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    return seed if type(seed) is int and seed >= 0 else 0
 
 
 def locate(patch: Patch, patch_path: Path) -> str:

@@ -210,6 +210,9 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     ]
     if "base_top1" in figures:
         rows += [("base top-1", percent(figures["base_top1"])), ("harmonic mean", percent(figures["harmonic_mean"]))]
+    if "macs" in figures:
+        rows.append(("multiply-adds", f"{figures['macs']:,.0f}"))
+        rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
         rows += [(name, percent(value)) for name, value in figures["per_class"].items()]
     for name, value in rows:
