@@ -110,6 +110,10 @@ class Engine:
         """How the images of a task are seen; of several patches or a cascade, by the last one."""
         return self._find(self._tasks, task).preprocessing
 
+    def preprocessings(self, task: str) -> tuple[Preprocessing, ...]:
+        """All the ways in which a call sees the images of a task: several for a cascade over several resolutions."""
+        return self._find(self._tasks, task).kinds
+
     def resolutions(self, task: str) -> tuple[int, ...]:
         """The pixels of a task's patches, the cheapest patch first."""
         found = self._find(self._tasks, task)

@@ -202,6 +202,15 @@ class Cascade:
             raise CascadeError(f"the cascade's metrics or facts cannot be written as JSON: {error}") from error
         return (text + "\n").encode()
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of what the cascade computes: its patches, how they see images, and what they are sure by."""
+        stages = [
+            [patch.content_hash, patch.preprocessing.model_dump(mode="json"), confidence.model_dump(mode="json")]
+            for patch, confidence in zip(self.patches, self.confidences, strict=True)
+        ]
+        return hashlib.sha256(canonical(stages).encode()).hexdigest()
+
     def with_metrics(self, **metrics: Any) -> Cascade:
         """The cascade with more measured figures."""
         return replace(self, metrics={**self.metrics, **metrics})
