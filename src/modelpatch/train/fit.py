@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 import modelpatch
@@ -38,64 +36,17 @@ from modelpatch.errors import (
 )
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import Evaluation, store_as
-from modelpatch.train.images import Augmentation, AugmentName, choose_augmentation, pieces
+from modelpatch.train.images import Augmentation, choose_augmentation, pieces
 from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings, check_settings
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings:
-    """How a patch is trained, whatever the method.
-
-    `image_size` in pixels (None: the backbone's). `views` augmented views of each image are cached where a prefix is
-    cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
-    cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
-    out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
-    `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
-    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
-    how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
-    in the patch's metrics.
-    """
-
-    epochs: PositiveInt = 10
-    batch_size: PositiveInt = 32
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    image_size: PositiveInt | None = None
-    augment: AugmentName = "auto"
-    views: PositiveInt = 4
-    cache: bool = True
-    memory: PositiveInt = 2 * 2**30
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: Share = 0.05
-    label_smoothing: Share = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    validation: Share = 0.0
-    early_stopping: NonNegativeInt = 0
-    clip: NonNegativeFloat = 0.0
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-
-    def factor(self, step: int, total: int) -> float:
-        """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
-
-        `step` drops to a tenth after two thirds of the steps and to a hundredth after five sixths.
-        """
-        warm = round(self.warmup * total)
-        if step < warm:
-            return (step + 1) / warm
-        done = (step - warm) / max(total - warm, 1)
-        if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        if self.schedule == "step":
-            return 1.0 if done < 2 / 3 else 0.1 if done < 5 / 6 else 0.01
-        return 1.0
+__all__ = ["Fit", "FitSettings", "check_settings", "fit"]
 
 
 def fit(
@@ -145,19 +96,6 @@ def fit(
     return patch
 
 
-def check_settings(values: dict[str, Any]) -> FitSettings:
-    """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
-    if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
-        raise TrainingError(
-            f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
-        )
-    try:
-        return TypeAdapter(FitSettings).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise TrainingError(f"{first['loc'][0]} = {first['input']!r} is not valid: {first['msg']}.") from error
-
-
 @dataclass
 class _State:
     """Where the loop stands: steps done, the best epoch so far and the history of epochs."""
@@ -200,7 +138,18 @@ class Fit:
 
     def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
         """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
-        begin = time.perf_counter()
+        began = time.perf_counter()
+        saved = self.checkpoint.load() if self.checkpoint else None
+        self.begin(saved, start)
+        if saved is not None:
+            restore_random(saved)
+        self._train()
+        patch = self._make_patch(time.perf_counter() - began)
+        self.backbone.verify()
+        return patch
+
+    def begin(self, saved: Mapping[str, Any] | None = None, start: Mapping[str, Tensor] | None = None) -> None:
+        """Everything before the first step, or before the next one of a run whose `snapshot` was `saved`."""
         torch.manual_seed(self.settings.seed)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
         self.source.lend(self.model)
@@ -214,16 +163,13 @@ class Fit:
             EagerSteps(self.optimizer)
         self.labels = self.source.labels("train")
         self.state = _State()
-        if not self._resume():
+        if saved is None:
             self.log.begin()
             self.method.prepare(self.model, self._plain_batches)
+        else:
+            self._restore(saved)
         self.inputs = self.source.inputs(self.model, "train", augmented=True)
         self._held = self._held_out()
-        self._train()
-        seconds = time.perf_counter() - begin
-        patch = self._make_patch(seconds)
-        self.backbone.verify()
-        return patch
 
     def finished(self, path: Path) -> Patch:
         """The patch of this run from its file. Raises `CheckpointMismatchError` for one of another run."""
@@ -285,23 +231,36 @@ class Fit:
     # the loop -----------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        per_epoch = len(self._batches(0))
-        total = per_epoch * self.settings.epochs
-        weights = self._class_weights()
-        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
-            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=4)
-        patience = self.settings.early_stopping or self.settings.epochs
+        total = self.per_epoch * self.settings.epochs
         with self.bar.task("training", total, self.state.step) as advance:
-            while self.state.step < total and self.state.stale < patience:
-                epoch, offset = divmod(self.state.step, per_epoch)
+            for _ in self.steps(total):
+                advance(1)
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of batches in an epoch."""
+        return len(self._batches(0))
+
+    def steps(self, total: int) -> Iterator[None]:
+        """Takes the steps up to `total`, or until stopped early: yields after each of them, with its epoch ended if it was
+        the last."""
+        per_epoch, weights = self.per_epoch, self._class_weights()
+        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
+            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=5)
+        patience = self.settings.early_stopping or total
+        batches: list[Tensor] = []
+        while self.state.step < total and self.state.stale < patience:
+            epoch, number = divmod(self.state.step, per_epoch)
+            if not batches:
+                batches = self._batches(epoch)
                 self.method.train_mode(self.model)
-                for number, rows in enumerate(self._batches(epoch)):
-                    if number >= offset:
-                        self._step(rows, epoch, number, total, weights)
-                        advance(1)
-                        if self.checkpoint and self.checkpoint.due():
-                            self._save()
-                self._end_epoch(epoch, per_epoch)
+            self._step(batches[number], epoch, number, total, weights)
+            if number + 1 == per_epoch or self.state.step == total:
+                self._end_epoch(epoch, number + 1)
+                batches = []
+            elif self.checkpoint and self.checkpoint.due():
+                self._save()
+            yield
 
     def _step(self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None) -> None:
         self.method.before_step(self.model, self.state.step, total)
@@ -335,8 +294,8 @@ class Fit:
                 "layer has one value a channel. Raise batch_size or image_size, or freeze the statistics."
             ) from error
 
-    def _end_epoch(self, epoch: int, per_epoch: int) -> None:
-        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+    def _end_epoch(self, epoch: int, steps: int) -> None:
+        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / steps, "lr": self.optimizer.param_groups[0]["lr"]}
         if not torch.isfinite(torch.tensor(row["loss"])):
             raise DivergedError(
                 f"the loss is {row['loss']} in epoch {epoch + 1} at lr {self.method.lr}, head_lr {self.method.head_lr}. "
@@ -406,20 +365,20 @@ class Fit:
             "settings": asdict(self.settings),
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """What an interrupted run goes on from, but for torch's random state."""
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"model": self.model.state(), **parts, "state": asdict(self.state)}
+
     def _save(self) -> None:
         assert self.checkpoint is not None
-        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.checkpoint.save({"model": self.model.state(), **parts, "state": asdict(self.state)})
+        self.checkpoint.save(self.snapshot())
 
-    def _resume(self) -> bool:
-        saved = self.checkpoint.load() if self.checkpoint else None
-        if saved is None:
-            return False
+    def _restore(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = _State(**saved["state"])
-        return True
 
     def _make_patch(self, seconds: float) -> Patch:
         if self.state.best:
