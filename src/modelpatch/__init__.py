@@ -16,7 +16,7 @@ from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_bac
 from modelpatch.engine import Engine, Tuning
 from modelpatch.patch import BoundPatch, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
 from modelpatch.serve import Client
-from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
+from modelpatch.train import PaintSettings, compare, evaluate, fit, fit_multitask, harmonic_mean, load_task, paint
 
 __all__ = [
     "Backbone",
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate",
     "extract",
     "fit",
+    "fit_multitask",
     "harmonic_mean",
     "load_backbone",
     "load_task",

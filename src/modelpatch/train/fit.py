@@ -35,6 +35,7 @@ from modelpatch.errors import (
     TrainingWarning,
 )
 from modelpatch.methods import Method, make_method
+from modelpatch.methods.method import batch_norms
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
@@ -43,6 +44,7 @@ from modelpatch.train.images import Augmentation, choose_augmentation, pieces
 from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
+from modelpatch.train.processes import ALONE, Team
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 
@@ -67,7 +69,8 @@ def fit(
     wrote earlier is read instead. `checkpoint` names a folder in which training state is kept every minute and every
     epoch and from which an interrupted run resumes exactly; it is emptied once the patch is made and its file, if any,
     written. `log` names a folder for `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a
-    bar on a terminal.
+    bar on a terminal. Where `torch.distributed` was started, its processes cut every batch among them and all return the
+    patch that one alone would have trained, but for rounding; the first writes the files.
 
     Returns the patch with its measured test accuracy in `metrics`. Raises `MethodError`, `MethodNotApplicableError`,
     `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
@@ -82,17 +85,20 @@ def fit(
         method = make_method(method)
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
-    bar = Progress(f"{method.name} on {data.task.name}") if progress else quiet_progress()
-    with bar, RunLog(log) as run_log:
-        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint)
-        if out is not None and reuse and Path(out).exists():
+    team = Team.everyone()
+    bar = Progress(f"{method.name} on {data.task.name}") if progress and team.leads else quiet_progress()
+    with bar, RunLog(log if team.leads else None) as run_log:
+        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint, team=team)
+        if out is not None and team.follow(reuse and Path(out).exists()):
             return run.finished(Path(out))
         patch = run.run()
         if chosen.dtype != "float32":
             patch = store_as(backbone, patch, data, chosen.dtype)
-        if out is not None:
-            patch.save(out)
-        run.finish()
+        if team.leads:
+            if out is not None:
+                patch.save(out)
+            run.finish()
+        team.follow(None)  # nobody goes on before the files are as they will be
     return patch
 
 
@@ -121,8 +127,10 @@ class Fit:
         log: RunLog,
         checkpoint: str | Path | None,
         source: InputSource | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
+        self.team = team
         if settings.early_stopping and data.validation is None and not settings.validation:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
@@ -130,16 +138,16 @@ class Fit:
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.record = BackboneRecord.of(backbone)
-        identity = self._identity()
-        self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
+        self.identity = self._identity()
+        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.checkpoint = Checkpoint(checkpoint, self.identity) if checkpoint else None
         self.device = backbone.device
         self.source = source or self._own_inputs()
 
     def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
         """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
         began = time.perf_counter()
-        saved = self.checkpoint.load() if self.checkpoint else None
+        saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
         self.begin(saved, start)
         if saved is not None:
             restore_random(saved)
@@ -151,6 +159,7 @@ class Fit:
     def begin(self, saved: Mapping[str, Any] | None = None, start: Mapping[str, Tensor] | None = None) -> None:
         """Everything before the first step, or before the next one of a run whose `snapshot` was `saved`."""
         torch.manual_seed(self.settings.seed)
+        self.blueprint = self.method.blueprint(self.backbone)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
         self.source.lend(self.model)
         if start is not None:
@@ -159,7 +168,7 @@ class Fit:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         self.remade = RemadeWeights(self.model)
-        if not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
+        if self.team.alone and not (self.settings.clip or self.scaler.is_enabled()):  # these need all gradients at once
             EagerSteps(self.optimizer)
         self.labels = self.source.labels("train")
         self.state = _State()
@@ -254,6 +263,7 @@ class Fit:
             if not batches:
                 batches = self._batches(epoch)
                 self.method.train_mode(self.model)
+                self._check_parts()
             self._step(batches[number], epoch, number, total, weights)
             if number + 1 == per_epoch or self.state.step == total:
                 self._end_epoch(epoch, number + 1)
@@ -267,13 +277,9 @@ class Fit:
         factor = self.settings.factor(self.state.step, total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        inputs = self._to_device(self.inputs.batch(rows, epoch, number))
-        logits = self._forward(inputs)
-        loss = F.cross_entropy(
-            logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + self.method.penalty(self.model)).backward()
+        loss = self._backward(rows, self.inputs.batch(rows, epoch, number), weights)
+        self.team.add_up_gradients((p for group in self.optimizer.param_groups for p in group["params"]), loss)
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
@@ -281,6 +287,26 @@ class Fit:
         self.scaler.update()
         self.state.loss_sum += loss.item()
         self.state.step += 1
+
+    def _backward(self, rows: Tensor, inputs: Tensor, weights: Tensor | None) -> Tensor:
+        """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
+        part = self.team.part(len(rows))
+        labels = self.labels[rows].to(self.device)
+        counts = torch.ones(len(rows)) if weights is None else weights[labels]
+        share = float(counts[part].sum() / counts.sum())
+        if not share:
+            return torch.zeros((), device=self.device)
+        logits = self._forward(self._to_device(inputs[part]))
+        loss = F.cross_entropy(logits.float(), labels[part], weights, label_smoothing=self.settings.label_smoothing)
+        self.scaler.scale(share * (loss + self.method.penalty(self.model))).backward()
+        return share * loss.detach()
+
+    def _check_parts(self) -> None:
+        if not self.team.alone and any(norm.training for norm in batch_norms(self.model)):
+            raise TrainingError(
+                f"{self.method.name} learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not "
+                "the batch's. Set statistics='frozen' or 'recomputed', or start no more processes than tasks."
+            )
 
     def _forward(self, inputs: Tensor) -> Tensor:
         try:
@@ -312,8 +338,7 @@ class Fit:
         self.state.history.append(row)
         self.log.write(row)
         self.bar.note("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        if self.checkpoint:
-            self._save()
+        self._save()
 
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
         return self._evaluate(inputs, labels).top1
@@ -371,8 +396,8 @@ class Fit:
         return {"model": self.model.state(), **parts, "state": asdict(self.state)}
 
     def _save(self) -> None:
-        assert self.checkpoint is not None
-        self.checkpoint.save(self.snapshot())
+        if self.checkpoint and self.team.leads:
+            self.checkpoint.save(self.snapshot())
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state(saved["model"])
@@ -383,22 +408,26 @@ class Fit:
     def _make_patch(self, seconds: float) -> Patch:
         if self.state.best:
             self.model.load_state(self.state.best)
-        model = self.model
-        patch = Patch(
-            backbone=self.record,
-            task=self.data.task,
-            preprocessing=self.preprocessing,
-            head=cast(HeadRecord, model.head.record),
-            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
-            grafts=self.method.blueprint(self.backbone).grafts,
-            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
-            created=self._facts(seconds),
-        )
+        patch = self.make_patch(self.record, seconds)
         result = self._evaluate(self.source.inputs(self.model, "test", augmented=False), self.source.labels("test"))
         metrics: dict[str, Any] = {"test_top1": result.top1, "test_top5": result.top5, "test_images": result.images}
         if self.state.best:
             metrics["validation_top1"] = self.state.best_score
         return patch.with_metrics(**metrics)
+
+    def make_patch(self, backbone: BackboneRecord, seconds: float) -> Patch:
+        """What the model has become as a patch of this backbone, not measured."""
+        model = self.model
+        return Patch(
+            backbone=backbone,
+            task=self.data.task,
+            preprocessing=self.preprocessing,
+            head=cast(HeadRecord, model.head.record),
+            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
+            grafts=self.blueprint.grafts,
+            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
+            created=self._facts(seconds),
+        )
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         return {
