@@ -17,7 +17,17 @@ from modelpatch.engine import Engine, Tuning
 from modelpatch.patch import BoundPatch, Cascade, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
 from modelpatch.select.cascading import cascade
 from modelpatch.serve import Client
-from modelpatch.train import PaintSettings, compare, evaluate, fit, fit_multires, harmonic_mean, load_task, paint
+from modelpatch.train import (
+    PaintSettings,
+    compare,
+    evaluate,
+    fit,
+    fit_multires,
+    fit_multitask,
+    harmonic_mean,
+    load_task,
+    paint,
+)
 
 __all__ = [
     "Backbone",
@@ -42,6 +52,7 @@ __all__ = [
     "extract",
     "fit",
     "fit_multires",
+    "fit_multitask",
     "harmonic_mean",
     "load_backbone",
     "load_task",

@@ -116,11 +116,9 @@ def test_shared_gradients_are_averaged_and_private_ones_are_not(backbone: Backbo
     gradients = {}
     for sharing in ("private", "independent"):
         run = run_of(backbone, colors, sharing)
-        run.draft()
-        run.open_inputs()
-        run.scaler = torch.amp.GradScaler(enabled=False)
+        run.begin()
         run.train_mode()
-        run._backward(torch.arange(8), 0, 0, None)
+        run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), None)
         models = [part.model for part in run.parts.values()]
         gradients[sharing] = [{name: p.grad for name, p in model.trainable()} for model in models]
     own, tied = gradients["independent"], gradients["private"]
@@ -270,12 +268,11 @@ def test_a_resolution_that_the_network_refuses_is_named(colors: TaskData) -> Non
 
 def test_the_loss_is_the_mean_of_all_resolutions(backbone: Backbone, colors: TaskData) -> None:
     run = run_of(backbone, colors, "private")
-    run.draft()
-    run.open_inputs()
-    run.scaler = torch.amp.GradScaler(enabled=False)
+    run.begin()
     losses = []
     with torch.no_grad():
         for part in run.parts.values():
             logits = part.model(part.source.plain("train", torch.arange(8)))
             losses.append(float(F.cross_entropy(logits, run.labels[:8])))
-    assert run._backward(torch.arange(8), 0, 0, None) == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    loss = run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), None)
+    assert float(loss) == pytest.approx(statistics.fmean(losses), rel=1e-5)

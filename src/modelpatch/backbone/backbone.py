@@ -66,6 +66,22 @@ class Backbone:
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
 
+    def around(
+        self, module: nn.Module, spec: str | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> Backbone:
+        """A backbone like this one around another module of the same structure, hashed and cut anew."""
+        return Backbone(
+            module,
+            self.preprocessing,
+            self.spec if spec is None else spec,
+            self.arguments if arguments is None else arguments,
+            self.classifier,
+            self.segment_names,
+            self.classes,
+            self.about,
+            self.text,
+        )
+
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W) the backbone was made for."""

@@ -23,6 +23,7 @@ from modelpatch.cli.inspect import inspect
 from modelpatch.cli.label import label
 from modelpatch.cli.merge import diff, merge
 from modelpatch.cli.multires import multires
+from modelpatch.cli.multitask import multitask
 from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
 from modelpatch.cli.profile import profile
@@ -64,6 +65,7 @@ app.command()(compare)
 app.command()(extract)
 app.command()(merge)
 app.command()(diff)
+app.command()(multitask)
 app.command()(paint)
 app.command()(multires)
 app.command()(cascade)

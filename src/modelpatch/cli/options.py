@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,12 +180,16 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, else the CPU. Raises `ModelpatchError` for one that is not there."""
+    """The device of that name; `auto` is a GPU, else the CPU. Raises `ModelpatchError` for one that is not there.
+
+    A GPU without a number is the first, or under torchrun the one of this process's number on its machine.
+    """
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    own = gpus[int(os.environ.get("LOCAL_RANK", "0")) % len(gpus)] if gpus else ""
     gpus += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        name = gpus[0] if gpus else "cpu"
-    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": "cuda:0"} if "cuda:0" in gpus else {})}
+        name = own or (gpus[0] if gpus else "cpu")
+    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": own} if own else {})}
     if name in known:
         return torch.device(known[name])
     why = " This PyTorch was built without CUDA." if name.startswith("cuda") and torch.version.cuda is None else ""

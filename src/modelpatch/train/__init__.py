@@ -5,6 +5,7 @@ from modelpatch.train.data import Split, TaskData, load_task
 from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
 from modelpatch.train.multires import MultiResolution, fit_multires
+from modelpatch.train.multitask import Multitask, fit_multitask
 from modelpatch.train.paint import Painting, PaintSettings, paint
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Evaluation",
     "FitSettings",
     "MultiResolution",
+    "Multitask",
     "PaintSettings",
     "Painting",
     "Split",
@@ -20,6 +22,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_multires",
+    "fit_multitask",
     "harmonic_mean",
     "load_task",
     "paint",

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, load_backbone, save_backbone
@@ -224,6 +225,19 @@ def _tensor(model: PatchedModel, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
+class AllResolutions:
+    """A batch of the same images from every one of `inputs`."""
+
+    start = 0
+
+    def __init__(self, inputs: Sequence[Inputs]) -> None:
+        self.inputs = inputs
+
+    def batch(self, rows: Tensor, epoch: int, step: int) -> Any:
+        """A list of batches, one a resolution."""
+        return [own.batch(rows, epoch, step) for own in self.inputs]
+
+
 class MultiResolutionFit(Fit):
     """The loop of `fit` over several fits at once, one a resolution, whose models are tied."""
 
@@ -246,18 +260,12 @@ class MultiResolutionFit(Fit):
         super().__init__(backbone, data, method, settings, bar, log, None if files is None else files.checkpoint)
         seen = backbone.preprocessing.model_copy(update={"interpolation": "bilinear"})
         self.parts = {
-            pixels: Fit(
-                backbone,
-                self.data,
-                method,
-                replace(self.settings, image_size=pixels),
-                bar,
-                log,
-                None,
-                preprocessing=seen.with_image_size(pixels),
-            )
+            pixels: Fit(backbone, self.data, method, replace(self.settings, image_size=pixels), bar, log, None)
             for pixels in self.resolutions
         }
+        for pixels, part in self.parts.items():
+            part.preprocessing = seen.with_image_size(pixels)
+            part.source = part._own_inputs()
 
     @cached_property
     def private(self) -> frozenset[str]:
@@ -286,6 +294,8 @@ class MultiResolutionFit(Fit):
         """The images at every resolution."""
         for part in self.parts.values():
             part.open_inputs()
+            part.scaler = self.scaler
+        self.inputs = AllResolutions([part.inputs for part in self.parts.values()])
         first = self.parts[self.resolutions[0]]
         self.labels, self._held = first.labels, first._held
 
@@ -293,17 +303,13 @@ class MultiResolutionFit(Fit):
         for part in self.parts.values():
             part.train_mode()
 
-    def _backward(self, rows: Tensor, epoch: int, number: int, weights: Tensor | None) -> float:
+    def _backward(self, rows: Tensor, inputs: Any, weights: Tensor | None) -> Tensor:
         """Gradients of all resolutions for the same images: private ones as they are, shared ones averaged."""
-        total = 0.0
-        for part in self.parts.values():
-            loss = part.loss(rows, epoch, number, weights)
-            self.scaler.scale(loss).backward()
-            total += loss.item()
+        losses = [part._backward(rows, own, weights) for part, own in zip(self.parts.values(), inputs, strict=True)]
         for parameter in self.model.averaged:
             if parameter.grad is not None:
                 parameter.grad /= len(self.parts)
-        return total / len(self.parts)
+        return torch.stack(losses).mean()
 
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
         """Mean top-1 of all resolutions on what is held out."""
