@@ -156,6 +156,15 @@ def test_early_stopping_judges_by_the_mean_of_all_resolutions(backbone: Backbone
     assert run.state.history[0]["validation_top1"] == pytest.approx(statistics.fmean(own))
 
 
+def test_patches_are_stored_as_asked_and_measured_so(backbone: Backbone, colors: TaskData) -> None:
+    result = fit_multires(backbone, colors, SIZES, epochs=1, dtype="float16")
+    for patch in result.patches.values():
+        assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.float16}
+        assert evaluate(result.backbone, patch, colors).top1 == patch.metrics["test_top1"]
+        assert "float32_top1" in patch.metrics
+    assert all(p.dtype == torch.float32 for p in result.backbone.module.parameters())
+
+
 # files ------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel
 from modelpatch.patch.export import state_dict_of
 from modelpatch.train.data import TaskData
+from modelpatch.train.evaluate import store_as
 from modelpatch.train.fit import Fit, FitSettings, State, check_settings
 from modelpatch.train.inputs import Inputs
 from modelpatch.train.logs import RunLog
@@ -335,6 +336,9 @@ class MultiResolutionFit(Fit):
         facts = {"run": self.digest, "trainable_parameters": own, "parameters": total}
         record = BackboneRecord.of(shared)
         patches = {pixels: self._own(patch, record, facts) for pixels, patch in whole.items()}
+        if self.settings.dtype != "float32":
+            dtype = self.settings.dtype
+            patches = {pixels: store_as(shared, patch, self.data, dtype) for pixels, patch in patches.items()}
         if self.files is not None:
             for pixels, patch in patches.items():
                 patch.save(self.files.patch(pixels))
