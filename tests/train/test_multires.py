@@ -268,6 +268,17 @@ def test_a_network_without_normalisation_has_nothing_private(colors: TaskData) -
         fit_multires(plain, colors, SIZES, epochs=1)
 
 
+def test_a_network_without_a_classifier_of_its_own_is_trained_too(colors: TaskData) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    features = load_backbone(body, preprocessing=small_preprocessing())
+    result = fit_multires(features, colors, SIZES, epochs=2, batch_size=8)
+    assert not torch.equal(result.backbone.module.state_dict()["0.weight"], body.state_dict()["0.weight"])
+    for patch in result.patches.values():
+        assert evaluate(result.backbone, patch, colors).top1 == patch.metrics["test_top1"]
+    assert result.backbone.classes == ()
+    features.verify()
+
+
 def test_a_resolution_that_the_network_refuses_is_named(colors: TaskData) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
     fixed = load_backbone(module, preprocessing=small_preprocessing())

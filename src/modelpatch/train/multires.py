@@ -27,7 +27,6 @@ from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.methods import FullFinetune
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel
-from modelpatch.patch.export import state_dict_of
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import store_as
 from modelpatch.train.fit import Fit, FitSettings, State, check_settings
@@ -129,7 +128,7 @@ def fit_multires(
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
     with bar, RunLog(log) as run_log:
         run = MultiResolutionFit(backbone, data, method, chosen, bar, run_log, sorted(resolutions), sharing, files)
-        return run.read() if reuse and run.written else run.finish_all()
+        return run.read() if reuse and run.written else run.run_all()
 
 
 def _check(
@@ -322,7 +321,7 @@ class MultiResolutionFit(Fit):
 
     # results ------------------------------------------------------------------------------------------------
 
-    def finish_all(self) -> MultiResolution:
+    def run_all(self) -> MultiResolution:
         """Train, measure and write. The backbone that training began from stays as it was."""
         seconds = self.train()
         if self.state.best:
@@ -360,11 +359,13 @@ class MultiResolutionFit(Fit):
         """The network with what the largest resolution's patch holds, as a backbone of its own, written if it is to be."""
         base = self.backbone
         module = copy.deepcopy(base.module)
+        tensors = {name.removeprefix("replace/"): tensor for name, tensor in patch.tensors.items() if "/" in name}
         if base.classifier is not None:
-            module.set_submodule(base.classifier, nn.Linear(patch.head.features, patch.head.outputs))
-            module.load_state_dict(state_dict_of(base, patch))
+            module.set_submodule(base.classifier, nn.Linear(patch.head.features, patch.head.outputs).to(base.device))
+            tensors |= {f"{base.classifier}.{name}": patch.tensors[f"head.{name}"] for name in ("weight", "bias")}
             if hasattr(module, "num_classes"):
                 module.num_classes = patch.head.outputs  # type: ignore[assignment]
+        module.load_state_dict({**module.state_dict(), **tensors})
         arguments = {name: value for name, value in base.arguments.items() if name not in ("pretrained", "seed")}
         if base.classifier is not None and architecture(base) is not None:
             arguments["num_classes"] = patch.head.outputs
@@ -375,7 +376,7 @@ class MultiResolutionFit(Fit):
             arguments,
             base.classifier,
             base.segment_names,
-            self.data.classes,
+            self.data.classes if base.classifier is not None else (),
             {"task": self.data.task.name, "sharing": self.sharing, "resolutions": list(self.resolutions)},
         )
         if self.files is not None:
