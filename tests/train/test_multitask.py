@@ -232,6 +232,19 @@ def test_figures_are_those_of_the_stored_numbers(backbone: Backbone, tasks: list
         assert figures["tasks"][data.task.name]["head_numbers"] == 3 * (backbone.chain.feature_dim + 1)
 
 
+def test_what_every_task_has_for_itself_is_counted_once_a_task(backbone: Backbone, tasks: list[TaskData]) -> None:
+    heads = 2 * 3 * (backbone.chain.feature_dim + 1)
+    norms = ScaleBias().count_parameters(backbone)
+    probe, private, learned = (
+        fit_multitask(backbone, tasks, method, **SETTINGS)
+        for method in (LinearProbe(), ScaleBias(), ScaleBias(statistics="learned"))
+    )
+    body = probe.backbone_parameters + norms  # as many running means and variances as scales and biases
+    assert probe.numbers == body + heads
+    assert private.numbers == body + heads + norms
+    assert learned.numbers == body + heads + 2 * norms
+
+
 def test_a_later_fit_of_one_task_does_not_take_the_file_for_its_own(tmp_path: Path, tasks: list[TaskData]) -> None:
     base = small_timm()
     fit_multitask(base, tasks, LinearProbe(), out=tmp_path, epochs=1, image_size=32)

@@ -102,9 +102,8 @@ def comparison_markdown(comparison: Comparison) -> str:
 def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
     """One row a task and their mean; `sizes` are the bytes of the patch files by task."""
     figures = result.as_dict()
-    caption = (
-        f"{figures['shared_parameters']:,} of {figures['backbone_parameters']:,} parameters are shared by all tasks"
-    )
+    shared, whole, numbers = (figures[name] for name in ("shared_parameters", "backbone_parameters", "numbers"))
+    caption = f"{shared:,} of {whole:,} parameters are shared, {numbers:,} numbers in all"
     table = new_table(f"{len(result.patches)} tasks on {result.backbone.spec}", caption)
     table.add_column("task", overflow="fold", min_width=NAME_WIDTH)
     for column in ("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"):

@@ -75,6 +75,15 @@ class Multitask:
         """Parameters of the backbone without its own classifier."""
         return sum(segment.parameters for segment in self.backbone.chain)
 
+    @property
+    def numbers(self) -> int:
+        """All numbers that the tasks need, statistics included: their patches, and what at least one reads of the backbone."""
+        replaced = [{name for name in patch.tensors if name.startswith("replace/")} for patch in self.patches.values()]
+        nobody = set.intersection(*replaced)
+        tensors = [named for segment in self.backbone.chain for named in segment.named_tensors()]
+        read = {name: t.numel() for name, t in tensors if t.is_floating_point() and f"replace/{name}" not in nobody}
+        return sum(read.values()) + sum(t.numel() for patch in self.patches.values() for t in patch.tensors.values())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         tasks = {}
@@ -89,6 +98,7 @@ class Multitask:
             "fingerprint": self.backbone.fingerprint,
             "backbone_parameters": self.backbone_parameters,
             "shared_parameters": self.shared_parameters,
+            "numbers": self.numbers,
             "seconds": self.seconds,
         }
 
