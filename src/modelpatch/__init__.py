@@ -14,13 +14,25 @@ __version__ = "0.1.0"
 from modelpatch import errors, methods
 from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
 from modelpatch.engine import Engine, Tuning
-from modelpatch.patch import BoundPatch, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
+from modelpatch.patch import BoundPatch, Cascade, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
+from modelpatch.select.cascading import cascade
 from modelpatch.serve import Client
-from modelpatch.train import PaintSettings, compare, evaluate, fit, harmonic_mean, load_task, paint
+from modelpatch.train import (
+    PaintSettings,
+    compare,
+    evaluate,
+    fit,
+    fit_multires,
+    fit_multitask,
+    harmonic_mean,
+    load_task,
+    paint,
+)
 
 __all__ = [
     "Backbone",
     "BoundPatch",
+    "Cascade",
     "Client",
     "Engine",
     "PaintSettings",
@@ -32,12 +44,15 @@ __all__ = [
     "Tuning",
     "Version",
     "__version__",
+    "cascade",
     "compare",
     "diff",
     "errors",
     "evaluate",
     "extract",
     "fit",
+    "fit_multires",
+    "fit_multitask",
     "harmonic_mean",
     "load_backbone",
     "load_task",

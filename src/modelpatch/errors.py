@@ -84,6 +84,14 @@ class UnknownGraftError(PatchError):
     """The patch adds a kind of module this installation does not know."""
 
 
+class CascadeError(PatchError):
+    """Patches cannot be the stages of one cascade, or a cascade cannot be made or written."""
+
+
+class CascadeFileError(CascadeError):
+    """A file is no cascade, is damaged, or its patches are not those it was made of."""
+
+
 # store ------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ VERBS = (
     "diff",
     "export",
     "paint",
+    "multires",
+    "cascade",
     "serve",
     "store",
 )

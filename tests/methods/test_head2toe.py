@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone import Backbone
-from modelpatch.errors import ForeignTensorError, InvalidPatchError
+from modelpatch.engine import Engine, Tuning
+from modelpatch.errors import ForeignTensorError, InvalidPatchError, MethodError
 from modelpatch.methods import DeltaNetwork, Head2Toe, ScaleBias
 from modelpatch.methods.head2toe import ChoosingHead
 from modelpatch.patch import BoundPatch, HeadRecord, Patch
-from modelpatch.train import fit
+from modelpatch.train import TaskData, fit
 
 
 def test_the_head_reads_every_block_at_unit_length(tiny: Backbone) -> None:
@@ -110,3 +111,22 @@ def test_a_file_whose_head_has_other_tensors_is_refused(tiny: Backbone, tmp_path
     short = replace(patch, tensors={**patch.tensors, "head.selected": patch.tensors["head.selected"][:-1]})
     with pytest.raises(InvalidPatchError, match="selected head"):
         Patch.load(short.save(tmp_path / "p.safetensors"))
+
+
+def test_an_early_exit_reads_the_first_blocks_alone(tiny: Backbone, colors: TaskData) -> None:
+    patch = fit(tiny, colors, "head2toe(until=stage1,keep=1)", epochs=1)
+    early = [block for block in tiny.chain.blocks if block.name.startswith("stage1")]
+    assert patch.head.taps == tuple(block.index for block in early)
+    assert patch.head.features == sum(block.output_shape[0] for block in early)
+    engine = Engine(tiny, {"early": patch}, tuning=Tuning())
+    macs = sum(segment.macs for segment in tiny.chain[: early[-1].index + 1])
+    assert engine.plan_for(1, ["early"]).flops == 2 * macs
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(engine(images, only=["early"])["early"], tiny.patched(patch)(images))
+
+
+def test_an_exit_before_the_first_block_is_refused(tiny: Backbone) -> None:
+    with pytest.raises(MethodError, match="until='stem' lies before the first block"):
+        Head2Toe(until="stem").draft(tiny, 3)
+    with pytest.raises(MethodError, match="'block9' names no block"):
+        Head2Toe(until="block9").draft(tiny, 3)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +30,7 @@ import uvicorn
 from conftest import draft_patch, make_tiny
 from modelpatch.backbone import Backbone
 from modelpatch.methods import FullFinetune, LinearProbe, ScaleBias, Subset
-from modelpatch.patch import Patch, Store
+from modelpatch.patch import Cascade, Patch, Store
 from modelpatch.serve import Client, Settings
 from modelpatch.serve.app import create_app
 from modelpatch.serve.protocol import GuardedProtocol
@@ -58,10 +58,16 @@ class Serving:
 
 
 @contextmanager
-def serving(store: Store, backbone: Backbone | None = None, **settings: object) -> Iterator[Serving]:
+def serving(
+    store: Store,
+    backbone: Backbone | None = None,
+    cascades: Mapping[str, Cascade] | None = None,
+    **settings: object,
+) -> Iterator[Serving]:
     """A server in a thread of this process on a free port."""
     backbone = backbone or network()
-    service = Service(store, backbone, Settings(**{"token": TOKEN, "refresh": 0.05, **settings}))  # type: ignore[arg-type]
+    limits = Settings(**{"token": TOKEN, "refresh": 0.05, **settings})  # type: ignore[arg-type]
+    service = Service(store, backbone, limits, cascades=cascades)
     listening = bind("127.0.0.1", 0)
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), http=GuardedProtocol, log_level="warning", lifespan="on", ws="none")

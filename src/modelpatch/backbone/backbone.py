@@ -23,7 +23,8 @@ class Backbone:
 
     The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
-    holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower.
+    holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
+    `segment_names` are the modules that were named to cut it.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Backbone:
         self.classes = tuple(classes)
         self.about = dict(about or {})
         self.text = text
-        self._segment_names = tuple(segments)
+        self.segment_names = tuple(segments)
         self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()
         self._fingerprint = Fingerprint.of(self.chain)
@@ -58,12 +59,28 @@ class Backbone:
     def _build_chain(self) -> None:
         example = torch.zeros(2, *self.input_size, device=self.device)
         try:
-            self.chain: Chain = build_chain(self.module, example, self.classifier, self._segment_names)
+            self.chain: Chain = build_chain(self.module, example, self.classifier, self.segment_names)
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise BackboneError(
                 f"{self.spec} does not run on images of shape {self.input_size}: {_first_line(error)}. Expected a float32 "
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
+
+    def around(
+        self, module: nn.Module, spec: str | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> Backbone:
+        """A backbone like this one around another module of the same structure, hashed and cut anew."""
+        return Backbone(
+            module,
+            self.preprocessing,
+            self.spec if spec is None else spec,
+            self.arguments if arguments is None else arguments,
+            self.classifier,
+            self.segment_names,
+            self.classes,
+            self.about,
+            self.text,
+        )
 
     @property
     def input_size(self) -> tuple[int, int, int]:

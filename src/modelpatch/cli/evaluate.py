@@ -12,16 +12,18 @@ from modelpatch.cli.options import (
     ArgumentOption,
     DeviceOption,
     PatchBackboneOption,
-    at_alpha,
     backbone_of,
     find_device,
+    fitted_seed,
     naming,
     parse_arguments,
+    read_answering,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.patch import Patch
+from modelpatch.patch import Cascade
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table, show
+from modelpatch.select.cascading import evaluate_cascade
 from modelpatch.train import evaluate as run_evaluate
 from modelpatch.train import harmonic_mean, load_task
 from modelpatch.train.evaluate import evaluate_base
@@ -30,7 +32,7 @@ from modelpatch.train.progress import Progress
 
 def evaluate(
     data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
-    patch: Annotated[Path, typer.Option("--patch", "-p", help="The patch file.")],
+    patch: Annotated[Path, typer.Option("--patch", "-p", help="The patch file, or a cascade's.")],
     backbone: PatchBackboneOption = None,
     base_data: Annotated[
         str | None, typer.Option(help="Data of the base's own classes, for the harmonic mean.")
@@ -46,16 +48,21 @@ def evaluate(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Measure a patch on the test images of its task: top-1, top-5, per class, confusion."""
+    """Measure a patch, or a cascade, on the test images of its task: top-1, top-5, per class, confusion."""
     console = open_console(json)
     check_pictures(plot=plot)
-    loaded = at_alpha(Patch.load(patch), alpha)
-    base = backbone_of(loaded, patch, backbone, parse_arguments(argument), find_device(device))
-    task = load_task(data, seed=_fitted_seed(loaded) if seed is None else seed)
+    loaded = read_answering(patch, alpha)
+    first = loaded.patches[0] if isinstance(loaded, Cascade) else loaded
+    base = backbone_of(first, patch, backbone, parse_arguments(argument), find_device(device))
+    task = load_task(data, seed=fitted_seed(first) if seed is None else seed)
     own = None if base_data is None else load_task(base_data, hold_out=False)
     with naming(patch), Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
-        result = run_evaluate(base, loaded, task, advance)
-    figures = result.as_dict()
+        if isinstance(loaded, Cascade):
+            result, routed = evaluate_cascade(base, loaded, task, advance)
+            extra = {"macs": routed.macs, "answered": list(routed.answered)}
+        else:
+            result, extra = run_evaluate(base, loaded, task, advance), {}
+    figures = {**result.as_dict(), **extra}
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.top1, figures["base_top1"])
@@ -64,10 +71,3 @@ def evaluate(
     if plot is not None:
         plot_confusion(result, loaded.task.classes, plot)
         tell(console, f"drew {plot}")
-
-
-def _fitted_seed(patch: Patch) -> int:
-    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
-    settings = patch.created.get("settings")
-    seed = settings.get("seed") if isinstance(settings, dict) else None
-    return seed if type(seed) is int and seed >= 0 else 0

@@ -9,11 +9,12 @@ import typer
 
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
-from modelpatch.cli.outputs import JsonOption, make_folder, open_console, tell, write_json
+from modelpatch.cli.outputs import JsonOption, make_folder, open_console, resumable, tell, write_json
 from modelpatch.methods import METHODS, make_method
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import fit as run_fit
 from modelpatch.train import load_task
+from modelpatch.train.processes import joined
 
 
 @grouped
@@ -43,32 +44,26 @@ def fit(
 ) -> None:
     """Train a patch for a task and measure it on the task's test images.
 
-    An interrupted run resumes exactly when the same command is given again.
+    An interrupted run resumes exactly when the same command is given again. Under torchrun processes share the batches.
     """
-    console = open_console(json)
-    if log is not None:
-        make_folder("--log", log)
-    made = make_method(method, **parse_pairs(set_, "--set"))
-    settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
-    task = load_task(data, seed=training.seed)
-    path = file.path(task.task.name)
-    base = network.open()
-    checkpoint = path.with_name(path.name + ".training")
-    state = checkpoint / "state.pt"
-    if restart:
-        state.unlink(missing_ok=True)
-    if state.exists():
-        tell(console, f"resuming the interrupted run in {checkpoint}")
-    try:
-        patch = run_fit(base, task, made, out=path, checkpoint=checkpoint, log=log, progress=True, **settings)
-    except KeyboardInterrupt:
-        if not state.exists():
-            raise
-        raise KeyboardInterrupt("the run resumes when the same command is given again") from None
-    inspection = patch.inspect()
-    show(console, inspection_table(inspection))
-    tell(
-        console,
-        f"wrote {path} ({inspection.file_bytes:,} bytes); the base is unchanged (fingerprint {base.fingerprint[:12]})",
-    )
-    write_json(json, inspection.as_dict())
+    with joined() as team:
+        console = open_console(json, quiet=not team.leads)
+        if log is not None:
+            make_folder("--log", log)
+        made = make_method(method, **parse_pairs(set_, "--set"))
+        settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
+        task = load_task(data, seed=training.seed)
+        path = file.path(task.task.name)
+        base = network.open()
+        checkpoint = path.with_name(path.name + ".training")
+        with resumable(console, checkpoint, restart):
+            patch = run_fit(base, task, made, out=path, checkpoint=checkpoint, log=log, progress=True, **settings)
+        if not team.leads:
+            return
+        inspection = patch.inspect()
+        show(console, inspection_table(inspection))
+        tell(
+            console,
+            f"wrote {path} ({inspection.file_bytes:,} bytes); the base is unchanged (fingerprint {base.fingerprint[:12]})",
+        )
+        write_json(json, inspection.as_dict())

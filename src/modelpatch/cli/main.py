@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import modelpatch
+from modelpatch.cli.cascade import cascade
 from modelpatch.cli.compare import compare
 from modelpatch.cli.demo import demo
 from modelpatch.cli.evaluate import evaluate
@@ -21,6 +22,8 @@ from modelpatch.cli.fit import fit
 from modelpatch.cli.inspect import inspect
 from modelpatch.cli.label import label
 from modelpatch.cli.merge import diff, merge
+from modelpatch.cli.multires import multires
+from modelpatch.cli.multitask import multitask
 from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
 from modelpatch.cli.profile import profile
@@ -62,7 +65,10 @@ app.command()(compare)
 app.command()(extract)
 app.command()(merge)
 app.command()(diff)
+app.command()(multitask)
 app.command()(paint)
+app.command()(multires)
+app.command()(cascade)
 app.command()(export)
 app.command()(profile)
 app.command()(select)

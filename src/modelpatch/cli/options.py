@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from modelpatch.backbone.text import OWN
 from modelpatch.cli.outputs import ForceOption, check_file, check_free
 from modelpatch.errors import (
     BackboneError,
+    CascadeError,
     ForeignTensorError,
     MethodError,
     ModelpatchError,
@@ -26,7 +28,8 @@ from modelpatch.errors import (
     WrongBackboneError,
 )
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
-from modelpatch.patch import Patch
+from modelpatch.patch import Cascade, Patch
+from modelpatch.patch.cascade import is_cascade
 from modelpatch.train.fit import FitSettings
 
 BackboneOption = Annotated[
@@ -178,12 +181,16 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, else the CPU. Raises `ModelpatchError` for one that is not there."""
+    """The device of that name; `auto` is a GPU, else the CPU. Raises `ModelpatchError` for one that is not there.
+
+    A GPU without a number is the first, or under torchrun the one of this process's number on its machine.
+    """
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    own = gpus[int(os.environ.get("LOCAL_RANK", "0")) % len(gpus)] if gpus else ""
     gpus += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        name = gpus[0] if gpus else "cpu"
-    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": "cuda:0"} if "cuda:0" in gpus else {})}
+        name = own or (gpus[0] if gpus else "cpu")
+    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": own} if own else {})}
     if name in known:
         return torch.device(known[name])
     why = " This PyTorch was built without CUDA." if name.startswith("cuda") and torch.version.cuda is None else ""
@@ -248,6 +255,24 @@ def backbone_of(
 def at_alpha(patch: Patch, alpha: float | None) -> Patch:
     """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
     return patch if alpha is None else patch.with_alpha(alpha)
+
+
+def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
+    """The patch, at the strength that --alpha names, or the cascade in a file. Raises `PatchError`."""
+    if not is_cascade(path):
+        return at_alpha(Patch.load(path), alpha)
+    if alpha is not None:
+        raise CascadeError(
+            f"--alpha turns the strength of a patch; {path} is a cascade, whose thresholds hold for its own."
+        )
+    return Cascade.load(path)
+
+
+def fitted_seed(patch: Patch) -> int:
+    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
+    settings = patch.created.get("settings")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    return seed if type(seed) is int and seed >= 0 else 0
 
 
 def locate(patch: Patch, patch_path: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import check_picture
+from modelpatch.train.processes import restarted
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
@@ -89,6 +91,25 @@ def read_names(option: str, text: str | None) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names):
         raise ModelpatchError(f"{option} {text[:80]!r} names nothing, or something twice.")
     return names
+
+
+@contextmanager
+def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[None]:
+    """A run that keeps its state in the folder `checkpoint`: says that it goes on, when it starts and when it is stopped.
+
+    With `restart` an earlier state is forgotten, unless torchrun starts the run again after a process died.
+    """
+    state = checkpoint / "state.pt"
+    if restart and not restarted():
+        state.unlink(missing_ok=True)
+    if state.exists():
+        tell(console, f"resuming the interrupted run in {checkpoint}")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not state.exists():
+            raise
+        raise KeyboardInterrupt("the run resumes when the same command is given again") from None
 
 
 def write_json(path: Path | None, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,18 +20,18 @@ from modelpatch.cli.options import (
     PatchBackboneOption,
     TemplateOption,
     TextOption,
-    at_alpha,
     backbone_of,
     find_device,
     naming,
     open_vocabulary,
     parse_arguments,
+    read_answering,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, read_names, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
-from modelpatch.errors import DataError, ModelpatchError
-from modelpatch.patch import Patch
+from modelpatch.errors import CascadeError, DataError, ModelpatchError
+from modelpatch.patch import Cascade, Patch
 from modelpatch.report.tables import prediction_table, show, timing_table
 from modelpatch.train.progress import Progress
 
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders that are searched for them.")],
-    patch: Annotated[list[Path], typer.Option("--patch", "-p", help="A patch file; may be repeated.")],
+    patch: Annotated[list[Path], typer.Option("--patch", "-p", help="A patch file, or a cascade's; may be repeated.")],
     backbone: PatchBackboneOption = None,
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
@@ -75,12 +76,19 @@ def predict(
     check_pictures(plot=plot)
     files = gather_images(images)
     labels_given = read_names("--labels", labels)
-    patches = {path: at_alpha(Patch.load(path), alpha) for path in patch}
+    patches = {path: read_answering(path, alpha) for path in patch}
     if len(patches) < len(patch):
         raise ModelpatchError("a patch file is named twice; give each --patch once.")
-    loaded = backbone_of(patches[patch[0]], patch[0], backbone, parse_arguments(argument), find_device(device))
+    leading = patches[patch[0]]
+    first = leading.patches[0] if isinstance(leading, Cascade) else leading
+    loaded = backbone_of(first, patch[0], backbone, parse_arguments(argument), find_device(device))
     if labels_given:
-        patches = {path: _relabel(loaded, one, labels_given, text, names, template) for path, one in patches.items()}
+        if cascades := [path for path, one in patches.items() if isinstance(one, Cascade)]:
+            raise CascadeError(
+                f"{cascades[0]} is a cascade, whose thresholds hold for its own classes. Leave --labels out."
+            )
+        relabelled = {path: one for path, one in patches.items() if isinstance(one, Patch)}
+        patches = {path: _relabel(loaded, one, labels_given, text, names, template) for path, one in relabelled.items()}
     elif text or names or template:
         raise ModelpatchError("--text, --names and --template say how --labels are read. Give --labels as well.")
     engine = Engine(loaded, tuning=None if tune else Tuning())
@@ -140,7 +148,7 @@ def gather_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def _names(patches: dict[Path, Patch]) -> dict[str, Path]:
+def _names(patches: Mapping[Path, Patch | Cascade]) -> dict[str, Path]:
     """Files by task name, by file name where two answer tasks of the same name, and by path where these are equal too."""
     tasks = [patch.task.name for patch in patches.values()]
     stems = [path.stem for path in patches]

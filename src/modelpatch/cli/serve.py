@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +18,9 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import open_console, tell
+from modelpatch.engine.engine import BASE
 from modelpatch.errors import ServeError
+from modelpatch.patch import Cascade
 from modelpatch.serve.run import check_libraries, serve_forever
 from modelpatch.serve.settings import Settings
 
@@ -45,6 +48,10 @@ def serve(
         float, typer.Option(min=0, help="Seconds until changes that others make to the store are seen.")
     ] = DEFAULT.refresh,
     tune: Annotated[bool, typer.Option(help="First measure what is fastest here: some seconds.")] = True,
+    cascade: Annotated[
+        list[Path] | None,
+        typer.Option(help="A cascade's file, served under its task's name, always resident; may be repeated."),
+    ] = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     ray: Annotated[bool, typer.Option("--ray", help="Deploy replicas on Ray Serve instead of workers.")] = False,
@@ -67,10 +74,13 @@ def serve(
         refresh=refresh,
     )
     place = find_device(device)
+    cascades = _read_cascades(cascade or [])
     options: dict[str, Any] = {"host": host, "port": port}
     if ray:
         from modelpatch.serve.deployment import deploy
 
+        if cascades:
+            raise ServeError("--cascade is for servers of this machine. Leave --ray out, or serve the patches alone.")
         if workers != 1:
             raise ServeError("--workers and --ray are two ways to have several processes. With --ray say --replicas.")
         deploy(
@@ -86,4 +96,25 @@ def serve(
         )
         return
     load = partial(open_backbone, backbone, parse_arguments(argument), torch.device("cpu"))
-    serve_forever(store, load, place, settings, workers=workers, tune=tune, say=partial(tell, console), **options)
+    serve_forever(
+        store,
+        load,
+        place,
+        settings,
+        workers=workers,
+        tune=tune,
+        say=partial(tell, console),
+        cascades=cascades,
+        **options,
+    )
+
+
+def _read_cascades(files: list[Path]) -> dict[str, Cascade]:
+    """Cascades by their tasks' names. Raises `ServeError` for two of one task, or one that is called like the backbone."""
+    read: dict[str, Cascade] = {}
+    for file in files:
+        cascade = Cascade.load(file)
+        if cascade.task.name in read or cascade.task.name == BASE:
+            raise ServeError(f"--cascade {file}: there is a task {cascade.task.name!r} already.")
+        read[cascade.task.name] = cascade
+    return read

@@ -6,6 +6,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.engine.measure import measure
 from modelpatch.engine.plan import Plan, make_plan
 from modelpatch.engine.program import Timing
+from modelpatch.engine.rounds import Routed
 from modelpatch.engine.stream import Answers
 
-__all__ = ["Answers", "Engine", "Plan", "Timing", "Tuning", "describe_step", "make_plan", "measure"]
+__all__ = ["Answers", "Engine", "Plan", "Routed", "Timing", "Tuning", "describe_step", "make_plan", "measure"]

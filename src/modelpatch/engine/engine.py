@@ -3,6 +3,8 @@
     engine = Engine(backbone, {"flowers": patch, "birds": "birds.safetensors"})
     engine(images)                                    {"base": (B, K0), "flowers": (B, K1), "birds": (B, K2)}
     engine(images, tasks=["flowers", "birds"])        one patch a row: [(K1,), (K2,)]
+    engine.add("signs", [small, large])               patches of one task: engine(images, resolution=96), latency=0.01
+    engine.add("fruits", "fruits.json")               a cascade: rows leave it as soon as a stage is sure of them
     print(engine.plan)                                what is shared, forked and merged, and what it costs
 
 Members are added, removed and swapped while other threads call the engine: every call keeps the members it started with.
@@ -13,68 +15,39 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
-from math import prod
-from pathlib import Path
-from typing import overload
+from typing import cast, overload
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone, Preprocessing, clone_module
-from modelpatch.backbone.frozen import FrozenBackbone
+from modelpatch.backbone.frozen import FrozenBackbone, sample
 from modelpatch.backbone.preprocess import ImageSource
 from modelpatch.backbone.tuning import Module, Tuning
-from modelpatch.engine.inputs import Images, make_batches, read
+from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
 from modelpatch.engine.links import PartLink, SegmentLink
-from modelpatch.engine.measure import measure
-from modelpatch.engine.plan import Link, Member, Plan, Rows, make_plan
+from modelpatch.engine.measure import least_seconds, measure
+from modelpatch.engine.plan import Link, Plan, Rows, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
+from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
 from modelpatch.engine.stream import Answers, Sources, stream
-from modelpatch.errors import EngineError, UnknownTaskError, WrongBackboneError
-from modelpatch.patch import BoundPart, BoundPatch, LinearHead, Patch
+from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
+from modelpatch.errors import EngineError, UnknownTaskError
 
 BASE = "base"
 PROGRAMS = 128
-AnyPatch = Patch | BoundPatch | str | Path
-_SERIAL = count()
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """A member with everything that runs it. `serial` is never used twice."""
-
-    serial: int
-    name: str
-    preprocessing: Preprocessing
-    classes: tuple[str, ...]
-    head: nn.Module
-    path: tuple[Link, ...]
-    taps: Mapping[int, tuple[int, ...]]
-    beside: tuple[Link, ...]
-    bound: BoundPatch | None
-
-    @property
-    def parts(self) -> tuple[BoundPart, ...]:
-        """The variants of the task's own."""
-        return () if self.bound is None else self.bound.parts
-
-    def member(self, root: Hashable, shape: tuple[int, int], own: int) -> Member:
-        """As the plan sees it: images of `shape` (height, width), the backbone's own being `own` x `own`."""
-        linear = type(self.head) in (nn.Linear, LinearHead)
-        return Member(self.name, self.path, root, shape, prod(shape) / own**2, tuple(self.taps), linear, self.beside)
 
 
 class Engine:
     """Patches of one backbone, run together. Every method may be called from any thread.
 
-    `patches` are patches, bound or not, or paths of their files, by the name of the task; "base" is the backbone's own
-    answer and is always there. `tuning` pins how the engine computes; by default it is measured now, and
-    `print(engine.tuning)` reports it. `budget` are the bytes for variants as modules of their own, beyond the patches'
-    numbers and the backbone (by default twice the backbone's bytes); `eager` makes them when a patch is added instead of
-    when it is used. `bfloat16` lets the measurement choose 16-bit arithmetic, which moves logits by about a hundredth.
+    `patches` are patches, bound or not, or paths of their files, by the name of the task; or several of one task in a list,
+    of which calls choose by `resolution` or `latency`; or cascades. "base" is the backbone's own answer and is always there.
+    `tuning` pins how the engine computes; by default it is measured now, and `print(engine.tuning)` reports it. `budget` are
+    the bytes for variants as modules of their own, beyond the patches' numbers and the backbone (by default twice the
+    backbone's bytes); `eager` makes them when a patch is added instead of when it is used. `bfloat16` lets the measurement
+    choose 16-bit arithmetic, which moves logits by about a hundredth.
 
     Raises what `BoundPatch` raises for patches that do not fit, `EngineError` for names that cannot be.
     """
@@ -82,7 +55,7 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        patches: Mapping[str, AnyPatch] | None = None,
+        patches: Mapping[str, Given] | None = None,
         *,
         tuning: Tuning | None = None,
         budget: int | None = None,
@@ -113,14 +86,14 @@ class Engine:
         self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
-        self._tasks: dict[str, _Task] = {BASE: self._base()}
+        self._seconds: dict[int, float] = {}
+        self._tasks: dict[str, EngineTask] = {BASE: self._base()}
         for name, patch in (patches or {}).items():
             self.add(name, patch)
 
-    def _base(self) -> _Task:
+    def _base(self) -> EngineTask:
         base = self.backbone
-        head = clone_module(base.chain.head)
-        return _Task(next(_SERIAL), BASE, base.preprocessing, base.classes, head, self._segments, {}, (), None)
+        return EngineTask(BASE, base.preprocessing, base.classes, clone_module(base.chain.head), self._segments)
 
     # members ------------------------------------------------------------------------------------------------
 
@@ -134,11 +107,34 @@ class Engine:
         return self._find(self._tasks, task).classes
 
     def preprocessing(self, task: str) -> Preprocessing:
-        """How the images of a task are seen."""
+        """How the images of a task are seen; of several patches or a cascade, by the last one."""
         return self._find(self._tasks, task).preprocessing
 
-    def add(self, name: str, patch: AnyPatch) -> None:
-        """Add a patch under a new name. Raises `EngineError` for a name that is taken; see `swap`."""
+    def preprocessings(self, task: str) -> tuple[Preprocessing, ...]:
+        """All the ways in which a call sees the images of a task: several for a cascade over several resolutions."""
+        return self._find(self._tasks, task).kinds
+
+    def resolutions(self, task: str) -> tuple[int, ...]:
+        """The pixels of a task's patches, the cheapest patch first."""
+        found = self._find(self._tasks, task)
+        return tuple(option.preprocessing.image_size for option in found.options or (found,))
+
+    def latencies(self, task: str) -> tuple[float, ...]:
+        """Seconds that each of a task's patches takes for one image here, measured once, in the order of `resolutions`."""
+        found = self._find(self._tasks, task)
+        return tuple(self._measured(option) for option in found.options or (found,))
+
+    def stage_costs(self, tasks: Sequence[str]) -> list[float]:
+        """Multiply-adds an image of each of these tasks when they run one after another, what they share counted once.
+
+        Heads are left out. Each task is one patch.
+        """
+        area = self.backbone.preprocessing.image_size**2
+        return [macs / area for macs in stage_costs([self._find(self._tasks, name) for name in tasks])]
+
+    def add(self, name: str, patch: Given) -> None:
+        """Add a patch, several of one task, or a cascade under a new name. Raises `EngineError` for a name that is taken; see
+        `swap`."""
         task = self._bind(name, patch)
         with self._lock:
             if name in self._tasks:
@@ -147,7 +143,7 @@ class Engine:
         if self.eager:
             self.residency.make(task.parts)
 
-    def swap(self, name: str, patch: AnyPatch) -> None:
+    def swap(self, name: str, patch: Given) -> None:
         """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
 
         A `BoundPatch` is swapped in well under a millisecond; patches and files are bound first, while calls go on. The new
@@ -191,48 +187,24 @@ class Engine:
         """Wait for the variants' modules that are being made in the background."""
         self.residency.settle()
 
-    def _enter(self, task: _Task) -> None:
+    def _enter(self, task: EngineTask) -> None:
         self.residency.retain(task.parts)
         self._tasks = {**self._tasks, task.name: task}
 
-    def _bind(self, name: str, patch: AnyPatch) -> _Task:
+    def _bind(self, name: str, patch: Given) -> EngineTask:
         if not isinstance(name, str) or not name or name == BASE:
             raise EngineError(
                 f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
             )
-        bound = patch if isinstance(patch, BoundPatch) else BoundPatch(self.backbone, _read(patch))
-        if bound.backbone is not self.backbone:
-            raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {self.backbone.spec}.")
-        variants = {part.span[0]: part for part in bound.parts}
-        path: list[Link] = []
-        at = 0
-        while at < len(self._segments):
-            if at in variants:
-                end = variants[at].span[1]
-                path.append(PartLink(variants[at], 4 * prod(self.backbone.chain[end - 1].output_shape)))
-                at = end
-            else:
-                path.append(self._segments[at])
-                at += 1
-        beside = self._segments if bound.reads_base else ()
-        task = _Task(
-            next(_SERIAL),
-            name,
-            bound.preprocessing,
-            bound.task.classes,
-            bound.head,
-            tuple(path),
-            bound.taps,
-            beside,
-            bound,
-        )
-        for part in task.parts:
-            _ = part.key  # hashed now, not in the first call
-        return task
+        if (cascade := read_cascade(patch)) is not None:
+            return bind_cascade(self.backbone, self._segments, name, cascade)
+        if isinstance(patch, list | tuple):
+            return bind_options(self.backbone, self._segments, name, patch)
+        return bind_one(self.backbone, self._segments, name, cast(AnyPatch, patch))
 
-    def _forget(self, old: _Task) -> None:
+    def _forget(self, old: EngineTask) -> None:
         """Drop the programs and modules that only a task that is gone used."""
-        for key in [key for key, program in self._programs.items() if old.serial in program.serials]:
+        for key in [key for key, program in self._programs.items() if old.serials & program.serials]:
             del self._programs[key]
         if old.name in self._pinned:
             self._pinned.discard(old.name)
@@ -240,7 +212,7 @@ class Engine:
         self.residency.release(old.parts)
 
     @staticmethod
-    def _find(tasks: Mapping[str, _Task], name: str) -> _Task:
+    def _find(tasks: Mapping[str, EngineTask], name: str) -> EngineTask:
         if name not in tasks:
             raise UnknownTaskError(f"there is no task {name!r}. Known tasks: {', '.join(tasks)}.")
         return tasks[name]
@@ -249,43 +221,97 @@ class Engine:
 
     @overload
     def __call__(
-        self, images: Images, tasks: None = None, *, only: Iterable[str] | None = None
+        self,
+        images: Images,
+        tasks: None = None,
+        *,
+        only: Iterable[str] | None = None,
+        resolution: int | None = None,
+        latency: float | None = None,
     ) -> dict[str, Tensor]: ...
 
     @overload
-    def __call__(self, images: Images, tasks: Sequence[str]) -> list[Tensor]: ...
+    def __call__(
+        self,
+        images: Images,
+        tasks: Sequence[str],
+        *,
+        resolution: int | None = None,
+        latency: float | None = None,
+    ) -> list[Tensor]: ...
 
     def __call__(
-        self, images: Images, tasks: Sequence[str] | None = None, *, only: Iterable[str] | None = None
+        self,
+        images: Images,
+        tasks: Sequence[str] | None = None,
+        *,
+        only: Iterable[str] | None = None,
+        resolution: int | None = None,
+        latency: float | None = None,
     ) -> dict[str, Tensor] | list[Tensor]:
         """Logits (B, K) by task for all tasks, or for those in `only`; with `tasks`, one a row, a list of (K,).
 
         `images` are files or pictures, which every task sees through its own preprocessing; or a batch (B, 3, H, W) that is
         normalised already, for tasks that normalise alike; or such batches by preprocessing, as `read` gives them.
-        Raises `UnknownTaskError`, and `EngineError` for images that the tasks cannot share.
+        Of tasks with several patches the one of `resolution` pixels answers, or the most costly that takes at most `latency`
+        seconds for one image here; the most costly without either.
+        Raises `UnknownTaskError`, and `EngineError` for images that the tasks cannot share or patches that are not there.
         """
-        now = self._tasks
+        wish = Wish(resolution, latency)
         if tasks is not None:
             if only is not None:
                 raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
-            return self._rows(now, images, _names(tasks, "tasks") or [])
-        program, batches = self._all_rows(now, images, only)
-        answers = self._compute(program, batches)
-        return {member.name: answers[member.name] for member in program.plan.members}
+            return self._rows(self._tasks, images, check_names(tasks, "tasks") or [], wish)
+        chosen = self._pick(self._choose(self._tasks, only), wish)
+        return {name: routed.logits for name, routed in self._route(chosen, images).items()}
 
-    def _rows(self, now: Mapping[str, _Task], images: Images, tasks: Sequence[str]) -> list[Tensor]:
+    def route(self, images: Images, only: Iterable[str] | None = None) -> dict[str, Routed]:
+        """Logits by task as a call gives them, and which stage of a cascade answered each row."""
+        return self._route(self._pick(self._choose(self._tasks, only)), images)
+
+    def _route(self, chosen: Sequence[EngineTask], images: Images) -> dict[str, Routed]:
+        batches = self._batches(chosen, images)
+        rows = tuple(range(count_rows(batches)))
+        return run_rounds(chosen, [rows] * len(chosen), batches, self._run)
+
+    def _run(
+        self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor]
+    ) -> dict[str, Tensor]:
+        return self._compute(self._program(tasks, rows, batches), batches)
+
+    def _pick(self, tasks: Sequence[EngineTask], wish: Wish = ANY) -> list[EngineTask]:
+        """Of every task with several patches the one that is wished for."""
+        return wish.pick(tasks, self._measured)
+
+    def _measured(self, task: EngineTask) -> float:
+        """Seconds for one image, measured when first asked for."""
+        if task.serial not in self._seconds:
+            kind = task.preprocessing
+            batches: dict[Hashable, Tensor] = {kind: sample(kind.input_size, self.backbone.device)[:1]}
+            self.residency.make(task.parts)
+            self._seconds[task.serial] = least_seconds(lambda: self._run([task], [(0,)], batches), self.backbone.device)
+        return self._seconds[task.serial]
+
+    def _rows(
+        self,
+        now: Mapping[str, EngineTask],
+        images: Images,
+        tasks: Sequence[str],
+        wish: Wish,
+    ) -> list[Tensor]:
         wanted: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
             wanted.setdefault(name, []).append(row)
-        chosen = [self._find(now, name) for name in wanted]
+        chosen = self._pick([self._find(now, name) for name in wanted], wish)
         batches = self._batches(chosen, images)
-        if len(tasks) != _count(batches):
-            raise EngineError(f"{_count(batches)} images and {len(tasks)} tasks; expected one task an image.")
+        if len(tasks) != count_rows(batches):
+            raise EngineError(f"{count_rows(batches)} images and {len(tasks)} tasks; expected one task an image.")
         if not tasks:
             return []
         rows = [tuple(wanted[task.name]) for task in chosen]
-        answers = self._compute(self._program(chosen, rows, batches), batches)
-        placed = {row: logits for name, own in wanted.items() for row, logits in zip(own, answers[name], strict=True)}
+        answers = run_rounds(chosen, rows, batches, self._run)
+        pairs = ((own, answers[name].logits) for name, own in wanted.items())
+        placed = {row: logits for own, answer in pairs for row, logits in zip(own, answer, strict=True)}
         return [placed[row] for row in range(len(tasks))]
 
     def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -294,19 +320,30 @@ class Engine:
         `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
         """
         now = self._tasks
-        chosen = [self._find(now, name) for name in rows]
+        chosen = self._pick([self._find(now, name) for name in rows])
         batches = self._batches(chosen, images)
-        count = _count(batches)
+        count = count_rows(batches)
         for name, own in rows.items():
             if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
                 raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
         if not rows:
             return {}
-        return self._compute(self._program(chosen, [tuple(own) for own in rows.values()], batches), batches)
+        routed = run_rounds(chosen, [tuple(own) for own in rows.values()], batches, self._run)
+        return {name: one.logits for name, one in routed.items()}
 
-    def read(self, sources: Sequence[ImageSource], only: Iterable[str] | None = None) -> dict[Preprocessing, Tensor]:
-        """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`."""
-        return read(sources, [task.preprocessing for task in self._choose(self._tasks, only)])
+    def read(
+        self,
+        sources: Sequence[ImageSource],
+        only: Iterable[str] | None = None,
+        *,
+        resolution: int | None = None,
+        latency: float | None = None,
+    ) -> dict[Preprocessing, Tensor]:
+        """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`.
+
+        `resolution` and `latency` choose among several patches of a task as a call does."""
+        chosen = self._pick(self._choose(self._tasks, only), Wish(resolution, latency))
+        return read(sources, [kind for task in chosen for kind in task.kinds])
 
     def stream(
         self,
@@ -323,12 +360,18 @@ class Engine:
         decodes in this one. The tasks are those of this moment: one that is removed meanwhile ends the stream with
         `UnknownTaskError`. Raises `EngineError` for what is none of these.
         """
-        tasks = {task.name: task.preprocessing for task in self._choose(self._tasks, only)}
-        return stream(lambda images: self(images, only=tasks), tasks.values(), sources, batch_size, workers)
+        tasks = {task.name: task.kinds for task in self._choose(self._tasks, only)}
+        kinds = [kind for own in tasks.values() for kind in own]
+        return stream(lambda images: self(images, only=tasks), kinds, sources, batch_size, workers)
 
     def explain(self, images: Images, only: Iterable[str] | None = None) -> tuple[Plan, list[Timing]]:
-        """The plan for these images and what each of its steps took, after a first run that does not count."""
-        program, batches = self._all_rows(self._tasks, images, only)
+        """The plan for these images and what each of its steps took, after a first run that does not count.
+
+        Of a cascade all stages run: what an image takes that none but the last is sure of."""
+        chosen = self._whole(self._choose(self._tasks, only))
+        batches = self._batches(chosen, images)
+        rows = tuple(range(count_rows(batches)))
+        program = self._program(chosen, [rows] * len(chosen), batches)
         program(batches)
         timings: list[Timing] = []
         program(batches, timings)
@@ -341,33 +384,31 @@ class Engine:
 
     def plan_for(self, rows: int | Mapping[str, Sequence[int]] = 1, only: Iterable[str] | None = None) -> Plan:
         """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`; or for the
-        rows of each task, as `answer` takes them."""
+        rows of each task, as `answer` takes them. All stages of a cascade are in it."""
         if isinstance(rows, Mapping):
-            named = self._choose(self._tasks, rows)
-            return self._program(named, [tuple(rows[task.name]) for task in named], None).plan
+            pairs = [(one, tuple(rows[task.name])) for task in self._choose(self._tasks, rows) for one in task.whole]
+            return self._program([one for one, _ in pairs], [own for _, own in pairs], None).plan
         if type(rows) is not int or rows < 0:
             raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
-        chosen = self._choose(self._tasks, only)
+        chosen = self._whole(self._choose(self._tasks, only))
         return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
 
-    def _choose(self, now: Mapping[str, _Task], only: Iterable[str] | None) -> list[_Task]:
-        names = _names(only, "only")
+    def _whole(self, tasks: Sequence[EngineTask]) -> list[EngineTask]:
+        return [one for task in self._pick(tasks) for one in task.whole]
+
+    def _choose(self, now: Mapping[str, EngineTask], only: Iterable[str] | None) -> list[EngineTask]:
+        names = check_names(only, "only")
         return [self._find(now, name) for name in (now if names is None else dict.fromkeys(names))]
 
-    def _all_rows(
-        self, now: Mapping[str, _Task], images: Images, only: Iterable[str] | None
-    ) -> tuple[Program, dict[Hashable, Tensor]]:
-        """The program that answers every image for all tasks or those in `only`, and its batches."""
-        chosen = self._choose(now, only)
-        batches = self._batches(chosen, images)
-        rows = tuple(range(_count(batches)))
-        return self._program(chosen, [rows] * len(chosen), batches), batches
-
-    def _batches(self, tasks: Sequence[_Task], images: Images) -> dict[Hashable, Tensor]:
-        return make_batches(images, {task.name: task.preprocessing for task in tasks}, self.backbone.device)
+    def _batches(self, tasks: Sequence[EngineTask], images: Images) -> dict[Hashable, Tensor]:
+        if isinstance(images, Tensor):
+            for task in tasks:
+                check_one_batch(task)
+        kinds = {f"{task.name}{' ' * place}": kind for task in tasks for place, kind in enumerate(task.kinds)}
+        return make_batches(images, kinds, self.backbone.device)
 
     def _program(
-        self, tasks: Sequence[_Task], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor] | None
+        self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor] | None
     ) -> Program:
         """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
         one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
@@ -377,12 +418,7 @@ class Engine:
                 self._programs.move_to_end(key)
                 return self._programs[key]
         own = self.backbone.preprocessing.image_size
-        members = [
-            task.member(None, one, own)
-            if one
-            else task.member(task.preprocessing, (task.preprocessing.image_size,) * 2, own)
-            for task in tasks
-        ]
+        members = [task.member(one, own) for task in tasks]
         program = Program(
             make_plan(members, rows, self._pays),
             self._module,
@@ -393,7 +429,7 @@ class Engine:
             frozenset(task.serial for task in tasks),
         )
         with self._lock:
-            if all(self._tasks.get(task.name) is task for task in tasks):
+            if program.serials <= {serial for task in self._tasks.values() for serial in task.serials}:
                 self._programs[key] = program
                 while len(self._programs) > PROGRAMS:
                     self._programs.popitem(last=False)
@@ -435,7 +471,7 @@ class Engine:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the backbone, its frozen copies, all patches' numbers, variants' own modules, and joined heads."""
-        bound = [task.bound for task in self._tasks.values() if task.bound is not None]
+        bound = [patch for task in self._tasks.values() for patch in task.patches]
         with self._lock:
             joined = sum(heads.nbytes for heads in self._joined.values())
         return {
@@ -454,20 +490,3 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.backbone.spec!r}, {len(self._tasks) - 1} patches)"
-
-
-def _read(patch: Patch | str | Path) -> Patch:
-    return patch if isinstance(patch, Patch) else Patch.load(patch)
-
-
-def _count(batches: Mapping[Hashable, Tensor]) -> int:
-    return len(next(iter(batches.values()))) if batches else 0
-
-
-def _names(given: Iterable[str] | None, option: str) -> list[str] | None:
-    """The names in a list; a single text is taken for a mistake."""
-    if isinstance(given, str):
-        raise EngineError(f"{option}={given!r} is one text; expected a list of task names: {option}=[{given!r}].")
-    if given is not None and not isinstance(given, Iterable):
-        raise EngineError(f"{option}={given!r} is a {type(given).__name__}; expected a list of task names.")
-    return None if given is None else list(given)

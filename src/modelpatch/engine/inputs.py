@@ -84,3 +84,17 @@ def _check_alike(kinds: Mapping[str, Preprocessing]) -> None:
             f"{' and '.join(list(first.values())[:2])} normalise images differently, so one batch cannot be right for "
             "both. Give files or pictures, engine.read(files), or only=[...]."
         )
+
+
+def count_rows(batches: Mapping[Hashable, Tensor]) -> int:
+    """How many images there are."""
+    return len(next(iter(batches.values()))) if batches else 0
+
+
+def check_names(given: Iterable[str] | None, option: str) -> list[str] | None:
+    """The names in a list; a single text is taken for a mistake."""
+    if isinstance(given, str):
+        raise EngineError(f"{option}={given!r} is one text; expected a list of task names: {option}=[{given!r}].")
+    if given is not None and not isinstance(given, Iterable):
+        raise EngineError(f"{option}={given!r} is a {type(given).__name__}; expected a list of task names.")
+    return None if given is None else list(given)

@@ -85,6 +85,13 @@ def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tupl
     return largest, f"  4 streams concatenated: {', '.join(notes)} rows: up to {largest}"
 
 
+def least_seconds(work: Callable[[], object], device: torch.device, runs: int = 15) -> float:
+    """The least time of `runs` runs, after two that do not count: whatever else a machine does only adds to it."""
+    for _ in range(2):
+        work()
+    return min(_seconds(lambda _: work(), torch.empty(0, device=device)) for _ in range(runs))
+
+
 @torch.inference_mode()
 def _ratio(ways: Sequence[Callable[[Tensor], object]], x: Tensor, seconds: float) -> float:
     """How many times faster the second way is: the least times of paired runs, as many as fit, after one that compiles."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Batches, Head, Method
+from modelpatch.methods.method import Batches, Head, Method, Trainable
 from modelpatch.patch import Blueprint, PatchedModel, Reweighting
 
 
@@ -122,7 +122,7 @@ class Composite(Method):
         for member in self.methods:
             member.activate(model)
 
-    def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         """Optimizer groups with every tensor at the rate and decay of the member that trains it."""
         trainers: dict[str, Method] = {}
         for member in self.methods:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.composite import Composite
-from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.method import Batches, Method, Trainable
 from modelpatch.methods.subset import find_segments
 from modelpatch.patch import Blueprint, Graft, PatchedModel, Reweighting
 
@@ -129,5 +129,5 @@ class Confined(Method):
     def decay(self, name: str, parameter: nn.Parameter) -> float:
         return self.method.decay(name, parameter)
 
-    def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         return self.method.parameter_groups(model, backbone)

@@ -18,7 +18,9 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
 from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.subset import find_segments
 from modelpatch.patch import DraftHead, HeadRecord, PatchedModel, pooled_width
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -28,7 +30,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Head2Toe(LinearProbe):
     """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
 
-    `lasso` is λ, `choose_after` the share of all steps after which features are chosen.
+    `lasso` is λ, `choose_after` the share of all steps after which features are chosen. `until` names the last block that is
+    read (as in `Subset.blocks`), for an early exit: nothing after it runs in an engine.
     """
 
     name: ClassVar[str] = "head2toe"
@@ -37,10 +40,17 @@ class Head2Toe(LinearProbe):
     keep: Share = 0.25
     lasso: NonNegativeFloat = 1e-4
     choose_after: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    until: str | None = None
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        """A head on the blocks that are read. Raises `MethodError` where `until` lies before all of them."""
         chain = backbone.chain
         taps = sorted({block.index for block in chain.blocks} | {len(chain) - 1})
+        if self.until is not None:
+            last = max(segment.index for segment in find_segments(backbone, (self.until,)))
+            taps = [tap for tap in taps if tap <= last]
+        if not taps:
+            raise MethodError(f"head2toe: until={self.until!r} lies before the first block, {chain.blocks[0].name!r}.")
         return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:

@@ -12,10 +12,10 @@ A new method is one file and its line in `methods/registry.py`; whatever it make
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
@@ -24,10 +24,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.patch import Blueprint, LinearHead, PatchedModel, Reweighting, SiameseHead
+from modelpatch.patch import Blueprint, Graft, LinearHead, PatchedModel, Reweighting, SiameseHead
 
 Batches = Callable[[], Iterable[Tensor]]
 Head = Literal["trained", "random", "siamese"]
+
+
+class Trainable(Protocol):
+    """What an optimizer is made for, a `PatchedModel` for one."""
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their names in a patch file."""
+
+    @property
+    def origins(self) -> Mapping[str, Graft]:
+        """By name, the graft that added a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +161,14 @@ class Method(ABC):
             return NotImplemented
         return Composite.of(self, other)
 
-    def parameter_groups(self, model: PatchedModel, backbone: Backbone) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         """Optimizer groups: one for every learning rate and weight decay."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.trainable():
             groups.setdefault((self.rate(name), self.decay(name, parameter)), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
-    def make_optimizer(self, model: PatchedModel, backbone: Backbone) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: Trainable, backbone: Backbone) -> torch.optim.Optimizer:
         """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults.
 
         Raises `MethodError` if there is nothing to train.

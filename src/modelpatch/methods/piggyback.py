@@ -170,20 +170,24 @@ class Mask(Reweighting):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W ⊙ m, whose gradient passes the threshold unchanged: ∂E/∂r = δ ⊙ W, divided as `scaling` says."""
+    """W ⊙ m, whose gradient passes the threshold unchanged: ∂E/∂r = δ ⊙ W, divided as `scaling` says.
+
+    Where tasks train W along, ∂E/∂W = δ ⊙ m.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, scaling: Scaling) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, mask if ctx.needs_input_grad[0] else None)
         ctx.scaling = scaling
         return weight * mask
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, mask = ctx.saved_tensors
+        own = None if mask is None else gradients[0] * mask
         if ctx.scaling == "weight":
-            return None, gradients[0] * weight.sign(), None, None  # w / |w|, with 0 for a weight of 0
+            return own, gradients[0] * weight.sign(), None, None  # w / |w|, with 0 for a weight of 0
         gradient = gradients[0] * weight
         if ctx.scaling == "mean":
             gradient = gradient / weight.abs().mean().clamp(min=1e-12)
-        return None, gradient, None, None
+        return own, gradient, None, None

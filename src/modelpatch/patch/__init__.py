@@ -3,6 +3,7 @@
 from modelpatch.patch.bind import PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.bound import BoundPart, BoundPatch
+from modelpatch.patch.cascade import Cascade, Confidence
 from modelpatch.patch.diff import diff
 from modelpatch.patch.extract import DELTA_CODECS, extract
 from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
@@ -19,6 +20,8 @@ __all__ = [
     "Blueprint",
     "BoundPart",
     "BoundPatch",
+    "Cascade",
+    "Confidence",
     "CosineHead",
     "DraftHead",
     "Graft",

@@ -28,11 +28,11 @@ MADE = ("mask/", "delta/", "left/", "right/")
 
 
 class Reweighting(nn.Module, ABC):
-    """What stands between a frozen weight and the layer that reads it while a patch is trained."""
+    """What stands between a weight of the backbone and the layer that reads it while a patch is trained."""
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        """The layer's weight, of the same shape; gradients reach this module's parameters only."""
+        """The layer's weight, of the same shape; gradients reach this module's parameters, and `weight` if it is trained."""
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:

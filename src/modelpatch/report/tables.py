@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -17,7 +17,7 @@ from modelpatch.engine import Timing, describe_step
 from modelpatch.patch import Version
 from modelpatch.patch.diff import Difference
 from modelpatch.patch.inspect import Inspection, Part
-from modelpatch.train import Comparison
+from modelpatch.train import Comparison, Multitask
 from modelpatch.train.compare import Row
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
@@ -97,6 +97,24 @@ def comparison_markdown(comparison: Comparison) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
+    """One row a task and their mean; `sizes` are the bytes of the patch files by task."""
+    figures = result.as_dict()
+    shared, whole, numbers = (figures[name] for name in ("shared_parameters", "backbone_parameters", "numbers"))
+    caption = f"{shared:,} of {whole:,} parameters are shared, {numbers:,} numbers in all"
+    table = new_table(f"{len(result.patches)} tasks on {result.backbone.spec}", caption)
+    table.add_column("task", overflow="fold", min_width=NAME_WIDTH)
+    for column in ("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, patch in result.patches.items():
+        row = figures["tasks"][name]
+        counts = (row["private_numbers"], row["head_numbers"], sizes[name])
+        epochs = f"{patch.created['multitask']['epochs']:g}"
+        table.add_row(escape(name), percent(row["test_top1"]), epochs, *(f"{count:,}" for count in counts))
+    table.add_row("mean", percent(result.top1), "", "", "", "")
+    return table
 
 
 def inspection_table(inspection: Inspection) -> Table:
@@ -210,6 +228,9 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     ]
     if "base_top1" in figures:
         rows += [("base top-1", percent(figures["base_top1"])), ("harmonic mean", percent(figures["harmonic_mean"]))]
+    if "macs" in figures:
+        rows.append(("multiply-adds", f"{figures['macs']:,.0f}"))
+        rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
         rows += [(name, percent(value)) for name, value in figures["per_class"].items()]
     for name, value in rows:

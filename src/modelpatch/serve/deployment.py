@@ -113,7 +113,7 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         backbone = backbone if device == "cpu" else backbone.to(device)
         with ThreadPoolExecutor(1, initializer=compute_with, initargs=(threads,)) as one:
             tuning = one.submit(measure, backbone).result() if tune else None
-        app = create_app(Service(Store(url), backbone, settings, tuning, threads))
+        app = create_app(Service(Store(url), backbone, settings, tuning, threads=threads))
 
         @serve.multiplexed(max_num_models_per_replica=HINTS)  # type: ignore[untyped-decorator]
         async def known_for(reference: str) -> str:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,6 +16,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import measure
 from modelpatch.errors import MissingExtraError, ServeError
+from modelpatch.patch import Cascade
 from modelpatch.patch.store import Store
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import Supervisor, bind, rehearse
@@ -61,15 +62,20 @@ def serve_forever(
     workers: int,
     tune: bool,
     say: Callable[[str], None],
+    cascades: Mapping[str, Cascade] | None = None,
 ) -> None:
     """Serve the store at `url` until SIGTERM or Ctrl-C. `load` gives the backbone on the CPU; workers move it to the `device`.
 
-    `say` is told once where the server listens. Raises `StoreError` and `ServeError` before anything is served.
+    `say` is told once where the server listens. `cascades` are served beside the store's patches, by their names. Raises
+    `StoreError`, `ServeError` and `WrongBackboneError` before anything is served.
     """
     listening = bind(host, port)
     threads = max(1, torch.get_num_threads() // workers)
     torch.set_num_threads(1)  # no thread in this process, so that it may fork; workers have the engine's thread alone
     backbone = load()
+    for cascade in (cascades or {}).values():
+        for patch in cascade.patches:
+            patch.check_backbone(backbone)
 
     def try_all() -> Tuning:
         torch.set_num_threads(threads)
@@ -93,7 +99,7 @@ def serve_forever(
 
         def work(opened: socket.socket) -> None:
             try:
-                run_worker(url, backbone.to(device), settings, tuning, opened, threads)
+                run_worker(url, backbone.to(device), settings, tuning, opened, threads, cascades)
             finally:
                 if os.getppid() != parent:  # it was killed, so nobody else clears up
                     shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +108,13 @@ def serve_forever(
 
 
 def run_worker(
-    url: str, backbone: Backbone, settings: Settings, tuning: Tuning, listening: socket.socket, threads: int
+    url: str,
+    backbone: Backbone,
+    settings: Settings,
+    tuning: Tuning,
+    listening: socket.socket,
+    threads: int,
+    cascades: Mapping[str, Cascade] | None = None,
 ) -> None:
     """Serve on a listening socket in this process until SIGTERM; requests that run are finished.
 
@@ -117,7 +129,7 @@ def run_worker(
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
-    app = create_app(Service(Store(url), backbone, settings, tuning, threads))
+    app = create_app(Service(Store(url), backbone, settings, tuning, cascades, threads))
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,

@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.frozen import sample
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import Engine
 from modelpatch.engine.describe import tree
 from modelpatch.engine.engine import BASE
+from modelpatch.patch import Cascade
 from modelpatch.patch.store import Store
 from modelpatch.patch.version import LATEST, Version
 from modelpatch.serve.batcher import Batcher, Best, Row
@@ -25,14 +26,15 @@ from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.shelf import Shelf, label, stage
 
-Tasks = dict[str, Version | None]  # what was asked for by name; None is the backbone itself
+Tasks = dict[str, Version | None]  # what was asked for by name; None is the server's own, the backbone or a cascade
 
 
 class Service:
     """Answers for images with the patches of a store. `start` and `stop` belong to the event loop that calls it.
 
-    `threads` compute each batch (PyTorch's number by default); a server gives the engine all it has, and sets PyTorch's
-    number to 1 for what decodes and loads. Raises `Problem` for whatever cannot be answered.
+    `cascades` are tasks of the server's own, by name; they are always resident. `threads` compute each batch (PyTorch's
+    number by default); a server gives the engine all it has, and sets PyTorch's number to 1 for what decodes and loads.
+    Raises `Problem` for whatever cannot be answered.
     """
 
     def __init__(
@@ -41,10 +43,18 @@ class Service:
         backbone: Backbone,
         settings: Settings,
         tuning: Tuning | None = None,
+        cascades: Mapping[str, Cascade] | None = None,
         threads: int | None = None,
     ) -> None:
         self.store, self.backbone, self.settings, self.threads = store, backbone, settings, threads
-        self.engine = Engine(backbone, tuning=tuning or Tuning())
+        cascades = cascades or {}
+        self.own = {BASE: BASE} | {name: f"cascade {name}" for name in cascades}  # what the engine calls them
+        self._hashes = {BASE: backbone.fingerprint} | {
+            self.own[name]: one.content_hash for name, one in cascades.items()
+        }
+        self.engine = Engine(
+            backbone, {self.own[name]: one for name, one in cascades.items()}, tuning=tuning or Tuning()
+        )
         self.metrics = Metrics()
         self.ready = False
         self._running = 0
@@ -152,7 +162,7 @@ class Service:
     def _leave_out(problem: Problem, group: Tasks, refused: dict[str, Problem]) -> None:
         """Take what the problem is about from the group. Raises the problem if it is about none of it."""
         patch = problem.facts.get("patch")
-        names = [name for name, version in group.items() if patch == (label(version) if version else BASE)]
+        names = [name for name, version in group.items() if patch == (label(version) if version else name)]
         if not names:
             raise problem
         for name in names:
@@ -173,8 +183,8 @@ class Service:
     ) -> list[dict[str, Any]]:
         """The answers of every image for all of `versions`, or for that of `per_image` if it is among them."""
         async with self.shelf.lease([version for version in versions.values() if version is not None]):
-            keys = {name: version.hash if version else BASE for name, version in versions.items()}
-            kinds = {name: self.engine.preprocessing(key) for name, key in keys.items()}
+            keys = self._keys(versions)
+            kinds = {name: self.engine.preprocessings(key) for name, key in keys.items()}
             asked = [list(keys)] * len(images) if per_image is None else [[n] * (n in keys) for n in per_image]
             try:
                 rows = await self._rows(images, asked, keys, kinds, top)
@@ -184,7 +194,7 @@ class Service:
                 if (key := problem.facts.get("patch")) is not None:  # the engine knows hashes alone
                     name = next(name for name in keys if keys[name] == key)
                     version = versions[name]
-                    problem.facts["patch"] = label(version) if version else BASE
+                    problem.facts["patch"] = label(version) if version else name
                 raise
             return [
                 {name: self._answer(versions[name], keys[name], best[keys[name]]) for name in names}
@@ -194,7 +204,8 @@ class Service:
     async def _choose(self, tasks: Sequence[str] | None) -> list[str]:
         """The names asked for, each once; all patches and the base without any."""
         if tasks is None:
-            return [BASE, *(version.name for version in await self.catalogue.list() if LATEST in version.tags)]
+            listed = [version.name for version in await self.catalogue.list() if LATEST in version.tags]
+            return [*self.own, *(name for name in listed if name not in self.own)]
         names = list(dict.fromkeys(tasks))
         if not names:
             raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
@@ -208,7 +219,7 @@ class Service:
 
     async def _resolve(self, names: Sequence[str]) -> tuple[Tasks, dict[str, Problem]]:
         """What the names stand for, and why others stand for nothing. Raises `Problem` if none stands for anything."""
-        asked = [name for name in names if name != BASE]
+        asked = [name for name in names if name not in self.own]
         found = await asyncio.gather(*map(self.catalogue.resolve, asked), return_exceptions=True)
         known = dict(zip(asked, found, strict=True))
         for problem in found:
@@ -216,7 +227,7 @@ class Service:
                 raise problem
         refused = {name: value for name, value in known.items() if isinstance(value, Problem)}
         versions: Tasks = {
-            name: None if name == BASE else value
+            name: None if name in self.own else value
             for name, value in ((name, known.get(name)) for name in names if name not in refused)
             if value is None or isinstance(value, Version)
         }
@@ -228,12 +239,14 @@ class Service:
         images: Sequence[bytes],
         asked: Sequence[Sequence[str]],
         keys: dict[str, str],
-        kinds: dict[str, Any],
+        kinds: dict[str, tuple[Preprocessing, ...]],
         top: int,
     ) -> list[Row]:
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._decoders, decode, data, [kinds[name] for name in names], self.settings.pixels)
+            loop.run_in_executor(
+                self._decoders, decode, data, [kind for name in names for kind in kinds[name]], self.settings.pixels
+            )
             for data, names in zip(images, asked, strict=True)
         ]  # a damaged image is found even where no task of this pass is asked about it
         try:
@@ -250,7 +263,7 @@ class Service:
     def _answer(self, version: Version | None, key: str, best: Best) -> dict[str, Any]:
         classes = self.engine.classes(key)
         return {
-            "version": version.hash if version else self.backbone.fingerprint,
+            "version": version.hash if version else self._hashes[key],
             "top": [
                 {"class": classes[place] if classes else str(place), "index": place, "probability": round(value, 6)}
                 for place, value in best
@@ -275,12 +288,15 @@ class Service:
 
     async def _plan(self, versions: Tasks, images: int) -> dict[str, Any]:
         async with self.shelf.lease([version for version in versions.values() if version is not None]):
-            keys = {name: version.hash if version else BASE for name, version in versions.items()}
+            keys = self._keys(versions)
             named: dict[str, list[str]] = {}
             for name, key in keys.items():
                 named.setdefault(key, []).append(name)
             work = partial(self.engine.plan_for, images, list(named))
             plan = await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+            for member in plan.members:  # a stage of a cascade has its number behind the name
+                key = max((key for key in keys.values() if member.name.startswith(key)), key=len)
+                named.setdefault(member.name, [name + member.name.removeprefix(key) for name in named[key]])
             return {
                 "backbone": self._backbone(),
                 "tasks": list(keys),
@@ -292,6 +308,10 @@ class Service:
                 "memory": self.engine.memory,
                 "tree": [_rename(node, named) for node in tree(plan)],
             }
+
+    def _keys(self, versions: Tasks) -> dict[str, str]:
+        """What the engine calls the tasks."""
+        return {name: version.hash if version else self.own[name] for name, version in versions.items()}
 
     def _backbone(self) -> dict[str, Any]:
         tensors = self.backbone.module.parameters()
@@ -336,8 +356,9 @@ class Service:
 
     async def publish(self, name: str, data: bytes, tags: Sequence[str]) -> dict[str, Any]:
         """Check a patch file against the backbone, then publish it; it is resident before a request can ask for it."""
-        if name == BASE:
-            raise Problem("invalid-request", f"A patch cannot be named {BASE!r}, which is the backbone's own answer.")
+        if name in self.own:
+            what = "the backbone's own answer" if name == BASE else "a cascade of this server"
+            raise Problem("invalid-request", f"A patch cannot be named {name!r}, which is {what}.")
         loop = asyncio.get_running_loop()
         try:
             bound = await loop.run_in_executor(self._decoders, stage, self.backbone, data, name)

@@ -4,12 +4,16 @@ from modelpatch.train.compare import Comparison, compare
 from modelpatch.train.data import Split, TaskData, load_task
 from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
+from modelpatch.train.multires import MultiResolution, fit_multires
+from modelpatch.train.multitask import Multitask, fit_multitask
 from modelpatch.train.paint import Painting, PaintSettings, paint
 
 __all__ = [
     "Comparison",
     "Evaluation",
     "FitSettings",
+    "MultiResolution",
+    "Multitask",
     "PaintSettings",
     "Painting",
     "Split",
@@ -17,6 +21,8 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "fit_multires",
+    "fit_multitask",
     "harmonic_mean",
     "load_task",
     "paint",

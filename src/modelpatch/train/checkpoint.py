@@ -48,7 +48,7 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, with torch's random state restored; None where there is none.
+        """The saved state; None where there is none.
 
         Raises `CheckpointMismatchError` for the state of a run with other settings.
         """
@@ -56,7 +56,7 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.file, weights_only=True)
-            identity, random = saved["identity"], saved["random"]
+            identity = saved["identity"]
         except Exception as error:
             raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
         if identity != self.identity:
@@ -64,9 +64,6 @@ class Checkpoint:
                 f"{self.folder} holds an unfinished run with {', '.join(differences(identity, self.identity))}. Finish it "
                 "with its own settings, or start anew: give --restart, name another checkpoint folder, or remove this one."
             )
-        torch.set_rng_state(random)
-        if len(saved["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["cuda"])
         return saved
 
     def clear(self) -> None:
@@ -74,6 +71,13 @@ class Checkpoint:
         self.file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             shutil.rmtree(self.folder)
+
+
+def restore_random(saved: dict[str, Any]) -> None:
+    """Go on with torch's random numbers as they were when `Checkpoint.save` wrote the state."""
+    torch.set_rng_state(saved["random"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 import modelpatch
@@ -37,65 +35,20 @@ from modelpatch.errors import (
     TrainingWarning,
 )
 from modelpatch.methods import Method, make_method
+from modelpatch.methods.method import batch_norms
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import Evaluation, store_as
-from modelpatch.train.images import Augmentation, AugmentName, choose_augmentation, pieces
+from modelpatch.train.images import Augmentation, choose_augmentation, pieces
 from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
+from modelpatch.train.processes import ALONE, Team
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings, check_settings
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings:
-    """How a patch is trained, whatever the method.
-
-    `image_size` in pixels (None: the backbone's). `views` augmented views of each image are cached where a prefix is
-    cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
-    cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
-    out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
-    `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
-    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
-    how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
-    in the patch's metrics.
-    """
-
-    epochs: PositiveInt = 10
-    batch_size: PositiveInt = 32
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    image_size: PositiveInt | None = None
-    augment: AugmentName = "auto"
-    views: PositiveInt = 4
-    cache: bool = True
-    memory: PositiveInt = 2 * 2**30
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: Share = 0.05
-    label_smoothing: Share = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    validation: Share = 0.0
-    early_stopping: NonNegativeInt = 0
-    clip: NonNegativeFloat = 0.0
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-
-    def factor(self, step: int, total: int) -> float:
-        """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
-
-        `step` drops to a tenth after two thirds of the steps and to a hundredth after five sixths.
-        """
-        warm = round(self.warmup * total)
-        if step < warm:
-            return (step + 1) / warm
-        done = (step - warm) / max(total - warm, 1)
-        if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        if self.schedule == "step":
-            return 1.0 if done < 2 / 3 else 0.1 if done < 5 / 6 else 0.01
-        return 1.0
+__all__ = ["Fit", "FitSettings", "check_settings", "fit"]
 
 
 def fit(
@@ -116,7 +69,8 @@ def fit(
     wrote earlier is read instead. `checkpoint` names a folder in which training state is kept every minute and every
     epoch and from which an interrupted run resumes exactly; it is emptied once the patch is made and its file, if any,
     written. `log` names a folder for `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a
-    bar on a terminal.
+    bar on a terminal. Where `torch.distributed` was started, its processes cut every batch among them and all return the
+    patch that one alone would have trained, but for rounding; the first writes the files.
 
     Returns the patch with its measured test accuracy in `metrics`. Raises `MethodError`, `MethodNotApplicableError`,
     `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
@@ -131,35 +85,25 @@ def fit(
         method = make_method(method)
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
-    bar = Progress(f"{method.name} on {data.task.name}") if progress else quiet_progress()
-    with bar, RunLog(log) as run_log:
-        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint)
-        if out is not None and reuse and Path(out).exists():
+    team = Team.everyone()
+    bar = Progress(f"{method.name} on {data.task.name}") if progress and team.leads else quiet_progress()
+    with bar, RunLog(log if team.leads else None) as run_log:
+        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint, team=team)
+        if out is not None and team.follow(reuse and Path(out).exists()):
             return run.finished(Path(out))
         patch = run.run()
         if chosen.dtype != "float32":
             patch = store_as(backbone, patch, data, chosen.dtype)
-        if out is not None:
-            patch.save(out)
-        run.finish()
+        if team.leads:
+            if out is not None:
+                patch.save(out)
+            run.finish()
+        team.follow(None)  # nobody goes on before the files are as they will be
     return patch
 
 
-def check_settings(values: dict[str, Any]) -> FitSettings:
-    """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
-    if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
-        raise TrainingError(
-            f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
-        )
-    try:
-        return TypeAdapter(FitSettings).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise TrainingError(f"{first['loc'][0]} = {first['input']!r} is not valid: {first['msg']}.") from error
-
-
 @dataclass
-class _State:
+class State:
     """Where the loop stands: steps done, the best epoch so far and the history of epochs."""
 
     step: int = 0
@@ -171,7 +115,12 @@ class _State:
 
 
 class Fit:
-    """One run of `fit`, in the order in which things happen."""
+    """One run of `fit`, in the order in which things happen.
+
+    `eager` runs may use gradients before all of them are complete.
+    """
+
+    eager = True
 
     def __init__(
         self,
@@ -183,8 +132,10 @@ class Fit:
         log: RunLog,
         checkpoint: str | Path | None,
         source: InputSource | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
+        self.team = team
         if settings.early_stopping and data.validation is None and not settings.validation:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
@@ -192,38 +143,60 @@ class Fit:
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.record = BackboneRecord.of(backbone)
-        identity = self._identity()
-        self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
+        self.identity = self._identity()
+        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.checkpoint = Checkpoint(checkpoint, self.identity) if checkpoint else None
         self.device = backbone.device
         self.source = source or self._own_inputs()
 
     def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
         """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
-        begin = time.perf_counter()
+        patch = self._make_patch(self.train(start))
+        self.backbone.verify()
+        return patch
+
+    def train(self, start: Mapping[str, Tensor] | None = None) -> float:
+        """Train the model, or go on from the checkpoint, until all epochs are done. Returns the seconds it took."""
+        began = time.perf_counter()
+        saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
+        self.begin(saved, start)
+        if saved is not None:
+            restore_random(saved)
+        self._train()
+        return time.perf_counter() - began
+
+    def begin(self, saved: Mapping[str, Any] | None = None, start: Mapping[str, Tensor] | None = None) -> None:
+        """Everything before the first step, or before the next one of a run whose `snapshot` was `saved`."""
+        self.draft(start)
+        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
+        whole = self.settings.clip or self.scaler.is_enabled() or not self.team.alone  # needs all gradients at once
+        if self.eager and not whole:
+            EagerSteps(self.optimizer)
+        self.state = State()
+        if saved is None:
+            self.log.begin()
+            self.method.prepare(self.model, self._plain_batches)
+        else:
+            self._restore(saved)
+        self.open_inputs()
+
+    def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
+        """The model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
+        self.blueprint = self.method.blueprint(self.backbone)
         self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
         self.source.lend(self.model)
         if start is not None:
             self.model.start_from(start)
-        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
         self.remade = RemadeWeights(self.model)
-        if not (self.settings.clip or self.scaler.is_enabled()):  # both need all gradients at once
-            EagerSteps(self.optimizer)
+
+    def open_inputs(self) -> None:
+        """What the model is trained on, and what is held out for it."""
         self.labels = self.source.labels("train")
-        self.state = _State()
-        if not self._resume():
-            self.log.begin()
-            self.method.prepare(self.model, self._plain_batches)
         self.inputs = self.source.inputs(self.model, "train", augmented=True)
         self._held = self._held_out()
-        self._train()
-        seconds = time.perf_counter() - begin
-        patch = self._make_patch(seconds)
-        self.backbone.verify()
-        return patch
 
     def finished(self, path: Path) -> Patch:
         """The patch of this run from its file. Raises `CheckpointMismatchError` for one of another run."""
@@ -285,36 +258,46 @@ class Fit:
     # the loop -----------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        per_epoch = len(self._batches(0))
-        total = per_epoch * self.settings.epochs
-        weights = self._class_weights()
-        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
-            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=4)
-        patience = self.settings.early_stopping or self.settings.epochs
+        total = self.per_epoch * self.settings.epochs
         with self.bar.task("training", total, self.state.step) as advance:
-            while self.state.step < total and self.state.stale < patience:
-                epoch, offset = divmod(self.state.step, per_epoch)
-                self.method.train_mode(self.model)
-                for number, rows in enumerate(self._batches(epoch)):
-                    if number >= offset:
-                        self._step(rows, epoch, number, total, weights)
-                        advance(1)
-                        if self.checkpoint and self.checkpoint.due():
-                            self._save()
-                self._end_epoch(epoch, per_epoch)
+            for _ in self.steps(total):
+                advance(1)
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of batches in an epoch."""
+        return len(self._batches(0))
+
+    def steps(self, total: int) -> Iterator[None]:
+        """Takes the steps up to `total`, or until stopped early: yields after each of them, with its epoch ended if it was
+        the last."""
+        per_epoch, weights = self.per_epoch, self._class_weights()
+        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
+            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
+        patience = self.settings.early_stopping or total
+        batches: list[Tensor] = []
+        while self.state.step < total and self.state.stale < patience:
+            epoch, number = divmod(self.state.step, per_epoch)
+            if not batches:
+                batches = self._batches(epoch)
+                self.train_mode()
+                self._check_parts()
+            self._step(batches[number], epoch, number, total, weights)
+            if number + 1 == per_epoch or self.state.step == total:
+                self._end_epoch(epoch, number + 1)
+                batches = []
+            elif self.checkpoint and self.checkpoint.due():
+                self._save()
+            yield
 
     def _step(self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None) -> None:
         self.method.before_step(self.model, self.state.step, total)
         factor = self.settings.factor(self.state.step, total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        inputs = self._to_device(self.inputs.batch(rows, epoch, number))
-        logits = self._forward(inputs)
-        loss = F.cross_entropy(
-            logits.float(), self.labels[rows].to(self.device), weights, label_smoothing=self.settings.label_smoothing
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + self.method.penalty(self.model)).backward()
+        loss = self._backward(rows, self.inputs.batch(rows, epoch, number), weights)
+        self.team.add_up_gradients((p for group in self.optimizer.param_groups for p in group["params"]), loss)
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
@@ -322,6 +305,30 @@ class Fit:
         self.scaler.update()
         self.state.loss_sum += loss.item()
         self.state.step += 1
+
+    def train_mode(self) -> None:
+        """What is trained is in train mode, everything frozen in eval mode."""
+        self.method.train_mode(self.model)
+
+    def _backward(self, rows: Tensor, inputs: Tensor, weights: Tensor | None) -> Tensor:
+        """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
+        part = self.team.part(len(rows))
+        labels = self.labels[rows].to(self.device)
+        counts = torch.ones(len(rows)) if weights is None else weights[labels]
+        share = float(counts[part].sum() / counts.sum())
+        if not share:
+            return torch.zeros((), device=self.device)
+        logits = self._forward(self._to_device(inputs[part]))
+        loss = F.cross_entropy(logits.float(), labels[part], weights, label_smoothing=self.settings.label_smoothing)
+        self.scaler.scale(share * (loss + self.method.penalty(self.model))).backward()
+        return share * loss.detach()
+
+    def _check_parts(self) -> None:
+        if not self.team.alone and any(norm.training for norm in batch_norms(self.model)):
+            raise TrainingError(
+                f"{self.method.name} learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not "
+                "the batch's. Set statistics='frozen' or 'recomputed', or start no more processes than tasks."
+            )
 
     def _forward(self, inputs: Tensor) -> Tensor:
         try:
@@ -335,8 +342,8 @@ class Fit:
                 "layer has one value a channel. Raise batch_size or image_size, or freeze the statistics."
             ) from error
 
-    def _end_epoch(self, epoch: int, per_epoch: int) -> None:
-        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+    def _end_epoch(self, epoch: int, steps: int) -> None:
+        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / steps, "lr": self.optimizer.param_groups[0]["lr"]}
         if not torch.isfinite(torch.tensor(row["loss"])):
             raise DivergedError(
                 f"the loss is {row['loss']} in epoch {epoch + 1} at lr {self.method.lr}, head_lr {self.method.head_lr}. "
@@ -353,8 +360,7 @@ class Fit:
         self.state.history.append(row)
         self.log.write(row)
         self.bar.note("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        if self.checkpoint:
-            self._save()
+        self._save()
 
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
         return self._evaluate(inputs, labels).top1
@@ -406,40 +412,44 @@ class Fit:
             "settings": asdict(self.settings),
         }
 
-    def _save(self) -> None:
-        assert self.checkpoint is not None
+    def snapshot(self) -> dict[str, Any]:
+        """What an interrupted run goes on from, but for torch's random state."""
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.checkpoint.save({"model": self.model.state(), **parts, "state": asdict(self.state)})
+        return {"model": self.model.state(), **parts, "state": asdict(self.state)}
 
-    def _resume(self) -> bool:
-        saved = self.checkpoint.load() if self.checkpoint else None
-        if saved is None:
-            return False
+    def _save(self) -> None:
+        if self.checkpoint and self.team.leads:
+            self.checkpoint.save(self.snapshot())
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.state = _State(**saved["state"])
-        return True
+        self.state = State(**saved["state"])
 
     def _make_patch(self, seconds: float) -> Patch:
         if self.state.best:
             self.model.load_state(self.state.best)
-        model = self.model
-        patch = Patch(
-            backbone=self.record,
-            task=self.data.task,
-            preprocessing=self.preprocessing,
-            head=cast(HeadRecord, model.head.record),
-            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
-            grafts=self.method.blueprint(self.backbone).grafts,
-            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
-            created=self._facts(seconds),
-        )
+        patch = self.make_patch(self.record, seconds)
         result = self._evaluate(self.source.inputs(self.model, "test", augmented=False), self.source.labels("test"))
         metrics: dict[str, Any] = {"test_top1": result.top1, "test_top5": result.top5, "test_images": result.images}
         if self.state.best:
             metrics["validation_top1"] = self.state.best_score
         return patch.with_metrics(**metrics)
+
+    def make_patch(self, backbone: BackboneRecord, seconds: float) -> Patch:
+        """What the model has become as a patch of this backbone, not measured."""
+        model = self.model
+        return Patch(
+            backbone=backbone,
+            task=self.data.task,
+            preprocessing=self.preprocessing,
+            head=cast(HeadRecord, model.head.record),
+            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
+            grafts=self.blueprint.grafts,
+            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
+            created=self._facts(seconds),
+        )
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         return {

@@ -1,0 +1,89 @@
+"""Two tasks on one MobileNetV2, trained together: what a private scale and bias gains over private heads alone.
+
+    heads         all weights shared, a head a task; statistics of BatchNorm stay the base's
+    scale-bias    the same, with a scale, a bias and statistics of every BatchNorm layer for each task
+    independent   a network a task, trained alone as `scale-bias` is
+
+Mudrakarta et al., *K for the Price of 1* (ICLR 2019), section 5.4. All have the same rates, batches and seeds, and make
+`--epochs` passes over all images; `numbers` are all that the two tasks need, statistics included. The last row is what
+`scale-bias` gains over `heads` on the mean of both tasks, seed by seed.
+
+    python benchmarks/multitask.py --json benchmarks/results/multitask.json
+    python benchmarks/multitask.py --images 60 --epochs 1 --seeds 1 --pixels 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import modelpatch as mp
+from common import mobilenet, report, unpack
+from modelpatch.train import TaskData
+
+WAYS = {"heads": "linear-probe", "scale-bias": "scale-bias(statistics=learned)"}
+INDEPENDENT = "independent"
+
+
+def train(backbone: mp.Backbone, tasks: Sequence[TaskData], **settings: Any) -> dict[str, tuple[list[float], int]]:
+    """By way: the test accuracies of the tasks in percent, and the numbers that they need together."""
+    results: dict[str, tuple[list[float], int]] = {}
+    for way, private in WAYS.items():
+        together = mp.fit_multitask(backbone, tasks, private, progress=True, **settings)
+        results[way] = [100 * patch.metrics["test_top1"] for patch in together.patches.values()], together.numbers
+    alone = [mp.fit_multitask(backbone, [task], WAYS["scale-bias"], progress=True, **settings) for task in tasks]
+    results[INDEPENDENT] = [100 * one.top1 for one in alone], sum(one.numbers for one in alone)
+    return results
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; NaN for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def table(runs: Sequence[dict[str, tuple[list[float], int]]]) -> list[tuple[Any, ...]]:
+    """A row a way, then the gain: means over the runs and their standard errors."""
+    rows: list[tuple[Any, ...]] = []
+    fewest = runs[0]["heads"][1]
+    for way, (_, numbers) in runs[0].items():
+        columns = [*zip(*(run[way][0] for run in runs), strict=True), [statistics.fmean(run[way][0]) for run in runs]]
+        figures = [figure for column in columns for figure in spread(column)]
+        rows.append((way, *figures, numbers, 100 * (numbers / fewest - 1)))
+    gains = [
+        [after - before for after, before in zip(run["scale-bias"][0], run["heads"][0], strict=True)] for run in runs
+    ]
+    columns = [*zip(*gains, strict=True), [statistics.fmean(gain) for gain in gains]]
+    more = runs[0]["scale-bias"][1] - fewest
+    rows.append(("gain", *(f for column in columns for f in spread(column)), more, 100 * more / fewest))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["imagenette", "gtsrb"])
+    parser.add_argument("--images", type=int, default=1200, help="Training images of each task.")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shared", default="full-finetune(lr=0.001)", help="How the shared weights train.")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    given.cache.mkdir(exist_ok=True)
+    tasks = [mp.load_task(unpack(name, given.cache)).subsample(given.images) for name in given.tasks]
+    backbone = mp.load_backbone(mobilenet())
+    settings = {"epochs": given.epochs, "image_size": given.pixels, "shared": given.shared}
+    runs = [train(backbone, tasks, seed=seed, **settings) for seed in range(given.seeds)]
+    names = [f"{name}{more}" for name in (*given.tasks, "mean") for more in (" top-1", " error")]
+    title = f"{len(tasks)} tasks, {given.pixels} px, {given.epochs} epochs, {given.seeds} seeds; error: of the mean"
+    report(title, ("way", *names, "numbers", "% more"), table(runs), given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""modelpatch cascade: patches of one task in turns, each answering what it is sure of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelpatch.cli.options import (
+    ArgumentOption,
+    DeviceOption,
+    PatchBackboneOption,
+    backbone_of,
+    find_device,
+    fitted_seed,
+    parse_arguments,
+)
+from modelpatch.cli.outputs import (
+    ForceOption,
+    JsonOption,
+    check_file,
+    check_free,
+    check_pictures,
+    open_console,
+    tell,
+    write_json,
+)
+from modelpatch.errors import CascadeError
+from modelpatch.patch import Patch
+from modelpatch.patch.cascade import is_cascade
+from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
+from modelpatch.report.tables import show
+from modelpatch.select.cascading import KINDS
+from modelpatch.select.cascading import cascade as build_cascade
+from modelpatch.train import load_task
+
+
+def cascade(
+    patches: Annotated[list[Path], typer.Argument(help="Patch files of one task, all in one folder.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The task's data: thresholds are set on its validation images, or on those the fits held out."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The cascade's file; by default TASK.cascade.json beside the patches."),
+    ] = None,
+    force: ForceOption = False,
+    accuracy: Annotated[
+        float | None, typer.Option(help="Top-1 to keep on held-out images, 0 to 1; by default the best patch's.")
+    ] = None,
+    confidence: Annotated[
+        str, typer.Option(help=f"What a patch is sure by: {' or '.join(KINDS)} (from probability, entropy and gap).")
+    ] = "probability",
+    seed: Annotated[
+        int | None, typer.Option(help="Makes splits that the data does not have; by default the seed of the fits.")
+    ] = None,
+    backbone: PatchBackboneOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw top-1 against multiply-adds to this picture.")] = None,
+    device: DeviceOption = "cpu",
+    argument: ArgumentOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Build a cascade: as accurate as the best patch on held-out images, at the least work on average (Streeter, 2018).
+
+    The result is a small file beside the patches that eval and predict take like a patch.
+    """
+    console = open_console(json)
+    check_pictures(plot=plot)
+    check_file("--out", out)
+    if len(set(patches)) < len(patches):
+        raise CascadeError("a patch file is named twice; give each once.")
+    loaded = {path: Patch.load(path) for path in patches}
+    first = patches[0]
+    target = out or first.parent / f"{loaded[first].task.name}.cascade.json"
+    if not is_cascade(target):
+        raise CascadeError(f"--out {target} cannot be a cascade's file: expected a name that ends in .json.")
+    check_file("--out", target)
+    check_free("--out", [target], force)
+    if away := [path for path in patches if path.resolve().parent != target.resolve().parent]:
+        raise CascadeError(f"{away[0]} does not lie beside {target}. Write the cascade into the folder of its patches.")
+    base = backbone_of(loaded[first], first, backbone, parse_arguments(argument), find_device(device))
+    chosen = fitted_seed(loaded[first]) if seed is None else seed
+    task = load_task(data, seed=chosen)
+    named = {path.stem: patch for path, patch in loaded.items()}
+    result = build_cascade(base, named, task, accuracy=accuracy, confidence=confidence, seed=chosen, progress=True)
+    files = {path.stem: path for path in patches}
+    result.cascade.save(target, [files[name] for name in result.order])
+    show(console, cascade_table(result))
+    show(console, stages_table(result))
+    tell(console, f"wrote {target} ({target.stat().st_size:,} bytes) with {len(result.order)} stages")
+    write_json(json, result.as_dict())
+    if plot is not None:
+        plot_cascade(result, plot)
+        tell(console, f"drew {plot}")

@@ -1,0 +1,128 @@
+"""modelpatch multitask: train several tasks together, over shared weights, each with a private patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelpatch.cli.grouped import grouped
+from modelpatch.cli.options import Network, RestartOption, SetOption, Training, parse_pairs
+from modelpatch.cli.outputs import (
+    ForceOption,
+    JsonOption,
+    check_free,
+    make_folder,
+    open_console,
+    resumable,
+    tell,
+    write_json,
+)
+from modelpatch.errors import TrainingError
+from modelpatch.methods import make_method
+from modelpatch.report.tables import multitask_table, show
+from modelpatch.train import fit_multitask, load_task
+from modelpatch.train.multitask import (
+    BACKBONE,
+    PRIVATE,
+    SHARED,
+    architecture_of,
+    check_joint_settings,
+    check_tasks,
+    task_files,
+)
+from modelpatch.train.processes import joined
+
+
+@grouped
+def multitask(
+    data: Annotated[list[str], typer.Argument(help="The tasks' data, each as for fit.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for backbone.safetensors and a patch a task.")],
+    network: Network,
+    training: Training,
+    private: Annotated[
+        str, typer.Option("--private", "-m", help="The method of the patches: what every task has for itself.")
+    ] = PRIVATE,
+    set_: SetOption = None,
+    shared: Annotated[
+        str,
+        typer.Option(help="Which weights the tasks share, as a method that would train them: subset(blocks=layer4)."),
+    ] = SHARED,
+    sampling: Annotated[
+        str, typer.Option(help="Images of a task in a round: equal, or proportional to its training images.")
+    ] = "equal",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="TASK=NUMBER, how much the shared weights heed a task (1 without); may be repeated."),
+    ] = None,
+    augment: Annotated[
+        str, typer.Option(help="auto, none, light (no flip, for digits and signs) or standard.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="How the patches store numbers, as for fit.")] = "float32",
+    log: Annotated[Path | None, typer.Option(help="A folder for metrics.csv and TensorBoard events, by task.")] = None,
+    force: ForceOption = False,
+    restart: RestartOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Train a copy of the backbone on several tasks together, with a private patch for each.
+
+    The tasks share the weights that --shared names; what --private owns is every task's own. An interrupted run resumes
+    exactly when the same command is given again. Under torchrun processes share the tasks.
+    """
+    with joined() as team:
+        console = open_console(json, quiet=not team.leads)
+        if log is not None:
+            make_folder("--log", log)
+        method, common = make_method(private, **parse_pairs(set_, "--set")), make_method(shared)
+        settings = training.settings(augment=augment, dtype=dtype)
+        check_joint_settings(settings)
+        tasks = [load_task(one, seed=training.seed) for one in data]
+        check_tasks(tasks)
+        make_folder("--out", out)
+        files = task_files(out, [task.task.name for task in tasks])
+        check_free("--out", [out / BACKBONE, *files.values()], force)
+        base = network.open()
+        architecture_of(base)
+        checkpoint = out / "training"
+        with resumable(console, checkpoint, restart):
+            result = fit_multitask(
+                base,
+                tasks,
+                method,
+                shared=common,
+                sampling=sampling,  # type: ignore[arg-type]
+                weights=_weights(weight),
+                out=out,
+                checkpoint=checkpoint,
+                log=log,
+                progress=True,
+                **settings,
+            )
+        if not team.leads:
+            return
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        show(console, multitask_table(result, sizes))
+        tell(
+            console,
+            f"wrote {out / BACKBONE} (fingerprint {result.backbone.fingerprint[:12]}) and {len(files)} patches of it; "
+            f"{base.spec} is unchanged (fingerprint {base.fingerprint[:12]})",
+        )
+        write_json(json, result.as_dict())
+
+
+def _weights(pairs: list[str] | None) -> dict[str, float]:
+    """TASK=NUMBER by task. Raises `TrainingError` for what is not, and for a task that is weighed twice."""
+    weights: dict[str, float] = {}
+    for pair in pairs or []:
+        name, _, number = pair.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if not name or not 0 < value < float("inf"):
+            raise TrainingError(f"--weight {pair!r} is not TASK=NUMBER with a number above 0.")
+        if name in weights:
+            raise TrainingError(f"--weight {name}=... is given twice. Give it once.")
+        weights[name] = value
+    return weights

@@ -1,0 +1,174 @@
+"""Cascades in an engine: rounds in which each stage sees the rows that no stage before it was sure of.
+
+    round 0     every task, and the first stage of every cascade, in one plan; what later stages go on from is kept
+    round n     the stages n of all cascades in one plan, each on the rows that are left
+
+A stage goes on from the longest prefix it shares with a stage before it, where both see images alike: what the two compute
+alike is computed once. Rows leave as soon as a stage is sure of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone
+from modelpatch.engine.links import SegmentLink
+from modelpatch.engine.plan import Rows
+from modelpatch.engine.task import EngineTask, Stage, bind_one, cost, count_alike, fresh
+from modelpatch.errors import EngineError
+from modelpatch.patch import Cascade
+
+Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Mapping[Hashable, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Logits (B, K) and the number of the stage (B,) that answered each row, 0 for tasks that are no cascades."""
+
+    logits: Tensor
+    stages: Tensor
+
+
+def bind_cascade(backbone: Backbone, segments: Sequence[SegmentLink], name: str, cascade: Cascade) -> EngineTask:
+    """A cascade as a task. Raises what binding its patches raises."""
+    bound = [bind_one(backbone, segments, name, patch) for patch in cascade.patches]
+    shared = [reuse(bound[:number], task) for number, task in enumerate(bound)]
+    turns: list[EngineTask] = []
+    for number, (task, (_, links)) in enumerate(zip(bound, shared, strict=True)):
+        turns.append(fresh(task, path=task.path[links:], root=("stage", task.serial) if number else None))
+    stages = []
+    for number, (turn, confidence) in enumerate(zip(turns, cascade.confidences, strict=True)):
+        begun = shared[number][1]
+        keeps = {
+            later: fresh(
+                turn,
+                name=_kept(name, later),
+                path=bound[number].path[begun:links],
+                head=nn.Identity(),
+                taps={},
+                beside=(),
+            )
+            for later, (source, links) in enumerate(shared)
+            if source == number
+        }
+        stages.append(Stage(turn, shared[number][0], keeps, confidence))
+    options = tuple(fresh(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
+    last = bound[-1]
+    return EngineTask(
+        name, last.preprocessing, last.classes, last.head, last.path, options=options, stages=tuple(stages)
+    )
+
+
+def _kept(name: str, stage: int) -> str:
+    return f"{name}\0{stage}"  # a name that no task has
+
+
+def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, int]:
+    """Which of the tasks that ran earlier leaves most of this one's work done, and how many of its links; (None, 0) for none.
+
+    A siamese head, which reads the base's features as well, starts anew; so does what pools segments before the fork. At
+    least one link is left to run.
+    """
+    best: tuple[int | None, int] = (None, 0)
+    for number, other in enumerate(earlier):
+        if other.preprocessing != task.preprocessing or task.beside:
+            continue
+        limit = min(task.taps, default=task.path[-1].span[1])
+        open_links = [link for link in task.path[:-1] if link.span[1] <= limit]
+        alike = count_alike(other.member(None, 1).needed, open_links)
+        if alike > best[1]:
+            best = number, alike
+    return best
+
+
+def stage_costs(tasks: Sequence[EngineTask]) -> list[float]:
+    """Multiply-adds an image that each task adds when it runs after those before it, for the backbone's own pixels squared;
+    heads left out."""
+    costs = []
+    for number, task in enumerate(tasks):
+        _, links = reuse(tasks[:number], task)
+        costs.append(cost(task, links))
+    return costs
+
+
+# running ----------------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """One cascade on its way through its stages. `left` are places in `rows` that wait for an answer."""
+
+    def __init__(self, task: EngineTask, rows: Rows) -> None:
+        self.task, self.rows = task, torch.tensor(rows, dtype=torch.long)
+        self.left = torch.arange(len(rows))
+        self.logits: Tensor | None = None
+        self.stages = torch.zeros(len(rows), dtype=torch.long)
+        self.kept: dict[int, Tensor] = {}
+
+    def take(self, number: int, found: Mapping[str, Tensor]) -> None:
+        """Stage `number` has answered: keep what it is sure of, and what later stages go on from."""
+        stage, logits = self.task.stages[number], found[self.task.name]
+        sure = stage.confidence.sure(logits)
+        if self.logits is None:
+            self.logits = logits.new_zeros(len(self.rows), logits.shape[1])
+        settled = sure.cpu()
+        self.logits[self.left[settled].to(logits.device)] = logits[sure]
+        self.stages[self.left[settled]] = number
+        self.left = self.left[~settled]
+        self.kept |= {later: found[_kept(self.task.name, later)] for later in stage.keeps}
+        self.kept = {later: kept[~sure] for later, kept in self.kept.items() if later > number}
+
+    def images(self, number: int, batches: Mapping[Hashable, Tensor]) -> Tensor:
+        """What stage `number` runs on: the rows that are left of the images, or of what was kept for it."""
+        stage = self.task.stages[number]
+        if stage.source is not None:
+            return self.kept.pop(number)
+        batch = batches[None if None in batches else stage.task.preprocessing]
+        return batch[self.rows[self.left].to(batch.device)]
+
+
+@torch.inference_mode()
+def run_rounds(
+    tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor], compute: Compute
+) -> dict[str, Routed]:
+    """Every task on its rows, cascades in rounds; `compute(tasks, rows, batches)` runs one plan."""
+    walks = [_Walk(task, own) for task, own in zip(tasks, rows, strict=True) if task.stages]
+    turns, own = [], []
+    for task, wanted in zip(tasks, rows, strict=True):
+        running = _running(task.stages[0]) if task.stages else [task]
+        turns += running
+        own += [wanted] * len(running)
+    found = compute(turns, own, batches)
+    answers = {task.name: found[task.name] for task in tasks if not task.stages}
+    routed = {name: Routed(logits, torch.zeros(len(logits), dtype=torch.long)) for name, logits in answers.items()}
+    number, going = 0, walks
+    while going:
+        for walk in going:
+            walk.take(number, found)
+        number += 1
+        going = [walk for walk in going if len(walk.left)]
+        if going:
+            inputs = {walk.task.stages[number].task.root: walk.images(number, batches) for walk in going}
+            pairs = [(turn, len(walk.left)) for walk in going for turn in _running(walk.task.stages[number])]
+            found = compute([turn for turn, _ in pairs], [tuple(range(count)) for _, count in pairs], inputs)
+    for walk in walks:
+        assert walk.logits is not None
+        routed[walk.task.name] = Routed(walk.logits, walk.stages)
+    return {task.name: routed[task.name] for task in tasks}
+
+
+def _running(stage: Stage) -> list[EngineTask]:
+    return [stage.task, *stage.keeps.values()]
+
+
+def check_one_batch(task: EngineTask) -> None:
+    """Raises `EngineError` for a cascade that one batch of images cannot be right for."""
+    if len(task.kinds) > 1:
+        sizes = ", ".join(str(kind.image_size) for kind in task.kinds)
+        raise EngineError(
+            f"{task.name} sees images in {len(task.kinds)} ways, at {sizes} px; one batch cannot be right for all. Give files "
+            "or pictures, or what engine.read(files) gives."
+        )

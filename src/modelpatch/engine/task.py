@@ -1,0 +1,216 @@
+"""What an engine knows by a name: the backbone, a patch, several patches of one task, or a cascade of them.
+
+`EngineTask.bind` makes one of what users give. Several patches are `options`, the cheapest first; of a cascade they are run
+in rounds, see `rounds.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.engine.links import PartLink, SegmentLink
+from modelpatch.engine.plan import Link, Member
+from modelpatch.errors import EngineError, WrongBackboneError
+from modelpatch.patch import BoundPart, BoundPatch, Cascade, LinearHead, Patch
+from modelpatch.patch.cascade import Confidence, is_cascade
+
+AnyPatch = Patch | BoundPatch | str | Path
+Given = AnyPatch | Sequence[AnyPatch] | Cascade
+_SERIAL = count()
+
+
+@dataclass(frozen=True, eq=False)
+class EngineTask:
+    """A task with everything that runs it. `serial` is never used twice.
+
+    `path` are the links that cover the chain, or what is left of it after the activations that `root` stands for; without a
+    `root` it begins at the images as `preprocessing` sees them.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    head: nn.Module
+    path: tuple[Link, ...]
+    taps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    beside: tuple[Link, ...] = ()
+    bound: BoundPatch | None = None
+    root: Hashable = None
+    options: tuple[EngineTask, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    serial: int = field(default_factory=lambda: next(_SERIAL))
+
+    @property
+    def parts(self) -> tuple[BoundPart, ...]:
+        """The variants of the task's own."""
+        own = () if self.bound is None else self.bound.parts
+        return (*own, *(part for option in self.options for part in option.parts))
+
+    @property
+    def patches(self) -> tuple[BoundPatch, ...]:
+        """The bound patches."""
+        own = () if self.bound is None else (self.bound,)
+        return (*own, *(patch for option in self.options for patch in option.patches))
+
+    @property
+    def serials(self) -> frozenset[int]:
+        """Its own, and those of everything that runs for it."""
+        parts = [part for stage in self.stages for part in (stage.task, *stage.keeps.values())]
+        return frozenset(one.serial for one in (self, *self.options, *parts))
+
+    @property
+    def kinds(self) -> tuple[Preprocessing, ...]:
+        """How a call sees its images: in one way, or for a cascade in that of every stage."""
+        return (
+            tuple(dict.fromkeys(option.preprocessing for option in self.options))
+            if self.stages
+            else (self.preprocessing,)
+        )
+
+    @property
+    def whole(self) -> tuple[EngineTask, ...]:
+        """What runs for an image that no stage but the last is sure of, each under a name of its own."""
+        return self.options if self.stages else (self,)
+
+    def member(self, shape: tuple[int, int] | None, own: int) -> Member:
+        """As the plan sees it: one batch of `shape` (height, width), or None for images as the task sees them; the
+        backbone's own are `own` x `own`."""
+        linear = type(self.head) in (nn.Linear, LinearHead)
+        root = self.root if self.root is not None else None if shape else self.preprocessing
+        height, width = shape or (self.preprocessing.image_size,) * 2
+        scale = height * width / own**2
+        return Member(self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A patch's turn in a cascade: what runs, on images or on the activations that stage `source` kept for it.
+
+    `keeps` are the prefixes whose outputs later stages go on from, by those stages' numbers.
+    """
+
+    task: EngineTask
+    source: int | None
+    keeps: Mapping[int, EngineTask]
+    confidence: Confidence
+
+
+def fresh(task: EngineTask, **changes: Any) -> EngineTask:
+    """A task that runs something else, with a serial of its own."""
+    return replace(task, serial=next(_SERIAL), **changes)
+
+
+def bind_one(backbone: Backbone, segments: Sequence[SegmentLink], name: str, patch: AnyPatch) -> EngineTask:
+    """A patch as a task. Raises `WrongBackboneError` for one that is bound elsewhere, and what reading and binding raise."""
+    if not isinstance(patch, BoundPatch):
+        patch = BoundPatch(backbone, patch if isinstance(patch, Patch) else Patch.load(patch))
+    if patch.backbone is not backbone:
+        raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {backbone.spec}.")
+    variants = {part.span[0]: part for part in patch.parts}
+    path: list[Link] = []
+    at = 0
+    while at < len(segments):
+        if at in variants:
+            end = variants[at].span[1]
+            path.append(PartLink(variants[at], 4 * prod(backbone.chain[end - 1].output_shape)))
+            at = end
+        else:
+            path.append(segments[at])
+            at += 1
+    beside = tuple(segments) if patch.reads_base else ()
+    for part in patch.parts:
+        _ = part.key  # hashed now, not in the first call
+    return EngineTask(name, patch.preprocessing, patch.task.classes, patch.head, tuple(path), patch.taps, beside, patch)
+
+
+def bind_options(
+    backbone: Backbone, segments: Sequence[SegmentLink], name: str, patches: Sequence[AnyPatch]
+) -> EngineTask:
+    """Several patches of one task, the cheapest first; without being told which, the last answers. Raises `EngineError`."""
+    if not patches:
+        raise EngineError(f"{name!r} has no patches; expected one or more.")
+    options = [bind_one(backbone, segments, name, patch) for patch in patches]
+    if other := [option for option in options if option.classes != options[0].classes]:
+        raise EngineError(
+            f"{name!r} has patches with {len(options[0].classes)} and {len(other[0].classes)} classes, which are not those of "
+            "one task. Give them names of their own."
+        )
+    options.sort(key=cost)
+    last = options[-1]
+    return EngineTask(name, last.preprocessing, last.classes, last.head, last.path, options=tuple(options))
+
+
+def cost(task: EngineTask, done: int = 0) -> float:
+    """Multiply-adds of an image, its head left out, in those of the backbone's own resolution times the pixels; without its
+    first `done` links. What a siamese head reads of the base counts from where it leaves the task's own path."""
+    member = task.member(None, 1)
+    beside = task.beside[count_alike(member.needed, task.beside) :]
+    return sum(link.macs for link in (*member.needed[done:], *beside)) * member.scale
+
+
+def count_alike(first: Sequence[Link], second: Sequence[Link]) -> int:
+    """How many links at their beginning compute the same."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: (pair[0].span, pair[0].key) == (pair[1].span, pair[1].key), pairs))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which of several patches of a task is to answer: that of `resolution` pixels, or the most costly that takes at most
+    `latency` seconds for one image. Raises `EngineError` for both at once, or what is no such number."""
+
+    resolution: int | None = None
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.latency is not None:
+            raise EngineError("give resolution or latency, not both.")
+        for name in ("resolution", "latency"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+                unit = "pixels" if name == "resolution" else "seconds"
+                raise EngineError(f"{name}={value!r}; expected a number of {unit} above 0.")
+
+    def pick(self, tasks: Sequence[EngineTask], measured: Callable[[EngineTask], float]) -> list[EngineTask]:
+        """What is to run for each task. Raises `EngineError` where no task has a choice, or none of its patches will do."""
+        if self != ANY and not any(task.options and not task.stages for task in tasks):
+            raise EngineError(
+                "resolution and latency choose among several patches of a task, and none of the tasks has several. Add them "
+                "as a list: engine.add('signs', [small, large])."
+            )
+        return [self._one(task, measured) if task.options and not task.stages else task for task in tasks]
+
+    def _one(self, task: EngineTask, measured: Callable[[EngineTask], float]) -> EngineTask:
+        if self.resolution is not None:
+            fitting = [option for option in task.options if option.preprocessing.image_size == self.resolution]
+            if not fitting:
+                known = ", ".join(str(option.preprocessing.image_size) for option in task.options)
+                raise EngineError(f"{task.name} has no patch for {self.resolution} px; it has: {known}.")
+            return fitting[-1]
+        if self.latency is not None:
+            times = [measured(option) for option in task.options]
+            quick = [option for option, time in zip(task.options, times, strict=True) if time <= self.latency]
+            if not quick:
+                raise EngineError(
+                    f"no patch of {task.name} answers within {self.latency:g} s here; the fastest takes {min(times):.4g} s."
+                )
+            return quick[-1]
+        return task.options[-1]
+
+
+ANY = Wish()
+
+
+def read_cascade(given: object) -> Cascade | None:
+    """The cascade that is given, or named by its file; None for what is none."""
+    if isinstance(given, Cascade):
+        return given
+    return Cascade.load(given) if isinstance(given, str | Path) and is_cascade(given) else None

@@ -1,0 +1,75 @@
+"""How a patch is trained, whatever the method: the settings of a fit, checked wherever they are given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from modelpatch.errors import TrainingError
+from modelpatch.train.images import AugmentName
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How a patch is trained, whatever the method.
+
+    `image_size` in pixels (None: the backbone's). `views` augmented views of each image are cached where a prefix is
+    cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
+    cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
+    out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
+    `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
+    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
+    how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
+    in the patch's metrics.
+    """
+
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    image_size: PositiveInt | None = None
+    augment: AugmentName = "auto"
+    views: PositiveInt = 4
+    cache: bool = True
+    memory: PositiveInt = 2 * 2**30
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: Share = 0.05
+    label_smoothing: Share = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    validation: Share = 0.0
+    early_stopping: NonNegativeInt = 0
+    clip: NonNegativeFloat = 0.0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
+
+        `step` drops to a tenth after two thirds of the steps and to a hundredth after five sixths.
+        """
+        warm = round(self.warmup * total)
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(total - warm, 1)
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "step":
+            return 1.0 if done < 2 / 3 else 0.1 if done < 5 / 6 else 0.01
+        return 1.0
+
+
+def check_settings(values: dict[str, Any]) -> FitSettings:
+    """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
+    if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
+        raise TrainingError(
+            f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
+        )
+    try:
+        return TypeAdapter(FitSettings).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrainingError(f"{first['loc'][0]} = {first['input']!r} is not valid: {first['msg']}.") from error
