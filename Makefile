@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/modelpatch demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # one thread a worker: more only get in each other's way
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal  # one thread a worker: more only get in each other's way
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

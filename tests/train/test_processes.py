@@ -23,6 +23,7 @@ from modelpatch.train.fit import Fit
 from modelpatch.train.multitask import teams_of
 from modelpatch.train.processes import Team, joined, restarted
 
+long = pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1")
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05, "head_lr": 0.1}
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 7, "augment": "light"}
 LEARNED = ScaleBias(statistics="learned", **SGD)
@@ -130,7 +131,7 @@ def alone() -> dict[str, dict[str, Tensor]]:
     return run_all()
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=long)])
 def test_any_number_of_processes_train_what_one_trains(
     count: int, alone: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
