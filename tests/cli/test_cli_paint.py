@@ -55,13 +55,13 @@ def test_an_interrupted_run_goes_on_without_training_again_what_was_trained(
     monkeypatch.setattr(Fit, "_step", recorded)
     stopped = run(*command, out)
     assert (stopped.code, set(trained)) == (130, {"colors", "hues"})
-    assert "goes on when the same command is given again" in stopped.err
+    assert "the run resumes when the same command is given again" in stopped.err
     refused = run(*command, out, "--batch-size", 7)
     assert refused.code == 1
     assert "--restart" in refused.err
     trained[:] = ["again"]
     resumed = run(*command, out)
-    assert f"going on with the interrupted run in {out}.training" in resumed.out
+    assert f"resuming the interrupted run in {out}.training" in resumed.out
     assert set(trained) == {"again", "hues"}
     assert not out.with_name(out.name + ".training").exists()
     run(*command, straight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,15 +100,14 @@ def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[Non
 
     With `restart` an earlier state is forgotten, unless torchrun starts the run again after a process died.
     """
-    state = checkpoint / "state.pt"
     if restart and not restarted():
-        state.unlink(missing_ok=True)
-    if state.exists():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    if checkpoint.exists():
         tell(console, f"resuming the interrupted run in {checkpoint}")
     try:
         yield
     except KeyboardInterrupt:
-        if not state.exists():
+        if not checkpoint.exists():
             raise
         raise KeyboardInterrupt("the run resumes when the same command is given again") from None
 

@@ -22,7 +22,7 @@ from modelpatch.cli.options import (
     open_vocabulary,
     parse_pairs,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
+from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, resumable, tell, write_json
 from modelpatch.errors import TrainingError
 from modelpatch.methods import Paint, make_method
 from modelpatch.report.paint import (
@@ -118,14 +118,8 @@ def paint(
         **settings,
     }
     checkpoint = target.with_name(target.name + ".training")
-    if restart:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    if checkpoint.exists():
-        tell(console, f"going on with the interrupted run in {checkpoint}")
-    try:
+    with resumable(console, checkpoint, restart):
         painting = run_paint(opened, tasks, kept, checkpoint=checkpoint, **common)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the run goes on when the same command is given again") from None
     patch = painting.patch if vocabulary is None else vocabulary.mark(painting.patch)
     patch.save(target)
     shutil.rmtree(checkpoint)
