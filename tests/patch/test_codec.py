@@ -134,19 +134,17 @@ def test_only_differences_of_one_size_a_channel_are_stored_as_signs() -> None:
     other[1, 2] *= 1.5
     third = other.clone()
     third[1, 3] *= 2
-    changes = {
-        "delta/a": snapped,
-        "delta/c": third,
-        "delta/d": snapped[:, 0],
-        "delta/e": other,
-        "delta/f": other[:, 1:3],
-    }
+    few = torch.zeros(3, 40)
+    few[:, 0] = 2.0  # two sizes, of which nearly all numbers have 0
+    changes = {"delta/a": snapped, "delta/c": third, "delta/d": snapped[:, 0], "delta/e": other, "delta/g": few}
+    changes["delta/f"] = other[:, 1:3]
     assert pack({**changes, "replace/b": snapped})[1] == {
         "delta/a": "signs:3x4",
         "replace/b": "float32",
         "delta/c": "float32",
         "delta/d": "float32",
         "delta/e": "sizes:3x4",
+        "delta/g": "sparse:3x40",
         "delta/f": "float32",  # two numbers always have two sizes
     }
 

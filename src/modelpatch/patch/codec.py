@@ -74,10 +74,13 @@ class Codec:
                 )
             return cls("int8")
         shape = tuple(tensor.shape)
-        if name.startswith("delta/") and (sizes := sizes_of(tensor)) is not None:
-            return cls(SIGNS if sizes.shape[1] == 1 else SIZES, shape)
+        sizes = sizes_of(tensor) if name.startswith("delta/") else None
+        if sizes is not None and sizes.shape[1] == 1:
+            return cls(SIGNS, shape)
         if name.startswith("delta/") and tensor.dtype == torch.float32 and 2 * tensor.count_nonzero() < tensor.numel():
             return cls("sparse", shape)
+        if sizes is not None:
+            return cls(SIZES, shape)
         if tensor.dtype in (torch.bool, torch.int8):
             return cls("bits" if tensor.dtype == torch.bool else "trits", shape)
         kind = str(tensor.dtype).removeprefix("torch.")
