@@ -43,3 +43,8 @@ Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(c
 _NAME = r"(head\.|(replace|mask|delta|left|right)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
 TENSOR_NAME = re.compile(_NAME)
 STORED_NAME = re.compile(rf"masks|(scale/|bits/)?{_NAME}")  # what the codecs add
+
+
+def file_name(name: str) -> str:
+    """A name as that of a file or folder: what is no letter, digit or one of `.+_-` becomes `-`."""
+    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from modelpatch.patch import Patch
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, share_images
 from modelpatch.train import FitSettings, Split, TaskData
-from modelpatch.train.evaluate import logits_of
+from modelpatch.train.evaluate import logits_of, standard_error
 from modelpatch.train.fit import Fit, check_settings
 from modelpatch.train.images import choose_augmentation
 from modelpatch.train.inputs import SharedImages
@@ -101,7 +100,7 @@ class Curves:
     def error(self, strategy: str) -> list[float]:
         """The standard error over seeds, 0 for one seed."""
         columns = list(zip(*self.top1s[strategy], strict=True))
-        return [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else 0.0 for c in columns]
+        return [standard_error(column) or 0.0 for column in columns]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

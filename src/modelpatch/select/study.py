@@ -5,7 +5,6 @@ score = mean ± standard error of the accuracies on what each fold holds out
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, Bench, Outcome
 from modelpatch.select.workers import Workers, make_workers
 from modelpatch.train import TaskData
+from modelpatch.train.evaluate import standard_error
 from modelpatch.train.fit import check_settings
 from modelpatch.train.progress import Progress, quiet_progress
 
@@ -46,7 +46,7 @@ class Score:
     @property
     def error(self) -> float | None:
         """The standard error of the mean, None for one trial."""
-        return statistics.stdev(self.top1s) / math.sqrt(len(self.top1s)) if len(self.top1s) > 1 else None
+        return standard_error(self.top1s)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import re
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,9 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError
 from modelpatch.methods import COMPARED, Method, make_method
 from modelpatch.patch import Patch
+from modelpatch.text import file_name
 from modelpatch.train.data import TaskData
-from modelpatch.train.evaluate import evaluate_base, harmonic_mean
+from modelpatch.train.evaluate import evaluate_base, harmonic_mean, standard_error
 from modelpatch.train.fit import check_settings, fit
 
 
@@ -48,7 +47,7 @@ class Row:
         return cls(
             method=method,
             top1=statistics.fmean(top1),
-            top1_error=statistics.stdev(top1) / math.sqrt(len(top1)) if len(top1) > 1 else None,
+            top1_error=standard_error(top1),
             base_before=base_before,
             base_after=statistics.fmean(after) if after else None,
             harmonic_mean=statistics.fmean(means) if means else None,
@@ -162,7 +161,7 @@ def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
 def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
     """Where a run keeps its patch and its training state, from which it goes on if they are to be reused."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{re.sub(r'[^A-Za-z0-9.+_-]+', '-', name)}.safetensors"
+    out = folder / f"{file_name(name)}.safetensors"
     checkpoint = folder / f"{out.name}.training"
     if not reuse:
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,6 +52,11 @@ class Evaluation:
 def harmonic_mean(first: float, second: float) -> float:
     """2ab / (a + b): high only if the new task and the base task are both solved (Δ-Networks, section 4)."""
     return 2 * first * second / (first + second) if first + second else 0.0
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean, None for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def evaluate(

@@ -12,7 +12,6 @@ What comes out is a backbone with the shared weights and one small patch a resol
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.methods import FullFinetune
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel
+from modelpatch.text import file_name
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import store_as
 from modelpatch.train.fit import Fit, FitSettings, State, check_settings
@@ -82,7 +82,7 @@ class Files:
 
     @classmethod
     def of(cls, folder: str | Path, data: TaskData, sharing: str, seed: int) -> Files:
-        return cls(Path(folder), re.sub(r"[^A-Za-z0-9._-]+", "-", f"{data.task.name}-{sharing}-seed{seed}"))
+        return cls(Path(folder), file_name(f"{data.task.name}-{sharing}-seed{seed}"))
 
     @property
     def backbone(self) -> Path:

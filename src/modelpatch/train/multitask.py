@@ -19,7 +19,6 @@ The result is a backbone of its own with a patch a task. Statistics of BatchNorm
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ from modelpatch.backbone import Backbone, save_backbone
 from modelpatch.errors import DataError, MethodError, TrainingError
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, Patch
+from modelpatch.text import file_name
 from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
 from modelpatch.train.evaluate import evaluate, store_as
@@ -335,11 +335,6 @@ def architecture_of(backbone: Backbone) -> str:
             "Leave `out` away and keep the result's backbone, or start from timm:NAME."
         )
     return name
-
-
-def file_name(task: str) -> str:
-    """The task's name as that of a file or folder."""
-    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", task)
 
 
 def task_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:

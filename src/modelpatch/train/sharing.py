@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from modelpatch.backbone import Backbone
 from modelpatch.train.data import TaskData
+from modelpatch.train.evaluate import standard_error
 from modelpatch.train.multires import SHARINGS, Files, MultiResolution, fit_multires
 
 
@@ -25,8 +25,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error)
+        return cls(statistics.fmean(values), standard_error(values))
 
 
 @dataclass(frozen=True)
