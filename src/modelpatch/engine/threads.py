@@ -1,8 +1,8 @@
 """How many cores a thread computes with.
 
 Every thread that computes keeps helpers of its own. As soon as a process has more computing threads and helpers than cores,
-OpenMP lets all of them sleep between any two layers, and they wake up late: an engine on two cores then takes two to three
-times as long. So one thread of a process computes with all cores, and what else computes has one.
+OpenMP lets all of them sleep between any two layers, and they wake up late, which can take longer than the layers. So one
+thread of a process computes with all cores, and what else computes has one.
 """
 
 from __future__ import annotations
