@@ -3,7 +3,7 @@
 Birds and street signs, 600 training images each, on the ImageNet MobileNetV2; the seed moves the sample of images, the folds
 and the training. Also draws the profile of every task, and active learning on CIFAR-10 by margin and at random.
 
-    python benchmarks/selection_accuracy.py --out benchmarks/results/selection
+    python benchmarks/selection_accuracy.py --stages --folds 3 --rules paper --out benchmarks/results/selection
     python benchmarks/selection_accuracy.py --images 90 --epochs 1 --seeds 1 --folds 2 --pixels 32 --among blocks.6.0
 """
 
@@ -23,11 +23,12 @@ from common import SHARED, mobilenet, report, unpack
 from modelpatch.report.search import plot_curves
 from modelpatch.report.selection import plot_order, plot_profile
 from modelpatch.select import Greedy, profile, select, simulate
+from modelpatch.select.candidates import describe
 from modelpatch.train import TaskData
 
 TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
 BASELINES = ("linear-probe", "full-finetune")
-RULES = {"paper": Greedy(), "code": Greedy(rule="code", start="better")}
+RULES = {"paper": Greedy(), "code": Greedy(rule="code")}
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--pixels", type=int, help="for all tasks; by default each has its own")
     parser.add_argument("--among", help="comma-separated blocks to choose among; by default all")
-    parser.add_argument("--max-blocks", type=int, default=4)
+    parser.add_argument("--stages", action="store_true", help="choose whole stages instead of blocks")
+    parser.add_argument("--max-blocks", type=int, help="by default any number")
     parser.add_argument(
         "--halving", type=int, default=0, help="train all for a few epochs, the best of so many for more"
     )
@@ -87,14 +89,14 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
                 backbone,
                 data,
                 given.method,
-                greedy=replace(greedy, candidates=among, halving=given.halving),
+                greedy=replace(greedy, candidates=among, stages=given.stages, halving=given.halving),
                 max_blocks=given.max_blocks,
                 folds=given.folds,
                 **shared,
                 **settings,
             )
             top1s[rule].append(chosen.patch.metrics["test_top1"])
-            blocks[rule].append("+".join(chosen.blocks) if len(chosen.blocks) < 6 else f"{len(chosen.blocks)} blocks")
+            blocks[rule].append(describe(backbone, [b.name for b in backbone.chain.blocks if b.name in chosen.blocks]))
             plot_order(chosen, given.out / f"{name}-{greedy.rule}-seed{seed}.png")
     return [
         (
@@ -103,7 +105,7 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
             f"{100 * statistics.fmean(values):.1f}",
             f"{100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "",
             " ".join(f"{100 * value:.1f}" for value in values),
-            " ".join(blocks[method]),
+            "; ".join(blocks[method]),
         )
         for method, values in top1s.items()
     ]

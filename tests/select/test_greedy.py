@@ -54,6 +54,17 @@ def test_blocks_are_taken_while_they_add_more_than_epsilon(tiny: Backbone, known
     assert run(tiny, greedy=Greedy(epsilon=0)).blocks == ("stage1.0", "stage1.1", "stage2.0")
 
 
+def test_whole_stages_are_chosen_as_blocks_are(tiny: Backbone, known: list[Trial]) -> None:
+    stages = [tuple(block.name for block in stage) for stage in tiny.chain.stages]
+    worth = sorted(stages, key=lambda stage: -sum(WORTH[name] for name in stage))
+    result = run(tiny, greedy=Greedy(stages=True))
+    assert [len(one.steps) for one in result.rounds] == [len(stages), len(stages) - 1]
+    assert result.blocks == worth[0]
+    assert (result.complexity.blocks, result.complexity.candidates) == (1, len(stages))
+    every = run(tiny, greedy=Greedy(rule="code", start="all", stages=True))
+    assert [step.blocks for step in every.rounds[0].steps] == [stages[1], stages[0]]
+
+
 def test_the_first_round_always_takes_a_block(
     tiny: Backbone, known: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +152,7 @@ def test_warm_starts_go_on_from_the_round_before(tiny: Backbone, known: list[Tri
         {"start": "all"},
         {"rule": "code", "start": "all", "warm_start": True},
         {"epsilon": -0.1},
+        {"stages": True, "candidates": ("stage1.0",)},
     ],
 )
 def test_choices_that_contradict_each_other_are_refused(wrong: dict[str, object]) -> None:

@@ -36,6 +36,7 @@ def select(
     among: Annotated[
         str | None, typer.Option(help="Comma-separated blocks to choose among, as a profile shows; by default all.")
     ] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="Choose whole stages instead of blocks.")] = False,
     max_blocks: Annotated[int | None, typer.Option(min=1, help="At most this many blocks.")] = None,
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Candidates go on from the blocks trained in the round before.")
@@ -58,6 +59,7 @@ def select(
         warm_start=warm_start,
         halving=halving,
         candidates=tuple(name.strip() for name in among.split(",")) if among else (),
+        stages=stages,
     )
     opened = study.open(data, network, training, file)
     result = run_select(

@@ -12,6 +12,7 @@ Every accuracy that decides comes from the folds; the test images are read once,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingErr
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.candidates import Candidate
+from modelpatch.select.candidates import Candidate, describe, units
 from modelpatch.select.halving import Effect, best, score_by_halving
 from modelpatch.select.study import Score, Study, open_study
 from modelpatch.train import TaskData, fit
@@ -34,7 +35,7 @@ Start = Literal["none", "all", "better"]
 
 @dataclass(frozen=True)
 class Step:
-    """One candidate of a round: the block it adds or removes, the blocks it has then, and its score.
+    """One candidate of a round: the block or stage it adds or removes, the blocks it has then, and its score.
 
     `left_out` says which limit it breaks; without training it has no score.
     """
@@ -60,8 +61,8 @@ class Round:
 class Complexity:
     """What Theorem 1 bounds the error by, but for the distance Δ that training moves: sqrt(r') log(kL) / sqrt(m).
 
-    `tuned` is r', the parameters of the k chosen `blocks` among L `candidates`, `images` m; `every` is r, those of all
-    candidates, for which the bound of full fine-tuning is sqrt(r) / sqrt(m).
+    `tuned` is r', the parameters of the k chosen `blocks` (or stages) among L `candidates`, `images` m; `every` is r, those
+    of all candidates, for which the bound of full fine-tuning is sqrt(r) / sqrt(m).
     """
 
     tuned: int
@@ -144,7 +145,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Greedy:
-    """How blocks are chosen. `candidates` are the blocks to choose among, all by default."""
+    """How blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages` chooses whole stages."""
 
     rule: Rule = "paper"
     start: Start = "none"
@@ -152,6 +153,7 @@ class Greedy:
     warm_start: bool = False
     halving: int = 0
     candidates: tuple[str, ...] = ()
+    stages: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule) or self.start not in get_args(Start):
@@ -163,6 +165,8 @@ class Greedy:
             raise TrainingError("the paper's rule starts with no blocks. Give rule='code' to start with others.")
         if self.warm_start and self.start != "none":
             raise TrainingError("a warm start adds blocks to trained ones: it goes with start='none' only.")
+        if self.stages and self.candidates:
+            raise TrainingError("stages chooses among all stages. Leave out the blocks to choose among, or stages.")
         if not 0 <= self.epsilon < 1:
             raise TrainingError(f"epsilon is {self.epsilon}; expected a share of images from 0 to below 1.")
 
@@ -176,24 +180,30 @@ class GreedySearch:
         self.each_round = each_round
         self.study, self.method, self.greedy, self.budget = study, method, greedy, budget
         self.backbone, self.task = study.bench.backbone, study.bench.data[0].task
-        self.names = self._applicable()
+        self.units = self._applicable()
         self.rounds: list[Round] = []
         self.sets: list[tuple[Candidate, Score]] = []  # every set that was current, in order
 
-    def _applicable(self) -> list[str]:
-        names = [block.name for block in self.backbone.chain.blocks]
-        if unknown := [name for name in self.greedy.candidates if name not in names]:
-            raise MethodError(f"{self.backbone.spec} has no block {unknown[0]!r}. It has: {', '.join(names)}.")
-        able, reason = [], ""
-        for name in self.greedy.candidates or names:
+    def _applicable(self) -> dict[str, tuple[str, ...]]:
+        """The blocks of everything that can be added, by its name: a block, or a stage."""
+        named = {describe(self.backbone, unit): unit for unit in units(self.backbone, stages=self.greedy.stages)}
+        if unknown := [name for name in self.greedy.candidates if name not in named]:
+            raise MethodError(f"{self.backbone.spec} has no block {unknown[0]!r}. It has: {', '.join(named)}.")
+        able, reason = {}, ""
+        for name in self.greedy.candidates or named:
             try:
-                Candidate.of(self.method, (name,)).method.count_parameters(self.backbone)
-                able.append(name)
+                Candidate.of(self.method, named[name]).method.count_parameters(self.backbone)
+                able[name] = named[name]
             except MethodNotApplicableError as error:
                 reason = str(error)
         if not able:
             raise MethodNotApplicableError(f"{self.method.name} has nothing to change in any block: {reason}")
         return able
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every block to choose among."""
+        return tuple(itertools.chain.from_iterable(self.units.values()))
 
     def run(self) -> None:
         """Rounds until the rule says stop."""
@@ -226,7 +236,7 @@ class GreedySearch:
 
     def _begin(self) -> tuple[Candidate, Score]:
         """The set to start from: none, all blocks, or the better of both."""
-        every = tuple(self.names)
+        every = self.names
         starts: dict[Start, list[tuple[str, ...]]] = {"none": [()], "all": [every], "better": [(), every]}
         candidates = [Candidate.of(self.method, blocks) for blocks in starts[self.greedy.start]]
         allowed = [self._why_not(candidate) is None for candidate in candidates]
@@ -243,8 +253,8 @@ class GreedySearch:
 
     def _round(self, current: Candidate, removing: bool) -> tuple[Candidate, Score] | None:
         """Score every set that has one block more (or fewer) than the current one. None where there is none."""
-        changes = list(current.blocks) if removing else [name for name in self.names if name not in current.blocks]
-        sets = [_change(current.blocks, name, removing) for name in changes]
+        changes = [name for name, unit in self.units.items() if (unit[0] in current.blocks) == removing]
+        sets = [_change(current.blocks, self.units[name], removing) for name in changes]
         parent = current if self.greedy.warm_start and current.blocks else None
         candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
         reasons = [self._why_not(candidate) for candidate in candidates]
@@ -279,8 +289,8 @@ class GreedySearch:
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
 
-def _change(blocks: tuple[str, ...], name: str, removing: bool) -> tuple[str, ...]:
-    return tuple(block for block in blocks if block != name) if removing else (*blocks, name)
+def _change(blocks: tuple[str, ...], unit: tuple[str, ...], removing: bool) -> tuple[str, ...]:
+    return tuple(block for block in blocks if block not in unit) if removing else (*blocks, *unit)
 
 
 def select(
@@ -326,20 +336,20 @@ def select(
         score=score,
         rounds=tuple(search.rounds),
         patch=patch,
-        complexity=_complexity(backbone, data, chosen, search.names, candidate),
+        complexity=_complexity(backbone, data, chosen, search, candidate),
         dropped=tuple(dropped),
     )
 
 
 def _complexity(
-    backbone: Backbone, data: TaskData, method: Method, names: Sequence[str], chosen: Candidate
+    backbone: Backbone, data: TaskData, method: Method, search: GreedySearch, chosen: Candidate
 ) -> Complexity:
     return Complexity(
         tuned=chosen.method.count_parameters(backbone),
-        blocks=len(chosen.blocks),
-        candidates=len(names),
+        blocks=sum(unit[0] in chosen.blocks for unit in search.units.values()),
+        candidates=len(search.units),
         images=len(data.train),
-        every=Candidate.of(method, names).method.count_parameters(backbone),
+        every=Candidate.of(method, search.names).method.count_parameters(backbone),
     )
 
 
