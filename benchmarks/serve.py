@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import urllib3
 from PIL import Image
 
 import modelpatch as mp
@@ -35,6 +37,8 @@ from common import SHARED, compare_ways, mobilenet, report, untrained
 from modelpatch.engine import measure
 from modelpatch.serve import Client
 
+TURNS = 3
+ENGINE_ROUNDS = 12
 LITSERVE = """
 import sys
 import litserve, torch
@@ -121,78 +125,87 @@ def images_a_second(ask: Callable[[], object], clients: int, seconds: float) -> 
 
 def batch_count(url: str) -> tuple[float, float]:
     """Batches so far, and their images, as the server counts them."""
-    import httpx
-
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = urllib3.request("GET", f"{url}/metrics").data.decode().splitlines()
     counts = dict(line.rpartition(" ")[::2] for line in lines if line.startswith("modelpatch_batch_images"))
     return float(counts["modelpatch_batch_images_count"]), float(counts["modelpatch_batch_images_sum"])
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int, block: int = 10) -> dict[str, list[float]]:
-    """Milliseconds of every way, in blocks with a pause before: helpers of a call here spin on for a while on a core that
-    the server needs."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    """Median milliseconds of every way, block by block, so that neighbours in time can be compared. There is a pause before
+    each: helpers of a call here spin on for a while on a core that the server needs."""
+    medians: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(max(1, rounds // block)):
         for name, way in ways.items():
             time.sleep(0.3)
-            times[name] += compare_ways({name: way}, block)[name]
-    return times
+            medians[name].append(statistics.median(compare_ways({name: way}, block)[name]))
+    return medians
 
 
 def measure_ours(url: str, engine: mp.Engine, names: list[str], image: bytes, rounds: int, seconds: float) -> list[Any]:
-    rows: list[Any] = []
     with Client(url) as client:
 
         def ask() -> object:
             return client.predict([image], names)
 
         wait_for(client.ready)
+        compare_ways({"http": ask}, 20)  # until the server has made what these tasks run on
         times = in_turns({"http": ask, "engine": lambda: engine([image], only=names)}, rounds)
+        both = list(zip(times["http"], times["engine"], strict=True))
         middle = {name: statistics.median(values) for name, values in times.items()}
-        rows.append(("overhead, ms, 1 client", middle["http"], middle["engine"], middle["http"] - middle["engine"]))
-        for clients in (8, 32):
-            before = batch_count(url)
-            speed = images_a_second(ask, clients, seconds)
-            after = batch_count(url)
-            size = max(1, round((after[1] - before[1]) / max(after[0] - before[0], 1)))
-            times = compare_ways({"engine": partial(engine, [image] * size, only=names)}, max(rounds // 4, 3))
-            own = 1000 * size / statistics.median(times["engine"])
-            rows.append((f"images a second, {clients} clients, batches of {size}", speed, own, speed / own))
+        added = statistics.median(http - own for http, own in both)
+        rows = [("overhead, ms, 1 client", middle["http"], middle["engine"], added)]
+        rows += [throughput(url, ask, engine, names, image, clients, seconds) for clients in (8, 32)]
     return rows
+
+
+def throughput(
+    url: str, ask: Callable[[], object], engine: mp.Engine, names: list[str], image: bytes, clients: int, seconds: float
+) -> tuple[str, float, float, float]:
+    """Images a second of the server and of the engine at the batch size that formed, in turns; their median ratio."""
+    images_a_second(ask, clients, seconds / 2)  # until it has made what these batches run on
+    speeds, own, sizes = [], [], []
+    for _ in range(TURNS):
+        before = batch_count(url)
+        speeds.append(images_a_second(ask, clients, seconds))
+        after = batch_count(url)
+        sizes.append(max(1, round((after[1] - before[1]) / max(after[0] - before[0], 1))))
+        time.sleep(0.3)
+        call = partial(engine, [image] * sizes[-1], only=names)  # in this thread alone, as the engine asks
+        own.append(1000 * sizes[-1] / statistics.median(compare_ways({"engine": call}, ENGINE_ROUNDS)["engine"]))
+    what = f"images a second, {clients} clients, batches of {statistics.median_low(sizes)}"
+    ratios = [speed / alone for speed, alone in zip(speeds, own, strict=True)]
+    return what, statistics.median(speeds), statistics.median(own), statistics.median(ratios)
 
 
 def wait_for(ready: Callable[[], bool], seconds: float = 120) -> None:
     """Ask until it is. Raises SystemExit where it never is."""
-    import httpx
-
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
             if ready():
                 return
-        except httpx.TransportError:
+        except urllib3.exceptions.HTTPError:
             pass
         time.sleep(0.1)
     raise SystemExit(f"a server did not start within {seconds:g} s")
 
 
 def measure_litserve(spec: str, store: Path, names: list[str], image: bytes, rounds: int, seconds: float) -> list[Any]:
-    import socket
-
-    import httpx
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = store / "litserve_app.py"
     script.write_text(LITSERVE)
     command = [sys.executable, str(script), spec, str(store), str(port), *names]
     rows: list[Any] = []
-    with Server(command, f"http://127.0.0.1:{port}") as url, httpx.Client(timeout=60) as http:
+    with Server(command, f"http://127.0.0.1:{port}") as url:
+        http = urllib3.PoolManager(maxsize=64, timeout=60, retries=False)
 
         def ask() -> object:
-            return http.post(f"{url}/predict", files={"images": image}).raise_for_status()
+            answer = http.request("POST", f"{url}/predict", fields={"images": ("image", image)})
+            assert answer.status == 200, answer.data
+            return answer
 
-        wait_for(lambda: http.get(f"{url}/health").is_success)
+        wait_for(lambda: http.request("GET", f"{url}/health").status == 200)
         middle = statistics.median(compare_ways({"http": ask}, rounds)["http"])
         rows.append(("LitServe: ms, 1 client", middle, "", ""))
         rows += [(f"LitServe: images a second, {n} clients", images_a_second(ask, n, seconds), "", "") for n in (8, 32)]

@@ -83,7 +83,10 @@ def test_json_and_forms_say_the_same(there: httpx.Client, image: bytes) -> None:
         "/v1/predict", files=files(image), data={"tasks": ["flowers", "birds@latest"], "top": 2}
     ).json()
     commas = there.post("/v1/predict", files=files(image), data={"tasks": "flowers, birds@latest", "top": "2"}).json()
-    assert as_json == as_form == commas
+    as_body = there.post(
+        "/v1/predict?tasks=flowers,birds@latest&top=2", content=image, headers={"content-type": "image/png"}
+    ).json()
+    assert as_json == as_form == commas == as_body
     assert as_json["images"][0]["answers"].keys() == {"flowers", "birds@latest"}
 
 
@@ -140,11 +143,34 @@ def test_a_question_that_makes_no_sense_is_refused(there: httpx.Client, change: 
         ),
         (b"\xff" * 100, "application/json", 400),
         (b"[" * 100_000, "application/json", 400),
+        (b"", "image/png", 422),
+        (b"x", "image/jpeg", 422),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="tasks"; filename="x"\r\n\r\nx\r\n--b--\r\n',
+            "multipart/form-data; boundary=b",
+            422,
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_a_body_that_cannot_be_read_is_refused(there: httpx.Client, content: bytes, kind: str, status: int) -> None:
     refused(there.post("/v1/predict", content=content, headers={"content-type": kind}), status)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind"),
+    [
+        ("?tasks=flowers", "application/json"),
+        ("?top=0", "image/png"),
+        ("?images=flowers", "image/png"),
+        ("?per_image=flowers,birds", "image/png"),
+        ("?colour=red", "image/png"),
+    ],
+)
+def test_words_in_the_address_go_with_one_image_and_are_checked(
+    there: httpx.Client, image: bytes, address: str, kind: str
+) -> None:
+    refused(there.post(f"/v1/predict{address}", content=image, headers={"content-type": kind}), 422)
 
 
 def test_a_broken_image_is_named(there: httpx.Client, image: bytes) -> None:

@@ -61,6 +61,9 @@ def test_mistakes_are_found_before_anything_is_sent() -> None:
         client.predict([picture()], per_image=[])
     with pytest.raises(ServeError, match="printable ASCII"):
         Client("http://127.0.0.1:9", token="schlüssel")
+    for wrong in ("127.0.0.1:8000", "ftp://here", "http://", "http://[1:2"):
+        with pytest.raises(ServeError, match="no address of a server"):
+            Client(wrong)
     with pytest.raises(DataError, match=r"missing\.jpg"):
         client.predict(["missing.jpg"])
     with pytest.raises(ServeError, match="Is `modelpatch serve` running"):

@@ -12,14 +12,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
 from modelpatch.backbone.frozen import casting, freeze, sample
 from modelpatch.backbone.tuning import Module, Tuning
-from modelpatch.engine.threads import compute_with
+from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import BudgetError
 from modelpatch.patch import BoundPart
 
@@ -49,7 +49,7 @@ class Residency:
         self._held: OrderedDict[str, _Variant] = OrderedDict()  # those with bytes, the least recently used first
         self._clock = 0
         self._lock = threading.RLock()
-        self._maker = ThreadPoolExecutor(1, "modelpatch-variants", initializer=compute_with, initargs=(1,))
+        self._maker = computing_pool(1, "modelpatch-variants")
         self.made = self.evicted = 0
 
     @property

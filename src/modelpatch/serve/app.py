@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +15,14 @@ from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import modelpatch
-from modelpatch.serve.body import read_body, read_form
+from modelpatch.serve.body import read_body
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
+from modelpatch.serve.question import QUESTION, read_question
 from modelpatch.serve.schemas import (
     NAME,
     REFERENCE,
@@ -39,7 +37,6 @@ from modelpatch.serve.schemas import (
     VersionList,
 )
 from modelpatch.serve.service import Service
-from modelpatch.text import first_problem
 
 LOG = logging.getLogger("modelpatch.serve")
 PAGE = Path(__file__).parent / "page"
@@ -51,30 +48,6 @@ HEADERS = {
 }
 PatchName = Annotated[str, PathParameter(pattern=NAME, examples=["flowers"])]
 PatchReference = Annotated[str, PathParameter(pattern=REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
-PREDICT_BODY = {
-    "required": True,
-    "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "properties": {
-                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
-                    "tasks": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
-                    "per_image": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
-                    "top": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 3},
-                },
-            },
-            "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
-            "examples": {
-                "every patch": {"value": {"images": ["@photo.jpg"]}},
-                "two patches": {"value": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5}},
-                "one patch an image": {"value": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]}},
-            },
-        },
-    },
-}
 FILE_BODY = {
     "required": True,
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -125,60 +98,16 @@ admin = APIRouter(dependencies=[Depends(check_token), Depends(TOKEN)], tags=["ad
     "/v1/predict",
     response_model=Prediction,
     responses=problems(*BUSY, *READING),
-    openapi_extra={"requestBody": PREDICT_BODY},
+    openapi_extra=QUESTION,
     tags=["answers"],
 )
 async def predict(request: Request) -> Response:
-    """What patches say of images. As JSON with the images in base64, or as a multipart form with the files themselves."""
+    """What patches say of images. As one image's file with `tasks` and `top` in the address, as a multipart form with several
+    files, or as JSON with the images in base64."""
     service = service_of(request)
     async with service.turn():
-        asked, images = await _read_question(request, service)
+        asked, images = await read_question(request, service.settings)
         return JSONResponse(await service.predict(images, asked.tasks, asked.per_image, asked.top))
-
-
-async def _read_question(request: Request, service: Service) -> tuple[PredictRequest, list[bytes]]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    limit = service.settings.body_bytes
-    if kind == "application/json":
-        asked = _validate(await read_body(request, limit))
-        return asked, [_decode_base64(text, place) for place, text in enumerate(asked.images)]
-    if kind == "multipart/form-data":
-        async with read_form(request, limit, service.settings.images + 2 * service.settings.tasks + 64) as form:
-            files = [value for value in form.getlist("images") if isinstance(value, UploadFile)]
-            if len(files) < len(form.getlist("images")):
-                raise Problem("invalid-request", "A part `images` is no file.", "With curl: -F images=@photo.jpg")
-            words: dict[str, Any] = {"images": ["file"] * len(files)}
-            for name in dict.fromkeys(name for name, _ in form.multi_items() if name != "images"):
-                values = [value for value in form.getlist(name) if isinstance(value, str)]
-                split = [part.strip() for value in values for part in value.split(",")]
-                words[name] = (values[-1] if values else "") if name == "top" else split
-            return _validate(words, strict=False), [await file.read() for file in files]
-    raise Problem(
-        "unknown-kind",
-        f"The body is {kind[:80] or 'of no stated kind'!r}.",
-        "Send application/json, or multipart/form-data with parts named images.",
-    )
-
-
-def _validate(given: bytes | dict[str, Any], strict: bool = True) -> PredictRequest:
-    try:
-        if isinstance(given, bytes):
-            return PredictRequest.model_validate_json(given, strict=strict)
-        return PredictRequest.model_validate(given, strict=strict)
-    except ValidationError as error:
-        kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
-        raise Problem(
-            kind, f"The request's {first_problem(error)}.", "GET /openapi.json shows what is expected."
-        ) from error
-
-
-def _decode_base64(text: str, place: int) -> bytes:
-    try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Problem(
-            "unreadable-image", f"Image {place} is no base64: {error}.", "Encode the bytes of the file.", image=place
-        ) from error
 
 
 @public.get("/v1/plan", response_model=PlanAnswer, responses=problems(*BUSY), tags=["answers"])
@@ -318,7 +247,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     app.include_router(admin)
-    app.middleware("http")(_count)
+    app.add_middleware(Counting, service=service)
     for kind in (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _tell)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -343,19 +272,30 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-async def _count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Count a request by its route, so that what strangers make up adds no labels."""
-    start = time.perf_counter()
-    status = 500
-    try:
-        response = await call(request)
-        status = response.status_code
-        return response
-    finally:
-        route = getattr(request.scope.get("route"), "path", "none")
-        counts = service_of(request).metrics
-        counts.requests.labels(request.method if status != 405 else "other", route, status).inc()
-        counts.request_seconds.labels(route).observe(time.perf_counter() - start)
+class Counting:
+    """Counts requests by their route, so that what strangers make up adds no labels."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.counts = app, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start = time.perf_counter()
+        status = 500
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.counts.requests.labels(scope["method"] if status != 405 else "other", route, status).inc()
+            self.counts.request_seconds.labels(route).observe(time.perf_counter() - start)
 
 
 async def _tell(request: Request, error: Exception) -> Response:

@@ -15,7 +15,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from modelpatch.backbone import Preprocessing
 from modelpatch.engine import Engine
 from modelpatch.engine.engine import BASE
-from modelpatch.engine.threads import compute_with
+from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
@@ -52,8 +51,7 @@ class Batcher:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._waiting: list[Row] = []
         self._arrived = asyncio.Event()
-        used = threads or torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(1, "modelpatch-engine", initializer=compute_with, initargs=(used,))
+        self._thread = computing_pool(threads or torch.get_num_threads(), "modelpatch-engine")
         self._shares: dict[tuple[tuple[tuple[str, ...], int], ...], float] = {}
         self._work = asyncio.get_running_loop().create_task(self._run())
 

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from modelpatch.engine.threads import computing_pool
 from modelpatch.patch.store import Store
 from modelpatch.patch.version import LATEST, Version
 from modelpatch.serve.problems import Problem, problem_of
@@ -28,7 +28,7 @@ class Catalogue:
     def __init__(self, store: Store, refresh: float) -> None:
         self.store, self.refresh = store, refresh
         self._known: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="modelpatch-store")
+        self._threads = computing_pool(1, "modelpatch-store", THREADS)
 
     async def resolve(self, reference: str) -> Version:
         """The version a reference names now. Raises `Problem`, 404 where there is none."""

@@ -11,10 +11,11 @@ import io
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from PIL import Image
 
@@ -26,7 +27,9 @@ from modelpatch.serve.problems import Problem
 
 ImageFile = str | Path | bytes | Image.Image
 Answers = dict[str, list[tuple[str, float]]]
+CONNECTIONS = 64  # kept open for threads that ask at the same time
 AGAIN = ("too-busy", "no-room", "deadline", "stopping")
+OCTETS = "application/octet-stream"  # any image; the server looks at its bytes
 MODEL = "serve_multiplexed_model_id"  # where Ray Serve looks for a hint which replica has the patch
 
 
@@ -39,18 +42,21 @@ class Client:
 
     def __init__(self, url: str, *, token: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
         try:
-            import httpx
+            import urllib3
         except ImportError as error:
-            raise MissingExtraError("httpx", "serve", "asking a server") from error
+            raise MissingExtraError("urllib3", "serve", "asking a server") from error
         self.url, self.retries = url.rstrip("/"), retries
+        self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError,)
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ServeError("the token has characters other than printable ASCII. Make one: openssl rand -hex 16")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
-            self._broken: tuple[type[Exception], ...] = (httpx.TransportError,)
-        except (ValueError, TypeError, httpx.InvalidURL) as error:
+            address = urllib3.util.parse_url(self.url)
+        except urllib3.exceptions.LocationParseError as error:
             raise ServeError(f"{url!r} is no address of a server: {error}.") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ServeError(f"{url!r} is no address of a server. Expected http://HOST:PORT.")
+        self._http = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=timeout, retries=False)
 
     def predict(
         self,
@@ -92,12 +98,18 @@ class Client:
             raise ServeError("there are no images to ask about: predict(['photo.jpg']).")
         if (tasks is not None and not tasks) or (per_image is not None and not per_image):
             raise ServeError("no task is named. Name some, or leave tasks out to ask all.")
-        parts = [("images", (f"image {place}", _encode(image))) for place, image in enumerate(images)]
-        words: dict[str, Any] = {"top": str(top)}
-        words |= {key: list(given) for key, given in (("tasks", tasks), ("per_image", per_image)) if given is not None}
+        words = {"top": str(top)}
+        words |= {
+            name: ",".join(said) for name, said in (("tasks", tasks), ("per_image", per_image)) if said is not None
+        }
         only = set(tasks or per_image or ())
         hint = {MODEL: next(iter(only))} if len(only) == 1 else {}
-        return self._send("POST", "/v1/predict", again=True, files=parts, data=words, headers=hint)
+        files = [_encode(image) for image in images]
+        if len(files) == 1:
+            own = {"Content-Type": OCTETS, **hint}
+            return self._send("POST", "/v1/predict", again=True, body=files[0], params=words, headers=own)
+        parts = [("images", (f"image {place}", data)) for place, data in enumerate(files)]
+        return self._send("POST", "/v1/predict", again=True, fields=[*parts, *words.items()], headers=hint)
 
     def patches(self) -> list[dict[str, Any]]:
         """All patches of the store, with their latest versions."""
@@ -120,7 +132,7 @@ class Client:
     def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
         """Publish a patch or its file as the newest version. Needs the token."""
         data = encode_patch(patch) if isinstance(patch, Patch) else _read(patch)
-        return self._send("PUT", f"/v1/patches/{_name(name)}", content=data, params={"tag": list(tags)})
+        return self._send("PUT", f"/v1/patches/{_name(name)}", body=data, params={"tag": list(tags)})
 
     def tag(self, name: str, tag: str, version: str = "latest") -> dict[str, Any]:
         """Let a tag name a version. Needs the token."""
@@ -133,12 +145,12 @@ class Client:
     def ready(self) -> bool:
         """Whether the server answers and is ready."""
         try:
-            return bool(self._http.get("/readyz").status_code == 200)
+            return bool(self._http.request("GET", f"{self.url}/readyz").status == 200)
         except self._broken:
             return False
 
     def close(self) -> None:
-        self._http.close()
+        self._http.clear()
 
     def __enter__(self) -> Client:
         return self
@@ -148,21 +160,32 @@ class Client:
     ) -> None:
         self.close()
 
-    def _send(self, verb: str, path: str, *, again: bool = False, **rest: Any) -> dict[str, Any]:
+    def _send(
+        self,
+        verb: str,
+        path: str,
+        *,
+        again: bool = False,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        **rest: Any,
+    ) -> dict[str, Any]:
+        url = f"{self.url}{path}" + (f"?{urlencode(params, doseq=True)}" if params else "")
+        headers = {**self._headers, **(headers or {})}
         for trial in range(self.retries + 1 if again else 1):
             last = trial == self.retries or not again
             wait = 0.1 * 2**trial * (1 + random.random())
             try:
-                answer = self._http.request(verb, path, **rest)
+                answer = self._http.request(verb, url, headers=headers, **rest)
             except self._broken as error:
                 if last:
                     raise ServeError(
                         f"{self.url} cannot be reached: {error}. Is `modelpatch serve` running?"
                     ) from error
             else:
-                if answer.is_success:
-                    return dict(answer.json()) if answer.content else {}
-                problem = _problem(answer.status_code, answer.text, answer.headers)
+                if 200 <= answer.status < 300:
+                    return dict(json.loads(answer.data)) if answer.data else {}
+                problem = _problem(answer.status, answer.data, answer.headers)
                 if last or problem.kind not in AGAIN:
                     raise problem
                 wait = max(wait, problem.retry_after or 0)
@@ -170,17 +193,15 @@ class Client:
         raise AssertionError("the last trial returns or raises")
 
 
-def _problem(status: int, text: str, headers: Any) -> Problem:
+def _problem(status: int, said: bytes, headers: Any) -> Problem:
     try:
-        body = json.loads(text)
+        body = json.loads(said)
     except ValueError:
         body = {}
     return Problem.read(status, body if isinstance(body, dict) else {}, headers)
 
 
 def _name(name: str) -> str:
-    from urllib.parse import quote
-
     return quote(name, safe="@")
 
 

@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from modelpatch.backbone import load_backbone
@@ -103,7 +102,7 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         import torch
 
         from modelpatch.engine import measure
-        from modelpatch.engine.threads import compute_with
+        from modelpatch.engine.threads import computing_pool
         from modelpatch.serve.app import create_app
         from modelpatch.serve.service import Service
 
@@ -111,7 +110,7 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         torch.set_num_threads(1)  # the engine's thread alone has more
         backbone = load_backbone(spec, **arguments)
         backbone = backbone if device == "cpu" else backbone.to(device)
-        with ThreadPoolExecutor(1, initializer=compute_with, initargs=(threads,)) as one:
+        with computing_pool(threads, "modelpatch-tuning") as one:
             tuning = one.submit(measure, backbone).result() if tune else None
         app = create_app(Service(Store(url), backbone, settings, tuning, threads=threads))
 

@@ -22,6 +22,7 @@ from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import Supervisor, bind, rehearse
 
 CONNECTIONS = 1024  # open at once, a worker; more are told 503 at once
+SWITCH = 0.0005  # seconds until a thread that waits for the interpreter gets it: the engine asks between any two layers
 DRAIN = 5.0  # seconds beside the deadline that stopping may take
 
 
@@ -129,6 +130,7 @@ def run_worker(
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
+    sys.setswitchinterval(SWITCH)
     app = create_app(Service(Store(url), backbone, settings, tuning, cascades, threads))
     config = uvicorn.Config(
         app,

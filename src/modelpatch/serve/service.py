@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import Engine
 from modelpatch.engine.describe import tree
 from modelpatch.engine.engine import BASE
+from modelpatch.engine.threads import computing_pool
 from modelpatch.patch import Cascade
 from modelpatch.patch.store import Store
 from modelpatch.patch.version import LATEST, Version
@@ -64,7 +64,7 @@ class Service:
         self.catalogue = Catalogue(self.store, self.settings.refresh)
         self.shelf = Shelf(self.engine, self.catalogue.read, self.settings, self.metrics)
         self.batcher = Batcher(self.engine, self.settings, self.metrics, self.threads)
-        self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="modelpatch-decode")
+        self._decoders = computing_pool(1, "modelpatch-decode", self.settings.decoders)
         await self.batcher.warm_up(sample(self.backbone.input_size, self.backbone.device)[:1])
         await self.catalogue.list()
         self.ready = True

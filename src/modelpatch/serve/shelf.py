@@ -19,7 +19,6 @@ import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import torch
@@ -27,6 +26,7 @@ import torch
 from modelpatch.backbone import Backbone
 from modelpatch.backbone.frozen import sample
 from modelpatch.engine import Engine
+from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import InvalidPatchError
 from modelpatch.patch import BoundPatch
 from modelpatch.patch.file import decode_patch
@@ -82,7 +82,7 @@ class Shelf:
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}  # by hash and name
         self._failed: OrderedDict[tuple[str, str | None], tuple[float, Problem]] = OrderedDict()  # None: by any name
         self._freed = asyncio.Condition()
-        self._threads = ThreadPoolExecutor(settings.loaders, thread_name_prefix="modelpatch-load")
+        self._threads = computing_pool(1, "modelpatch-load", settings.loaders)
 
     @property
     def nbytes(self) -> int:
