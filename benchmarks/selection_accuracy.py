@@ -3,7 +3,7 @@
 Birds and street signs, 600 training images each, on the ImageNet MobileNetV2; the seed moves the sample of images, the folds
 and the training. Also draws the profile of every task, and active learning on CIFAR-10 by margin and at random.
 
-    python benchmarks/selection_accuracy.py --stages --folds 3 --rules paper --out benchmarks/results/selection
+    python benchmarks/selection_accuracy.py --stages --folds 3 --rules paper --rates 1e-4 3e-4 1e-3 --out OUT
     python benchmarks/selection_accuracy.py --images 90 --epochs 1 --seeds 1 --folds 2 --pixels 32 --among blocks.6.0
 """
 
@@ -20,10 +20,13 @@ import numpy as np
 
 import modelpatch as mp
 from common import SHARED, mobilenet, report, unpack
+from modelpatch.methods import Method, make_method
 from modelpatch.report.search import plot_curves
 from modelpatch.report.selection import plot_order, plot_profile
 from modelpatch.select import Greedy, profile, select, simulate
-from modelpatch.select.candidates import describe
+from modelpatch.select.candidates import Candidate, describe, units
+from modelpatch.select.halving import best, score_by_halving
+from modelpatch.select.study import open_study
 from modelpatch.train import TaskData
 
 TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
@@ -46,6 +49,13 @@ def main() -> None:
     )
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--method", default="subset")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        help="learning rates to choose among on the folds of the first seed: for the method by its best single stage, for "
+        "full fine-tuning as a whole; by default each has its own",
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument(
@@ -74,21 +84,25 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
     folder = unpack(name, given.cache)
     among = tuple(given.among.split(",")) if given.among else ()
     shared = {"workers": given.workers, "trials": given.out / f"{name}.trials.jsonl"}
+    settings: dict[str, Any] = {"epochs": given.epochs, "image_size": given.pixels or TASKS[name]}
+    first = mp.load_task(folder, seed=0).subsample(given.images, 0)
+    method, full = _choose_rates(backbone, first, given, seed=0, **shared, **settings)
+    methods = {"linear-probe": make_method("linear-probe"), "full-finetune": full}
     for seed in range(given.seeds):
         data = mp.load_task(folder, seed=seed).subsample(given.images, seed)
-        settings: dict[str, Any] = {"epochs": given.epochs, "image_size": given.pixels or TASKS[name], "seed": seed}
+        settings["seed"] = seed
         if seed == 0 and not among:
             plot_profile(
-                profile(backbone, data, given.method, folds=given.folds, halving=given.halving, **shared, **settings),
+                profile(backbone, data, method, folds=given.folds, halving=given.halving, **shared, **settings),
                 given.out / f"{name}.png",
             )
-        for method in BASELINES:
-            top1s[method].append(mp.fit(backbone, data, method, **settings).metrics["test_top1"])
+        for baseline in BASELINES:
+            top1s[baseline].append(mp.fit(backbone, data, methods[baseline], **settings).metrics["test_top1"])
         for rule, greedy in rules.items():
             chosen = select(
                 backbone,
                 data,
-                given.method,
+                method,
                 greedy=replace(greedy, candidates=among, stages=given.stages, halving=given.halving),
                 max_blocks=given.max_blocks,
                 folds=given.folds,
@@ -109,6 +123,28 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
         )
         for method, values in top1s.items()
     ]
+
+
+def _choose_rates(
+    backbone: mp.Backbone, data: TaskData, given: argparse.Namespace, **options: Any
+) -> tuple[Method, Method]:
+    """The method and full fine-tuning at the rates whose trials do best on held-out training images."""
+    method, full = make_method(given.method), make_method("full-finetune")
+    if not given.rates:
+        return method, full
+    with open_study(backbone, data, title="rates", folds=given.folds, **options) as study:
+        stages = [
+            Candidate.of(replace(method, lr=rate), stage)
+            for rate in given.rates
+            for stage in units(backbone, stages=True)
+        ]
+        scores, _ = score_by_halving(study, stages, given.halving, "rates by stage")
+        whole = [Candidate(f"full at {rate:g}", ("all",), replace(full, lr=rate)) for rate in given.rates]
+        every = study.score(whole, title="rates of all")
+    chosen = stages[best(scores, [True] * len(scores)) or 0].method
+    kept = whole[best(every, [True] * len(every)) or 0].method
+    print(f"{data.task.name}: {method.name} at {chosen.lr:g}, full fine-tuning at {kept.lr:g}", flush=True)
+    return chosen, kept
 
 
 def _simulate(backbone: mp.Backbone, given: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from conftest import color_task, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import (
+    BackboneError,
     CheckpointMismatchError,
     DataError,
     MethodNotApplicableError,
@@ -243,7 +244,6 @@ def test_one_seed_has_no_error() -> None:
         (SIZES, {"image_size": 16}, "image_size=16 is given beside resolutions"),
         (SIZES, {"sharing": "some"}, "sharing is 'some'; expected one of: private, shared, independent"),
         (SIZES, {"method": ScaleBias()}, "does not train all weights"),
-        (SIZES, {"out": "."}, "the trained copy of module:TinyNet cannot be written"),
         (SIZES, {"epoch": 3}, "fit has no setting 'epoch'"),
     ],
 )
@@ -252,6 +252,8 @@ def test_what_cannot_be_is_refused_before_training(
 ) -> None:
     with pytest.raises(TrainingError, match=problem):
         fit_multires(backbone, colors, resolutions, **options)
+    with pytest.raises(BackboneError, match="module:TinyNet cannot be written as a backbone file"):
+        fit_multires(backbone, colors, SIZES, out=".")
 
 
 def test_names_in_place_of_a_backbone_or_data_are_refused(backbone: Backbone, colors: TaskData) -> None:

@@ -88,6 +88,12 @@ class Backbone:
         return self.preprocessing.input_size
 
     @property
+    def architecture(self) -> str | None:
+        """timm's name of the network, under which a file of it is read again; None for one of another source."""
+        name = getattr(self.module, "pretrained_cfg", {}).get("architecture")
+        return name if isinstance(name, str) else None
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all frozen tensors as they were when loaded, 64 hexadecimal digits."""
         return self._fingerprint.whole

@@ -300,6 +300,16 @@ def _load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
             raise BackboneError(f"the tensor {name} of {source} holds NaN or infinity. Fetch or train it again.")
 
 
+def check_writable(backbone: Backbone) -> str:
+    """The architecture's name, for `save_backbone`. Raises `BackboneError` for a network that a file could not name."""
+    if backbone.architecture is None or backbone.spec.startswith("openclip:"):
+        raise BackboneError(
+            f"{backbone.spec} cannot be written as a backbone file, which names an architecture of timm and its arguments. "
+            "Leave `out` away and keep the result's backbone, or start from timm:NAME."
+        )
+    return backbone.architecture
+
+
 def save_backbone(backbone: Backbone, path: str | Path, architecture: str, half: bool = False, **about: Any) -> None:
     """Write a backbone as a file that `load_backbone("file:PATH")` reads.
 

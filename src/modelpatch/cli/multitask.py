@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modelpatch.backbone import check_writable
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import (
@@ -27,7 +28,6 @@ from modelpatch.train.multitask import (
     BACKBONE,
     PRIVATE,
     SHARED,
-    architecture_of,
     check_joint_settings,
     check_tasks,
     task_files,
@@ -83,7 +83,7 @@ def multitask(
         files = task_files(out, [task.task.name for task in tasks])
         check_free("--out", [out / BACKBONE, *files.values()], force)
         base = network.open()
-        architecture_of(base)
+        check_writable(base)
         checkpoint = out / "training"
         with resumable(console, checkpoint, restart):
             result = fit_multitask(

@@ -79,7 +79,7 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
 def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
     """With the metadata by which `load_backbone("file:...")` builds the network, where timm's name for it is known."""
     metadata = {"format": "pt", "classes": json.dumps(patch.task.classes)}
-    architecture = getattr(backbone.module, "pretrained_cfg", {}).get("architecture")
+    architecture = backbone.architecture
     if architecture:
         arguments = {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")}
         described = {

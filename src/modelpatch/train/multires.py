@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, load_backbone, save_backbone
+from modelpatch.backbone import Backbone, check_writable, load_backbone, save_backbone
 from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.methods import FullFinetune
 from modelpatch.methods.scale_bias import norm_tensors
@@ -155,20 +155,12 @@ def _check(
         raise TrainingError(f"sharing is {sharing!r}; expected one of: {', '.join(SHARINGS)}.")
     if not isinstance(method, FullFinetune):
         raise TrainingError(f"{method!r} does not train all weights. Expected a FullFinetune(...).")
-    if out is not None and sharing != "independent" and architecture(backbone) is None:
-        raise TrainingError(
-            f"the trained copy of {backbone.spec} cannot be written: timm has no name for its architecture. Leave out=... "
-            "away and keep the result's backbone, or load the network from timm."
-        )
+    if out is not None and sharing != "independent":
+        check_writable(backbone)
 
 
 def _spelled(resolutions: Sequence[int]) -> str:
     return ", ".join(map(str, resolutions))
-
-
-def architecture(backbone: Backbone) -> str | None:
-    """What timm calls the network; None where it has no name for it."""
-    return getattr(backbone.module, "pretrained_cfg", {}).get("architecture")
 
 
 class TiedModels(nn.Module):
@@ -367,7 +359,7 @@ class MultiResolutionFit(Fit):
                 module.num_classes = patch.head.outputs  # type: ignore[assignment]
         module.load_state_dict({**module.state_dict(), **tensors})
         arguments = {name: value for name, value in base.arguments.items() if name not in ("pretrained", "seed")}
-        if base.classifier is not None and architecture(base) is not None:
+        if base.classifier is not None and base.architecture is not None:
             arguments["num_classes"] = patch.head.outputs
         shared = Backbone(
             module,
@@ -380,7 +372,7 @@ class MultiResolutionFit(Fit):
             {"task": self.data.task.name, "sharing": self.sharing, "resolutions": list(self.resolutions)},
         )
         if self.files is not None:
-            save_backbone(shared, self.files.backbone, str(architecture(base)))
+            save_backbone(shared, self.files.backbone, check_writable(base))
         return shared
 
     @property

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
-from modelpatch.backbone import Backbone, save_backbone
+from modelpatch.backbone import Backbone, check_writable, save_backbone
 from modelpatch.errors import DataError, MethodError, TrainingError
 from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, Patch
@@ -141,7 +141,7 @@ def fit_multitask(
         raise TrainingError(f"sampling is {sampling!r}; expected one of: {', '.join(get_args(Sampling))}.")
     check_tasks(tasks)
     chosen = check_joint_settings(settings)
-    architecture = architecture_of(backbone) if out is not None else ""
+    architecture = check_writable(backbone) if out is not None else ""
     files = None if out is None else task_files(Path(out), [task.task.name for task in tasks])
     team = Team.everyone()
     bar = Progress(f"{len(tasks)} tasks") if progress and team.leads else quiet_progress()
@@ -323,18 +323,6 @@ def check_joint_settings(values: dict[str, Any]) -> FitSettings:
     if chosen.precision == "float16":
         raise TrainingError("tasks trained together cannot share float16's loss scale. Use precision='bfloat16'.")
     return chosen
-
-
-def architecture_of(backbone: Backbone) -> str:
-    """timm's name of the network, under which its file is read again. Raises `TrainingError` for one of another source."""
-    kind, known = backbone.spec.partition(":")[0], getattr(backbone.module, "pretrained_cfg", {})
-    name = known.get("architecture") if kind in ("timm", "file", "bundled") else None
-    if not isinstance(name, str):
-        raise TrainingError(
-            f"{backbone.spec} cannot be written as a backbone file, which names an architecture of timm and its arguments. "
-            "Leave `out` away and keep the result's backbone, or start from timm:NAME."
-        )
-    return name
 
 
 def task_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
