@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -226,12 +226,13 @@ async def page_file(name: str) -> Response:
 # the application --------------------------------------------------------------------------------------------
 
 
-def create_app(service: Service) -> FastAPI:
-    """The ASGI application over a service, which it starts and stops."""
+def create_app(service: Service, ready: Callable[[], None] = lambda: None) -> FastAPI:
+    """The ASGI application over a service, which it starts and stops. `ready` is called once it serves."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        ready()
         yield
         await service.stop()
 

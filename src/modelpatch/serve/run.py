@@ -98,9 +98,9 @@ def serve_forever(
 
         parent = os.getpid()
 
-        def work(opened: socket.socket) -> None:
+        def work(opened: socket.socket, ready: Callable[[], None]) -> None:
             try:
-                run_worker(url, backbone.to(device), settings, tuning, opened, threads, cascades)
+                run_worker(url, backbone.to(device), settings, tuning, opened, threads, ready, cascades)
             finally:
                 if os.getppid() != parent:  # it was killed, so nobody else clears up
                     shutil.rmtree(folder, ignore_errors=True)
@@ -115,6 +115,7 @@ def run_worker(
     tuning: Tuning,
     listening: socket.socket,
     threads: int,
+    ready: Callable[[], None],
     cascades: Mapping[str, Cascade] | None = None,
 ) -> None:
     """Serve on a listening socket in this process until SIGTERM; requests that run are finished.
@@ -131,7 +132,7 @@ def run_worker(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
     sys.setswitchinterval(SWITCH)
-    app = create_app(Service(Store(url), backbone, settings, tuning, cascades, threads))
+    app = create_app(Service(Store(url), backbone, settings, tuning, cascades, threads), ready)
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,

@@ -15,10 +15,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,8 +27,7 @@ from modelpatch.errors import ModelpatchError, ServeError
 
 T = TypeVar("T")
 BACKLOG = 2048
-QUICK = 2.0  # seconds; a worker that ends sooner has not started
-TRIES = 5  # quick ends in a row before the server gives up
+TRIES = 5  # workers in a row that end before they serve, until the server gives up
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -69,51 +69,65 @@ def rehearse(work: Callable[[], T]) -> T:
 
 
 class Supervisor:
-    """Keeps `workers` processes alive that each run `serve(socket)` until SIGTERM, which they answer by finishing their work.
+    """Keeps `workers` processes alive that each run `serve(socket, ready)` until SIGTERM, which they answer by finishing their
+    work. They call `ready` once they serve.
 
-    `grace` is how long they may take, in seconds; then they are killed.
+    `grace` is how long they may take to finish, in seconds; then they are killed.
     """
 
     def __init__(
         self,
-        serve: Callable[[socket.socket], None],
+        serve: Callable[[socket.socket, Callable[[], None]], None],
         listening: socket.socket,
         workers: int,
         grace: float,
         ended: Callable[[int], None],
     ) -> None:
         self.serve, self.listening, self.workers, self.grace, self.ended = serve, listening, workers, grace, ended
-        self._children: dict[int, float] = {}  # process id -> when it was started
+        self._children: set[int] = set()
+        self._serving: set[int] = set()
         self._stopping = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT. Raises `ServeError` if workers end as soon as they start."""
+        """Serve until SIGTERM or SIGINT. Raises `ServeError` if workers end before they serve."""
         self._lifeline, self._held = os.pipe()
+        self._told, self._telling = os.pipe()
+        os.set_blocking(self._told, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGALRM, self._kill)
-        quick = 0
+        failed = 0
         for _ in range(self.workers):
             self._start()
         while self._children:
             child, status = os.waitpid(-1, 0)
-            started = self._children.pop(child, None)
+            known, served = child in self._children, self._served(child)
+            self._children.discard(child)
             self.ended(child)
-            if started is None or self._stopping:
+            if not known or self._stopping:
                 continue
-            quick = quick + 1 if time.monotonic() - started < QUICK else 0
-            if quick >= TRIES * self.workers:
+            failed = 0 if served else failed + 1
+            if failed >= TRIES * self.workers:
                 self._stop(signal.SIGTERM, None)
-                raise ServeError(f"workers end as soon as they start ({_ended(status)}). The log above says why.")
+                raise ServeError(f"workers end before they serve ({_ended(status)}). The log above says why.")
             print(f"worker {child} ended ({_ended(status)}); another takes its place", file=sys.stderr, flush=True)
             self._start()
+
+    def _served(self, child: int) -> bool:
+        """Whether it said that it was ready."""
+        with suppress(BlockingIOError):
+            while said := os.read(self._told, 4 * 1024):
+                self._serving |= {number for (number,) in struct.iter_unpack("<i", said)}
+        served = child in self._serving
+        self._serving.discard(child)
+        return served
 
     def _start(self) -> None:
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         child = os.fork()
         if child == 0:
             self._work(masked)
-        self._children[child] = time.monotonic()
+        self._children.add(child)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         if self._stopping:  # the signal came while it was blocked
             os.kill(child, signal.SIGTERM)
@@ -132,7 +146,7 @@ class Supervisor:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             threading.Thread(target=self._watch, daemon=True).start()
-            self.serve(self.listening)
+            self.serve(self.listening, self._tell)
             status = 0
         except SystemExit:
             status = 0
@@ -142,6 +156,10 @@ class Supervisor:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def _tell(self) -> None:
+        """In the child: say that it serves."""
+        os.write(self._telling, struct.pack("<i", os.getpid()))
 
     def _watch(self) -> None:
         """In the child: when the parent is gone, stop as if it had said so."""
