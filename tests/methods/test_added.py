@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import color_task
 from torch import Tensor
 
+from conftest import color_task
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods import DeltaNetwork, FullFinetune, LinearProbe, Method, ScaleBias, with_loss

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Batch, Batches, Method
@@ -39,6 +40,10 @@ class WithLoss(Wrapped):
 
     def hyperparameters(self) -> dict[str, Any]:
         return {**self.method.hyperparameters(), "loss": self.keeper.describe()}
+
+    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
+        """The method's own."""
+        return self.method.draft(backbone, classes)
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Let the keeper look at the model before it moves."""

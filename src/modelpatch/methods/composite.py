@@ -102,7 +102,7 @@ class Composite(Method):
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head of the first member that has one of its own, else a linear one."""
-        own = [member for member in self.methods if type(member).make_head is not Method.make_head]
+        own = [member for member in self.methods if member.has_own_head]
         return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:

@@ -113,6 +113,11 @@ class Method(ABC):
         """Where what the method trains starts, if not as it was built."""
         return
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the method brings another head than a linear or siamese one."""
+        return type(self).make_head is not Method.make_head
+
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A fresh head for `classes` outputs."""
         if self.head == "siamese":

@@ -54,6 +54,10 @@ class Wrapped(Method):
     def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
         return self.method.reweightings(backbone)
 
+    @property
+    def has_own_head(self) -> bool:
+        return self.method.has_own_head
+
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         return self.method.make_head(backbone, classes)
 

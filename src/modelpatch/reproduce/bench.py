@@ -59,13 +59,14 @@ class Bench:
     ) -> None:
         if scale not in recipe.scales:
             raise TrainingError(f"{recipe.name} has no scale {scale!r}. Expected one of: {', '.join(recipe.scales)}.")
-        self.recipe, self.sources, self.progress = recipe, sources, progress
         self.scale_name, self.scale = scale, recipe.scales[scale]
         if backbone is not None:
             self.scale = replace(self.scale, backbones=(backbone,))
         if seeds is not None:
             self.scale = replace(self.scale, seeds=seeds)
         self.scale.check()
+        self.recipe = replace(recipe, scales={**recipe.scales, scale: self.scale})  # what is reported is what ran
+        self.sources, self.progress = sources, progress
         self.seeds = range(seed, seed + self.scale.seeds)
         self.device = device or torch.device("cpu")
         self._made: dict[Hashable, Any] = {}
@@ -77,6 +78,13 @@ class Bench:
         if key not in self._made:
             self._made[key] = make()
         return cast(T, self._made[key])
+
+    def latest(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives for the key, until another key is asked for under this name: for what is large."""
+        kept = self._made.get(("latest", name))
+        if kept is None or kept[0] != key:
+            kept = self._made["latest", name] = (key, make())
+        return cast(T, kept[1])
 
     def task(self, name: str) -> TaskData:
         """A data set of the scale, with as many images as it takes."""

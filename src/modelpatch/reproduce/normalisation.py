@@ -38,7 +38,7 @@ def _short(name: str) -> str:
 def _measure(bench: Bench, row: str, name: str, seed: int) -> Figures:
     backbone = bench.backbone()
     if bench.scale.options.get("random"):
-        backbone = bench.once(("untrained", seed), lambda: untrained(bench.backbone(), seed))
+        backbone = bench.latest("untrained", seed, lambda: untrained(bench.backbone(), seed))
     return {_short(name): bench.accuracy(backbone, bench.task(name), bench.method(row), seed)}
 
 

@@ -25,7 +25,6 @@ from modelpatch.reproduce.backbones import retrained, untrained
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
 from modelpatch.train import TaskData
-from modelpatch.train.data import stratified
 
 FINE = ("cub200", "stanford_cars", "fgvc_aircraft")
 RATES = (15, 30, 50, 100)  # percent
@@ -36,10 +35,7 @@ TUNED, JOINT, TOP, HEAD = "fine-tuning", "fine-tuning + Î”", "fine-tuned, then Î
 
 def sample(data: TaskData, percent: int, seed: int) -> TaskData:
     """The task with this share of every class's training images."""
-    if percent == 100:
-        return data
-    _, rows = stratified(data.train.labels, percent / 100, seed)
-    return data.subsample(len(rows), seed)
+    return data.subsample(round(len(data.train) * percent / 100), seed)
 
 
 def _column(bench: Bench, name: str, percent: int) -> str:
@@ -64,7 +60,7 @@ def _low_data(bench: Bench, row: str, name: str, percent: int, seed: int, column
         patch = bench.fit(backbone, data, bench.method(TUNED), seed)
         return retrained(backbone, patch), 100 * patch.metrics["test_top1"]
 
-    tuned, top1 = bench.once(("tuned", name, percent, seed), tune) if row != JOINT else (backbone, 0.0)
+    tuned, top1 = bench.latest("tuned", (name, percent, seed), tune) if row != JOINT else (backbone, 0.0)
     if row == TUNED:
         return {column: top1}
     return {column: bench.accuracy(tuned, data, bench.method(row), seed)}
@@ -222,7 +218,7 @@ def scratch_parts(bench: Bench) -> Iterator[Part]:
 
 
 def _from_scratch(bench: Bench, row: str, name: str, seed: int) -> Figures:
-    random = bench.once(("untrained", seed), lambda: untrained(bench.backbone(), seed))
+    random = bench.latest("untrained", seed, lambda: untrained(bench.backbone(), seed))
     return {name: bench.accuracy(random, bench.task(name), bench.method(row), seed)}
 
 

@@ -59,7 +59,7 @@ class FitSettings:
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "step":
-            return 0.1 ** sum(done >= drop for drop in self.drops)
+            return 10.0 ** -sum(done >= drop for drop in self.drops)
         if self.schedule == "exponential":
             return 0.98 ** (done * self.epochs / 2.5)
         return 1.0
