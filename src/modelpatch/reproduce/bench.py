@@ -112,7 +112,7 @@ class Bench:
 
     def fit(self, backbone: Backbone, data: TaskData, method: Method, seed: int) -> Patch:
         """A patch under the scale's settings."""
-        return fit(backbone, data, method, progress=self.progress, **self.settings(data, seed))
+        return fit(backbone, data, method, **self.settings(data, seed))
 
     def accuracy(self, backbone: Backbone, data: TaskData, method: Method, seed: int) -> float:
         """Top-1 in percent on the test images of a patch under the scale's settings."""

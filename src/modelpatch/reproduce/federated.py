@@ -33,7 +33,7 @@ def parts(bench: Bench) -> Iterator[Part]:
 def _together(bench: Bench, row: str, names: tuple[str, ...], seed: int) -> Figures:
     settings = {**bench.scale.fit, "seed": seed, "shared": bench.scale.options["shared"]}
     clients = [bench.task(name) for name in names]
-    result = fit_multitask(bench.backbone(), clients, bench.method(row), progress=bench.progress, **settings)
+    result = fit_multitask(bench.backbone(), clients, bench.method(row), **settings)
     return {name: 100 * patch.metrics["test_top1"] for name, patch in result.patches.items()}
 
 
