@@ -185,14 +185,14 @@ def test_a_claim_holds_if_all_its_pairs_do_and_one_seed_makes_nothing_certain(so
 
 
 def test_pages_show_figures_claims_and_what_was_published(sources: Sources, tmp_path: Path) -> None:
-    claim = Claim("C1", "x is above y", (("x", "y"),), "80.2 → 85.3", small=False)
+    claim = Claim("C1", "x is above y", (("x", "y"),), "80.2 → 85.3")
     recipe = make_recipe(fixed({"x": [52.0, 53.0], "y": [50.0, 50.0]}, []), claim)
     outcome = run(replace(recipe, published={("x", "a"): 61.5}), sources, tmp_path / "out" / recipe.name)
     text = markdown(outcome)
     assert "| x | 52.5 ± 0.5 (61.5) | 62.5 ± 0.5 |" in text
     assert "- body: `scale-bias`" in text
     assert claim_cells(outcome) == [
-        ["C1: x is above y", "x − y", "80.2 → 85.3", "+2.5 ± 0.5", "2 of 2", "holds (not expected at this scale)"]
+        ["C1: x is above y", "x − y", "80.2 → 85.3", "+2.5 ± 0.5", "2 of 2", "holds (not known to hold at this scale)"]
     ]
     write_outcome(outcome, tmp_path / "out" / recipe.name)
     written = json.loads((tmp_path / "out" / recipe.name / "outcome.json").read_text())

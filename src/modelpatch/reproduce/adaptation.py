@@ -129,7 +129,6 @@ ADAPTATION = Recipe(
             "Δ-modules on a host adapt at least as well as the host alone",
             tuple((f"{host} + Δ", host) for host in HOSTS),
             "at least as good on all 3 pairs, for all hosts",
-            small=False,
         ),
     ),
     parts=parts,

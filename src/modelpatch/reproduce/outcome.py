@@ -131,7 +131,7 @@ class Outcome:
                 "text": verdict.claim.text,
                 "paper": verdict.claim.paper,
                 "margin": verdict.claim.margin,
-                "expected": verdict.claim.small or self.scale == "paper",
+                "known_to_hold_here": verdict.claim.small or self.scale == "paper",
                 "holds": verdict.holds,
                 "certain": verdict.certain,
                 "differences": [asdict(one) for one in verdict.differences],

@@ -53,8 +53,8 @@ def _difference(one: Difference, margin: float) -> str:
 
 
 def _verdict(verdict: Verdict, scale: str) -> str:
-    expected = verdict.claim.small or scale == "paper"
-    return verdict.word if expected else f"{verdict.word} (not expected at this scale)"
+    known = verdict.claim.small or scale == "paper"
+    return verdict.word if known else f"{verdict.word} (not known to hold at this scale)"
 
 
 def settings_line(outcome: Outcome) -> str:

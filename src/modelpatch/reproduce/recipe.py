@@ -59,8 +59,8 @@ class Claim:
     """An inequality of the table: in every pair the first row is at least `margin` above the second, on the mean of the
     columns (of all, or those named).
 
-    `name` is its number in the list of checkable claims, `paper` what the paper measured. `small` says whether it should hold
-    at the small scale.
+    `name` is its number in the list of checkable claims, `paper` what the paper measured. `small` says whether it is known to
+    hold in small settings too.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Claim:
     paper: str
     margin: float = 0.0
     columns: tuple[str, ...] = ()
-    small: bool = True
+    small: bool = False
 
 
 @dataclass(frozen=True)

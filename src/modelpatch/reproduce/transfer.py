@@ -106,10 +106,8 @@ LOW_DATA = Recipe(
         ),
     },
     claims=(
-        Claim(
-            "D8", "Δ-modules in an unfrozen network are at least as good", ((JOINT, TUNED),), "80.2 → 85.3", small=False
-        ),
-        Claim("D8", "Δ-modules on top of a fine-tuned network are at least as good", ((TOP, TUNED),), "", small=False),
+        Claim("D8", "Δ-modules in an unfrozen network are at least as good", ((JOINT, TUNED),), "80.2 → 85.3"),
+        Claim("D8", "Δ-modules on top of a fine-tuned network are at least as good", ((TOP, TUNED),), ""),
         Claim("control", "Δ-modules on top are at least as good as as many steps for a new head", ((TOP, HEAD),), ""),
     ),
     parts=low_data_parts,
@@ -201,7 +199,6 @@ TABLE_7 = Recipe(
             "Δ-modules on every host are at least as good as the host alone",
             tuple((f"{host} + Δ", host) for host in HOSTS),
             "80.2 → 85.3 for fine-tuning",
-            small=False,
         ),
     ),
     parts=loss_parts,
