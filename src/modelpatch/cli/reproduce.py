@@ -14,7 +14,7 @@ from modelpatch.errors import TrainingError
 from modelpatch.report.plots import check_matplotlib
 from modelpatch.report.tables import NAME_WIDTH, new_table, show
 from modelpatch.reproduce import RECIPES, Bench, Sources, choose
-from modelpatch.reproduce.pages import terminal_tables, write_outcome, write_page
+from modelpatch.reproduce.pages import settings_line, terminal_tables, write_outcome, write_page
 
 
 def reproduce(
@@ -59,9 +59,10 @@ def reproduce(
             raise KeyboardInterrupt("the run goes on when the same command is given again") from None
         write_outcome(outcome, out / bench.recipe.name)
         outcomes.append(outcome)
+        tell(console, f"{outcome.recipe.name}: {outcome.recipe.title}")
         for one in terminal_tables(outcome):
             show(console, one)
-            console.print()
+        tell(console, f"{settings_line(outcome)}\n")
     tell(console, f"wrote {write_page(outcomes, out)}")
 
 

@@ -73,7 +73,7 @@ def settings_line(outcome: Outcome) -> str:
 def terminal_tables(outcome: Outcome) -> list[Table]:
     """The figures and the claims for a terminal."""
     header, rows = cells(outcome)
-    first = new_table(f"{outcome.recipe.name}: {outcome.recipe.title}", settings_line(outcome))
+    first = new_table("")
     first.add_column("", overflow="fold", min_width=NAME_WIDTH)
     for column in header[1:]:
         first.add_column(escape(column), justify="right", overflow="fold")
