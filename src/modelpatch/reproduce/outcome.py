@@ -61,7 +61,9 @@ class Verdict:
     @property
     def word(self) -> str:
         """In a word or a few."""
-        return f"{'holds' if self.holds else 'does not hold'}{'' if self.certain else ', within the error'}"
+        alone = any(one.mean.error is None for one in self.differences)
+        doubt = "" if self.certain else ", one seed" if alone else ", within the error"
+        return f"{'holds' if self.holds else 'does not hold'}{doubt}"
 
 
 @dataclass(frozen=True)
