@@ -15,44 +15,23 @@ same weights says how much of it is the masks' doing. Same steps, seeds and test
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import modelpatch as mp
 from common import SHARED, mobilenet, report, unpack
-from modelpatch.patch.export import state_dict_of
+from modelpatch.reproduce.backbones import retrained, untrained
 from modelpatch.train import TaskData
 
 METHODS = ("linear-probe", "piggyback(lr=0.0003)", "piggyback(lr=0.0003,norms=trained)")
 COLUMNS = ("weights", "method", "top-1", "standard error", "error", "chance")
 
 
-def untrained(backbone: mp.Backbone, seed: int = 0) -> mp.Backbone:
-    """The backbone's network with every layer as it is initialised, statistics included."""
-    module = copy.deepcopy(backbone.module)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for layer in module.modules():
-            if callable(reset := getattr(layer, "reset_parameters", None)):
-                reset()
-    return mp.load_backbone(module, preprocessing=backbone.preprocessing)
-
-
 def pretrained_on(data: TaskData, start: mp.Backbone, **settings: Any) -> mp.Backbone:
     """The network with all of its weights trained on another task from where it is; its own classifier stays."""
-    method = mp.methods.FullFinetune(lr=1e-3, statistics="learned")
-    patch = mp.fit(start, data, method, **settings)
-    trained = state_dict_of(start, patch)
-    module = copy.deepcopy(start.module)
-    state = module.state_dict()
-    state |= {name: tensor for name, tensor in trained.items() if not name.startswith(f"{start.classifier}.")}
-    module.load_state_dict(state)
-    return mp.load_backbone(module, preprocessing=start.preprocessing)
+    return retrained(start, mp.fit(start, data, mp.methods.FullFinetune(lr=1e-3, statistics="learned"), **settings))
 
 
 def study(

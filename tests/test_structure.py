@@ -24,7 +24,8 @@ LAYERS = {
     "serve": 6,
     "select": 6,
     "report": 6,
-    "cli": 7,
+    "reproduce": 7,
+    "cli": 8,
 }
 UPWARD = {("backbone/backbone.py", "patched", "modelpatch.patch.bind")}  # a convenience on the object that users hold
 FORBIDDEN = {"engine": {"methods", "train"}}

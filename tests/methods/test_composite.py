@@ -270,3 +270,48 @@ def test_members_start_as_they_are_told_to(tiny: Backbone) -> None:
         (record,) = skip_weights(method.draft(tiny, 3), torch.randn(2, 3, 16, 16))
         near = torch.tensor([float(existing) for existing in record.existing])
         assert torch.allclose(record.weights, torch.sigmoid(8 * near - 4).expand(2, -1))
+
+
+# a network that is trained as a whole -----------------------------------------------------------------------
+
+
+def test_modules_can_go_into_a_network_that_is_trained_as_a_whole(tiny: Backbone) -> None:
+    both = FullFinetune(lr=1e-4) + DeltaNetwork(modules=2, lr=1e-2)
+    model = both.draft(tiny, 3)
+    names = {name for name, _ in model.trainable()}
+    whole = {name for name, _ in FullFinetune().draft(tiny, 3).trainable()}
+    added = {name for name, _ in DeltaNetwork(modules=2).draft(tiny, 3).trainable()}
+    assert names == whole | added
+    rates = {
+        name: group["lr"]
+        for group in both.parameter_groups(model, tiny)
+        for name, parameter in model.trainable()
+        if any(parameter is one for one in group["params"])
+    }
+    assert {rates[name] for name in names if name.startswith("replace/")} == {1e-4}
+    assert {rates[name] for name in names if name.startswith("graft/")} == {1e-2}
+    with pytest.raises(MethodError, match="already trains everything"):
+        FullFinetune() + DeltaNetwork() + ScaleBias()
+
+
+def test_a_network_trained_as_a_whole_starts_as_the_base_if_its_skips_do(tiny: Backbone) -> None:
+    """With λ near 1 and 0 the drafted body computes nearly what the base does; with random ones it does not."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    base = tiny.chain(images).flatten(1)
+    near, far = (
+        (FullFinetune() + DeltaNetwork(modules=2, start=start)).draft(tiny, 3).streams(images, 0)[0].flatten(1)  # type: ignore[arg-type]
+        for start in ("identity", "random")
+    )
+    assert (near - base).norm() < 0.3 * (far - base).norm()
+
+
+def test_a_confined_member_leaves_another_its_own_head(tiny: Backbone) -> None:
+    both = confine(ScaleBias(), ["stage2"]) + Head2Toe()
+    assert type(both.make_head(tiny, 3)) is type(Head2Toe().make_head(tiny, 3))
+    assert type(both.make_head(tiny, 3)) is not type(ScaleBias().make_head(tiny, 3))
+
+
+def test_optimizers_of_their_own_kind_go_with_themselves_only() -> None:
+    assert (ScaleBias(optimizer="rmsprop") + Subset(optimizer="rmsprop")).optimizer == "rmsprop"
+    with pytest.raises(MethodError, match="optimizers must agree, but are adamw and rmsprop"):
+        ScaleBias(optimizer="rmsprop") + Subset()

@@ -205,6 +205,16 @@ def test_the_step_schedule_drops_after_two_thirds_and_five_sixths() -> None:
     assert [settings.factor(step, 12) for step in range(12)] == [1.0] * 8 + [0.1] * 2 + [0.01] * 2
 
 
+def test_the_step_schedule_drops_where_it_is_told_to() -> None:
+    settings = FitSettings(schedule="step", warmup=0, drops=(0.5,))
+    assert [settings.factor(step, 4) for step in range(4)] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_the_exponential_schedule_falls_by_two_percent_every_two_and_a_half_epochs() -> None:
+    settings = FitSettings(schedule="exponential", warmup=0, epochs=5)
+    assert [settings.factor(step, 4) for step in (0, 2, 4)] == pytest.approx([1.0, 0.98, 0.98**2])
+
+
 def test_the_cosine_schedule_warms_up_and_falls_to_nearly_nothing() -> None:
     settings = FitSettings(warmup=0.1)
     factors = [settings.factor(step, 100) for step in range(100)]

@@ -27,6 +27,7 @@ from modelpatch.cli.multitask import multitask
 from modelpatch.cli.paint import paint
 from modelpatch.cli.predict import predict
 from modelpatch.cli.profile import profile
+from modelpatch.cli.reproduce import reproduce
 from modelpatch.cli.search import search
 from modelpatch.cli.select import select
 from modelpatch.cli.serve import serve
@@ -74,6 +75,7 @@ app.command()(profile)
 app.command()(select)
 app.command()(search)
 app.command()(label)
+app.command()(reproduce)
 app.add_typer(store)
 app.command()(serve)
 

@@ -1,5 +1,6 @@
 """How patches are made: one file per method, each with its paper and formula at the top."""
 
+from modelpatch.methods.added import WithLoss, with_loss
 from modelpatch.methods.composite import Composite
 from modelpatch.methods.confined import Confined, confine
 from modelpatch.methods.delta import DeltaNetwork, SkipWeights, skip_variances, skip_weights
@@ -37,10 +38,12 @@ __all__ = [
     "ScaleBias",
     "SkipWeights",
     "Subset",
+    "WithLoss",
     "confine",
     "export_peft",
     "import_peft",
     "make_method",
     "skip_variances",
     "skip_weights",
+    "with_loss",
 ]

@@ -3,7 +3,8 @@
     W' = (fine-tuned copy | W + strength δ | W) ⊙ mask + low-rank update,  then the task's norm,  then skips,  then the head
 
 Each member trains what its own blueprint names, at its own learning rates. A tensor that two members would change in ways
-that exclude each other, such as a mask over a fine-tuned weight, is refused.
+that exclude each other, such as a mask over a fine-tuned weight, is refused. `FullFinetune() + DeltaNetwork()` puts Δ-modules
+into a network that is trained as a whole (Δ-Networks, section 4, transfer learning and training from scratch).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Batches, Head, Method, Trainable
+from modelpatch.methods.method import Batch, Batches, Head, Method, Optimizer, Trainable
 from modelpatch.patch import Blueprint, PatchedModel, Reweighting
 
 
@@ -37,7 +38,7 @@ class Composite(Method):
         names = [member.name for member in members]
         if twice := {name for name in names if names.count(name) > 1}:
             raise MethodError(f"{' + '.join(names)} holds {sorted(twice)[0]} twice. Give its options to one of them.")
-        if whole := {"full-finetune", "paint"} & set(names):
+        if (whole := {"full-finetune", "paint"} & set(names)) and set(names) - {"full-finetune", "delta"}:
             raise MethodError(f"{' + '.join(names)}: {min(whole)} already trains everything. Leave the others out.")
         return cls(
             methods=tuple(members),
@@ -101,11 +102,14 @@ class Composite(Method):
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head of the first member that has one of its own, else a linear one."""
-        own = [member for member in self.methods if type(member).make_head is not Method.make_head]
+        own = [member for member in self.methods if member.has_own_head]
         return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
         return sum(member.penalty(model) for member in self.methods)
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        return sum(member.added_loss(model, batch) for member in self.methods)
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         for member in self.methods:
@@ -145,13 +149,12 @@ def _agreed(field: str, members: Sequence[Method], values: set[str]) -> str | No
     return given.pop() if given else None
 
 
-def _agreed_optimizer(members: Sequence[Method]) -> Literal["adamw", "adam", "sgd"]:
-    """Adam and AdamW make AdamW, which decays as both do where the decay is 0; SGD goes with SGD only."""
+def _agreed_optimizer(members: Sequence[Method]) -> Optimizer:
+    """Adam and AdamW make AdamW, which decays as both do where the decay is 0; others go with themselves only."""
     given = {member.optimizer for member in members}
     if len(given) == 1:
         return given.pop()
-    if "sgd" in given:
-        raise MethodError(
-            f"{' + '.join(m.name for m in members)}: their optimizers must agree, but are sgd and others."
-        )
+    if given & {"sgd", "rmsprop"}:
+        names, kinds = " + ".join(member.name for member in members), " and ".join(sorted(given))
+        raise MethodError(f"{names}: their optimizers must agree, but are {kinds}.")
     return "adamw"

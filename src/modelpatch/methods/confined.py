@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import Tensor, nn
-
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.composite import Composite
-from modelpatch.methods.method import Batches, Method, Trainable
+from modelpatch.methods.method import Method
 from modelpatch.methods.subset import find_segments
-from modelpatch.patch import Blueprint, Graft, PatchedModel, Reweighting
+from modelpatch.methods.wrapped import Wrapped
+from modelpatch.patch import Blueprint, Graft, Reweighting
 
 
 def confine(method: Method, blocks: Sequence[str]) -> Method:
@@ -45,33 +44,15 @@ def _has_blocks(method: Method) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confined(Method):
+class Confined(Wrapped):
     """`method` within `blocks` only. Everything else about it, rates and training state included, is the method's own."""
 
-    method: Method
     blocks: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        """Nothing to check: the method did, and `blueprint` looks for the blocks."""
 
     @classmethod
     def of(cls, method: Method, blocks: Sequence[str]) -> Confined:
         """The method, confined."""
-        common = {field.name: getattr(method, field.name) for field in fields(Method)}
-        return cls(method=method, blocks=tuple(blocks), **common)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.method.name
-
-    @property
-    def paper(self) -> str:  # type: ignore[override]
-        return self.method.paper
-
-    @property
-    def statistics(self) -> str | None:
-        """What the method does with the statistics of BatchNorm, if it has a choice."""
-        return getattr(self.method, "statistics", None)
+        return cls(method=method, blocks=tuple(blocks), **cls.common(method))
 
     def hyperparameters(self) -> dict[str, Any]:
         return {**self.method.hyperparameters(), "blocks": list(self.blocks)}
@@ -104,30 +85,3 @@ class Confined(Method):
 
     def _chosen(self, backbone: Backbone) -> set[int]:
         return {segment.index for segment in find_segments(backbone, self.blocks)}
-
-    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
-        self.method.initialise(model, backbone)
-
-    def penalty(self, model: PatchedModel) -> Tensor | float:
-        return self.method.penalty(model)
-
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        self.method.prepare(model, batches)
-
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        self.method.before_step(model, step, total)
-
-    def warn(self, reach: float) -> str | None:
-        return self.method.warn(reach)
-
-    def activate(self, model: PatchedModel) -> None:
-        self.method.activate(model)
-
-    def rate(self, name: str) -> float:
-        return self.method.rate(name)
-
-    def decay(self, name: str, parameter: nn.Parameter) -> float:
-        return self.method.decay(name, parameter)
-
-    def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
-        return self.method.parameter_groups(model, backbone)

@@ -26,7 +26,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.backbone.chain import count_macs, spatial_size
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.residual import Edge, Stage, find_stages
 from modelpatch.patch import Blueprint, Graft, PatchedModel
 from modelpatch.patch.blueprint import Span
@@ -53,7 +53,7 @@ class DeltaNetwork(Method):
 
     lr: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 0.0
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     modules: PositiveInt | Literal["all"] = 1
     stages: tuple[str, ...] = ()
     skips: Skips = "conditioned"

@@ -1,7 +1,7 @@
 """What keeps a network to its base while it is fine-tuned: PAINT's rivals, whose trade-off is chosen before the training ends.
 
     Recorder    early stopping: the weights at several moments; and their exponential moving average (EMA)
-    L2          strength / 2 |theta - theta_0|²                                  Xuhong et al., L2-SP, 2018
+    L2          strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018
     EWC         strength / 2 sum_i F_i (theta_i - theta_0,i)², F the Fisher      Kirkpatrick et al., 2017, equation 3
                 information of the supported tasks at theta_0
     LwF         strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
@@ -14,14 +14,16 @@ PAINT's interpolation needs none of this: its trade-off is chosen after the trai
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.methods.method import Batches
+from modelpatch.methods.method import Batch, Batches
 from modelpatch.patch import PatchedModel
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # normalised images (B, C, H, W) and their classes (B,)
@@ -30,6 +32,8 @@ Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # normalised images (B
 class Keeper:
     """Looks at a model while it is fine-tuned, and may add to its loss."""
 
+    watched: weakref.ref[PatchedModel] | None = None  # the model whose first step it saw
+
     def begin(self, model: PatchedModel, batches: Batches) -> None:
         """Before the first step; `batches` yields normalised images of the new task."""
 
@@ -37,8 +41,17 @@ class Keeper:
         """Before step `step` of `total`."""
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        """What is added to the loss."""
+        """What is added to the loss, whatever the batch."""
         return 0.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        """What is added to the loss of a batch; by default the penalty."""
+        return self.penalty(model)
+
+    def describe(self) -> dict[str, Any]:
+        """Its kind and hyperparameters as plain values, for the records of a patch."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        return {"kind": type(self).__name__, **plain}
 
 
 @dataclass
@@ -63,16 +76,18 @@ class Recorder(Keeper):
 
 @dataclass
 class L2(Keeper):
-    """Pulls the weights back to where they started."""
+    """Pulls the weights back to where they started, and those of the head, which started nowhere, to 0."""
 
     strength: float
+    head_strength: float = 0.0
     start: dict[str, Tensor] = field(default_factory=dict)
 
     def begin(self, model: PatchedModel, batches: Batches) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in _body(model)}
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        return self.strength / 2 * sum((p - self.start[name]).square().sum() for name, p in _body(model))
+        body = sum((p - self.start[name]).square().sum() for name, p in _body(model))
+        return self.strength / 2 * body + pull_head(model, self.head_strength)
 
 
 @dataclass
@@ -92,7 +107,7 @@ class EWC(Keeper):
         for head, labelled in zip(self.heads, self.supported, strict=True):
             for images, labels in labelled():
                 for image, label in zip(images.split(1), labels.split(1), strict=True):
-                    loss = F.cross_entropy(head(_features(model, image)), label.to(image.device))
+                    loss = F.cross_entropy(head(run_features(model, image)), label.to(image.device))
                     named = dict(_body(model))
                     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
                     for name, gradient in zip(named, gradients, strict=True):
@@ -107,26 +122,34 @@ class EWC(Keeper):
 
 @dataclass
 class LwF(Keeper):
-    """Holds the answers for supported tasks, as `heads` give them, to the base's on images of the new task."""
+    """Holds the answers for supported tasks, as `heads` give them, to the base's on images of the new task.
+
+    Above 1 the `temperature` T softens both answers, and the divergence counts T² times (Hinton et al., 2015).
+    """
 
     strength: float
     heads: Sequence[nn.Module]
+    temperature: float = 1.0
     _held: Iterator[tuple[Tensor, list[Tensor]]] = field(default_factory=lambda: iter(()))
 
     def begin(self, model: PatchedModel, batches: Batches) -> None:
         held = []
         with torch.no_grad():
             for images in batches():
-                features = _features(model, images)
-                held.append((images, [head(features).softmax(1) for head in self.heads]))
+                features = run_features(model, images)
+                held.append((images, [(head(features) / self.temperature).softmax(1) for head in self.heads]))
         self._held = itertools.cycle(held)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
         images, answers = next(self._held)
-        features = _features(model, images)
-        return self.strength * sum(
-            F.kl_div(head(features).log_softmax(1), answer, reduction="batchmean")
-            for head, answer in zip(self.heads, answers, strict=True)
+        features = run_features(model, images)
+        return (
+            self.strength
+            * self.temperature**2
+            * sum(
+                F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
+                for head, answer in zip(self.heads, answers, strict=True)
+            )
         )
 
 
@@ -146,13 +169,18 @@ class Mix(Keeper):
         total: Tensor | float = 0.0
         for head, stream in zip(self.heads, self._streams, strict=True):
             images, labels = next(stream)
-            total = total + F.cross_entropy(head(_features(model, images)), labels.to(images.device))
+            total = total + F.cross_entropy(head(run_features(model, images)), labels.to(images.device))
         return self.strength * total
 
 
-def _features(model: PatchedModel, images: Tensor) -> Tensor:
+def run_features(model: PatchedModel, images: Tensor) -> Tensor:
     """What the head reads, with gradients."""
     return model._run(images, 0, model.end)
+
+
+def pull_head(model: PatchedModel, strength: float) -> Tensor | float:
+    """strength / 2 |head|²."""
+    return strength / 2 * sum(p.square().sum() for name, p in model.trainable() if name.startswith("head."))
 
 
 def _body(model: PatchedModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -28,6 +28,18 @@ from modelpatch.patch import Blueprint, Graft, LinearHead, PatchedModel, Reweigh
 
 Batches = Callable[[], Iterable[Tensor]]
 Head = Literal["trained", "random", "siamese"]
+Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees: the inputs (B, ...) of segment `start` (0: normalised images), logits (B, K) and classes
+    (B,) int64."""
+
+    inputs: Tensor
+    start: int
+    logits: Tensor
+    labels: Tensor
 
 
 class Trainable(Protocol):
@@ -57,7 +69,7 @@ class Method(ABC):
     lr: PositiveFloat = 1e-3
     head_lr: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.0
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     head: Head = "trained"
 
     def __post_init__(self) -> None:
@@ -101,6 +113,11 @@ class Method(ABC):
         """Where what the method trains starts, if not as it was built."""
         return
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the method brings another head than a linear or siamese one."""
+        return type(self).make_head is not Method.make_head
+
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A fresh head for `classes` outputs."""
         if self.head == "siamese":
@@ -108,8 +125,12 @@ class Method(ABC):
         return LinearHead(backbone.chain.feature_dim, classes)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        """What is added to the loss."""
+        """What is added to the loss for the weights alone."""
         return 0.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        """What is added to the cross entropy of a batch; by default the penalty."""
+        return self.penalty(model)
 
     def count_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters without the head."""
@@ -169,7 +190,8 @@ class Method(ABC):
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
     def make_optimizer(self, model: Trainable, backbone: Backbone) -> torch.optim.Optimizer:
-        """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults.
+        """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults, `sgd` Nesterov's
+        momentum of 0.9, `rmsprop` the constants that TF-slim trains MobileNets with (decay and momentum 0.9, epsilon 1).
 
         Raises `MethodError` if there is nothing to train.
         """
@@ -178,6 +200,8 @@ class Method(ABC):
             raise MethodError(f"{self.name} trains nothing with head={self.head!r}. Set head='trained'.")
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        if self.optimizer == "rmsprop":
+            return torch.optim.RMSprop(groups, lr=self.lr, alpha=0.9, momentum=0.9, eps=1.0)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, fused=True)
 

@@ -12,7 +12,7 @@ because the patch holds what it keeps as a mask and what it adds as a sparse dif
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.piggyback import weight_names
 from modelpatch.patch import Blueprint, Patch, PatchedModel, Reweighting
 
@@ -39,7 +39,7 @@ class PackNet(Method):
     paper: ClassVar[str] = "Mallya and Lazebnik, PackNet, CVPR 2018"
 
     lr: PositiveFloat = 1e-3
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     free: Share = 0.5
     prune: Share = 0.75
     prune_after: Share = 0.6

@@ -24,7 +24,7 @@ from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.keeping import Keeper
-from modelpatch.methods.method import Batches
+from modelpatch.methods.method import Batch, Batches
 from modelpatch.patch import Patch, PatchedModel
 
 
@@ -99,9 +99,9 @@ class Paint(FullFinetune):
         if self.start and self.start.keeper:
             self.start.keeper.step(model, step, total)
 
-    def penalty(self, model: PatchedModel) -> Tensor | float:
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
         """What the keeper adds to the loss."""
-        return self.start.keeper.penalty(model) if self.start and self.start.keeper else 0.0
+        return self.start.keeper.added_loss(model, batch) if self.start and self.start.keeper else 0.0
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values; what only Python can give stands for itself by a digest, so that runs are told apart."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import Blueprint, Patch, Reweighting
 
@@ -46,7 +46,7 @@ class Piggyback(Method):
 
     lr: PositiveFloat = 1e-4
     norm_lr: PositiveFloat | None = None
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     threshold: PositiveFloat = 5e-3
     start: Literal["constant", "uniform", "magnitude"] = "constant"
     start_at: PositiveFloat = 1e-2

@@ -35,7 +35,7 @@ from modelpatch.errors import (
     TrainingWarning,
 )
 from modelpatch.methods import Method, make_method
-from modelpatch.methods.method import batch_norms
+from modelpatch.methods.method import Batch, batch_norms
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
@@ -318,9 +318,11 @@ class Fit:
         share = float(counts[part].sum() / counts.sum())
         if not share:
             return torch.zeros((), device=self.device)
-        logits = self._forward(self._to_device(inputs[part]))
-        loss = F.cross_entropy(logits.float(), labels[part], weights, label_smoothing=self.settings.label_smoothing)
-        self.scaler.scale(share * (loss + self.method.penalty(self.model))).backward()
+        x, labels = self._to_device(inputs[part]), labels[part]
+        logits = self._forward(x).float()
+        loss = F.cross_entropy(logits, labels, weights, label_smoothing=self.settings.label_smoothing)
+        added = self.method.added_loss(self.model, Batch(x, self.inputs.start, logits, labels))
+        self.scaler.scale(share * (loss + added)).backward()
         return share * loss.detach()
 
     def _check_parts(self) -> None:

@@ -1,0 +1,65 @@
+"""A loss that any method can add to its own: the hosts of Δ-Networks' transfer and domain adaptation tables, or yours.
+
+    loss = cross entropy + the method's own + what a keeper adds
+
+`with_loss(FullFinetune() + DeltaNetwork(), BSS(0.001))` is a method like any other. `losses.py` and `keeping.py` hold keepers;
+a function of the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
+
+Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from modelpatch.backbone import Backbone
+from modelpatch.errors import MethodError
+from modelpatch.methods.keeping import Keeper
+from modelpatch.methods.method import Batch, Batches, Method
+from modelpatch.methods.wrapped import Wrapped
+from modelpatch.patch import PatchedModel
+
+
+def with_loss(method: Method, keeper: Keeper) -> WithLoss:
+    """The method with what the keeper adds to its loss. A keeper serves one fit after the other, not two at once."""
+    return WithLoss(method=method, keeper=keeper, **WithLoss.common(method))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithLoss(Wrapped):
+    """`method` with what `keeper` adds to the loss.
+
+    A keeper holds what it has seen so far, which no checkpoint has: such a fit cannot go on from the middle.
+    """
+
+    keeper: Keeper
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**self.method.hyperparameters(), "loss": self.keeper.describe()}
+
+    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
+        """The method's own."""
+        return self.method.draft(backbone, classes)
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        """Let the keeper look at the model before it moves."""
+        super().prepare(model, batches)
+        self.keeper.begin(model, batches)
+        self.keeper.watched = weakref.ref(model)
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Let the keeper look at the model between steps. Raises `MethodError` where its first look is missing."""
+        if self.keeper.watched is None or self.keeper.watched() is not model:
+            raise MethodError(
+                f"{self.name} with {type(self.keeper).__name__} cannot go on from a checkpoint, which does not hold what the "
+                "added loss has seen. Start anew: give --restart, or remove the checkpoint."
+            )
+        super().before_step(model, step, total)
+        self.keeper.step(model, step, total)
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        return super().added_loss(model, batch) + self.keeper.added_loss(model, batch)

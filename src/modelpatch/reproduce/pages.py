@@ -1,0 +1,165 @@
+"""An outcome for people: our figures beside the paper's as Markdown, a picture and one HTML page, and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from modelpatch.atomic import write_bytes
+from modelpatch.report.html import Report
+from modelpatch.report.plots import figure
+from modelpatch.report.tables import NAME_WIDTH, new_table
+from modelpatch.reproduce.outcome import Difference, Outcome, Verdict
+
+CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
+
+
+def cells(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: mean ± standard error over seeds, and the paper's figure in brackets where a cell means the same."""
+    rows = [[row, *(_cell(outcome, row, column) for column in outcome.columns)] for row in outcome.rows]
+    return ["", *outcome.columns], rows
+
+
+def _cell(outcome: Outcome, row: str, column: str) -> str:
+    mean = outcome.mean(row, column)
+    published = outcome.recipe.published.get((row, column))
+    text = "–" if mean is None else str(mean)
+    return text if published is None else f"{text} ({published:g})"
+
+
+def claim_cells(outcome: Outcome) -> list[list[str]]:
+    """A row of `CLAIMS` for every difference of every claim; the claim's words and its verdict stand in the first."""
+    rows = []
+    for verdict in outcome.verdicts:
+        claim = verdict.claim
+        for number, one in enumerate(verdict.differences):
+            words = [f"{claim.name}: {claim.text}", claim.paper, _verdict(verdict, outcome.scale)]
+            text, paper, word = words if number == 0 else ("", "", "")
+            rows.append([text, _pair(one), paper, _difference(one, claim.margin), f"{one.cells} of {one.of}", word])
+    return rows
+
+
+def _pair(one: Difference) -> str:
+    return f"{one.better} − {one.worse}"
+
+
+def _difference(one: Difference, margin: float) -> str:
+    sign = "+" if one.mean.value >= 0 else ""
+    return f"{sign}{one.mean}" + (f" (at least {margin:g})" if margin else "")
+
+
+def _verdict(verdict: Verdict, scale: str) -> str:
+    known = verdict.claim.small or scale == "paper"
+    return verdict.word if known else f"{verdict.word} (not known to hold at this scale)"
+
+
+def settings_line(outcome: Outcome) -> str:
+    """What the figures were made with, in a line."""
+    scale = outcome.recipe.scales[outcome.scale]
+    counts = ", ".join(f"{name} {train}/{test}" for name, (train, test) in outcome.facts["images"].items())
+    given = ", ".join(f"{name} {value}" for name, value in scale.fit.items())
+    length = "" if scale.steps is None else f", {scale.steps} steps"
+    return (
+        f"{outcome.recipe.unit}, mean ± standard error over seeds {', '.join(map(str, outcome.facts['seeds']))}; scale "
+        f"{outcome.scale} on {', '.join(outcome.facts['backbones'])}{length}; {given}; images trained/tested: {counts}; "
+        f"{outcome.seconds:.0f} s"
+    )
+
+
+def terminal_tables(outcome: Outcome) -> list[Table]:
+    """The figures and the claims for a terminal."""
+    header, rows = cells(outcome)
+    first = new_table("")
+    first.add_column("", overflow="fold", min_width=NAME_WIDTH)
+    for column in header[1:]:
+        first.add_column(escape(column), justify="right", overflow="fold")
+    second = new_table("")
+    for number, column in enumerate(CLAIMS):
+        second.add_column(column, overflow="fold", justify="right" if number == 3 else "left")
+    for table, lines in ((first, rows), (second, claim_cells(outcome))):
+        for line in lines:
+            table.add_row(*map(escape, line))
+    return [first, second]
+
+
+def markdown(outcome: Outcome) -> str:
+    """Figures, claims, and where the recipe leaves the paper."""
+    header, rows = cells(outcome)
+    methods = outcome.recipe.scales[outcome.scale].methods
+    lines = [
+        f"## {outcome.recipe.name}: {outcome.recipe.title}",
+        "",
+        f"{outcome.recipe.section}. {settings_line(outcome)}.",
+        "",
+    ]
+    lines += _table(header, rows)
+    lines += ["", *_table(CLAIMS, claim_cells(outcome)), "", outcome.recipe.notes, ""]
+    lines += [f"- {row}: `{spelled}`" for row, spelled in methods.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def draw(outcome: Outcome, path: Path) -> None:
+    """Lines over numeric columns, else bars by column; a row a colour, its variant with Δ (or after it) in a darker shade."""
+    rows, columns = outcome.rows, outcome.columns
+    colors = _colors(len(rows))
+    with figure(path, max(7.0, 1.2 + 0.16 * len(rows) * len(columns)), 4.2) as axes:
+        width = 0.8 / len(rows)
+        for number, row in enumerate(rows):
+            means = [outcome.mean(row, column) for column in columns]
+            known = [(place, mean) for place, mean in enumerate(means) if mean is not None]
+            values, errors = [m.value for _, m in known], [m.error or 0.0 for _, m in known]
+            if outcome.recipe.numeric:
+                places = [float(place) for place, _ in known]
+                axes.errorbar(places, values, yerr=errors, marker="o", capsize=3, color=colors[number], label=row)
+            else:
+                places = [place + (number - (len(rows) - 1) / 2) * width for place, _ in known]
+                axes.bar(
+                    places, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
+                )
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set(ylabel=outcome.recipe.unit, title=outcome.recipe.title)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _colors(count: int) -> list[tuple[float, ...]]:
+    """Pairs of a light and a dark shade."""
+    import matplotlib
+
+    shades = matplotlib.colormaps["tab20" if count > 10 else "Paired"].colors  # type: ignore[attr-defined]
+    return [shades[number % len(shades)] for number in range(count)]
+
+
+def write_outcome(outcome: Outcome, folder: Path) -> None:
+    """`outcome.json`, `table.md` and `picture.png` in the folder. Raises `MissingExtraError` without matplotlib."""
+    write_bytes(folder / "outcome.json", (json.dumps(outcome.as_dict(), indent=2) + "\n").encode())
+    write_bytes(folder / "table.md", markdown(outcome).encode())
+    draw(outcome, folder / "picture.png")
+
+
+def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
+    """One HTML page of all outcomes, whose pictures lie in `folder`; its path."""
+    held = sum(verdict.holds for outcome in outcomes for verdict in outcome.verdicts)
+    count = sum(len(outcome.verdicts) for outcome in outcomes)
+    report = Report(
+        "Reproduced tables", f"Of {count} claims in {len(outcomes)} of the papers' tables {held} hold here."
+    )
+    for outcome in outcomes:
+        report.section(
+            f"{outcome.recipe.name}: {outcome.recipe.title}", f"{outcome.recipe.section}. {settings_line(outcome)}."
+        )
+        report.table(*cells(outcome))
+        report.picture(folder / outcome.recipe.name / "picture.png", outcome.recipe.title)
+        report.table(CLAIMS, claim_cells(outcome))
+        report.section("", outcome.recipe.notes)
+    path = folder / "report.html"
+    report.write(path)
+    return path

@@ -1,0 +1,31 @@
+"""All recipes, by paper and table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelpatch.errors import TrainingError
+from modelpatch.reproduce.adaptation import ADAPTATION
+from modelpatch.reproduce.federated import FEDERATED
+from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
+from modelpatch.reproduce.recipe import Recipe
+from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
+
+RECIPES: tuple[Recipe, ...] = (ADAPTATION, LOW_DATA, SCRATCH, TABLE_7, RANDOM, TABLE_6, FEDERATED)
+PAPERS = tuple(dict.fromkeys(recipe.paper for recipe in RECIPES))
+
+
+def choose(paper: str, table: str | None = None) -> Sequence[Recipe]:
+    """The recipes of a paper, or of `all`, or the one for a table: by its name, or the number that the name ends with.
+
+    Raises `TrainingError` for a paper or table that has none.
+    """
+    if paper != "all" and paper not in PAPERS:
+        raise TrainingError(f"there are no recipes of {paper!r}. Papers: {', '.join(PAPERS)}, or all.")
+    found = [recipe for recipe in RECIPES if paper in ("all", recipe.paper)]
+    if table is None:
+        return found
+    chosen = [recipe for recipe in found if table in (recipe.table, recipe.table.removeprefix("table-"))]
+    if not chosen:
+        raise TrainingError(f"{paper} has no table {table!r}. It has: {', '.join(recipe.table for recipe in found)}.")
+    return chosen

@@ -1,0 +1,115 @@
+"""Every recipe: both scales, claims over rows that it makes, and the papers' own settings at the paper scale."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpatch.errors import TrainingError
+from modelpatch.methods import DeltaNetwork, FullFinetune, make_method
+from modelpatch.methods.composite import Composite
+from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose
+from modelpatch.reproduce.adaptation import ADAPTATION
+from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
+from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
+from modelpatch.train.settings import check_settings
+
+EVERY = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+SCALES = pytest.mark.parametrize("scale", ["small", "paper"])
+
+
+def members(spelled: str) -> dict[str, object]:
+    method = make_method(spelled)
+    return {one.name: one for one in (method.methods if isinstance(method, Composite) else (method,))}
+
+
+@EVERY
+@SCALES
+def test_a_recipe_can_be_planned_at_both_scales_and_its_claims_compare_rows_it_makes(
+    recipe: Recipe, scale: str, tmp_path: object
+) -> None:
+    bench = Bench(recipe, scale, Sources(folder=None, cache=None))  # type: ignore[arg-type]  no data is read to plan
+    parts = list(recipe.parts(bench))
+    rows = {part.row for part in parts}
+    assert recipe.claims
+    for claim in recipe.claims:
+        assert {row for pair in claim.pairs for row in pair} <= rows
+        for better, worse in claim.pairs:
+            columns = [{c for part in parts if part.row == row for c in part.columns} for row in (better, worse)]
+            assert columns[0] & columns[1]
+    assert len({(part.row, part.columns, part.seed) for part in parts}) == len(parts)
+    assert {part.seed for part in parts} == set(range(recipe.scales[scale].seeds))
+    assert recipe.scales[scale].seeds >= 2, "a standard error needs two"
+
+
+@EVERY
+def test_a_recipe_says_where_it_is_from_and_where_it_leaves_the_paper(recipe: Recipe) -> None:
+    assert set(recipe.scales) == {"small", "paper"}
+    assert recipe.paper in PAPERS
+    assert recipe.title
+    assert recipe.section
+    assert recipe.notes.endswith(".")
+
+
+def test_recipes_have_names_of_their_own() -> None:
+    assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
+
+
+def test_recipes_are_chosen_by_paper_and_by_table() -> None:
+    assert choose("all") == list(RECIPES)
+    assert {recipe.paper for recipe in choose("k-for-1")} == {"k-for-1"}
+    assert choose("delta-networks", "7") == choose("delta-networks", "table-7") == [TABLE_7]
+    with pytest.raises(TrainingError, match="no recipes of 'resnet'"):
+        choose("resnet")
+    with pytest.raises(TrainingError, match=r"k-for-1 has no table '7'\. It has: section-5\.1"):
+        choose("k-for-1", "7")
+
+
+# the papers' settings, from the specification of the methods ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [LOW_DATA, TABLE_7, SCRATCH], ids=lambda recipe: recipe.name)
+def test_transfer_follows_table_7_at_the_paper_scale(recipe: Recipe) -> None:
+    """SGD-Nesterov 0.9, rate 0.01 (backbone a tenth), decay 5e-4, batches of 48, 20 x 500 steps, a tenth at epoch 12 of 20."""
+    scale = recipe.scales["paper"]
+    settings = check_settings(dict(scale.fit))
+    assert (settings.batch_size, scale.steps, settings.warmup) == (48, 20 * 500, 0)
+    assert [settings.factor(step, 10_000) for step in (0, 5_999, 6_000, 9_999)] == [1, 1, 0.1, 0.1]
+    found = [one for spelled in scale.methods.values() for one in members(spelled).values()]
+    for one in found:
+        assert (one.optimizer, one.head_lr, one.weight_decay) == ("sgd", 0.01, 5e-4)  # type: ignore[attr-defined]
+    tuned = {one.lr for one in found if isinstance(one, FullFinetune)}
+    assert tuned == ({0.01} if recipe is SCRATCH else {0.001})
+    assert {one.modules for one in found if isinstance(one, DeltaNetwork)} == {4}
+
+
+def test_low_data_has_the_paper_sampling_rates() -> None:
+    for recipe, scale in ((LOW_DATA, "small"), (LOW_DATA, "paper"), (TABLE_7, "paper")):
+        assert tuple(recipe.scales[scale].options["rates"]) == (15, 30, 50, 100)
+
+
+@pytest.mark.parametrize("recipe", [RANDOM, TABLE_6], ids=lambda recipe: recipe.name)
+def test_scale_and_bias_follow_their_paper_at_its_scale(recipe: Recipe) -> None:
+    """RMSProp 0.045, 0.98 every 2.5 epochs, 50K steps at least, 224 px; epsilon 1 as in TF-slim."""
+    scale = recipe.scales["paper"]
+    settings = check_settings({**scale.fit, "epochs": 10})
+    assert settings.image_size == 224
+    assert scale.steps == 50_000
+    assert settings.factor(0, 400) == 1
+    assert settings.factor(100, 400) == pytest.approx(0.98)  # a quarter of ten epochs
+    assert settings.factor(400, 400) == pytest.approx(0.98**4)
+    for spelled in scale.methods.values():
+        for one in members(spelled).values():
+            assert (one.optimizer, one.head_lr) == ("rmsprop", 0.045)  # type: ignore[attr-defined]
+
+
+def test_adaptation_puts_modules_into_four_stages_for_fifty_epochs() -> None:
+    scale = ADAPTATION.scales["paper"]
+    assert scale.fit["epochs"] == 50
+    assert len(scale.options["pairs"]) == 3
+    delta = members(scale.methods["network + Δ"])["delta"]
+    assert isinstance(delta, DeltaNetwork)
+    assert (delta.modules, delta.start) == (4, "random")
+
+
+def test_every_small_scale_runs_over_the_bundled_backbone() -> None:
+    assert {spec for recipe in RECIPES for spec in recipe.scales["small"].backbones} == {"bundled:tiny"}
