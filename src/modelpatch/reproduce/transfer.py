@@ -137,7 +137,7 @@ def _with_host(bench: Bench, host: str, kind: str, name: str, percent: int, seed
 
 
 def keepers(bench: Bench, backbone: Backbone, data: TaskData, seed: int) -> dict[str, Callable[[], Keeper]]:
-    """What makes each host's loss, at TLL's strengths."""
+    """What makes each host's loss, at usual strengths."""
     scorer = bench.scorer(backbone, seed)
 
     def delta() -> Keeper:
@@ -165,7 +165,8 @@ TABLE_7 = Recipe(
     section="Table 7",
     notes=(
         "Bi-Tuning's host is a contrast of classes within the batch, without its queue, projection and slowly moving copy. "
-        "LwF softens both answers with temperature 4 and keeps the base's own classifier frozen. Strengths are TLL's."
+        "LwF softens both answers with temperature 4 and keeps the base's own classifier frozen. The "
+        "strengths are usual ones, not the paper's, which states none: 0.01 for L2-SP and DELTA, 0.001 for BSS, 4 for LwF."
     ),
     scales={
         "small": Scale(
