@@ -104,6 +104,10 @@ class Composite(Method):
         own = [member for member in self.methods if type(member).make_head is not Method.make_head]
         return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
 
+    def check_decoder(self) -> None:
+        for member in self.methods:
+            member.check_decoder()
+
     def penalty(self, model: PatchedModel) -> Tensor | float:
         return sum(member.penalty(model) for member in self.methods)
 

@@ -152,7 +152,7 @@ class Mix(Keeper):
 
 def _features(model: PatchedModel, images: Tensor) -> Tensor:
     """What the head reads, with gradients."""
-    return model._run(images, 0, model.end)
+    return model._features(images, 0, model.end)
 
 
 def _body(model: PatchedModel) -> Iterator[tuple[str, nn.Parameter]]:
