@@ -79,7 +79,7 @@ def with_head_rate(method: str, rate: float) -> str:
     if "head_lr" in method:
         return method
     name, _, options = method.removesuffix(")").partition("(")
-    return f"{name}({', '.join(part for part in (options, f'head_lr={rate}') if part)})"
+    return f"{name}({','.join(part for part in (options, f'head_lr={rate}') if part)})"
 
 
 def compare_ways(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -91,15 +91,32 @@ def read_dense(path: Path, wish: Wish) -> Found | None:
 
 # masks ------------------------------------------------------------------------------------------------------
 
-Pairs = list[tuple[ImageSource, ImageSource]]
+Pairs = tuple[Sequence[ImageSource], Sequence[ImageSource]]  # images and their masks
+
+
+class _Masks(Sequence[Mask]):
+    """Masks whose pictures are fetched when they are asked for."""
+
+    def __init__(self, sources: Sequence[ImageSource], table: np.ndarray) -> None:
+        self.sources, self.table = sources, table
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, row: Any) -> Any:
+        return Mask(self.sources[row], self.table)
 
 
 def _mask_splits(path: Path) -> dict[str, Pairs]:
     """Images with their masks by split; none where the folder has no such layout."""
     if (path / "SegmentationClass").is_dir():
+        lists = _voc_lists(path / "ImageSets" / "Segmentation")
         return {
-            split: [(_image(path / "JPEGImages", stem), path / "SegmentationClass" / f"{stem}.png") for stem in stems]
-            for split, stems in _voc_lists(path / "ImageSets" / "Segmentation").items()
+            split: (
+                [_image(path / "JPEGImages", stem) for stem in stems],
+                [path / "SegmentationClass" / f"{stem}.png" for stem in stems],
+            )
+            for split, stems in lists.items()
         }
     roots = {SPLITS[folder.name]: folder for folder in sorted(path.iterdir()) if folder.name in SPLITS} or {
         "train": path
@@ -123,16 +140,20 @@ def _pairs(images: Path, masks: Path | None) -> Pairs:
             f"{masks} has no mask for {len(missing)} of {len(files)} images of {images}, first {missing[0]}. Expected one of "
             "the same stem for each."
         )
-    return [(file, by_stem[stem]) for file, stem in zip(files, stems, strict=True)]
+    return files, [by_stem[stem] for stem in stems]
 
 
 def _masked(pairs: Mapping[str, Pairs], wish: Wish, names: Sequence[str] | None, source: str) -> Found:
     """Masks whose values are `names`, but for the one to ignore; without names, the values that training masks hold."""
-    if missing := [mask for own in pairs.values() for _, mask in own if isinstance(mask, Path) and not mask.is_file()]:
-        raise DataError(f"{source}: there is no mask {missing[0]}.")
+    for _, masks in pairs.values():
+        files = [mask for mask in masks if isinstance(mask, Path)] if isinstance(masks, list) else []
+        if missing := [file for file in files if not file.is_file()]:
+            raise DataError(f"{source}: there is no mask {missing[0]}.")
     ignored = {IGNORED, *([] if wish.ignore is None else [wish.ignore])}
     if names is None:
-        values = sorted({int(v) for _, mask in pairs.get("train", ()) for v in np.unique(read_values(mask))} - ignored)
+        values = sorted(
+            {int(v) for mask in pairs.get("train", ((), ()))[1] for v in np.unique(read_values(mask))} - ignored
+        )
         classes = {value: str(value) for value in values}
     else:
         classes = {value: name for value, name in enumerate(names) if value not in ignored}
@@ -141,7 +162,7 @@ def _masked(pairs: Mapping[str, Pairs], wish: Wish, names: Sequence[str] | None,
     table = np.full(256, UNKNOWN, dtype=np.int16)
     table[list(ignored)] = IGNORED
     table[list(classes)] = np.arange(len(classes))
-    splits = {split: ([i for i, _ in own], [Mask(mask, table) for _, mask in own]) for split, own in pairs.items()}
+    splits = {split: (images, _Masks(masks, table)) for split, (images, masks) in pairs.items()}
     return Found("segmentation", splits, list(classes.values()))
 
 
@@ -321,8 +342,7 @@ def hub_targets(
     if len(pictures) == 2 and not labelled and wish.kind != "detection":
         first, second = sorted(pictures, key=lambda column: column not in ("image", "img", "pixel_values"))
         pairs: dict[str, Pairs] = {
-            split: list(zip(images(table, first), images(table, second), strict=True))
-            for split, table in tables.items()
+            split: (images(table, first), images(table, second)) for split, table in tables.items()
         }
         return _masked(pairs, wish, wish.classes, f"hf:{name}")
     return None
