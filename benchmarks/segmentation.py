@@ -45,7 +45,12 @@ CLASSES = (
     "Bicyclist",
 )
 VOID = 11
-METHODS = ("linear-probe", "piggyback(norms=trained)", "delta(modules=4)", "full-finetune(statistics=learned)")
+METHODS = (
+    "linear-probe",
+    "piggyback(norms=trained,lr=0.0003)",
+    "delta(modules=4)",
+    "full-finetune(statistics=learned)",
+)
 COLUMNS = ("method", "mean IoU", "standard error", "of full", "pixel accuracy", "file bytes", "seconds")
 DRAWN = 4  # test images
 
