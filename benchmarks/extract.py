@@ -45,7 +45,7 @@ def main() -> None:
         method = mp.methods.FullFinetune(lr=arguments.lr)
         settings = {"epochs": arguments.epochs, "image_size": arguments.image_size, "seed": seed}
         patch = mp.fit(backbone, data, method, progress=True, **settings)
-        whole.append(evaluate(backbone, patch, data).top1)
+        whole.append(evaluate(backbone, patch, data).score)
         with tempfile.TemporaryDirectory() as folder:
             state = read_checkpoint(export(backbone, patch, Path(folder) / "checkpoint.safetensors", "safetensors"))
         rows, _ = compare_codecs(

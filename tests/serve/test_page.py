@@ -12,7 +12,9 @@ import pytest
 from serving import TOKEN, Serving, damage, drafts, network, picture
 
 from conftest import draft_patch
+from dense import box_task, square_task
 from modelpatch.methods import ScaleBias
+from modelpatch.train import fit
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -124,3 +126,23 @@ def test_everything_is_reached_with_the_keyboard_and_bad_images_are_explained(pa
     page.locator("#notice", has_text="cannot be decoded").wait_for()
     page.get_by_label("Ask about a digit").click()
     page.locator("#notice").wait_for(state="hidden")
+
+
+def test_masks_and_boxes_are_laid_over_the_image(page: Any, server: Serving, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pycocotools")
+    for data in (square_task(4), box_task(4, 16)):
+        server.store.publish(data.task.name, fit(network(), data, ScaleBias(), epochs=1, batch_size=4))
+    page.reload()
+    page.locator("#patches tr").nth(len(drafts()) + 2).wait_for()
+    (tmp_path / "photo.png").write_bytes(picture(pixels=64))
+    page.locator("#file").set_input_files(tmp_path / "photo.png")
+    mask = page.locator(".card", has=page.locator("h3", has_text="squares"))
+    mask.locator("img.mask").wait_for()
+    assert mask.locator("img.mask").evaluate("one => one.naturalWidth") == 16
+    shown, over = (mask.locator(one).bounding_box() for one in (".seen > img:first-child", "img.mask"))
+    assert over == pytest.approx(shown, abs=1.5), "stretched images are covered whole"
+    assert 1 <= mask.locator("li").count() <= 3
+    boxes = page.locator(".card", has=page.locator("h3", has_text="boxes"))
+    boxes.locator("svg").wait_for()
+    assert boxes.locator("svg rect").count() == boxes.locator("li").count()

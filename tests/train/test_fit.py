@@ -71,7 +71,7 @@ class ToOnePixel(nn.Module):
 def test_a_last_image_of_its_own_joins_the_batch_before(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, sizes = load_backbone(ToOnePixel(), preprocessing=small_preprocessing()), []
     forward = Fit._forward
-    monkeypatch.setattr(Fit, "_forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    monkeypatch.setattr(Fit, "_forward", lambda self, x, asked: (sizes.append(len(x)), forward(self, x, asked))[1])
     fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=8)
     assert sizes == [8, 8, 9]
     with pytest.raises(TrainingError, match="from a batch of 1 at 16 px: a layer has one value a channel"):

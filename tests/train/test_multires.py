@@ -119,7 +119,7 @@ def test_shared_gradients_are_averaged_and_private_ones_are_not(backbone: Backbo
         run = run_of(backbone, colors, sharing)
         run.begin()
         run.train_mode()
-        run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), None)
+        run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), run.labels[:8], None)
         models = [part.model for part in run.parts.values()]
         gradients[sharing] = [{name: p.grad for name, p in model.trainable()} for model in models]
     own, tied = gradients["independent"], gradients["private"]
@@ -296,5 +296,5 @@ def test_the_loss_is_the_mean_of_all_resolutions(backbone: Backbone, colors: Tas
         for part in run.parts.values():
             logits = part.model(part.source.plain("train", torch.arange(8)))
             losses.append(float(F.cross_entropy(logits, run.labels[:8])))
-    loss = run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), None)
+    loss = run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), run.labels[:8], None)
     assert float(loss) == pytest.approx(statistics.fmean(losses), rel=1e-5)

@@ -3,7 +3,7 @@
 | spec             | where the network comes from                                                    |
 |------------------|---------------------------------------------------------------------------------|
 | `timm:NAME`        | timm, with the weights of its tag (`timm:resnet50.a1_in1k`)                     |
-| `torchvision:NAME` | torchvision's classification models, with their default weights                 |
+| `torchvision:NAME` | torchvision's models with their default weights; segmenters and detectors as in `dense_zoo.py` |
 | `openclip:NAME/TAG` | the image tower of an open_clip model, with its text tower beside it            |
 | `file:PATH`        | a safetensors file whose metadata names architecture, arguments, preprocessing  |
 | `bundled:NAME`     | a file that ships with the package (`bundled:tiny`)                             |
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.dense_zoo import build_dense, dense_models
 from modelpatch.backbone.described import Described
 from modelpatch.backbone.openclip import build_openclip
 from modelpatch.backbone.preprocess import Preprocessing
@@ -171,9 +172,12 @@ def _preprocessing_of(module: nn.Module) -> Preprocessing:
 def _build_torchvision(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
     import torchvision
 
+    if name in dense_models():
+        return build_dense(name, pretrained, arguments)
     if name not in torchvision.models.list_models(torchvision.models):
         raise UnknownBackboneError(
-            f"torchvision has no classification model {name!r}. See torchvision.models.list_models()."
+            f"torchvision has no model {name!r} that could be a backbone: for classification, FCN, DeepLabV3, Faster R-CNN or "
+            "SSD. See torchvision.models.list_models()."
         )
     published = torchvision.models.get_model_weights(name).DEFAULT
     try:

@@ -17,6 +17,7 @@ from modelpatch.errors import BackboneError, DataError
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Framing = Literal["crop", "stretch"]
 Three = tuple[float, float, float]
 MAX_PIXELS = 8192
 LONGEST = 64
@@ -28,8 +29,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".w
 class Preprocessing(BaseModel):
     """How a backbone sees an image. `input_size` is (channels, height, width), in pixels, square.
 
-    An image is resized so that its shorter side is `resize_to` = floor(size / crop_pct) pixels, its centre is cropped
-    to `input_size`, and its values in [0, 1] become (value - mean) / std.
+    With the framing `crop` an image is resized so that its shorter side is `resize_to` = floor(size / crop_pct) pixels and its
+    centre is cropped to `input_size`; `stretch` resizes the whole image to `input_size`, so that nothing of it is lost. Its
+    values in [0, 1] become (value - mean) / std.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +41,7 @@ class Preprocessing(BaseModel):
     std: Three = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
     crop_pct: float = Field(default=0.875, gt=0, le=1)
+    framing: Framing = "crop"
 
     @field_validator("input_size")
     @classmethod
@@ -62,7 +65,7 @@ class Preprocessing(BaseModel):
     @property
     def resize_to(self) -> int:
         """Length of the shorter side before the centre crop, in pixels."""
-        return math.floor(self.image_size / self.crop_pct)
+        return self.image_size if self.framing == "stretch" else math.floor(self.image_size / self.crop_pct)
 
     def with_image_size(self, pixels: int | None) -> Preprocessing:
         """The same preprocessing at another resolution; None keeps it. Raises `BackboneError` for a size out of range."""
@@ -75,22 +78,34 @@ class Preprocessing(BaseModel):
         return self.model_copy(update={"input_size": (3, pixels, pixels)})
 
     def decode(self, source: ImageSource) -> Tensor:
-        """uint8 (3, R, R) with R = `resize_to`: decoded, turned upright, resized and cropped to the square centre.
+        """uint8 (3, R, R) with R = `resize_to`: decoded, turned upright, framed. Raises `DataError` for what is no image."""
+        pixels = np.array(self.frame(open_image(source)))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
-        Raises `DataError` for what is not an image.
+    def frame(self, image: Image.Image, interpolation: Interpolation | None = None) -> Image.Image:
+        """The picture as a square of `resize_to` pixels a side: resized, and its centre cropped unless it is stretched.
+
+        Another `interpolation` than the backbone's is for what lies over an image: a mask. Raises `DataError` for strips.
         """
-        image = open_image(source)
         side = self.resize_to
         if max(image.size) > LONGEST * min(image.size):  # resized, such a strip takes any amount of memory
             given = f"{image.width} x {image.height}"
             raise DataError(f"an image of {given} pixels is more than {LONGEST} times as long as wide. Crop it first.")
         scale = side / min(image.size)
         size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+        if self.framing == "stretch":
+            size = (side, side)
         if size != image.size:
-            image = image.resize(size, getattr(Image.Resampling, self.interpolation.upper()))
+            image = image.resize(size, getattr(Image.Resampling, (interpolation or self.interpolation).upper()))
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        pixels = np.array(image.crop((left, top, left + side, top + side)))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return image.crop((left, top, left + side, top + side))
+
+    def framed_area(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What the network sees of an image of this size: (left, top, width, height) in the image's own pixels."""
+        if self.framing == "stretch":
+            return 0.0, 0.0, float(width), float(height)
+        side = min(width, height) * self.image_size / self.resize_to
+        return (width - side) / 2, (height - side) / 2, side, side
 
     def center_crop(self, images: Tensor) -> Tensor:
         """(..., R, R) to (..., size, size)."""

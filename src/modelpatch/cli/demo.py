@@ -21,7 +21,8 @@ from modelpatch.patch import BoundPatch, Patch
 from modelpatch.report.html import Report
 from modelpatch.report.plots import check_matplotlib, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import comparison_cells, comparison_table, percent, show
-from modelpatch.train import Comparison, TaskData, compare, evaluate, load_task
+from modelpatch.train import Comparison, TaskData, compare, load_task
+from modelpatch.train.evaluate import evaluate_classes
 
 NEXT = {  # what a command is for: the command
     "What a patch holds": "inspect {folder}/digits-scale-bias.safetensors",
@@ -82,7 +83,7 @@ def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Compari
     best = max(result.rows, key=lambda row: row.top1).method
     small = result.patches["scale-bias"]
     plot_comparison(result, out / "comparison.png")
-    plot_confusion(evaluate(backbone, small, task), task.classes, out / "confusion.png")
+    plot_confusion(evaluate_classes(backbone, small, task), task.classes, out / "confusion.png")
     plot_inspection(small.inspect(), out / "scale-bias.png")
     report = Report(
         "One backbone, one more task",

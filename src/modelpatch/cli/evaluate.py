@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,18 +14,19 @@ from modelpatch.cli.options import (
     PatchBackboneOption,
     backbone_of,
     find_device,
-    fitted_seed,
+    load_own,
     naming,
     parse_arguments,
     read_answering,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.errors import ModelpatchError
 from modelpatch.patch import Cascade
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table, show
 from modelpatch.select.cascading import evaluate_cascade
+from modelpatch.train import Evaluation, Result, Segmentation, harmonic_mean, load_task
 from modelpatch.train import evaluate as run_evaluate
-from modelpatch.train import harmonic_mean, load_task
 from modelpatch.train.evaluate import evaluate_base
 from modelpatch.train.progress import Progress
 
@@ -48,26 +49,29 @@ def evaluate(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Measure a patch, or a cascade, on the test images of its task: top-1, top-5, per class, confusion."""
+    """Measure a patch, or a cascade, on the test images of its task: accuracies, or mean IoU; per class; confusion."""
     console = open_console(json)
     check_pictures(plot=plot)
     loaded = read_answering(patch, alpha)
     first = loaded.patches[0] if isinstance(loaded, Cascade) else loaded
     base = backbone_of(first, patch, backbone, parse_arguments(argument), find_device(device))
-    task = load_task(data, seed=fitted_seed(first) if seed is None else seed)
+    task = load_own(first, data, seed)
     own = None if base_data is None else load_task(base_data, hold_out=False)
     with naming(patch), Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         if isinstance(loaded, Cascade):
-            result, routed = evaluate_cascade(base, loaded, task, advance)
-            extra = {"macs": routed.macs, "answered": list(routed.answered)}
+            cascaded, routed = evaluate_cascade(base, loaded, task, advance)
+            result: Result = cascaded
+            extra: dict[str, Any] = {"macs": routed.macs, "answered": list(routed.answered)}
         else:
             result, extra = run_evaluate(base, loaded, task, advance), {}
     figures = {**result.as_dict(), **extra}
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
-        figures["harmonic_mean"] = harmonic_mean(result.top1, figures["base_top1"])
+        figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
     show(console, evaluation_table(loaded.task.name, figures, per_class))
     write_json(json, figures)
     if plot is not None:
+        if not isinstance(result, Evaluation | Segmentation):
+            raise ModelpatchError(f"--plot {plot}: boxes have no confusion matrix. Leave it out.")
         plot_confusion(result, loaded.task.classes, plot)
         tell(console, f"drew {plot}")

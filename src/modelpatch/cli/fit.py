@@ -8,20 +8,25 @@ from typing import Annotated
 import typer
 
 from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
+from modelpatch.cli.options import Asked, Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, make_folder, open_console, resumable, tell, write_json
 from modelpatch.methods import METHODS, make_method
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import fit as run_fit
-from modelpatch.train import load_task
 from modelpatch.train.processes import joined
 
 
 @grouped
 def fit(
-    data: Annotated[str, typer.Argument(help="Class folders, a CSV or parquet manifest, hf:NAME or bundled:digits.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Class folders, a CSV or parquet manifest, hf:NAME or bundled:digits; images with masks or boxes, see docs."
+        ),
+    ],
     network: Network,
     training: Training,
+    asked: Asked,
     file: PatchFile,
     method: Annotated[
         str, typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; joined by + for several in one patch.")
@@ -52,7 +57,7 @@ def fit(
             make_folder("--log", log)
         made = make_method(method, **parse_pairs(set_, "--set"))
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
-        task = load_task(data, seed=training.seed)
+        task = asked.load(data, training.seed)
         path = file.path(task.task.name)
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")

@@ -15,7 +15,7 @@ import typer
 
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.backbone.text import OWN
-from modelpatch.cli.outputs import ForceOption, check_file, check_free
+from modelpatch.cli.outputs import ForceOption, check_file, check_free, read_names
 from modelpatch.errors import (
     BackboneError,
     CascadeError,
@@ -30,6 +30,7 @@ from modelpatch.errors import (
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
 from modelpatch.patch import Cascade, Patch
 from modelpatch.patch.cascade import is_cascade
+from modelpatch.train import TaskData, load_task
 from modelpatch.train.fit import FitSettings
 
 BackboneOption = Annotated[
@@ -92,6 +93,30 @@ class Network:
     def open(self) -> Backbone:
         """The backbone, on its device."""
         return open_backbone(self.backbone, parse_arguments(self.argument), find_device(self.device))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task's data is, where that cannot be seen from it. Raises `ModelpatchError` for names that are none."""
+
+    kind: Annotated[
+        str | None, typer.Option(help="classification, segmentation or detection; by default what the data looks like.")
+    ] = None
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names of the values of masks from 0 on, comma-separated or a file with one a line."),
+    ] = None
+    ignore: Annotated[int | None, typer.Option(help="A value of masks that is no class, beside 255.")] = None
+
+    def __post_init__(self) -> None:
+        read_names("--classes", self.classes)
+
+    def load(self, data: str, seed: int) -> TaskData:
+        """The task. Raises `DataError`."""
+        kind: Any = self.kind  # checked there
+        return load_task(
+            data, seed=seed, kind=kind, classes=read_names("--classes", self.classes) or None, ignore=self.ignore
+        )
 
 
 @dataclass(frozen=True)
@@ -266,6 +291,16 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
             f"--alpha turns the strength of a patch; {path} is a cascade, whose thresholds hold for its own."
         )
     return Cascade.load(path)
+
+
+def load_own(patch: Patch, data: str, seed: int | None) -> TaskData:
+    """The data of a patch's task, read as it was for the fit, as far as the file says. Raises `DataError`."""
+    said = patch.created.get("data")
+    facts = said if isinstance(said, dict) else {}
+    names, ignore = facts.get("classes"), facts.get("ignore")
+    classes = [str(name) for name in names] if isinstance(names, list) else None
+    chosen = fitted_seed(patch) if seed is None else seed
+    return load_task(data, seed=chosen, kind=patch.task.kind, classes=classes, ignore=ignore)
 
 
 def fitted_seed(patch: Patch) -> int:

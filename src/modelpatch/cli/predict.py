@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from modelpatch.atomic import write_bytes
 from modelpatch.backbone import Backbone
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, find_images
 from modelpatch.backbone.text import PACKAGES
@@ -27,12 +28,14 @@ from modelpatch.cli.options import (
     parse_arguments,
     read_answering,
 )
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, read_names, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, make_folder, open_console, read_names, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
+from modelpatch.engine.overlay import draw_answer, encode_png
 from modelpatch.errors import CascadeError, DataError, ModelpatchError
 from modelpatch.patch import Cascade, Patch
 from modelpatch.report.tables import prediction_table, show, timing_table
+from modelpatch.text import file_name
 from modelpatch.train.progress import Progress
 
 Row = dict[str, Any]
@@ -43,7 +46,7 @@ def predict(
     patch: Annotated[list[Path], typer.Option("--patch", "-p", help="A patch file, or a cascade's; may be repeated.")],
     backbone: PatchBackboneOption = None,
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Answers an image and task.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes an image and task; boxes are all from 50 % on.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images ahead; 0 decodes in this one.")] = 0,
     tune: Annotated[
@@ -63,6 +66,9 @@ def predict(
     text: TextOption = None,
     names: NamesOption = None,
     template: TemplateOption = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="A folder for pictures of what dense tasks answer, drawn over the images.")
+    ] = None,
     alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
@@ -96,10 +102,15 @@ def predict(
         with naming(path):
             engine.add(name, patches[path])
     tasks = [name for name in engine if base or name != BASE]
+    if overlay is not None:
+        if all(engine.kind(name) == "classification" for name in tasks):
+            raise ModelpatchError(f"--overlay {overlay}: none of the patches answers for pixels.")
+        make_folder("--overlay", overlay)
     rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
     with Progress("predict") as bar, bar.task("images", len(files)) as advance:
         for answers in engine.stream(files, only=tasks, batch_size=batch_size, workers=workers):
             _fill(rows, answers, engine, top)
+            _fill_dense(rows, answers, engine, top, overlay)
             advance(len(answers.rows) + len(answers.errors))
     show(console, prediction_table(rows))
     readable = [file for file, row in zip(files, rows, strict=True) if "error" not in row]
@@ -165,11 +176,29 @@ def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int) -> None:
     for place, error in answers.errors.items():
         rows[place]["error"] = error
     for name, logits in answers.logits.items():
+        if engine.kind(name) != "classification":
+            continue
         classes = engine.classes(name) or tuple(map(str, range(logits.shape[1])))
         best = logits.softmax(1).topk(min(top, len(classes)), dim=1)
         for place, values, indices in zip(answers.rows, best.values.tolist(), best.indices.tolist(), strict=True):
             pairs = zip(indices, values, strict=True)
             rows[place]["tasks"][name] = [{"label": classes[i], "probability": value} for i, value in pairs]
+
+
+def _fill_dense(rows: list[Row], answers: Answers, engine: Engine, top: int, folder: Path | None) -> None:
+    """Write what dense tasks answered into the rows of the images, and draw it into a folder if there is one."""
+    for name, found in answers.logits.items():
+        if engine.kind(name) == "classification":
+            continue
+        classes = engine.classes(name)
+        for place, answer in zip(answers.rows, found, strict=True):
+            row = rows[place]
+            drawing = draw_answer(engine.kind(name), answer, classes, engine.preprocessing(name), Path(row["image"]))
+            row["tasks"][name] = drawing.said if engine.kind(name) == "detection" else drawing.said[:top]
+            if folder is not None:
+                path = folder / f"{place:05}-{Path(row['image']).stem}-{file_name(name)}.png"
+                write_bytes(path, encode_png(drawing.picture()))
+                row.setdefault("overlays", {})[name] = str(path)
 
 
 def _explain(engine: Engine, files: list[Path], tasks: list[str], console: Console, plot: Path | None) -> Row:

@@ -34,6 +34,7 @@ from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.errors import EngineError, UnknownTaskError
+from modelpatch.patch.task import Kind
 
 BASE = "base"
 PROGRAMS = 128
@@ -105,6 +106,10 @@ class Engine:
     def classes(self, task: str) -> tuple[str, ...]:
         """What the logits of a task stand for; empty where the base does not say."""
         return self._find(self._tasks, task).classes
+
+    def kind(self, task: str) -> Kind:
+        """What kind of answer a task gives, see `modelpatch.patch.task`."""
+        return self._find(self._tasks, task).kind
 
     def preprocessing(self, task: str) -> Preprocessing:
         """How the images of a task are seen; of several patches or a cascade, by the last one."""
@@ -249,7 +254,8 @@ class Engine:
         resolution: int | None = None,
         latency: float | None = None,
     ) -> dict[str, Tensor] | list[Tensor]:
-        """Logits (B, K) by task for all tasks, or for those in `only`; with `tasks`, one a row, a list of (K,).
+        """Logits (B, K) by task for all tasks, or for those in `only`; with `tasks`, one a row, a list of (K,). Tasks that are
+        no classification answer as `modelpatch.patch.task` says: logits (B, K, H, W), boxes (B, N, 6).
 
         `images` are files or pictures, which every task sees through its own preprocessing; or a batch (B, 3, H, W) that is
         normalised already, for tasks that normalise alike; or such batches by preprocessing, as `read` gives them.

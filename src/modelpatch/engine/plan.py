@@ -67,8 +67,8 @@ class Member:
     Members of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
     how many pixels that is for one of the backbone's own, by which operations and bytes grow. A head that reads the end of a
     second path as well, a siamese one, has it in `beside`. `taps` are
-    the segments whose pooled outputs the head reads; without them it reads the last output. Heads that are `linear` can
-    be one matrix product.
+    the segments whose outputs the head reads, `pooled` or as maps; without them it reads the last output. Heads that are
+    `linear` can be one matrix product.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Member:
     taps: tuple[int, ...] = ()
     linear: bool = True
     beside: tuple[Link, ...] = ()
+    pooled: bool = True
 
     @property
     def needed(self) -> tuple[Link, ...]:
@@ -350,12 +351,13 @@ def _answers(
         if not member.taps and not member.beside and member.linear:
             together.setdefault(streams[0].number, []).append(index)
             continue
-        if member.taps:
+        pooled = bool(member.taps) and member.pooled
+        if pooled:
             for stream in streams:
                 if stream.number not in pools:
                     pools[stream.number] = numbers + len(pools)
                     yield Pool(stream.end - 1, stream.number, pools[stream.number])
-        takes = [Take(pools.get(s.number, s.number) if member.taps else s.number, s.places(wanted)) for s in streams]
+        takes = [Take(pools.get(s.number, s.number) if pooled else s.number, s.places(wanted)) for s in streams]
         yield Answer((member.name,), (tuple(takes),))
     for stream_number, indices in together.items():
         end = read[indices[0]][0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.engine.plan import Answer, Link, Plan, Pool, Run, Step, Take
-from modelpatch.patch.heads import pool
+from modelpatch.patch.heads import pool, read_taps, reads_maps
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Program:
     ) -> None:
         self.plan, self._modules, self._heads, self._axes, self._tuning = plan, modules, heads, axes, tuning
         self.serials = serials
+        self._taps = {member.name: member.taps for member in plan.members}
         self._joined = {
             step.members: join(tuple(heads[name] for name in step.members))
             for step in plan.steps
@@ -49,7 +50,7 @@ class Program:
 
     @torch.inference_mode()
     def __call__(self, images: Mapping[Hashable, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
-        """Logits by member, each for its rows in order, from the images (B, 3, H, W) of every root."""
+        """Answers by member, each for its rows in order, from the images (B, 3, H, W) of every root."""
         streams: list[Tensor | None] = [None] * self.plan.streams
         for root, stream, rows in self.plan.roots:
             whole = images[root]
@@ -86,6 +87,10 @@ class Program:
         answers = {}
         for name, takes in zip(step.members, step.takes, strict=True):
             inputs = [_take(streams, take).float() for take in takes]
+            if reads_maps(self._heads[name]):
+                axes = [self._axes[tap] for tap in self._taps[name]]
+                answers[name] = self._heads[name](read_taps(self._heads[name], inputs, axes))
+                continue
             answers[name] = self._heads[name](inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1))
         return answers
 

@@ -31,7 +31,7 @@ Decoded = dict[Preprocessing, Tensor] | str  # uint8 crops (3, S, S) by preproce
 
 @dataclass(frozen=True)
 class Answers:
-    """A batch's answers. `rows` are the places of the readable images among all, `logits` (len(rows), K) by task;
+    """A batch's answers. `rows` are the places of the readable images among all, `logits` (len(rows), ...) by task;
     `errors` say by place why an image cannot be read."""
 
     rows: tuple[int, ...]

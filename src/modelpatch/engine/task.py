@@ -21,6 +21,8 @@ from modelpatch.engine.plan import Link, Member
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.patch import BoundPart, BoundPatch, Cascade, LinearHead, Patch
 from modelpatch.patch.cascade import Confidence, is_cascade
+from modelpatch.patch.heads import reads_maps
+from modelpatch.patch.task import Kind
 
 AnyPatch = Patch | BoundPatch | str | Path
 Given = AnyPatch | Sequence[AnyPatch] | Cascade
@@ -41,6 +43,7 @@ class EngineTask:
     head: nn.Module
     path: tuple[Link, ...]
     taps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    kind: Kind = "classification"
     beside: tuple[Link, ...] = ()
     bound: BoundPatch | None = None
     root: Hashable = None
@@ -87,7 +90,8 @@ class EngineTask:
         root = self.root if self.root is not None else None if shape else self.preprocessing
         height, width = shape or (self.preprocessing.image_size,) * 2
         scale = height * width / own**2
-        return Member(self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside)
+        pooled = not reads_maps(self.head)
+        return Member(self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside, pooled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +132,17 @@ def bind_one(backbone: Backbone, segments: Sequence[SegmentLink], name: str, pat
     beside = tuple(segments) if patch.reads_base else ()
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
-    return EngineTask(name, patch.preprocessing, patch.task.classes, patch.head, tuple(path), patch.taps, beside, patch)
+    return EngineTask(
+        name,
+        patch.preprocessing,
+        patch.task.classes,
+        patch.head,
+        tuple(path),
+        patch.taps,
+        patch.task.kind,
+        beside,
+        patch,
+    )
 
 
 def bind_options(
@@ -138,6 +152,10 @@ def bind_options(
     if not patches:
         raise EngineError(f"{name!r} has no patches; expected one or more.")
     options = [bind_one(backbone, segments, name, patch) for patch in patches]
+    if other := [option for option in options if option.kind != options[0].kind]:
+        raise EngineError(
+            f"{name!r} has patches for {options[0].kind} and for {other[0].kind}. Give them names of their own."
+        )
     if other := [option for option in options if option.classes != options[0].classes]:
         raise EngineError(
             f"{name!r} has patches with {len(options[0].classes)} and {len(other[0].classes)} classes, which are not those of "
@@ -145,7 +163,9 @@ def bind_options(
         )
     options.sort(key=cost)
     last = options[-1]
-    return EngineTask(name, last.preprocessing, last.classes, last.head, last.path, options=tuple(options))
+    return EngineTask(
+        name, last.preprocessing, last.classes, last.head, last.path, kind=last.kind, options=tuple(options)
+    )
 
 
 def cost(task: EngineTask, done: int = 0) -> float:

@@ -21,7 +21,7 @@ from modelpatch.errors import MethodError
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Batch, Batches, Method
 from modelpatch.methods.wrapped import Wrapped
-from modelpatch.patch import PatchedModel
+from modelpatch.patch import Decoder, PatchedModel
 
 
 def with_loss(method: Method, keeper: Keeper) -> WithLoss:
@@ -41,9 +41,14 @@ class WithLoss(Wrapped):
     def hyperparameters(self) -> dict[str, Any]:
         return {**self.method.hyperparameters(), "loss": self.keeper.describe()}
 
-    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
+    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
         """The method's own."""
-        return self.method.draft(backbone, classes)
+        if decoder is not None:
+            self.check_decoder()
+        return self.method.draft(backbone, classes, decoder)
+
+    def check_decoder(self) -> None:
+        raise MethodError(f"{type(self.keeper).__name__} is a loss of classes of whole images. Train {self.name} without it.")
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Let the keeper look at the model before it moves."""

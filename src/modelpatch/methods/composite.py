@@ -105,6 +105,10 @@ class Composite(Method):
         own = [member for member in self.methods if member.has_own_head]
         return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
 
+    def check_decoder(self) -> None:
+        for member in self.methods:
+            member.check_decoder()
+
     def penalty(self, model: PatchedModel) -> Tensor | float:
         return sum(member.penalty(model) for member in self.methods)
 

@@ -53,6 +53,9 @@ class Head2Toe(LinearProbe):
             raise MethodError(f"head2toe: until={self.until!r} lies before the first block, {chain.blocks[0].name!r}.")
         return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)
 
+    def check_decoder(self) -> None:
+        raise MethodError("head2toe is a head on pooled features: it answers for whole images alone.")
+
     def penalty(self, model: PatchedModel) -> Tensor | float:
         """The group lasso, until the features are chosen."""
         head = model.head

@@ -175,7 +175,7 @@ class Mix(Keeper):
 
 def run_features(model: PatchedModel, images: Tensor) -> Tensor:
     """What the head reads, with gradients."""
-    return model._run(images, 0, model.end)
+    return model._features(images, 0, model.end)
 
 
 def pull_head(model: PatchedModel, strength: float) -> Tensor | float:

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.patch import Blueprint, Graft, LinearHead, PatchedModel, Reweighting, SiameseHead
+from modelpatch.patch import Blueprint, Decoder, Graft, LinearHead, PatchedModel, Reweighting, SiameseHead
 
 Batches = Callable[[], Iterable[Tensor]]
 Head = Literal["trained", "random", "siamese"]
@@ -96,9 +96,11 @@ class Method(ABC):
         """What makes owned weights from the frozen ones while they are trained, by the backbone's names of the weights."""
         return {}
 
-    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
-        """The model to train, with a fresh head for `classes` outputs that follows torch's random state."""
-        head = self.make_head(backbone, classes)
+    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
+        """The model to train, with a `decoder`, or a fresh head for `classes` outputs that follows torch's random state."""
+        if decoder is not None:
+            self.check_decoder()
+        head: nn.Module = self.make_head(backbone, classes) if decoder is None else decoder
         head.requires_grad_(self.head != "random")
         blueprint = self.blueprint(backbone)
         if self.head == "siamese" and not getattr(head, "reads_base", False):
@@ -108,6 +110,11 @@ class Method(ABC):
         model = PatchedModel.draft(backbone, blueprint, head, self.reweightings(backbone))
         self.initialise(model, backbone)
         return model
+
+    def check_decoder(self) -> None:
+        """Raises `MethodError` for a method that cannot have a dense task's decoder as its head."""
+        if self.head == "siamese":
+            raise MethodError(f"{self.name}: a siamese head reads features of whole images. Set head='trained'.")
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Where what the method trains starts, if not as it was built."""

@@ -25,7 +25,7 @@ from modelpatch.errors import MethodError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Batch, Batches
-from modelpatch.patch import Patch, PatchedModel
+from modelpatch.patch import Decoder, Patch, PatchedModel
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,14 @@ class Paint(FullFinetune):
             )
         return head
 
-    def draft(self, backbone: Backbone, classes: int) -> PatchedModel:
+    def check_decoder(self) -> None:
+        super().check_decoder()
+        if self.head_from is not None or (self.start and self.start.head):
+            raise MethodError("paint: the given head is for classes of whole images. Leave head_from out.")
+
+    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
         """The model to train; a head that was given is frozen."""
-        model = super().draft(backbone, classes)
+        model = super().draft(backbone, classes, decoder)
         if self.head_from is not None or (self.start and self.start.head):
             model.head.requires_grad_(False)
         return model

@@ -78,6 +78,8 @@ class Vocabulary:
 
     def relabel(self, patch: Patch, labels: Sequence[str]) -> Patch:
         """The patch with a head for other labels. Raises `DataError` for labels that are no task."""
+        if patch.task.kind != "classification":
+            raise DataError(f"{patch.task.name} is a {patch.task.kind} task; labels name classes of whole images.")
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise DataError(
                 f"{len(labels)} labels, {len(set(labels))} of them different: give at least two, each once."

@@ -61,6 +61,10 @@ class Wrapped(Method):
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         return self.method.make_head(backbone, classes)
 
+    def check_decoder(self) -> None:
+        super().check_decoder()
+        self.method.check_decoder()
+
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         self.method.initialise(model, backbone)
 

@@ -4,9 +4,11 @@ from modelpatch.patch.bind import PatchedModel
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.bound import BoundPart, BoundPatch
 from modelpatch.patch.cascade import Cascade, Confidence
+from modelpatch.patch.decoders import DeepLabHead, FCNHead
+from modelpatch.patch.detectors import Detector, FasterRCNNHead, SSDLiteHead
 from modelpatch.patch.diff import diff
 from modelpatch.patch.extract import DELTA_CODECS, extract
-from modelpatch.patch.heads import CosineHead, DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
+from modelpatch.patch.heads import CosineHead, Decoder, DraftHead, HeadRecord, LinearHead, SiameseHead, pooled_width
 from modelpatch.patch.merge import merge
 from modelpatch.patch.patch import BackboneRecord, MethodRecord, Patch
 from modelpatch.patch.store import Problem, Store
@@ -23,7 +25,12 @@ __all__ = [
     "Cascade",
     "Confidence",
     "CosineHead",
+    "Decoder",
+    "DeepLabHead",
+    "Detector",
     "DraftHead",
+    "FCNHead",
+    "FasterRCNNHead",
     "Graft",
     "HeadRecord",
     "LinearHead",
@@ -32,6 +39,7 @@ __all__ = [
     "PatchedModel",
     "Problem",
     "Reweighting",
+    "SSDLiteHead",
     "SiameseHead",
     "Store",
     "Task",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from modelpatch.backbone import Backbone, Chain, Segment, clone_module
 from modelpatch.errors import ForeignTensorError
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
-from modelpatch.patch.heads import DraftHead, HeadRecord, pool, pooled_axes, pooled_width
+from modelpatch.patch.heads import DraftHead, HeadInput, HeadRecord, pooled_axes, pooled_width, read_taps, reads_maps
 from modelpatch.patch.weights import Reweighting, resolve, set_strength
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PatchedModel(nn.Module):
-    """Images (B, C, H, W) to the task's logits: the chain with its spans replaced by variants, then the head.
+    """Images (B, C, H, W) to the task's answer: the chain with its spans replaced by variants, then the head.
 
     All parameters but the patch's own lie in the backbone's bytes; no buffer is shared. Built from a patch, it is in
     eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
@@ -33,7 +33,7 @@ class PatchedModel(nn.Module):
         super().__init__()
         patch.check_backbone(backbone)
         self._build(backbone, patch.blueprint, patch.head.build(), {})
-        check_features(backbone.chain, patch.head)
+        check_features(backbone.chain, patch)
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
@@ -140,9 +140,15 @@ class PatchedModel(nn.Module):
         return self.run_from(images, 0)
 
     def run_from(self, x: Tensor, start: int) -> Tensor:
-        """Logits from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
+        """The answer from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
+        return self.head(self.head_input(x, start))
+
+    def head_input(self, x: Tensor, start: int) -> HeadInput:
+        """What the head reads, from the input of segment `start`: features (B, D), or the maps of a decoder's taps."""
+        if reads_maps(self.head):
+            return self._run(x, start, self.end)
         features, base = self.streams(x, start)
-        return self.head(features if base is None else torch.cat([features, base], 1))
+        return features if base is None else torch.cat([features, base], 1)
 
     def streams(self, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
         """The features that the head reads, from the input of segment `start`: the patch's, and the base's if it reads both.
@@ -150,10 +156,10 @@ class PatchedModel(nn.Module):
         What is frozen for both runs once.
         """
         if not self.reads_base:
-            return (self._run(x, start, self.end) if start < self.end else x), None
+            return (self._features(x, start, self.end) if start < self.end else x), None
         shared = max(start, self.first)
-        x = self._run(x, start, shared)
-        return self._run(x, shared, self.end), self._run_base(x, shared)
+        x = self._features(x, start, shared)
+        return self._features(x, shared, self.end), self._run_base(x, shared)
 
     @torch.no_grad()
     def _run_base(self, x: Tensor, start: int) -> Tensor:
@@ -166,17 +172,30 @@ class PatchedModel(nn.Module):
     @torch.no_grad()
     def run_prefix(self, images: Tensor, end: int) -> Tensor:
         """What `run_from(..., end)` goes on from: the input of segment `end`, or the head's input."""
-        return self._run(images, 0, end)
+        return self._features(images, 0, end)
 
-    def _run(self, x: Tensor, start: int, end: int) -> Tensor:
-        pooled = []
+    def _features(self, x: Tensor, start: int, end: int) -> Tensor:
+        features = self._run(x, start, end)
+        assert isinstance(features, Tensor), "a decoder goes on from images or from inner segments"
+        return features
+
+    def _run(self, x: Tensor, start: int, end: int) -> HeadInput:
+        """The output of segments `[start, end)`, or at the end of the chain what the head reads of its taps."""
+        tapped = []
         for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
             if start <= begin < end:
                 x = part(x)
                 last = (self.starts[number + 1] if number + 1 < len(self.starts) else self.end) - 1
                 if last in self.taps:
-                    pooled.append(pool(x, self.taps[last]))
-        return torch.cat(pooled, 1) if self.taps and end == self.end else x
+                    tapped.append((x, self.taps[last]))
+                    if reads_maps(self.head) and end == self.end and last == max(self.taps):
+                        break  # nobody reads what comes behind
+        return read_taps(self.head, *zip(*tapped, strict=True)) if self.taps and end == self.end else x
+
+    @property
+    def _lasts(self) -> Iterator[tuple[int, int]]:
+        """The first and last segment of every part."""
+        return zip(self.starts, [start - 1 for start in (*self.starts[1:], self.end)], strict=True)
 
     @property
     def end(self) -> int:
@@ -193,9 +212,12 @@ class PatchedModel(nn.Module):
     def first(self) -> int:
         """The first segment that differs from the backbone; everything before it is frozen and deterministic.
 
-        0 where the head reads segments before the first span as well: nothing can then be computed once.
+        0 where the head reads segments before the first span as well: nothing can then be computed once. A decoder goes on
+        from its first tap at the latest.
         """
         first = self.spans[0][0] if self.spans else self.end
+        if reads_maps(self.head):
+            return min(first, *(start for start, last in self._lasts if last in self.taps))
         return 0 if self.spans and any(tap < first for tap in self.taps) else first
 
     def tensors(self) -> dict[str, Tensor]:
@@ -280,8 +302,21 @@ class PatchedModel(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def check_features(chain: Chain, head: HeadRecord) -> None:
-    """Raises `ForeignTensorError` for a head that reads more or fewer features than the chain and its base give."""
+def check_features(chain: Chain, patch: Patch) -> None:
+    """Raises `ForeignTensorError` for a head that reads more or fewer features than the chain and its base give, and for maps
+    that no segment gives."""
+    head = patch.head
+    if head.reads_maps:
+        widths = tuple(pooled_width(chain, tap) if pooled_axes(chain, tap) else 0 for tap in head.taps)
+        if widths != head.widths:
+            raise ForeignTensorError(
+                f"the {head.kind} head reads maps of {head.widths} channels; the backbone gives {widths}."
+            )
+        if patch.preprocessing.image_size % head.strides[0]:
+            raise ForeignTensorError(
+                f"images of {patch.preprocessing.image_size} px are no multiple of the head's stride, {head.strides[0]}."
+            )
+        return
     given = {"selected": head.features, "siamese": 2 * chain.feature_dim}.get(head.kind, chain.feature_dim)
     if head.features != given:
         raise ForeignTensorError(

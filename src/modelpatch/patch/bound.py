@@ -29,7 +29,7 @@ from modelpatch.backbone.chain import count_macs
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.patch.bind import PatchedModel, check_features, check_fit, check_selection
 from modelpatch.patch.blueprint import Span
-from modelpatch.patch.heads import HeadRecord, pool
+from modelpatch.patch.heads import HeadInput, HeadRecord, read_taps, reads_maps
 from modelpatch.patch.weights import MADE, StoredWeight, resolve
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ Step = tuple[int, Callable[[Tensor], Tensor]]  # the last segment that is run, a
 class BoundPatch:
     """A patch bound to a backbone at the cost of its own bytes. Calls are thread-safe.
 
-    `parts` are the variants of its spans in order, `head` the module that answers, `taps` the segments whose pooled
-    outputs the head reads with the axes of each that are positions; empty where it reads the chain's features, and beside
+    `parts` are the variants of its spans in order, `head` the module that answers, `taps` the segments whose outputs the head
+    reads, pooled or as maps, with the axes of each that are positions; empty where it reads the chain's features, and beside
     them the base's if `reads_base`.
     Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for tensors that do not fit.
     """
@@ -59,7 +59,7 @@ class BoundPatch:
         plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
         values = resolve(plain, backbone.chain, patch.strength)
         check_fit({n: s for n, s in {**skeleton.shapes, **patch.head.shapes()}.items() if n not in made}, values)
-        check_features(backbone.chain, patch.head)
+        check_features(backbone.chain, patch)
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         whole = {name: t.to(backbone.device) for name, t in values.items() if not t.is_floating_point()}
         layout = skeleton.layout(patch.head, made.keys() | whole.keys())
@@ -83,20 +83,24 @@ class BoundPatch:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, K) for images (B, C, H, W), normalised as `preprocessing` says."""
+        """The answer, logits (B, K) for classes, for images (B, C, H, W), normalised as `preprocessing` says."""
         features = self._features(images, self._steps)
-        return self.head(
-            torch.cat([features, self._features(images, self._beside)], 1) if self.reads_base else features
-        )
+        if self.reads_base:
+            beside = self._features(images, self._beside)
+            assert isinstance(features, Tensor) and isinstance(beside, Tensor)  # noqa: PT018
+            features = torch.cat([features, beside], 1)
+        return self.head(features)
 
-    def _features(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
-        """What the steps give one after another, or all pooled outputs that the head reads."""
-        pooled = []
+    def _features(self, x: Tensor, steps: Sequence[Step]) -> HeadInput:
+        """What the steps give one after another, or what the head reads of its taps."""
+        tapped = []
         for last, module in steps:
             x = module(x)
             if last in self.taps:
-                pooled.append(pool(x, self.taps[last]))
-        return torch.cat(pooled, 1) if self.taps else x
+                tapped.append((x, self.taps[last]))
+                if reads_maps(self.head) and len(tapped) == len(self.taps):
+                    break  # nobody reads what comes behind
+        return read_taps(self.head, *zip(*tapped, strict=True)) if self.taps else x
 
 
 def _build_head(record: HeadRecord, numbers: Numbers) -> nn.Module:
@@ -322,7 +326,7 @@ class _Skeleton:
 
     def layout(self, head: HeadRecord, made: Collection[str]) -> _Layout:
         """How a flat tensor holds the numbers, without the weights that are `made` from masks: one for all patches."""
-        key = head.features, head.outputs, frozenset(made)
+        key = head, frozenset(made)
         if key not in self._layouts:
             shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in made}
             self._layouts[key] = _Layout.of(shapes, self.owner, len(self.shelves))

@@ -223,6 +223,10 @@ class Cascade:
 def check_one_task(patches: Sequence[Patch]) -> None:
     """Raises `CascadeError` unless all patches answer the same classes over the same frozen chain."""
     first, *others = patches
+    if dense := [patch for patch in patches if patch.task.kind != "classification"]:
+        raise CascadeError(
+            f"{dense[0].task.name} is a {dense[0].task.kind} task; only classes of whole images have a confidence."
+        )
     for patch in others:
         if patch.task.classes != first.task.classes:
             raise CascadeError(

@@ -1,9 +1,14 @@
-"""Heads turn the chain's features into a task's answer."""
+"""Heads turn the chain's features, or outputs of inner segments, into a task's answer.
+
+Decoders, which read outputs as maps and answer for every position, register themselves from `decoders.py` and `detectors.py`.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,31 +17,59 @@ from torch import Tensor, nn
 from modelpatch.backbone import Chain
 from modelpatch.backbone.chain import spatial_size
 
+HeadInput = Tensor | tuple[Tensor, ...]  # features (B, D), or maps (B, C, H, W) of every tap
+MOST_MAPS = 16
+_HIDDEN = {"deeplab", "faster-rcnn", "ssdlite"}  # kinds with layers of their own width
+Positive = Annotated[int, Field(gt=0, le=2**16)]
+
 
 class HeadRecord(BaseModel):
     """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
 
     A `linear` head reads the chain's features, a `cosine` head only their direction, a `siamese` head the patch's and, beside
-    them, the base's. A `selected` head reads some of the pooled outputs of the segments `taps`.
+    them, the base's. A `selected` head reads some of the pooled outputs of the segments `taps`. Decoders (`fcn`,
+    `deeplab`, `faster-rcnn`, `ssdlite`) read the outputs of `taps` as maps: `widths` are the channels of each, `strides` the
+    pixels between two positions of it, `hidden` the channels of the decoder's own layers, where it has such.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "cosine", "siamese", "selected"] = "linear"
+    kind: Literal["linear", "cosine", "siamese", "selected", "fcn", "deeplab", "faster-rcnn", "ssdlite"] = "linear"
     features: int = Field(gt=0, le=2**24)
     outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
+    widths: tuple[Positive, ...] = ()
+    strides: tuple[Positive, ...] = ()
+    hidden: int = Field(default=0, ge=0, le=2**12)
 
     @model_validator(mode="after")
     def _fitting_taps(self) -> HeadRecord:
-        if bool(self.taps) != (self.kind == "selected") or list(self.taps) != sorted(
+        if bool(self.taps) != (self.kind == "selected" or self.reads_maps) or list(self.taps) != sorted(
             {tap for tap in self.taps if tap >= 0}
         ):
             raise ValueError(f"a {self.kind} head cannot read the outputs of the segments {self.taps}")
+        count = len(self.taps) if self.reads_maps else 0
+        if count > MOST_MAPS:
+            raise ValueError(f"a {self.kind} head of {count} maps; expected at most {MOST_MAPS}")
+        if (len(self.widths), len(self.strides)) != (count, count) or bool(self.hidden) != (self.kind in _HIDDEN):
+            raise ValueError(
+                f"a {self.kind} head of {count} maps cannot have widths {self.widths}, strides {self.strides}"
+            )
+        if self.reads_maps and (self.features != sum(self.widths) or list(self.strides) != sorted(self.strides)):
+            raise ValueError(
+                f"maps of {self.widths} channels at strides {self.strides} are not {self.features} features"
+            )
         return self
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether the head reads outputs of segments as maps."""
+        return self.kind in _DECODERS
 
     def build(self) -> nn.Module:
         """A freshly initialised head of this kind."""
+        if self.reads_maps:
+            return _DECODERS[self.kind](self)
         if self.kind == "selected":
             return SelectedHead(self.features, self.outputs, self.taps)
         if self.kind == "cosine":
@@ -49,6 +82,38 @@ class HeadRecord(BaseModel):
         """The shape of every tensor of the head by its name in a patch file; nothing is allocated."""
         with torch.device("meta"):
             return {f"head.{name}": tensor.shape for name, tensor in self.build().state_dict().items()}
+
+
+class Decoder(nn.Module, ABC):
+    """A head that reads maps: the outputs of the segments `taps`, each (B, C, H, W), the finest first."""
+
+    reads_maps = True
+
+    def __init__(self, record: HeadRecord) -> None:
+        super().__init__()
+        self.record = record
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.record.taps
+
+    @abstractmethod
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """The task's answer (see `task.py`) from the maps."""
+
+
+_DECODERS: dict[str, Callable[[HeadRecord], Decoder]] = {}
+D = TypeVar("D", bound=type[Decoder])
+
+
+def register_decoder(kind: str) -> Callable[[D], D]:
+    """Register a decoder under the kind that patch files name."""
+
+    def register(decoder: D) -> D:
+        _DECODERS[kind] = decoder
+        return decoder
+
+    return register
 
 
 class LinearHead(nn.Linear):
@@ -122,6 +187,29 @@ class DraftHead(nn.Module, ABC):
 def pool(x: Tensor, positions: tuple[int, ...]) -> Tensor:
     """An activation (B, ...) averaged over the axes `positions` and scaled to unit length: (B, C)."""
     return nn.functional.normalize(x.mean(positions) if positions else x, dim=1)
+
+
+def as_map(x: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """An activation (B, ...) with channels first, (B, C, H, W): tokens in a square, without those that stand before it."""
+    if positions == (1, 2):
+        return x.permute(0, 3, 1, 2)
+    if positions == (1,):
+        side = math.isqrt(x.shape[1])
+        return x[:, x.shape[1] - side * side :].transpose(1, 2).unflatten(2, (side, side))
+    return x
+
+
+def read_taps(head: nn.Module, outputs: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> HeadInput:
+    """What a head reads of the outputs of its taps: maps, or all of them pooled side by side."""
+    pairs = zip(outputs, positions, strict=True)
+    if reads_maps(head):
+        return tuple(as_map(x, axes) for x, axes in pairs)
+    return torch.cat([pool(x, axes) for x, axes in pairs], 1)
+
+
+def reads_maps(head: nn.Module) -> bool:
+    """Whether a head is a decoder."""
+    return bool(getattr(head, "reads_maps", False))
 
 
 def pooled_axes(chain: Chain, tap: int) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from modelpatch.backbone import Backbone
 from modelpatch.patch import DELTA_CODECS, MethodRecord, Patch, extract
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train import TaskData, evaluate
+from modelpatch.train import TaskData
 from modelpatch.train.calibrate import calibrate
-from modelpatch.train.evaluate import MEMORY
+from modelpatch.train.evaluate import MEMORY, evaluate_classes
 from modelpatch.train.images import ImageStore
 
 SIZED = ("sign", "two-bit")  # codecs whose sizes can be learned
@@ -58,7 +58,7 @@ def compare_codecs(
         patch = made(codec.removesuffix(CALIBRATED))
         if codec.endswith(CALIBRATED):
             patch = _calibrated(backbone, patch, made("exact"), data, calibration)
-        result = evaluate(backbone, patch, data)
+        result = evaluate_classes(backbone, patch, data)
         patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
         file_bytes = patch.inspect().file_bytes
         rows.append(CodecRow(codec, result.top1, file_bytes, file_bytes / size))

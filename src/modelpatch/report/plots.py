@@ -11,7 +11,7 @@ from typing import Any
 from modelpatch.errors import MissingExtraError, ModelpatchError
 from modelpatch.patch.inspect import Inspection
 from modelpatch.report.labels import arrange, is_far
-from modelpatch.train import Comparison, Evaluation
+from modelpatch.train import Comparison, Evaluation, Segmentation
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
 LABEL = {
@@ -156,13 +156,14 @@ def _bars(axes: Any, places: list[Any], values: list[float], height: float, colo
     axes.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=8)
 
 
-def plot_confusion(evaluation: Evaluation, classes: tuple[str, ...], path: Path) -> None:
+def plot_confusion(evaluation: Evaluation | Segmentation, classes: tuple[str, ...], path: Path) -> None:
     """The confusion matrix, rows normalised; names are shown for up to 40 classes."""
     side = min(4 + 0.16 * len(classes), 14)
     with figure(path, side + 1, side) as axes:
         shares = [[cell / max(sum(row), 1) for cell in row] for row in evaluation.confusion]
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set(xlabel="answer", ylabel="class", title=f"top-1 {100 * evaluation.top1:.1f} %")
+        name = "top-1" if isinstance(evaluation, Evaluation) else "mean IoU"
+        axes.set(xlabel="answer", ylabel="class", title=f"{name} {100 * evaluation.score:.1f} %")
         if len(classes) <= 40:
             axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
             axes.set_yticks(range(len(classes)), classes, fontsize=7)

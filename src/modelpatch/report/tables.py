@@ -17,11 +17,20 @@ from modelpatch.engine import Timing, describe_step
 from modelpatch.patch import Version
 from modelpatch.patch.diff import Difference
 from modelpatch.patch.inspect import Inspection, Part
+from modelpatch.patch.task import METRICS
 from modelpatch.train import Comparison, Multitask
 from modelpatch.train.compare import Row
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
+FIGURES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "map": "mAP 0.5:0.95",
+    "map50": "mAP 0.5",
+}
 
 
 def show(console: Console, table: Table) -> None:
@@ -221,11 +230,8 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     table = new_table(task, header=False)
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    rows = [
-        ("top-1", percent(figures["top1"])),
-        ("top-5", percent(figures["top5"])),
-        ("images", str(figures["images"])),
-    ]
+    rows = [(label, percent(figures[name])) for name, label in FIGURES.items() if name in figures]
+    rows.append(("images", str(figures["images"])))
     if "base_top1" in figures:
         rows += [("base top-1", percent(figures["base_top1"])), ("harmonic mean", percent(figures["harmonic_mean"]))]
     if "macs" in figures:
@@ -268,7 +274,8 @@ def timing_table(timings: Sequence[Timing]) -> Table:
 
 
 def _answer(answer: dict[str, Any]) -> str:
-    return f"{100 * answer['probability']:5.1f} %  {escape(answer['label'])}"
+    """A class with its probability, or with the share of the image that it covers."""
+    return f"{100 * answer.get('probability', answer.get('share', 0)):5.1f} %  {escape(answer['label'])}"
 
 
 def versions_table(versions: Sequence[Version]) -> Table:
@@ -276,14 +283,18 @@ def versions_table(versions: Sequence[Version]) -> Table:
     table = new_table("")
     for column in ("name", "version", "tags", "method", "task"):
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "version"))
-    for column in ("top-1", "bytes", "published"):
+    for column in ("score", "bytes", "published"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in versions:
         names = (one.name, one.hash[:SHORT_HASH], " ".join(one.tags), one.method, one.task)
-        table.add_row(
-            *map(escape, names), percent(one.metrics.get("test_top1")), f"{one.nbytes:,}", escape(one.created[:16])
-        )
+        table.add_row(*map(escape, names), _score(one.metrics), f"{one.nbytes:,}", escape(one.created[:16]))
     return table
+
+
+def _score(metrics: Mapping[str, float]) -> str:
+    """The figure of the task's own metric; other than top-1 it is named."""
+    metric = next((metric for metric in METRICS.values() if f"test_{metric}" in metrics), "top1")
+    return percent(metrics.get(f"test_{metric}")) + ("" if metric == "top1" else f" {metric}")
 
 
 def version_table(version: Version) -> Table:

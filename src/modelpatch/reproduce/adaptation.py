@@ -57,7 +57,7 @@ def _adapt(
         if other.classes != data.classes:
             raise DataError(f"{source} and {other.task.name} have different classes; adaptation needs the same.")
     patch = bench.fit(backbone, data, _hosted(bench, backbone, others, host, bench.method(kind), seed), seed)
-    return {column: 100 * fmean(evaluate(backbone, patch, other).top1 for other in others)}
+    return {column: 100 * fmean(evaluate(backbone, patch, other).score for other in others)}
 
 
 def _hosted(bench: Bench, backbone: Backbone, targets: list[TaskData], host: str, method: Method, seed: int) -> Method:

@@ -28,6 +28,7 @@ from modelpatch.patch import Patch
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, share_images
 from modelpatch.train import FitSettings, Split, TaskData
+from modelpatch.train.data import check_classification
 from modelpatch.train.evaluate import logits_of, standard_error
 from modelpatch.train.fit import Fit, check_settings
 from modelpatch.train.images import choose_augmentation
@@ -126,6 +127,7 @@ def simulate(
     which an interrupted simulation goes on. The rest are settings of `fit`. Raises `DataError` for numbers of labels that
     do not rise or are more than there are training images.
     """
+    check_classification(data, "label")
     counts = tuple(labels)
     if not counts or counts[0] < 2 or list(counts) != sorted(set(counts)) or counts[-1] > len(data.train):
         raise DataError(

@@ -30,7 +30,8 @@ from modelpatch.errors import CascadeError, DataError
 from modelpatch.patch import Cascade, Confidence, Patch
 from modelpatch.patch.cascade import MAX_STAGES, Weights, check_one_task, features
 from modelpatch.train.data import Split, TaskData, stratified
-from modelpatch.train.evaluate import Evaluation, logits_of
+from modelpatch.train.evaluate import logits_of
+from modelpatch.train.measures import Evaluation
 from modelpatch.train.progress import Progress, quiet_progress
 
 Kind = Literal["probability", "fitted"]

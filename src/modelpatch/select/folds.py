@@ -8,7 +8,7 @@ import numpy as np
 
 from modelpatch.errors import DataError
 from modelpatch.train import Split, TaskData
-from modelpatch.train.data import stratified
+from modelpatch.train.data import check_classification, stratified
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
 
@@ -26,6 +26,7 @@ class Folds:
 
         Raises `DataError` where nothing is left to score on, or a class is scored that has no image to train on.
         """
+        check_classification(data, "choosing what to patch")
         if count < 1:
             raise DataError(f"the number of folds is {count}; expected at least 1.")
         if count > 1:

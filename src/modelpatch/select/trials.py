@@ -187,7 +187,7 @@ def share_images(
     backbone: Backbone, images: Split, trained: Split, settings: FitSettings, disk: int, bar: Progress
 ) -> SharedImages:
     """Images for many fits with these settings, augmented as suits those that are trained on."""
-    preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+    preprocessing = settings.seen(backbone.preprocessing, "classification")
     backbone.check_image_size(preprocessing.image_size)
     return SharedImages(
         backbone,

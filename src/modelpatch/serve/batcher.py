@@ -18,12 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
 from modelpatch.engine import Engine
 from modelpatch.engine.engine import BASE
+from modelpatch.engine.overlay import class_map
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
@@ -31,6 +33,7 @@ from modelpatch.serve.settings import Settings
 
 LOG = logging.getLogger("modelpatch.serve")
 Best = list[tuple[int, float]]  # places of classes with their probabilities, the best first
+Said = Best | np.ndarray | Tensor  # or the class of every pixel, uint8 (H, W), or boxes (N, 6)
 
 
 @dataclass(eq=False)
@@ -41,7 +44,7 @@ class Row:
     tasks: tuple[str, ...]
     top: int
     since: float = field(default_factory=time.perf_counter)
-    answer: asyncio.Future[dict[str, Best]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answer: asyncio.Future[dict[str, Said]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher:
@@ -59,8 +62,8 @@ class Batcher:
         """Run the backbone once."""
         await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.engine, image, only=[BASE]))
 
-    async def answer(self, rows: Sequence[Row]) -> list[dict[str, Best]]:
-        """The best classes of every row's tasks. Raises `Problem`, 429 where the queue is full."""
+    async def answer(self, rows: Sequence[Row]) -> list[dict[str, Said]]:
+        """What every row's tasks say. Raises `Problem`, 429 where the queue is full."""
         if len(self._waiting) + len(rows) > self.settings.queue:
             raise Problem(
                 "too-busy",
@@ -103,7 +106,7 @@ class Batcher:
                 else:
                     row.answer.set_result(result)
 
-    def _answers(self, batch: list[Row]) -> list[dict[str, Best] | Problem]:
+    def _answers(self, batch: list[Row]) -> list[dict[str, Said] | Problem]:
         """In the engine's thread. A batch that fails is tried image by image, so that no row spoils another's."""
         try:
             return list(self._compute(batch))
@@ -115,7 +118,7 @@ class Batcher:
         return [self._answers([row])[0] for row in batch]
 
     @torch.inference_mode()
-    def _compute(self, batch: list[Row]) -> list[dict[str, Best]]:
+    def _compute(self, batch: list[Row]) -> list[dict[str, Said]]:
         order = sorted(range(len(batch)), key=lambda place: batch[place].tasks)
         rows = [batch[place] for place in order]
         wanted: dict[str, list[int]] = {}
@@ -124,16 +127,20 @@ class Batcher:
                 wanted.setdefault(task, []).append(place)
         self._measure(rows, wanted)
         logits = self.engine.answer(_stack(rows), wanted)
-        found: list[dict[str, Best]] = [{} for _ in rows]
+        found: list[dict[str, Said]] = [{} for _ in rows]
         for task, places in wanted.items():
             own = logits[task].float()
             if not own.isfinite().all():
                 raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", patch=task)
+            if (kind := self.engine.kind(task)) != "classification":
+                for place, one in zip(places, own, strict=True):
+                    found[place][task] = class_map(one) if kind == "segmentation" else one.cpu()
+                continue
             most = min(max(rows[place].top for place in places), own.shape[1])
             best = own.softmax(1).topk(most, dim=1)
             for place, indices, values in zip(places, best.indices.tolist(), best.values.tolist(), strict=True):
                 found[place][task] = list(zip(indices, values, strict=True))[: rows[place].top]
-        answers: list[dict[str, Best]] = [{} for _ in batch]
+        answers: list[dict[str, Said]] = [{} for _ in batch]
         for place, found_here in zip(order, found, strict=True):
             answers[place] = found_here
         return answers

@@ -67,7 +67,8 @@ class Client:
         top: int = 3,
     ) -> list[Answers]:
         """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
-        one task an image, or for all.
+        one task an image, or for all. Of a segmentation the classes with the shares of the image that they cover, of a
+        detection all objects; `ask` has pictures and places as well.
 
         Raises `DataError` for files that cannot be read, and `Problem` if a task that was named cannot be answered; of all,
         those are left out."""
@@ -75,13 +76,7 @@ class Client:
         if said["refused"] and (tasks is not None or per_image is not None):
             problem = next(iter(said["refused"].values()))
             raise Problem.read(problem["status"], problem, {})
-        return [
-            {
-                task: [(guess["class"], guess["probability"]) for guess in answer["top"]]
-                for task, answer in image["answers"].items()
-            }
-            for image in said["images"]
-        ]
+        return [{task: _pairs(answer, top) for task, answer in image["answers"].items()} for image in said["images"]]
 
     def ask(
         self,
@@ -191,6 +186,15 @@ class Client:
                 wait = max(wait, problem.retry_after or 0)
             time.sleep(wait)
         raise AssertionError("the last trial returns or raises")
+
+
+def _pairs(answer: dict[str, Any], top: int) -> list[tuple[str, float]]:
+    """Classes with their probabilities, or with the shares of the image that they cover; or one object after the other."""
+    if answer.get("boxes") is not None:
+        return [(box["class"], box["probability"]) for box in answer["boxes"]]
+    if answer.get("areas") is not None:
+        return [(area["class"], area["share"]) for area in answer["areas"]][:top]
+    return [(guess["class"], guess["probability"]) for guess in answer["top"]]
 
 
 def _problem(status: int, said: bytes, headers: Any) -> Problem:

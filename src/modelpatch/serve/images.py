@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -16,8 +17,16 @@ from modelpatch.serve.problems import Problem
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 
 
-def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> dict[Preprocessing, Tensor]:
-    """uint8 crops (3, S, S) of an encoded image, one for every preprocessing.
+@dataclass(frozen=True)
+class Decoded:
+    """uint8 crops (3, S, S) of an image, one for every preprocessing, and its own width and height, upright."""
+
+    crops: Mapping[Preprocessing, Tensor]
+    size: tuple[int, int]
+
+
+def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
+    """An encoded image as every preprocessing sees it.
 
     Only the first frame of an animation is read. Raises `Problem`: 413 for more than `pixels`, in the file or as resized,
     422 for what is no image of a known format.
@@ -32,7 +41,7 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> dict[Pre
         _check_size(image, wanted, pixels)
         ImageOps.exif_transpose(image, in_place=True)  # so that the image as it was is not kept beside
         whole = open_image(image)
-        return {kind: kind.center_crop(kind.decode(whole)) for kind in wanted}
+        return Decoded({kind: kind.center_crop(kind.decode(whole)) for kind in wanted}, whole.size)
     except Problem:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:

@@ -40,11 +40,45 @@ class Guess(BaseModel):
     probability: float = Field(ge=0, le=1)
 
 
+class AreaAnswer(BaseModel):
+    """A class and the share of what the network saw that it covers."""
+
+    class_: str = Field(alias="class")
+    index: int
+    color: str = Field(pattern=r"^#[0-9a-f]{6}$", description="In the overlay.")
+    share: float = Field(ge=0, le=1)
+
+
+class Overlay(BaseModel):
+    """A half-transparent PNG in base64, and where it belongs: left, top, width and height in shares of the image's sides."""
+
+    png: str
+    place: list[float] = Field(min_length=4, max_length=4)
+
+
+class BoxAnswer(BaseModel):
+    """An object: left, top, right and bottom in the image's own pixels."""
+
+    class_: str = Field(alias="class")
+    index: int
+    color: str = Field(pattern=r"^#[0-9a-f]{6}$")
+    probability: float = Field(ge=0, le=1)
+    box: list[float] = Field(min_length=4, max_length=4)
+
+
 class TaskAnswer(BaseModel):
-    """What one patch says of one image. `version` is the SHA-256 of the patch file, of the base its fingerprint."""
+    """What one patch says of one image. `version` is the SHA-256 of the patch file, of the base its fingerprint.
+
+    A segmentation has `areas`, the largest first, and an `overlay` instead of guesses; a detection `boxes` from a probability
+    of 0.5 on, the surest first, and the image's width and height.
+    """
 
     version: str
     top: list[Guess]
+    areas: list[AreaAnswer] | None = None
+    overlay: Overlay | None = None
+    boxes: list[BoxAnswer] | None = None
+    size: list[int] | None = None
 
 
 class ProblemBody(BaseModel):

@@ -8,6 +8,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.backbone.frozen import sample
 from modelpatch.backbone.tuning import Tuning
@@ -18,8 +21,9 @@ from modelpatch.engine.threads import computing_pool
 from modelpatch.patch import Cascade
 from modelpatch.patch.store import Store
 from modelpatch.patch.version import LATEST, Version
-from modelpatch.serve.batcher import Batcher, Best, Row
+from modelpatch.serve.batcher import Batcher, Row, Said
 from modelpatch.serve.catalogue import Catalogue
+from modelpatch.serve.dense import tell_areas, tell_boxes
 from modelpatch.serve.images import decode
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
@@ -187,7 +191,7 @@ class Service:
             kinds = {name: self.engine.preprocessings(key) for name, key in keys.items()}
             asked = [list(keys)] * len(images) if per_image is None else [[n] * (n in keys) for n in per_image]
             try:
-                rows = await self._rows(images, asked, keys, kinds, top)
+                rows, sizes = await self._rows(images, asked, keys, kinds, top)
                 found = iter(await self.batcher.answer([row for row in rows if row.tasks]))
                 answers = [next(found) if row.tasks else {} for row in rows]
             except Problem as problem:
@@ -196,10 +200,8 @@ class Service:
                     version = versions[name]
                     problem.facts["patch"] = label(version) if version else name
                 raise
-            return [
-                {name: self._answer(versions[name], keys[name], best[keys[name]]) for name in names}
-                for names, best in zip(asked, answers, strict=True)
-            ]
+            told = partial(self._told, asked, answers, sizes, versions, keys)
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, told)  # pictures take a while
 
     async def _choose(self, tasks: Sequence[str] | None) -> list[str]:
         """The names asked for, each once; all patches and the base without any."""
@@ -241,7 +243,8 @@ class Service:
         keys: dict[str, str],
         kinds: dict[str, tuple[Preprocessing, ...]],
         top: int,
-    ) -> list[Row]:
+    ) -> tuple[list[Row], list[tuple[int, int]]]:
+        """What the batcher is asked, and every image's own width and height."""
         loop = asyncio.get_running_loop()
         jobs = [
             loop.run_in_executor(
@@ -250,7 +253,7 @@ class Service:
             for data, names in zip(images, asked, strict=True)
         ]  # a damaged image is found even where no task of this pass is asked about it
         try:
-            crops = await asyncio.gather(*jobs)
+            decoded = await asyncio.gather(*jobs)
         except Problem as problem:
             place = next(n for n, job in enumerate(jobs) if job.done() and job.exception() is problem)
             for job in jobs:
@@ -258,17 +261,35 @@ class Service:
             problem.facts["image"] = place
             raise
         tasks = [tuple(sorted({keys[name] for name in names})) for names in asked]
-        return [Row(crop, own, top) for crop, own in zip(crops, tasks, strict=True)]
+        rows = [Row(one.crops, own, top) for one, own in zip(decoded, tasks, strict=True)]
+        return rows, [one.size for one in decoded]
 
-    def _answer(self, version: Version | None, key: str, best: Best) -> dict[str, Any]:
+    def _told(
+        self,
+        asked: Sequence[Sequence[str]],
+        answers: Sequence[Mapping[str, Said]],
+        sizes: Sequence[tuple[int, int]],
+        versions: Tasks,
+        keys: Mapping[str, str],
+    ) -> list[dict[str, Any]]:
+        """The answers of every image as JSON."""
+        return [
+            {name: self._answer(versions[name], keys[name], said[keys[name]], size) for name in names}
+            for names, said, size in zip(asked, answers, sizes, strict=True)
+        ]
+
+    def _answer(self, version: Version | None, key: str, said: Said, size: tuple[int, int]) -> dict[str, Any]:
         classes = self.engine.classes(key)
-        return {
-            "version": version.hash if version else self._hashes[key],
-            "top": [
-                {"class": classes[place] if classes else str(place), "index": place, "probability": round(value, 6)}
-                for place, value in best
-            ],
-        }
+        head = {"version": version.hash if version else self._hashes[key]}
+        if isinstance(said, np.ndarray):
+            return {**head, "top": [], **tell_areas(said, classes, self.engine.preprocessing(key), size)}
+        if isinstance(said, Tensor):
+            return {**head, "top": [], **tell_boxes(said, classes, self.engine.preprocessing(key), size)}
+        top = [
+            {"class": classes[place] if classes else str(place), "index": place, "probability": round(value, 6)}
+            for place, value in said
+        ]
+        return {**head, "top": top}
 
     async def plan(self, tasks: Sequence[str] | None, images: int) -> dict[str, Any]:
         """What a batch of images would share among tasks (None: those resident), as figures, text and a tree."""

@@ -2,20 +2,24 @@
 
 from modelpatch.train.compare import Comparison, compare
 from modelpatch.train.data import Split, TaskData, load_task
-from modelpatch.train.evaluate import Evaluation, evaluate, harmonic_mean, store_as
+from modelpatch.train.evaluate import evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
+from modelpatch.train.measures import Detection, Evaluation, Result, Segmentation
 from modelpatch.train.multires import MultiResolution, fit_multires
 from modelpatch.train.multitask import Multitask, fit_multitask
 from modelpatch.train.paint import Painting, PaintSettings, paint
 
 __all__ = [
     "Comparison",
+    "Detection",
     "Evaluation",
     "FitSettings",
     "MultiResolution",
     "Multitask",
     "PaintSettings",
     "Painting",
+    "Result",
+    "Segmentation",
     "Split",
     "TaskData",
     "compare",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.backbone.frozen import FrozenBackbone
 from modelpatch.backbone.tuning import CACHE, Tuning
 from modelpatch.patch import PatchedModel
-from modelpatch.train.images import Augmentation, Images, allocate, pieces
+from modelpatch.train.images import AUGMENTATIONS, Augmentation, Images, allocate, pieces
 
 BATCH = 64
 FOLDING = 1000  # images
@@ -36,6 +37,14 @@ class PlainInputs:
     def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
         """Inputs of segment `start` for these rows."""
         return self.store.augmented(rows, self.augmentation, (self.seed, epoch, step))
+
+    def targets(self, rows: Tensor, epoch: int, step: int) -> Any:
+        """What a dense task asks about that batch."""
+        return self.store.targets(rows, self.augmentation, (self.seed, epoch, step))
+
+    def plain_targets(self, rows: Tensor) -> Any:
+        """What it asks about the images as they are."""
+        return self.store.targets(rows, AUGMENTATIONS["none"], ())
 
 
 class CachedInputs:

@@ -15,7 +15,7 @@ from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingEx
 from modelpatch.methods import COMPARED, Method, make_method
 from modelpatch.patch import Patch
 from modelpatch.text import file_name
-from modelpatch.train.data import TaskData
+from modelpatch.train.data import TaskData, check_classification
 from modelpatch.train.evaluate import evaluate_base, harmonic_mean, standard_error
 from modelpatch.train.fit import check_settings, fit
 
@@ -118,6 +118,7 @@ def compare(
     `CheckpointMismatchError` for one of another run.
     """
     check_settings(settings)
+    check_classification(data, "compare")
     before = evaluate_base(backbone, base).top1 if base is not None else None
     runs: dict[str, tuple[Run, ...]] = {}
     patches: dict[str, Patch] = {}

@@ -8,6 +8,7 @@
 | `hf:NAME`             | a data set of the Hugging Face hub, or a local one, through `datasets`                      |
 | `bundled:digits`      | scikit-learn's 1,797 real 8 x 8 images of handwritten digits                                |
 
+Segmentation and detection have sources of their own, see `dense_data.py`; `kind` chooses where a folder has both.
 Where the source has no test split, a seeded stratified one is made.
 """
 
@@ -29,9 +30,11 @@ from pydantic import ValidationError
 from modelpatch.backbone.preprocess import ImageSource, find_images, image_bytes, open_image
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.patch import Task
+from modelpatch.patch.task import METRICS, Kind
 from modelpatch.text import first_problem
+from modelpatch.train.dense_data import SPLITS, Found, Wish, hub_targets, read_dense
+from modelpatch.train.targets import Target
 
-SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
 LABEL_COLUMNS = ("label", "class", "fine_label", "target")
 MANIFESTS = (".parquet", ".csv")
@@ -40,24 +43,31 @@ TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Split:
-    """Images, undecoded, and their class indices, int64 (N,)."""
+    """Images, undecoded, and their class indices, int64 (N,).
+
+    Images of dense tasks have `targets` instead; their labels are zeros, so that stratified splits of them are random ones.
+    """
 
     images: Sequence[ImageSource]
     labels: np.ndarray
+    targets: Sequence[Target] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, rows: np.ndarray) -> Split:
         """The rows with these indices."""
-        return Split([self.images[row] for row in rows], self.labels[rows])
+        targets = None if self.targets is None else [self.targets[row] for row in rows]
+        return Split([self.images[row] for row in rows], self.labels[rows], targets)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the labels and of every image's bytes as they lie on disk or in memory, 64 hexadecimal digits."""
+        """SHA-256 of labels, targets and every image's bytes as they lie on disk or in memory, 64 hexadecimal digits."""
         digest = hashlib.sha256(self.labels.tobytes())
         for image in self.images:
             digest.update(hashlib.sha256(image_bytes(image)).digest())
+        for target in self.targets or ():
+            digest.update(hashlib.sha256(target.content()).digest())
         return digest.hexdigest()
 
 
@@ -110,10 +120,21 @@ class TaskData:
         return f"TaskData({self.task.name!r}, {len(self.classes)} classes, {counts})"
 
 
-def load_task(source: str | Path, *, name: str | None = None, seed: int = 0, hold_out: bool = True) -> TaskData:
-    """A classification task from a source (see the module's table). `seed` makes the test split where there is none.
+def load_task(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    hold_out: bool = True,
+    kind: Kind | None = None,
+    classes: Sequence[str] | None = None,
+    ignore: int | None = None,
+) -> TaskData:
+    """A task from a source (see the module's table). `seed` makes the test split where there is none.
 
-    With `hold_out=False` a source without a test split is tested on all its images: for data that is only measured.
+    With `hold_out=False` a source without a test split is tested on all its images: for data that is only measured. `kind` is
+    found from the source where it is not given. For segmentation `classes` name the values of masks from 0 on, and `ignore` is
+    one that stands for no class, beside 255.
 
     Raises `DataError` for a source that cannot be read or holds no images, has one class, or has labels of classes that
     are not trained.
@@ -122,19 +143,35 @@ def load_task(source: str | Path, *, name: str | None = None, seed: int = 0, hol
     if not isinstance(source, str | Path) or not text:
         raise DataError(f"{source!r} is no data. Expected a folder, a manifest, hf:NAME or bundled:digits.")
     _check_seed(seed)
+    wish = Wish(kind, None if classes is None else tuple(classes), ignore)
+    found: Found
     if text.startswith("hf:"):
-        splits, classes = _read_hub(text.removeprefix("hf:"))
+        found = _read_hub(text.removeprefix("hf:"), wish)
         stem = text.rsplit("/", 1)[-1].removeprefix("hf:")
     elif text == "bundled:digits":
-        splits, classes, stem = *_read_digits(), "digits"
+        found, stem = _labelled(*_read_digits()), "digits"
     else:
         try:
             path = Path(source).expanduser()
-            splits, classes = _read_path(path)
+            found = read_dense(path, wish) or _labelled(*_read_path(path))
             stem = path.resolve().stem if path.is_file() else path.resolve().name
         except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
             raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
-    return _assemble(splits, classes, name or stem, text, seed if hold_out else None)
+    wish.check(found, text)
+    data = _assemble(found, name or stem, text, seed if hold_out else None)
+    return replace(data, facts={**data.facts, **wish.facts})
+
+
+def check_classification(data: TaskData, purpose: str) -> None:
+    """Raises `DataError` for a task of another kind where only classes of whole images make sense."""
+    if data.task.kind != "classification":
+        raise DataError(
+            f"{data.task.name} is a {data.task.kind} task; {purpose} takes classification tasks. Use fit, eval and predict."
+        )
+
+
+def _labelled(splits: dict[str, Split], classes: list[str]) -> Found:
+    return Found("classification", {name: (split.images, split.labels) for name, split in splits.items()}, classes)
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,15 +197,22 @@ def source_size(split: Split, sample: int = 16) -> int:
     return int(np.median([min(open_image(split.images[row]).size) for row in rows]))
 
 
-def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: str, seed: int | None) -> TaskData:
-    if len(classes) < 2:
+def _split(images: Sequence[ImageSource], asked: np.ndarray | Sequence[Target]) -> Split:
+    if isinstance(asked, np.ndarray):
+        return Split(images, asked)
+    return Split(images, np.zeros(len(images), dtype=np.int64), asked)
+
+
+def _assemble(found: Found, name: str, source: str, seed: int | None) -> TaskData:
+    raw, classes = {split: _split(*pair) for split, pair in found.splits.items()}, found.classes
+    if len(classes) < 2 and found.kind == "classification":
         raise DataError(f"{source} has {len(classes)} class; a classification task needs at least two.")
     if "train" not in raw or not len(raw["train"]):
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
     if empty := [split for split, images in raw.items() if not len(images)]:
         raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
     for split, images in raw.items():
-        if images.labels.min() < 0 or images.labels.max() >= len(classes):
+        if images.targets is None and (images.labels.min() < 0 or images.labels.max() >= len(classes)):
             raise DataError(f"{source}: its split {split!r} has images without a label. Leave it out, or label them.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = raw["train"]
@@ -183,7 +227,7 @@ def _assemble(raw: dict[str, Split], classes: Sequence[str], name: str, source: 
     if unseen:
         raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
-        task = Task(name=name, classes=tuple(classes))
+        task = Task(name=name, kind=found.kind, classes=tuple(classes), metric=METRICS[found.kind])
     except ValidationError as error:
         raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
     return TaskData(task, train, raw["test"], raw.get("validation"), facts)
@@ -341,7 +385,7 @@ def _image_source(value: Any, folder: Path, where: str) -> ImageSource:
 # libraries --------------------------------------------------------------------------------------------------
 
 
-def _read_hub(name: str) -> tuple[dict[str, Split], list[str]]:
+def _read_hub(name: str, wish: Wish) -> Found:
     try:
         import datasets
     except ImportError:
@@ -350,18 +394,25 @@ def _read_hub(name: str) -> tuple[dict[str, Split], list[str]]:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # no network, no such data set, a script it refuses to run
         raise DataError(f"hf:{name} cannot be loaded: {error}") from error
+    tables = {SPLITS[split]: table for split, table in loaded.items() if split in SPLITS}
+    dense = hub_targets(name, tables, wish, lambda table, column: _LazyImages(_undecoded(table, column), column))
+    if dense is not None:
+        return dense
     splits, classes = {}, []
-    for split, table in loaded.items():
-        if split not in SPLITS:
-            continue
+    for split, table in tables.items():
         image = next((c for c, f in table.features.items() if isinstance(f, datasets.Image)), None)
         label = next((c for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)), None)
         if image is None or label is None:
             raise DataError(f"hf:{name} has no image column and class label; it has: {', '.join(table.features)}.")
         classes = list(table.features[label].names)
-        rows = _LazyImages(table.cast_column(image, datasets.Image(decode=False)), image)
-        splits[SPLITS[split]] = Split(rows, np.array(table[label], dtype=np.int64))
-    return splits, classes
+        splits[split] = Split(_LazyImages(_undecoded(table, image), image), np.array(table[label], dtype=np.int64))
+    return _labelled(splits, classes)
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    import datasets
+
+    return table.cast_column(column, datasets.Image(decode=False))
 
 
 class _LazyImages(Sequence[ImageSource]):

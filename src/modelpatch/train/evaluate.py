@@ -1,11 +1,10 @@
-"""Measuring a patch: top-1, top-5, per class, confusion, and the harmonic mean with the base task."""
+"""Measuring a patch on its task, the base on its own, and the harmonic mean of the two."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,39 +13,11 @@ from torch import Tensor, nn
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.errors import DataError
 from modelpatch.patch import Patch
-from modelpatch.train.data import Split, TaskData
-from modelpatch.train.images import ImageStore, pieces
+from modelpatch.train.data import Split, TaskData, check_classification
+from modelpatch.train.images import AUGMENTATIONS, ImageStore, pieces
+from modelpatch.train.measures import Evaluation, Result, meter_for
 
 MEMORY = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracies in [0, 1]. `confusion[i][j]` counts images of class i that were answered as class j."""
-
-    top1: float
-    top5: float
-    images: int
-    per_class: dict[str, float]
-    confusion: list[list[int]]
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Evaluation:
-        """From logits (N, K) and labels (N,). Classes without an image have no entry in `per_class`."""
-        answers, count = logits.argmax(1), len(classes)
-        best = logits.topk(min(5, count), dim=1).indices
-        confusion = torch.bincount(labels * count + answers, minlength=count * count).view(count, count)
-        totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
-        return cls(
-            top1=float((answers == labels).double().mean()),
-            top5=float((best == labels[:, None]).any(1).double().mean()),
-            images=len(labels),
-            per_class={name: r / t for name, r, t in zip(classes, right, totals, strict=True) if t},
-            confusion=confusion.tolist(),
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def harmonic_mean(first: float, second: float) -> float:
@@ -61,14 +32,34 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def evaluate(
     backbone: Backbone, patch: Patch, data: TaskData, advance: Callable[[int], None] = lambda _: None
-) -> Evaluation:
-    """A patch on the test images of its task. Raises `DataError` if the data's classes are not the patch's."""
+) -> Result:
+    """A patch on the test images of its task: an `Evaluation` of classes, a `Segmentation`, a `Detection`.
+
+    Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for.
+    """
+    if data.task.kind != patch.task.kind:
+        raise DataError(
+            f"{data.task.name} is a {data.task.kind} task, the patch answers a {patch.task.kind} task. Evaluate it on its own."
+        )
     if data.classes != patch.task.classes:
         raise DataError(
             f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...), the patch answers "
             f"{len(patch.task.classes)} ({', '.join(patch.task.classes[:3])}, ...). Evaluate it on its own task."
         )
-    return evaluate_module(backbone.patched(patch), data.test, data.classes, patch.preprocessing, advance)
+    meter = meter_for(patch.task)
+    for answers, asked in answers_of(backbone.patched(patch), data.test, patch.preprocessing, advance):
+        meter.update(answers, asked)
+    return meter.result()
+
+
+def evaluate_classes(
+    backbone: Backbone, patch: Patch, data: TaskData, advance: Callable[[int], None] = lambda _: None
+) -> Evaluation:
+    """`evaluate` where only classes of whole images make sense. Raises `DataError` for another kind of task."""
+    check_classification(data, "this")
+    result = evaluate(backbone, patch, data, advance)
+    assert isinstance(result, Evaluation)
+    return result
 
 
 def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessing | None = None) -> Evaluation:
@@ -77,6 +68,7 @@ def evaluate_base(backbone: Backbone, data: TaskData, preprocessing: Preprocessi
     They are matched by name; where the base names none, WordNet ids are those of ImageNet's 1,000 classes, and other
     classes are matched by position. Raises `DataError` if they cannot be matched.
     """
+    check_classification(data, "the base's own head")
     count = _outputs(backbone)
     names = backbone.classes or _imagenet_ids(count, data.classes)
     outputs = tuple(names) or tuple(map(str, range(count)))
@@ -115,15 +107,21 @@ def logits_of(
     module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """The logits (N, K) that a module gives a split's images, not augmented, float32 on the CPU."""
+    return torch.cat([answers for answers, _ in answers_of(module, split, preprocessing, advance)])
+
+
+def answers_of(
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[Tensor, Any]]:
+    """Batches of what a module answers for a split's images, float32 on the CPU, with their labels or targets."""
     store = ImageStore(split, preprocessing, MEMORY)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    outputs = []
-    with torch.no_grad():
-        for rows in torch.arange(len(store)).split(64):
-            images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
-            outputs += [module(piece).float().cpu() for piece in pieces(images)]
-            advance(len(rows))
-    return torch.cat(outputs)
+    for rows in torch.arange(len(store)).split(64):
+        images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            answers = torch.cat([module(piece).float().cpu() for piece in pieces(images)])
+        yield answers, store.labels[rows] if split.targets is None else store.targets(rows, AUGMENTATIONS["none"], ())
+        advance(len(rows))
 
 
 def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,8 +140,11 @@ def _outputs(backbone: Backbone) -> int:
 
 
 def store_as(backbone: Backbone, patch: Patch, data: TaskData, dtype: str) -> Patch:
-    """The patch stored as `dtype`, measured again: `test_top1` is that of the numbers in the file, `float32_top1` before."""
-    stored = patch.astype(dtype)
+    """The patch stored as `dtype`, measured again: `test_top1` (or the task's own metric) is that of the numbers in the file,
+    `float32_top1` before."""
+    stored, metric = patch.astype(dtype), patch.task.metric
     result = evaluate(backbone, stored, data)
-    before = patch.metrics.get("test_top1", None) or evaluate(backbone, patch, data).top1
-    return stored.with_metrics(test_top1=result.top1, test_top5=result.top5, float32_top1=before)
+    before = patch.metrics.get(f"test_{metric}", None) or evaluate(backbone, patch, data).score
+    return stored.with_metrics(
+        **{f"test_{name}": value for name, value in result.figures.items()}, **{f"float32_{metric}": before}
+    )

@@ -1,6 +1,6 @@
 """Train a patch: one loop for every method.
 
-    images -> [frozen prefix, cached] -> patched spans and frozen rest -> head -> cross entropy
+    images -> [frozen prefix, cached] -> patched spans and frozen rest -> head -> the loss of the task's kind
 
 The backbone is hashed before and after; a fit that would move it fails. Every random choice follows `seed`, and each
 batch's order and augmentation follow (seed, epoch, step) alone, so that a run killed at any moment resumes from its last
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import modelpatch
@@ -39,11 +38,13 @@ from modelpatch.methods.method import Batch, batch_norms
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch
 from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.data import TaskData
-from modelpatch.train.evaluate import Evaluation, store_as
+from modelpatch.train.evaluate import store_as
 from modelpatch.train.images import Augmentation, choose_augmentation, pieces
 from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.logs import RunLog
+from modelpatch.train.measures import Result
+from modelpatch.train.objectives import objective_of
 from modelpatch.train.processes import ALONE, Team
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
@@ -139,7 +140,8 @@ class Fit:
         if settings.early_stopping and data.validation is None and not settings.validation:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
-        self.preprocessing = backbone.preprocessing.with_image_size(settings.image_size)
+        self.objective = objective_of(data, settings)
+        self.preprocessing = settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.record = BackboneRecord.of(backbone)
@@ -186,7 +188,8 @@ class Fit:
         """The model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
         self.blueprint = self.method.blueprint(self.backbone)
-        self.model = self.method.draft(self.backbone, len(self.data.classes)).to(self.device)
+        decoder = self.objective.head(self.backbone, self.preprocessing)
+        self.model = self.method.draft(self.backbone, len(self.data.classes), decoder).to(self.device)
         self.source.lend(self.model)
         if start is not None:
             self.model.start_from(start)
@@ -296,7 +299,8 @@ class Fit:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(rows, self.inputs.batch(rows, epoch, number), weights)
+        targets = self.objective.targets(self.inputs, self.labels, rows, epoch, number)
+        loss = self._backward(rows, self.inputs.batch(rows, epoch, number), targets, weights)
         self.team.add_up_gradients((p for group in self.optimizer.param_groups for p in group["params"]), loss)
         if self.settings.clip:
             self.scaler.unscale_(self.optimizer)
@@ -310,18 +314,18 @@ class Fit:
         """What is trained is in train mode, everything frozen in eval mode."""
         self.method.train_mode(self.model)
 
-    def _backward(self, rows: Tensor, inputs: Tensor, weights: Tensor | None) -> Tensor:
+    def _backward(self, rows: Tensor, inputs: Tensor, targets: Any, weights: Tensor | None) -> Tensor:
         """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
         part = self.team.part(len(rows))
-        labels = self.labels[rows].to(self.device)
-        counts = torch.ones(len(rows)) if weights is None else weights[labels]
-        share = float(counts[part].sum() / counts.sum())
+        targets = self.objective.move(targets, self.device)
+        counts = self.objective.counts(targets, weights)
+        share = float(counts[part].sum() / counts.sum().clamp(min=1e-12))
         if not share:
             return torch.zeros((), device=self.device)
-        x, labels = self._to_device(inputs[part]), labels[part]
-        logits = self._forward(x).float()
-        loss = F.cross_entropy(logits, labels, weights, label_smoothing=self.settings.label_smoothing)
-        added = self.method.added_loss(self.model, Batch(x, self.inputs.start, logits, labels))
+        x, own = self._to_device(inputs[part]), targets[part]
+        answers = self._forward(x, own)
+        loss = self.objective.loss(answers, own, weights)
+        added = self.method.added_loss(self.model, Batch(x, self.inputs.start, answers, own))
         self.scaler.scale(share * (loss + added)).backward()
         return share * loss.detach()
 
@@ -332,10 +336,10 @@ class Fit:
                 "the batch's. Set statistics='frozen' or 'recomputed', or start no more processes than tasks."
             )
 
-    def _forward(self, inputs: Tensor) -> Tensor:
+    def _forward(self, inputs: Tensor, targets: Any) -> Any:
         try:
             with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
-                return self.model.run_from(inputs, self.inputs.start)
+                return self.objective.forward(self.model, inputs, self.inputs.start, targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -353,7 +357,7 @@ class Fit:
             )
         self.state.loss_sum = 0.0
         if self._held is not None:
-            row["validation_top1"] = score = self._score(*self._held)
+            row[f"validation_{self.data.task.metric}"] = score = self._score(*self._held)
             if score > self.state.best_score:
                 self.state.best_score, self.state.stale = score, 0
                 self.state.best = {name: tensor.clone() for name, tensor in self.model.state().items()}
@@ -365,30 +369,31 @@ class Fit:
         self._save()
 
     def _score(self, inputs: Inputs, labels: Tensor) -> float:
-        return self._evaluate(inputs, labels).top1
+        return self._evaluate(inputs, labels).score
 
-    def _evaluate(self, inputs: Inputs, labels: Tensor) -> Evaluation:
-        return Evaluation.of(self._logits(inputs, len(labels)), labels, self.data.classes)
+    def _evaluate(self, inputs: Inputs, labels: Tensor) -> Result:
+        found = self._answers(inputs, len(labels))
+        return self.objective.measure(
+            (answers, self.objective.targets(inputs, labels, rows, 0, step)) for rows, step, answers in found
+        )
 
     @torch.no_grad()
-    def _logits(self, inputs: Inputs, count: int) -> Tensor:
+    def _answers(self, inputs: Inputs, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """The model's answers for plain images, batch by batch, on the CPU."""
         self.model.eval()
-        outputs = []
         for step, rows in enumerate(torch.arange(count).split(64)):
             x = self._to_device(inputs.batch(rows, 0, step))
             parts = pieces(x) if inputs.start == 0 else (x,)
-            outputs += [self.model.run_from(part, inputs.start).float().cpu() for part in parts]
-        return torch.cat(outputs)
+            yield rows, step, torch.cat([self.model.run_from(part, inputs.start).float().cpu() for part in parts])
 
     def logits(self, split: str) -> Tensor:
         """The trained model's logits (N, K) for a split's plain images, on the CPU."""
-        return self._logits(self.source.inputs(self.model, split, augmented=False), len(self.source.labels(split)))
+        inputs = self.source.inputs(self.model, split, augmented=False)
+        return torch.cat([answers for *_, answers in self._answers(inputs, len(self.source.labels(split)))])
 
     def _class_weights(self) -> Tensor | None:
-        if self.settings.class_weights == "none":
-            return None
-        counts = torch.bincount(self.labels, minlength=len(self.data.classes)).clamp(min=1)
-        return (len(self.labels) / (len(counts) * counts.float())).to(self.device)
+        weights = self.objective.class_weights(self.inputs, self.labels)
+        return None if weights is None else weights.to(self.device)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.precision != "auto":
@@ -434,9 +439,9 @@ class Fit:
             self.model.load_state(self.state.best)
         patch = self.make_patch(self.record, seconds)
         result = self._evaluate(self.source.inputs(self.model, "test", augmented=False), self.source.labels("test"))
-        metrics: dict[str, Any] = {"test_top1": result.top1, "test_top5": result.top5, "test_images": result.images}
+        metrics: dict[str, Any] = {f"test_{name}": value for name, value in result.figures.items()}
         if self.state.best:
-            metrics["validation_top1"] = self.state.best_score
+            metrics[f"validation_{self.data.task.metric}"] = self.state.best_score
         return patch.with_metrics(**metrics)
 
     def make_patch(self, backbone: BackboneRecord, seconds: float) -> Patch:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
+from modelpatch.backbone.preprocess import open_image
 from modelpatch.errors import TrainingError
 from modelpatch.train.data import Split, source_size
+from modelpatch.train.targets import make_store
 
 SMALL_SOURCE = 64
 PIECE = 2**17  # pixels
@@ -66,9 +68,11 @@ class Images(Protocol):
 
     def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor: ...
 
+    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any: ...
+
 
 class ImageStore:
-    """The images of a split, decoded once to uint8 (N, 3, R, R), R = `preprocessing.resize_to`.
+    """The images of a split, decoded once to uint8 (N, 3, R, R), R = `preprocessing.resize_to`, and the targets beside them.
 
     At most `memory` bytes are kept in memory; beyond that they lie in a temporary file. `advance(n)` is called as
     images are decoded.
@@ -81,9 +85,17 @@ class ImageStore:
         self.preprocessing = preprocessing
         self.labels = torch.from_numpy(split.labels)
         self.pixels = allocate((len(split), 3, side, side), torch.uint8, memory)
+        self._targets = (
+            make_store(split.targets, preprocessing, lambda shape: allocate(shape, torch.uint8, memory))
+            if split.targets is not None and len(split)
+            else None
+        )
 
         def decode(row: int) -> None:
-            self.pixels[row] = preprocessing.decode(split.images[row])
+            image = open_image(split.images[row])
+            if self._targets is not None:
+                self._targets.add(row, image)
+            self.pixels[row] = preprocessing.decode(image)
             advance(1)
 
         with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
@@ -101,9 +113,19 @@ class ImageStore:
         """Normalised random views (B, 3, S, S) float32 that follow `seed`."""
         if augmentation.name == "none":
             return self.plain(rows)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        views = augmentation(self.pixels[rows].float(), self.preprocessing.image_size, generator)
+        views = augmentation(self.pixels[rows].float(), self.preprocessing.image_size, _generator(seed))
         return self.preprocessing.normalize(views)
+
+    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any:
+        """What a dense task asks about the views that `augmented` gives for the same arguments: masks int64 (B, S, S)."""
+        assert self._targets is not None, "the task has no targets but labels"
+        if augmentation.name == "none":
+            return self._targets.plain(rows)
+        return self._targets.augmented(rows, augmentation.matrices(len(rows), _generator(seed)))
+
+
+def _generator(seed: tuple[int, ...]) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def pieces(images: Tensor) -> tuple[Tensor, ...]:
@@ -127,7 +149,11 @@ class Augmentation:
 
     def __call__(self, images: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """Float (B, 3, R, R) to (B, 3, size, size), each image cropped on its own; values keep their range."""
-        count = len(images)
+        grid = F.affine_grid(self.matrices(len(images), generator), [len(images), 3, size, size], align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    def matrices(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 2, 3): where each view's places, in [-1, 1], lie in its image. Diagonal, but for the shift."""
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(count, generator=generator)
@@ -138,9 +164,7 @@ class Augmentation:
         left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
         sign = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if self.flip else torch.ones(count)
         zero = torch.zeros(count)
-        matrices = torch.stack([torch.stack([width * sign, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
-        grid = F.affine_grid(matrices, [count, 3, size, size], align_corners=False)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return torch.stack([torch.stack([width * sign, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
 
 
 AUGMENTATIONS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class OwnInputs:
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         store, first = self._store(split), model.first
         augmentation = self.augmentation if augmented else NO_AUGMENTATION
-        if not self.cache or not cache_worthwhile(self.backbone, first):
+        if self.data.task.kind != "classification" or not self.cache or not cache_worthwhile(self.backbone, first):
             return PlainInputs(store, augmentation, self.seed)
         views = self.views if augmentation.name != "none" else 1
         share = prefix_share(self.backbone, first)
@@ -244,6 +244,9 @@ class ImageRows:
 
     def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor:
         return self.store.augmented(self.rows[rows], augmentation, seed)
+
+    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any:
+        return self.store.targets(self.rows[rows], augmentation, seed)
 
 
 class BoundaryInputs:

@@ -27,7 +27,7 @@ from modelpatch.methods import FullFinetune
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel
 from modelpatch.text import file_name
-from modelpatch.train.data import TaskData
+from modelpatch.train.data import TaskData, check_classification
 from modelpatch.train.evaluate import store_as
 from modelpatch.train.fit import Fit, FitSettings, State, check_settings
 from modelpatch.train.inputs import Inputs
@@ -144,6 +144,7 @@ def _check(
         raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
     if not isinstance(data, TaskData):
         raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
+    check_classification(data, "multires")
     whole = [type(pixels) is int for pixels in resolutions]
     if len(set(resolutions)) < 2 or len(set(resolutions)) < len(resolutions) or not all(whole):
         raise TrainingError(
@@ -250,7 +251,7 @@ class MultiResolutionFit(Fit):
     ) -> None:
         self.resolutions, self.sharing, self.files = tuple(resolutions), sharing, files
         super().__init__(backbone, data, method, settings, bar, log, None if files is None else files.checkpoint)
-        seen = backbone.preprocessing.model_copy(update={"interpolation": "bilinear"})
+        seen = self.preprocessing.model_copy(update={"interpolation": "bilinear"})
         self.parts = {
             pixels: Fit(backbone, self.data, method, replace(self.settings, image_size=pixels), bar, log, None)
             for pixels in self.resolutions
@@ -295,9 +296,11 @@ class MultiResolutionFit(Fit):
         for part in self.parts.values():
             part.train_mode()
 
-    def _backward(self, rows: Tensor, inputs: Any, weights: Tensor | None) -> Tensor:
+    def _backward(self, rows: Tensor, inputs: Any, targets: Any, weights: Tensor | None) -> Tensor:
         """Gradients of all resolutions for the same images: private ones as they are, shared ones averaged."""
-        losses = [part._backward(rows, own, weights) for part, own in zip(self.parts.values(), inputs, strict=True)]
+        losses = [
+            part._backward(rows, own, targets, weights) for part, own in zip(self.parts.values(), inputs, strict=True)
+        ]
         for parameter in self.model.averaged:
             if parameter.grad is not None:
                 parameter.grad /= len(self.parts)

@@ -33,8 +33,8 @@ from modelpatch.methods import Method, make_method
 from modelpatch.patch import BackboneRecord, Patch
 from modelpatch.text import file_name
 from modelpatch.train.checkpoint import Checkpoint, restore_random
-from modelpatch.train.data import TaskData
-from modelpatch.train.evaluate import evaluate, store_as
+from modelpatch.train.data import TaskData, check_classification
+from modelpatch.train.evaluate import evaluate_classes, store_as
 from modelpatch.train.fit import Fit
 from modelpatch.train.logs import RunLog
 from modelpatch.train.processes import Team
@@ -267,7 +267,7 @@ class _Run:
         facts = {**self.facts, "with": list(self.fits), "epochs": round(self.rounds / fit.per_epoch, 3)}
         # no fit of this task alone may take the file for its own
         made = replace(made, created={**made.created, "multitask": facts, "run": f"multitask {fit.digest}"})
-        result = evaluate(trained, made, fit.data)
+        result = evaluate_classes(trained, made, fit.data)
         made = made.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
         dtype = self.settings.dtype
         return made if dtype == "float32" else store_as(trained, made, fit.data, dtype)
@@ -280,6 +280,8 @@ def check_tasks(tasks: Sequence[TaskData]) -> None:
     """Raises `DataError` for what is no task, for none, and for two of one name."""
     if isinstance(tasks, TaskData) or not tasks or not all(isinstance(task, TaskData) for task in tasks):
         raise DataError(f"{str(tasks)[:200]} is not tasks' data. Expected a list: [mp.load_task(...), ...].")
+    for task in tasks:
+        check_classification(task, "multitask")
     names = [task.task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"two tasks are called {twice[0]!r}. Name them: mp.load_task(..., name=...).")

@@ -29,7 +29,7 @@ from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.paint import Paint, Start
 from modelpatch.patch import CosineHead, HeadRecord, LinearHead, Patch, Task
 from modelpatch.patch.merge import change_of
-from modelpatch.train.data import Split, TaskData
+from modelpatch.train.data import Split, TaskData, check_classification
 from modelpatch.train.evaluate import own_classes
 from modelpatch.train.fit import check_settings, fit
 from modelpatch.train.progress import Progress, quiet_progress
@@ -169,6 +169,8 @@ class Painter:
     ) -> None:
         if not data or not supported:
             raise DataError("PAINT needs a task to patch and one to support.")
+        for one in (*data, *supported):
+            check_classification(one, "paint")
         names = [one.task.name for one in (*data, *supported)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"two tasks are named {sorted(twice)[0]!r}. Load one of them with another name.")
@@ -177,7 +179,7 @@ class Painter:
         self.checkpoint, self.trained = Path(checkpoint) if checkpoint else None, 0
         chosen = check_settings(settings)
         self.seed = chosen.seed
-        preprocessing = backbone.preprocessing.with_image_size(chosen.image_size)
+        preprocessing = chosen.seen(backbone.preprocessing, "classification")
         backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
         self.rule = Rule.parse(exploration.rule)

@@ -6,11 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from modelpatch.backbone import Preprocessing
 from modelpatch.errors import TrainingError
+from modelpatch.patch.task import Kind
+from modelpatch.train.decoding import DecoderName
 from modelpatch.train.images import AugmentName
 
+
+def _split_names(given: Any) -> Any:
+    """`a,b` as the names it spells, as a command line gives them."""
+    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -22,6 +32,9 @@ class FitSettings:
     cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
     cached activations each; what exceeds it goes to a temporary file. `validation` is the share of training images held
     out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
+    `framing` says how images become squares: cropped, stretched, or (auto) cropped for classification and stretched for dense
+    tasks, which answer for the whole image. `decoder` names the head of a dense task, `taps` the segments whose outputs it
+    reads (see `decoding.py`). Dense tasks see a new view of every image in every epoch, without a cache.
     `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
     inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
     how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
@@ -33,6 +46,9 @@ class FitSettings:
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     image_size: PositiveInt | None = None
     augment: AugmentName = "auto"
+    framing: Literal["auto", "crop", "stretch"] = "auto"
+    decoder: DecoderName | None = None
+    taps: Names = ()
     views: PositiveInt = 4
     cache: bool = True
     memory: PositiveInt = 2 * 2**30
@@ -46,6 +62,12 @@ class FitSettings:
     clip: NonNegativeFloat = 0.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+    def seen(self, preprocessing: Preprocessing, kind: Kind) -> Preprocessing:
+        """How a task's images are seen: as the backbone's own, at the size and in the framing that are set."""
+        framing = self.framing if self.framing != "auto" else None if kind == "classification" else "stretch"
+        seen = preprocessing.with_image_size(self.image_size)
+        return seen if framing is None else seen.model_copy(update={"framing": framing})
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.

@@ -24,7 +24,7 @@ from modelpatch.errors import DataError
 from modelpatch.methods.vocabulary import Vocabulary
 from modelpatch.patch import Patch, Task
 from modelpatch.train.data import Split, TaskData
-from modelpatch.train.evaluate import evaluate
+from modelpatch.train.evaluate import evaluate_classes
 
 COLORS = {"red": (214, 48, 49), "green": (46, 160, 67), "blue": (48, 96, 200), "yellow": (240, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -62,7 +62,7 @@ def take_classes(data: TaskData, classes: Sequence[int] | np.ndarray, name: str)
 
 def transfer_accuracy(backbone: Backbone, patch: Patch, vocabulary: Vocabulary, data: TaskData) -> float:
     """Top-1 in [0, 1] of a patched body on the test images of a task it was not patched on, answered by words."""
-    return evaluate(backbone, vocabulary.relabel(patch, data.classes), data).top1
+    return evaluate_classes(backbone, vocabulary.relabel(patch, data.classes), data).top1
 
 
 # typographic attacks ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const state = { patches: [], asked: new Set(["base"]), image: null, plan: null, turn: 0 };
 const MOST = 64; // tasks that one request may ask for
+const SHOWN = 6; // areas or objects of an answer
 
 // Small scenes to try, drawn here: name, background, shapes.
 const SAMPLES = [
@@ -52,6 +53,7 @@ function operations(flops) {
 }
 
 function accuracy(metrics) {
+  for (const [key, unit] of [["test_miou", " mIoU"], ["test_map", " mAP"]]) if (key in metrics) return (100 * metrics[key]).toFixed(1) + unit;
   const key = Object.keys(metrics).find((name) => name === "test_top1") || Object.keys(metrics).find((name) => name.endsWith("top1"));
   return key ? percent(metrics[key], 1) : "–";
 }
@@ -200,6 +202,8 @@ function card(name, answer) {
   made.classList.toggle("own", name !== "base");
   made.querySelector("h3").textContent = name;
   made.querySelector(".where").textContent = patch ? `${patch.method} · ${answer.version.slice(0, 8)}` : "the backbone’s own answer";
+  if (answer.overlay) return segmented(made, answer);
+  if (answer.boxes) return detected(made, answer);
   made.querySelector("ol").append(...answer.top.map((guess) => {
     const fill = element("i");
     fill.style.width = width(guess.probability);
@@ -209,6 +213,48 @@ function card(name, answer) {
       element("div", { class: "bar" }, fill));
   }));
   return made;
+}
+
+// The image with the mask over it, and the largest areas with their colours.
+function segmented(made, answer) {
+  const picture = element("div", { class: "seen" }, element("img", { src: $("preview").src, alt: "" }));
+  const mask = element("img", { class: "mask", alt: "The classes of the image’s parts", src: `data:image/png;base64,${answer.overlay.png}` });
+  for (const [side, share] of ["left", "top", "width", "height"].map((side, place) => [side, answer.overlay.place[place]])) mask.style[side] = width(share);
+  picture.append(mask);
+  made.querySelector("ol").before(picture);
+  made.querySelector("ol").append(...answer.areas.slice(0, SHOWN).map((area) => bar(area, area.share)));
+  return made;
+}
+
+// The image with a frame around every object, and the objects with their colours.
+function detected(made, answer) {
+  const space = "http://www.w3.org/2000/svg";
+  const frames = document.createElementNS(space, "svg");
+  frames.setAttribute("viewBox", `0 0 ${answer.size.join(" ")}`);
+  frames.setAttribute("role", "img");
+  frames.setAttribute("aria-label", `${answer.boxes.length} objects`);
+  for (const { box: [left, top, right, bottom], color } of answer.boxes) {
+    const frame = document.createElementNS(space, "rect");
+    for (const [key, value] of Object.entries({ x: left, y: top, width: right - left, height: bottom - top, stroke: color })) frame.setAttribute(key, value);
+    frames.append(frame);
+  }
+  made.querySelector("ol").before(element("div", { class: "seen" }, element("img", { src: $("preview").src, alt: "" }), frames));
+  made.querySelector("ol").append(...answer.boxes.slice(0, SHOWN).map((box) => bar(box, box.probability)));
+  const more = answer.boxes.length - SHOWN;
+  if (more > 0) made.append(element("p", { class: "quiet" }, `and ${more} more`));
+  if (!answer.boxes.length) made.append(element("p", { class: "quiet" }, "No object is found."));
+  return made;
+}
+
+// A class in its colour, with a share.
+function bar(one, share) {
+  const fill = element("i"), color = element("b", { class: "color" });
+  fill.style.width = width(share);
+  fill.style.background = color.style.background = one.color;
+  return element("li", {},
+    element("span", { title: one.class }, color, one.class),
+    element("span", { class: "share-of" }, percent(share, share < 0.1 ? 1 : 0)),
+    element("div", { class: "bar" }, fill));
 }
 
 function refusal(name, problem) {
