@@ -103,7 +103,7 @@ def step(run: Fit) -> tuple[Batch, Tensor]:
     """A batch as the loop makes it, and what is added to its loss."""
     rows = torch.arange(8)
     x = run._to_device(run.inputs.batch(rows, 0, 0))
-    batch = Batch(x, run.inputs.start, run._forward(x), run.labels[rows])
+    batch = Batch(x, run.inputs.start, run._forward(x, run.labels[rows]), run.labels[rows])
     return batch, torch.as_tensor(run.method.added_loss(run.model, batch))
 
 
