@@ -188,7 +188,7 @@ def test_an_adversary_pulls_the_body_against_its_discriminator(tiny: Backbone) -
     features = F.normalize(features_of(run.model, batch), dim=1)
     others = F.normalize(torch.randn_like(features), dim=1)
     torch.manual_seed(1)
-    run._forward(batch.inputs)
+    run._forward(batch.inputs, batch.labels)
     logits = keeper.discriminator(torch.cat([features, others])).flatten()
     kinds = torch.cat([torch.zeros(len(features)), torch.ones(len(others))])
     straight = torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, kinds), parameters)
