@@ -90,7 +90,7 @@ def test_torchvision_networks_bring_their_published_preprocessing() -> None:
         ("timm:resnet1888", "Similar: .*resnet1"),
         ("timm:qqqqqqqqqq", "list_models"),
         ("torchvision:resnet1888", "list_models"),
-        ("torchvision:fcn_resnet50", "no classification model"),
+        ("torchvision:raft_small", "no model 'raft_small' that could be a backbone"),
         ("file:missing.safetensors", "missing.safetensors"),
         ("bundled:nonsense", "nonsense"),
     ],

@@ -15,7 +15,14 @@ from torch import Tensor
 from conftest import color_task, make_tiny
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.engine import Engine
-from modelpatch.errors import DataError, DivergedError, MethodError, TrainingError, WrongBackboneError
+from modelpatch.errors import (
+    BackboneError,
+    DataError,
+    DivergedError,
+    MethodError,
+    TrainingError,
+    WrongBackboneError,
+)
 from modelpatch.methods import (
     DeltaNetwork,
     Depthwise,
@@ -405,7 +412,7 @@ WRONG: dict[str, tuple[Call, type[Exception], str]] = {
     "stopping": (lambda b, t: fit_multitask(b, t, early_stopping=2), TrainingError, "all tasks end together"),
     "float16": (lambda b, t: fit_multitask(b, t, precision="float16"), TrainingError, "Use precision='bfloat16'"),
     "epochs": (lambda b, t: fit_multitask(b, t, epochs=0), TrainingError, "epochs = 0 is not valid"),
-    "out": (lambda b, t: fit_multitask(b, t, out="there"), TrainingError, "names an architecture of timm"),
+    "out": (lambda b, t: fit_multitask(b, t, out="there"), BackboneError, "names an architecture of timm"),
 }
 
 
