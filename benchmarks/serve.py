@@ -1,6 +1,7 @@
 """What HTTP costs on the loopback: our server beside direct calls of its engine, and LitServe beside it where installed.
 
-    overhead     one client: the median of a request beside the engine's own call on the same bytes
+    overhead     one client: the median of a request beside the engine's own call on the same bytes; its floor is a request
+                 that asks for nothing
     throughput   8 and 32 clients: images a second beside the engine's own at the batch sizes that formed
 
     python benchmarks/serve.py --json benchmarks/results/serve.json
@@ -153,7 +154,9 @@ def measure_ours(url: str, engine: mp.Engine, names: list[str], image: bytes, ro
         both = list(zip(times["http"], times["engine"], strict=True))
         middle = {name: statistics.median(values) for name, values in times.items()}
         added = statistics.median(http - own for http, own in both)
-        rows = [("overhead, ms, 1 client", middle["http"], middle["engine"], added)]
+        rows: list[Any] = [("overhead, ms, 1 client", middle["http"], middle["engine"], added)]
+        nothing = compare_ways({"healthz": client.ready}, 200)["healthz"]
+        rows.append(("floor: readiness, ms, 1 client", statistics.median(nothing), "", ""))
         rows += [throughput(url, ask, engine, names, image, clients, seconds) for clients in (8, 32)]
     return rows
 

@@ -48,7 +48,9 @@ class WithLoss(Wrapped):
         return self.method.draft(backbone, classes, decoder)
 
     def check_decoder(self) -> None:
-        raise MethodError(f"{type(self.keeper).__name__} is a loss of classes of whole images. Train {self.name} without it.")
+        raise MethodError(
+            f"{type(self.keeper).__name__} is a loss of classes of whole images. Train {self.name} without it."
+        )
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Let the keeper look at the model before it moves."""
