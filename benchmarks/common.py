@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 import modelpatch as mp
 from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord
+from modelpatch.reproduce import Sources
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -38,10 +38,7 @@ def machine() -> dict[str, Any]:
 
 def unpack(name: str, into: Path) -> Path:
     """A real data set, unpacked into a cache folder."""
-    if not (into / name).exists():
-        with tarfile.open(SHARED / "data" / f"{name}.tar") as archive:
-            archive.extractall(into, filter="data")
-    return into / name
+    return Path(Sources(SHARED / "data", into).find(name))
 
 
 def mobilenet() -> str:

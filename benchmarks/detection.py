@@ -14,40 +14,20 @@ The claim (Δ-Networks, detection and segmentation): Δ beats the frozen backbon
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 import modelpatch as mp
-from common import mobilenet, report, unpack, with_head_rate
+from common import mobilenet, report, unpack
+from dense import options, study, title
 from modelpatch.backbone.preprocess import open_image
 from modelpatch.engine.overlay import boxes, draw_boxes
 from modelpatch.train import TaskData
-from modelpatch.train.evaluate import standard_error
 
 METHODS = ("linear-probe", "scale-bias", "delta(modules=4)")
 COLUMNS = ("method", "mAP@0.5", "standard error", "mAP@0.5:0.95", "file bytes", "seconds")
 DRAWN = 4  # test images
-
-
-def study(
-    backbone: mp.Backbone, data: TaskData, methods: list[str], seeds: int, **settings: Any
-) -> tuple[list[tuple[Any, ...]], dict[str, mp.Patch]]:
-    """A row a method, and the patches of the first seed."""
-    rows, patches = [], {}
-    for method in methods:
-        fitted = [mp.fit(backbone, data, method, seed=seed, progress=True, **settings) for seed in range(seeds)]
-        halves = [patch.metrics["test_map50"] for patch in fitted]
-        whole = statistics.fmean(patch.metrics["test_map"] for patch in fitted)
-        seconds = statistics.fmean(patch.created["seconds"] for patch in fitted)
-        size = fitted[0].inspect().file_bytes
-        rows.append((method, statistics.fmean(halves), standard_error(halves) or 0.0, whole, size, seconds))
-        patches[method] = fitted[0]
-    return rows, patches
 
 
 def draw(backbone: mp.Backbone, data: TaskData, patches: dict[str, mp.Patch], folder: Path) -> None:
@@ -65,35 +45,17 @@ def draw(backbone: mp.Backbone, data: TaskData, patches: dict[str, mp.Patch], fo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, METHODS, "faster-rcnn", epochs=20, head_lr=1e-3)
     parser.add_argument("--task", default="bccd_voc", help="bccd_voc or raccoon_voc")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--decoder", default="faster-rcnn", help="faster-rcnn or ssdlite")
-    parser.add_argument("--images", type=int, help="training images; by default all")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pixels", type=int, default=224)
-    parser.add_argument("--head-lr", type=float, default=1e-3, help="detectors want a lower rate than linear heads")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
-    parser.add_argument("--overlays", type=Path, help="a folder for pictures")
-    parser.add_argument("--patches", type=Path, help="a folder for the first seed's patches")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     given.cache.mkdir(exist_ok=True)
     data = mp.load_task(unpack(given.task, given.cache))
     data = data if given.images is None else data.subsample(given.images)
     backbone = mp.load_backbone(mobilenet())
-    settings = {"image_size": given.pixels, "epochs": given.epochs, "batch_size": given.batch_size, "clip": 5.0}
-    methods = [with_head_rate(method, given.head_lr) for method in given.methods]
-    rows, patches = study(backbone, data, methods, given.seeds, decoder=given.decoder, **settings)
+    rows, patches = study(backbone, data, given, ("map50", "map"), clip=5.0)
     if given.overlays:
         draw(backbone, data, patches, given.overlays)
-    for name, patch in patches.items() if given.patches else ():
-        given.patches.mkdir(parents=True, exist_ok=True)
-        patch.save(given.patches / f"{given.task}-{name.partition('(')[0]}.safetensors")
-    run = f"{given.pixels} px, {given.epochs} epochs, {given.decoder}, {given.seeds} seeds"
-    report(f"{given.task}, {len(data.train)} images at {run}", COLUMNS, rows, given.json)
+    report(title(data, given), COLUMNS, rows, given.json)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_killed_processes_are_started_again_and_their_runs_go_on(tmp_path: Path)
     for kind in ("fit", "multitask"):
         first, second = (steps_in(tmp_path / f"{kind}-{again}") for again in (False, True))
         assert first == [1, 2, 3, 4, 5]
-        assert second[0] in (5, 6)  # after the last state that was saved, not from the start
+        assert second[0] in (4, 5, 6)  # not from the start: the state of step 4 may be half written when a process dies
         assert second[-1] == 12
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     tiny = make_tiny()

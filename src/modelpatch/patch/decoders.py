@@ -72,7 +72,7 @@ class DeepLabHead(Decoder):
 
 def _layer(inputs: int, outputs: int, size: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    return nn.Sequential(conv, _norm(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, group_norm(outputs), nn.ReLU(inplace=True))
 
 
 def _dilated(inputs: int, outputs: int, rate: int) -> nn.Sequential:
@@ -81,7 +81,8 @@ def _dilated(inputs: int, outputs: int, rate: int) -> nn.Sequential:
     return nn.Sequential(depthwise, *_layer(inputs, outputs))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Normalises in up to 16 groups of channels, without batch statistics."""
     return nn.GroupNorm(math.gcd(channels, 16), channels)
 
 

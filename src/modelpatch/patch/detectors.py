@@ -10,7 +10,6 @@ of every patch; those of SSDlite are normalised in groups, which needs no batch 
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from modelpatch.patch.decoders import group_norm
 from modelpatch.patch.heads import Decoder, HeadRecord, register_decoder
 
 BOXES = 100  # of an answer
@@ -112,7 +112,7 @@ class SSDLiteHead(Detector):
         pairs = zip(widths[len(record.widths) - 1 : -1], widths[len(record.widths) :], strict=True)
         self.extra = nn.ModuleList(_halve(inputs, outputs) for inputs, outputs in pairs)
         anchors = DefaultBoxGenerator([[2, 3] for _ in widths], min_ratio=0.15, max_ratio=0.95)
-        head = ssdlite.SSDLiteHead(widths, anchors.num_anchors_per_location(), record.outputs + 1, _norm)
+        head = ssdlite.SSDLiteHead(widths, anchors.num_anchors_per_location(), record.outputs + 1, group_norm)
         self.ssd = ssd.SSD(
             nn.Identity(),
             anchors,
@@ -173,16 +173,12 @@ def _halve(inputs: int, outputs: int) -> nn.Sequential:
     """A map of half the side."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 1, bias=False),
-        _norm(outputs),
+        group_norm(outputs),
         nn.ReLU6(inplace=True),
         nn.Conv2d(outputs, outputs, 3, 2, 1, groups=outputs, bias=False),
-        _norm(outputs),
+        group_norm(outputs),
         nn.ReLU6(inplace=True),
         nn.Conv2d(outputs, outputs, 1, bias=False),
-        _norm(outputs),
+        group_norm(outputs),
         nn.ReLU6(inplace=True),
     )
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, 16), channels)

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from modelpatch.report.plots import figure
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train.sharing import Mean, SharingComparison
+from modelpatch.train.evaluate import Mean
+from modelpatch.train.sharing import SharingComparison
 
 
 def sharing_cells(comparison: SharingComparison) -> tuple[list[str], list[list[str]]]:

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelpatch.reproduce.recipe import Claim, Recipe
-from modelpatch.train.evaluate import standard_error
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds and its standard error, None for one seed."""
-
-    value: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        return cls(statistics.fmean(values), standard_error(values))
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
+from modelpatch.train.evaluate import Mean
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,9 @@ def tell_areas(
     classes: np.ndarray, names: Sequence[str], preprocessing: Preprocessing, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The class of every pixel (H, W) of what the network saw of an image of this width and height."""
-    colors = palette(len(names))
+    named = _named(names)
     return {
-        "areas": [
-            {
-                "class": names[area.index],
-                "index": area.index,
-                "color": "#" + colors[area.index].tobytes().hex(),
-                "share": round(area.share, 6),
-            }
-            for area in areas(classes)
-        ],
+        "areas": [{**named[area.index], "share": round(area.share, 6)} for area in areas(classes)],
         "overlay": {
             "png": base64.b64encode(encode_png(overlay(classes, len(names)))).decode(),
             "place": _place(preprocessing, size),
@@ -39,13 +31,11 @@ def tell_boxes(
     answer: Tensor, names: Sequence[str], preprocessing: Preprocessing, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The boxes (N, 6) in an image of this width and height."""
-    colors = palette(len(names))
+    named = _named(names)
     return {
         "boxes": [
             {
-                "class": names[box.index],
-                "index": box.index,
-                "color": "#" + colors[box.index].tobytes().hex(),
+                **named[box.index],
                 "probability": round(box.probability, 6),
                 "box": [round(corner, 2) for corner in box.corners],
             }
@@ -53,6 +43,12 @@ def tell_boxes(
         ],
         "size": list(size),
     }
+
+
+def _named(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every class with its place and colour."""
+    colors = ["#" + color.tobytes().hex() for color in palette(len(names))]
+    return [{"class": name, "index": n, "color": colors[n]} for n, name in enumerate(names)]
 
 
 def _place(preprocessing: Preprocessing, size: tuple[int, int]) -> list[float]:

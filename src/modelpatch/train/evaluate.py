@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ def harmonic_mean(first: float, second: float) -> float:
 def standard_error(values: Sequence[float]) -> float | None:
     """The standard error of the mean, None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its standard error, None for one seed."""
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(statistics.fmean(values), standard_error(values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
 
 
 def evaluate(

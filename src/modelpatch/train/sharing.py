@@ -12,20 +12,8 @@ from typing import Any
 
 from modelpatch.backbone import Backbone
 from modelpatch.train.data import TaskData
-from modelpatch.train.evaluate import standard_error
+from modelpatch.train.evaluate import Mean
 from modelpatch.train.multires import SHARINGS, Files, MultiResolution, fit_multires
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its standard error, None for one seed."""
-
-    value: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        return cls(statistics.fmean(values), standard_error(values))
 
 
 @dataclass(frozen=True)
