@@ -74,9 +74,9 @@ def test_the_documented_command_runs(
     initialization: ModuleType, real_data: Callable[[str], Path], real_backbone: object, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    folder = real_data("mnist").parent
-    real_data("gtsrb")
-    asked = "--images 90 --other mnist --other-images 60 --epochs 1 --other-epochs 1 --seeds 1 --pixels 32"
+    folder = real_data("pacs_sketch").parent
+    real_data("pacs_photo")
+    asked = "--task pacs_photo --images 90 --other pacs_sketch --other-images 60 --epochs 1 --other-epochs 1 --seeds 1 --pixels 32"
     arguments = [*asked.split(), "--cache", str(folder), "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["initialization.py", *arguments])
     initialization.main()

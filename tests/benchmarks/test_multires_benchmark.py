@@ -45,8 +45,8 @@ def test_the_documented_command_runs(
     study: ModuleType, real_data: Callable[[str], Path], real_backbone: object, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    folder = real_data("gtsrb").parent
-    asked = "--images 90 --epochs 1 --seeds 1 --resolutions 32,48 --sharing private,shared"
+    folder = real_data("pacs_photo").parent
+    asked = "--task pacs_photo --images 90 --epochs 1 --seeds 1 --resolutions 32,48 --sharing private,shared"
     arguments = [*asked.split(), "--cache", str(folder), "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["multires.py", *arguments])
     study.main()
