@@ -76,8 +76,8 @@ def test_the_documented_command_runs(
 ) -> None:  # fmt: skip
     folder = real_data("pacs_sketch").parent
     real_data("pacs_photo")
-    asked = "--task pacs_photo --images 90 --other pacs_sketch --other-images 60 --epochs 1 --other-epochs 1 --seeds 1 --pixels 32"
-    arguments = [*asked.split(), "--cache", str(folder), "--json", str(tmp_path / "rows.json")]
+    asked = "--task pacs_photo --images 90 --other pacs_sketch --other-images 60 --epochs 1 --other-epochs 1 --seeds 1"
+    arguments = [*asked.split(), "--pixels", "32", "--cache", str(folder), "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["initialization.py", *arguments])
     initialization.main()
     assert (tmp_path / "rows.json").read_text().count('"weights"') == 3 * len(initialization.METHODS)

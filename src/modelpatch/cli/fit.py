@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Asked, Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
+from modelpatch.cli.options import Asked, Cluster, Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, make_folder, open_console, resumable, tell, write_json
 from modelpatch.methods import METHODS, make_method
 from modelpatch.report.tables import inspection_table, show
@@ -28,6 +29,7 @@ def fit(
     training: Training,
     asked: Asked,
     file: PatchFile,
+    cluster: Cluster,
     method: Annotated[
         str, typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; joined by + for several in one patch.")
     ] = "scale-bias",
@@ -62,7 +64,8 @@ def fit(
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")
         with resumable(console, checkpoint, restart):
-            patch = run_fit(base, task, made, out=path, checkpoint=checkpoint, log=log, progress=True, **settings)
+            work = partial(run_fit, base, task, made, out=path, checkpoint=checkpoint, log=log, progress=True)
+            patch = cluster.run(partial(work, **settings))
         if not team.leads:
             return
         inspection = patch.inspect()

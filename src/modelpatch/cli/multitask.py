@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from modelpatch.backbone import check_writable
 from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, RestartOption, SetOption, Training, parse_pairs
+from modelpatch.cli.options import Cluster, Network, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import (
     ForceOption,
     JsonOption,
@@ -41,6 +42,7 @@ def multitask(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for backbone.safetensors and a patch a task.")],
     network: Network,
     training: Training,
+    cluster: Cluster,
     private: Annotated[
         str, typer.Option("--private", "-m", help="The method of the patches: what every task has for itself.")
     ] = PRIVATE,
@@ -86,7 +88,8 @@ def multitask(
         check_writable(base)
         checkpoint = out / "training"
         with resumable(console, checkpoint, restart):
-            result = fit_multitask(
+            work = partial(
+                fit_multitask,
                 base,
                 tasks,
                 method,
@@ -99,6 +102,7 @@ def multitask(
                 progress=True,
                 **settings,
             )
+            result = cluster.run(work)
         if not team.leads:
             return
         sizes = {name: path.stat().st_size for name, path in files.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -31,7 +31,10 @@ from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
 from modelpatch.patch import Cascade, Patch
 from modelpatch.patch.cascade import is_cascade
 from modelpatch.train import TaskData, load_task
+from modelpatch.train.actors import LOCAL, run_on_ray
 from modelpatch.train.fit import FitSettings
+
+T = TypeVar("T")
 
 BackboneOption = Annotated[
     str,
@@ -136,6 +139,27 @@ class Training:
         """The settings of a fit, with those for which the verb has options of its `own`. Raises `TrainingError`."""
         named = {name: getattr(self, name) for name in ("epochs", "batch_size", "image_size", "seed")}
         return fit_settings(self.option, **named, **own)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Whether a run is done here or on Ray."""
+
+    ray_workers: Annotated[
+        int, typer.Option(min=0, help="Train on Ray, with this many processes that share tasks and batches; 0: here.")
+    ] = 0
+    ray_address: Annotated[
+        str, typer.Option(help="The cluster: 'local' starts one here, 'auto' finds a running one, or HOST:PORT.")
+    ] = LOCAL
+
+    def __post_init__(self) -> None:
+        """Raises `ModelpatchError` for an address without workers."""
+        if not self.ray_workers and self.ray_address != LOCAL:
+            raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray-workers. Give both.")
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What the work returns, here or there."""
+        return run_on_ray(work, self.ray_workers, address=self.ray_address) if self.ray_workers else work()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -11,11 +9,11 @@ from typing import Any
 
 import torch
 
-from modelpatch.errors import MissingExtraError, TrainingError
 from modelpatch.select.trials import Bench, Outcome, Trial
 from modelpatch.select.workers import attempt, give_up
+from modelpatch.train.actors import LOCAL, connected, require_ray
 
-LOCAL = "local"
+__all__ = ["LOCAL", "RayWorkers"]
 
 
 class RayWorkers:
@@ -26,8 +24,7 @@ class RayWorkers:
     """
 
     def __init__(self, bench: Bench, count: int, threads: int, address: str) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise MissingExtraError("ray", "ray", "--ray")
+        require_ray("--ray")
         self.bench, self.count, self.threads, self.address = bench.for_worker(count), count, threads, address
         self.actors: list[Any] = []
 
@@ -69,15 +66,8 @@ class RayWorkers:
     def __enter__(self) -> RayWorkers:
         import ray
 
-        self._started = not ray.is_initialized()
-        if self._started:
-            own: dict[str, Any] = {"num_cpus": self.count * self.threads, "include_dashboard": False}
-            own = {**(own if self.address == LOCAL else {}), "log_to_driver": False, "logging_level": logging.ERROR}
-            try:
-                ray.init(address=self.address, **own)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise TrainingError(f"there is no Ray cluster at {self.address!r}: {reason}") from error
+        self._connection = connected(self.address, self.count * self.threads)
+        self._connection.__enter__()
         self._stored = ray.put(self.bench)
         return self
 
@@ -89,8 +79,7 @@ class RayWorkers:
         for actor in self.actors:
             ray.kill(actor)
         self.actors.clear()
-        if self._started:
-            ray.shutdown()
+        self._connection.__exit__(kind, error, trace)
 
 
 class Actor:
