@@ -57,7 +57,7 @@ def main() -> None:
         "full fine-tuning as a whole; by default each has its own",
     )
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument(
         "--labels", type=int, nargs="+", help="of the simulation on CIFAR-10, which runs if they are given"
     )
@@ -70,9 +70,10 @@ def main() -> None:
     rows: list[tuple[Any, ...]] = []
     for name in given.tasks:
         rows += _compare(backbone, name, given)
-    columns = ("task", "method", "test top-1", "standard error", "each seed", "blocks of each seed")
-    title = f"{given.images} training images, {given.epochs} epochs, {given.seeds} seeds"
-    report(title, columns, rows, given.out / "accuracy.json")
+    if rows:
+        columns = ("task", "method", "test top-1", "standard error", "each seed", "blocks of each seed")
+        title = f"{given.images} training images, {given.epochs} epochs, {given.seeds} seeds"
+        report(title, columns, rows, given.out / "accuracy.json")
     if given.labels:
         _simulate(backbone, given)
 

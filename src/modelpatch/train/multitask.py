@@ -44,7 +44,7 @@ from modelpatch.train.shared import SharedWeights
 
 Sampling = Literal["equal", "proportional"]
 BACKBONE = "backbone.safetensors"
-PRIVATE, SHARED = "scale-bias(statistics=learned)", "full-finetune"
+PRIVATE, SHARED = "scale-bias(lr=0.001)", "full-finetune"  # a rate for weights that move together
 FOR_FROZEN = {  # settings that only make sense over a frozen backbone, or for a task that ends on its own
     "cache": "what lies before a patch moves",
     "views": "what lies before a patch moves",
