@@ -25,6 +25,7 @@ from modelpatch.train import (
     fit_multires,
     fit_multitask,
     harmonic_mean,
+    join_tasks,
     load_task,
     paint,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "fit_multires",
     "fit_multitask",
     "harmonic_mean",
+    "join_tasks",
     "load_backbone",
     "load_task",
     "merge",

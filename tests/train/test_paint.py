@@ -17,7 +17,7 @@ from modelpatch.methods.paint import Start
 from modelpatch.patch import LinearHead, Patch, Task
 from modelpatch.train import PaintSettings, TaskData, fit, paint
 from modelpatch.train.frontier import BASELINES, STRENGTHS, frontier
-from modelpatch.train.paint import join_heads, join_tasks, split_head
+from modelpatch.train.paint import join_heads, split_head
 from modelpatch.train.probe import fit_probe
 from modelpatch.train.tradeoff import Accuracy, Point, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
 
@@ -211,10 +211,7 @@ def test_fine_tuning_starts_at_given_weights(tiny: Backbone) -> None:
         Paint(start=Start(body={"nothing": torch.zeros(1)})).draft(tiny, 3)
 
 
-def test_tasks_and_heads_are_joined_and_split(tiny: Backbone) -> None:
-    joined = join_tasks([one.with_validation(0.2, 0) for one in (NEW, OTHER)])
-    assert len(joined.train) == sum(len(one.with_validation(0.2, 0).train) for one in (NEW, OTHER))
-    assert joined.test.labels.max() == 5
+def test_heads_are_joined_and_split() -> None:
     heads = [LinearHead(4, 2), LinearHead(4, 3)]
     features = torch.randn(5, 4)
     whole = join_heads(heads)(features)

@@ -28,11 +28,12 @@ from modelpatch.select.cascading import evaluate_cascade
 from modelpatch.train import Evaluation, Result, Segmentation, harmonic_mean, load_task
 from modelpatch.train import evaluate as run_evaluate
 from modelpatch.train.evaluate import evaluate_base
+from modelpatch.train.joining import accuracy_by_task
 from modelpatch.train.progress import Progress
 
 
 def evaluate(
-    data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    data: Annotated[list[str], typer.Argument(help="The task's data, as for fit.")],
     patch: Annotated[Path, typer.Option("--patch", "-p", help="The patch file, or a cascade's.")],
     backbone: PatchBackboneOption = None,
     base_data: Annotated[
@@ -65,6 +66,8 @@ def evaluate(
         else:
             result, extra = run_evaluate(base, loaded, task, advance), {}
     figures = {**result.as_dict(), **extra}
+    if isinstance(result, Evaluation) and (by_task := accuracy_by_task(result, task)):
+        figures["by_task"] = by_task
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])

@@ -20,9 +20,10 @@ from modelpatch.train.processes import joined
 @grouped
 def fit(
     data: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            help="Class folders, a CSV or parquet manifest, hf:NAME or bundled:digits; images with masks or boxes, see docs."
+            help="Class folders, a CSV or parquet manifest, hf:NAME or bundled:digits; images with masks or boxes, see docs. "
+            "Several: one task over all their classes."
         ),
     ],
     network: Network,

@@ -30,7 +30,7 @@ from modelpatch.errors import (
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
 from modelpatch.patch import Cascade, Patch
 from modelpatch.patch.cascade import is_cascade
-from modelpatch.train import TaskData, load_task
+from modelpatch.train import TaskData, join_tasks, load_task
 from modelpatch.train.actors import LOCAL, run_on_ray
 from modelpatch.train.fit import FitSettings
 
@@ -114,12 +114,11 @@ class Asked:
     def __post_init__(self) -> None:
         read_names("--classes", self.classes)
 
-    def load(self, data: str, seed: int) -> TaskData:
-        """The task. Raises `DataError`."""
+    def load(self, data: Sequence[str], seed: int) -> TaskData:
+        """The task, several of them as one. Raises `DataError`."""
         kind: Any = self.kind  # checked there
-        return load_task(
-            data, seed=seed, kind=kind, classes=read_names("--classes", self.classes) or None, ignore=self.ignore
-        )
+        classes = read_names("--classes", self.classes) or None
+        return join_tasks([load_task(one, seed=seed, kind=kind, classes=classes, ignore=self.ignore) for one in data])
 
 
 @dataclass(frozen=True)
@@ -317,14 +316,15 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
     return Cascade.load(path)
 
 
-def load_own(patch: Patch, data: str, seed: int | None) -> TaskData:
-    """The data of a patch's task, read as it was for the fit, as far as the file says. Raises `DataError`."""
+def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> TaskData:
+    """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
     said = patch.created.get("data")
     facts = said if isinstance(said, dict) else {}
     names, ignore = facts.get("classes"), facts.get("ignore")
     classes = [str(name) for name in names] if isinstance(names, list) else None
     chosen = fitted_seed(patch) if seed is None else seed
-    return load_task(data, seed=chosen, kind=patch.task.kind, classes=classes, ignore=ignore)
+    kind = patch.task.kind
+    return join_tasks([load_task(one, seed=chosen, kind=kind, classes=classes, ignore=ignore) for one in data])
 
 
 def fitted_seed(patch: Patch) -> int:

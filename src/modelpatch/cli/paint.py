@@ -37,7 +37,7 @@ from modelpatch.report.tables import show
 from modelpatch.train import PaintSettings, load_task
 from modelpatch.train import paint as run_paint
 from modelpatch.train.frontier import BASELINES, frontier
-from modelpatch.train.paint import joint_task
+from modelpatch.train.joining import joint_task
 
 
 @grouped

@@ -232,6 +232,7 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     table.add_column("value", justify="right", no_wrap=True)
     rows = [(label, percent(figures[name])) for name, label in FIGURES.items() if name in figures]
     rows.append(("images", str(figures["images"])))
+    rows += [(f"top-1 of {name}", percent(value)) for name, value in figures.get("by_task", {}).items()]
     if "base_top1" in figures:
         rows += [("base top-1", percent(figures["base_top1"])), ("harmonic mean", percent(figures["harmonic_mean"]))]
     if "macs" in figures:

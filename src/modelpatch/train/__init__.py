@@ -4,6 +4,7 @@ from modelpatch.train.compare import Comparison, compare
 from modelpatch.train.data import Split, TaskData, load_task
 from modelpatch.train.evaluate import evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
+from modelpatch.train.joining import join_tasks
 from modelpatch.train.measures import Detection, Evaluation, Result, Segmentation
 from modelpatch.train.multires import MultiResolution, fit_multires
 from modelpatch.train.multitask import Multitask, fit_multitask
@@ -28,6 +29,7 @@ __all__ = [
     "fit_multires",
     "fit_multitask",
     "harmonic_mean",
+    "join_tasks",
     "load_task",
     "paint",
     "store_as",

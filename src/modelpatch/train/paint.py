@@ -27,11 +27,12 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.paint import Paint, Start
-from modelpatch.patch import CosineHead, HeadRecord, LinearHead, Patch, Task
+from modelpatch.patch import CosineHead, HeadRecord, LinearHead, Patch
 from modelpatch.patch.merge import change_of
 from modelpatch.train.data import Split, TaskData, check_classification
 from modelpatch.train.evaluate import own_classes
 from modelpatch.train.fit import check_settings, fit
+from modelpatch.train.joining import join_tasks, joint_task
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.scoring import Norms, ScoredTask, Scorer, mixed, with_statistics
 from modelpatch.train.tradeoff import Point, Role, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
@@ -398,29 +399,7 @@ class Painter:
         )
 
 
-# tasks and heads together ---------------------------------------------------------------------------------------------
-
-
-def join_tasks(tasks: Sequence[TaskData]) -> TaskData:
-    """The images of several tasks as one task over all their classes, `TASK: CLASS` where two tasks share a name."""
-    if len(tasks) == 1:
-        return tasks[0]
-    splits: dict[str, Split] = {}
-    for name in ("train", "validation", "test"):
-        parts = [cast(Split, getattr(task, name)) for task in tasks]
-        starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
-        labels = np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
-        splits[name] = Split([image for part in parts for image in part.images], labels)
-    return TaskData(joint_task([task.task for task in tasks]), splits["train"], splits["test"], splits["validation"])
-
-
-def joint_task(tasks: Sequence[Task]) -> Task:
-    """One task with the classes of several."""
-    if len(tasks) == 1:
-        return tasks[0]
-    names = [name for task in tasks for name in task.classes]
-    classes = [f"{task.name}: {name}" if names.count(name) > 1 else name for task in tasks for name in task.classes]
-    return Task(name="+".join(task.name for task in tasks)[:256], classes=tuple(classes))
+# heads together ---------------------------------------------------------------------------------------------
 
 
 def join_heads(heads: Sequence[nn.Module]) -> nn.Module:
