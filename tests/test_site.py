@@ -48,9 +48,9 @@ def documented(site: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_of_a_package_is_described(package: str, documented: set[str]) -> None:
-    """Under the package's name; or, where a module has the same name, under that of the module."""
+    """Under the name of the module where it stands, whose docstring has the formula, the paper or the table."""
     names = importlib.import_module(f"modelpatch.{package}").__all__
-    described = re.compile(rf"modelpatch\.{package}\.(?:[a-z_]+\.)?(\w+)")
+    described = re.compile(r"modelpatch\.[a-z]+\.[a-z0-9_]+\.(\w+)")
     assert set(names) <= {found[1] for name in documented if (found := described.fullmatch(name))}
 
 

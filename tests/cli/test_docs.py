@@ -109,7 +109,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     patch = mp.fit(backbone, task, "linear-probe", epochs=1)
     for name, classes in (("flowers", 102), ("birds", 200)):
         patch.save(folder / f"{name}.safetensors")
-        torch.save(create_small("resnet50.a1_in1k", num_classes=classes).state_dict(), folder / f"{name}.pth")
+        copy = create_small("resnet50.a1_in1k", num_classes=classes).state_dict()
+        copy["layer4.0.conv2.weight"] *= 1.1  # fine-tuned
+        torch.save(copy, folder / f"{name}.pth")
     names = {"mp": mp, "backbone": backbone, "task": task, "patch": patch, "batch": torch.rand(3, 3, 32, 32)}
     names |= {"small": small, "middle": middle, "large": large, "files": [folder / "a.jpg", folder / "b.jpg"]}
     return Given(folder, names)
