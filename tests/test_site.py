@@ -6,11 +6,13 @@ import importlib
 import logging
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import modelpatch
+from modelpatch import errors
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("mkdocstrings")
@@ -23,51 +25,50 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("backbone", "methods", "train", "patch", "engine", "select", "serve", "reproduce")
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built. A warning (a link, an anchor, a name that leads nowhere) is an error."""
-    folder = tmp_path_factory.mktemp("site")
-    warnings: list[str] = []
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What mkdocs warns of while the test runs."""
+    found: list[str] = []
     listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("mkdocs").addHandler(listener)
-    try:
-        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
-    finally:
-        logging.getLogger("mkdocs").removeHandler(listener)
-    assert not warnings
-    return folder
+    yield found
+    logging.getLogger("mkdocs").removeHandler(listener)
 
 
-@pytest.fixture(scope="module")
 def documented(site: Path) -> set[str]:
     """The full names that the reference describes, as its inventory lists them."""
     lines = zlib.decompress((site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]).decode()
     return {line.split()[0] for line in lines.splitlines()}
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_of_a_package_is_described(package: str, documented: set[str]) -> None:
-    """Under the name of the module where it stands, whose docstring has the formula, the paper or the table."""
-    names = importlib.import_module(f"modelpatch.{package}").__all__
-    described = re.compile(r"modelpatch\.[a-z]+\.[a-z0-9_]+\.(\w+)")
-    assert set(names) <= {found[1] for name in documented if (found := described.fullmatch(name))}
-
-
-def test_every_error_is_described(documented: set[str]) -> None:
-    from modelpatch import errors
-
+def test_the_site_builds_without_a_warning_and_describes_every_public_name(tmp_path: Path, warnings: list[str]) -> None:
+    """In one test, for a build takes seconds. Names stand under their modules, whose docstrings have formulas and tables."""
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
+    assert not warnings
+    found = documented(tmp_path)
+    described = {match[1] for name in found if (match := re.fullmatch(r"modelpatch\.[a-z]+\.[a-z0-9_]+\.(\w+)", name))}
+    for package in PACKAGES:
+        assert set(importlib.import_module(f"modelpatch.{package}").__all__) <= described
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-    assert not {name for name in kinds if f"modelpatch.errors.{name}" not in documented}
+    assert {f"modelpatch.errors.{name}" for name in kinds} <= found
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        address = page.relative_to(ROOT / "docs").with_suffix("").as_posix().removesuffix("index").rstrip("/")
+        assert not address or f'href="{address}/"' in start, f"{page.name} is not in the navigation"
+
+
+def test_a_link_that_leads_nowhere_is_a_warning(tmp_path: Path, warnings: list[str]) -> None:
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[0]
+    (tmp_path / "mkdocs.yml").write_text(settings.replace("extra_css: [site.css]", ""))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Start\n\n[a page](nowhere.md), [a name][modelpatch.nothing]\n")
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    assert len(warnings) == 2
+    assert "nowhere.md" in "".join(warnings)
+    assert "modelpatch.nothing" in "".join(warnings)
 
 
 def test_the_overview_names_all_that_the_package_gives() -> None:
     text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
     assert not {name for name in modelpatch.__all__ if f"[`{name}`]" not in text} - {"__version__"}
-
-
-def test_every_page_of_the_documentation_is_in_the_navigation(site: Path) -> None:
-    start = (site / "index.html").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").rglob("*.md"):
-        address = page.relative_to(ROOT / "docs").with_suffix("").as_posix().removesuffix("index")
-        assert f'href="{address.rstrip("/")}/"' in start or address == ""
