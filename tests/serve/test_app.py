@@ -14,7 +14,6 @@ import httpx
 import pytest
 import torch
 from fastapi.routing import APIRoute
-from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
 
 from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias
@@ -24,6 +23,7 @@ from modelpatch.serve import app as application
 from modelpatch.serve import body
 from modelpatch.serve.problems import MEDIA_TYPE, Problem
 from modelpatch.serve.schemas import PIXEL
+from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import Serving, close, drafts, picture
 
 from modelpatch.errors import DataError, ServeError
 from modelpatch.serve import Client, Problem
+from serving import Serving, close, drafts, picture
 
 
 def test_paths_bytes_and_pictures_are_the_same_image(

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Serving, fill, network, serving
 
 from conftest import make_timm
 from dense import box_task, square_task
@@ -20,6 +19,7 @@ from modelpatch.methods import LinearProbe, ScaleBias
 from modelpatch.patch import Patch, Store
 from modelpatch.serve.dense import tell_areas, tell_boxes
 from modelpatch.train import fit
+from serving import Serving, fill, network, serving
 
 pytest.importorskip("torchmetrics")
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import alive, children, close, picture, told, wait_until
 
 from conftest import draft_patch
 from modelpatch.backbone import load_backbone
 from modelpatch.methods import LinearProbe, ScaleBias
 from modelpatch.patch import Store
 from modelpatch.serve import Client
+from serving import alive, children, close, picture, told, wait_until
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from serving import TOKEN, Serving, fill, serving
 
 schemathesis = pytest.importorskip("schemathesis")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import TOKEN, Serving, damage, drafts, network, picture
 
 from conftest import draft_patch
 from dense import box_task, square_task
 from modelpatch.methods import ScaleBias
 from modelpatch.train import fit
+from serving import TOKEN, Serving, damage, drafts, network, picture
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

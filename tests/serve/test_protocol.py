@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from serving import Serving, picture
 
 from modelpatch.serve import protocol
 from modelpatch.serve.protocol import HEAD_BYTES
+from serving import Serving, picture
 
 CHUNKED = (
     b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -18,13 +18,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, told, wait_until
 
 from conftest import draft_patch
 from modelpatch.methods import LinearProbe, ScaleBias, Subset
 from modelpatch.patch import Patch, Store
 from modelpatch.patch.file import encode_patch
 from modelpatch.serve import Client, Problem
+from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, told, wait_until
 
 LONG = os.environ.get("MODELPATCH_LONG") == "1"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from serving import close, network, picture, serving
 
 from conftest import Run, draft_patch
 from modelpatch.errors import ServeError
 from modelpatch.methods import ScaleBias
 from modelpatch.patch import Cascade, Confidence, Store, Task
+from serving import close, network, picture, serving
 
 PICTURES = [picture(seed, 40) for seed in range(6)]
 

@@ -1,0 +1,209 @@
+"""The code of README.md and of docs/ runs as it stands there, and every command line in them can be parsed.
+
+Pages take files and names for granted (`Given`) and load networks with published weights: a small network with seeded random
+ones stands in for these. The commands of pages about masks and boxes run too, being part of what their Python code reads.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import typer
+from PIL import Image
+
+import modelpatch as mp
+from conftest import Run, write_folder
+from dense import write_masks, write_voc
+from modelpatch.cli.main import app
+from modelpatch.engine import engine, measure
+from modelpatch.methods import vocabulary
+
+for library in ("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib"):
+    pytest.importorskip(library)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN_TOO = {"segmentation.md": 3, "detection.md": 3}  # pages whose commands run, and how many they are
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+LOAD, CREATE, VOCABULARY = mp.load_backbone, timm.create_model, vocabulary.vocabulary_of
+
+
+def identify(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(language, code) of every block of shell or Python, in the page's order."""
+    text = path.read_text(encoding="utf-8")
+    found = BLOCK.findall(text)
+    assert len(found) == len(re.findall(r"```(?:sh|python|bash|py|console)\b", text)), (
+        "a block is not where one is looked for"
+    )
+    return found
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of every command of the page's shell blocks."""
+    for kind, text in blocks(path):
+        if kind == "sh":
+            for line in text.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield words
+
+
+# stand-ins ------------------------------------------------------------------------------------------------------
+
+
+def load_small(spec: Any, **options: Any) -> mp.Backbone:
+    """`load_backbone`, with a small network in the place of timm's with published weights."""
+    if isinstance(spec, str) and spec.startswith("timm:") and options.get("pretrained", True):
+        seen = mp.Preprocessing(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+        return LOAD("timm:resnet18", pretrained=False, preprocessing=seen, **SMALL)
+    return LOAD(spec, **options)
+
+
+def create_small(name: str, *, num_classes: int = 1000, pretrained: bool = False, **arguments: Any) -> torch.nn.Module:
+    """`timm.create_model`, with the body of that network in the place of a ResNet-50's."""
+    if name != "resnet50.a1_in1k":
+        return CREATE(name, num_classes=num_classes, pretrained=pretrained, **arguments)
+    module = CREATE("resnet18", num_classes=num_classes, **SMALL)
+    body = {name: tensor for name, tensor in load_small("timm:any").module.state_dict().items() if "fc" not in name}
+    module.load_state_dict(body, strict=False)
+    return module
+
+
+@dataclass(frozen=True)
+class Given:
+    """A folder with the files that pages name, and the names that their code takes for granted."""
+
+    folder: Path
+    names: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    folder = tmp_path_factory.mktemp("given")
+    for name in ("flowers", "scenes", "gtsrb", "imagenette"):
+        write_folder(folder / name)
+    write_masks(folder / "streets", 4, 32)
+    write_voc(folder / "cells", 3)
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        Image.new("RGB", (40, 32), "red").save(folder / name)
+    (folder / "signs").mkdir()
+    backbone, task = load_small("timm:any"), mp.load_task(folder / "flowers").subsample(12)
+    small, middle, large = (
+        mp.fit(backbone, task, "linear-probe", epochs=1, image_size=pixels, validation=0.25)
+        for pixels in (96, 128, 160)
+    )
+    patch = mp.fit(backbone, task, "linear-probe", epochs=1)
+    for name, classes in (("flowers", 102), ("birds", 200)):
+        patch.save(folder / f"{name}.safetensors")
+        copy = create_small("resnet50.a1_in1k", num_classes=classes).state_dict()
+        copy["layer4.0.conv2.weight"] *= 1.1  # fine-tuned
+        torch.save(copy, folder / f"{name}.pth")
+    names = {"mp": mp, "backbone": backbone, "task": task, "patch": patch, "batch": torch.rand(3, 3, 32, 32)}
+    names |= {"small": small, "middle": middle, "large": large, "files": [folder / "a.jpg", folder / "b.jpg"]}
+    return Given(folder, names)
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in PAGES if any(kind == "python" for kind, _ in blocks(path))], ids=identify
+)
+def test_every_python_block_runs(
+    page: Path,
+    given: Given,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+    request: pytest.FixtureRequest,
+) -> None:
+    here = shutil.copytree(given.folder, tmp_path / "here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(mp, "load_backbone", load_small)
+    monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setattr(engine, "measure", lambda *given, **options: measure(*given, **options, seconds=0.1))
+    known = dict(given.names)
+    code = "".join(text for kind, text in blocks(page) if kind == "python")
+    if "Client(" in code:
+        server = request.getfixturevalue("server")
+        server.store.tag("birds", "prod", server.store.resolve("birds"))
+        monkeypatch.setattr(mp, "Client", lambda url, token=None: server.client())
+    if "vocabulary_of" in code:
+        known |= words_for(request, monkeypatch, here)
+    ran = 0
+    for kind, text in blocks(page):
+        if kind == "python":
+            exec(compile(text, page.name, "exec"), known)
+        elif page.name in RUN_TOO:
+            for words in (shlex.split(line, comments=True) for line in text.splitlines()):
+                if words[0] == "modelpatch":
+                    found = run(*words[1:])
+                    assert found.code == 0, found.err
+                    ran += 1
+    assert ran == RUN_TOO.get(page.name, 0)
+    if ran:
+        assert len(list((here / "drawn").iterdir())) >= 4
+
+
+def words_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, here: Path) -> dict[str, Any]:
+    """What the page about open vocabularies takes for granted: a sentence encoder and tasks that are told by words."""
+    from modelpatch.train.transfer import counting_task
+
+    encoder = request.getfixturevalue("sentence_encoder")
+    monkeypatch.setattr(vocabulary, "vocabulary_of", lambda backbone, text: VOCABULARY(backbone, f"folder:{encoder}"))
+    photos = mp.load_task(here / "scenes")
+    return {"task": counting_task([1, 2, 3, 4], images=6), "supported": [photos], "photos": photos}
+
+
+# command lines --------------------------------------------------------------------------------------------------
+
+
+@cache
+def command_line() -> Any:
+    return typer.main.get_command(app)
+
+
+def parse(words: list[str]) -> None:
+    """Parse the arguments of `modelpatch` as the command would, without running it. Raises click's `UsageError`."""
+    command, context, name = command_line(), None, "modelpatch"
+    while hasattr(command, "resolve_command"):
+        context = command.make_context(name, [], parent=context, resilient_parsing=True)
+        context.resilient_parsing = False
+        name, command, words = command.resolve_command(context, words)
+    command.make_context(name, list(words), parent=context)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_every_command_line_is_one_that_the_command_takes(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for words in commands(page):
+        if "modelpatch" in words:
+            parse(words[words.index("modelpatch") + 1 :])
+        for word in words:
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), word
+            if named := re.fullmatch(r"modelpatch\[(.*)\]", word):
+                assert extras.keys() >= set(named[1].split(","))
+        if words[0] == "make":
+            assert words[1] in targets
+
+
+@pytest.mark.parametrize(
+    "line", ["fits flowers/", "fit flowers/ --epoch 3", "fit", "store lst patches/", "fit flowers/ --epochs many"]
+)
+def test_a_command_line_with_a_slip_is_seen(line: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  click's, whichever copy of it typer brings
+        parse(shlex.split(line))
+    assert any(kind.__name__ == "UsageError" for kind in type(caught.value).__mro__)
