@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from conftest import color_task
 from modelpatch.backbone import Backbone
@@ -32,6 +33,7 @@ def test_the_patch_keeps_the_bytes_and_is_the_best_of_those_that_do(tiny: Backbo
     kept = [one for one in result.proposals if one.kept and one.score.file_bytes <= limit]
     assert result.chosen is max(kept, key=lambda one: (one.score.top1, -one.score.file_bytes)).candidate
     assert any(reason.endswith("bytes") for reason in result.left_out.values())
+    assert {tensor.dtype for tensor in result.patch.tensors.values() if tensor.is_floating_point()} == {torch.float16}
     json.dumps(result.as_dict())
 
 
@@ -47,7 +49,7 @@ def test_a_latency_of_nothing_leaves_the_methods_that_add_none(tiny: Backbone, m
 
 
 def test_a_budget_that_nothing_keeps_names_what_comes_closest(tiny: Backbone) -> None:
-    with pytest.raises(TrainingError, match="nothing keeps the budget"):
+    with pytest.raises(TrainingError, match="nothing keeps the budget, stored as float16"):
         run(tiny, max_bytes=10)
 
 

@@ -34,6 +34,7 @@ from modelpatch.train import TaskData
 METHODS = ("linear-probe", "scale-bias", "subset", "delta", "lora", "piggyback", "scale-bias+subset")
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
+SMALL = "float16"  # the dtype of patches that must keep a limit of bytes
 PROFILE_SHARE = 4  # the profile has a fourth of the epochs
 
 
@@ -115,10 +116,12 @@ def search(
     """Find and train the best patch of at most `max_bytes` that adds at most the share `max_latency` to the base's time.
 
     At most `tries` proposals are trained; where there are more, a seeded draw leaves some out. `halving=0` trains all of them
-    to the end. For the other options see `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing
-    keeps the budget.
+    to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise. For the other options see
+    `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the budget.
     """
     budget = Budget(bytes=max_bytes, latency=max_latency)
+    if max_bytes is not None:
+        options.setdefault("dtype", SMALL)
     for name in methods:
         make_method(name)
     with open_study(backbone, data, title="search", folds=folds, **options) as study:
@@ -134,8 +137,9 @@ def search(
                 able.append(candidate)
         able = _draw(able, tries, settings.seed, left_out)
         if not able:
+            first = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise TrainingError(
-                f"nothing keeps the budget. Closest: {'; '.join(f'{k}: {v}' for k, v in list(left_out.items())[:3])}."
+                f"nothing keeps the budget, stored as {settings.dtype} ({first}; ...). Raise a limit, or try dtype=int8."
             )
         scores, effect = score_by_halving(study, able, halving, "proposals")
         longest = max((score.epochs for score in scores if score.top1s), default=0)
