@@ -60,7 +60,7 @@ def test_recipes_are_chosen_by_paper_and_by_table() -> None:
     assert choose("delta-networks", "7") == choose("delta-networks", "table-7") == [TABLE_7]
     with pytest.raises(TrainingError, match="no recipes of 'resnet'"):
         choose("resnet")
-    with pytest.raises(TrainingError, match=r"k-for-1 has no table '7'\. It has: section-5\.1"):
+    with pytest.raises(TrainingError, match=r"k-for-1 has no table '7'\. It has: transfer, section-5\.1"):
         choose("k-for-1", "7")
 
 
