@@ -260,6 +260,7 @@ QUICK = {
     "kinds": ("fog",),
     "trained": 6,
     "folds": 1,
+    "blocks": 2,
     "alphas": 2,
     "resolutions": (32, 64),
     "greedy": {"candidates": ("stages.3.blocks.0",)},

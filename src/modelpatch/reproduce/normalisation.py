@@ -38,7 +38,7 @@ TRANSFER = Recipe(
     notes="Batch size and data sets are not all stated in the paper; batches are of 32 at its scale, of 64 at the small one.",
     scales={
         "small": Scale(
-            data=("rsscn7", "gtsrb", "mnist"),
+            data=("rsscn7", "gtsrb"),
             backbones=("bundled:tiny",),
             methods={
                 LAST: "linear-probe",

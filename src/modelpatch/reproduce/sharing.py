@@ -66,7 +66,7 @@ RESOLUTIONS = Recipe(
             seeds=2,
             images=430,
             tested=350,
-            steps=40,
+            steps=32,
             options={"resolutions": (32, 48, 64)},
         ),
         "paper": Scale(
