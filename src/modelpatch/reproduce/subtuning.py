@@ -223,31 +223,31 @@ TABLE_2 = Recipe(
         "whose weights no library that is used here brings: the bundled CIFAR-10 network stands in; --backbone takes another. "
         "Rows train on corrupted images of the test split, 1,000 in the paper, and are tested on its others. A new head "
         "starts at random. Rates are not swept. At the small scale the search chooses whole stages, up to 3 blocks, on "
-        "held-out images."
+        "held-out images, and images are seen at 64 px, where the bundled network is nearly as good as at its 96."
     ),
     scales={
         "small": Scale(
             data=("cifar10_full",),
             backbones=("bundled:tiny",),
             methods=SMALL_METHODS,
-            fit={"image_size": 32, "batch_size": 32, "augment": "none"},
+            fit={"image_size": 64, "batch_size": 32, "augment": "none"},
             seeds=2,
-            tested=360,
-            images=360,
-            steps=15,
+            tested=300,
+            images=300,
+            steps=12,
             options={
                 "greedy": {"stages": True},
                 "folds": 1,
                 "max_blocks": 3,
                 "kinds": KINDS,
-                "trained": 160,
+                "trained": 120,
             },
         ),
         "paper": Scale(
             data=("cifar10_full",),
             backbones=("bundled:tiny",),
             methods=PAPER_METHODS,
-            fit={"image_size": 32, "batch_size": 256, "epochs": 15, "augment": "standard"},
+            fit={"image_size": 96, "batch_size": 256, "epochs": 15, "augment": "standard"},
             seeds=5,
             options={"greedy": {}, "folds": 5, "max_blocks": None, "kinds": KINDS, "trained": 1000},
         ),
