@@ -53,12 +53,18 @@ def test_all_recipes_are_listed_with_what_they_need(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["nobody"], "there are no recipes of 'nobody'. Papers: delta-networks, k-for-1, or all."),
+        (
+            ["nobody"],
+            "there are no recipes of 'nobody'. Papers: delta-networks, paint, k-for-1, subtuning, piggyback, or all.",
+        ),
         (["k-for-1", "--table", "99"], "k-for-1 has no table '99'"),
         (["k-for-1", "--scale", "large"], "has no scale 'large'. Expected one of: small, paper"),
         (["k-for-1", "--data", "nowhere"], "--data nowhere is no folder"),
-        (["k-for-1", "--data", "."], "lacks data sets: mnist (for k-for-1/section-5.1"),
-        (["k-for-1", "--data", ".", "--scale", "paper"], "flowers102 (for k-for-1/section-5.1, k-for-1/table-6)"),
+        (["k-for-1", "--data", "."], "lacks data sets: rsscn7 (for k-for-1/transfer"),
+        (
+            ["k-for-1", "--data", ".", "--scale", "paper"],
+            "flowers102 (for k-for-1/transfer, k-for-1/section-5.1, k-for-1/table-6",
+        ),
         (["k-for-1", "--device", "cuda:77"], "there is no device 'cuda:77'"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from modelpatch.errors import TrainingError
 from modelpatch.methods import DeltaNetwork, FullFinetune, make_method
 from modelpatch.methods.composite import Composite
-from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose
+from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose, painting, piggyback, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
@@ -60,7 +60,7 @@ def test_recipes_are_chosen_by_paper_and_by_table() -> None:
     assert choose("delta-networks", "7") == choose("delta-networks", "table-7") == [TABLE_7]
     with pytest.raises(TrainingError, match="no recipes of 'resnet'"):
         choose("resnet")
-    with pytest.raises(TrainingError, match=r"k-for-1 has no table '7'\. It has: section-5\.1"):
+    with pytest.raises(TrainingError, match=r"k-for-1 has no table '7'\. It has: transfer, section-5\.1"):
         choose("k-for-1", "7")
 
 
@@ -109,6 +109,45 @@ def test_adaptation_puts_modules_into_four_stages_for_fifty_epochs() -> None:
     delta = members(scale.methods["network + Δ"])["delta"]
     assert isinstance(delta, DeltaNetwork)
     assert (delta.modules, delta.start) == (4, "random")
+
+
+def test_subtuning_follows_its_paper_at_its_scale() -> None:
+    """AdamW at 1e-3 (the probe 1e-2), decay 0.01, batches of 256; 10, 50 and 15 epochs; blocks by 5 folds."""
+    for recipe, epochs in ((subtuning.PROFILE, 10), (subtuning.TABLE_1, 50), (subtuning.TABLE_2, 15)):
+        scale = recipe.scales["paper"]
+        settings = check_settings(dict(scale.fit))
+        assert (settings.batch_size, settings.epochs, settings.schedule) == (256, epochs, "cosine")
+        for row in (subtuning.TUNED, subtuning.SUBTUNING):
+            method = make_method(scale.methods[row])
+            assert (method.optimizer, method.lr, method.weight_decay) == ("adamw", 1e-3, 0.01)
+        assert make_method(scale.methods[subtuning.PROBE]).head_lr == 0.01
+    for recipe in (subtuning.TABLE_1, subtuning.TABLE_2):
+        assert recipe.scales["paper"].options["folds"] == 5
+    assert recipe.scales["paper"].options["trained"] == 1000
+    assert len(recipe.scales["paper"].options["kinds"]) == 15
+
+
+def test_piggyback_follows_its_paper_at_its_scale() -> None:
+    """Adam at 1e-4 for masks and head, without decay, batches of 32, 30 epochs and a tenth after 15; decathlon 60 and 45."""
+    for recipe, epochs, drop in ((piggyback.TABLE_1, 30, 15), (piggyback.DECATHLON, 60, 45)):
+        scale = recipe.scales["paper"]
+        settings = check_settings(dict(scale.fit))
+        assert (settings.batch_size, settings.epochs) == (32, epochs)
+        assert [settings.factor(epoch, epochs) for epoch in (drop - 1, drop)] == [1, 0.1]
+        masks = make_method(scale.methods[piggyback.MASKS])
+        assert (masks.lr, masks.head_lr, masks.weight_decay) == (1e-4, 1e-4, 0)
+    assert scale.options["max_errors"]["imagenet"] == 80.26
+    assert set(scale.data) == set(scale.options["max_errors"])
+
+
+def test_paint_follows_its_paper_at_its_scale() -> None:
+    """AdamW at 1e-5, decay 0.1, batches of 128, 2,000 steps with 200 of warm-up, alpha in tenths."""
+    for recipe in (painting.CURVE, painting.MODES):
+        scale = recipe.scales["paper"]
+        settings, method = check_settings(dict(scale.fit)), make_method(scale.methods[painting.PATCHED])
+        assert (method.optimizer, method.lr, method.weight_decay) == ("adamw", 1e-5, 0.1)
+        assert (settings.batch_size, scale.steps, settings.warmup * scale.steps) == (128, 2000, 200)
+        assert scale.options["alphas"] == 11
 
 
 def test_every_small_scale_runs_over_the_bundled_backbone() -> None:

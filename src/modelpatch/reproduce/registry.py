@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelpatch.errors import TrainingError
+from modelpatch.reproduce import painting, patching, piggyback, sharing, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.federated import FEDERATED
-from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
+from modelpatch.reproduce.normalisation import RANDOM, TABLE_6, TRANSFER
 from modelpatch.reproduce.recipe import Recipe
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 
-RECIPES: tuple[Recipe, ...] = (ADAPTATION, LOW_DATA, SCRATCH, TABLE_7, RANDOM, TABLE_6, FEDERATED)
+RECIPES: tuple[Recipe, ...] = (
+    *(patching.TABLE_2, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
+    *(painting.CURVE, painting.MODES),
+    *(TRANSFER, RANDOM, TABLE_6, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
+    *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2),
+    *(piggyback.TABLE_1, piggyback.DECATHLON),
+)
 PAPERS = tuple(dict.fromkeys(recipe.paper for recipe in RECIPES))
 
 

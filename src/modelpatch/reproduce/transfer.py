@@ -21,8 +21,9 @@ from modelpatch.backbone import Backbone
 from modelpatch.methods import Method, with_loss
 from modelpatch.methods.keeping import L2, Keeper, LwF
 from modelpatch.methods.losses import BSS, DELTA, Custom, contrast_classes
-from modelpatch.reproduce.backbones import retrained, untrained
+from modelpatch.reproduce.backbones import retrained
 from modelpatch.reproduce.bench import Bench
+from modelpatch.reproduce.parts import each, top1_over_random
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
 from modelpatch.train import TaskData
 
@@ -209,17 +210,6 @@ TABLE_7 = Recipe(
 # random weights -----------------------------------------------------------------------------------------------------
 
 
-def scratch_parts(bench: Bench) -> Iterator[Part]:
-    """A fit for every data set and method, from the same random weights."""
-    for seed, name, row in itertools.product(bench.seeds, bench.scale.data, bench.scale.methods):
-        yield Part(row, (name,), seed, partial(_from_scratch, bench, row, name, seed))
-
-
-def _from_scratch(bench: Bench, row: str, name: str, seed: int) -> Figures:
-    random = bench.latest("untrained", seed, lambda: untrained(bench.backbone(), seed))
-    return {name: bench.accuracy(random, bench.task(name), bench.method(row), seed)}
-
-
 SCRATCH = Recipe(
     paper="delta-networks",
     table="from-scratch",
@@ -257,5 +247,5 @@ SCRATCH = Recipe(
             "D11", "Δ-modules help a network that is trained from scratch", (("network + Δ", "network"),), "+0.3 to +11"
         ),
     ),
-    parts=scratch_parts,
+    parts=each(top1_over_random),
 )

@@ -1,6 +1,7 @@
 """How methods are trained: data, augmentation, the prefix cache, the training loop and metrics."""
 
 from modelpatch.train.compare import Comparison, compare
+from modelpatch.train.corruptions import corrupt, corrupted
 from modelpatch.train.data import Split, TaskData, load_task
 from modelpatch.train.evaluate import evaluate, harmonic_mean, store_as
 from modelpatch.train.fit import FitSettings, fit
@@ -24,6 +25,8 @@ __all__ = [
     "Split",
     "TaskData",
     "compare",
+    "corrupt",
+    "corrupted",
     "evaluate",
     "fit",
     "fit_multires",
