@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import color_task, make_tiny
 from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
 from modelpatch.methods import DeltaNetwork, Depthwise, LinearProbe, ScaleBias, Subset, make_method
+from modelpatch.report.selection import plot_profile
 from modelpatch.select import Profile, profile
 from modelpatch.select.candidates import units
 from modelpatch.select.halving import best, rungs
@@ -108,6 +110,17 @@ def test_halving_trains_the_best_longest_and_says_what_it_saved() -> None:
     assert str(result.effect) == f"successive halving: {4 * 1 + 2 * 2 + 4} epochs instead of {4 * 4}"
     with pytest.raises(TrainingError, match="at least 2"):
         small(make_tiny(), halving=1)
+
+
+def test_bars_that_halving_left_early_are_pale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("matplotlib.figure")
+    axes = plots.Figure().subplots()
+    monkeypatch.setattr("modelpatch.report.selection.figure", lambda *_: nullcontext(axes))
+    result = small(make_tiny(), halving=2, epochs=4)
+    plot_profile(result, tmp_path / "profile.png")
+    pale = [bar.get_alpha() is not None for bar in axes.patches]
+    assert pale == [row.score.epochs < 4 for row in result.rows]
+    assert [text.get_text() for text in axes.get_legend().get_texts()].count("fewer epochs") == 1
 
 
 def test_the_best_is_the_first_of_equals_among_those_trained_longest() -> None:

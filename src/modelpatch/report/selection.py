@@ -93,19 +93,25 @@ def plot_profile(profile: Profile, path: Path) -> None:
     with figure(path, 2 + 0.45 * max(len(profile.rows), 8), 4.5) as axes:
         best = profile.best
         places = range(len(profile.rows))
-        axes.bar(
+        longest = max(row.score.epochs for row in profile.rows)
+        bars = axes.bar(
             places,
             [100 * max(row.score.top1, 0) for row in profile.rows],
             yerr=[100 * (row.score.error or 0) for row in profile.rows],
             color=[ORANGE if row is best else BLUE for row in profile.rows],
             capsize=3,
         )
+        for bar, row in zip(bars, profile.rows, strict=True):
+            if row.score.epochs < longest:  # successive halving left it there
+                bar.set(alpha=0.3, label="fewer epochs")
         axes.axhline(100 * max(profile.probe.top1, 0), color=GREY, linestyle="--", label="linear probe")
         axes.set_xticks(places, [row.name for row in profile.rows], rotation=60, ha="right", fontsize=8)
         tops = [100 * score.top1 for score in (profile.probe, *(row.score for row in profile.rows)) if score.top1s]
         axes.set_ylim(bottom=max(0, min(tops, default=0) - 10))
         axes.set(ylabel="held-out top-1, percent", title=f"{profile.task} on {profile.backbone}: {profile.method}")
-        axes.legend(frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        axes.legend(once.values(), once.keys(), frameon=False)
 
 
 def _plot_pairs(profile: Profile, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The best patch within a budget: method, blocks and settings chosen by validation.
 
     1. profile     every block alone, few epochs: which blocks are worth training
-    2. propose     methods over the best blocks, over the last stages and over all; every number of Δ-modules; learning rates
+    2. propose     methods over the best, the last and all blocks, the last stages; every number of Δ-modules; learning rates
     3. leave out   what cannot keep the budget, by the bytes and the time of an untrained patch
     4. halve       few epochs for all that is left, more for the best third, and so on (Jamieson and Talwalkar, 2016)
     5. train       the best on all training images; its patch is measured again, and must keep the budget
@@ -228,10 +228,11 @@ def _at_rates(method: Method) -> Iterator[tuple[str, Method]]:
 
 
 def _block_sets(backbone: Backbone, profiled: Profile) -> list[tuple[str, ...]]:
-    """The best one, two and three blocks of the profile, and the last one, two, ... stages."""
+    """The best one, two and three blocks of the profile, the last one, two and three, and the last one, two, ... stages."""
     order = [block.name for block in backbone.chain.blocks]
     ranked = sorted(profiled.rows, key=lambda row: -row.score.top1)
     sets = [tuple(row.blocks[0] for row in ranked[:count]) for count in range(1, BEST_BLOCKS + 1)]
+    sets += [tuple(order[-count:]) for count in range(1, BEST_BLOCKS + 1)]
     stages = [tuple(block.name for block in stage) for stage in backbone.chain.stages]
     sets += [sum(stages[start:], ()) for start in range(len(stages))]
     return list(dict.fromkeys(tuple(sorted(blocks, key=order.index)) for blocks in sets))
