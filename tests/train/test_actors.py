@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_processes import LEARNED, SETTINGS, SGD, named
+from test_processes import LEARNED, SETTINGS, SGD, long, named
 
 from conftest import color_task, make_tiny
 from modelpatch.errors import MethodError, MissingExtraError, ModelpatchError, TrainingError
@@ -29,8 +29,8 @@ TWO = [named("first", 24, 0), named("second", 11, 1)]
 
 def both(folder: Path) -> tuple[Patch, Any]:
     """A fit whose second process dies once in its fifth step, and a run of two tasks."""
+    step, marker, often = Fit._step, folder / "killed", checkpoints.EVERY_SECONDS
     checkpoints.EVERY_SECONDS = 0
-    step, marker = Fit._step, folder / "killed"
 
     def dying(self: Fit, *rest: Any) -> None:
         step(self, *rest)
@@ -43,7 +43,7 @@ def both(folder: Path) -> tuple[Patch, Any]:
         patch = fit(make_tiny(), color_task(), ScaleBias(**SGD), checkpoint=folder / "training", **SETTINGS)
         return patch, fit_multitask(make_tiny(), TWO, LEARNED, **SETTINGS)
     finally:
-        Fit._step = step  # type: ignore[method-assign]
+        Fit._step, checkpoints.EVERY_SECONDS = step, often  # type: ignore[method-assign]
 
 
 def refused() -> None:
@@ -56,6 +56,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the actors read this file
 
 
+@long
 def test_actors_train_what_one_process_trains_though_one_dies(ray: None, tmp_path: Path) -> None:
     patch, together = run_on_ray(partial(both, tmp_path), 2)
     assert (tmp_path / "killed").exists()
