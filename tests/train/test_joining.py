@@ -45,6 +45,8 @@ def test_validation_images_are_joined_where_all_have_them() -> None:
         join_tasks([held[0], SECOND])
     with pytest.raises(DataError, match="no tasks"):
         join_tasks([])
+    with pytest.raises(DataError, match="need names of their own; these are first, first"):
+        join_tasks([FIRST, FIRST])
 
 
 @pytest.mark.parametrize("method", ["delta(modules=1)", "scale-bias"])

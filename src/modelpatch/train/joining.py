@@ -20,8 +20,8 @@ from modelpatch.train.measures import Evaluation
 def join_tasks(tasks: Sequence[TaskData]) -> TaskData:
     """The images of several tasks as one task over all their classes, `TASK: CLASS` where two tasks share a name.
 
-    It has validation images if all of them have. Raises `DataError` for no task, for one that is not of classification, and
-    where only some have validation images.
+    It has validation images if all of them have. Raises `DataError` for no task, for one that is not of classification, for
+    two of one name, and where only some have validation images.
     """
     if not tasks:
         raise DataError("there are no tasks to join. Expected at least one.")
@@ -29,6 +29,11 @@ def join_tasks(tasks: Sequence[TaskData]) -> TaskData:
         return tasks[0]
     for task in tasks:
         check_classification(task, "A joint task")
+    names = [task.task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"tasks that are joined need names of their own; these are {', '.join(names)}. Rename a folder."
+        )
     held = [task.validation for task in tasks if task.validation is not None]
     if len(held) not in (0, len(tasks)):
         lacking = ", ".join(task.task.name for task in tasks if task.validation is None)
