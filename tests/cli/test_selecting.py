@@ -86,6 +86,28 @@ def test_search_keeps_its_budget(run: Run, folder: Path) -> None:
     assert Path("colors.safetensors").stat().st_size <= 30_000
     assert json.loads(Path("search.json").read_text())["file_bytes"] == Path("colors.safetensors").stat().st_size
     assert Image.open("pareto.png").width > 100
+    assert "left out before training" in result.out
+    assert "not drawn among 3 tries" in result.out
+
+
+def test_a_busy_machine_is_named_before_times_are_measured(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
+    search = ("search", folder, *FAST, "--methods", "linear-probe", "--halving", 0)
+    assert "this machine is busy" in run(*search, "--max-latency", "+500%").out
+    assert "this machine is busy" not in run(*search, "--force").out
+
+
+def test_profiles_of_several_sizes_stand_beside_each_other(run: Run, folder: Path) -> None:
+    sizes = ("profile", folder, *FAST, "--stages", "-m", "scale-bias", "--sizes", "9,12")
+    result = run(*sizes, "--plot", "sizes.png", "--json", "sizes.json")
+    assert result.code == 0, result.err
+    assert [one["images"] for one in json.loads(Path("sizes.json").read_text())] == [9, 12]
+    assert Image.open("sizes.png").width > 100
+    refused = run(*sizes, "--images", 12)
+    assert refused.code == 1
+    assert "Leave --images and --pairs out" in refused.err
 
 
 def test_label_lists_and_shows_images(run: Run, folder: Path, patches: dict[str, Path]) -> None:
@@ -101,6 +123,27 @@ def test_label_lists_and_shows_images(run: Run, folder: Path, patches: dict[str,
     assert Image.open("sheet.png").width == 5 * 128
 
 
+def test_an_unreadable_image_is_named_and_left_out(run: Run, folder: Path, patches: dict[str, Path]) -> None:
+    pool = Path("pool")
+    pool.mkdir()
+    good = sorted((folder / "test").rglob("*.png"))[:3]
+    for image in good:
+        (pool / image.name).write_bytes(image.read_bytes())
+    (pool / "a.jpg").write_bytes(b"no image")
+    asked = ("label", folder, "--unlabeled", pool, "-p", patches["scale-bias"], "--out", "next.csv")
+    result = run(*asked)
+    assert result.code == 0, result.err
+    assert "left out: " in result.out
+    assert "a.jpg" in result.out
+    picked = {Path(row["image"]).name for row in csv.DictReader(Path("next.csv").read_text().splitlines())}
+    assert picked == {image.name for image in good}
+    for image in good:
+        (pool / image.name).unlink()
+    refused = run(*asked)
+    assert refused.code == 1
+    assert "none of the 1 images can be read" in refused.err
+
+
 def test_label_simulates(run: Run, folder: Path) -> None:
     result = run(
         "label", folder, *FAST, "-m", "linear-probe", "--simulate", "6,12", "--seeds", 2, "--plot", "curves.png"
@@ -114,7 +157,7 @@ def test_label_simulates(run: Run, folder: Path) -> None:
     ("arguments", "words"),
     [
         (("profile", "--pairs", "--stages"), "exclude each other"),
-        (("profile", "--halving", 1), "at least 2"),
+        (("profile", "--halving", 1), "Give 2 or more"),
         (("profile", "--ray-address", "auto"), "without --ray"),
         (("profile", "-m", "linear-probe"), "nothing to change"),
         (("profile", "--fit", "early_stopping=3"), "early_stopping"),

@@ -14,6 +14,7 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods import Subset
 from modelpatch.patch import Patch
+from modelpatch.report.selection import selection_table
 from modelpatch.select import Greedy, Selection, added_latency, select
 from modelpatch.select.budget import Budget, draft_patch, parse_bytes, parse_latency
 from modelpatch.select.trials import Bench, Outcome, Trial, file_bytes
@@ -45,7 +46,11 @@ def test_blocks_are_taken_while_they_add_more_than_epsilon(tiny: Backbone, known
     assert result.blocks == ("stage1.0", "stage1.1")
     assert [one.accepted for one in result.rounds] == [True, True, False]
     assert [len(one.steps) for one in result.rounds] == [4, 3, 2]
-    assert len(known) == 2 * (1 + 4 + 3 + 2)  # folds of the probe and of the rounds' candidates
+    assert len(known) == 2 * (1 + 4 + 3 + 2 + 1)  # folds of the probe, of the rounds' candidates and of all blocks
+    assert result.every is not None
+    assert result.every.top1 == pytest.approx(0.2 + sum(WORTH.values()))
+    assert result.every.top1 < result.score.top1
+    assert result.replaced is None
     assert result.patch.method.hyperparameters["blocks"] == ("stage1.0", "stage1.1")
     facts = result.complexity
     sizes = {block.name: block.parameters for block in tiny.chain.blocks}
@@ -69,9 +74,46 @@ def test_the_first_round_always_takes_a_block(
     tiny: Backbone, known: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_greedy.WORTH", dict.fromkeys(WORTH, -0.1))
-    result = run(tiny)
+    result = run(tiny, greedy=Greedy(ends=False))
     assert result.blocks == ("stage1.0",)
     assert result.probe.top1 > result.score.top1
+    assert (result.every, result.replaced) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("worth", "blocks"),
+    [(dict.fromkeys(WORTH, -0.1), ()), (WORTH | {"stage1.1": -0.3, "stage2.0": 0.005}, ("stage1.0",))],
+)
+def test_an_end_that_does_better_on_the_folds_is_trained_instead(
+    tiny: Backbone,
+    known: list[Trial],
+    monkeypatch: pytest.MonkeyPatch,
+    worth: dict[str, float],
+    blocks: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("test_greedy.WORTH", worth)
+    result = run(tiny)
+    assert result.blocks == blocks
+    assert result.score.top1 == pytest.approx(0.2 + sum(worth[name] for name in blocks))
+    assert (result.replaced is None) == bool(blocks)
+    table = "".join(str(cell) for column in selection_table(result).columns for cell in column.cells)
+    assert ("the linear probe does better on the folds" in table) == (not blocks)
+
+
+def test_all_blocks_are_trained_where_no_single_one_gains(
+    tiny: Backbone, known: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def together(self: Bench, trial: Trial) -> Outcome:
+        blocks = getattr(trial.method, "blocks", ())
+        return Outcome(0.9 if len(blocks) == len(WORTH) else 0.2 - 0.1 * len(blocks), 1000, 0.0)
+
+    monkeypatch.setattr(Bench, "run", together)
+    result = run(tiny)
+    assert set(result.blocks) == set(WORTH)
+    assert result.replaced is not None
+    assert result.replaced[0] == "stage1.0"
+    assert result.as_dict()["replaced"]["top1"] == pytest.approx(0.1)
+    assert run(tiny, max_blocks=3).blocks == ()  # all blocks are too many
 
 
 def test_the_authors_code_begins_with_the_probe_and_returns_the_best_set_seen(

@@ -108,8 +108,13 @@ def test_halving_trains_the_best_longest_and_says_what_it_saved() -> None:
     assert result.best is not None
     assert result.best.score.epochs == 4
     assert str(result.effect) == f"successive halving: {4 * 1 + 2 * 2 + 4} epochs instead of {4 * 4}"
-    with pytest.raises(TrainingError, match="at least 2"):
+    with pytest.raises(TrainingError, match="2 or more"):
         small(make_tiny(), halving=1)
+
+
+def test_halving_that_saves_nothing_says_so() -> None:
+    result = small(make_tiny(), halving=3, epochs=2)  # two epochs cannot be divided by three
+    assert str(result.effect) == "successive halving saved nothing: 8 epochs, 8 without it"
 
 
 def test_bars_that_halving_left_early_are_pale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from modelpatch.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods import DeltaNetwork, LinearProbe
 from modelpatch.patch import Patch
-from modelpatch.select import Search, search
+from modelpatch.select import Search, added_latency, search
+from modelpatch.select.budget import draft_patch
 from modelpatch.select.candidates import Candidate
+from modelpatch.select.latency import PATIENCE
 from modelpatch.select.profile import profile
 from modelpatch.select.search import METHODS, Proposal, propose
 from modelpatch.select.study import Score
@@ -46,6 +48,32 @@ def test_a_latency_of_nothing_leaves_the_methods_that_add_none(tiny: Backbone, m
     loose = run(tiny, max_latency=0.5)
     assert all(one.latency <= 0.5 for one in loose.proposals)
     assert any(one.latency > 0 for one in loose.proposals)
+
+
+def test_the_linear_probe_is_always_drawn(tiny: Backbone) -> None:
+    for seed in range(3):
+        result = run(tiny, tries=2, seed=seed)
+        assert len(result.proposals) == 2
+        assert sum(isinstance(one.candidate.method, LinearProbe) for one in result.proposals) == 1
+        assert "not drawn among 2 tries" in set(result.left_out.values())
+
+
+@pytest.mark.parametrize(("calm", "rounds"), [(1, 1), (3, 3), (9, PATIENCE)])
+def test_a_latency_above_its_limit_is_measured_on(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch, calm: int, rounds: int
+) -> None:
+    """The base takes 1 s, base and patch 2 s beside other work, and 1.1 s from the run `calm` on."""
+    calls: list[None] = []
+
+    def seconds(work: object) -> float:
+        calls.append(None)
+        return 1.0 if len(calls) % 2 else (1.1 if len(calls) // 2 >= calm else 2.0)
+
+    monkeypatch.setattr("modelpatch.select.latency._seconds", seconds)
+    patch = draft_patch(tiny, color_task().task, LinearProbe(), 16)
+    added = added_latency(tiny, patch, runs=1, limit=0.15)
+    assert added == pytest.approx(0.1 if calm <= PATIENCE else 1.0)
+    assert len(calls) == 2 * rounds
 
 
 def test_a_budget_that_nothing_keeps_names_what_comes_closest(tiny: Backbone) -> None:

@@ -20,7 +20,7 @@ from conftest import CLASSES, color_task
 from modelpatch.backbone.preprocess import open_image
 from modelpatch.errors import DataError
 from modelpatch.train import Split, TaskData, load_task
-from modelpatch.train.data import TEST_FRACTION, source_size, stratified
+from modelpatch.train.data import TEST_FRACTION, drawn, source_size, stratified
 
 
 def png(image: Any) -> bytes:
@@ -381,6 +381,27 @@ def test_a_subsample_keeps_the_shares_of_the_classes(count: int) -> None:
     sample = color_task().subsample(count, seed=3)
     assert np.bincount(sample.train.labels).tolist() == [count // 3] * 3
     assert len(sample.test) == 12
+
+
+@given(labels_of, st.integers(0, 80), st.integers(0, 2**31))
+def test_drawn_rows_are_exactly_as_many_and_in_proportion(labels: np.ndarray, count: int, seed: int) -> None:
+    rows = drawn(labels, count, seed)
+    count = min(count, len(labels))
+    assert len(rows) == len(set(rows)) == count
+    classes, sizes = np.unique(labels, return_counts=True)
+    taken = np.array([(labels[rows] == label).sum() for label in classes])
+    if count >= len(classes):
+        assert taken.min() >= 1
+        # a class takes what lies below one threshold; classes that must be there for one image may take from the others
+        assert (np.abs(taken - sizes * count / len(labels)) <= len(classes)).all()
+    assert np.array_equal(rows, drawn(labels, count, seed))
+
+
+def test_drawn_rows_of_equal_classes_differ_by_one_at_most() -> None:
+    labels = np.repeat(np.arange(43), 53)
+    taken = np.bincount(labels[drawn(labels, 600, seed=0)])
+    assert taken.sum() == 600
+    assert set(taken) == {600 // 43, 600 // 43 + 1}
 
 
 def test_a_subsample_larger_than_the_task_is_the_task() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from modelpatch.atomic import write_bytes
+from modelpatch.backbone.preprocess import open_image
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import (
     ArgumentOption,
@@ -25,8 +27,8 @@ from modelpatch.cli.options import (
 )
 from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
 from modelpatch.cli.predict import gather_images
-from modelpatch.cli.selecting import MethodOption
-from modelpatch.errors import ModelpatchError
+from modelpatch.cli.selecting import MethodOption, parse_counts
+from modelpatch.errors import DataError, ModelpatchError
 from modelpatch.methods import make_method
 from modelpatch.patch import Patch
 from modelpatch.report.search import contact_sheet, curves_table, picks_table, plot_curves
@@ -91,7 +93,7 @@ def label(
     if simulate_ is not None:
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
         base = open_backbone(backbone or "bundled:tiny", arguments, place)
-        counts = _counts(simulate_)
+        counts = parse_counts("--simulate", simulate_)
         curves = simulate(base, task, made, labels=counts, seeds=seeds, rounds=file, progress=True, **settings)
         show(console, curves_table(curves))
         tell(console, f"rounds kept in {file}")
@@ -108,7 +110,11 @@ def label(
         asked = Patch.load(patch)
         base = backbone_of(asked, patch, backbone, arguments, place)
     with Progress("label") as bar, naming(patch or Path("the patch")):
-        picks = pick(base, asked, images, budget, bar)
+        try:
+            picks = pick(base, asked, images, budget, bar)
+        except DataError:
+            images = _without_unreadable(images, console)
+            picks = pick(base, asked, images, budget, bar)
     names = [str(image) for image in images]
     show(console, picks_table(picks, names))
     rows = [
@@ -127,9 +133,16 @@ def label(
         tell(console, f"drew {sheet}")
 
 
-def _counts(text: str) -> list[int]:
-    """The numbers of --simulate. Raises `ModelpatchError`."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ModelpatchError(f"--simulate {text!r} is not N1,N2,...: whole numbers of labels.") from None
+def _without_unreadable(images: list[Path], console: Console) -> list[Path]:
+    """The images that can be read; says which cannot. Raises `DataError` where none can."""
+    problems: dict[Path, str] = {}
+    for image in images:
+        try:
+            open_image(image)
+        except DataError as error:
+            problems[image] = str(error)
+    if len(problems) == len(images):
+        raise DataError(f"none of the {len(images)} images can be read: {next(iter(problems.values()))}")
+    for problem in problems.values():
+        tell(console, f"left out: {problem}")
+    return [image for image in images if image not in problems]

@@ -62,7 +62,7 @@ SetOption = Annotated[
     ),
 ]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming it.")]
-SeedOption = Annotated[int, typer.Option(help="Every random choice follows it.")]
+SeedOption = Annotated[int, typer.Option(help="Every random choice follows it: a whole number from 0 on.")]
 TextOption = Annotated[
     str | None,
     typer.Option(
@@ -125,8 +125,10 @@ class Asked:
 class Training:
     """How a fit runs, alike for all verbs that train."""
 
-    epochs: Annotated[int, typer.Option(help="Passes over the training images, equal for all that is compared.")] = 10
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training images, 1 or more, equal for all that is compared.")
+    ] = 10
+    batch_size: Annotated[int, typer.Option(help="Images a step, 1 or more.")] = 32
     image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None
     seed: SeedOption = 0
     option: Annotated[

@@ -10,9 +10,10 @@ import typer
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.cli.selecting import FoldsOption, HalvingOption, MethodOption, Study
+from modelpatch.cli.selecting import FoldsOption, HalvingOption, MethodOption, Study, parse_counts
+from modelpatch.errors import ModelpatchError
 from modelpatch.methods import make_method
-from modelpatch.report.selection import plot_profile, profile_table
+from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
 from modelpatch.report.tables import show
 from modelpatch.select import profile as run_profile
 
@@ -30,7 +31,13 @@ def profile(
     stages: Annotated[bool, typer.Option("--stages", help="Train whole stages.")] = False,
     folds: FoldsOption = 1,
     halving: HalvingOption = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the bars, or the heat map of pairs, to this picture.")] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="N1,N2,...: a profile with each of these numbers of training images, beside each other."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the bars, or the heat map of pairs or --sizes, to this picture.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Train each block (or run, pair or stage) alone with the head and show what it gains on held-out training images.
@@ -40,21 +47,30 @@ def profile(
     console = open_console(json)
     check_pictures(plot=plot)
     made = make_method(method, **parse_pairs(set_, "--set"))
+    counts = [] if sizes is None else parse_counts("--sizes", sizes)
+    if counts and (study.images is not None or pairs):
+        raise ModelpatchError(
+            "--sizes says how many images to use, and draws no pairs. Leave --images and --pairs out."
+        )
     opened = study.open(data, network, training)
-    result = run_profile(
-        opened.backbone,
-        opened.task,
-        made,
-        consecutive=consecutive,
-        pairs=pairs,
-        stages=stages,
-        folds=folds,
-        halving=halving,
-        **opened.options,
-    )
-    show(console, profile_table(result))
+    parts = [opened.task.subsample(count, training.seed) for count in counts] or [opened.task]
+    results = [
+        run_profile(
+            opened.backbone,
+            part,
+            made,
+            consecutive=consecutive,
+            pairs=pairs,
+            stages=stages,
+            folds=folds,
+            halving=halving,
+            **opened.options,
+        )
+        for part in parts
+    ]
+    show(console, sizes_table(results) if counts else profile_table(results[0]))
     tell(console, opened.kept)
-    write_json(json, result.as_dict())
+    write_json(json, [result.as_dict() for result in results] if counts else results[0].as_dict())
     if plot is not None:
-        plot_profile(result, plot)
+        plot_sizes(results, plot) if counts else plot_profile(results[0], plot)
         tell(console, f"drew {plot}")

@@ -10,9 +10,9 @@ import typer
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, PatchFile, Training
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.cli.selecting import FoldsOption, Limits, Study
+from modelpatch.cli.selecting import FoldsOption, HalvingOption, Limits, Study
 from modelpatch.methods.registry import split_outside
-from modelpatch.report.search import plot_search, search_table
+from modelpatch.report.search import left_out_table, plot_search, search_table
 from modelpatch.report.tables import percent, show
 from modelpatch.select import added_latency
 from modelpatch.select import search as run_search
@@ -32,9 +32,7 @@ def search(
         typer.Option(help="Comma-separated methods to choose among, with hyperparameters as in subset(blocks=last)."),
     ] = ",".join(METHODS),
     tries: Annotated[int, typer.Option(min=1, help="The most proposals to train.")] = 48,
-    halving: Annotated[
-        int, typer.Option(help="N: few epochs for all, N times as many for the best of N, and so on; 0: off.")
-    ] = 3,
+    halving: HalvingOption = 3,
     folds: FoldsOption = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy, bytes and time to this picture.")] = None,
     json: JsonOption = None,
@@ -45,6 +43,7 @@ def search(
     """
     console = open_console(json)
     check_pictures(plot=plot)
+    limits.warn(console)
     opened = study.open(data, network, training, file)
     result = run_search(
         opened.backbone,
@@ -56,9 +55,11 @@ def search(
         halving=halving,
         **opened.options,
     )
+    if result.left_out:
+        show(console, left_out_table(result))
     show(console, search_table(result))
     patch = result.patch
-    added = added_latency(opened.backbone, patch)
+    added = added_latency(opened.backbone, patch, limit=result.budget.latency)
     tell(
         console, f"{result.chosen.name}: {percent(patch.metrics['test_top1'])} % of the test images, +{added:.1%} time"
     )

@@ -37,7 +37,13 @@ def select(
         str | None, typer.Option(help="Comma-separated blocks to choose among, as a profile shows; by default all.")
     ] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Choose whole stages instead of blocks.")] = False,
-    max_blocks: Annotated[int | None, typer.Option(min=1, help="At most this many blocks.")] = None,
+    ends: Annotated[
+        bool,
+        typer.Option(
+            help="Compare what was found with no blocks and with all of them on the same folds; train the best."
+        ),
+    ] = True,
+    max_blocks: Annotated[int | None, typer.Option(min=1, help="At most this many blocks, with --stages too.")] = None,
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Candidates go on from the blocks trained in the round before.")
     ] = False,
@@ -51,6 +57,7 @@ def select(
     """
     console = open_console(json)
     check_pictures(plot=plot)
+    limits.warn(console)
     made = make_method(method, **parse_pairs(set_, "--set"))
     greedy = Greedy(
         rule=cast(Rule, rule),
@@ -60,6 +67,7 @@ def select(
         halving=halving,
         candidates=tuple(name.strip() for name in among.split(",")) if among else (),
         stages=stages,
+        ends=ends,
     )
     opened = study.open(data, network, training, file)
     result = run_select(

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from modelpatch.backbone import Backbone
 from modelpatch.cli.options import Network, PatchFile, Training
-from modelpatch.cli.outputs import check_file
+from modelpatch.cli.outputs import check_file, tell
 from modelpatch.errors import ModelpatchError
 from modelpatch.select.budget import parse_bytes, parse_latency
 from modelpatch.select.cluster import LOCAL
+from modelpatch.select.latency import is_busy
 from modelpatch.train import TaskData, load_task
 
 MethodOption = Annotated[
@@ -21,7 +23,11 @@ MethodOption = Annotated[
 ]
 HalvingOption = Annotated[
     int,
-    typer.Option(help="N: train all candidates for few epochs, the best of N for N times as many, and so on; 0: off."),
+    typer.Option(
+        min=0,
+        help="N, 2 or more: train all candidates for few epochs, one of N, the best, for N times as many, and so on; "
+        "0: all for all epochs.",
+    ),
 ]
 FoldsOption = Annotated[int, typer.Option(min=1, help="Folds of the training images; 1: one held-out split.")]
 
@@ -35,6 +41,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         self.read()
+
+    def warn(self, console: Console) -> None:
+        """Say so where times are to be measured beside other work."""
+        if self.max_latency is not None and is_busy():
+            tell(
+                console,
+                "this machine is busy: times measured now may be wrong. Choose within --max-latency while it rests.",
+            )
 
     def read(self) -> dict[str, Any]:
         """The limits as numbers, for `select` and `search`."""
@@ -103,3 +117,14 @@ class OpenStudy:
         written = f"wrote {self.options['out']}" if "out" in self.options else ""
         size = f" ({self.options['out'].stat().st_size:,} bytes); " if written else ""
         return f"{written}{size}outcomes kept in {self.options['trials']}"
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """`N1,N2,...` of an option as numbers above 0. Raises `ModelpatchError`."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise ModelpatchError(f"{option} {text!r} is not N1,N2,...: whole numbers above 0.")
+    return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from rich.markup import escape
@@ -24,7 +25,7 @@ TILE, CAPTION, COLUMNS = 128, 30, 8  # pixels, pixels, tiles
 def search_table(search: Search) -> Table:
     """A row a proposal, the longest trained and best first; the chosen one in bold, those of the Pareto front with a star."""
     front = {id(one) for one in search.front}
-    notes = [f"{len(search.left_out)} proposals left out", *([str(search.effect)] if search.effect else [])]
+    notes = [str(search.effect)] if search.effect else []
     notes += [f"given up: {reason}" for reason in search.dropped]
     table = new_table(f"{search.task} on {search.backbone}", "\n".join(notes))
     table.add_column("proposal", overflow="fold", min_width=NAME_WIDTH)
@@ -38,8 +39,20 @@ def search_table(search: Search) -> Table:
     return table
 
 
+def left_out_table(search: Search) -> Table:
+    """A row a proposal that was not trained, with the reason; where there are many the JSON has them all."""
+    more = len(search.left_out) - SHOWN
+    table = new_table("left out before training", f"and {more} more, see --json" if more > 0 else "")
+    table.add_column("proposal", overflow="fold", min_width=NAME_WIDTH)
+    table.add_column("reason", overflow="fold")
+    for name, reason in list(search.left_out.items())[:SHOWN]:
+        table.add_row(escape(name), escape(reason))
+    return table
+
+
 def plot_search(search: Search, path: Path) -> None:
-    """Accuracy against bytes (log), the added time as colour; the Pareto front is joined, limits are lines."""
+    """Accuracy against bytes (log), the added time as colour; the Pareto front is joined, the limits are lines."""
+    slowest = max(100 * one.latency for one in search.proposals)
     with figure(path, 9, 5.5) as axes:
         for kept, marker in ((False, "x"), (True, "o")):
             chosen = [one for one in search.proposals if one.kept is kept]
@@ -50,7 +63,7 @@ def plot_search(search: Search, path: Path) -> None:
                 [100 * one.score.top1 for one in chosen],
                 c=[100 * one.latency for one in chosen],
                 vmin=0,
-                vmax=max(100 * one.latency for one in search.proposals) or 1,
+                vmax=max(slowest, 1),
                 cmap="viridis",
                 marker=marker,
                 label="trained to the end" if kept else "given up early",
@@ -60,16 +73,33 @@ def plot_search(search: Search, path: Path) -> None:
             [one.score.file_bytes / 1000 for one in front],
             [100 * one.score.top1 for one in front],
             color=ORANGE,
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
             linewidth=1,
             zorder=0,
             label="Pareto front in accuracy, bytes and time",
         )
         if search.budget.bytes is not None:
-            axes.axvline(search.budget.bytes / 1000, color=GREY, linestyle="--", label="limit")
-        axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="held-out top-1, percent")
+            axes.axvline(search.budget.bytes / 1000, color=GREY, linestyle="--", label="limit of bytes")
+        axes.set(xlabel="patch file, kB (log)", ylabel="held-out top-1, percent")
+        _log_ticks(axes)
         axes.set_title(f"{search.task} on {search.backbone}")
-        axes.figure.colorbar(points, label="added time, percent of the base's")
-        axes.legend(frameon=False, fontsize=8)
+        bar = axes.figure.colorbar(points, label="added time, percent of the base's")
+        if search.budget.latency is not None and 100 * search.budget.latency <= max(slowest, 1):
+            bar.ax.axhline(100 * search.budget.latency, color=ORANGE, linewidth=2)
+            bar.set_label("added time, percent of the base's; orange: limit")
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+
+
+def _log_ticks(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten, instead of powers few of which may lie within the picture."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def picks_table(picks: Sequence[Pick], names: Sequence[str]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -36,6 +37,22 @@ def profile_table(profile: Profile) -> Table:
             bold.format(escape(row.name)), bold.format(accuracy(row.score)), f"{row.parameters:,}", *_costs(row.score)
         )
     table.add_row("linear probe", accuracy(profile.probe), "0", *_costs(profile.probe))
+    return table
+
+
+def sizes_table(profiles: Sequence[Profile]) -> Table:
+    """A row a unit, a column a number of training images; the best of every column in bold, the linear probe last."""
+    first = profiles[0]
+    table = new_table(f"{first.task} on {first.backbone}: {first.method} by {first.kind}, held-out top-1")
+    table.add_column("trained", overflow="fold", min_width=NAME_WIDTH)
+    for profile in profiles:
+        table.add_column(f"{profile.images:,}\nimages", justify="right", no_wrap=True)
+    for row in first.rows:
+        found = [(one, next((r for r in one.rows if r.name == row.name), None)) for one in profiles]
+        cells = [accuracy(own.score if own else None) for _, own in found]
+        best = [own is not None and own is one.best for one, own in found]
+        table.add_row(escape(row.name), *(f"[b]{c}[/b]" if b else c for c, b in zip(cells, best, strict=True)))
+    table.add_row("linear probe", *(accuracy(profile.probe) for profile in profiles))
     return table
 
 
@@ -76,6 +93,8 @@ def selection_table(selection: Selection) -> Table:
         ("blocks, in the order chosen", ", ".join(selection.blocks) or "none: the linear probe is best"),
         ("cross-validation", f"{accuracy(selection.score)} %"),
         ("linear probe, same folds", f"{accuracy(selection.probe)} %"),
+        *([("all blocks, same folds", f"{accuracy(selection.every)} %")] if selection.every else []),
+        *([("greedy choice, given up", _replaced(selection))] if selection.replaced else []),
         ("Theorem 1's bound", str(selection.complexity)),
         *(("given up", reason) for reason in selection.dropped),
         ("test top-1", f"{percent(selection.patch.metrics['test_top1'])} %"),
@@ -83,6 +102,14 @@ def selection_table(selection: Selection) -> Table:
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     return table
+
+
+def _replaced(selection: Selection) -> str:
+    """What greedy choice found, and that an end did better."""
+    assert selection.replaced is not None
+    name, score = selection.replaced
+    winner = "all blocks do" if selection.blocks else "the linear probe does"
+    return f"{name}: {accuracy(score)} %; {winner} better on the folds"
 
 
 def plot_profile(profile: Profile, path: Path) -> None:
@@ -131,15 +158,43 @@ def _plot_pairs(profile: Profile, path: Path) -> None:
         axes.figure.colorbar(image, shrink=0.7, label="held-out top-1, percent")
 
 
+def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
+    """What every unit gains over the linear probe, a row a number of training images; a dot on the best of each row."""
+    names = [row.name for row in profiles[0].rows]
+    cells = [[float("nan")] * len(names) for _ in profiles]
+    for line, profile in zip(cells, profiles, strict=True):
+        for row in profile.rows:
+            if row.score.top1s:
+                line[names.index(row.name)] = 100 * (row.score.top1 - profile.probe.top1)
+    reach = max((abs(cell) for line in cells for cell in line if cell == cell), default=0.0) or 1.0
+    with figure(path, 3 + 0.45 * max(len(names), 8), 2.4 + 0.45 * len(profiles)) as axes:
+        image = axes.imshow(cells, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+        for number, profile in enumerate(profiles):
+            if (best := profile.best) is not None:
+                axes.plot(names.index(best.name), number, "o", color="black", markersize=5)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(profiles)), [f"{profile.images:,}" for profile in profiles])
+        axes.set(ylabel="training images")
+        axes.set_title(
+            f"{profiles[0].task} on {profiles[0].backbone}: {profiles[0].method}; dot: the best", fontsize=10
+        )
+        axes.figure.colorbar(image, label="points over the linear probe")
+
+
 def plot_order(selection: Selection, path: Path) -> None:
-    """In which round each block was chosen (SubTuning's Figure 5), and the accuracy of every round."""
+    """In which round each block was chosen (SubTuning's Figure 5), and the accuracy of every round.
+
+    Where no round took a block, the left picture says so.
+    """
     with figure(path, 10, 4.5, columns=2) as (left, right):
         blocks = [step.block for step in selection.rounds[0].steps] if selection.rounds else []
         rounds = [one for one in selection.rounds if one.accepted and one.best is not None]
         chosen = [one.steps[one.best].block for one in rounds if one.best is not None]
         left.scatter([blocks.index(block) for block in chosen], [one.number for one in rounds], color=BLUE, s=60)
         left.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=7)
-        left.set(ylabel="round", title="chosen block")
+        if not chosen:
+            left.text(0.5, 0.5, "no round took a block", ha="center", transform=left.transAxes, color=GREY)
+        left.set(ylabel="round", title="chosen block", ylim=(0.5, len(selection.rounds) + 0.5))
         left.set_yticks([one.number for one in selection.rounds])
         numbers = [one.number for one in selection.rounds if one.best is not None]
         scores = [one.steps[one.best].score for one in selection.rounds if one.best is not None]

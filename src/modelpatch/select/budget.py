@@ -52,7 +52,8 @@ class Budget:
         method = candidate.method
         key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
         if key not in self._latencies:
-            self._latencies[key] = added_latency(backbone, draft_patch(backbone, task, method, image_size))
+            patch = draft_patch(backbone, task, method, image_size)
+            self._latencies[key] = added_latency(backbone, patch, limit=self.latency)
         return self._latencies[key]
 
     def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
@@ -61,7 +62,7 @@ class Budget:
         if self.bytes is not None and size > self.bytes:
             return f"its file has {size:,} bytes of {self.bytes:,}"
         if self.latency is not None:
-            added = added_latency(backbone, patch)
+            added = added_latency(backbone, patch, limit=self.latency)
             if added > self.latency:
                 return f"it adds {added:.0%} time of {self.latency:.0%}"
         return None

@@ -8,7 +8,7 @@ import numpy as np
 
 from modelpatch.errors import DataError
 from modelpatch.train import Split, TaskData
-from modelpatch.train.data import check_classification, stratified
+from modelpatch.train.data import check_classification, drawn
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
 
@@ -40,7 +40,7 @@ class Folds:
             )
             folds = cls(images, ((np.arange(len(data.train)), np.arange(len(data.train), len(images))),))
         else:
-            folds = cls(data.train, (stratified(data.train.labels, HELD_OUT, seed),))
+            folds = cls(data.train, (_one_fold(data.train.labels, seed),))
         folds._check(data)
         return folds
 
@@ -58,6 +58,12 @@ class Folds:
                 raise DataError(
                     f"the class {name!r} has images to score candidates on, but none to train them on. Add some."
                 )
+
+
+def _one_fold(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, exactly four of five images, and the others, held out. A class of one image is trained on."""
+    trained = drawn(labels, len(labels) - round(HELD_OUT * len(labels)), seed)
+    return trained, np.setdiff1d(np.arange(len(labels)), trained)
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:

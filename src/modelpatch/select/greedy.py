@@ -7,6 +7,9 @@
 Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023), Algorithm 1. `rule="code"` is what the
 authors' code does: it begins with the linear probe (or all blocks, or the better), goes on while the best candidate is at
 most epsilon worse than the best so far, adds blocks to none and removes them from all, and returns the best set seen.
+
+Greedy choice sees one step ahead: it stops where two blocks would gain together what neither gains alone. So what it finds is
+compared with both ends, no blocks and all of them, on the same folds, and the best of the three is trained.
 Every accuracy that decides comes from the folds; the test images are read once, for the final patch.
 """
 
@@ -82,9 +85,10 @@ class Complexity:
         return math.sqrt(self.every / self.images)
 
     def __str__(self) -> str:
+        favours = "these blocks" if self.bound < self.full_bound else "all blocks"
         return (
             f"r' = {self.tuned:,} of {self.every:,}, k = {self.blocks}, L = {self.candidates}, m = {self.images:,}: "
-            f"{self.bound:.1f} against {self.full_bound:.1f} for all blocks, times Δ"
+            f"{self.bound:.1f} against {self.full_bound:.1f} for all blocks, times Δ; the smaller bound is that of {favours}"
         )
 
 
@@ -92,8 +96,10 @@ class Complexity:
 class Selection:
     """The blocks in the order they were chosen, the rounds that chose them, and the patch trained on all training images.
 
-    `probe` is the linear probe's score on the same folds, `score` that of the chosen set. `dropped` says why blocks chosen
-    last were given up again: the trained patch would have broken a limit.
+    `score` is the chosen set's on the folds, `probe` the linear probe's and `every` that of all blocks to choose among, None
+    where it was not measured. `replaced` names what greedy choice had found and its score, where one of these two ends
+    did better and was trained instead. `dropped` says why blocks chosen last were given up again: the trained patch would
+    have broken a limit.
     """
 
     task: str
@@ -105,6 +111,8 @@ class Selection:
     rounds: tuple[Round, ...]
     patch: Patch
     complexity: Complexity
+    every: Score | None = None
+    replaced: tuple[str, Score] | None = None
     dropped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +123,9 @@ class Selection:
             "method": self.method,
             "blocks": list(self.blocks),
             "linear_probe": self.probe.as_dict(),
+            "all_blocks": self.every.as_dict() if self.every else None,
             "cross_validation": self.score.as_dict(),
+            "replaced": {"name": self.replaced[0], **self.replaced[1].as_dict()} if self.replaced else None,
             "rounds": [
                 {
                     "round": one.number,
@@ -145,7 +155,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Greedy:
-    """How blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages` chooses whole stages."""
+    """How blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages` chooses whole stages.
+
+    `ends` compares what was found with no blocks and with all of them; without it the algorithm's own choice is trained.
+    """
 
     rule: Rule = "paper"
     start: Start = "none"
@@ -154,6 +167,7 @@ class Greedy:
     halving: int = 0
     candidates: tuple[str, ...] = ()
     stages: bool = False
+    ends: bool = True
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule) or self.start not in get_args(Start):
@@ -288,6 +302,13 @@ class GreedySearch:
             return self.sets[::-1]
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
+    def ends(self) -> list[tuple[Candidate, Score]]:
+        """No blocks and all of them with their scores, as far as they keep the limits."""
+        able = [
+            end for end in (Candidate.of(self.method, blocks) for blocks in ((), self.names)) if not self._why_not(end)
+        ]
+        return list(zip(able, self.study.score(able, title="both ends"), strict=True))
+
 
 def _change(blocks: tuple[str, ...], unit: tuple[str, ...], removing: bool) -> tuple[str, ...]:
     return tuple(block for block in blocks if block not in unit) if removing else (*blocks, *unit)
@@ -322,10 +343,13 @@ def select(
         search = GreedySearch(study, chosen, greedy or Greedy(), budget, each_round)
         probe = study.score([Candidate.of(chosen, ())], title="linear probe")[0]
         search.run()
+        ranked = search.chosen()
+        found, ends = ranked[0], search.ends() if search.greedy.ends else []
+        better = sorted((end for end in ends if end[1].top1 > found[1].top1), key=lambda end: -end[1].top1)
         final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
         progress = options.get("progress", False)
         candidate, score, patch, dropped = train_first_within(
-            backbone, data, search.chosen(), budget, out=out, checkpoint=checkpoint, progress=progress, **final
+            backbone, data, [*better, *ranked], budget, out=out, checkpoint=checkpoint, progress=progress, **final
         )
     return Selection(
         task=data.task.name,
@@ -337,6 +361,8 @@ def select(
         rounds=tuple(search.rounds),
         patch=patch,
         complexity=_complexity(backbone, data, chosen, search, candidate),
+        every=next((score for end, score in ends if end.blocks), None),
+        replaced=(found[0].name, found[1]) if better and candidate is better[0][0] else None,
         dropped=tuple(dropped),
     )
 

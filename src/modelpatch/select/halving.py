@@ -25,7 +25,9 @@ class Effect:
     without: int
 
     def __str__(self) -> str:
-        return f"successive halving: {self.epochs:,} epochs instead of {self.without:,}"
+        if self.epochs < self.without:
+            return f"successive halving: {self.epochs:,} epochs instead of {self.without:,}"
+        return f"successive halving saved nothing: {self.epochs:,} epochs, {self.without:,} without it"
 
 
 def score_by_halving(
@@ -40,7 +42,7 @@ def score_by_halving(
     if eta == 0:
         return study.score(candidates, epochs, title), None
     if eta < 2:
-        raise TrainingError(f"halving keeps one candidate of {eta}; expected at least 2, or 0 for no halving.")
+        raise TrainingError(f"halving={eta} would keep one candidate of {eta}. Give 2 or more, or 0 for no halving.")
     scores: list[Score | None] = [None] * len(candidates)
     alive, spent = list(range(len(candidates))), 0
     repeats = len(study.bench.data) * len(study.seeds)

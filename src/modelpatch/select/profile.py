@@ -35,13 +35,15 @@ class ProfileRow:
 class Profile:
     """Rows in the order of the chain, and the linear probe's score to compare with.
 
-    `kind` is `blocks`, `runs`, `pairs` or `stages`. `skipped` says why a unit is not among the rows.
+    `kind` is `blocks`, `runs`, `pairs` or `stages`; `images` is the number of training images, those held out included.
+    `skipped` says why a unit is not among the rows.
     """
 
     task: str
     backbone: str
     method: str
     kind: str
+    images: int
     blocks: tuple[str, ...]
     probe: Score
     rows: tuple[ProfileRow, ...]
@@ -61,6 +63,7 @@ class Profile:
             "backbone": self.backbone,
             "method": self.method,
             "kind": self.kind,
+            "images": self.images,
             "blocks": list(self.blocks),
             "linear_probe": self.probe.as_dict(),
             "rows": [
@@ -130,6 +133,7 @@ def profile_units(
         backbone=backbone.spec,
         method=method.name,
         kind=kind,
+        images=len(study.bench.folds.images),
         blocks=tuple(block.name for block in backbone.chain.blocks),
         probe=probe,
         rows=tuple(rows),

@@ -115,9 +115,10 @@ def search(
 ) -> Search:
     """Find and train the best patch of at most `max_bytes` that adds at most the share `max_latency` to the base's time.
 
-    At most `tries` proposals are trained; where there are more, a seeded draw leaves some out. `halving=0` trains all of them
-    to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise. For the other options see
-    `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the budget.
+    At most `tries` proposals are trained; where there are more, a seeded draw leaves some out, but never the linear probe.
+    `halving=0` trains all of them to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise.
+    For the other options see `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the
+    budget.
     """
     budget = Budget(bytes=max_bytes, latency=max_latency)
     if max_bytes is not None:
@@ -207,7 +208,7 @@ def _forms(
     blueprint = method.blueprint(backbone)
     if isinstance(method, DeltaNetwork):
         for count in range(1, len(stages_of(backbone)) + 1):
-            yield f"{spelled} with {count} modules", (), replace(method, modules=count)
+            yield f"{spelled} with {count} module{'s' if count > 1 else ''}", (), replace(method, modules=count)
         return
     yield spelled, (), method
     if blueprint.owned or blueprint.grafts:
@@ -239,9 +240,12 @@ def _block_sets(backbone: Backbone, profiled: Profile) -> list[tuple[str, ...]]:
 
 
 def _draw(able: list[Candidate], tries: int, seed: int, left_out: dict[str, str]) -> list[Candidate]:
-    """At most `tries` of the candidates, in their order."""
+    """At most `tries` of the candidates, in their order. The linear probe, which all must beat, is always among them."""
     if len(able) <= tries:
         return able
-    drawn = set(random.Random(seed).sample(range(len(able)), tries))
-    left_out.update({one.name: "not drawn" for number, one in enumerate(able) if number not in drawn})
-    return [one for number, one in enumerate(able) if number in drawn]
+    places = list(range(len(able)))
+    kept = {place for place in places if isinstance(able[place].method, LinearProbe)}
+    others = [place for place in places if place not in kept]
+    kept.update(random.Random(seed).sample(others, max(0, tries - len(kept))))
+    left_out.update({able[place].name: f"not drawn among {tries} tries" for place in places if place not in kept})
+    return [able[place] for place in places if place in kept]

@@ -106,13 +106,15 @@ class TaskData:
         return replace(self, train=self.train.take(keep), validation=self.train.take(held))
 
     def subsample(self, count: int, seed: int = 0) -> TaskData:
-        """The task with `count` stratified training images; all of them if it has fewer. Raises `DataError` below 1."""
+        """The task with exactly `count` training images, as `drawn` chooses them; all of them if it has fewer.
+
+        Raises `DataError` below 1.
+        """
         if count < 1:
             raise DataError(f"a subsample of {count} images is no task; expected at least one.")
         if count >= len(self.train):
             return self
-        _, rows = stratified(self.train.labels, count / len(self.train), seed)
-        return replace(self, train=self.train.take(rows))
+        return replace(self, train=self.train.take(drawn(self.train.labels, count, seed)))
 
     def __repr__(self) -> str:
         held = "" if self.validation is None else f", {len(self.validation)} validation"
@@ -184,6 +186,21 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
         share.append(rows[: max(round(fraction * len(rows)), int(len(rows) > 1))])
     taken = np.sort(np.concatenate(share))
     return np.setdiff1d(np.arange(len(labels)), taken), taken
+
+
+def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Exactly `count` row indices: every class in proportion, give or take one, and one of each if there are that many.
+
+    The n images of a class stand evenly between 0 and 1, its first one at 0; those that stand lowest are taken, and among
+    equals the seed decides.
+    """
+    _check_seed(seed)
+    generator = np.random.default_rng(seed)
+    rows, places = generator.permutation(len(labels)), np.zeros(len(labels))
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels[rows] == label)
+        places[own[1:]] = (np.arange(1, len(own)) + 0.5) / len(own)
+    return np.sort(rows[np.argsort(places, kind="stable")[:count]])
 
 
 def _check_seed(seed: Any) -> None:
