@@ -3,7 +3,9 @@
 Birds and street signs, 600 training images each, on the ImageNet MobileNetV2; the seed moves the sample of images, the folds
 and the training. Also draws the profile of every task, and active learning on CIFAR-10 by margin and at random.
 
-    python benchmarks/selection_accuracy.py --stages --folds 3 --rules paper --rates 1e-4 3e-4 1e-3 --out OUT
+    python benchmarks/selection_accuracy.py --tasks gtsrb --stages --folds 3 --out OUT
+    python benchmarks/selection_accuracy.py --tasks cub80_2010 --stages --folds 4 --halving 3 --same-steps --rates 1e-4 \
+        --rules code --out OUT
     python benchmarks/selection_accuracy.py --images 90 --epochs 1 --seeds 1 --folds 2 --pixels 32 --among blocks.6.0
 """
 
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument(
         "--halving", type=int, default=0, help="train all for a few epochs, the best of so many for more"
     )
+    parser.add_argument("--same-steps", action="store_true", help="candidates take as many steps on folds as the patch")
+    parser.add_argument("--no-profile", action="store_true", help="draw no profile")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--method", default="subset")
     parser.add_argument(
@@ -54,7 +58,7 @@ def main() -> None:
         type=float,
         nargs="+",
         help="learning rates to choose among on the folds of the first seed: for the method by its best single stage, for "
-        "full fine-tuning as a whole; by default each has its own",
+        "full fine-tuning as a whole; one alone is taken; by default each has its own",
     )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
@@ -84,7 +88,11 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
     blocks: dict[str, list[str]] = {method: [] for method in top1s}
     folder = unpack(name, given.cache)
     among = tuple(given.among.split(",")) if given.among else ()
-    shared = {"workers": given.workers, "trials": given.out / f"{name}.trials.jsonl"}
+    shared = {
+        "workers": given.workers,
+        "trials": given.out / f"{name}.trials.jsonl",
+        "same_steps": given.same_steps,
+    }
     settings: dict[str, Any] = {"epochs": given.epochs, "image_size": given.pixels or TASKS[name]}
     first = mp.load_task(folder, seed=0).subsample(given.images, 0)
     method, full = _choose_rates(backbone, first, given, seed=0, **shared, **settings)
@@ -92,7 +100,7 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
     for seed in range(given.seeds):
         data = mp.load_task(folder, seed=seed).subsample(given.images, seed)
         settings["seed"] = seed
-        if seed == 0 and not among:
+        if seed == 0 and not among and not given.no_profile:
             plot_profile(
                 profile(backbone, data, method, folds=given.folds, halving=given.halving, **shared, **settings),
                 given.out / f"{name}.png",
@@ -133,6 +141,8 @@ def _choose_rates(
     method, full = make_method(given.method), make_method("full-finetune")
     if not given.rates:
         return method, full
+    if len(given.rates) == 1:
+        return replace(method, lr=given.rates[0]), replace(full, lr=given.rates[0])
     with open_study(backbone, data, title="rates", folds=given.folds, **options) as study:
         stages = [
             Candidate.of(replace(method, lr=rate), stage)

@@ -183,3 +183,10 @@ def test_outcomes_come_back_from_the_journal_but_for_a_line_cut_short(bench: Ben
     file.write_text("not a journal\n")
     with pytest.raises(TrainingError, match="line 1"):
         Journal(Outcome, file)
+
+
+def test_same_steps_makes_up_for_the_images_that_are_held_out(bench: Bench) -> None:
+    same = Bench(bench.backbone, color_task(30), bench.settings, folds=2, same_steps=True)
+    trial = Trial(LinearProbe(), fold=0, seed=0, epochs=2)
+    assert [one._fit(trial).settings.epochs for one in (bench, same)] == [2, 4]
+    assert same.key(trial) != bench.key(trial)

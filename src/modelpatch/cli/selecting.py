@@ -75,6 +75,12 @@ class Study:
         Path | None,
         typer.Option(help="A file of outcomes: what is in it is not trained again. By default TASK.trials.jsonl."),
     ] = None
+    same_steps: Annotated[
+        bool,
+        typer.Option(
+            "--same-steps", help="Candidates take as many steps on their folds as the patch on all images; else epochs."
+        ),
+    ] = False
     disk: Annotated[str, typer.Option(help="The most that cached activations may take in temporary files.")] = "16GB"
 
     def __post_init__(self) -> None:
@@ -98,6 +104,7 @@ class Study:
             "ray": self.ray_address if self.ray else None,
             "trials": trials,
             "disk": parse_bytes(self.disk),
+            "same_steps": self.same_steps,
             "progress": True,
         }
         return OpenStudy(network.open(), task, {**options, **settings})

@@ -379,7 +379,7 @@ def _complexity(
     )
 
 
-STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "progress")
+STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "same_steps", "progress")
 
 
 def train_first_within(

@@ -118,6 +118,7 @@ def open_study(
     ray: str | None = None,
     trials: str | Path | None = None,
     disk: int = DISK,
+    same_steps: bool = False,
     progress: bool = False,
     **settings: Any,
 ) -> Iterator[Study]:
@@ -125,12 +126,14 @@ def open_study(
 
     `folds` is the number of folds, 1 for one held-out split; every trial is repeated with `seeds` seeds. `workers` processes
     run trials side by side, on this machine or, with `ray`, on the cluster at that address (`local` starts one). `trials`
-    names a file in which outcomes are kept. `disk` bounds the bytes of cached activations beyond the settings' `memory`.
+    names a file in which outcomes are kept. `disk` bounds the bytes of cached activations beyond the settings' `memory`. With
+    `same_steps` trials take as many steps on their fold as the final patch will on all training images, instead of as many
+    epochs; scores still name the epochs on all images.
     """
     if seeds < 1:
         raise TrainingError(f"the number of seeds is {seeds}; expected at least 1.")
     checked = check_settings(settings)
-    bench = Bench(backbone, data, checked, folds=folds, disk=disk)
+    bench = Bench(backbone, data, checked, folds=folds, disk=disk, same_steps=same_steps)
     bar = Progress(f"{title} on {data.task.name}") if progress else quiet_progress()
     journal = Journal(Outcome, trials)
     with bar, make_workers(bench, workers, ray) as pool:

@@ -76,8 +76,9 @@ class Outcome:
 class Bench:
     """Everything the trials of one task share. `run` gives a trial's outcome; the data's test split is never read.
 
-    `settings` hold for all trials, but for the seed and the epochs, which every trial brings. `memory` of the settings and
-    `disk` are the budgets, in bytes, for shared activations.
+    `settings` hold for all trials, but for the seed and the epochs, which every trial brings. With `same_steps` a trial's
+    epochs are those of a fit on all training images, and on a fold it makes as many more as that has fewer images. `memory`
+    of the settings and `disk` are the budgets, in bytes, for shared activations.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Bench:
         *,
         folds: int = 5,
         disk: int = DISK,
+        same_steps: bool = False,
     ) -> None:
         if settings.early_stopping or settings.validation:
             raise TrainingError(
@@ -100,6 +102,7 @@ class Bench:
         self.settings = replace(settings, augment=augmentation.name)  # type: ignore[arg-type]
         self.disk = disk
         self.data = [self.folds.data(data, fold) for fold in range(len(self.folds.rows))]
+        self.more = [len(data.train) / len(rows) if same_steps else 1.0 for rows, _ in self.folds.rows]
         self.bar = quiet_progress()
         self._states: dict[str, dict[str, Tensor]] = {}
 
@@ -117,6 +120,7 @@ class Bench:
             "task": self.data[0].task.model_dump(mode="json"),
             "images": self.folds.images.digest,
             "folds": [held.tolist() for _, held in self.folds.rows],
+            "more": self.more,
             "settings": {k: v for k, v in asdict(self.settings).items() if k not in ("memory", "dtype")},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -143,7 +147,7 @@ class Bench:
             self.backbone,
             self.data[trial.fold],
             trial.method,
-            replace(self.settings, seed=trial.seed, epochs=trial.epochs),
+            replace(self.settings, seed=trial.seed, epochs=round(trial.epochs * self.more[trial.fold])),
             quiet_progress(),
             RunLog(None),
             None,
