@@ -114,7 +114,8 @@ class SharedImages:
     `views` augmented views of every image and the plain one are made once, so that all fits see the same; unless `cache` is
     False, their activations before every block are kept as well, from the last block to the first, since late ones are
     small and save most, as long as they fit into `memory` bytes in memory and `disk` bytes in temporary files. A model
-    goes on from the last boundary before its first span.
+    goes on from the last boundary before its first span. One that trains almost from the images on, so that a cache would
+    save nothing, sees new views of them in every epoch, as in a fit alone.
     """
 
     def __init__(
@@ -219,13 +220,15 @@ class SharedInputs:
         shared, rows = self.shared, self.rows[split]
         augmented = augmented and shared.views > 0
         augmentation = shared.augmentation if augmented else NO_AUGMENTATION
-        if model.taps and cache_worthwhile(shared.backbone, model.first):  # its head reads more than one boundary
+        images = ImageRows(shared.store, rows)
+        if not cache_worthwhile(shared.backbone, model.first):
+            return PlainInputs(images, augmentation, shared.seed)
+        if model.taps:  # its head reads more than one boundary
             count = max(shared.views, 1) if augmented else 1
-            images = ImageRows(shared.store, rows)
             return CachedInputs(
                 partial(run_prefix, model), images, model.first, augmentation, count, shared.seed, shared.memory
             )
-        start = 0 if model.taps else shared.before(model.first)
+        start = shared.before(model.first)
         views = range(shared.views) if augmented else range(shared.views, shared.views + 1)
         return BoundaryInputs(start, shared.activations[start], rows, views)
 
