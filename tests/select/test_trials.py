@@ -110,6 +110,15 @@ def test_held_out_images_are_seen_without_augmentation(data: TaskData) -> None:
     assert not torch.allclose(train.batch(rows, 0, 0), plain)
 
 
+def test_views_are_few_only_where_they_save_work(data: TaskData) -> None:
+    shared = Bench(make_tiny(), data, FitSettings(epochs=9, views=3, augment="light"), folds=2).shared
+    rows = torch.arange(5)
+    for method, repeats in ((LinearProbe(), True), (FullFinetune(), False)):
+        train = shared.fold(train=rows).inputs(method.draft(shared.backbone, 3), "train", augmented=True)
+        assert torch.equal(train.batch(rows, 0, 0), train.batch(rows, 3, 0)) == repeats
+        assert not torch.equal(train.batch(rows, 0, 0), train.batch(rows, 1, 0))
+
+
 def test_a_warm_start_goes_on_from_the_parent_s_patch(bench: Bench) -> None:
     parent = Trial(Subset(blocks=("stage2.1",), lr=1e-2), 0, 0, 2)
     both = Subset(blocks=("stage1.0", "stage2.1"), lr=1e-9, head_lr=1e-9)
