@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from modelpatch.errors import MissingExtraError, ModelpatchError, TrainingError
-from modelpatch.train.processes import PATIENCE
+from modelpatch.train.processes import process_group
 
 T = TypeVar("T")
 LOCAL = "local"
@@ -131,12 +130,9 @@ class Member:
 
     def run(self, work: Callable[[], Any], rank: int, count: int, place: str) -> Any:
         """The work's result in the first process, None in others; or the error that it raised on purpose."""
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=f"tcp://{place}", rank=rank, world_size=count, timeout=PATIENCE)
         try:
-            result = work()
+            with process_group(init_method=f"tcp://{place}", rank=rank, world_size=count):
+                result = work()
             return result if rank == 0 else None
         except ModelpatchError as error:
             return error
-        finally:
-            dist.destroy_process_group()

@@ -101,20 +101,24 @@ ALONE = Team()
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """All processes that torchrun started with this one, connected while the context lasts; alone without torchrun.
-
-    Gradients travel through gloo, those on GPUs through NCCL.
-    """
+    """All processes that torchrun started with this one, connected while the context lasts; alone without torchrun."""
     if dist.is_initialized() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) < 2:
         yield Team.everyone()
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store through its restarts; addresses that dead processes left there must not be read.
         # On several machines the restarts are not counted alike.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    with process_group(store=store, rank=rank, world_size=count) as team:
+        yield team
+
+
+@contextmanager
+def process_group(**meeting: Any) -> Iterator[Team]:
+    """The processes that meet as `init_process_group` is told. Gradients travel through gloo, those on GPUs through NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, **meeting)
     try:
         yield Team.everyone()
     finally:
