@@ -10,6 +10,11 @@ from pydantic import AfterValidator, StringConstraints, ValidationError
 MAX_LENGTH = 256
 
 
+def count_of(number: int, thing: str, things: str = "") -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
 def check_printable(text: str) -> str:
     """Raises ValueError for control, bidirectional-override and other unprintable characters."""
     if not text.isprintable():

@@ -16,9 +16,11 @@ import torch
 import modelpatch
 from conftest import CLASSES, Run, write_folder
 from modelpatch.backbone import load_backbone, save_backbone
+from modelpatch.errors import DataError
 from modelpatch.patch import Patch
 from modelpatch.patch.inspect import Inspection
-from modelpatch.train import checkpoint, evaluate, load_task
+from modelpatch.select.cascading import held_out
+from modelpatch.train import checkpoint, evaluate, fit, load_task
 from modelpatch.train.fit import Fit
 
 VERBS = (
@@ -223,6 +225,19 @@ def test_eval_takes_seed_0_where_a_file_names_none(
     result = run("eval", folder, "--patch", path, "--json", "-")
     expected = evaluate(load_backbone(TINY), loaded, load_task(folder, seed=0))
     assert (result.code, json.loads(result.out)["confusion"]) == (0, expected.confusion)
+
+
+def test_the_split_that_a_patch_was_fitted_on_is_the_one_it_is_tested_on(run: Run, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colors", CLASSES) / "train"  # no test split: the seed makes one
+    tiny, data = load_backbone(TINY), load_task(folder, seed=3)
+    path = fit(tiny, data, "linear-probe", epochs=1, image_size=32, seed=1).save(tmp_path / "colors.safetensors")
+    result = run("eval", folder, "-p", path, "--json", "-")
+    assert json.loads(result.out)["confusion"] == evaluate(tiny, Patch.load(path), data).as_dict()["confusion"]
+    refused = run("eval", folder, "-p", path, "--seed", 1)
+    assert refused.code == 1
+    assert "fitted on the split of seed 3" in refused.err
+    with pytest.raises(DataError, match="split of seed 3"):
+        held_out([Patch.load(path)], load_task(folder, seed=0))
 
 
 def test_predict_answers_with_every_patch_and_the_base(run: Run, folder: Path, patches: dict[str, Path]) -> None:

@@ -67,8 +67,46 @@ def test_an_interrupted_run_resumes_when_the_same_command_is_given_again(
     assert stopped.code == 130
     assert "resumes when the same command is given again" in stopped.err
     result = run(*command)
-    assert f"resuming the interrupted run in {tmp_path / 'out' / 'training'}" in result.out
-    assert not (tmp_path / "out" / "training").exists()
+    state = tmp_path / "out" / "backbone.safetensors.training"
+    assert f"resuming the interrupted run in {state}" in result.out
+    assert not state.exists()
+
+
+def test_a_run_that_is_stopped_while_it_writes_its_files_goes_on(
+    run: Run, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "out" / "training" / "notes.txt"  # a user's file that no run may touch
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    command = ["multitask", folder, other, "-m", "linear-probe", *FAST, "-o", tmp_path / "out"]
+    save = Patch.save
+
+    def stop(self: Patch, path: Path) -> None:
+        if path.name == "shades.safetensors":
+            raise KeyboardInterrupt
+        save(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Patch, "save", stop)
+        assert run(*command).code == 130
+    assert (tmp_path / "out" / "backbone.safetensors").exists()
+    result = run(*command)
+    assert result.code == 0, result.err
+    assert "resuming the interrupted run" in result.out
+    assert (tmp_path / "out" / "shades.safetensors").exists()
+    assert run(*command, "--restart", "--force").code == 0
+    assert own.read_text() == "mine"
+
+
+def test_a_verb_that_cannot_share_its_work_is_refused_under_torchrun(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in ("multires", "compare", "profile"):
+        result = run(verb, folder, "--epochs", 1)
+        assert result.code == 1
+        assert "error: only fit and multitask share their work under torchrun" in result.err
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
 from modelpatch.report.tables import show
 from modelpatch.select.cascading import KINDS
 from modelpatch.select.cascading import cascade as build_cascade
+from modelpatch.text import count_of
 from modelpatch.train import load_task
 
 
@@ -91,7 +92,12 @@ def cascade(
     result.cascade.save(target, [files[name] for name in result.order])
     show(console, cascade_table(result))
     show(console, stages_table(result))
-    tell(console, f"wrote {target} ({target.stat().st_size:,} bytes) with {len(result.order)} stages")
+    tell(console, f"wrote {target} ({target.stat().st_size:,} bytes) with {count_of(len(result.order), 'stage')}")
+    if len(result.order) == 1:
+        tell(
+            console,
+            "no cascade of these patches keeps that accuracy for less work: the file holds the best single patch",
+        )
     write_json(json, result.as_dict())
     if plot is not None:
         plot_cascade(result, plot)

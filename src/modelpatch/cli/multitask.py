@@ -15,6 +15,7 @@ from modelpatch.cli.outputs import (
     ForceOption,
     JsonOption,
     check_free,
+    is_resumed,
     make_folder,
     open_console,
     resumable,
@@ -24,6 +25,7 @@ from modelpatch.cli.outputs import (
 from modelpatch.errors import TrainingError
 from modelpatch.methods import make_method
 from modelpatch.report.tables import multitask_table, show
+from modelpatch.text import count_of
 from modelpatch.train import fit_multitask, load_task
 from modelpatch.train.multitask import (
     BACKBONE,
@@ -83,10 +85,11 @@ def multitask(
         check_tasks(tasks)
         make_folder("--out", out)
         files = task_files(out, [task.task.name for task in tasks])
-        check_free("--out", [out / BACKBONE, *files.values()], force)
+        checkpoint = out / f"{BACKBONE}.training"
+        if not is_resumed(checkpoint, restart):
+            check_free("--out", [out / BACKBONE, *files.values()], force)
         base = network.open()
         check_writable(base)
-        checkpoint = out / "training"
         with resumable(console, checkpoint, restart):
             work = partial(
                 fit_multitask,
@@ -107,9 +110,10 @@ def multitask(
             return
         sizes = {name: path.stat().st_size for name, path in files.items()}
         show(console, multitask_table(result, sizes))
+        written = count_of(len(files), "patch", "patches")
         tell(
             console,
-            f"wrote {out / BACKBONE} (fingerprint {result.backbone.fingerprint[:12]}) and {len(files)} patches of it; "
+            f"wrote {out / BACKBONE} (fingerprint {result.backbone.fingerprint[:12]}) and {written} of it; "
             f"{base.spec} is unchanged (fingerprint {base.fingerprint[:12]})",
         )
         write_json(json, result.as_dict())

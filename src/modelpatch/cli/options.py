@@ -32,6 +32,8 @@ from modelpatch.patch import Cascade, Patch
 from modelpatch.patch.cascade import is_cascade
 from modelpatch.train import TaskData, join_tasks, load_task
 from modelpatch.train.actors import LOCAL, run_on_ray
+from modelpatch.train.data import split_seed
+from modelpatch.train.evaluate import facts_of
 from modelpatch.train.fit import FitSettings
 
 T = TypeVar("T")
@@ -320,8 +322,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
 
 def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> TaskData:
     """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
-    said = patch.created.get("data")
-    facts = said if isinstance(said, dict) else {}
+    facts = facts_of(patch)
     names, ignore = facts.get("classes"), facts.get("ignore")
     classes = [str(name) for name in names] if isinstance(names, list) else None
     chosen = fitted_seed(patch) if seed is None else seed
@@ -330,7 +331,12 @@ def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> TaskData:
 
 
 def fitted_seed(patch: Patch) -> int:
-    """The seed of the fit, as far as the file says: another split would test on images it was trained on."""
+    """The seed of the split that was fitted on, as far as the file says: another would test images that were trained on.
+
+    It is that of the data, which the fit's own seed need not be.
+    """
+    if (split := split_seed(facts_of(patch))) is not None:
+        return split
     settings = patch.created.get("settings")
     seed = settings.get("seed") if isinstance(settings, dict) else None
     return seed if type(seed) is int and seed >= 0 else 0

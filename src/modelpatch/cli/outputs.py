@@ -15,7 +15,7 @@ from rich.console import Console
 
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import check_picture
-from modelpatch.train.processes import restarted
+from modelpatch.train.processes import is_lonely, restarted
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
@@ -27,8 +27,11 @@ UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 def open_console(json: Path | None = None, **style: Any) -> Console:
     """Standard output, or standard error if `json` claims the output; wide unless it is a terminal.
 
-    Raises `ModelpatchError` if --json names a file that cannot be written.
+    Raises `ModelpatchError` if --json names a file that cannot be written, and in a verb that torchrun started in several
+    processes though it cannot share its work among them.
     """
+    if is_lonely():
+        raise ModelpatchError("only fit and multitask share their work under torchrun. Start this verb without it.")
     check_file("--json", json)
     console = Console(stderr=str(json) == "-", **style)
     if not console.is_terminal:
@@ -94,15 +97,20 @@ def read_names(option: str, text: str | None) -> tuple[str, ...]:
     return names
 
 
+def is_resumed(checkpoint: Path, restart: bool) -> bool:
+    """Whether a run goes on from what is in the folder `checkpoint`, which is removed where it is not to."""
+    if restart and not restarted():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return checkpoint.exists()
+
+
 @contextmanager
 def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[None]:
     """A run that keeps its state in the folder `checkpoint`: says that it goes on, when it starts and when it is stopped.
 
     With `restart` an earlier state is forgotten, unless torchrun starts the run again after a process died.
     """
-    if restart and not restarted():
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    if checkpoint.exists():
+    if is_resumed(checkpoint, restart):
         tell(console, f"resuming the interrupted run in {checkpoint}")
     try:
         yield

@@ -8,6 +8,7 @@ from typing import Any
 
 from modelpatch.engine.plan import Answer, Plan, Pool, Run, Step, reads, run_flops
 from modelpatch.errors import MissingExtraError, ModelpatchError
+from modelpatch.text import count_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def describe(plan: Plan) -> str:
     """The tree of streams with the operations of every run, and the sums."""
     images = max((len(rows) for rows in plan.rows), default=0)
     lines = [
-        f"{len(plan.members)} tasks, up to {images} images each: {_flops(plan.flops)} instead of "
+        f"{count_of(len(plan.members), 'task')}, up to {images} images each: {_flops(plan.flops)} instead of "
         f"{_flops(plan.separate_flops)} one after another ({plan.shared:.0%} shared); "
         f"{plan.bytes / 1e6:.1f} MB of weights and activations"
     ]

@@ -162,7 +162,8 @@ def _read_outer(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise PatchLengthError(f"{name} has {len(data)} bytes; no patch file is that short.")
     length = struct.unpack("<Q", data[:8])[0]
     if length > MAX_HEADER or data[8:9] != b"{":
-        raise NotAPatchError(f"{name} is not a patch file: it does not start with a safetensors header.")
+        hint = " A cascade's file is for eval, predict and serve --cascade." if data[:1] == b"{" else ""
+        raise NotAPatchError(f"{name} is not a patch file: it does not start with a safetensors header.{hint}")
     if 8 + length > len(data):
         raise PatchLengthError(f"{name} is truncated: its header needs {8 + length} bytes, the file has {len(data)}.")
     outer = _read_json(data[8 : 8 + length], name)

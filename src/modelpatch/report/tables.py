@@ -18,6 +18,7 @@ from modelpatch.patch import Version
 from modelpatch.patch.diff import Difference
 from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.patch.task import METRICS
+from modelpatch.text import count_of
 from modelpatch.train import Comparison, Multitask
 from modelpatch.train.compare import Row
 
@@ -113,7 +114,7 @@ def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
     figures = result.as_dict()
     shared, whole, numbers = (figures[name] for name in ("shared_parameters", "backbone_parameters", "numbers"))
     caption = f"{shared:,} of {whole:,} parameters are shared, {numbers:,} numbers in all"
-    table = new_table(f"{len(result.patches)} tasks on {result.backbone.spec}", caption)
+    table = new_table(f"{count_of(len(result.patches), 'task')} on {result.backbone.spec}", caption)
     table.add_column("task", overflow="fold", min_width=NAME_WIDTH)
     for column in ("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -29,8 +29,8 @@ from modelpatch.engine import Engine, Tuning
 from modelpatch.errors import CascadeError, DataError
 from modelpatch.patch import Cascade, Confidence, Patch
 from modelpatch.patch.cascade import MAX_STAGES, Weights, check_one_task, features
-from modelpatch.train.data import Split, TaskData, stratified
-from modelpatch.train.evaluate import logits_of
+from modelpatch.train.data import Split, TaskData, check_same_split, stratified
+from modelpatch.train.evaluate import facts_of, logits_of
 from modelpatch.train.measures import Evaluation
 from modelpatch.train.progress import Progress, quiet_progress
 
@@ -169,8 +169,13 @@ def _named(patches: Mapping[str, Patch] | Sequence[Patch | str | Path]) -> dict[
 
 
 def held_out(patches: Sequence[Patch], data: TaskData) -> Split:
-    """Images of the task that no patch was trained on. Raises `DataError` where there are none, or of another task."""
+    """Images of the task that no patch was trained on.
+
+    Raises `DataError` where there are none, for another task, and for another split of the data than was trained on.
+    """
     _check_classes(patches[0], data)
+    for patch in patches:
+        check_same_split(facts_of(patch), data)
     if data.validation is None:
         settings = [patch.created.get("settings") for patch in patches]
         shares = {(one.get("validation"), one.get("seed")) if isinstance(one, dict) else None for one in settings}

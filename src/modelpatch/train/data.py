@@ -17,7 +17,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -206,6 +207,25 @@ def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"the seed of a split is {seed!r}; expected a whole number from 0 on.")
+
+
+def split_seed(facts: Mapping[str, Any]) -> int | None:
+    """The seed of the test split that these facts of a task's data tell of; None where the source brought its own."""
+    found = re.fullmatch(r"stratified \d+%, seed (\d+)", str(facts.get("test_split", "")))
+    return int(found[1]) if found else None
+
+
+def check_same_split(facts: Mapping[str, Any], data: TaskData) -> None:
+    """Raises `DataError` where a patch was fitted on another split of this source, as the facts in its file tell.
+
+    Its training images would stand among the test images.
+    """
+    fitted, now = split_seed(facts), split_seed(data.facts)
+    if facts.get("source") == data.facts.get("source") and None not in (fitted, now) and fitted != now:
+        raise DataError(
+            f"{data.task.name} was split with seed {now}, but the patch was fitted on the split of seed {fitted}: images it "
+            f"was trained on would be tested. Load the data with seed {fitted}."
+        )
 
 
 def source_size(split: Split, sample: int = 16) -> int:

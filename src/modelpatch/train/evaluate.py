@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.errors import DataError
 from modelpatch.patch import Patch
-from modelpatch.train.data import Split, TaskData, check_classification
+from modelpatch.train.data import Split, TaskData, check_classification, check_same_split
 from modelpatch.train.images import AUGMENTATIONS, ImageStore, pieces
 from modelpatch.train.measures import Evaluation, Result, meter_for
 
@@ -51,8 +51,10 @@ def evaluate(
 ) -> Result:
     """A patch on the test images of its task: an `Evaluation` of classes, a `Segmentation`, a `Detection`.
 
-    Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for.
+    Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for,
+    or if another split of the same data was trained on.
     """
+    check_same_split(facts_of(patch), data)
     if data.task.kind != patch.task.kind:
         raise DataError(
             f"{data.task.name} is a {data.task.kind} task, the patch answers a {patch.task.kind} task. Evaluate it on its own."
@@ -66,6 +68,12 @@ def evaluate(
     for answers, asked in answers_of(backbone.patched(patch), data.test, patch.preprocessing, advance):
         meter.update(answers, asked)
     return meter.result()
+
+
+def facts_of(patch: Patch) -> Mapping[str, Any]:
+    """What the file says of the data it was fitted on; nothing where it does not."""
+    said = patch.created.get("data")
+    return said if isinstance(said, dict) else {}
 
 
 def evaluate_classes(

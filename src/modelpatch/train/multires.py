@@ -32,6 +32,7 @@ from modelpatch.train.evaluate import store_as
 from modelpatch.train.fit import Fit, FitSettings, State, check_settings
 from modelpatch.train.inputs import Inputs
 from modelpatch.train.logs import RunLog
+from modelpatch.train.processes import Team
 from modelpatch.train.progress import Progress, quiet_progress
 
 Sharing = Literal["private", "shared", "independent"]
@@ -145,6 +146,10 @@ def _check(
     if not isinstance(data, TaskData):
         raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
     check_classification(data, "multires")
+    if not Team.everyone().alone:
+        raise TrainingError("several resolutions are trained in one process. Start it without torchrun.")
+    if not isinstance(resolutions, Sequence) or isinstance(resolutions, str):
+        raise TrainingError(f"the resolutions are {resolutions!r}; expected several, in pixels: (96, 128).")
     whole = [type(pixels) is int for pixels in resolutions]
     if len(set(resolutions)) < 2 or len(set(resolutions)) < len(resolutions) or not all(whole):
         raise TrainingError(

@@ -297,12 +297,18 @@ def batch_sizes(tasks: Sequence[TaskData], size: int, sampling: Sampling) -> lis
 
 def shares(names: Sequence[str], weights: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
     """How much of the shared gradient is every task's; they add up to 1. Raises `TrainingError` for impossible weights."""
+    if not isinstance(weights, Mapping):
+        raise TrainingError(f"the weights are {weights!r}; expected a number by task: {{{names[0]!r}: 2}}.")
     if unknown := sorted(weights.keys() - set(names)):
         raise TrainingError(f"there is no task {unknown[0]!r} to weigh. The tasks: {', '.join(names)}.")
-    if wrong := [name for name, weight in weights.items() if not 0 < weight < float("inf")]:
-        raise TrainingError(f"the weight of {wrong[0]} is {weights[wrong[0]]}; expected a number above 0.")
+    if wrong := [name for name, weight in weights.items() if not _is_weight(weight)]:
+        raise TrainingError(f"the weight of {wrong[0]} is {weights[wrong[0]]!r}; expected a number above 0.")
     heavy = [weights.get(name, 1.0) * size for name, size in zip(names, sizes, strict=True)]
     return {name: weight / sum(heavy) for name, weight in zip(names, heavy, strict=True)}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
 
 
 def teams_of(team: Team, tasks: int) -> list[Team]:

@@ -99,10 +99,15 @@ class Team:
 ALONE = Team()
 
 
+def is_lonely() -> bool:
+    """Whether torchrun started this process among others with which it is not connected."""
+    return not dist.is_initialized() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 @contextmanager
 def joined() -> Iterator[Team]:
     """All processes that torchrun started with this one, connected while the context lasts; alone without torchrun."""
-    if dist.is_initialized() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) < 2:
+    if not is_lonely():
         yield Team.everyone()
         return
     store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
