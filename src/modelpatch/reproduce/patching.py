@@ -1,4 +1,4 @@
-"""The main table of Δ-Networks: one task patched, the base's own task kept.
+"""Δ-Networks beside PAINT: one task patched with the base's own kept, and several tasks, one after another or jointly.
 
     HM = 2 a b / (a + b)        a top-1 on the base's task, b on the patched one
 
@@ -10,13 +10,23 @@ Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 2: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
+import torch
+
+from modelpatch.backbone import Preprocessing
+from modelpatch.engine import Engine
 from modelpatch.methods import Paint
 from modelpatch.reproduce.bench import Bench
-from modelpatch.reproduce.parts import each, top1
-from modelpatch.reproduce.recipe import Claim, Recipe, Scale
-from modelpatch.train import PaintSettings, harmonic_mean, paint
+from modelpatch.reproduce.parts import each, names, short, top1
+from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch.train import PaintSettings, TaskData, harmonic_mean, join_tasks, paint
+from modelpatch.train.cache import BATCH
+from modelpatch.train.evaluate import evaluate_classes
+from modelpatch.train.images import ImageStore
+from modelpatch.train.joining import accuracy_by_task
 from modelpatch.train.paint import Painter
 
 PROBE, NAIVE, FAIR = "linear probe", "PAINT, naive", "PAINT, fair"
@@ -99,4 +109,91 @@ TABLE_2 = Recipe(
         Claim("D3", "more modules are at least as good", ((FOUR, TWO), (TWO, ONE)), "on average", small=True),
     ),
     parts=each(measure),
+)
+
+
+# several tasks ------------------------------------------------------------------------------------------------------------
+
+IN_TURN, JOINTLY = "one after another", "jointly"
+
+
+def several_parts(bench: Bench) -> Iterator[Part]:
+    """Every method in both ways, all tasks at once: the first is measured after the last was added."""
+    columns = tuple(short(name) for name in names(bench))
+    for seed in bench.seeds:
+        for row in bench.scale.methods:
+            for way, work in ((IN_TURN, _in_turn), (JOINTLY, _jointly)):
+                yield Part(f"{row}, {way}", columns, seed, partial(work, bench, row, seed))
+
+
+def _in_turn(bench: Bench, row: str, seed: int) -> Figures:
+    """Top-1 in percent of every task's own patch, when one engine holds all of them; the call names the task."""
+    backbone, tasks = bench.backbone(), {short(name): bench.task(name) for name in names(bench)}
+    patches = {name: bench.fit(backbone, data, bench.method(row), seed) for name, data in tasks.items()}
+    engine = Engine(backbone, patches)
+    preprocessing = next(iter(patches.values())).preprocessing
+    return {name: 100 * _right(engine, name, data, preprocessing) for name, data in tasks.items()}
+
+
+def _right(engine: Engine, name: str, data: TaskData, preprocessing: Preprocessing) -> float:
+    """The share of the test images that the engine's task answers rightly."""
+    store = ImageStore(data.test, preprocessing, 2**32)
+    right = 0
+    for rows in torch.arange(len(store)).split(BATCH):
+        right += int((engine(store.plain(rows), only=[name])[name].argmax(1) == store.labels[rows]).sum())
+    return right / len(store)
+
+
+def _jointly(bench: Bench, row: str, seed: int) -> Figures:
+    """Top-1 in percent by task of one patch whose head answers all classes of all tasks."""
+    data = join_tasks([bench.task(name) for name in names(bench)])
+    patch = bench.fit(bench.backbone(), data, bench.method(row), seed)
+    measured = evaluate_classes(bench.backbone(), patch, data)
+    found = accuracy_by_task(measured, data) or {data.task.name: measured.top1}
+    return {short(name): 100 * value for name, value in zip(names(bench), found.values(), strict=True)}
+
+
+SEVERAL = Recipe(
+    paper="delta-networks",
+    table="several-tasks",
+    title="Several tasks patched one after another and jointly",
+    section="sequential and joint patching",
+    notes=(
+        "One after another every task has Δ-modules and a last layer of its own, and the call says which task it asks; no "
+        "patch changes another. Jointly there is one patch, whose head answers all classes of all tasks."
+    ),
+    scales={
+        "small": Scale(
+            data=("gtsrb", "rsscn7"),
+            backbones=("bundled:tiny",),
+            methods={PROBE: "linear-probe", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
+            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
+            seeds=2,
+            images=430,
+            tested=250,
+            steps=50,
+        ),
+        "paper": Scale(
+            data=("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10"),
+            backbones=("timm:resnet18.tv_in1k",),
+            methods={PROBE: "linear-probe", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
+            fit={"epochs": 50, "batch_size": 128, "augment": "standard"},
+            seeds=3,
+        ),
+    },
+    claims=(
+        Claim(
+            "row 12",
+            "tasks patched one after another are above joint ones",
+            ((f"{ONE}, {IN_TURN}", f"{ONE}, {JOINTLY}"), (f"{FOUR}, {IN_TURN}", f"{FOUR}, {JOINTLY}")),
+            "the task is known, and nothing is forgotten",
+        ),
+        Claim(
+            "row 12",
+            "Δ-modules are above linear probes",
+            ((f"{FOUR}, {IN_TURN}", f"{PROBE}, {IN_TURN}"), (f"{FOUR}, {JOINTLY}", f"{PROBE}, {JOINTLY}")),
+            "on the mean of the tasks",
+        ),
+    ),
+    parts=several_parts,
 )

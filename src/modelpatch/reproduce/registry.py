@@ -13,7 +13,7 @@ from modelpatch.reproduce.recipe import Recipe
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 
 RECIPES: tuple[Recipe, ...] = (
-    *(patching.TABLE_2, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
+    *(patching.TABLE_2, patching.SEVERAL, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
     *(painting.CURVE, painting.MODES),
     *(TRANSFER, RANDOM, TABLE_6, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2),
