@@ -16,6 +16,7 @@ from modelpatch.report.tables import NAME_WIDTH, new_table
 from modelpatch.reproduce.outcome import Difference, Outcome, Verdict
 
 CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
+CHARACTERS = 45  # of all column names, beyond which they stand aslant
 
 
 def cells(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -125,8 +126,12 @@ def draw(outcome: Outcome, path: Path) -> None:
                 axes.bar(
                     places, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
                 )
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set(ylabel=outcome.recipe.unit, title=outcome.recipe.title)
+        crowded = sum(map(len, columns)) > CHARACTERS
+        axes.set_xticks(
+            range(len(columns)), columns, rotation=20 if crowded else 0, ha="right" if crowded else "center"
+        )
+        axes.set(ylabel=outcome.recipe.unit)
+        axes.figure.suptitle(outcome.recipe.title, fontsize=11)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
