@@ -87,6 +87,12 @@ def test_proposals_are_all_different_and_hold_every_number_of_modules(tiny: Back
     found = list(propose(tiny, METHODS, profiled, left_out))
     known = [json.dumps([one.method.name, one.method.hyperparameters()]) for one in found]
     assert len(set(known)) == len(known)
+    changes = [
+        (one.method.name, getattr(one.method, "lr", None), one.method.blueprint(tiny).model_dump_json())
+        for one in found
+        if one.method.name == "subset"
+    ]
+    assert len(set(changes)) == len(changes)  # blocks=last is the last block by name
     assert len({one.name for one in found}) == len(found)
     numbers = {one.method.modules for one in found if isinstance(one.method, DeltaNetwork)}
     assert numbers == {1, 2}

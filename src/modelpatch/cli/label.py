@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 from rich.console import Console
 
 from modelpatch.atomic import write_bytes
@@ -78,6 +79,10 @@ def label(
     for name, path in (("--out", out), ("--sheet", sheet), ("--rounds", rounds)):
         check_file(name, path)
     check_pictures(plot=plot)
+    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+        raise ModelpatchError(
+            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of picture. Use .png or .jpg."
+        )
     if (simulate_ is None) == (unlabeled is None):
         raise ModelpatchError("give either --unlabeled FOLDER, to choose from it, or --simulate N1,N2,...")
     if simulate_ is not None and (patch or out or sheet):

@@ -78,7 +78,8 @@ class Study:
     same_steps: Annotated[
         bool,
         typer.Option(
-            "--same-steps", help="Candidates take as many steps on their folds as the patch on all images; else epochs."
+            "--same-steps",
+            help="Candidates train longer on their folds, about the steps of the patch; else its epochs.",
         ),
     ] = False
     disk: Annotated[str, typer.Option(help="The most that cached activations may take in temporary files.")] = "16GB"

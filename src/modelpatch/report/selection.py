@@ -11,7 +11,7 @@ from rich.table import Table
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import NAME_WIDTH, new_table, percent
 from modelpatch.select.greedy import Round, Selection
-from modelpatch.select.profile import Profile
+from modelpatch.select.profile import Profile, ProfileRow
 from modelpatch.select.study import Score
 
 
@@ -94,6 +94,7 @@ def selection_table(selection: Selection) -> Table:
         ("cross-validation", f"{accuracy(selection.score)} %"),
         ("linear probe, same folds", f"{accuracy(selection.probe)} %"),
         *([("all blocks, same folds", f"{accuracy(selection.every)} %")] if selection.every else []),
+        *([("all blocks", f"not tried: {selection.every_left_out}")] if selection.every_left_out else []),
         *([("greedy choice, given up", _replaced(selection))] if selection.replaced else []),
         ("Theorem 1's bound", str(selection.complexity)),
         *(("given up", reason) for reason in selection.dropped),
@@ -120,7 +121,6 @@ def plot_profile(profile: Profile, path: Path) -> None:
     with figure(path, 2 + 0.45 * max(len(profile.rows), 8), 4.5) as axes:
         best = profile.best
         places = range(len(profile.rows))
-        longest = max(row.score.epochs for row in profile.rows)
         bars = axes.bar(
             places,
             [100 * max(row.score.top1, 0) for row in profile.rows],
@@ -129,8 +129,8 @@ def plot_profile(profile: Profile, path: Path) -> None:
             capsize=3,
         )
         for bar, row in zip(bars, profile.rows, strict=True):
-            if row.score.epochs < longest:  # successive halving left it there
-                bar.set(alpha=0.3, label="fewer epochs")
+            if (strength := _strength(profile, row)) < 1:
+                bar.set(alpha=strength, label="fewer epochs")
         axes.axhline(100 * max(profile.probe.top1, 0), color=GREY, linestyle="--", label="linear probe")
         axes.set_xticks(places, [row.name for row in profile.rows], rotation=60, ha="right", fontsize=8)
         tops = [100 * score.top1 for score in (profile.probe, *(row.score for row in profile.rows)) if score.top1s]
@@ -141,17 +141,24 @@ def plot_profile(profile: Profile, path: Path) -> None:
         axes.legend(once.values(), once.keys(), frameon=False)
 
 
+def _strength(profile: Profile, row: ProfileRow) -> float:
+    """How strongly a unit is drawn: palely where successive halving left it with fewer epochs."""
+    return 1.0 if row.score.epochs == max(one.score.epochs for one in profile.rows) else 0.3
+
+
 def _plot_pairs(profile: Profile, path: Path) -> None:
-    """Accuracy of every pair of blocks; the diagonal is empty."""
+    """Accuracy of every pair of blocks; the diagonal is empty, and pairs that halving left early are pale."""
     count = len(profile.blocks)
     cells = [[float("nan")] * count for _ in range(count)]
+    shown = [[1.0] * count for _ in range(count)]
     for row in profile.rows:
         if row.score.top1s:
             first, second = (profile.blocks.index(block) for block in row.blocks)
             cells[first][second] = cells[second][first] = 100 * row.score.top1
+            shown[first][second] = shown[second][first] = _strength(profile, row)
     side = 3 + 0.35 * count
     with figure(path, side + 1, side) as axes:
-        image = axes.imshow(cells, cmap="viridis")
+        image = axes.imshow(cells, cmap="viridis", alpha=shown)
         axes.set_xticks(range(count), profile.blocks, rotation=90, fontsize=7)
         axes.set_yticks(range(count), profile.blocks, fontsize=7)
         axes.set_title(f"{profile.task} on {profile.backbone}: {profile.method} on pairs", fontsize=10)
@@ -159,16 +166,21 @@ def _plot_pairs(profile: Profile, path: Path) -> None:
 
 
 def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
-    """What every unit gains over the linear probe, a row a number of training images; a dot on the best of each row."""
+    """What every unit gains over the linear probe, a row a number of training images; a dot on the best of each row.
+
+    Units that halving left early are pale.
+    """
     names = [row.name for row in profiles[0].rows]
     cells = [[float("nan")] * len(names) for _ in profiles]
-    for line, profile in zip(cells, profiles, strict=True):
+    shown = [[1.0] * len(names) for _ in profiles]
+    for line, strengths, profile in zip(cells, shown, profiles, strict=True):
         for row in profile.rows:
             if row.score.top1s:
                 line[names.index(row.name)] = 100 * (row.score.top1 - profile.probe.top1)
+                strengths[names.index(row.name)] = _strength(profile, row)
     reach = max((abs(cell) for line in cells for cell in line if cell == cell), default=0.0) or 1.0
     with figure(path, 3 + 0.45 * max(len(names), 8), 2.4 + 0.45 * len(profiles)) as axes:
-        image = axes.imshow(cells, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+        image = axes.imshow(cells, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", alpha=shown)
         for number, profile in enumerate(profiles):
             if (best := profile.best) is not None:
                 axes.plot(names.index(best.name), number, "o", color="black", markersize=5)
@@ -203,7 +215,14 @@ def plot_order(selection: Selection, path: Path) -> None:
             numbers, [100 * score.top1 if score else 0 for score in scores], errors, color=BLUE, marker="o", capsize=3
         )
         right.axhline(100 * selection.probe.top1, color=GREY, linestyle="--", label="linear probe")
+        if selection.every is not None:
+            right.axhline(100 * selection.every.top1, color=ORANGE, linestyle=":", label="all blocks")
         right.set(xlabel="round", ylabel="held-out top-1, percent", title="best candidate")
         right.set_xticks(numbers)
         right.legend(frameon=False)
-        left.figure.suptitle(f"{selection.task} on {selection.backbone}: {selection.method}")
+        title = f"{selection.task} on {selection.backbone}: {selection.method}"
+        if selection.replaced is not None:
+            title += (
+                f"\ngiven up: {'all blocks do' if selection.blocks else 'the linear probe does'} better on the folds"
+            )
+        left.figure.suptitle(title)

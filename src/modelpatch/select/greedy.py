@@ -97,9 +97,9 @@ class Selection:
     """The blocks in the order they were chosen, the rounds that chose them, and the patch trained on all training images.
 
     `score` is the chosen set's on the folds, `probe` the linear probe's and `every` that of all blocks to choose among, None
-    where it was not measured. `replaced` names what greedy choice had found and its score, where one of these two ends
-    did better and was trained instead. `dropped` says why blocks chosen last were given up again: the trained patch would
-    have broken a limit.
+    where it was not measured; `every_left_out` says which limit they break. `replaced` names what greedy choice had found
+    and its score, where one of these two ends did better and was trained instead. `dropped` says why blocks chosen last
+    were given up again: the trained patch would have broken a limit.
     """
 
     task: str
@@ -112,6 +112,7 @@ class Selection:
     patch: Patch
     complexity: Complexity
     every: Score | None = None
+    every_left_out: str | None = None
     replaced: tuple[str, Score] | None = None
     dropped: tuple[str, ...] = ()
 
@@ -124,6 +125,7 @@ class Selection:
             "blocks": list(self.blocks),
             "linear_probe": self.probe.as_dict(),
             "all_blocks": self.every.as_dict() if self.every else None,
+            "all_blocks_left_out": self.every_left_out,
             "cross_validation": self.score.as_dict(),
             "replaced": {"name": self.replaced[0], **self.replaced[1].as_dict()} if self.replaced else None,
             "rounds": [
@@ -302,6 +304,10 @@ class GreedySearch:
             return self.sets[::-1]
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
+    def why_not_all(self) -> str | None:
+        """Which limit all blocks break."""
+        return self._why_not(Candidate.of(self.method, self.names))
+
     def ends(self) -> list[tuple[Candidate, Score]]:
         """No blocks and all of them with their scores, as far as they keep the limits."""
         able = [
@@ -362,6 +368,7 @@ def select(
         patch=patch,
         complexity=_complexity(backbone, data, chosen, search, candidate),
         every=next((score for end, score in ends if end.blocks), None),
+        every_left_out=search.why_not_all() if search.greedy.ends else None,
         replaced=(found[0].name, found[1]) if better and candidate is better[0][0] else None,
         dropped=tuple(dropped),
     )

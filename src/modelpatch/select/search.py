@@ -194,7 +194,9 @@ def propose(
                 left_out[name] = str(error)
                 continue
             for label, method in _at_rates(form):
-                known = json.dumps([method.name, method.hyperparameters()], sort_keys=True)
+                chosen = {key: value for key, value in method.hyperparameters().items() if key != "blocks"}
+                changes = method.blueprint(backbone).model_dump_json()  # where blocks=last has its name
+                known = json.dumps([method.name, chosen, changes], sort_keys=True)
                 if known not in seen:
                     seen.add(known)
                     yield Candidate(name + label, blocks, method)
