@@ -38,12 +38,20 @@ def test_every_way_is_trained_and_counted(benchmark: ModuleType) -> None:
     assert numbers["independent"] == 2 * (numbers["heads"] - heads) + heads
 
 
+def test_images_that_are_held_out_take_the_place_of_the_test_images(benchmark: ModuleType) -> None:
+    data = color_task()
+    held = benchmark.held_out(data)
+    assert (len(held.train), len(held.test)) == (18, 6)
+    assert held.validation is None
+    assert held.train.digest != data.test.digest != held.test.digest
+
+
 def test_the_table_says_what_was_gained_seed_by_seed(benchmark: ModuleType) -> None:
     runs = [
         {"heads": ([50.0, 60.0], 100), "scale-bias": ([55.0, 70.0], 103), "independent": ([56.0, 72.0], 200)},
         {"heads": ([52.0, 60.0], 100), "scale-bias": ([59.0, 72.0], 103), "independent": ([58.0, 72.0], 200)},
     ]
-    rows = {row[0]: row[1:] for row in benchmark.table(runs)}
+    rows = {row[0].removesuffix(", 0.001"): row[1:] for row in benchmark.table(1e-3, runs)}
     assert rows["heads"][:2] == (51.0, 1.0)
     assert rows["scale-bias"][4] == pytest.approx((62.5 + 65.5) / 2)
     assert rows["independent"][-2:] == (200, pytest.approx(100))
