@@ -109,8 +109,11 @@ def _replaced(selection: Selection) -> str:
     """What greedy choice found, and that an end did better."""
     assert selection.replaced is not None
     name, score = selection.replaced
-    winner = "all blocks do" if selection.blocks else "the linear probe does"
-    return f"{name}: {accuracy(score)} %; {winner} better on the folds"
+    return f"{name}: {accuracy(score)} %; {_winner(selection)} better on the folds"
+
+
+def _winner(selection: Selection) -> str:
+    return "all blocks do" if selection.blocks else "the linear probe does"
 
 
 def plot_profile(profile: Profile, path: Path) -> None:
@@ -222,7 +225,5 @@ def plot_order(selection: Selection, path: Path) -> None:
         right.legend(frameon=False)
         title = f"{selection.task} on {selection.backbone}: {selection.method}"
         if selection.replaced is not None:
-            title += (
-                f"\ngiven up: {'all blocks do' if selection.blocks else 'the linear probe does'} better on the folds"
-            )
+            title += f"\ngiven up: {_winner(selection)} better on the folds"
         left.figure.suptitle(title)

@@ -14,18 +14,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
-import torch
-
-from modelpatch.backbone import Preprocessing
-from modelpatch.engine import Engine
 from modelpatch.methods import Paint
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, names, short, top1
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import PaintSettings, TaskData, harmonic_mean, join_tasks, paint
-from modelpatch.train.cache import BATCH
+from modelpatch.train import PaintSettings, harmonic_mean, join_tasks, paint
 from modelpatch.train.evaluate import evaluate_classes
-from modelpatch.train.images import ImageStore
 from modelpatch.train.joining import accuracy_by_task
 from modelpatch.train.paint import Painter
 
@@ -118,7 +112,7 @@ IN_TURN, JOINTLY = "one after another", "jointly"
 
 
 def several_parts(bench: Bench) -> Iterator[Part]:
-    """Every method in both ways, all tasks at once: the first is measured after the last was added."""
+    """Every method in both ways, all tasks at once."""
     columns = tuple(short(name) for name in names(bench))
     for seed in bench.seeds:
         for row in bench.scale.methods:
@@ -127,21 +121,8 @@ def several_parts(bench: Bench) -> Iterator[Part]:
 
 
 def _in_turn(bench: Bench, row: str, seed: int) -> Figures:
-    """Top-1 in percent of every task's own patch, when one engine holds all of them; the call names the task."""
-    backbone, tasks = bench.backbone(), {short(name): bench.task(name) for name in names(bench)}
-    patches = {name: bench.fit(backbone, data, bench.method(row), seed) for name, data in tasks.items()}
-    engine = Engine(backbone, patches)
-    preprocessing = next(iter(patches.values())).preprocessing
-    return {name: 100 * _right(engine, name, data, preprocessing) for name, data in tasks.items()}
-
-
-def _right(engine: Engine, name: str, data: TaskData, preprocessing: Preprocessing) -> float:
-    """The share of the test images that the engine's task answers rightly."""
-    store = ImageStore(data.test, preprocessing, 2**32)
-    right = 0
-    for rows in torch.arange(len(store)).split(BATCH):
-        right += int((engine(store.plain(rows), only=[name])[name].argmax(1) == store.labels[rows]).sum())
-    return right / len(store)
+    """Top-1 in percent of every task's own patch; the call names the task, and no patch changes what others answer."""
+    return {short(name): top1(bench, row, name, seed) for name in names(bench)}
 
 
 def _jointly(bench: Bench, row: str, seed: int) -> Figures:

@@ -190,7 +190,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
 
 def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Exactly `count` row indices: every class in proportion, give or take one, and one of each if there are that many.
+    """Exactly `count` row indices: one of every class if there are that many, and beyond that every class in proportion.
 
     The n images of a class stand evenly between 0 and 1, its first one at 0; those that stand lowest are taken, and among
     equals the seed decides.
