@@ -23,7 +23,7 @@ def study() -> ModuleType:
     return multires
 
 
-def test_a_study_has_a_row_for_each_sharing_and_two_for_each_cascade(study: ModuleType) -> None:
+def test_a_study_has_a_row_for_each_sharing_and_one_for_each_cascade(study: ModuleType) -> None:
     settings = {"epochs": 2, "batch_size": 8, "seeds": 2}
     comparison, results = study.study(make_tiny(), color_task(40), (16, 24), ("private", "shared"), **settings)
     columns, rows = study.sharing_rows(comparison)
@@ -32,12 +32,14 @@ def test_a_study_has_a_row_for_each_sharing_and_two_for_each_cascade(study: Modu
     assert all(len(row) == len(columns) for row in rows)
     assert rows[0][5] == pytest.approx((rows[0][1] + rows[0][3]) / 2)
     cascades = study.cascade_rows(results)
-    assert [row[0] for row in cascades] == [0, 0, 1, 1, "all"]
-    for reference, cascade in (cascades[:2], cascades[2:4]):
-        assert (reference[5], reference[6]) == (0, 0)
-        assert cascade[2] >= reference[2]
-        assert cascade[5] == pytest.approx(100 * (1 - cascade[4] / reference[4]))
-    assert cascades[-1][4] == pytest.approx((cascades[1][4] + cascades[3][4]) / 2)
+    rules = len(study.RULES)
+    assert [row[0] for row in cascades] == [0] * (rules + 1) + [1] * (rules + 1) + ["mean"] * rules
+    for reference, *others in (cascades[: rules + 1], cascades[rules + 1 : 2 * (rules + 1)]):
+        assert (reference[1], *reference[6:]) == ("best alone", 0, 0)
+        papers, cautious, _ = others
+        assert min(papers[3], cautious[3]) >= reference[3]
+        assert cautious[6] == pytest.approx(100 * (1 - cautious[5] / reference[5]))
+    assert cascades[-rules][5] == pytest.approx((cascades[1][5] + cascades[rules + 2][5]) / 2)
 
 
 @pytest.mark.real
@@ -51,4 +53,4 @@ def test_the_documented_command_runs(
     monkeypatch.setattr(sys, "argv", ["multires.py", *arguments])
     study.main()
     assert (tmp_path / "rows.json").read_text().count('"own"') == 2
-    assert (tmp_path / "rows-cascade.json").read_text().count('"saved %"') == 3
+    assert (tmp_path / "rows-cascade.json").read_text().count('"saved %"') == 1 + 2 * len(study.RULES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,6 +62,44 @@ def test_the_smallest_threshold_is_that_of_trying_all(seed: int) -> None:
     gains = torch.randint(-1, 2, (12,), generator=generator).double()
     allowed = [float(t) for t in scores.unique() if float(gains[scores >= t].sum()) >= 0]
     assert smallest_threshold(scores, gains) == (min(allowed) if allowed else None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_caution_asks_for_standard_errors_to_spare(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = (5 * torch.rand(12, generator=generator)).round() / 5
+    gains = torch.randint(-1, 3, (12,), generator=generator).double()
+    allowed = []
+    for t in scores.unique():
+        own = gains[scores >= t]
+        error = float(own.std(correction=0)) * len(own) ** 0.5  # of the sum
+        if float(own.sum()) >= 1.5 * error - 1e-9:
+            allowed.append(float(t))
+    assert smallest_threshold(scores, gains, 1.5) == (min(allowed) if allowed else None)
+
+
+def test_what_luck_allows_caution_does_not() -> None:
+    """`small` wins one image and loses the next two: one is even, so that the rule without caution takes both."""
+    right = torch.tensor([True] * 6 + [True, False, False])
+    logits = {
+        "small": answers(right, torch.tensor([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.0, 1.9, 1.8])),
+        "large": answers(torch.tensor([True] * 6 + [False, True, True]), torch.full((9,), 1.0)),
+    }
+    labels = torch.zeros(9, dtype=torch.long)
+    weights = dict.fromkeys(logits, PROBABILITY)
+    answered = {}
+    for caution in (0.0, 2.0):
+        order, confidences, reference = greedy(logits, labels, weights, plain_cost, caution=caution)
+        assert (order, reference) == (("small", "large"), "large")
+        answered[caution] = int(confidences[0].sure(logits["small"]).sum())
+    assert answered == {0.0: 8, 2.0: 6}
+
+
+def test_the_reference_needs_nothing_to_spare() -> None:
+    """At an accuracy below its own it is right on a part only of what it answers, and is taken all the same."""
+    logits, labels = random_answers(0)
+    order, confidences, reference = greedy(logits, labels, dict.fromkeys(logits, PROBABILITY), plain_cost, caution=1e6)
+    assert (order[-1], confidences[-1].threshold) == (reference, None)
 
 
 # the algorithm ----------------------------------------------------------------------------------------------
@@ -232,13 +269,18 @@ def test_what_makes_no_cascade_is_refused(backbone: Backbone, data: TaskData, pa
         cascade(backbone, list(patches.values())[:1], data)
     with pytest.raises(CascadeError, match="confidence is 'gut'; expected one of: probability, fitted"):
         cascade(backbone, patches, data, confidence="gut")
+    for caution in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(CascadeError, match="expected a number of standard errors from 0 on"):
+            cascade(backbone, patches, data, caution=caution)
+    with pytest.raises(CascadeError, match="one and two are the same patch"):
+        cascade(backbone, dict.fromkeys(("one", "two"), patches["16 px"]), data)
 
 
 def test_patches_of_one_name_are_numbered(backbone: Backbone, data: TaskData, patches: dict[str, Patch]) -> None:
-    twice = list(itertools.islice(patches.values(), 1)) * 2
-    result = cascade(backbone, twice, data)
+    first = patches["16 px"]
+    other = fit(backbone, data, "scale-bias", **{**first.created["settings"], "epochs": 1})
+    result = cascade(backbone, [first, other], data)
     assert [single.name for single in result.singles] == ["scale-bias 16 px (1)", "scale-bias 16 px (2)"]
-    assert len(result.order) == 1  # the second can add nothing
 
 
 def test_images_in_files_are_read(backbone: Backbone, patches: dict[str, Patch], data: TaskData) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ from modelpatch.patch import Patch
 from modelpatch.patch.cascade import is_cascade
 from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
 from modelpatch.report.tables import show
-from modelpatch.select.cascading import KINDS
+from modelpatch.select.cascading import CAUTION, KINDS
 from modelpatch.select.cascading import cascade as build_cascade
 from modelpatch.text import count_of
 from modelpatch.train import load_task
@@ -56,6 +56,10 @@ def cascade(
     confidence: Annotated[
         str, typer.Option(help=f"What a patch is sure by: {' or '.join(KINDS)} (from probability, entropy and gap).")
     ] = "probability",
+    caution: Annotated[
+        float,
+        typer.Option(min=0, help="Standard errors by which a stage must keep the accuracy; 0 is the paper's rule."),
+    ] = CAUTION,
     seed: Annotated[
         int | None, typer.Option(help="Makes splits that the data does not have; by default the seed of the fits.")
     ] = None,
@@ -87,7 +91,8 @@ def cascade(
     chosen = fitted_seed(loaded[first]) if seed is None else seed
     task = load_task(data, seed=chosen)
     named = {path.stem: patch for path, patch in loaded.items()}
-    result = build_cascade(base, named, task, accuracy=accuracy, confidence=confidence, seed=chosen, progress=True)
+    rules: Any = {"accuracy": accuracy, "confidence": confidence, "caution": caution, "seed": chosen}
+    result = build_cascade(base, named, task, **rules, progress=True)
     files = {path.stem: path for path in patches}
     result.cascade.save(target, [files[name] for name in result.order])
     show(console, cascade_table(result))

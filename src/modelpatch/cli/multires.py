@@ -10,7 +10,6 @@ import typer
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import (
-    ForceOption,
     JsonOption,
     check_pictures,
     make_folder,
@@ -46,7 +45,9 @@ def multires(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder of all results; by default TASK-multires.")
     ] = None,
-    force: ForceOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train anew, whatever the folder holds, instead of going on from it.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw top-1 against the resolution to this picture.")] = None,
     json: JsonOption = None,
 ) -> None:
@@ -65,17 +66,18 @@ def multires(
     method = make_method(FullFinetune.name, **{"statistics": "learned", **parse_pairs(set_, "--set")})
     settings: dict[str, Any] = training.settings()
     task = load_task(data, seed=training.seed)
+    base = network.open()
     folder = out or Path(f"{task.task.name}-multires")
     make_folder("--out", folder)
     result = compare_sharing(
-        network.open(),
+        base,
         task,
         pixels,
         sharings,
         method=method,
         seeds=seeds,
         out=folder,
-        reuse=not force,
+        reuse=not restart,
         progress=True,
         **settings,
     )

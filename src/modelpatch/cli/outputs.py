@@ -98,10 +98,8 @@ def read_names(option: str, text: str | None) -> tuple[str, ...]:
 
 
 def is_resumed(checkpoint: Path, restart: bool) -> bool:
-    """Whether a run goes on from what is in the folder `checkpoint`, which is removed where it is not to."""
-    if restart and not restarted():
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return checkpoint.exists()
+    """Whether a run goes on from what is in the folder `checkpoint`."""
+    return checkpoint.exists() and (not restart or restarted())
 
 
 @contextmanager
@@ -112,6 +110,8 @@ def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[Non
     """
     if is_resumed(checkpoint, restart):
         tell(console, f"resuming the interrupted run in {checkpoint}")
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     try:
         yield
     except KeyboardInterrupt:

@@ -62,8 +62,8 @@ def plot_cascade(result: CascadeResult, path: Path) -> None:
                 fontsize=7,
             )
         axes.plot([result.test.macs / 1e6], [100 * result.test.top1], "s", color=ORANGE, label="cascade")
-        axes.set(xlabel="million multiply-adds an image", ylabel="top-1 (%)", title=result.cascade.task.name)
-        axes.margins(x=0.15, y=0.15)
+        axes.set(xlabel="million multiply-adds an image", ylabel="test top-1 (%)", title=result.cascade.task.name)
+        axes.margins(x=0.25, y=0.15)
         axes.legend(frameon=False)
 
 
