@@ -124,6 +124,8 @@ def test_a_ratio_out_of_range_and_a_missing_library_are_named(
 ) -> None:
     with pytest.raises(MethodError, match="ratio"):
         Pruned(ratio=1.0)
+    with pytest.raises(MethodNotApplicableError, match=r"ratio=0.001 removes none .* largest layer has 192"):
+        Pruned(blocks=(BLOCK,), ratio=0.001).blueprint(mobilenet)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"modelpatch\[prune\]"):
         Pruned(ratio=0.123).blueprint(mobilenet)

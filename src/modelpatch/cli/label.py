@@ -108,6 +108,7 @@ def label(
             tell(console, f"drew {plot}")
         return
     images = gather_images(unlabeled or [])
+    _check_readable(images)
     if patch is None:
         base = open_backbone(backbone or "bundled:tiny", arguments, place)
         asked = fit(base, task, made, progress=True, **settings)
@@ -138,16 +139,26 @@ def label(
         tell(console, f"drew {sheet}")
 
 
+def _check_readable(images: list[Path]) -> None:
+    """Raises `DataError` if no image can be read, before anything is trained for them."""
+    problem = ""
+    for image in images:
+        try:
+            open_image(image)
+            return
+        except DataError as error:
+            problem = problem or str(error)
+    raise DataError(f"none of the {len(images)} images can be read: {problem}")
+
+
 def _without_unreadable(images: list[Path], console: Console) -> list[Path]:
-    """The images that can be read; says which cannot. Raises `DataError` where none can."""
+    """The images that can be read; says which cannot."""
     problems: dict[Path, str] = {}
     for image in images:
         try:
             open_image(image)
         except DataError as error:
             problems[image] = str(error)
-    if len(problems) == len(images):
-        raise DataError(f"none of the {len(images)} images can be read: {next(iter(problems.values()))}")
     for problem in problems.values():
         tell(console, f"left out: {problem}")
     return [image for image in images if image not in problems]

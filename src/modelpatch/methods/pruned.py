@@ -84,7 +84,8 @@ _KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDiction
 def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[nn.Module]:
     """Copies of the segments' modules without their weakest inner channels.
 
-    Raises `MethodNotApplicableError` for a segment that has none, `MissingExtraError` without Torch-Pruning.
+    Raises `MethodNotApplicableError` for a segment that has none and a ratio that removes none, `MissingExtraError` without
+    Torch-Pruning.
     """
     if importlib.util.find_spec("torch_pruning") is None:
         raise MissingExtraError("torch-pruning", "prune", "the method `pruned`")
@@ -96,7 +97,14 @@ def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[
                 f"{segment.name} has no inner channels that can be pruned: all reach what enters or leaves it. Name "
                 "other blocks."
             )
-    for (number, name), weakest in _weakest(scores, ratio, scope).items():
+    removed = _weakest(scores, ratio, scope)
+    if not any(removed.values()):
+        most = max(len(score) for score in scores.values())
+        raise MethodNotApplicableError(
+            f"ratio={ratio} removes none of the inner channels of {', '.join(segment.name for segment in segments)}, whose "
+            f"largest layer has {most}. Give more, or tune the blocks whole: `subset`."
+        )
+    for (number, name), weakest in removed.items():
         copies[number].remove(name, weakest)
     return [one.module.requires_grad_(False) for one in copies]
 
