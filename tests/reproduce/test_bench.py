@@ -17,7 +17,7 @@ from conftest import SHARED
 from modelpatch.errors import DataError, TrainingError
 from modelpatch.reproduce import RECIPES, Bench, Claim, Outcome, Part, Recipe, Scale, Sources
 from modelpatch.reproduce.backbones import retrained, untrained
-from modelpatch.reproduce.pages import claim_cells, markdown, write_outcome, write_page
+from modelpatch.reproduce.pages import claim_cells, doubts, markdown, overview, write_outcome, write_page
 from modelpatch.train import fit
 
 TINY = Scale(
@@ -202,6 +202,23 @@ def test_pages_show_figures_claims_and_what_was_published(sources: Sources, tmp_
     page = write_page([outcome], tmp_path / "out").read_text()
     assert "Of 1 claims in 1 of the papers" in page
     assert page.count("<img") == 1
+
+
+def test_a_claim_that_fails_is_discussed_and_one_that_holds_is_not(sources: Sources, tmp_path: Path) -> None:
+    claims = (
+        Claim("C1", "x is above y", (("x", "y"),), "always", doubt="Too few steps."),
+        Claim("C2", "y is above x", (("y", "x"),), "always", small=True, doubt="Too many."),
+    )
+    recipe = make_recipe(fixed({"x": [1.0, 1.0], "y": [5.0, 5.0]}, []), *claims)
+    outcome = run(recipe, sources, tmp_path / "out" / recipe.name)
+    assert doubts(outcome) == ["C1 does not hold here. Too few steps."]
+    assert overview([outcome]) == [
+        ["C1: x is above y", recipe.name, "no", "does not hold"],
+        ["C2: y is above x", recipe.name, "yes", "holds"],
+    ]
+    write_outcome(outcome, tmp_path / "out" / recipe.name)
+    for page in (markdown(outcome), write_page([outcome], tmp_path / "out").read_text()):
+        assert ("Too few steps." in page, "Too many." in page) == (True, False)
 
 
 # data and backbones -------------------------------------------------------------------------------------------------

@@ -36,11 +36,18 @@ class Report:
     """Sections in the order they are added; all text is escaped."""
 
     def __init__(self, title: str, lead: str) -> None:
-        self.title, self.parts = title, [f"<h1>{escape(title)}</h1>", f"<p>{escape(lead)}</p>"]
+        self.title, self.parts = title, [f"<h1>{escape(title)}</h1>"]
+        self.text(lead)
 
     def section(self, title: str, text: str = "") -> None:
         """A heading and, below it, a paragraph."""
-        self.parts.append(f"<h2>{escape(title)}</h2>" + (f"<p>{escape(text)}</p>" if text else ""))
+        self.parts.append(f"<h2>{escape(title)}</h2>")
+        if text:
+            self.text(text)
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self.parts.append(f"<p>{escape(text)}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is the rows' names."""

@@ -118,6 +118,7 @@ class Outcome:
                 "text": verdict.claim.text,
                 "paper": verdict.claim.paper,
                 "margin": verdict.claim.margin,
+                "doubt": verdict.claim.doubt,
                 "known_to_hold_here": verdict.claim.small or self.scale == "paper",
                 "holds": verdict.holds,
                 "certain": verdict.certain,

@@ -16,6 +16,7 @@ from modelpatch.report.tables import NAME_WIDTH, new_table
 from modelpatch.reproduce.outcome import Difference, Outcome, Verdict
 
 CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
+OVERVIEW = ("claim", "table", "known to hold at this scale", "verdict")
 CHARACTERS = 45  # of all column names, beyond which they stand aslant
 
 
@@ -58,6 +59,22 @@ def _verdict(verdict: Verdict, scale: str) -> str:
     return verdict.word if known else f"{verdict.word} (not known to hold at this scale)"
 
 
+def overview(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """A row of `OVERVIEW` for every claim of all tables."""
+    rows = []
+    for outcome in outcomes:
+        for verdict in outcome.verdicts:
+            known = "yes" if verdict.claim.small or outcome.scale == "paper" else "no"
+            rows.append([f"{verdict.claim.name}: {verdict.claim.text}", outcome.recipe.name, known, verdict.word])
+    return rows
+
+
+def doubts(outcome: Outcome) -> list[str]:
+    """What is known of the claims that fail at the small scale, a sentence or a few each."""
+    failed = [verdict.claim for verdict in outcome.verdicts if outcome.scale == "small" and not verdict.holds]
+    return [f"{claim.name} does not hold here. {claim.doubt}" for claim in failed if claim.doubt]
+
+
 def settings_line(outcome: Outcome) -> str:
     """What the figures were made with, in a line."""
     scale = outcome.recipe.scales[outcome.scale]
@@ -98,7 +115,8 @@ def markdown(outcome: Outcome) -> str:
         "",
     ]
     lines += _table(header, rows)
-    lines += ["", *_table(CLAIMS, claim_cells(outcome)), "", outcome.recipe.notes, ""]
+    lines += ["", *_table(CLAIMS, claim_cells(outcome)), "", *(f"{doubt}\n" for doubt in doubts(outcome))]
+    lines += [outcome.recipe.notes, ""]
     lines += [f"- {row}: `{spelled}`" for row, spelled in methods.items()]
     return "\n".join(lines) + "\n"
 
@@ -157,6 +175,7 @@ def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
     report = Report(
         "Reproduced tables", f"Of {count} claims in {len(outcomes)} of the papers' tables {held} hold here."
     )
+    report.table(OVERVIEW, overview(outcomes))
     for outcome in outcomes:
         report.section(
             f"{outcome.recipe.name}: {outcome.recipe.title}", f"{outcome.recipe.section}. {settings_line(outcome)}."
@@ -164,7 +183,8 @@ def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
         report.table(*cells(outcome))
         report.picture(folder / outcome.recipe.name / "picture.png", outcome.recipe.title)
         report.table(CLAIMS, claim_cells(outcome))
-        report.section("", outcome.recipe.notes)
+        for text in (*doubts(outcome), outcome.recipe.notes):
+            report.text(text)
     path = folder / "report.html"
     report.write(path)
     return path

@@ -60,7 +60,7 @@ class Claim:
     columns (of all, or those named).
 
     `name` is its number in the list of checkable claims, `paper` what the paper measured. `small` says whether it is known to
-    hold in small settings too.
+    hold in small settings too. `doubt` is why it may fail at the small scale, which is shown where it does.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Claim:
     margin: float = 0.0
     columns: tuple[str, ...] = ()
     small: bool = False
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
