@@ -8,7 +8,23 @@ from pathlib import Path
 import pytest
 from test_bench import write_images
 
-from modelpatch.reproduce import Bench, Recipe, Scale, Sources, painting, patching, piggyback, sharing, subtuning
+from modelpatch.backbone import Backbone
+from modelpatch.methods import make_method
+from modelpatch.reproduce import (
+    Bench,
+    Recipe,
+    Scale,
+    Sources,
+    extensions,
+    normalisation,
+    painting,
+    patching,
+    piggyback,
+    sharing,
+    subtuning,
+    units,
+)
+from modelpatch.select import profile
 from modelpatch.train import harmonic_mean
 
 
@@ -90,3 +106,82 @@ def test_the_best_resolution_alone_costs_all_of_itself_and_the_cascade_what_it_s
     assert (
         0 < table[sharing.CASCADE][sharing.COST] <= 100 + 100 / 4
     )  # at most the smaller one more, at a quarter the pixels
+
+
+def test_the_best_of_a_group_of_units_is_that_of_held_out_images(tmp_path: Path) -> None:
+    bench = bench_of(units.PAIRS, tmp_path, fit={"batch_size": 12, "image_size": 32, "augment": "none"}, steps=1)
+    blocks = [block.name for block in bench.backbone().chain.blocks]
+    groups = {"one": [(blocks[-1],)], "two": [(blocks[-2],), (blocks[-1],)]}
+    data = bench.task("colors")
+    found = units.winners(bench, data, groups, 0)
+    settings = bench.settings(data, 0)
+    profiled = profile(bench.backbone(), data, bench.method(subtuning.BLOCK), same_steps=True, **settings)
+    score = {row.blocks: row.score.top1 for row in profiled.rows}
+    assert found["one"] == (blocks[-1],)
+    assert score[found["two"]] == max(score[unit] for unit in groups["two"])
+
+
+def test_pairs_are_neighbours_or_apart_and_the_best_pair_is_of_all(tmp_path: Path) -> None:
+    groups = units._groups(bench_of(units.PAIRS, tmp_path))
+    pairs = [set(groups[row]) for row in (units.ADJACENT, units.APART, units.PAIR)]
+    assert [len(pair) for pair in pairs] == [7, 21, 28]
+    assert pairs[0] | pairs[1] == pairs[2]
+    assert len(groups[units.LAST_TWO]) == 2
+    assert not set(groups[units.LAST_TWO]) & set(groups[units.OTHERS])
+
+
+def test_best_rates_are_those_of_held_out_images_on_either_side_of_the_other_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {normalisation.BOTH: [10, 20, 50, 30], normalisation.TUNED: [40, 60, 55, 20]}  # best at 0.01 and at 0.003
+    test = {normalisation.BOTH: [1, 2, 3, 4], normalisation.TUNED: [5, 6, 7, 8]}
+    rates = (0.001, 0.003, 0.01, 0.03)
+
+    def fitted(bench: Bench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
+        return (held[row][rates.index(rate)], test[row][rates.index(rate)]) if rate else (0, 9)
+
+    monkeypatch.setattr(normalisation, "_fitted", fitted)
+    table = figures(bench_of(normalisation.RATES, tmp_path, options={"learning_rates": rates}))
+    assert list(table[normalisation.TUNED].values()) == [5, 6, 7, 8]
+    rows = (normalisation.BELOW, normalisation.FROM, normalisation.ABOVE, normalisation.UP_TO, normalisation.LAST)
+    assert [set(table[row].values()) for row in rows] == [{6}, {7}, {3}, {2}, {9}]
+    held[normalisation.BOTH] = [90, 20, 50, 30]  # the lowest rate is the best: none is below
+    assert set(
+        figures(bench_of(normalisation.RATES, tmp_path / "again", options={"learning_rates": rates}))[
+            normalisation.BELOW
+        ].values()
+    ) == {9}
+
+
+def test_a_rate_at_which_training_diverges_has_nothing_right(tmp_path: Path) -> None:
+    fit = {"batch_size": 12, "image_size": 32, "augment": "none"}
+    bench = bench_of(normalisation.RATES, tmp_path, fit=fit, steps=6)
+    assert normalisation._fitted(bench, normalisation.TUNED, "colors", 1e9, 0) == (0, 0)
+
+
+def test_a_block_beside_the_base_adds_itself_and_all_that_follows(tmp_path: Path) -> None:
+    bench = bench_of(extensions.INFERENCE, tmp_path)
+    backbone: Backbone = bench.backbone()
+    macs = [segment.macs for segment in backbone.chain]
+    for block in backbone.chain.blocks:
+        added = extensions.added_operations(bench, make_method(f"subset(blocks={block.name})"))
+        assert added == pytest.approx(100 * sum(macs[block.index :]) / sum(macs)), block.name
+    assert extensions.added_operations(bench, make_method("full-finetune")) == pytest.approx(100)
+
+
+def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(extensions.PRUNING, tmp_path)
+    top1s = {"linear-probe": 40.0, "subset": 60.0, "pruned": 70.0}
+    monkeypatch.setattr(bench, "accuracy", lambda backbone, data, method, seed: top1s[method.name])
+    table = figures(bench)
+    assert table[extensions.HALFWAY] == {"colors": 50}
+    left = [
+        table[row][extensions.PARAMETERS]
+        for row in (extensions.WHOLE, extensions.HALF, extensions.TENTH, extensions.LEAST)
+    ]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 100
+    assert left[-1] < 3
+    assert extensions.PARAMETERS not in table[extensions.PROBE]

@@ -13,7 +13,8 @@ from modelpatch.train.evaluate import Mean
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the row `better` is above the row `worse`, on the mean of columns; `cells` of `of` columns are above alone."""
+    """How far the row `better` is above the row `worse`, on the mean of columns, or how much further than on others;
+    `cells` of `of` columns are so alone."""
 
     better: str
     worse: str
@@ -83,21 +84,21 @@ class Outcome:
         ]
 
     def _difference(self, claim: Claim, better: str, worse: str) -> Difference:
-        """Seed by seed on the mean of the columns that both rows have."""
-        columns = [
-            column
-            for column in self.columns
-            if (not claim.columns or column in claim.columns)
-            and {(better, column), (worse, column)} <= self.figures.keys()
-        ]
-        seeds = set.intersection(*(set(self.figures[row, c]) for c in columns for row in (better, worse)))
-        by_column = {
-            column: [self.figures[better, column][seed] - self.figures[worse, column][seed] for seed in sorted(seeds)]
-            for column in columns
-        }
-        mean = Mean.of([statistics.fmean(values) for values in zip(*by_column.values(), strict=True)])
-        cells = sum(statistics.fmean(values) >= claim.margin for values in by_column.values())
-        return Difference(better, worse, mean, cells, len(columns))
+        """Seed by seed on the mean of the columns that both rows have, less what it is on those that the claim is `than`."""
+        both = [column for column in self.columns if {(better, column), (worse, column)} <= self.figures.keys()]
+        columns = [column for column in both if not claim.columns or column in claim.columns]
+        others = [column for column in both if column in claim.than]
+        cells = [(row, column) for row in (better, worse) for column in (*columns, *others)]
+        seeds = sorted(set.intersection(*(set(self.figures[cell]) for cell in cells)))
+
+        def above(column: str) -> list[float]:
+            return [self.figures[better, column][seed] - self.figures[worse, column][seed] for seed in seeds]
+
+        beyond = [statistics.fmean(values) for values in zip(*map(above, others), strict=True)] or [0.0] * len(seeds)
+        by_column = [[one - less for one, less in zip(above(column), beyond, strict=True)] for column in columns]
+        mean = Mean.of([statistics.fmean(values) for values in zip(*by_column, strict=True)])
+        count = sum(statistics.fmean(values) >= claim.margin for values in by_column)
+        return Difference(better, worse, mean, count, len(columns))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,6 +120,8 @@ class Outcome:
                 "paper": verdict.claim.paper,
                 "margin": verdict.claim.margin,
                 "doubt": verdict.claim.doubt,
+                "columns": list(verdict.claim.columns),
+                "than": list(verdict.claim.than),
                 "known_to_hold_here": verdict.claim.small or self.scale == "paper",
                 "holds": verdict.holds,
                 "certain": verdict.certain,

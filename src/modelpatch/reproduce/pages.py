@@ -14,6 +14,7 @@ from modelpatch.report.html import Report
 from modelpatch.report.plots import figure
 from modelpatch.report.tables import NAME_WIDTH, new_table
 from modelpatch.reproduce.outcome import Difference, Outcome, Verdict
+from modelpatch.reproduce.recipe import Claim
 
 CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
 OVERVIEW = ("claim", "table", "known to hold at this scale", "verdict")
@@ -41,12 +42,15 @@ def claim_cells(outcome: Outcome) -> list[list[str]]:
         for number, one in enumerate(verdict.differences):
             words = [f"{claim.name}: {claim.text}", claim.paper, _verdict(verdict, outcome.scale)]
             text, paper, word = words if number == 0 else ("", "", "")
-            rows.append([text, _pair(one), paper, _difference(one, claim.margin), f"{one.cells} of {one.of}", word])
+            rows.append(
+                [text, _pair(claim, one), paper, _difference(one, claim.margin), f"{one.cells} of {one.of}", word]
+            )
     return rows
 
 
-def _pair(one: Difference) -> str:
-    return f"{one.better} − {one.worse}"
+def _pair(claim: Claim, one: Difference) -> str:
+    pair = f"{one.better} − {one.worse}"
+    return f"{pair}, {', '.join(claim.columns)} beyond {', '.join(claim.than)}" if claim.than else pair
 
 
 def _difference(one: Difference, margin: float) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
+from modelpatch.methods import Method
 from modelpatch.reproduce.backbones import untrained
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.recipe import Figures, Part
+from modelpatch.train import TaskData, evaluate
 
 Measure = Callable[[Bench, str, str, int], float]  # a row, a data set and a seed to a figure
 
@@ -46,3 +49,17 @@ def top1_over_random(bench: Bench, row: str, name: str, seed: int) -> float:
     """The same over random weights, the same ones for all rows and data sets of a seed."""
     random = bench.latest("untrained", seed, lambda: untrained(bench.backbone(), seed))
     return bench.accuracy(random, bench.task(name), bench.method(row), seed)
+
+
+def held_out(bench: Bench, name: str, seed: int) -> TaskData:
+    """The data set with a fifth of its training images held out, to choose by."""
+    return bench.once(("held out", name, seed), lambda: bench.task(name).with_validation(0.2, seed))
+
+
+def held_and_test(bench: Bench, name: str, method: Method, seed: int) -> tuple[float, float]:
+    """Top-1 in percent on held-out and on test images of the method, fitted on the others."""
+    data = held_out(bench, name, seed)
+    assert data.validation is not None
+    patch = bench.fit(bench.backbone(), data, method, seed)
+    held = evaluate(bench.backbone(), patch, replace(data, test=data.validation)).score
+    return 100 * held, 100 * patch.metrics["test_top1"]

@@ -57,7 +57,7 @@ class Scale:
 @dataclass(frozen=True)
 class Claim:
     """An inequality of the table: in every pair the first row is at least `margin` above the second, on the mean of the
-    columns (of all, or those named).
+    columns (of all, or those named). With `than` it is by that much further above on these columns than on those.
 
     `name` is its number in the list of checkable claims, `paper` what the paper measured. `small` says whether it is known to
     hold in small settings too. `doubt` is why it may fail at the small scale, which is shown where it does.
@@ -69,6 +69,7 @@ class Claim:
     paper: str
     margin: float = 0.0
     columns: tuple[str, ...] = ()
+    than: tuple[str, ...] = ()
     small: bool = False
     doubt: str = ""
 

@@ -15,15 +15,16 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from modelpatch.methods import confine
 from modelpatch.reproduce.bench import Bench
-from modelpatch.reproduce.parts import each, short, top1
+from modelpatch.reproduce.parts import each, held_and_test, held_out, short, top1
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
 from modelpatch.select import Greedy, select
-from modelpatch.train import Split, TaskData, corrupted, evaluate
+from modelpatch.train import Split, TaskData, corrupted
 from modelpatch.train.corruptions import KINDS
 from modelpatch.train.data import stratified
 
@@ -33,12 +34,32 @@ SETTINGS = {"batch_size": 256, "image_size": 224, "augment": "standard"}
 PROBE, TUNED, BLOCK = "linear probe", "full fine-tuning", "one block"
 CHOSEN, LAST = "chosen block", "last block"
 SUBTUNING = "SubTuning"
-PAPER_METHODS = {
+SMALL_ENDS = {PROBE: "linear-probe", TUNED: "full-finetune(lr=0.001)"}
+SMALL_BLOCKS = "subset(lr=0.001)"
+PAPER_ENDS = {
     PROBE: "linear-probe(head_lr=0.01)",
     TUNED: f"full-finetune(lr=0.001,statistics=learned,{ADAMW})",
-    SUBTUNING: f"subset(lr=0.001,statistics=learned,{ADAMW})",
 }
-SMALL_METHODS = {PROBE: "linear-probe", TUNED: "full-finetune(lr=0.001)", SUBTUNING: "subset(lr=0.001)"}
+PAPER_BLOCKS = f"subset(lr=0.001,statistics=learned,{ADAMW})"
+SMALL = Scale(
+    data=("rsscn7", "gtsrb"),
+    backbones=("bundled:tiny",),
+    methods={**SMALL_ENDS, BLOCK: SMALL_BLOCKS},
+    fit={"image_size": 32, "batch_size": 32, "augment": "light"},
+    seeds=2,
+    images=430,
+    tested=300,
+    steps=50,
+)
+PAPER = Scale(
+    data=SETS,
+    backbones=("timm:resnet50.tv2_in1k",),
+    methods={**PAPER_ENDS, BLOCK: PAPER_BLOCKS},
+    fit={**SETTINGS, "epochs": 10},
+    seeds=3,
+)
+STAGES = {"greedy": {"stages": True}, "folds": 2, "max_blocks": 3}  # a search that is affordable at the small scale
+BY_FOLDS: dict[str, Any] = {"greedy": {}, "folds": 5, "max_blocks": None}
 
 
 def subtuned(bench: Bench, data: TaskData, seed: int) -> float:
@@ -64,26 +85,14 @@ def profile_parts(bench: Bench) -> Iterator[Part]:
         yield Part(CHOSEN, (short(name),), seed, partial(_chosen, bench, name, seed))
 
 
-def _held(bench: Bench, name: str, seed: int) -> TaskData:
-    return bench.once(("held", name, seed), lambda: bench.task(name).with_validation(0.2, seed))
-
-
 def _end(bench: Bench, row: str, name: str, seed: int) -> Figures:
-    return {short(name): bench.accuracy(bench.backbone(), _held(bench, name, seed), bench.method(row), seed)}
+    return {short(name): bench.accuracy(bench.backbone(), held_out(bench, name, seed), bench.method(row), seed)}
 
 
 def _tuned_alone(bench: Bench, name: str, block: int, seed: int) -> tuple[float, float]:
     """Top-1 in percent on held-out and on test images of a block tuned with the head."""
-
-    def tune() -> tuple[float, float]:
-        backbone, data = bench.backbone(), _held(bench, name, seed)
-        method = confine(bench.method(BLOCK), (backbone.chain.blocks[block].name,))
-        patch = bench.fit(backbone, data, method, seed)
-        assert data.validation is not None
-        held = evaluate(backbone, patch, replace(data, test=data.validation)).score
-        return 100 * held, 100 * patch.metrics["test_top1"]
-
-    return bench.once(("block", name, block, seed), tune)
+    method = confine(bench.method(BLOCK), (bench.backbone().chain.blocks[block].name,))
+    return bench.once(("block", name, block, seed), lambda: held_and_test(bench, name, method, seed))
 
 
 def _alone(bench: Bench, name: str, block: int, seed: int) -> Figures:
@@ -104,27 +113,7 @@ PROFILE = Recipe(
         "The chosen block is the best on held-out images, a fifth of the training images that no row trains on; its figure, "
         "like all others, is of test images. The number of blocks is that of the scale's backbone."
     ),
-    scales={
-        "small": Scale(
-            data=("rsscn7", "gtsrb"),
-            backbones=("bundled:tiny",),
-            methods={PROBE: "linear-probe", TUNED: "full-finetune(lr=0.001)", BLOCK: "subset(lr=0.001)"},
-            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
-            seeds=2,
-            images=430,
-            tested=300,
-            steps=50,
-            options={"blocks": 8},
-        ),
-        "paper": Scale(
-            data=SETS,
-            backbones=("timm:resnet50.tv2_in1k",),
-            methods={**PAPER_METHODS, BLOCK: PAPER_METHODS[SUBTUNING]},
-            fit={**SETTINGS, "epochs": 10},
-            seeds=3,
-            options={"blocks": 16},
-        ),
-    },
+    scales={"small": replace(SMALL, options={"blocks": 8}), "paper": replace(PAPER, options={"blocks": 16})},
     claims=(
         Claim(
             "T1", "the chosen block is above the last one", ((CHOSEN, LAST),), "an inner block on every set", small=True
@@ -154,25 +143,22 @@ TABLE_1 = Recipe(
         "ResNet-50, not swept."
     ),
     scales={
-        "small": Scale(
+        "small": replace(
+            SMALL,
             data=("rsscn7", "dtd10"),
-            backbones=("bundled:tiny",),
-            methods={**SMALL_METHODS, "LoRA": "lora", "Head2Toe": "head2toe"},
-            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
-            seeds=2,
+            methods={**SMALL_ENDS, SUBTUNING: SMALL_BLOCKS, "LoRA": "lora", "Head2Toe": "head2toe"},
             images=258,
-            tested=300,
             steps=32,
-            options={"greedy": {"stages": True}, "folds": 2, "max_blocks": 3},
+            options=STAGES,
         ),
-        "paper": Scale(
+        "paper": replace(
+            PAPER,
             data=("cifar100", "flowers102", "caltech101", "dtd"),
-            backbones=("timm:resnet50.tv2_in1k",),
-            methods={**PAPER_METHODS, "LoRA": "lora", "Head2Toe": "head2toe"},
+            methods={**PAPER_ENDS, SUBTUNING: PAPER_BLOCKS, "LoRA": "lora", "Head2Toe": "head2toe"},
             fit={**SETTINGS, "epochs": 50},
             seeds=5,
             images=1000,
-            options={"greedy": {}, "folds": 5, "max_blocks": None},
+            options=BY_FOLDS,
         ),
     },
     claims=(
@@ -226,30 +212,23 @@ TABLE_2 = Recipe(
         "held-out images, and images are seen at 64 px, where the bundled network is nearly as good as at its 96."
     ),
     scales={
-        "small": Scale(
+        "small": replace(
+            SMALL,
             data=("cifar10_full",),
-            backbones=("bundled:tiny",),
-            methods=SMALL_METHODS,
+            methods={**SMALL_ENDS, SUBTUNING: SMALL_BLOCKS},
             fit={"image_size": 64, "batch_size": 32, "augment": "none"},
-            seeds=2,
-            tested=300,
             images=300,
             steps=12,
-            options={
-                "greedy": {"stages": True},
-                "folds": 1,
-                "max_blocks": 3,
-                "kinds": KINDS,
-                "trained": 120,
-            },
+            options={**STAGES, "folds": 1, "kinds": KINDS, "trained": 120},
         ),
-        "paper": Scale(
+        "paper": replace(
+            PAPER,
             data=("cifar10_full",),
             backbones=("bundled:tiny",),
-            methods=PAPER_METHODS,
+            methods={**PAPER_ENDS, SUBTUNING: PAPER_BLOCKS},
             fit={"image_size": 96, "batch_size": 256, "epochs": 15, "augment": "standard"},
             seeds=5,
-            options={"greedy": {}, "folds": 5, "max_blocks": None, "kinds": KINDS, "trained": 1000},
+            options={**BY_FOLDS, "kinds": KINDS, "trained": 1000},
         ),
     },
     claims=(
