@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelpatch.errors import TrainingError
-from modelpatch.reproduce import painting, patching, piggyback, sharing, subtuning
+from modelpatch.reproduce import masks, painting, patching, piggyback, sharing, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.federated import FEDERATED
 from modelpatch.reproduce.normalisation import RANDOM, TABLE_6, TRANSFER
@@ -14,10 +14,10 @@ from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 
 RECIPES: tuple[Recipe, ...] = (
     *(patching.TABLE_2, patching.SEVERAL, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
-    *(painting.CURVE, painting.MODES),
+    *(painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE),
     *(TRANSFER, RANDOM, TABLE_6, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2),
-    *(piggyback.TABLE_1, piggyback.DECATHLON),
+    *(piggyback.TABLE_1, piggyback.INITIALISATION, piggyback.DECATHLON, masks.SPARSITY, masks.ORDER, masks.OVERHEAD),
 )
 PAPERS = tuple(dict.fromkeys(recipe.paper for recipe in RECIPES))
 
