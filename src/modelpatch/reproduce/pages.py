@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -126,9 +127,9 @@ def draw(outcome: Outcome, path: Path) -> None:
                 axes.errorbar(places, values, yerr=errors, marker="o", capsize=3, color=colors[number], label=row)
             else:
                 places, values, errors = zip(*known, strict=True)
-                places = [place + (number - (len(rows) - 1) / 2) * width for place in places]
+                beside = np.array(places) + (number - (len(rows) - 1) / 2) * width
                 axes.bar(
-                    places, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
+                    beside, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
                 )
         crowded = sum(map(len, columns)) > CHARACTERS
         axes.set_xticks(

@@ -292,7 +292,7 @@ TRANSFER = Recipe(
             ((OTHER_PATCHED, OTHER_BASE),),
             "9 of 9 splits",
         ),
-        Claim("control", "and the patched half", ((HALF_PATCHED, HALF_BASE),), ""),
+        Claim("control", "and the patched half", ((HALF_PATCHED, HALF_BASE),), "", small=True),
     ),
     parts=transfer_parts,
 )
