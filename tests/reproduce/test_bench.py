@@ -286,7 +286,8 @@ def test_a_retrained_backbone_computes_what_the_patched_one_did(sources: Sources
 # every recipe, on made-up images --------------------------------------------------------------------------------------
 
 
-NEEDS_TWO = {"pairs", "shared", "supported"}
+COLORS = ("red", "green", "blue", "rose")
+NEEDS_TWO = {"other", "pairs", "shared", "supported"}
 QUICK = {
     "pairs": (("one", ("two",)),),
     "supported": "two",
@@ -295,6 +296,10 @@ QUICK = {
     "trained": 6,
     "folds": 1,
     "blocks": 2,
+    "depth": 2,
+    "other": "two",
+    "pretraining": {"epochs": 1},
+    "sets": ("two", "three", "four"),
     "alphas": 2,
     "resolutions": (32, 64),
     "greedy": {"candidates": ("stages.3.blocks.0",)},
@@ -306,11 +311,12 @@ QUICK = {
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_every_recipe_fills_its_table(recipe: Recipe, tmp_path: Path) -> None:
-    """One seed, one step or epoch, the recipe's own methods and rows; one data set, or two where it needs them."""
+    """One seed, one step or epoch, the recipe's own methods and rows; one data set, or as many as it needs."""
     small = recipe.scales["small"]
-    names = ("one", "two")[: 2 if NEEDS_TWO & set(small.options) else 1]
+    count = 4 if "sets" in small.options else 2 if NEEDS_TWO & set(small.options) else 1
+    names = ("one", "two", "three", "four")[:count]
     for number, name in enumerate(names):
-        write_images(tmp_path / "data" / name, ("red", "green", "blue"), number)
+        write_images(tmp_path / "data" / name, tuple(f"{name} {color}" for color in COLORS), number)
     options = {name: QUICK.get(name, value) for name, value in small.options.items()}
     settings = {**small.fit, "image_size": 32, "batch_size": 12, "epochs": 1, "augment": "none"}
     if "resolutions" in options:

@@ -7,7 +7,7 @@ import pytest
 from modelpatch.errors import TrainingError
 from modelpatch.methods import DeltaNetwork, FullFinetune, make_method
 from modelpatch.methods.composite import Composite
-from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose, painting, piggyback, subtuning
+from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose, masks, painting, piggyback, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
@@ -129,20 +129,21 @@ def test_subtuning_follows_its_paper_at_its_scale() -> None:
 
 def test_piggyback_follows_its_paper_at_its_scale() -> None:
     """Adam at 1e-4 for masks and head, without decay, batches of 32, 30 epochs and a tenth after 15; decathlon 60 and 45."""
-    for recipe, epochs, drop in ((piggyback.TABLE_1, 30, 15), (piggyback.DECATHLON, 60, 45)):
+    own = (piggyback.TABLE_1, piggyback.INITIALISATION, masks.SPARSITY, masks.ORDER, masks.OVERHEAD)
+    for recipe, epochs, drop in (*((one, 30, 15) for one in own), (piggyback.DECATHLON, 60, 45)):
         scale = recipe.scales["paper"]
         settings = check_settings(dict(scale.fit))
         assert (settings.batch_size, settings.epochs) == (32, epochs)
         assert [settings.factor(epoch, epochs) for epoch in (drop - 1, drop)] == [1, 0.1]
-        masks = make_method(scale.methods[piggyback.MASKS])
-        assert (masks.lr, masks.head_lr, masks.weight_decay) == (1e-4, 1e-4, 0)
+        method = make_method(scale.methods[piggyback.MASKS])
+        assert (method.lr, method.head_lr, method.weight_decay) == (1e-4, 1e-4, 0)
     assert scale.options["max_errors"]["imagenet"] == 80.26
     assert set(scale.data) == set(scale.options["max_errors"])
 
 
 def test_paint_follows_its_paper_at_its_scale() -> None:
     """AdamW at 1e-5, decay 0.1, batches of 128, 2,000 steps with 200 of warm-up, alpha in tenths."""
-    for recipe in (painting.CURVE, painting.MODES):
+    for recipe in (painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE):
         scale = recipe.scales["paper"]
         settings, method = check_settings(dict(scale.fit)), make_method(scale.methods[painting.PATCHED])
         assert (method.optimizer, method.lr, method.weight_decay) == ("adamw", 1e-5, 0.1)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
+import torch
 from test_bench import write_images
 
 from modelpatch.backbone import Backbone
@@ -16,6 +20,7 @@ from modelpatch.reproduce import (
     Scale,
     Sources,
     extensions,
+    masks,
     normalisation,
     painting,
     patching,
@@ -25,7 +30,8 @@ from modelpatch.reproduce import (
     units,
 )
 from modelpatch.select import profile
-from modelpatch.train import harmonic_mean
+from modelpatch.train import Painting, PaintSettings, harmonic_mean
+from modelpatch.train.tradeoff import Accuracy, Point
 
 
 def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Bench:
@@ -53,6 +59,55 @@ def test_the_decathlon_is_scored_by_twice_the_errors_of_individual_networks(
     assert scores[piggyback.MASKS] == pytest.approx(1000 * (1 - 20 / 80) ** 2)
     assert scores[piggyback.NORMS] == pytest.approx(1000)
     assert scores[piggyback.CLASSIFIER] == 0
+
+
+def test_masks_are_compared_by_the_difficulty_of_their_tasks_and_by_halves_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = {
+        "colors": [10, 20, 30, 200],
+        "others": [30, 20, 10, 0],
+        "more": [0, 0, 0, 40],
+    }  # of 100, 100, 100, 1000 weights
+    weights = [100, 100, 100, 1000]
+    counts = {name: np.array([found, weights]).T for name, found in zeros.items()}
+    monkeypatch.setattr(masks, "masked_out", lambda bench, name, seed: counts[name])
+    accuracies = {"colors": 50.0, "others": 90.0, "more": 20.0}
+    monkeypatch.setattr(masks, "top1", lambda bench, row, name, seed: accuracies[name])
+    table = figures(bench_of(masks.SPARSITY, tmp_path, data=tuple(zeros), options={"depth": 4}))
+    assert table["colors"] == pytest.approx({"1": 10, "2": 20, "3": 30, "4": 20, "all": 20})
+    assert table[masks.HARDER]["all"] == pytest.approx((40 / 13 + 20) / 2)  # more and colors
+    assert table[masks.EASIER]["all"] == pytest.approx((60 / 13 + 20) / 2)  # others and colors
+    assert table[masks.EARLY]["all"] == pytest.approx((10 + 20 + 30 + 20 + 0 + 0) / 6)
+    assert table[masks.LATE]["all"] == pytest.approx((30 + 20 + 10 + 0 + 0 + 4) / 6)
+
+
+def test_masks_and_the_base_are_the_same_in_either_order_and_packed_weights_are_not(tmp_path: Path) -> None:
+    fit = {"batch_size": 12, "augment": "none", "image_size": 32}
+    methods = {masks.MASKS: "piggyback(lr=0.005)", masks.PACKNET: "packnet"}
+    bench = bench_of(masks.ORDER, tmp_path, data=("colors", "others"), fit=fit, steps=4, methods=methods)
+    changed = {row: found[masks.CHANGED] for row, found in figures(bench).items()}
+    assert changed.pop(f"{masks.PACKNET}, later") > 1
+    assert set(changed.values()) == {0}
+    for first, second in masks.both_orders(bench, masks.MASKS, 0).values():
+        assert first is not second
+        assert any((mask == 0).any() for name, mask in first.tensors.items() if name.startswith("mask/"))
+
+
+def test_bits_of_a_mask_that_differ_are_counted(tmp_path: Path) -> None:
+    bench = bench_of(masks.OVERHEAD, tmp_path, steps=1)
+    patch = bench.fit(bench.backbone(), bench.task("colors"), bench.method(masks.MASKS), 0)
+    name = next(name for name in patch.tensors if name.startswith("mask/"))
+    other = patch.tensors[name].clone()
+    other.flatten()[:3] ^= True
+    count = sum(tensor.numel() for tensor in patch.tensors.values())
+    assert masks.changed(patch, replace(patch, tensors={**patch.tensors, name: other})) == pytest.approx(300 / count)
+
+
+def test_chance_is_the_share_of_the_most_frequent_class(tmp_path: Path) -> None:
+    bench = bench_of(piggyback.INITIALISATION, tmp_path, data=("colors", "others"), options={"other": "others"})
+    chance = next(part for part in bench.recipe.parts(bench) if part.row == piggyback.CHANCE)
+    assert chance.work() == pytest.approx({"colors": 100 / 3})
 
 
 def test_the_chosen_block_is_best_on_held_out_images_whatever_the_test_images_say(
@@ -88,6 +143,33 @@ def test_the_curve_is_the_mean_of_all_tasks_and_the_chosen_mixture_one_height(
     table = figures(bench_of(painting.CURVE, tmp_path, data=("others", "colors", "more"), options=options))
     assert table[painting.SUPPORTED] == pytest.approx({"0": 90.0, "1": 50.0})
     assert table[painting.CHOSEN] == pytest.approx({"0": 80.0, "1": 80.0})
+
+
+def test_each_supported_set_chooses_alpha_on_its_own_held_out_images() -> None:
+    """`firm` loses nothing along alpha, `weak` more than the patched task gains beyond 0.5."""
+
+    def point(alpha: float, patched: float, firm: float, weak: float) -> Point:
+        found = {"new": Accuracy("patched", patched, 0.1)}
+        found |= {"firm": Accuracy("supported", firm, 0.9), "weak": Accuracy("supported", weak, 0.0)}
+        return Point((alpha,), found)
+
+    base = point(0, 0.5, 0.9, 0.9)
+    curve = (base, point(0.5, 0.8, 0.9, 0.7), point(1, 0.9, 0.9, 0.2))
+    settings = PaintSettings()
+    one = cast(Painting, SimpleNamespace(settings=settings, base=base, curve=curve))
+    alphas = {kept: painting.choose_for(one, kept).weights[0] for kept in (("firm",), ("weak",), ("firm", "weak"))}
+    assert alphas == {("firm",): 1, ("weak",): 0.5, ("firm", "weak"): 0.5}
+    assert painting.choose_for(one, ("weak",)).tasks.keys() == {"new", "firm", "weak"}
+
+
+def test_heads_of_means_answer_any_classes_and_know_the_images_they_are_means_of(tmp_path: Path) -> None:
+    bench = bench_of(painting.TRANSFER, tmp_path, options={"heads": "means"})
+    data = bench.task("colors")
+    heads = painting.open_heads(bench, (data,), 0)
+    whole, some = heads(data.classes), heads(data.classes[1:])
+    assert torch.equal(whole.weight[1:], some.weight)
+    features = bench.scorer(bench.backbone(), 0).base_features(data.test)
+    assert float((whole(features).argmax(1).numpy() == data.test.labels).mean()) > 2 / 3
 
 
 def test_patches_that_leave_the_base_alone_keep_its_accuracy_in_the_mean(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -134,19 +136,22 @@ def draw(outcome: Outcome, path: Path) -> None:
     """Lines over numeric columns, else bars by column; a row a colour, its variant with Δ (or after it) in a darker shade."""
     rows, columns = outcome.rows, outcome.columns
     colors = _colors(len(rows))
-    with figure(path, max(7.0, 1.2 + 0.16 * len(rows) * len(columns)), 4.2) as axes:
+    step = 0.6 if outcome.recipe.numeric else 0.16 * len(rows)
+    with figure(path, max(7.0, 1.2 + step * len(columns)), 4.2) as axes:
         width = 0.8 / len(rows)
         for number, row in enumerate(rows):
             means = [outcome.mean(row, column) for column in columns]
-            known = [(place, mean) for place, mean in enumerate(means) if mean is not None]
-            values, errors = [m.value for _, m in known], [m.error or 0.0 for _, m in known]
+            known = [
+                (float(place), mean.value, mean.error or 0.0) for place, mean in enumerate(means) if mean is not None
+            ]
             if outcome.recipe.numeric:
-                places = [float(place) for place, _ in known]
+                places, values, errors = zip(*_apart(known, columns), strict=True)
                 axes.errorbar(places, values, yerr=errors, marker="o", capsize=3, color=colors[number], label=row)
             else:
-                places = [place + (number - (len(rows) - 1) / 2) * width for place, _ in known]
+                places, values, errors = zip(*known, strict=True)
+                beside = np.array(places) + (number - (len(rows) - 1) / 2) * width
                 axes.bar(
-                    places, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
+                    beside, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
                 )
         crowded = sum(map(len, columns)) > CHARACTERS
         axes.set_xticks(
@@ -155,6 +160,14 @@ def draw(outcome: Outcome, path: Path) -> None:
         axes.set(ylabel=outcome.recipe.unit)
         axes.figure.suptitle(outcome.recipe.title, fontsize=11)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _apart(points: Sequence[Sequence[float]], columns: Sequence[str]) -> Iterator[Sequence[float]]:
+    """The points (place, value, error) of a line, with a gap before a column that is no number, such as `all`."""
+    for point in points:
+        if not columns[int(point[0])][0].isdigit():
+            yield (math.nan,) * 3
+        yield point
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:

@@ -1,7 +1,8 @@
 """Piggyback: masks over frozen weights beside a classifier alone and networks of each task's own.
 
-    table-1      classifier only, masks, masks with trained normalisation, individual networks; PackNet's pruning
-    decathlon    the Visual Decathlon's score of the same rows
+    table-1         classifier only, masks, masks with trained normalisation, individual networks; PackNet's pruning
+    initialisation  masks over the backbone, over one trained on other images, over random weights
+    decathlon       the Visual Decathlon's score of the same rows
 
 Mallya, Davis, Lazebnik: *Piggyback: Adapting a Single Network to Multiple Tasks by Learning to Mask Weights* (ECCV 2018). Its
 recipe: Adam at 1e-4 for masks and for the classifier, batches of 32, 30 epochs, a tenth of the rate after 15; individual
@@ -11,11 +12,17 @@ networks SGD with momentum at 1e-3.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from modelpatch.backbone import Backbone
+from modelpatch.reproduce.backbones import retrained, untrained
 from modelpatch.reproduce.bench import Bench
-from modelpatch.reproduce.parts import each, top1
+from modelpatch.reproduce.parts import each, short, top1
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch.train import fit
 from modelpatch.train.decathlon import MAX_ERRORS, decathlon_score
 
 CLASSIFIER, MASKS, NORMS, INDIVIDUAL = (
@@ -27,19 +34,42 @@ CLASSIFIER, MASKS, NORMS, INDIVIDUAL = (
 PACKNET = "PackNet"
 ADAM = "head_lr=0.0001"
 SGD = "optimizer=sgd,head_lr=0.001"
-SMALL = {
-    CLASSIFIER: "linear-probe",
-    MASKS: "piggyback(lr=0.0005)",
-    NORMS: "piggyback(lr=0.0005,norms=trained)",
-    INDIVIDUAL: "full-finetune(lr=0.001,statistics=learned)",
-}
-PAPER = {
-    CLASSIFIER: f"linear-probe({ADAM})",
-    MASKS: f"piggyback(lr=0.0001,{ADAM})",
-    NORMS: f"piggyback(lr=0.0001,norms=trained,norm_lr=0.0001,{ADAM})",
-    INDIVIDUAL: f"full-finetune(lr=0.001,statistics=learned,{SGD})",
-}
-DROP = {"schedule": "step", "warmup": 0.0, "batch_size": 32}
+SMALL = Scale(
+    data=("rsscn7", "gtsrb"),
+    backbones=("bundled:tiny",),
+    methods={
+        CLASSIFIER: "linear-probe",
+        MASKS: "piggyback(lr=0.0005)",
+        NORMS: "piggyback(lr=0.0005,norms=trained)",
+        INDIVIDUAL: "full-finetune(lr=0.001,statistics=learned)",
+    },
+    fit={"image_size": 32, "batch_size": 32, "augment": "light"},
+    seeds=2,
+    images=430,
+    tested=300,
+    steps=60,
+)
+PAPER = Scale(
+    data=("cub200", "stanford_cars", "flowers102", "wikiart", "sketch"),
+    backbones=("timm:resnet50.tv_in1k",),
+    methods={
+        CLASSIFIER: f"linear-probe({ADAM})",
+        MASKS: f"piggyback(lr=0.0001,{ADAM})",
+        NORMS: f"piggyback(lr=0.0001,norms=trained,norm_lr=0.0001,{ADAM})",
+        INDIVIDUAL: f"full-finetune(lr=0.001,statistics=learned,{SGD})",
+    },
+    fit={
+        "schedule": "step",
+        "warmup": 0.0,
+        "batch_size": 32,
+        "epochs": 30,
+        "drops": (0.5,),
+        "image_size": 224,
+        "augment": "standard",
+    },
+    seeds=3,
+)
+
 
 TABLE_1 = Recipe(
     paper="piggyback",
@@ -51,23 +81,8 @@ TABLE_1 = Recipe(
         "base's. At the small scale masks learn faster and for fewer steps."
     ),
     scales={
-        "small": Scale(
-            data=("rsscn7", "gtsrb"),
-            backbones=("bundled:tiny",),
-            methods={**SMALL, PACKNET: "packnet"},
-            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
-            seeds=2,
-            images=430,
-            tested=300,
-            steps=60,
-        ),
-        "paper": Scale(
-            data=("cub200", "stanford_cars", "flowers102", "wikiart", "sketch"),
-            backbones=("timm:resnet50.tv_in1k",),
-            methods={**PAPER, PACKNET: f"packnet(lr=0.001,{SGD})"},
-            fit={**DROP, "epochs": 30, "drops": (0.5,), "image_size": 224, "augment": "standard"},
-            seeds=3,
-        ),
+        "small": replace(SMALL, methods={**SMALL.methods, PACKNET: "packnet"}),
+        "paper": replace(PAPER, methods={**PAPER.methods, PACKNET: f"packnet(lr=0.001,{SGD})"}),
     },
     claims=(
         Claim(
@@ -87,6 +102,101 @@ TABLE_1 = Recipe(
         ),
     ),
     parts=each(top1),
+)
+
+
+# what the masks lie over ---------------------------------------------------------------------------------------------------
+
+ITSELF, OTHER, RANDOM = "over the backbone", "over one trained on other images", "over random weights"
+PRETRAINING = "another backbone"
+CHANCE = "most frequent class"
+
+
+def initialisation_parts(bench: Bench) -> Iterator[Part]:
+    """Masks and the classifier alone over every network, on all data sets but the one that the other network learned."""
+    tested = [name for name in bench.scale.data if name != bench.scale.options["other"]]
+    for seed in bench.seeds:
+        for over in (ITSELF, OTHER, RANDOM):
+            for row in (MASKS, CLASSIFIER):
+                for name in tested:
+                    yield Part(f"{row} {over}", (short(name),), seed, partial(_over, bench, row, over, name, seed))
+        for name in tested:
+            yield Part(CHANCE, (short(name),), seed, partial(_chance, bench, name))
+
+
+def _over(bench: Bench, row: str, over: str, name: str, seed: int) -> Figures:
+    network = bench.latest("network", (over, seed), lambda: _network(bench, over, seed))
+    return {short(name): bench.accuracy(network, bench.task(name), bench.method(row), seed)}
+
+
+def _network(bench: Bench, over: str, seed: int) -> Backbone:
+    """The scale's backbone, or its structure with random weights, as they are or trained on the scale's other data set."""
+    if over == ITSELF:
+        return bench.backbone()
+    random = untrained(bench.backbone(), seed)
+    if over == RANDOM:
+        return random
+    data, settings = bench.task(bench.scale.options["other"]), bench.scale.options["pretraining"]
+    return retrained(
+        random, fit(random, data, bench.method(PRETRAINING), **{**bench.scale.fit, **settings, "seed": seed})
+    )
+
+
+def _chance(bench: Bench, name: str) -> Figures:
+    labels = bench.task(name).test.labels
+    return {short(name): 100 * float(np.bincount(labels).max()) / len(labels)}
+
+
+INITIALISATION = Recipe(
+    paper="piggyback",
+    table="initialisation",
+    title="Masks over trained and over random weights",
+    section="section 5: does the initialisation of the backbone matter?",
+    notes=(
+        "The other network is trained here from random weights: on Places365 at the paper's scale, on a few photographs at "
+        "the small one, where it is much the weaker. The classifier alone stands beside the masks over every network."
+    ),
+    scales={
+        "small": replace(
+            SMALL,
+            data=("imagenette", "rsscn7", "gtsrb"),
+            methods={
+                MASKS: SMALL.methods[MASKS],
+                CLASSIFIER: SMALL.methods[CLASSIFIER],
+                PRETRAINING: "full-finetune(lr=0.003,statistics=learned)",
+            },
+            options={"other": "imagenette", "pretraining": {"epochs": 12}},
+        ),
+        "paper": replace(
+            PAPER,
+            data=("places365", *PAPER.data),
+            methods={
+                MASKS: PAPER.methods[MASKS],
+                CLASSIFIER: PAPER.methods[CLASSIFIER],
+                PRETRAINING: "full-finetune(lr=0.1,statistics=learned,optimizer=sgd,head_lr=0.1,weight_decay=0.0001)",
+            },
+            options={
+                "other": "places365",
+                "pretraining": {"epochs": 90, "batch_size": 256, "drops": (1 / 3, 2 / 3)},
+            },
+        ),
+    },
+    claims=(
+        Claim(
+            "P3",
+            "masks are better over the backbone than over another one, and there than over random weights",
+            ((f"{MASKS} {ITSELF}", f"{MASKS} {OTHER}"), (f"{MASKS} {OTHER}", f"{MASKS} {RANDOM}")),
+            "ImageNet, Places, random: in this order of errors",
+        ),
+        Claim("P3", "masks over random weights are far above chance", ((f"{MASKS} {RANDOM}", CHANCE),), "≫", margin=10),
+        Claim(
+            "control",
+            "masks over random weights are above the classifier alone there",
+            ((f"{MASKS} {RANDOM}", f"{CLASSIFIER} {RANDOM}"),),
+            "",
+        ),
+    ),
+    parts=initialisation_parts,
 )
 
 
@@ -130,23 +240,12 @@ DECATHLON = Recipe(
         "--backbone takes another."
     ),
     scales={
-        "small": Scale(
-            data=("rsscn7", "gtsrb", "mnist"),
-            backbones=("bundled:tiny",),
-            methods=SMALL,
-            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
-            seeds=2,
-            images=430,
-            tested=300,
-            steps=50,
-            options={"max_errors": None},
-        ),
-        "paper": Scale(
+        "small": replace(SMALL, data=("rsscn7", "gtsrb", "mnist"), steps=50, options={"max_errors": None}),
+        "paper": replace(
+            PAPER,
             data=tuple(MAX_ERRORS),
             backbones=("timm:resnet26.bt_in1k",),
-            methods=PAPER,
-            fit={**DROP, "epochs": 60, "drops": (0.75,), "image_size": 64, "augment": "standard"},
-            seeds=3,
+            fit={**PAPER.fit, "epochs": 60, "drops": (0.75,), "image_size": 64},
             options={"max_errors": MAX_ERRORS},
         ),
     },

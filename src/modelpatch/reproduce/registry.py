@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelpatch.errors import TrainingError
-from modelpatch.reproduce import extensions, painting, patching, piggyback, sharing, subtuning, units
+from modelpatch.reproduce import extensions, masks, painting, patching, piggyback, sharing, subtuning, units
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.federated import FEDERATED
 from modelpatch.reproduce.normalisation import RANDOM, RATES, TABLE_6, TRANSFER
@@ -14,11 +14,11 @@ from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 
 RECIPES: tuple[Recipe, ...] = (
     *(patching.TABLE_2, patching.SEVERAL, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
-    *(painting.CURVE, painting.MODES),
+    *(painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE),
     *(TRANSFER, RANDOM, TABLE_6, RATES, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2, units.PAIRS, units.SAMPLES),
     *(extensions.INFERENCE, extensions.SIAMESE_WAYS, extensions.PRUNING, extensions.ACTIVE_LEARNING),
-    *(piggyback.TABLE_1, piggyback.DECATHLON),
+    *(piggyback.TABLE_1, piggyback.INITIALISATION, piggyback.DECATHLON, masks.SPARSITY, masks.ORDER, masks.OVERHEAD),
 )
 PAPERS = tuple(dict.fromkeys(recipe.paper for recipe in RECIPES))
 
