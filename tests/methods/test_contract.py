@@ -33,6 +33,7 @@ from modelpatch.methods import (
     Pruned,
     ScaleBias,
     Subset,
+    Widened,
     confine,
 )
 from modelpatch.patch import BoundPatch, Patch
@@ -60,6 +61,7 @@ METHODS: dict[str, Method] = {
     "siamese": Subset(head="siamese"),
     "piggyback": Piggyback(lr=1e-2),
     "lora": LoRA(),
+    "widened": Widened(),
     "depthwise": Depthwise(),
     "packnet": PackNet(),
     "full": FullFinetune(),
@@ -91,6 +93,8 @@ MORE_METHODS: dict[str, Method] = {
     "scale-bias + depthwise": ScaleBias() + Depthwise(),
     "piggyback ternary": Piggyback(lr=1e-2, ternary=True, start="uniform"),
     "piggyback + norms": Piggyback(lr=1e-2, norms="trained"),
+    "piggyback + widened": Piggyback(lr=1e-2) + Widened(),
+    "widened siamese": Widened(head="siamese"),
     "piggyback + scale-bias": Piggyback(lr=1e-2) + ScaleBias(),
     "scale-bias + subset": ScaleBias() + Subset(),
     "delta + scale-bias": DeltaNetwork() + ScaleBias(),

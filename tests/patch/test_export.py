@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import draft_patch, make_timm
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import MissingExtraError, PatchError
-from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, LoRA, Method, Piggyback, ScaleBias
+from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, LoRA, Method, Piggyback, ScaleBias, Widened
 from modelpatch.patch.export import check_onnx, export
 
 METHODS: dict[str, Method] = {
@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
     "mask": Piggyback(),
     "delta": DeltaNetwork(),
     "lora": LoRA(),
+    "widened": Widened(),
     "head2toe": Head2Toe(),
 }
 

@@ -37,6 +37,7 @@ from modelpatch.methods import (
     Pruned,
     ScaleBias,
     Subset,
+    Widened,
 )
 from modelpatch.patch import Patch, Store, Task
 from modelpatch.train import TaskData, checkpoint, fit, fit_multitask
@@ -59,6 +60,7 @@ PRIVATE: tuple[Method, ...] = (
     Subset(),
     Subset(statistics="learned"),
     LoRA(),
+    Widened(),
     DeltaNetwork(),
     Piggyback(lr=2e-3),
     Piggyback(lr=2e-3, norms="trained"),

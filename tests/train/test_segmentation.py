@@ -27,6 +27,7 @@ from modelpatch.methods import (
     Pruned,
     ScaleBias,
     Subset,
+    Widened,
 )
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.train import FitSettings, Split, TaskData, evaluate, fit, load_task
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
     "piggyback": Piggyback(lr=1e-2),
     "delta": DeltaNetwork(modules="all"),
     "lora": LoRA(),
+    "widened": Widened(),
     "full": FullFinetune(),
     "sum": ScaleBias() + DeltaNetwork(),
 }

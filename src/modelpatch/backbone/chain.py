@@ -386,6 +386,11 @@ def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, .
     return shape[:-1]
 
 
+def channels_first(shape: tuple[int, ...], image: tuple[int, ...]) -> bool:
+    """Whether an activation has the axes (C, H, W), and not (H, W, C) or those of tokens."""
+    return len(shape) == 3 and spatial_size(shape, image) == shape[1:]
+
+
 def _run_shapes(parts: list[tuple[str, nn.Module]], example: Tensor) -> list[tuple[int, ...]]:
     shapes, x, versions = [tuple(example.shape[1:])], example, list[tuple[Tensor, int]]()
     for name, part in parts:

@@ -18,6 +18,7 @@ from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import COMPARED, METHODS, make_method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
+from modelpatch.methods.widened import Widened
 
 __all__ = [
     "COMPARED",
@@ -38,6 +39,7 @@ __all__ = [
     "ScaleBias",
     "SkipWeights",
     "Subset",
+    "Widened",
     "WithLoss",
     "confine",
     "export_peft",

@@ -23,7 +23,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from modelpatch.backbone import Backbone
-from modelpatch.backbone.chain import count_macs, spatial_size
+from modelpatch.backbone.chain import channels_first, count_macs
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
 from modelpatch.methods.method import Method, Optimizer
@@ -166,8 +166,7 @@ def layout_of(shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
     Of tokens, the largest grid of square patches that they fill is the image; those before it have no position.
     """
     if len(shape) == 3:
-        first = spatial_size(shape, image) == shape[1:]
-        return Layout(kind="channels-first" if first else "channels-last")
+        return Layout(kind="channels-first" if channels_first(shape, image) else "channels-last")
     sides = (side for side in range(1, min(image[1:]) + 1) if image[1] % side == image[2] % side == 0)
     for side in sides:
         height, width = image[1] // side, image[2] // side

@@ -30,6 +30,7 @@ from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
+from modelpatch.methods.widened import Widened
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         Subset,
         Pruned,
         LoRA,
+        Widened,
         Piggyback,
         PackNet,
         Paint,
@@ -59,6 +61,7 @@ COMPARED = (
     "delta(modules=all,batch_norm=true)",
     "subset",
     "lora",
+    "widened",
     "piggyback",
     "piggyback(norms=trained)",
     "packnet",

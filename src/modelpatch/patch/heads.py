@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from modelpatch.backbone import Chain
-from modelpatch.backbone.chain import spatial_size
+from modelpatch.backbone.chain import channels_first
 
 HeadInput = Tensor | tuple[Tensor, ...]  # features (B, D), or maps (B, C, H, W) of every tap
 MOST_MAPS = 16
@@ -216,7 +216,7 @@ def pooled_axes(chain: Chain, tap: int) -> tuple[int, ...]:
     """The axes of segment `tap`'s output, batch axis counted, that are positions and not channels."""
     shape = chain[tap].output_shape
     if len(shape) == 3:
-        return (2, 3) if spatial_size(shape, chain[0].input_shape) == shape[1:] else (1, 2)
+        return (2, 3) if channels_first(shape, chain[0].input_shape) else (1, 2)
     return (1,) if len(shape) == 2 else ()
 
 

@@ -1,0 +1,158 @@
+"""Widened blocks: extra filters beside the frozen ones, for tasks that the frozen filters cannot serve, masked or not.
+
+    block'(x) = after(branch(x) + shortcut(x) + U ReLU(V x + b))      V (filters, C, k, k) random, U (C', filters) zero
+
+Added capacity is what Mallya, Davis and Lazebnik leave open in *Piggyback: Adapting a Single Network to Multiple Tasks by
+Learning to Mask Weights* (ECCV 2018). The extra filters go through no frozen layer: a branch whose last layer is linear is
+`filters` hidden channels wider. A patch holds filters (C k² + 1 + C') numbers a block; on tokens, channels-last maps and
+vectors V is a linear layer, as if k were 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from torch import Tensor, nn
+
+from modelpatch.backbone import Backbone, Segment
+from modelpatch.backbone.chain import channels_first
+from modelpatch.errors import MethodNotApplicableError
+from modelpatch.methods.method import Method
+from modelpatch.methods.residual import SplitBlock, split_block
+from modelpatch.methods.subset import find_segments
+from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+
+GRAFT = "widened"
+
+# a file that asks for more is refused before memory is
+Filters = Annotated[int, Field(ge=1, le=1024)]
+Kernel = Annotated[int, Field(ge=1, le=7)]
+Channels = Annotated[int, Field(ge=1, le=8192)]
+Stride = Annotated[int, Field(ge=1, le=64)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widened(Method):
+    """Trains `filters` extra filters in each of the named blocks, and the head.
+
+    The filters read the block's input through kernels of `kernel` x `kernel` positions. `blocks` holds names as in `Subset`;
+    none means all blocks that can have some. All frozen parts stay in eval mode while training. `Piggyback() + Widened()`
+    masks the frozen filters and adds others.
+    """
+
+    name: ClassVar[str] = "widened"
+    paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018 (added capacity, its future work)"
+    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+
+    lr: PositiveFloat = 3e-3
+    filters: Filters = 8
+    kernel: Kernel = 3
+    blocks: tuple[str, ...] = field(default=(), kw_only=False)
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """Adds filters to the blocks; owns no tensor of the backbone.
+
+        Raises `MethodNotApplicableError` where no block can have some: those that make tokens of maps or join tokens cannot.
+        """
+        segments = find_segments(backbone, self.blocks) if self.blocks else backbone.chain.blocks
+        found = [(segment, self._settings(segment, backbone.input_size)) for segment in segments]
+        grafts = tuple(
+            Graft(kind=GRAFT, start=segment.index, end=segment.index + 1, arguments=settings.model_dump())
+            for segment, settings in found
+            if settings is not None
+        )
+        if not grafts:
+            raise MethodNotApplicableError(
+                f"widened: no filter of {backbone.spec} stands beside {', '.join(self.blocks) or 'its blocks'}, whose inputs "
+                "and outputs are laid out differently. Name other blocks, or try the method `scale-bias` or `subset`."
+            )
+        return Blueprint(grafts=grafts)
+
+    def _settings(self, segment: Segment, image: tuple[int, ...]) -> ExtraSettings | None:
+        """What the filters beside a segment look like; None where none can stand."""
+        before, after = segment.input_shape, segment.output_shape
+        maps = channels_first(before, image)
+        if len(before) != len(after) or maps != channels_first(after, image):
+            return None
+        if not maps:
+            same = before[:-1] == after[:-1]
+            return ExtraSettings(inputs=before[-1], outputs=after[-1], filters=self.filters) if same else None
+        stride = max(round(before[1] / after[1]), 1)
+        if any(-(-was // stride) < now for was, now in zip(before[1:], after[1:], strict=True)):
+            return None
+        return ExtraSettings(
+            inputs=before[0], outputs=after[0], filters=self.filters, kernel=self.kernel, stride=stride
+        )
+
+    def activate(self, model: PatchedModel) -> None:
+        """The frozen layers run as they do at inference, without dropout; the filters have no training state."""
+        return
+
+
+class ExtraSettings(BaseModel):
+    """What a patch file says of the filters beside one block. Without a `kernel` they read channels on the last axis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: Channels
+    outputs: Channels
+    filters: Filters
+    kernel: Kernel | None = None
+    stride: Stride = 1
+
+
+class ExtraFilters(nn.Module):
+    """U ReLU(V x + b): an input (B, C, H, W), or (B, ..., C) without kernels, to what is added to the block's output."""
+
+    def __init__(self, settings: ExtraSettings) -> None:
+        super().__init__()
+        inputs, outputs, filters, kernel = settings.inputs, settings.outputs, settings.filters, settings.kernel
+        self.first: nn.Module
+        self.last: nn.Linear | nn.Conv2d
+        if kernel is None:
+            self.first, self.last = nn.Linear(inputs, filters), nn.Linear(filters, outputs, bias=False)
+        else:
+            self.first = nn.Conv2d(inputs, filters, kernel, settings.stride, padding=kernel // 2)
+            self.last = nn.Conv2d(filters, outputs, 1, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.last(F.relu(self.first(x)))
+        return added
+
+
+class WidenedBlock(nn.Module):
+    """A block with extra filters, added where its branch and shortcut are, else to its output.
+
+    At a `strength` below 1 they add that share of what they compute.
+    """
+
+    strength = 1.0
+
+    def __init__(self, block: nn.Module, settings: ExtraSettings) -> None:
+        super().__init__()
+        self.block = split_block(block)
+        self.extra = ExtraFilters(settings)
+        self.maps = settings.kernel is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.block, SplitBlock):
+            branch, shortcut = self.block.before(x)
+            return self.block.join(self._widen(branch + shortcut, x))
+        return self._widen(self.block(x), x)
+
+    def _widen(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` and what the filters add to it; where they have a position more at the edge than the block, it is left out."""
+        extra = self.extra(x)
+        if self.maps:
+            extra = extra[..., : y.shape[-2], : y.shape[-1]]
+        return y + (extra if self.strength == 1 else self.strength * extra)
+
+
+@register_graft(GRAFT)
+def add_filters(variant: nn.Module, **arguments: object) -> nn.Module:
+    """A block with the filters that `arguments` describe (see `ExtraSettings`). Raises ValueError for others."""
+    return WidenedBlock(variant, ExtraSettings.model_validate(arguments))
