@@ -97,8 +97,8 @@ class Bench:
     def backbone(self, number: int = 0) -> Backbone:
         """One of the scale's backbones, with random weights where its options have `pretrained=False`."""
         spec = self.scale.backbones[number]
-        given = {} if self.scale.options.get("pretrained", True) else {"pretrained": False}
-        return self.once(("backbone", spec), lambda: load_backbone(spec, **given).to(self.device))
+        pretrained = self.scale.options.get("pretrained", True)
+        return self.once(("backbone", spec), lambda: load_backbone(spec, pretrained=pretrained).to(self.device))
 
     def method(self, row: str) -> Method:
         """The method behind a row."""
