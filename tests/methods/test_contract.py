@@ -102,6 +102,7 @@ MORE_METHODS: dict[str, Method] = {
     "delta existing": DeltaNetwork(skips="existing"),
     "delta learned": DeltaNetwork(modules=2, skips="learned"),
     "delta all and norm": DeltaNetwork(skips="all", batch_norm=True),
+    "delta norm alone": DeltaNetwork(skips="unchanged", batch_norm=True),
 }
 PAIRS = [
     pytest.param((architecture, method), id=f"{architecture}, {name}")

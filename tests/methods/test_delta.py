@@ -395,6 +395,18 @@ def test_existing_skips_alone_start_as_the_frozen_network() -> None:
     assert torch.equal(features(model, x), backbone.chain(x))
 
 
+def test_unchanged_skips_are_the_frozen_network_and_only_norms_are_learned() -> None:
+    backbone = network("resnet18")
+    x = images(backbone)
+    without, normed = (draft(backbone, skips="unchanged", modules=4, batch_norm=flag) for flag in (False, True))
+    assert torch.equal(features(without, x), backbone.chain(x))
+    assert DeltaNetwork(skips="unchanged", modules=4).count_parameters(backbone) == 0
+    assert not torch.equal(features(normed, x), backbone.chain(x))
+    learned = [name for name in normed.names if not name.startswith("head.")]
+    assert learned
+    assert all("/norms." in name for name in learned)
+
+
 def test_all_skips_are_one_and_nothing_is_learned_but_the_head() -> None:
     backbone = network("resnet18")
     method = DeltaNetwork(skips="all")

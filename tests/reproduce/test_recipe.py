@@ -10,6 +10,7 @@ from modelpatch.methods.composite import Composite
 from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose, masks, painting, piggyback, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
 from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
+from modelpatch.reproduce.skips import TABLE_5
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 from modelpatch.train.settings import check_settings
 
@@ -109,6 +110,14 @@ def test_adaptation_puts_modules_into_four_stages_for_fifty_epochs() -> None:
     delta = members(scale.methods["network + Δ"])["delta"]
     assert isinstance(delta, DeltaNetwork)
     assert (delta.modules, delta.start) == (4, "random")
+
+
+def test_the_ablations_of_skips_differ_from_the_modules_in_all_four_stages_alone() -> None:
+    scale = TABLE_5.scales["paper"]
+    assert (scale.fit["epochs"], scale.fit["batch_size"]) == (50, 128)
+    found = [one for spelled in scale.methods.values() if isinstance(one := make_method(spelled), DeltaNetwork)]
+    assert {one.modules for one in found} == {4}
+    assert len({(one.skips, one.batch_norm) for one in found}) == len(found) == len(scale.methods) - 1
 
 
 def test_subtuning_follows_its_paper_at_its_scale() -> None:

@@ -13,7 +13,7 @@ import torch
 from test_bench import write_images
 
 from modelpatch.backbone import Backbone
-from modelpatch.methods import make_method
+from modelpatch.methods import DeltaNetwork, make_method
 from modelpatch.reproduce import (
     Bench,
     Recipe,
@@ -26,6 +26,7 @@ from modelpatch.reproduce import (
     patching,
     piggyback,
     sharing,
+    skips,
     subtuning,
     units,
 )
@@ -267,3 +268,29 @@ def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(
     assert left[0] == 100
     assert left[-1] < 3
     assert extensions.PARAMETERS not in table[extensions.PROBE]
+
+
+def test_the_lowest_skip_is_that_of_each_task_and_none_of_the_last_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [[{"0→1": 60.0}, {"0→1": 10.0, "0→2": 40.0, "1→2": 70.0}, {"0→1": 5.0}], [{"0→1": 20.0}, *[{}] * 2]]
+    tasks[1][1:] = [{"0→1": 30.0, "0→2": 60.0, "1→2": 90.0}, {"0→1": 95.0}]
+    monkeypatch.setattr(skips, "_weights", lambda bench, seed: tasks)
+    table = figures(bench_of(skips.WEIGHTS, tmp_path, options={"depths": (1, 2, 1)}))
+    assert table["stage 1"] == {"0→1": 40, skips.MEAN: 40}
+    assert table["stage 2"] == {"0→1": 20, "0→2": 50, "1→2": 80, skips.MEAN: 50}
+    assert table["stage 3"] == {"0→1": 50, skips.MEAN: 50}
+    assert table[skips.LOWEST] == {skips.MEAN: 15}
+
+
+def test_sizes_leave_out_the_last_layer_of_the_backbone_and_count_that_of_the_patch_in_its_file(tmp_path: Path) -> None:
+    bench = bench_of(skips.SIZE, tmp_path, data=())
+    table = figures(bench)
+    module = bench.backbone().module
+    features = sum(tensor.numel() for name, tensor in module.named_parameters() if not name.startswith("head.fc."))
+    assert table[skips.BACKBONE]["tiny"] == features / 1000
+    assert table[skips.LIMIT] == pytest.approx({"tiny": 0.31 * features / 1000})
+    for row, modules in ((skips.ONE, 1), (skips.TWO, 2), (skips.FOUR, 4)):
+        parameters = DeltaNetwork(modules=modules).count_parameters(bench.backbone())
+        assert table[row]["tiny"] == parameters / 1000
+        assert table[row]["tiny, file"] > 4 * (parameters + 100 * 160) / 1000

@@ -44,7 +44,8 @@ class DeltaNetwork(Method):
 
     `skips` chooses what weighs the skips (Table 5): the Δ-modules (`conditioned`); one learned weight for each skip the
     network has (`existing`) or for every pair of nodes (`learned`), started at 1; 1 everywhere (`all`); or numbers drawn
-    from U(0, 1) for every sample in every pass, at inference too (`random`).
+    from U(0, 1) for every sample in every pass, at inference too (`random`). `unchanged` leaves the skips as they are: with
+    `batch_norm` it says what those norms alone do.
     """
 
     name: ClassVar[str] = "delta"

@@ -26,7 +26,7 @@ from modelpatch.patch import register_graft
 
 GRAFT = "delta"
 MAX_CHANNELS = 8192  # a file that asks for more is refused before memory is
-Skips = Literal["conditioned", "existing", "all", "learned", "random"]
+Skips = Literal["conditioned", "existing", "all", "learned", "random", "unchanged"]
 
 
 class Layout(BaseModel):
@@ -161,7 +161,7 @@ def make_weights(settings: StageSettings, edges: int) -> nn.Module:
     """What gives a stage's skips their weights."""
     if settings.skips == "conditioned":
         return DeltaModule(settings.channels, edges, settings.layout)
-    if settings.skips == "all":
+    if settings.skips in ("all", "unchanged"):
         return UnitWeights(edges)
     return RandomWeights(edges) if settings.skips == "random" else LearnedWeights(edges)
 
@@ -184,7 +184,7 @@ class DeltaStage(nn.Module, ABC):
         edges: tuple[Edge, ...] = skip_edges(first, depth)
         if not edges:
             raise ValueError("the blocks have no skip between them")
-        if settings.skips == "existing" and not dense:
+        if settings.skips in ("existing", "unchanged") and not dense:
             edges = tuple((i, j) for i, j in edges if j == i + 1)
         self.edges = edges
         self.existing = tuple(dense or j == i + 1 for i, j in edges)

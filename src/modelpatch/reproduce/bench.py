@@ -22,7 +22,7 @@ from modelpatch.reproduce.data import Sources
 from modelpatch.reproduce.outcome import Outcome
 from modelpatch.reproduce.recipe import Recipe
 from modelpatch.select.journal import Journal
-from modelpatch.train import Split, TaskData, fit, load_task
+from modelpatch.train import Split, TaskData, fit
 from modelpatch.train.data import stratified
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.scoring import Scorer
@@ -95,9 +95,10 @@ class Bench:
         return {name: self.task(name) for name in self.scale.data}
 
     def backbone(self, number: int = 0) -> Backbone:
-        """One of the scale's backbones."""
+        """One of the scale's backbones, with random weights where its options have `pretrained=False`."""
         spec = self.scale.backbones[number]
-        return self.once(("backbone", spec), lambda: load_backbone(spec).to(self.device))
+        pretrained = self.scale.options.get("pretrained", True)
+        return self.once(("backbone", spec), lambda: load_backbone(spec, pretrained=pretrained).to(self.device))
 
     def method(self, row: str) -> Method:
         """The method behind a row."""
@@ -127,7 +128,7 @@ class Bench:
         return self.scale.fit.get("batch_size", 32)
 
     def _load(self, name: str) -> TaskData:
-        data = load_task(self.sources.find(name), name=name.rpartition(":")[2])
+        data = self.sources.load(name)
         if self.scale.images is not None:
             data = data.subsample(self.scale.images)
         if self.scale.tested is not None and self.scale.tested < len(data.test):

@@ -1,4 +1,4 @@
-"""Where a recipe's data sets lie: folders as they are, archives unpacked once beside the results."""
+"""Where a recipe's data sets lie: folders as they are, archives unpacked once beside the results; and how they are read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modelpatch.errors import DataError
+from modelpatch.train import TaskData, load_task
+
+READING: Mapping[str, Mapping[str, Any]] = {  # what data sets do not say themselves
+    "camvid": {"ignore": 11},
+    "voc2007": {"kind": "detection"},
+    "voc2012": {"kind": "segmentation"},
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class Sources:
         if needed:
             listed = "; ".join(f"{name} (for {', '.join(recipes)})" for name, recipes in needed.items())
             raise DataError(
-                f"{self.folder} lacks data sets: {listed}. Each is a folder NAME/train/CLASS/*.jpg with a test/ beside, or "
-                "NAME.tar of one. Name their folder with --data."
+                f"{self.folder} lacks data sets: {listed}. Each is a folder NAME/train/CLASS/*.jpg with a test/ beside (or "
+                "of masks or boxes, see docs/segmentation.md and docs/detection.md), or NAME.tar of one. Name their folder "
+                "with --data."
             )
 
     def find(self, name: str) -> str:
@@ -46,6 +55,10 @@ class Sources:
             return str(self.folder / name)
         self.check({"this recipe": [name]})
         return str(self._unpack(name))
+
+    def load(self, name: str) -> TaskData:
+        """The data set as a task. Raises `DataError` where it is not there or cannot be read."""
+        return load_task(self.find(name), name=name.rpartition(":")[2], **READING.get(name, {}))
 
     def _archive(self, name: str) -> Path:
         return self.folder / f"{name}.tar"

@@ -87,11 +87,14 @@ def settings_line(outcome: Outcome) -> str:
     counts = ", ".join(f"{name} {train}/{test}" for name, (train, test) in outcome.facts["images"].items())
     given = ", ".join(f"{name} {value}" for name, value in scale.fit.items())
     length = "" if scale.steps is None else f", {scale.steps} steps"
-    return (
-        f"{outcome.recipe.unit}, mean ± standard error over seeds {', '.join(map(str, outcome.facts['seeds']))}; scale "
-        f"{outcome.scale} on {', '.join(outcome.facts['backbones'])}{length}; {given}; images trained/tested: {counts}; "
-        f"{outcome.seconds:.0f} s"
+    said = (
+        f"{outcome.recipe.unit}, mean ± standard error over seeds {', '.join(map(str, outcome.facts['seeds']))}",
+        f"scale {outcome.scale} on {', '.join(outcome.facts['backbones'])}{length}",
+        given,
+        counts and f"images trained/tested: {counts}",
+        f"{outcome.seconds:.0f} s",
     )
+    return "; ".join(filter(None, said))
 
 
 def terminal_tables(outcome: Outcome) -> list[Table]:
@@ -158,6 +161,11 @@ def draw(outcome: Outcome, path: Path) -> None:
             range(len(columns)), columns, rotation=20 if crowded else 0, ha="right" if crowded else "center"
         )
         axes.set(ylabel=outcome.recipe.unit)
+        if outcome.recipe.logarithmic:
+            axes.set_yscale("log")
+            axes.set_ylim(10 ** math.floor(math.log10(axes.get_ylim()[0])))  # bars from a power of ten
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_formatter("")
         axes.figure.suptitle(outcome.recipe.title, fontsize=11)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

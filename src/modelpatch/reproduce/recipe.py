@@ -30,7 +30,7 @@ class Scale:
     `data` are names of folders or archives, or sources of `load_task` such as `bundled:digits`; `backbones` are
     specifications; `methods` spells the methods behind the recipe's rows; `fit` are settings of a fit. `images` limits the
     training images of a data set and `tested` its test images, `steps` replaces epochs by a number of steps. `options` are
-    the recipe's own.
+    the recipe's own; `pretrained=False` among them takes networks as they are initialised.
     """
 
     data: tuple[str, ...]
@@ -93,7 +93,8 @@ class Recipe:
     """One table or figure of `paper`, found as `PAPER/TABLE`.
 
     `parts` makes them for a bench. `published` are the paper's figures for cells that mean the same, by row and column;
-    `unit` is what figures are in. `notes` says where the recipe leaves the paper. `numeric` columns are drawn as an axis.
+    `unit` is what figures are in. `notes` says where the recipe leaves the paper. `numeric` columns are drawn as an axis,
+    figures on a `logarithmic` one where they are of many sizes.
     """
 
     paper: str
@@ -107,6 +108,7 @@ class Recipe:
     unit: str = "top-1, %"
     published: Mapping[tuple[str, str], float] = field(default_factory=dict)
     numeric: bool = False
+    logarithmic: bool = False
 
     @property
     def name(self) -> str:

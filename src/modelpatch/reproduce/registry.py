@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from modelpatch.errors import TrainingError
 from modelpatch.reproduce import extensions, masks, painting, patching, piggyback, sharing, subtuning, units
 from modelpatch.reproduce.adaptation import ADAPTATION
+from modelpatch.reproduce.dense import DENSE
 from modelpatch.reproduce.federated import FEDERATED
 from modelpatch.reproduce.normalisation import RANDOM, RATES, TABLE_6, TRANSFER
 from modelpatch.reproduce.recipe import Recipe
+from modelpatch.reproduce.skips import SIZE, TABLE_5, WEIGHTS
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 
 RECIPES: tuple[Recipe, ...] = (
-    *(patching.TABLE_2, patching.SEVERAL, ADAPTATION, LOW_DATA, SCRATCH, TABLE_7),
+    *(patching.TABLE_2, patching.SEVERAL, TABLE_5, WEIGHTS, SIZE, ADAPTATION, DENSE, LOW_DATA, SCRATCH, TABLE_7),
     *(painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE),
     *(TRANSFER, RANDOM, TABLE_6, RATES, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2, units.PAIRS, units.SAMPLES),
