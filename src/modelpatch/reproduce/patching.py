@@ -78,7 +78,7 @@ TABLE_2 = Recipe(
             seeds=2,
             images=430,
             tested=250,
-            steps=50,
+            steps=200,
             options={"supported": "imagenette", "alphas": 6},
         ),
         "paper": Scale(
@@ -152,7 +152,7 @@ SEVERAL = Recipe(
             seeds=2,
             images=430,
             tested=250,
-            steps=50,
+            steps=200,
         ),
         "paper": Scale(
             data=("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10"),
