@@ -74,8 +74,7 @@ def cascade_rows(results: Sequence[Mapping[str, CascadeResult]]) -> list[tuple[A
         best = next(single for single in first.singles if single.name == first.reference)
         rows.append((seed, "best alone", best.name, *_figures(best.validation, best.test, best.test)))
         for rule, result in by_rule.items():
-            alone = next(single for single in result.singles if single.name == result.reference).test
-            rows.append((seed, rule, " -> ".join(result.order), *_figures(result.validation, result.test, alone)))
+            rows.append((seed, rule, " -> ".join(result.order), *_figures(result.validation, result.test, best.test)))
     for rule in RULES:
         own = [row[3:] for row in rows if row[1] == rule]
         rows.append(("mean", rule, "", *(statistics.fmean(column) for column in zip(*own, strict=True))))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -35,6 +36,22 @@ def test_the_folding_notebook_counts_regions_and_shows_that_scale_and_bias_learn
         for start, end in intervals:
             middle = names["q"](names["q"]((start + end) / 2, bias))
             assert names["Fraction"](1, 5) <= middle <= names["Fraction"](2, 5)
+
+
+def test_the_notebook_of_one_pass_answers_three_kinds_of_questions_as_the_patches_alone_do() -> None:
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("torchmetrics")
+    names = execute(NOTEBOOKS / "one_pass.ipynb")
+    assert all(figure > 0.7 for figure in names["figures"].values())
+    plan = names["engine"].plan_for(4, only=list(names["patches"]))
+    assert plan.flops < 0.5 * plan.separate_flops
+    for name, patch in names["patches"].items():
+        images = patch.preprocessing(*names["shown"])
+        alone = names["backbone"].patched(patch)(images)
+        if name == "cars":  # equal boxes may change places
+            assert names["answers"][name][:, :, 4].sum() == pytest.approx(float(alone[:, :, 4].sum()), rel=1e-3)
+        else:
+            torch.testing.assert_close(names["answers"][name], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_notebooks_are_stored_without_what_they_printed() -> None:

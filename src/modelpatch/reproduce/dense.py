@@ -1,9 +1,11 @@
-"""Δ-modules under decoders: a class of every pixel and boxes, beside the frozen backbone with the same decoder.
+"""Patches under decoders: a class of every pixel and boxes, beside the frozen backbone with the same decoder.
 
-    dense    mean IoU of segmentation, mean average precision at IoU 0.5 of detection
+    DENSE     Δ-modules: mean IoU of segmentation, mean average precision at IoU 0.5 of detection
+    FCN       masks under a fully convolutional decoder, beside a network of the task's own
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), detection and segmentation: DeepLab over ResNet-50,
-Faster R-CNN over ResNet-18, on Pascal VOC. Only Δ-modules and what answers are trained.
+Faster R-CNN over ResNet-18, on Pascal VOC. Only Δ-modules and what answers are trained. Mallya, Davis, Lazebnik: *Piggyback*
+(ECCV 2018), section 4.4: FCN-32s over VGG-16, its new layers trained as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from functools import partial
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import short
 from modelpatch.reproduce.patching import FOUR
+from modelpatch.reproduce.piggyback import ADAM, INDIVIDUAL, MASKS, PAPER, SGD
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
 from modelpatch.train.measures import check_metrics
 
@@ -71,4 +74,49 @@ DENSE = Recipe(
     },
     claims=(Claim("D10", "Δ-modules are above the frozen backbone", ((FOUR, FROZEN),), "+1.6, +3.4 and +0.8"),),
     parts=dense_parts,
+)
+
+FCN = Recipe(
+    paper="piggyback",
+    table="segmentation",
+    title="Masks under a fully convolutional decoder",
+    section="section 4.4: semantic segmentation",
+    unit="mean IoU, %",
+    notes=(
+        "Needs the extra `dense`. The decoder, normalised in groups, is trained in every row. The paper adds SBD's masks to "
+        "VOC 2011's; here VOC 2012 has its own."
+    ),
+    scales={
+        "small": Scale(
+            data=("camvid",),
+            backbones=("bundled:tiny",),
+            methods={
+                FROZEN: "linear-probe(head_lr=0.01)",
+                MASKS: "piggyback(lr=0.0005,head_lr=0.01)",
+                INDIVIDUAL: "full-finetune(lr=0.001,head_lr=0.01)",
+            },
+            fit={"image_size": 96, "batch_size": 8, "clip": 5.0, "decoder": "fcn32"},
+            seeds=2,
+            images=96,
+            tested=48,
+            steps=60,
+        ),
+        "paper": Scale(
+            data=("voc2012",),
+            backbones=("timm:vgg16.tv_in1k",),
+            methods={
+                FROZEN: f"linear-probe({ADAM})",
+                MASKS: f"piggyback(lr=0.0001,{ADAM})",
+                INDIVIDUAL: f"full-finetune(lr=0.001,{SGD})",
+            },
+            fit={**PAPER.fit, "epochs": 15, "image_size": 512, "batch_size": 8, "decoder": "fcn32"},
+            seeds=3,
+        ),
+    },
+    claims=(
+        Claim("P8", "masks are at least as good as a network of its own", ((MASKS, INDIVIDUAL),), "61.41 to 61.08"),
+        Claim("P8", "masks are above the frozen backbone", ((MASKS, FROZEN),), "", small=True),
+    ),
+    parts=dense_parts,
+    published={(MASKS, "voc2012"): 61.41, (INDIVIDUAL, "voc2012"): 61.08},
 )

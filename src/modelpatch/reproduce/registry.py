@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from modelpatch.errors import TrainingError
 from modelpatch.reproduce import extensions, masks, painting, patching, piggyback, sharing, subtuning, units
 from modelpatch.reproduce.adaptation import ADAPTATION
-from modelpatch.reproduce.dense import DENSE
+from modelpatch.reproduce.dense import DENSE, FCN
 from modelpatch.reproduce.federated import FEDERATED
 from modelpatch.reproduce.normalisation import RANDOM, RATES, TABLE_6, TRANSFER
 from modelpatch.reproduce.recipe import Recipe
@@ -20,7 +20,15 @@ RECIPES: tuple[Recipe, ...] = (
     *(TRANSFER, RANDOM, TABLE_6, RATES, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2, units.PAIRS, units.SAMPLES),
     *(extensions.INFERENCE, extensions.SIAMESE_WAYS, extensions.PRUNING, extensions.ACTIVE_LEARNING),
-    *(piggyback.TABLE_1, piggyback.INITIALISATION, piggyback.DECATHLON, masks.SPARSITY, masks.ORDER, masks.OVERHEAD),
+    *(
+        piggyback.TABLE_1,
+        piggyback.INITIALISATION,
+        piggyback.DECATHLON,
+        masks.SPARSITY,
+        masks.ORDER,
+        masks.OVERHEAD,
+        FCN,
+    ),
 )
 PAPERS = tuple(dict.fromkeys(recipe.paper for recipe in RECIPES))
 
