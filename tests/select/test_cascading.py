@@ -95,6 +95,17 @@ def test_what_luck_allows_caution_does_not() -> None:
     assert answered == {0.0: 8, 2.0: 6}
 
 
+def test_the_reference_is_the_best_of_all_held_out_images_not_of_those_that_set_thresholds() -> None:
+    logits, labels = random_answers(0)
+    weights = dict.fromkeys(logits, PROBABILITY)
+    for name in logits:
+        tops = {other: 0.9 if other == name else 0.5 for other in logits}
+        order, confidences, reference = greedy(logits, labels, weights, plain_cost, tops=tops)
+        alone = float((logits[name].argmax(1) == labels).double().mean())
+        assert reference == name
+        assert run(order, confidences, logits, labels, plain_cost).top1 >= alone - 1e-12
+
+
 def test_the_reference_needs_nothing_to_spare() -> None:
     """At an accuracy below its own it is right on a part only of what it answers, and is taken all the same."""
     logits, labels = random_answers(0)

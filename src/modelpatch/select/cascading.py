@@ -136,8 +136,9 @@ def cascade(
         other, half = (torch.from_numpy(part) for part in stratified(held.labels, 0.5, seed))
         weights = {name: fit_confidence(logits[other], labels[other]) for name, logits in seen["validation"].items()}
         rows = half
+    tops = {name: _top1(answers, labels) for name, answers in seen["validation"].items()}
     logits = {name: answers[rows] for name, answers in seen["validation"].items()}
-    order, confidences, reference = greedy(logits, labels[rows], weights, costs, accuracy, caution)
+    order, confidences, reference = greedy(logits, labels[rows], weights, costs, accuracy, caution, tops)
     made = Cascade(
         patches=tuple(named[name] for name in order),
         confidences=confidences,
@@ -251,14 +252,15 @@ def greedy(
     costs: Callable[[str, Sequence[str]], float],
     accuracy: float | None = None,
     caution: float = CAUTION,
+    tops: Mapping[str, float] | None = None,
 ) -> tuple[tuple[str, ...], tuple[Confidence, ...], str]:
     """The stages in order, their confidences, and the reference.
 
-    `logits` (N, K) are the patches' answers by name, `costs(name, before)` what a patch adds after others. Raises
-    `CascadeError` for an accuracy that no patch has.
+    `logits` (N, K) are the patches' answers by name, `costs(name, before)` what a patch adds after others, `tops` the top-1 by
+    which the reference is chosen, that of these answers by default. Raises `CascadeError` for an accuracy that no patch has.
     """
     right = {name: answers.argmax(1) == labels for name, answers in logits.items()}
-    tops = {name: float(own.double().mean()) for name, own in right.items()}
+    tops = tops or {name: _top1(answers, labels) for name, answers in logits.items()}
     reference = max(tops, key=lambda name: (tops[name], -costs(name, ())))
     ratio = 1.0 if accuracy is None else _ratio(accuracy, tops[reference], reference)
     scores = {name: Confidence(weights=weights[name]).score(answers) for name, answers in logits.items()}
@@ -326,7 +328,11 @@ def run(
 
 
 def _alone(name: str, logits: Tensor, labels: Tensor, costs: Costs) -> Figures:
-    return Figures(float((logits.argmax(1) == labels).double().mean()), costs(name))
+    return Figures(_top1(logits, labels), costs(name))
+
+
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def fit_confidence(logits: Tensor, labels: Tensor) -> Weights:
