@@ -130,8 +130,16 @@ SPARSITY = Recipe(
             ((HARDER, EASIER),),
             "rank correlation 0.7 with the classifier's error",
             columns=(ALL,),
+            doubt="Digits, unlike the photos that the network knows but easy to tell apart, have the masks that leave out most.",
         ),
-        Claim("P5", "masks leave out more in deep layers", ((LATE, EARLY),), "on every task", columns=(ALL,)),
+        Claim(
+            "P5",
+            "masks leave out more in deep layers",
+            ((LATE, EARLY),),
+            "on every task",
+            columns=(ALL,),
+            doubt="Likely because tasks unlike the photos that the bundled network knows change its first layers as well.",
+        ),
     ),
     parts=sparsity_parts,
 )

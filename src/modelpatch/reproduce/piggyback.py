@@ -251,7 +251,13 @@ DECATHLON = Recipe(
     },
     claims=(
         Claim("row 93", "masks score above the classifier alone", ((MASKS, CLASSIFIER),), "", small=True),
-        Claim("row 93", "masks score above individual networks", ((MASKS, INDIVIDUAL),), "2838 to 2500"),
+        Claim(
+            "row 93",
+            "masks score above individual networks",
+            ((MASKS, INDIVIDUAL),),
+            "2838 to 2500",
+            doubt="Individual networks score 250 a task by definition; after so few steps masks are some points below them.",
+        ),
         Claim("P2", "trained normalisation layers gain over masks alone", ((NORMS, MASKS),), "", small=True),
     ),
     parts=decathlon_parts,

@@ -22,6 +22,7 @@ from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe
 from modelpatch.reproduce.subtuning import (
     BLOCK,
     BY_FOLDS,
+    OVERFITTING,
     PAPER,
     PAPER_BLOCKS,
     PROBE,
@@ -96,7 +97,13 @@ PAIRS = Recipe(
     },
     claims=(
         Claim("T2", "the best pair apart is above the best pair of neighbours", ((APART, ADJACENT),), "B2 with B14"),
-        Claim("T6", "two blocks are above full fine-tuning", ((PAIR, TUNED),), "two blocks above all"),
+        Claim(
+            "T6",
+            "two blocks are above full fine-tuning",
+            ((PAIR, TUNED),),
+            "two blocks above all",
+            doubt=OVERFITTING,
+        ),
         Claim(
             "T7",
             "the first block of a greedy search is the last or the one before it",
