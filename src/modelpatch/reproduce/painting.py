@@ -292,8 +292,8 @@ TRANSFER = Recipe(
             "patching half of the classes improves the other half",
             ((OTHER_PATCHED, OTHER_BASE),),
             "9 of 9 splits",
-            doubt="Likely because heads at the small scale are means of the base's features, which the patched network no longer "
-            "gives; the paper's are of words, over a network that knows thousands.",
+            doubt="Likely because heads at the small scale are means of the base's features, which the patched network gives "
+            "no longer; the paper's are of words, over a network that knows thousands.",
         ),
         Claim("control", "and the patched half", ((HALF_PATCHED, HALF_BASE),), "", small=True),
     ),

@@ -67,7 +67,9 @@ def _low_data(bench: Bench, row: str, name: str, percent: int, seed: int, column
     return {column: bench.accuracy(tuned, data, bench.method(row), seed)}
 
 
-UNFROZEN = "Likely because an unfrozen network of this size gains nothing from weighing its few skips: all weights move anyway."
+UNFROZEN = (
+    "Likely because an unfrozen network of this size gains nothing from weighing its few skips: all its weights move."
+)
 
 
 LOW_DATA = Recipe(
@@ -264,8 +266,8 @@ SCRATCH = Recipe(
             "Δ-modules help a network that is trained from scratch",
             (("network + Δ", "network"),),
             "+0.3 to +11",
-            doubt="Likely because so short a training from random weights is slowed by what is learned besides: the paper's has "
-            "50 epochs of thousands of images.",
+            doubt="Likely because so short a training is slowed by what is learned besides: the paper's has 50 epochs of "
+            "thousands of images.",
         ),
     ),
     parts=each(top1_over_random),
