@@ -54,8 +54,8 @@ LAST_BUT_ONE, LAST = "last but one", "last"
 
 def inference_parts(bench: Bench) -> Iterator[Part]:
     """Costs and accuracy of every block of the chain."""
-    blocks = [block.name for block in bench.backbone().chain.blocks]
-    columns = [*(str(number) for number in range(1, len(blocks) - 1)), LAST_BUT_ONE, LAST]
+    count = bench.scale.options["blocks"]
+    columns = [*(str(number) for number in range(1, count - 1)), LAST_BUT_ONE, LAST]
     work: dict[str, Callable[[str, int], float]] = {
         OPERATIONS: lambda block, seed: added_operations(bench, confine(bench.method(BLOCK), (block,))),
         TIME: lambda block, seed: _added_time(bench, confine(bench.method(BLOCK), (block,))),
@@ -63,12 +63,12 @@ def inference_parts(bench: Bench) -> Iterator[Part]:
         TOP1: lambda block, seed: _top1(bench, BLOCK, (block,), seed),
         PROBE_TOP1: lambda block, seed: bench.once(("probe", seed), partial(_top1, bench, PROBE, (), seed)),
     }
-    for seed, row, (column, block) in itertools.product(bench.seeds, work, zip(columns, blocks, strict=True)):
-        yield Part(row, (column,), seed, partial(_cell, work[row], column, block, seed))
+    for seed, row, (place, column) in itertools.product(bench.seeds, work, enumerate(columns)):
+        yield Part(row, (column,), seed, partial(_cell, bench, work[row], column, place - count, seed))
 
 
-def _cell(measure: Callable[[str, int], float], column: str, block: str, seed: int) -> Figures:
-    return {column: measure(block, seed)}
+def _cell(bench: Bench, measure: Callable[[str, int], float], column: str, place: int, seed: int) -> Figures:
+    return {column: measure(bench.backbone().chain.blocks[place].name, seed)}
 
 
 def _draft(bench: Bench, method: Method) -> Patch:
@@ -102,8 +102,8 @@ INFERENCE = Recipe(
     ),
     numeric=True,
     scales={
-        "small": replace(SMALL, data=("rsscn7",), images=350, steps=30, options={"runs": 31}),
-        "paper": replace(PAPER, data=("cifar10",), options={"runs": 300}),
+        "small": replace(SMALL, data=("rsscn7",), images=350, steps=30, options={"blocks": 8, "runs": 31}),
+        "paper": replace(PAPER, data=("cifar10",), options={"blocks": 16, "runs": 300}),
     },
     claims=(
         Claim(
@@ -145,15 +145,17 @@ EARLY_STAGES, LATE_STAGES = ("stage 1", "stage 2"), ("stage 3", "stage 4")
 def way_parts(bench: Bench) -> Iterator[Part]:
     """Every way in every stage of the chain: the mean over its blocks, each tuned alone, and over data sets."""
     for seed, row in itertools.product(bench.seeds, bench.scale.methods):
-        for number, stage in enumerate(bench.backbone().chain.stages, 1):
-            blocks = tuple(block.name for block in stage[: bench.scale.options["per_stage"]])
-            yield Part(row, (f"stage {number}",), seed, partial(_in_stage, bench, row, f"stage {number}", blocks, seed))
+        for number in range(4):
+            yield Part(row, (f"stage {number + 1}",), seed, partial(_in_stage, bench, row, number, seed))
 
 
-def _in_stage(bench: Bench, row: str, column: str, blocks: tuple[str, ...], seed: int) -> Figures:
+def _in_stage(bench: Bench, row: str, number: int, seed: int) -> Figures:
     if row == PROBE:
-        return {column: bench.once(("probe", seed), partial(_top1, bench, PROBE, (), seed))}
-    return {column: statistics.fmean(_top1(bench, row, (block,), seed) for block in blocks)}
+        top1 = bench.once(("probe", seed), partial(_top1, bench, PROBE, (), seed))
+    else:
+        blocks = bench.backbone().chain.stages[number][: bench.scale.options["per_stage"]]
+        top1 = statistics.fmean(_top1(bench, row, (block.name,), seed) for block in blocks)
+    return {f"stage {number + 1}": top1}
 
 
 SIAMESE_WAYS = Recipe(
