@@ -126,7 +126,7 @@ def test_subtuning_follows_its_paper_at_its_scale() -> None:
         scale = recipe.scales["paper"]
         settings = check_settings(dict(scale.fit))
         assert (settings.batch_size, settings.epochs, settings.schedule) == (256, epochs, "cosine")
-        for row in (subtuning.TUNED, subtuning.SUBTUNING):
+        for row in {subtuning.TUNED, subtuning.SUBTUNING, subtuning.BLOCK} & scale.methods.keys():
             method = make_method(scale.methods[row])
             assert (method.optimizer, method.lr, method.weight_decay) == ("adamw", 1e-3, 0.01)
         assert make_method(scale.methods[subtuning.PROBE]).head_lr == 0.01

@@ -114,7 +114,13 @@ FCN = Recipe(
         ),
     },
     claims=(
-        Claim("P8", "masks are at least as good as a network of its own", ((MASKS, INDIVIDUAL),), "61.41 to 61.08"),
+        Claim(
+            "P8",
+            "masks are at least as good as a network of its own",
+            ((MASKS, INDIVIDUAL),),
+            "61.41 to 61.08",
+            doubt="Masks have flipped few bits in so few steps; docs/segmentation.md has longer runs of an ImageNet network.",
+        ),
         Claim("P8", "masks are above the frozen backbone", ((MASKS, FROZEN),), "", small=True),
     ),
     parts=dense_parts,

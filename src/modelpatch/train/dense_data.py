@@ -70,7 +70,7 @@ class Wish:
         """Raises `DataError` for a source of another kind, and for options that say nothing about this kind."""
         if self.kind is not None and self.kind != found.kind:
             raise DataError(
-                f"{source} holds a {found.kind} task, not {self.kind}. See docs/{self.kind}.md for its layouts."
+                f"{source} holds no {self.kind} task in a layout that is read. See docs/{self.kind}.md for these layouts."
             )
         if found.kind != "segmentation" and (self.classes is not None or self.ignore is not None):
             raise DataError(f"{source} names its classes itself; classes and ignore are for the values of masks.")

@@ -45,8 +45,8 @@ class Mask:
         if (found == UNKNOWN).any():
             value = int(values[found == UNKNOWN].min())
             raise DataError(
-                f"{_name(self.source)} holds the value {value}, which stands for no class. Name a class for it, or ignore it: "
-                f"load_task(..., classes=[...], ignore={value})."
+                f"{_name(self.source)} holds the value {value}, which stands for no class. Name a class for it (--classes, "
+                f"classes=[...]) or ignore it (--ignore {value}, ignore={value})."
             )
         return Image.fromarray(found.astype(np.uint8))
 
