@@ -5,12 +5,12 @@
     delta(modules=4) Δ-modules on the last four stages that have skips
 
 All have the same detector, steps, seeds and views. The frozen backbone has the better of two rates of the detector, found on
-held-out images; the others have one. Δ-modules start near the base: the paper's start, skips of a half, takes longer. Figures
+held-out images; scale-and-bias has both. Δ-modules start near the base: the paper's start, skips of a half, takes longer. Figures
 are means over seeds with standard errors: mean average precision at IoU 0.5, and over 0.5 to 0.95, on the test images.
 `--overlays` draws the first test images as every method answers them.
 The claim (Δ-Networks, detection and segmentation): Δ beats the frozen backbone.
 
-    python benchmarks/detection.py --json benchmarks/results/detection.json --overlays docs/detection
+    python benchmarks/detection.py --pixels 160 --json benchmarks/results/detection.json --overlays drawn/
     python benchmarks/detection.py --images 6 --epochs 1 --seeds 1 --pixels 64
 """
 
@@ -27,7 +27,12 @@ from modelpatch.backbone.preprocess import open_image
 from modelpatch.engine.overlay import boxes, draw_boxes
 from modelpatch.train import TaskData
 
-METHODS = ("linear-probe(head_lr=0.001)", "scale-bias", "delta(modules=4,lr=0.003,start=identity)")
+METHODS = (
+    "linear-probe(head_lr=0.001)",
+    "scale-bias(head_lr=0.001)",
+    "scale-bias",
+    "delta(modules=4,lr=0.003,start=identity)",
+)
 COLUMNS = ("method", "mAP@0.5", "standard error", "mAP@0.5:0.95", "file bytes", "seconds")
 DRAWN = 4  # test images
 

@@ -10,7 +10,7 @@ means over seeds with standard errors: mean IoU over 11 classes on the test imag
 fine-tuning's. `--overlays` draws the first test images as every method answers them. The claim (Piggyback, ECCV 2018,
 section 4.4): masks reach full fine-tuning's mean IoU.
 
-    python benchmarks/segmentation.py --json benchmarks/results/segmentation.json --overlays docs/segmentation
+    python benchmarks/segmentation.py --json benchmarks/results/segmentation.json --overlays drawn/
     python benchmarks/segmentation.py --images 8 --epochs 1 --seeds 1 --pixels 64
 """
 
