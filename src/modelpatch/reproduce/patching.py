@@ -105,7 +105,7 @@ TABLE_2 = Recipe(
             "on all sets; ResNet-18 to ConvNeXt",
             doubt="Likely because one module weighs only the skips of the last stage, of which the bundled network has one.",
         ),
-        Claim("control", "one Δ-module is above fair PAINT", ((ONE, FAIR),), ""),
+        Claim("control", "one Δ-module is above fair PAINT", ((ONE, FAIR),), "", doubt="As for naive PAINT."),
         Claim(
             "D3",
             "more modules are at least as good",

@@ -207,6 +207,7 @@ WEIGHTS = Recipe(
             "near 1 in the last stage, some near 0 before",
             margin=80,
             columns=(MEAN,),
+            doubt="Weights start at a half and move toward both ends; 300 steps do not take them there.",
         ),
     ),
     parts=weight_parts,

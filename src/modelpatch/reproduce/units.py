@@ -96,7 +96,13 @@ PAIRS = Recipe(
         "paper": replace(PAPER, options={"folds": 5}),
     },
     claims=(
-        Claim("T2", "the best pair apart is above the best pair of neighbours", ((APART, ADJACENT),), "B2 with B14"),
+        Claim(
+            "T2",
+            "the best pair apart is above the best pair of neighbours",
+            ((APART, ADJACENT),),
+            "B2 with B14",
+            doubt="Of eight blocks few lie far apart: the best of both kinds differ by less than two seeds do.",
+        ),
         Claim(
             "T6",
             "two blocks are above full fine-tuning",
@@ -191,6 +197,7 @@ SAMPLES = Recipe(
             ((SUBTUNING, TUNED),),
             "about equal",
             margin=-1,
+            doubt=OVERFITTING,
         ),
     ),
     parts=sample_parts,
