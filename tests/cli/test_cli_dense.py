@@ -35,6 +35,7 @@ def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:
     drawn = tmp_path / "drawn"
     done = run("predict", data / "test" / "images", "-p", file, "--overlay", drawn, "--json", figures)
     assert done.code == 0, done.err
+    assert f"drew 4 overlays in {drawn}" in " ".join(done.out.split())
     rows = json.loads(figures.read_text())
     assert len(rows) == 4
     for row in rows:

@@ -28,14 +28,14 @@ from modelpatch.cli.options import (
     parse_arguments,
     read_answering,
 )
-from modelpatch.cli.outputs import JsonOption, check_pictures, make_folder, open_console, read_names, write_json
+from modelpatch.cli.outputs import JsonOption, check_pictures, make_folder, open_console, read_names, tell, write_json
 from modelpatch.engine import Answers, Engine, Tuning, describe_step
 from modelpatch.engine.engine import BASE
 from modelpatch.engine.overlay import draw_answer, encode_png
 from modelpatch.errors import CascadeError, DataError, ModelpatchError
 from modelpatch.patch import Cascade, Patch
 from modelpatch.report.tables import prediction_table, show, timing_table
-from modelpatch.text import file_name
+from modelpatch.text import count_of, file_name
 from modelpatch.train.progress import Progress
 
 Row = dict[str, Any]
@@ -113,6 +113,8 @@ def predict(
             _fill_dense(rows, answers, engine, top, overlay)
             advance(len(answers.rows) + len(answers.errors))
     show(console, prediction_table(rows))
+    if overlay is not None:
+        tell(console, f"drew {count_of(sum(len(row.get('overlays', {})) for row in rows), 'overlay')} in {overlay}")
     readable = [file for file, row in zip(files, rows, strict=True) if "error" not in row]
     report = _explain(engine, readable[:batch_size], tasks, console, plot) if (explain or plot) and readable else None
     write_json(json, {"images": rows, "plan": report} if explain else rows)

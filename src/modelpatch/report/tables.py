@@ -32,7 +32,7 @@ FIGURES = {
     "map": "mAP 0.5:0.95",
     "map50": "mAP 0.5",
 }
-SHARES = {"top1", "top5", "miou", "accuracy", "map", "map50"}  # last words of the names of figures in [0, 1]
+SHARES = {"top1", "top5", "miou", "accuracy", "map", "map50"}  # words of the names of figures in [0, 1]
 
 
 def show(console: Console, table: Table) -> None:
@@ -196,7 +196,7 @@ def _figure(name: str, value: Any, parameters: int) -> str:
     """A fact of a patch file for people, whatever a stranger wrote into it."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, float) and name.rpartition("_")[2] in SHARES:
+    if isinstance(value, float) and SHARES & set(name.split("_")):
         return f"{percent(value)} %"
     if type(value) is not int:
         return str(value)
