@@ -110,7 +110,7 @@ def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[Non
     """
     if is_resumed(checkpoint, restart):
         tell(console, f"resuming the interrupted run in {checkpoint}")
-    else:
+    elif restart and not restarted():
         shutil.rmtree(checkpoint, ignore_errors=True)
     try:
         yield

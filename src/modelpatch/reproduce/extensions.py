@@ -169,7 +169,6 @@ SIAMESE_WAYS = Recipe(
         "that layers are made with; frozen statistics stay. The paper trains those 80 epochs as well; here all rows train "
         "as long."
     ),
-    numeric=True,
     scales={
         "small": replace(
             SMALL,

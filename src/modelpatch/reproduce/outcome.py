@@ -100,6 +100,10 @@ class Outcome:
         count = sum(statistics.fmean(values) >= claim.margin for values in by_column)
         return Difference(better, worse, mean, count, len(columns))
 
+    def is_known(self, claim: Claim) -> bool:
+        """Whether the claim is known to hold at this scale."""
+        return claim.small or self.scale == "paper"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         cells = [
@@ -122,7 +126,7 @@ class Outcome:
                 "doubt": verdict.claim.doubt,
                 "columns": list(verdict.claim.columns),
                 "than": list(verdict.claim.than),
-                "known_to_hold_here": verdict.claim.small or self.scale == "paper",
+                "known_to_hold_here": self.is_known(verdict.claim),
                 "holds": verdict.holds,
                 "certain": verdict.certain,
                 "differences": [asdict(one) for one in verdict.differences],

@@ -42,7 +42,7 @@ def claim_cells(outcome: Outcome) -> list[list[str]]:
     for verdict in outcome.verdicts:
         claim = verdict.claim
         for number, one in enumerate(verdict.differences):
-            words = [f"{claim.name}: {claim.text}", claim.paper, _verdict(verdict, outcome.scale)]
+            words = [f"{claim.name}: {claim.text}", claim.paper, _verdict(outcome, verdict)]
             text, paper, word = words if number == 0 else ("", "", "")
             rows.append(
                 [text, _pair(claim, one), paper, _difference(one, claim.margin), f"{one.cells} of {one.of}", word]
@@ -60,9 +60,8 @@ def _difference(one: Difference, margin: float) -> str:
     return f"{sign}{one.mean}" + (f" (at least {margin:g})" if margin else "")
 
 
-def _verdict(verdict: Verdict, scale: str) -> str:
-    known = verdict.claim.small or scale == "paper"
-    return verdict.word if known else f"{verdict.word} (not known to hold at this scale)"
+def _verdict(outcome: Outcome, verdict: Verdict) -> str:
+    return verdict.word if outcome.is_known(verdict.claim) else f"{verdict.word} (not known to hold at this scale)"
 
 
 def overview(outcomes: Sequence[Outcome]) -> list[list[str]]:
@@ -70,7 +69,7 @@ def overview(outcomes: Sequence[Outcome]) -> list[list[str]]:
     rows = []
     for outcome in outcomes:
         for verdict in outcome.verdicts:
-            known = "yes" if verdict.claim.small or outcome.scale == "paper" else "no"
+            known = "yes" if outcome.is_known(verdict.claim) else "no"
             rows.append([f"{verdict.claim.name}: {verdict.claim.text}", outcome.recipe.name, known, verdict.word])
     return rows
 
