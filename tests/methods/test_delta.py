@@ -27,7 +27,7 @@ from modelpatch.methods.delta import (
     skip_weights,
     stages_of,
 )
-from modelpatch.methods.delta_stage import DeltaStage, DenseStage, Layout, Norm, ResidualStage
+from modelpatch.methods.delta_stage import DeltaModule, DeltaStage, DenseStage, Layout, Norm, ResidualStage
 from modelpatch.methods.method import batch_norms
 from modelpatch.patch import Blueprint, BoundPatch, Graft, Patch, PatchedModel
 
@@ -687,6 +687,22 @@ def test_a_file_that_describes_no_stage_is_refused(arguments: dict[str, Any]) ->
     hostile = Graft(kind="delta", start=graft.start, end=graft.end, arguments=graft.arguments | arguments)
     with pytest.raises(ForeignTensorError, match="modules of kind 'delta' do not fit"):
         PatchedModel.draft(backbone, Blueprint(grafts=(hostile,)), nn.Identity())
+
+
+def test_a_stage_that_fits_its_file_but_not_the_network_is_refused() -> None:
+    backbone = network("tiny")
+    patch = draft_patch(backbone, DeltaNetwork())
+    (graft,) = patch.grafts
+    channels = graft.arguments["channels"] + 2
+    edges = len(patch.tensors[f"graft/{graft.start}-{graft.end}/delta.linear.bias"])
+    made = DeltaModule(channels, edges).state_dict()
+    named = {f"graft/{graft.start}-{graft.end}/delta.{name}": tensor for name, tensor in made.items()}
+    assert named.keys() <= patch.tensors.keys()
+    wider = graft.model_copy(update={"arguments": graft.arguments | {"channels": channels}})
+    hostile = dataclasses.replace(patch, grafts=(wider,), tensors={**patch.tensors, **named})
+    for bind in (PatchedModel, BoundPatch):
+        with pytest.raises(ForeignTensorError, match=rf"do not fit segments \[{graft.start}, {graft.end}\)"):
+            bind(backbone, hostile)
 
 
 def test_a_file_that_weighs_skips_where_there_are_none_is_refused() -> None:

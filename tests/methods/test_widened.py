@@ -16,8 +16,8 @@ from conftest import color_task, draft_patch, make_timm, make_tiny, small_prepro
 from modelpatch.backbone import Backbone, load_backbone
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
 from modelpatch.methods import LoRA, Method, Piggyback, ScaleBias, Subset, Widened, make_method
-from modelpatch.methods.widened import ExtraSettings, WidenedBlock, add_filters
-from modelpatch.patch import Patch
+from modelpatch.methods.widened import ExtraFilters, ExtraSettings, WidenedBlock, add_filters
+from modelpatch.patch import BoundPatch, Patch, PatchedModel
 from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.train import TaskData, fit
 
@@ -186,6 +186,21 @@ def test_arguments_that_do_not_fit_the_file_are_refused(tiny: Backbone) -> None:
     for arguments in ({**graft.arguments, "filters": 3}, {**graft.arguments, "filters": 0}):
         with pytest.raises(ForeignTensorError):
             tiny.patched(replace(patch, grafts=(graft.model_copy(update={"arguments": arguments}),)))
+
+
+@pytest.mark.parametrize("changed", [{"inputs": 5}, {"outputs": 7}, {"stride": 2}])
+def test_filters_that_fit_their_file_but_not_the_network_are_refused(changed: dict[str, int], tiny: Backbone) -> None:
+    patch = draft_patch(tiny, Widened(filters=2, blocks=("last",)))
+    (graft,) = patch.grafts
+    settings = ExtraSettings.model_validate({**graft.arguments, **changed})
+    made = ExtraFilters(settings).state_dict()
+    prefix = f"graft/{graft.start}-{graft.end}/extra."
+    tensors = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(prefix)}
+    tensors |= {prefix + name: tensor for name, tensor in made.items()}
+    hostile = replace(patch, grafts=(graft.model_copy(update={"arguments": settings.model_dump()}),), tensors=tensors)
+    for bind in (PatchedModel, BoundPatch):
+        with pytest.raises(ForeignTensorError, match=r"the patch adds do not fit segments \[5, 6\)"):
+            bind(tiny, decode_patch(encode_patch(hostile)))
 
 
 # what it is for ---------------------------------------------------------------------------------------------

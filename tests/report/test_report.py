@@ -204,6 +204,17 @@ def test_predictions_show_the_best_answers_of_every_task() -> None:
         assert shown in text
 
 
+def test_boxes_are_counted_by_class() -> None:
+    box = [0.0, 0.0, 1.0, 1.0]
+    sure = [("cell", 0.9), ("grain", 0.8), ("cell", 0.7), ("cell", 0.6)]
+    found = [{"label": label, "probability": probability, "box": box} for label, probability in sure]
+    text = text_of(prediction_table([{"image": "a.png", "tasks": {"blood": found}}]))
+    assert "90.0 %  cell and 2 more" in text
+    assert "80.0 %  grain" in text
+    assert "grain and" not in text
+    assert "70.0 %" not in text
+
+
 # pictures ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import color_task, make_timm, make_tiny, small_preprocessing
-from dense import SHADES, mask_table, square_task
+from dense import SHADES, mask_table, square_task, write_masks
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.engine import Engine, Tuning
-from modelpatch.errors import DataError, MethodError, TrainingError
+from modelpatch.errors import DataError, MethodError, TrainingError, TrainingWarning
 from modelpatch.methods import (
     DeltaNetwork,
     FullFinetune,
@@ -264,6 +265,16 @@ def test_named_outputs_are_read(tiny: Backbone) -> None:
 
 
 # data -------------------------------------------------------------------------------------------------------
+
+
+def test_values_without_names_are_told(tmp_path: Path) -> None:
+    data = write_masks(tmp_path / "squares", 2, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_task(data)
+    (data / "classes.txt").unlink()
+    with pytest.warns(TrainingWarning, match=r"each value of its masks is one: 0, 1, .*--ignore"):
+        assert load_task(data).classes == tuple(str(value) for value in range(len(SHADES)))
 
 
 def test_masks_that_are_none_are_named(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ def predict(
     patch: Annotated[list[Path], typer.Option("--patch", "-p", help="A patch file, or a cascade's; may be repeated.")],
     backbone: PatchBackboneOption = None,
     base: Annotated[bool, typer.Option("--base", help="Also give the base's own answer.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Classes an image and task; boxes are all from 50 % on.")] = 3,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Classes an image and task. Boxes are counted by class from 50 % on; --json has each."
+        ),
+    ] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images ahead; 0 decodes in this one.")] = 0,
     tune: Annotated[

@@ -1,26 +1,30 @@
 """What a dense answer says of an image: areas of classes or boxes, and a picture of them over the image.
 
-    logits (K, H, W) -> class of every pixel (H, W) -> shares of the image, an overlay of colours
-    boxes (N, 6)     -> those that are sure         -> boxes in the image's own pixels, frames of colours
+    logits (K, H, W) -> class of every pixel (H, W) -> shares of the image, an overlay of colours, a legend
+    boxes (N, 6)     -> those that are sure         -> boxes in the image's own pixels, frames of colours with names
 
 The network sees an image cropped or stretched to a square (`Preprocessing.framed_area`); what is drawn lies where it belongs.
 """
 
 from __future__ import annotations
 
+import colorsys
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modelpatch.backbone import Preprocessing
 from modelpatch.backbone.preprocess import ImageSource, open_image
 
+Corners = tuple[float, float, float, float]  # left, top, right, bottom
 OPACITY = 140  # of 255
+GOLDEN = 0.618034  # turns of the wheel of colours between neighbours: no two of the first dozens meet
+LETTER = 30  # the shorter side of an image is this many letters high
 SURE = 0.5  # the probability from which a box is told and drawn
 
 
@@ -45,15 +49,10 @@ def areas(classes: np.ndarray) -> list[Area]:
 
 
 def palette(count: int) -> np.ndarray:
-    """Colours uint8 (count, 3) that differ well, those of Pascal VOC from its first object class on."""
-    colors = np.zeros((count, 3), dtype=np.uint8)
-    for number in range(count):
-        bits = number + 1
-        for place in range(7, -1, -1):
-            for channel in range(3):
-                colors[number, channel] |= ((bits >> channel) & 1) << place
-            bits >>= 3
-    return colors
+    """Bright colours uint8 (count, 3) that differ well: around the wheel in golden steps, in three strengths in turn."""
+    strengths = ((0.75, 0.95), (0.9, 0.7), (0.45, 1.0))
+    colors = [colorsys.hsv_to_rgb(number * GOLDEN % 1, *strengths[number % 3]) for number in range(count)]
+    return (255 * np.array(colors).reshape(count, 3)).round().astype(np.uint8)
 
 
 def overlay(classes: np.ndarray, count: int) -> Image.Image:
@@ -69,6 +68,40 @@ def paint(image: Image.Image, classes: np.ndarray, count: int, preprocessing: Pr
     whole = Image.new("RGBA", image.size)
     whole.paste(over, (round(left), round(top)))
     return Image.alpha_composite(image.convert("RGBA"), whole).convert("RGB")
+
+
+def with_legend(picture: Image.Image, found: Sequence[Area], classes: Sequence[str]) -> Image.Image:
+    """The picture (RGB) with a strip below it that names the classes found, each with its colour and share."""
+    font = _font(picture.size)
+    gap = round(font.size / 2)
+    colors = palette(len(classes))
+    entries = [(tuple(colors[one.index].tolist()), f"{classes[one.index]} {_percent(one.share)}") for one in found]
+    places, x, y = [], gap, gap
+    for _, text in entries:
+        width = round(font.size * 1.5 + font.getlength(text))
+        if x > gap and x + width > picture.width - gap:
+            x, y = gap, y + round(1.5 * font.size)
+        places.append((x, y))
+        x += width + 2 * gap
+    made = Image.new("RGB", (picture.width, picture.height + y + round(1.5 * font.size)), "white")
+    made.paste(picture)
+    pen = ImageDraw.Draw(made)
+    for (color, text), (left, top) in zip(entries, places, strict=True):
+        top += picture.height
+        pen.rectangle((left, top, left + font.size, top + font.size), fill=color)
+        pen.text((left + 1.5 * font.size, top + font.size / 2), text, fill="black", font=font, anchor="lm")
+    return made
+
+
+def _percent(share: float) -> str:
+    return "< 1 %" if share < 0.005 else f"{100 * share:.0f} %"
+
+
+def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
+    """Letters that can be read in an image of this width and height."""
+    font = ImageFont.load_default(max(min(size) / LETTER, 10))
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
 
 
 @dataclass(frozen=True)
@@ -91,8 +124,11 @@ def draw_answer(
         ]
         return Drawing(told, lambda: draw_boxes(image, found, classes))
     best = class_map(answer)
-    said = [{"label": classes[area.index], "share": area.share} for area in areas(best)]
-    return Drawing(said, lambda: paint(open_image(source), best, len(classes), preprocessing))
+    covered = areas(best)
+    said = [{"label": classes[area.index], "share": area.share} for area in covered]
+    return Drawing(
+        said, lambda: with_legend(paint(open_image(source), best, len(classes), preprocessing), covered, classes)
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +137,7 @@ class Box:
 
     index: int
     probability: float
-    corners: tuple[float, float, float, float]
+    corners: Corners
 
 
 def boxes(answer: Tensor, preprocessing: Preprocessing, size: tuple[int, int], least: float = SURE) -> list[Box]:
@@ -116,18 +152,49 @@ def boxes(answer: Tensor, preprocessing: Preprocessing, size: tuple[int, int], l
 
 
 def draw_boxes(image: Image.Image, found: Sequence[Box], classes: Sequence[str]) -> Image.Image:
-    """The image (RGB) with a frame and a name for every box."""
+    """The image (RGB) with a frame and a name for every box; names lie where they cover no surer box's name, if they can."""
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
+    font = _font(image.size)
     colors = palette(len(classes))
+    taken: list[Corners] = []
     for box in found:
-        color = tuple(colors[box.index].tolist())
-        pen.rectangle(box.corners, outline=color, width=max(round(min(image.size) / 150), 1))
-        place = (box.corners[0] + 2, box.corners[1] + 1)
-        label = f"{classes[box.index]} {100 * box.probability:.0f} %".encode("latin-1", "replace").decode("latin-1")
-        pen.rectangle(pen.textbbox(place, label), fill=color)
-        pen.text(place, label, fill="white")
+        color = colors[box.index].tolist()
+        pen.rectangle(box.corners, outline=tuple(color), width=max(round(min(image.size) / 150), 1))
+    for box in found:
+        color = colors[box.index].tolist()
+        text = f"{classes[box.index]} {100 * box.probability:.0f} %"
+        place = _free_place(box.corners, (font.getlength(text) + 4, font.size + 4), image.size, taken)
+        taken.append(place)
+        pen.rectangle(place, fill=tuple(color))
+        dark = np.dot(color, (0.299, 0.587, 0.114)) < 140
+        pen.text(
+            (place[0] + 2, (place[1] + place[3]) / 2), text, fill="white" if dark else "black", font=font, anchor="lm"
+        )
     return drawn
+
+
+def _free_place(box: Corners, size: tuple[float, float], image: tuple[int, int], taken: Sequence[Corners]) -> Corners:
+    """Where a name of this size goes: above its box, within, below, or at its right; the first that meets no other name."""
+    left, top, right, bottom = box
+    width, height = size
+    corners = [
+        (left, top - height),
+        (left, top),
+        (left, bottom),
+        (left, bottom - height),
+        (right - width, top - height),
+    ]
+    places = []
+    for x, y in corners:
+        x, y = max(min(x, image[0] - width), 0), max(min(y, image[1] - height), 0)
+        places.append((x, y, x + width, y + height))
+    free = [place for place in places if not any(_meet(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _meet(one: Corners, other: Corners) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def encode_png(picture: Image.Image) -> bytes:

@@ -38,6 +38,7 @@ class PatchedModel(nn.Module):
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False).to(backbone.device)
+        self._try_grafts(patch.blueprint, backbone)
 
     @classmethod
     def draft(
@@ -82,6 +83,28 @@ class PatchedModel(nn.Module):
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
         self.taps = {tap: self._positions(chain, tap) for tap in getattr(head, "taps", ())}
+
+    @torch.no_grad()
+    def _try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
+        """Run every span with added modules once, on zeros.
+
+        Raises `ForeignTensorError` where it fails, or answers in another shape than the backbone's own segments.
+        """
+        for (start, end), variant in zip(self.spans, self.variants, strict=True):
+            if not any(start <= graft.start < end for graft in blueprint.grafts):
+                continue
+            given, expected = backbone.chain[start].input_shape, backbone.chain[end - 1].output_shape
+            with torch.random.fork_rng(devices=[]):  # skips of random weights draw from it
+                try:
+                    shape = tuple(variant(torch.zeros(1, *given, device=backbone.device)).shape[1:])
+                except (RuntimeError, ValueError, LookupError, TypeError) as error:
+                    raise ForeignTensorError(
+                        f"the modules that the patch adds do not fit segments [{start}, {end}): {error}"
+                    ) from error
+            if shape != tuple(expected):
+                raise ForeignTensorError(
+                    f"what the patch adds to segments [{start}, {end}) answers in shape {shape}; expected {expected}."
+                )
 
     def _positions(self, chain: Chain, tap: int) -> tuple[int, ...]:
         """The axes of segment `tap`'s output that are positions. Raises `ForeignTensorError` where a head cannot read it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -255,7 +256,7 @@ def prediction_table(answers: list[dict[str, Any]]) -> Table:
     for task in tasks:
         table.add_column(escape(task), overflow="fold", min_width=NAME_WIDTH)
     for answer in answers:
-        cells = ["\n".join(map(_answer, answer["tasks"].get(task, ()))) for task in tasks]
+        cells = ["\n".join(_answers(answer["tasks"].get(task, ()))) for task in tasks]
         if "error" in answer:
             cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
@@ -276,9 +277,15 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     return table
 
 
-def _answer(answer: dict[str, Any]) -> str:
-    """A class with its probability, or with the share of the image that it covers."""
-    return f"{100 * answer.get('probability', answer.get('share', 0)):5.1f} %  {escape(answer['label'])}"
+def _answers(answers: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a class with its probability, or the share of the image that it covers; boxes are counted by class."""
+    boxes = Counter(answer["label"] for answer in answers if "box" in answer)
+    surest = {answer["label"]: answer for answer in reversed(answers)}
+    lines = []
+    for one in [surest[label] for label in boxes] if boxes else answers:
+        value, others = one.get("probability", one.get("share", 0)), boxes[one["label"]] - 1
+        lines.append(f"{100 * value:5.1f} %  {escape(one['label'])}" + (f" and {others} more" if others > 0 else ""))
+    return lines
 
 
 def versions_table(versions: Sequence[Version]) -> Table:

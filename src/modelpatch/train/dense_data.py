@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, ImageSource, find_images
-from modelpatch.errors import DataError
+from modelpatch.errors import DataError, TrainingWarning
 from modelpatch.patch.task import METRICS, Kind
 from modelpatch.train.targets import IGNORED, UNKNOWN, Boxes, Mask, Target, read_values
 
@@ -155,6 +156,13 @@ def _masked(pairs: Mapping[str, Pairs], wish: Wish, names: Sequence[str] | None,
             {int(v) for mask in pairs.get("train", ((), ()))[1] for v in np.unique(read_values(mask))} - ignored
         )
         classes = {value: str(value) for value in values}
+        shown = ", ".join(classes.values())
+        warnings.warn(
+            f"{source} names no classes, so that each value of its masks is one: {shown}. Name them with --classes "
+            "(classes=[...]); a value that means nothing is left out with --ignore (ignore=N).",
+            TrainingWarning,
+            stacklevel=2,
+        )
     else:
         classes = {value: name for value, name in enumerate(names) if value not in ignored}
     if not classes or len(names or ()) > IGNORED:
