@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
@@ -20,7 +22,8 @@ from modelpatch.reproduce.recipe import Claim
 
 CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
 OVERVIEW = ("claim", "table", "known to hold at this scale", "verdict")
-CHARACTERS = 45  # of all column names, beyond which they stand aslant
+METHODS = ("row", "method")
+GAP = 4  # pixels at least between the names of columns, else they stand aslant
 
 
 def cells(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -155,10 +158,7 @@ def draw(outcome: Outcome, path: Path) -> None:
                 axes.bar(
                     beside, values, width, yerr=errors, color=colors[number], label=row, error_kw={"linewidth": 0.8}
                 )
-        crowded = sum(map(len, columns)) > CHARACTERS
-        axes.set_xticks(
-            range(len(columns)), columns, rotation=20 if crowded else 0, ha="right" if crowded else "center"
-        )
+        axes.set_xticks(range(len(columns)), columns)
         axes.set(ylabel=outcome.recipe.unit)
         if outcome.recipe.logarithmic:
             axes.set_yscale("log")
@@ -167,6 +167,17 @@ def draw(outcome: Outcome, path: Path) -> None:
             axes.yaxis.set_minor_formatter("")
         axes.figure.suptitle(outcome.recipe.title, fontsize=11)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _part_names(axes)
+
+
+def _part_names(axes: Any) -> None:
+    """Turn the names below an axis aslant if they would meet."""
+    axes.figure.draw_without_rendering()
+    names = [name.get_window_extent() for name in axes.get_xticklabels()]
+    if any(left.x1 + GAP > right.x0 for left, right in itertools.pairwise(names)):
+        axes.tick_params(axis="x", rotation=20)
+        for name in axes.get_xticklabels():
+            name.set_horizontalalignment("right")
 
 
 def _apart(points: Sequence[Sequence[float]], columns: Sequence[str]) -> Iterator[Sequence[float]]:
@@ -207,6 +218,8 @@ def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
         report.table(*cells(outcome))
         report.picture(folder / outcome.recipe.name / "picture.png", outcome.recipe.title)
         report.table(CLAIMS, claim_cells(outcome))
+        if methods := outcome.recipe.scales[outcome.scale].methods:
+            report.table(METHODS, list(methods.items()))
         for text in (*doubts(outcome), outcome.recipe.notes):
             report.text(text)
     path = folder / "report.html"
