@@ -16,7 +16,7 @@ from modelpatch.train.evaluate import standard_error
 
 
 def options(
-    description: str | None, methods: Sequence[str], decoder: str, epochs: int, head_lr: float
+    description: str | None, methods: Sequence[str], decoder: str, *, pixels: int, epochs: int, head_lr: float
 ) -> argparse.ArgumentParser:
     """A parser with what both take, and these defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +26,7 @@ def options(
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--pixels", type=int, default=pixels)
     parser.add_argument("--head-lr", type=float, default=head_lr, help="decoders want a lower rate than linear heads")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpatch-benchmarks")
     parser.add_argument("--overlays", type=Path, help="a folder for pictures")

@@ -1,12 +1,13 @@
-"""Segmentation over one frozen ImageNet MobileNetV2: masks, Δ-modules, and both baselines, on CamVid's road scenes.
+"""Segmentation over one frozen ImageNet MobileNetV2: masks, Δ-modules, scale and bias, and both baselines, on CamVid.
 
     linear-probe           the frozen backbone with a trained decoder
     piggyback              a binary mask over every weight, and normalisation layers
-    delta(modules=4)       Δ-modules on the last four stages that have skips
+    scale-bias             every normalisation layer's scale and bias
+    delta(modules=4)       Δ-modules on the last four stages that have skips; alone, and with scale and bias
     full-finetune          everything, the upper baseline
 
-All have the same decoder, steps, seeds and views; rates are those that did best on held-out images of one seed. Figures are
-means over seeds with standard errors: mean IoU over 11 classes on the test images, and `of full`, the share of full
+All have the same decoder and rate of it, steps, seeds and views; each method's own rate is the one that did best on held-out
+images of one seed. Figures are means over seeds with standard errors: mean IoU over 11 classes on the test images, and `of full`, the share of full
 fine-tuning's. `--overlays` draws the first test images as every method answers them. The claim (Piggyback, ECCV 2018,
 section 4.4): masks reach full fine-tuning's mean IoU.
 
@@ -46,7 +47,9 @@ VOID = 11
 METHODS = (
     "linear-probe",
     "piggyback(norms=trained,lr=0.0003)",
-    "delta(modules=4,lr=0.01,start=identity)",
+    "scale-bias(lr=0.001)",
+    "delta(modules=4,lr=0.03,start=identity)",
+    "delta(modules=4,lr=0.03,start=identity)+scale-bias(lr=0.001)",
     "full-finetune(lr=0.0003)",
 )
 COLUMNS = ("method", "mean IoU", "standard error", "of full", "pixel accuracy", "file bytes", "seconds")
@@ -83,7 +86,7 @@ def _truth(data: TaskData, row: int, image: Image.Image) -> Image.Image:
 
 
 def main() -> None:
-    given = options(__doc__, METHODS, "deeplab", epochs=15, head_lr=1e-2).parse_args()
+    given = options(__doc__, METHODS, "deeplab", pixels=128, epochs=30, head_lr=1e-2).parse_args()
     given.cache.mkdir(exist_ok=True)
     data = mp.load_task(unpack("camvid", given.cache), classes=CLASSES, ignore=VOID)
     data = data if given.images is None else data.subsample(given.images)

@@ -48,7 +48,8 @@ class Verdict:
     def word(self) -> str:
         """In a word or a few."""
         alone = any(one.mean.error is None for one in self.differences)
-        doubt = "" if self.certain else ", one seed" if alone else ", within the error"
+        equal = all(one.mean.value == self.claim.margin and one.mean.error == 0 for one in self.differences)
+        doubt = "" if self.certain else ", one seed" if alone else ", equal" if equal else ", within the error"
         return f"{'holds' if self.holds else 'does not hold'}{doubt}"
 
 
