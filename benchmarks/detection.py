@@ -5,8 +5,9 @@
     delta(modules=4) Δ-modules on the last four stages that have skips
 
 All have the same detector, steps, seeds and views, and the detector's rate that suits the frozen backbone best on held-out
-images. Δ-modules start near the base: skips of a half, as in the paper, take longer. Figures are means over seeds with standard errors: mean average precision at IoU 0.5, and over 0.5 to 0.95, on the test images.
-`--overlays` draws the first test images as every method answers them.
+images. Δ-modules start near the base: skips of a half, as in the paper, take longer. Figures are means over seeds with
+standard errors: mean average precision at IoU 0.5, and over 0.5 to 0.95, on the test images. `--overlays` draws the first test
+images as every method answers them.
 The claim (Δ-Networks, detection and segmentation): Δ beats the frozen backbone.
 
     python benchmarks/detection.py --json benchmarks/results/detection.json --overlays drawn/

@@ -7,9 +7,9 @@
     full-finetune          everything, the upper baseline
 
 All have the same decoder and rate of it, steps, seeds and views; each method's own rate is the one that did best on held-out
-images of one seed. Figures are means over seeds with standard errors: mean IoU over 11 classes on the test images, and `of full`, the share of full
-fine-tuning's. `--overlays` draws the first test images as every method answers them. The claim (Piggyback, ECCV 2018,
-section 4.4): masks reach full fine-tuning's mean IoU.
+images of one seed. Figures are means over seeds with standard errors: mean IoU over 11 classes on the test images, and `of
+full`, the share of full fine-tuning's. `--overlays` draws the first test images as every method answers them.
+The claim (Piggyback, ECCV 2018, section 4.4): masks reach full fine-tuning's mean IoU.
 
     python benchmarks/segmentation.py --json benchmarks/results/segmentation.json --overlays drawn/
     python benchmarks/segmentation.py --images 8 --epochs 1 --seeds 1 --pixels 64
