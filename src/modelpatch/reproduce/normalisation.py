@@ -68,6 +68,7 @@ TRANSFER = Recipe(
                 EVERY: "scale-bias(statistics=learned)+depthwise",
                 TUNED: SMALL.methods[TUNED],
             },
+            steps=100,  # statistics that are learned take longer than weights
         ),
         "paper": replace(
             PAPER,
