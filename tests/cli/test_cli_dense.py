@@ -33,6 +33,7 @@ def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:
     assert done.code == 0, done.err
     assert json.loads(figures.read_text())["miou"] == pytest.approx(patch.metrics["test_miou"])
     assert "mean IoU" in done.out
+    assert all(f"IoU of {name}" in done.out for name in SHADES[1:])
     drawn = tmp_path / "drawn"
     done = run("predict", data / "test" / "images", "-p", file, "--overlay", drawn, "--json", figures)
     assert done.code == 0, done.err

@@ -182,6 +182,7 @@ def test_an_evaluation_lists_classes_only_when_asked() -> None:
     figures = {"top1": 0.5, "top5": 1.0, "images": 12, "per_class": {"red[/]": 0.25}}
     assert "red" not in text_of(evaluation_table("colors", figures, per_class=False))
     text = text_of(evaluation_table("colors", {**figures, "base_top1": 0.7, "harmonic_mean": 0.58}, per_class=True))
+    assert "top-1 of red[/]" in text
     for figure in ("50.0", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
         assert figure in text
 

@@ -33,6 +33,10 @@ FIGURES = {
     "map": "mAP 0.5:0.95",
     "map50": "mAP 0.5",
 }
+PER_CLASS = {
+    "miou": "IoU",
+    "map": "AP 0.5:0.95",
+}  # what stands for every class, by a figure that only this kind of task has
 SHARES = {"top1", "top5", "miou", "accuracy", "map", "map50"}  # words of the names of figures in [0, 1]
 
 
@@ -242,7 +246,8 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
         rows.append(("multiply-adds", f"{figures['macs']:,.0f}"))
         rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
-        rows += [(name, percent(value)) for name, value in figures["per_class"].items()]
+        measure = next((label for name, label in PER_CLASS.items() if name in figures), "top-1")
+        rows += [(f"{measure} of {name}", percent(value)) for name, value in figures["per_class"].items()]
     for name, value in rows:
         table.add_row(escape(name), value)
     return table
