@@ -214,6 +214,7 @@ def test_boxes_are_counted_by_class() -> None:
     assert "80.0 %  grain" in text
     assert "grain and" not in text
     assert "70.0 %" not in text
+    assert "no box from 50 % on" in text_of(prediction_table([{"image": "a.png", "tasks": {"blood": []}}]))
 
 
 # pictures ---------------------------------------------------------------------------------------------------

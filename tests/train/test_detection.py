@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dense import box_task, draw_scene, mask_table, square_task, write_voc
 from modelpatch.backbone import Backbone, Preprocessing
 from modelpatch.engine import Engine, Tuning
 from modelpatch.engine.overlay import boxes
-from modelpatch.errors import DataError, TrainingError
+from modelpatch.errors import DataError, TrainingError, TrainingWarning
 from modelpatch.methods import DeltaNetwork, LinearProbe, Method, Piggyback, ScaleBias
 from modelpatch.patch import BoundPatch, Patch
 from modelpatch.patch.detectors import BOXES, pack, unpack
@@ -60,6 +61,15 @@ def test_training_finds_the_squares() -> None:
     settings = {"epochs": 8, "batch_size": 4, "augment": "none"}
     found = fit(backbone, box_task(32, 64), ScaleBias(lr=3e-3, head_lr=1e-3), **settings).metrics["test_map50"]
     assert found > start + 0.2
+
+
+def test_a_rate_for_linear_heads_is_warned_of() -> None:
+    backbone, task = make_timm("resnet18", 64), box_task(4, 64)
+    with pytest.warns(TrainingWarning, match=r"a detector learns little at head_lr=0\.01"):
+        fit(backbone, task, ScaleBias(), epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        fit(backbone, task, ScaleBias(head_lr=1e-3), epochs=1)
 
 
 def test_one_pass_serves_all_three_kinds(mobile: Backbone) -> None:

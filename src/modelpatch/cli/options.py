@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from modelpatch.errors import (
     MethodError,
     ModelpatchError,
     TrainingError,
+    TrainingWarning,
     UnknownBackboneError,
     UnknownGraftError,
     WrongBackboneError,
@@ -327,7 +329,9 @@ def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> TaskData:
     classes = [str(name) for name in names] if isinstance(names, list) else None
     chosen = fitted_seed(patch) if seed is None else seed
     kind = patch.task.kind
-    return join_tasks([load_task(one, seed=chosen, kind=kind, classes=classes, ignore=ignore) for one in data])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingWarning)  # what is unusual about the data was said before the fit
+        return join_tasks([load_task(one, seed=chosen, kind=kind, classes=classes, ignore=ignore) for one in data])
 
 
 def fitted_seed(patch: Patch) -> int:

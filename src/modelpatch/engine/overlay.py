@@ -75,7 +75,7 @@ def with_legend(picture: Image.Image, found: Sequence[Area], classes: Sequence[s
     font = _font(picture.size)
     gap = round(font.size / 2)
     colors = palette(len(classes))
-    entries = [(tuple(colors[one.index].tolist()), f"{classes[one.index]} {_percent(one.share)}") for one in found]
+    entries = [(tuple(colors[one.index].tolist()), f"{classes[one.index]}: {_percent(one.share)}") for one in found]
     places, x, y = [], gap, gap
     for _, text in entries:
         width = round(font.size * 1.5 + font.getlength(text))

@@ -261,7 +261,7 @@ def prediction_table(answers: list[dict[str, Any]]) -> Table:
     for task in tasks:
         table.add_column(escape(task), overflow="fold", min_width=NAME_WIDTH)
     for answer in answers:
-        cells = ["\n".join(_answers(answer["tasks"].get(task, ()))) for task in tasks]
+        cells = ["\n".join(_answers(answer["tasks"][task])) if task in answer["tasks"] else "" for task in tasks]
         if "error" in answer:
             cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
@@ -290,7 +290,7 @@ def _answers(answers: Sequence[dict[str, Any]]) -> list[str]:
     for one in [surest[label] for label in boxes] if boxes else answers:
         value, others = one.get("probability", one.get("share", 0)), boxes[one["label"]] - 1
         lines.append(f"{100 * value:5.1f} %  {escape(one['label'])}" + (f" and {others} more" if others > 0 else ""))
-    return lines
+    return lines or ["no box from 50 % on"]
 
 
 def versions_table(versions: Sequence[Version]) -> Table:

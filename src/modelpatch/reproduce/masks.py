@@ -130,6 +130,7 @@ SPARSITY = Recipe(
             ((HARDER, EASIER),),
             "rank correlation 0.7 with the classifier's error",
             columns=(ALL,),
+            small=True,
             doubt="Digits, which are easy and unlike the photos that the network knows, have the masks that leave out most.",
         ),
         Claim(

@@ -91,6 +91,7 @@ TABLE_1 = Recipe(
             ((MASKS, INDIVIDUAL),),
             "within 2 to 3 points, on near tasks",
             margin=-3,
+            small=True,
         ),
         Claim("P1", "masks are above the classifier alone", ((MASKS, CLASSIFIER),), "on all sets", small=True),
         Claim(

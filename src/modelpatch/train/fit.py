@@ -51,6 +51,8 @@ from modelpatch.train.settings import FitSettings, check_settings
 
 __all__ = ["Fit", "FitSettings", "check_settings", "fit"]
 
+DETECTOR_RATE = 0.003  # of a detector's head, at most
+
 
 def fit(
     backbone: Backbone,
@@ -277,6 +279,12 @@ class Fit:
         per_epoch, weights = self.per_epoch, self._class_weights()
         if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
             warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
+        if self.data.task.kind == "detection" and self.method.head_lr > DETECTOR_RATE:
+            warnings.warn(
+                f"a detector learns little at head_lr={self.method.head_lr:g}, the rate for linear heads. Set head_lr=0.001.",
+                TrainingWarning,
+                stacklevel=6,
+            )
         patience = self.settings.early_stopping or total
         batches: list[Tensor] = []
         while self.state.step < total and self.state.stale < patience:
