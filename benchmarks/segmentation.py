@@ -86,7 +86,7 @@ def _truth(data: TaskData, row: int, image: Image.Image) -> Image.Image:
 
 
 def main() -> None:
-    given = options(__doc__, METHODS, "deeplab", pixels=128, epochs=30, head_lr=1e-2).parse_args()
+    given = options(__doc__, METHODS, "deeplab", pixels=128, epochs=60, head_lr=1e-2).parse_args()
     given.cache.mkdir(exist_ok=True)
     data = mp.load_task(unpack("camvid", given.cache), classes=CLASSES, ignore=VOID)
     data = data if given.images is None else data.subsample(given.images)

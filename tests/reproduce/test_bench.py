@@ -224,6 +224,8 @@ def test_pages_show_figures_claims_and_what_was_published(sources: Sources, tmp_
     page = write_page([outcome], tmp_path / "out").read_text()
     assert "Of 1 claims in 1 of the papers" in page
     assert page.count("<img") == 1
+    assert "<td>body</td><td>scale-bias</td>" in page
+    assert "<tr class=failed>" not in page
 
 
 def test_a_claim_that_fails_is_discussed_and_one_that_holds_is_not(sources: Sources, tmp_path: Path) -> None:
@@ -241,6 +243,8 @@ def test_a_claim_that_fails_is_discussed_and_one_that_holds_is_not(sources: Sour
     write_outcome(outcome, tmp_path / "out" / recipe.name)
     for page in (markdown(outcome), write_page([outcome], tmp_path / "out").read_text()):
         assert ("Too few steps." in page, "Too many." in page) == (True, False)
+    assert page.count("<tr class=failed>") == 1
+    assert "<tr class=failed><td>C1: x is above y" in page
 
 
 # data and backbones -------------------------------------------------------------------------------------------------

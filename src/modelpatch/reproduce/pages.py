@@ -205,12 +205,12 @@ def write_outcome(outcome: Outcome, folder: Path) -> None:
 
 def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
     """One HTML page of all outcomes, whose pictures lie in `folder`; its path."""
-    held = sum(verdict.holds for outcome in outcomes for verdict in outcome.verdicts)
-    count = sum(len(outcome.verdicts) for outcome in outcomes)
+    verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
+    held = sum(verdict.holds for verdict in verdicts)
     report = Report(
-        "Reproduced tables", f"Of {count} claims in {len(outcomes)} of the papers' tables {held} hold here."
+        "Reproduced tables", f"Of {len(verdicts)} claims in {len(outcomes)} of the papers' tables {held} hold here."
     )
-    report.table(OVERVIEW, overview(outcomes))
+    report.table(OVERVIEW, overview(outcomes), {n for n, verdict in enumerate(verdicts) if not verdict.holds})
     for outcome in outcomes:
         report.section(
             f"{outcome.recipe.name}: {outcome.recipe.title}", f"{outcome.recipe.section}. {settings_line(outcome)}."
