@@ -3,15 +3,18 @@
 Pages take files and names for granted (`Given`) and load networks with published weights: a small network with seeded random
 ones stands in for these, in commands the bundled one (`reduce`). Commands of `LEFT_OUT` are parsed by the command itself and
 run in tests of their own (`tests/serve`, `tests/reproduce`, `tests/patch`, `tests/train/test_actors.py`), as others than
-`modelpatch` are: of scripts, extras and targets of make the test asks that they exist; `curl`, `docker` and `pip` are not run.
+`modelpatch` are: `curl` asks a live server; of scripts, extras and targets of make the test asks that they exist; what
+`docker`, `pip` and the benchmarks do is not run here.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -255,6 +258,31 @@ def test_every_command_runs(
                 write_copy(Path(words[words.index("--finetuned") + 1]))
             done = run(*words)
             assert done.code == 0, (words, done.err)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "serve.md"], ids=identify)
+def test_every_question_to_the_server_is_answered(page: Path, server: Any, tmp_path: Path) -> None:
+    from serving import TOKEN
+
+    server.store.tag("birds", "prod", server.store.resolve("birds"))
+    (tmp_path / "flowers.safetensors").write_bytes(server.store.read(server.store.resolve("flowers")))
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        Image.new("RGB", (40, 32), "red").save(tmp_path / name)
+    text = "\n".join(text.replace("\\\n", " ") for kind, text in blocks(page) if kind == "sh")
+    lines = [line for line in text.splitlines() if line.startswith("curl ")]
+    assert lines
+    for line in lines:
+        asked = line.replace("localhost:8000", server.url).replace("curl ", "curl --silent --show-error --fail ", 1)
+        done = subprocess.run(
+            ["bash", "-c", asked],
+            cwd=tmp_path,
+            env=os.environ | {"MODELPATCH_TOKEN": TOKEN},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, (line, done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identify)
