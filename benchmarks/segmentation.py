@@ -6,9 +6,10 @@
     delta(modules=4)       Δ-modules on the last four stages that have skips; alone, and with scale and bias
     full-finetune          everything, the upper baseline
 
-All have the same decoder and rate of it, steps, seeds and views; each method's own rate is the one that did best on held-out
-images of one seed. Figures are means over seeds with standard errors: mean IoU over 11 classes on the test images, and `of
-full`, the share of full fine-tuning's. `--overlays` draws the first test images as every method answers them.
+All have the same decoder and rate of it, steps, seeds and views. The rates of masks, Δ-modules and full fine-tuning are those
+of a few that did best on held-out images of one seed; scale and bias have the one that was tried. Figures are means over seeds
+with standard errors: mean IoU over 11 classes on the test images, and `of full`, the share of full fine-tuning's. `--overlays`
+draws the first test images as every method answers them.
 The claim (Piggyback, ECCV 2018, section 4.4): masks reach full fine-tuning's mean IoU.
 
     python benchmarks/segmentation.py --json benchmarks/results/segmentation.json --overlays drawn/

@@ -278,8 +278,6 @@ def test_values_without_names_are_told(tmp_path: Path) -> None:
 
 
 def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
-    from dense import write_masks
-
     root = write_masks(tmp_path / "squares", 4)
     assert load_task(root).classes == SHADES
     assert load_task(root, classes=["a", "b", "c"]).classes == ("a", "b", "c")

@@ -74,8 +74,8 @@ def with_legend(picture: Image.Image, found: Sequence[Area], classes: Sequence[s
     """The picture (RGB) with a strip below it that names the classes found, each with its colour and share."""
     font = _font(picture.size)
     gap = round(font.size / 2)
-    colors = palette(len(classes))
-    entries = [(tuple(colors[one.index].tolist()), f"{classes[one.index]}: {_percent(one.share)}") for one in found]
+    colors = [tuple(color) for color in palette(len(classes)).tolist()]
+    entries = [(colors[one.index], f"{classes[one.index]}: {_percent(one.share)}") for one in found]
     places, x, y = [], gap, gap
     for _, text in entries:
         width = round(font.size * 1.5 + font.getlength(text))
@@ -156,17 +156,16 @@ def draw_boxes(image: Image.Image, found: Sequence[Box], classes: Sequence[str])
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     font = _font(image.size)
-    colors = palette(len(classes))
+    colors = [tuple(color) for color in palette(len(classes)).tolist()]
     taken: list[Corners] = []
     for box in found:
-        color = colors[box.index].tolist()
-        pen.rectangle(box.corners, outline=tuple(color), width=max(round(min(image.size) / 150), 1))
+        pen.rectangle(box.corners, outline=colors[box.index], width=max(round(min(image.size) / 150), 1))
     for box in found:
-        color = colors[box.index].tolist()
+        color = colors[box.index]
         text = f"{classes[box.index]} {100 * box.probability:.0f} %"
         place = _free_place(box.corners, (font.getlength(text) + 4, font.size + 4), image.size, taken)
         taken.append(place)
-        pen.rectangle(place, fill=tuple(color))
+        pen.rectangle(place, fill=color)
         dark = np.dot(color, (0.299, 0.587, 0.114)) < 140
         pen.text(
             (place[0] + 2, (place[1] + place[3]) / 2), text, fill="white" if dark else "black", font=font, anchor="lm"

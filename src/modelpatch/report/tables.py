@@ -33,10 +33,8 @@ FIGURES = {
     "map": "mAP 0.5:0.95",
     "map50": "mAP 0.5",
 }
-PER_CLASS = {
-    "miou": "IoU",
-    "map": "AP 0.5:0.95",
-}  # what stands for every class, by a figure that only this kind of task has
+# what stands for every class, by a figure that only this kind of task has
+PER_CLASS = {"miou": "IoU", "map": "AP 0.5:0.95"}
 SHARES = {"top1", "top5", "miou", "accuracy", "map", "map50"}  # words of the names of figures in [0, 1]
 
 

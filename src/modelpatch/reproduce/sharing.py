@@ -229,7 +229,7 @@ TASKS = Recipe(
             "own scale and bias are above own last layers",
             ((PATCHES, HEADS),),
             "+5.8 and +2.9",
-            doubt="Three small tasks hardly compete for the shared weights in 60 steps.",
+            doubt="Likely because three small tasks hardly compete for the shared weights in 60 steps.",
         ),
         Claim("K5", "and come near independent networks", ((PATCHES, OWN),), "within 1.6", margin=-1.6),
     ),

@@ -131,7 +131,7 @@ LOW_DATA = Recipe(
             "Δ-modules on top are at least as good as as many steps for a new head",
             ((TOP, HEAD),),
             "",
-            doubt="Once the network is fine-tuned, weighing its few skips anew changes little.",
+            doubt="Likely because, once the network is fine-tuned, weighing its few skips anew changes little.",
         ),
     ),
     parts=low_data_parts,
