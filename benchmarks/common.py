@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import modelpatch as mp
-from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord
-from modelpatch.reproduce import Sources
+from modelpatch.heads.base import HeadRecord
+from modelpatch.patch.contents import BackboneRecord, MethodRecord
+from modelpatch.reproduce.data import Sources
+from modelpatch.tasks.record import TaskRecord
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -62,7 +64,7 @@ def untrained(
             tensors[name] = tensor * (1 + 0.01 * torch.rand(tensor.shape))
     return mp.Patch(
         backbone=BackboneRecord.of(backbone),
-        task=mp.Task(name="untrained", classes=tuple(f"class {number}" for number in range(classes))),
+        task=TaskRecord(name="untrained", classes=tuple(f"class {number}" for number in range(classes))),
         preprocessing=backbone.preprocessing.with_image_size(pixels or None),
         head=record,
         method=MethodRecord(name=method.name),

@@ -11,8 +11,8 @@ from typing import Any
 
 import modelpatch as mp
 from common import with_head_rate
-from modelpatch.train import TaskData
-from modelpatch.train.evaluate import standard_error
+from modelpatch.data.task import Task
+from modelpatch.train.evaluation import standard_error
 
 
 def options(
@@ -36,7 +36,7 @@ def options(
 
 
 def study(
-    backbone: mp.Backbone, data: TaskData, given: argparse.Namespace, metrics: tuple[str, str], **settings: Any
+    backbone: mp.Backbone, data: Task, given: argparse.Namespace, metrics: tuple[str, str], **settings: Any
 ) -> tuple[list[tuple[Any, ...]], dict[str, mp.Patch]]:
     """A row a method and the first seed's patches, which are also written where `given` names a folder for them.
 
@@ -63,7 +63,7 @@ def study(
     return rows, patches
 
 
-def title(data: TaskData, given: argparse.Namespace) -> str:
+def title(data: Task, given: argparse.Namespace) -> str:
     """What a table was measured on."""
     run = f"{given.pixels} px, {given.epochs} epochs, {given.decoder}, {given.seeds} seeds"
     return f"{data.task.name}, {len(data.train)} images at {run}"

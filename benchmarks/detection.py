@@ -23,9 +23,9 @@ from PIL import Image
 import modelpatch as mp
 from common import mobilenet, report, unpack
 from dense import options, study, title
-from modelpatch.backbone.preprocess import open_image
-from modelpatch.engine.overlay import boxes, draw_boxes
-from modelpatch.train import TaskData
+from modelpatch.backbone.preprocessing import open_image
+from modelpatch.data.task import Task
+from modelpatch.tasks.overlay import boxes, draw_boxes
 
 METHODS = (
     "linear-probe",
@@ -36,7 +36,7 @@ COLUMNS = ("method", "mAP@0.5", "standard error", "mAP@0.5:0.95", "file bytes", 
 DRAWN = 4  # test images
 
 
-def draw(backbone: mp.Backbone, data: TaskData, patches: dict[str, mp.Patch], folder: Path) -> None:
+def draw(backbone: mp.Backbone, data: Task, patches: dict[str, mp.Patch], folder: Path) -> None:
     """One picture a test image: every method's boxes, side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(min(DRAWN, len(data.test))):

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 import modelpatch as mp
 from common import compare_ways, machine, mobilenet, ratio, report, timed, untrained
-from modelpatch.engine import Tuning, make_plan, measure
-from modelpatch.engine.plan import Run
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine import measure
+from modelpatch.engine.plan import Run, make_plan
 
 TASKS, CLASSES = 8, 43
 Rows = list[tuple[Any, ...]]

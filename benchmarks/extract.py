@@ -15,8 +15,8 @@ from pathlib import Path
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.patch.checkpoint import read_checkpoint
-from modelpatch.patch.export import export
+from modelpatch.convert.checkpoint import read_checkpoint
+from modelpatch.convert.export import export
 from modelpatch.report.codecs import CodecRow, compare_codecs
 from modelpatch.train import evaluate
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import modelpatch as mp
 from common import mobilenet, report, timed, unpack
-from modelpatch.train import TaskData
-from modelpatch.train.images import ImageStore
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
 
 PIXELS, BATCH, IMAGES = 128, 32, 1000
 METHODS: dict[str, mp.methods.Method] = {
@@ -32,7 +32,7 @@ METHODS: dict[str, mp.methods.Method] = {
 }
 
 
-def plain_loop(data: TaskData, train_last_block: bool, epochs: int) -> float:
+def plain_loop(data: Task, train_last_block: bool, epochs: int) -> float:
     """What one would write without this library. Returns the test accuracy."""
     torch.manual_seed(0)
     backbone = mp.load_backbone(mobilenet())  # only to get the same weights
@@ -66,7 +66,7 @@ def plain_loop(data: TaskData, train_last_block: bool, epochs: int) -> float:
     return float((answers == test.labels).double().mean())
 
 
-def our_fit(data: TaskData, method: mp.methods.Method, epochs: int, cache: bool) -> float:
+def our_fit(data: Task, method: mp.methods.Method, epochs: int, cache: bool) -> float:
     """The same with `fit`. Returns the test accuracy."""
     backbone = mp.load_backbone(mobilenet())
     settings: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH, "image_size": PIXELS, "cache": cache}

@@ -22,20 +22,20 @@ from typing import Any
 
 import modelpatch as mp
 from common import SHARED, mobilenet, report, unpack
+from modelpatch.data.task import Task
 from modelpatch.reproduce.backbones import retrained, untrained
-from modelpatch.train import TaskData
 
 METHODS = ("linear-probe", "piggyback(lr=0.0003)", "piggyback(lr=0.0003,norms=trained)")
 COLUMNS = ("weights", "method", "top-1", "standard error", "error", "chance")
 
 
-def pretrained_on(data: TaskData, start: mp.Backbone, **settings: Any) -> mp.Backbone:
+def pretrained_on(data: Task, start: mp.Backbone, **settings: Any) -> mp.Backbone:
     """The network with all of its weights trained on another task from where it is; its own classifier stays."""
     return retrained(start, mp.fit(start, data, mp.methods.FullFinetune(lr=1e-3, statistics="learned"), **settings))
 
 
 def study(
-    backbones: Mapping[str, mp.Backbone], data: TaskData, methods: Sequence[str] = METHODS, **settings: Any
+    backbones: Mapping[str, mp.Backbone], data: Task, methods: Sequence[str] = METHODS, **settings: Any
 ) -> list[tuple[Any, ...]]:
     """A row of `COLUMNS` for each kind of weights and method; accuracies in [0, 1]."""
     rows: list[tuple[Any, ...]] = []
@@ -79,7 +79,7 @@ def main() -> None:
     report(title, COLUMNS, rows, given.json)
 
 
-def load(name: str, cache: Path, images: int | None) -> TaskData:
+def load(name: str, cache: Path, images: int | None) -> Task:
     """A real task by its name, from its archive or its folder, with a sample of its training images if a number is given."""
     folder = SHARED / "data" / name
     task = mp.load_task(str(folder if folder.is_dir() else unpack(name, cache)))

@@ -32,11 +32,11 @@ from torch.utils._pytree import tree_map_only
 import modelpatch as mp
 from by_hand import BY_HAND, everything, piggyback
 from common import mobilenet, report, timed, unpack
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
 from modelpatch.methods.piggyback import weight_names
 from modelpatch.patch.entropy import decode_bits, encode_bits
-from modelpatch.train import TaskData
-from modelpatch.train.fit import Fit, FitSettings
-from modelpatch.train.images import ImageStore
+from modelpatch.train.fitting import Fit, FitSettings
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import quiet_progress
 
@@ -68,14 +68,14 @@ class TimedFit(Fit):
         return None  # nothing is measured but the steps
 
 
-def our_run(data: TaskData, backbone: mp.Backbone, method: mp.methods.Method) -> TimedFit:
+def our_run(data: Task, backbone: mp.Backbone, method: mp.methods.Method) -> TimedFit:
     settings = FitSettings(epochs=1, batch_size=BATCH, image_size=PIXELS, cache=False, augment="none")
     run = TimedFit(backbone, data, method, settings, quiet_progress(), RunLog(None), None)
     run.run()
     return run
 
 
-def hand_steps(data: TaskData, model: Any, optimizer: torch.optim.Optimizer, backbone: mp.Backbone) -> list[float]:
+def hand_steps(data: Task, model: Any, optimizer: torch.optim.Optimizer, backbone: mp.Backbone) -> list[float]:
     store = ImageStore(data.train, backbone.preprocessing.with_image_size(PIXELS), 2**31)
     seconds = []
     for rows in torch.arange(len(store)).split(BATCH):
@@ -92,7 +92,7 @@ def hand_steps(data: TaskData, model: Any, optimizer: torch.optim.Optimizer, bac
     return seconds
 
 
-def measure_steps(data: TaskData, rounds: int, names: list[str]) -> Rows:
+def measure_steps(data: Task, rounds: int, names: list[str]) -> Rows:
     backbone = load("mobilenetv2_100")
     rows: Rows = []
     for name in names:
@@ -142,7 +142,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def measure_memory(data: TaskData, names: list[str]) -> Rows:
+def measure_memory(data: Task, names: list[str]) -> Rows:
     rows: Rows = []
     for name in names:
         backbone = load(name)
@@ -169,13 +169,13 @@ def _with_classifier(backbone: mp.Backbone) -> Any:
     return network
 
 
-def _images(data: TaskData, backbone: mp.Backbone) -> int:
+def _images(data: Task, backbone: mp.Backbone) -> int:
     """Bytes of the decoded images, which are no part of a training step."""
     side = backbone.preprocessing.with_image_size(PIXELS).resize_to
     return len(data.train) * 3 * side * side
 
 
-def _activations(data: TaskData, backbone: mp.Backbone) -> int:
+def _activations(data: Task, backbone: mp.Backbone) -> int:
     """Bytes that a forward pass keeps where every weight needs a gradient."""
     model, _ = everything(_with_classifier(backbone), len(data.classes))
     store = ImageStore(data.train, backbone.preprocessing.with_image_size(PIXELS), 2**31)
@@ -190,7 +190,7 @@ def _activations(data: TaskData, backbone: mp.Backbone) -> int:
 # masks ------------------------------------------------------------------------------------------------------
 
 
-def measure_masks(data: TaskData, epochs: dict[str, int], folder: Path) -> Rows:
+def measure_masks(data: Task, epochs: dict[str, int], folder: Path) -> Rows:
     rows: Rows = []
     for name, count in epochs.items():
         backbone = load(name)

@@ -24,10 +24,10 @@ from typing import Any
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.methods import FullFinetune
-from modelpatch.select.cascading import CascadeResult, Figures
-from modelpatch.train import TaskData
-from modelpatch.train.sharing import SharingComparison, compare_sharing
+from modelpatch.data.task import Task
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.recipes.cascading import CascadeResult, Figures
+from modelpatch.recipes.sharing import SharingComparison, compare_sharing
 
 HELD_OUT = 0.2
 RULES: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def _figures(held: Figures, test: Figures, reference: Figures) -> tuple[float, .
 
 
 def study(
-    backbone: mp.Backbone, data: TaskData, resolutions: Sequence[int], sharings: Sequence[str], **settings: Any
+    backbone: mp.Backbone, data: Task, resolutions: Sequence[int], sharings: Sequence[str], **settings: Any
 ) -> tuple[SharingComparison, list[dict[str, CascadeResult]]]:
     """The comparison, and cascades by all of `RULES` over the private patches of every seed."""
     comparison = compare_sharing(backbone, data, resolutions, sharings, validation=HELD_OUT, **settings)

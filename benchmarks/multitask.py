@@ -28,13 +28,13 @@ from typing import Any
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.train import TaskData
+from modelpatch.data.task import Task
 
 WAYS = {"heads": "linear-probe", "scale-bias": "scale-bias(lr=0.001)"}
 INDEPENDENT = "independent"
 
 
-def train(backbone: mp.Backbone, tasks: Sequence[TaskData], **settings: Any) -> dict[str, tuple[list[float], int]]:
+def train(backbone: mp.Backbone, tasks: Sequence[Task], **settings: Any) -> dict[str, tuple[list[float], int]]:
     """By way: the test accuracies of the tasks in percent, and the numbers that they need together."""
     results: dict[str, tuple[list[float], int]] = {}
     for way, private in WAYS.items():
@@ -45,7 +45,7 @@ def train(backbone: mp.Backbone, tasks: Sequence[TaskData], **settings: Any) -> 
     return results
 
 
-def held_out(task: TaskData) -> TaskData:
+def held_out(task: Task) -> Task:
     """The task with a quarter of its training images in the place of its test images."""
     split = task.with_validation(0.25, seed=0)
     assert split.validation is not None

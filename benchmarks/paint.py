@@ -31,13 +31,13 @@ import numpy as np
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.methods import Paint
+from modelpatch.data.task import Task
+from modelpatch.methods.paint import Paint
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
-from modelpatch.report.paint import plot_tradeoff
-from modelpatch.train import Painting, PaintSettings, TaskData
-from modelpatch.train.frontier import BASELINES, frontier
-from modelpatch.train.tradeoff import Point
-from modelpatch.train.transfer import (
+from modelpatch.recipes.frontier import BASELINES, frontier
+from modelpatch.recipes.painting import Painting, PaintSettings
+from modelpatch.recipes.tradeoff import Point
+from modelpatch.recipes.transfer import (
     counting_task,
     multiple_choice,
     split_classes,
@@ -45,6 +45,7 @@ from modelpatch.train.transfer import (
     transfer_accuracy,
     write_words,
 )
+from modelpatch.report.paint import plot_tradeoff
 
 SUPPORTED = ("imagenette", "caltech101")
 THREE = ("gtsrb", "mnist", "rsscn7")
@@ -71,11 +72,11 @@ class Study:
         }
         self.method = Paint(lr=arguments.lr)
 
-    def task(self, name: str) -> TaskData:
+    def task(self, name: str) -> Task:
         """A real task by its name."""
         return self.small(mp.load_task(unpack(name, self.arguments.cache)))
 
-    def small(self, data: TaskData) -> TaskData:
+    def small(self, data: Task) -> Task:
         """At most `--images` training and test images."""
         count = self.arguments.images
         if count is None:
@@ -85,12 +86,10 @@ class Study:
         cut = replace(data.subsample(max(count, 2 * len(data.classes))), test=data.test.take(np.sort(rows)))
         return cut if seen else data
 
-    def supported(self) -> list[TaskData]:
+    def supported(self) -> list[Task]:
         return [self.task(name) for name in self.arguments.supported]
 
-    def paint(
-        self, tasks: Sequence[TaskData], supported: Sequence[TaskData] | None = None, **exploration: Any
-    ) -> Painting:
+    def paint(self, tasks: Sequence[Task], supported: Sequence[Task] | None = None, **exploration: Any) -> Painting:
         """One PAINT run; heads of words unless `closed`."""
         heads = None if exploration.pop("closed", False) else self.vocabulary.head
         chosen = PaintSettings(**{"rule": self.arguments.rule, "steps": self.arguments.steps, **exploration})

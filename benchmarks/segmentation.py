@@ -27,9 +27,9 @@ from PIL import Image
 import modelpatch as mp
 from common import mobilenet, report, unpack
 from dense import options, study, title
-from modelpatch.backbone.preprocess import ImageSource, open_image
-from modelpatch.engine.overlay import class_map, paint
-from modelpatch.train import TaskData
+from modelpatch.backbone.preprocessing import ImageSource, open_image
+from modelpatch.data.task import Task
+from modelpatch.tasks.overlay import class_map, paint
 
 CLASSES = (
     "Sky",
@@ -57,7 +57,7 @@ COLUMNS = ("method", "mean IoU", "standard error", "of full", "pixel accuracy", 
 DRAWN = 4  # test images
 
 
-def draw(backbone: mp.Backbone, data: TaskData, patches: dict[str, mp.Patch], folder: Path) -> None:
+def draw(backbone: mp.Backbone, data: Task, patches: dict[str, mp.Patch], folder: Path) -> None:
     """One picture a test image: the image, its mask, and every method's answer, side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(min(DRAWN, len(data.test))):
@@ -73,7 +73,7 @@ def draw(backbone: mp.Backbone, data: TaskData, patches: dict[str, mp.Patch], fo
         sheet.save(folder / f"{row}.jpg", quality=85)
 
 
-def _truth(data: TaskData, row: int, image: Image.Image) -> Image.Image:
+def _truth(data: Task, row: int, image: Image.Image) -> Image.Image:
     """The image with its own mask, black where there is no class."""
     assert data.test.targets is not None
     mask: Any = data.test.targets[row]

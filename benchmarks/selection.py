@@ -24,11 +24,13 @@ import torch.nn.functional as F
 
 import modelpatch as mp
 from common import mobilenet, report, timed, unpack
-from modelpatch.backbone import Backbone
-from modelpatch.select import Greedy, profile, select
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
+from modelpatch.select import profile
 from modelpatch.select.folds import Folds
-from modelpatch.train import FitSettings, TaskData
-from modelpatch.train.images import ImageStore
+from modelpatch.select.greedy import Greedy, select
+from modelpatch.train.fitting import FitSettings
 
 PIXELS, BATCH = 128, 32
 
@@ -36,7 +38,7 @@ PIXELS, BATCH = 128, 32
 class PlainLoop:
     """What one would write without this library."""
 
-    def __init__(self, backbone: Backbone, data: TaskData, folds: int, epochs: int) -> None:
+    def __init__(self, backbone: Backbone, data: Task, folds: int, epochs: int) -> None:
         self.backbone, self.classes, self.settings = backbone, len(data.classes), FitSettings(epochs=epochs)
         self.folds = Folds.of(data, folds, 0)
         store = ImageStore(self.folds.images, backbone.preprocessing.with_image_size(PIXELS), 2**33)

@@ -22,14 +22,17 @@ import numpy as np
 
 import modelpatch as mp
 from common import SHARED, mobilenet, report, unpack
-from modelpatch.methods import Method, make_method
+from modelpatch.data.task import Task
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
 from modelpatch.report.search import plot_curves
 from modelpatch.report.selection import plot_order, plot_profile
-from modelpatch.select import Greedy, profile, select, simulate
+from modelpatch.select import profile
+from modelpatch.select.active import simulate
 from modelpatch.select.candidates import Candidate, describe, units
+from modelpatch.select.greedy import Greedy, select
 from modelpatch.select.halving import best, score_by_halving
 from modelpatch.select.study import open_study
-from modelpatch.train import TaskData
 
 TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
 BASELINES = ("linear-probe", "full-finetune")
@@ -135,7 +138,7 @@ def _compare(backbone: mp.Backbone, name: str, given: argparse.Namespace) -> lis
 
 
 def _choose_rates(
-    backbone: mp.Backbone, data: TaskData, given: argparse.Namespace, **options: Any
+    backbone: mp.Backbone, data: Task, given: argparse.Namespace, **options: Any
 ) -> tuple[Method, Method]:
     """The method and full fine-tuning at the rates whose trials do best on held-out training images."""
     method, full = make_method(given.method), make_method("full-finetune")
@@ -181,7 +184,7 @@ def _simulate(backbone: mp.Backbone, given: argparse.Namespace) -> None:
     report("CIFAR-10, test top-1", ("labels", *curves.top1s), rows, given.out / "cifar10-labels.json")
 
 
-def _fewer_test_images(data: TaskData, count: int) -> TaskData:
+def _fewer_test_images(data: Task, count: int) -> Task:
     rows = np.sort(np.random.default_rng(0).permutation(len(data.test))[:count])
     return replace(data, test=data.test.take(rows))
 

@@ -36,7 +36,7 @@ from PIL import Image
 import modelpatch as mp
 from common import SHARED, compare_ways, mobilenet, report, untrained
 from modelpatch.engine import measure
-from modelpatch.serve import Client
+from modelpatch.serve.client import Client
 
 TURNS = 3
 ENGINE_ROUNDS = 12

@@ -34,8 +34,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modelpatch import Backbone, Preprocessing, load_backbone, load_task, save_backbone
-from modelpatch.train.evaluate import evaluate_base
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.task import load_task
+from modelpatch.train.evaluation import evaluate_base
 
 ARCHITECTURE = "convnext_atto"
 ARGUMENTS: dict[str, Any] = {

@@ -20,12 +20,18 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from modelpatch.backbone import Backbone, Preprocessing, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.cli.main import app, main
-from modelpatch.methods import LinearProbe, Method
-from modelpatch.patch import BackboneRecord, MethodRecord, Patch, PatchedModel, Store, Task
-from modelpatch.serve import Client
-from modelpatch.train import Split, TaskData
+from modelpatch.data.task import Split, Task
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.model import PatchedModel
+from modelpatch.serve.client import Client
+from modelpatch.store.store import Store
+from modelpatch.tasks.record import TaskRecord
 
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
 CLASSES = ("red", "green", "blue")
@@ -114,7 +120,7 @@ def make_timm(name: str, pixels: int, **arguments: object) -> Backbone:
     return load_backbone(module, preprocessing=small_preprocessing(pixels))
 
 
-def color_task(count: int = 24, pixels: int = 16, seed: int = 0) -> TaskData:
+def color_task(count: int = 24, pixels: int = 16, seed: int = 0) -> Task:
     """Noisy squares of three colours: a task that a linear head can learn from almost any features."""
     generator = np.random.default_rng(seed)
 
@@ -124,11 +130,11 @@ def color_task(count: int = 24, pixels: int = 16, seed: int = 0) -> TaskData:
         images[np.arange(rows), :, :, labels] += 120
         return Split(list(images), labels.astype(np.int64))
 
-    return TaskData(Task(name="colors", classes=CLASSES), split(count), split(12))
+    return Task(TaskRecord(name="colors", classes=CLASSES), split(count), split(12))
 
 
 @pytest.fixture
-def colors() -> TaskData:
+def colors() -> Task:
     return color_task()
 
 
@@ -143,7 +149,7 @@ def draft_patch(backbone: Backbone, method: Method | None = None, classes: int =
                 tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
     return Patch(
         backbone=BackboneRecord.of(backbone),
-        task=Task(name="draft", classes=tuple(f"class {i}" for i in range(classes))),
+        task=TaskRecord(name="draft", classes=tuple(f"class {i}" for i in range(classes))),
         preprocessing=backbone.preprocessing,
         head=model.head.record,
         method=MethodRecord(name=method.name),

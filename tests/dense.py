@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modelpatch.patch import Task
-from modelpatch.train import Split, TaskData
-from modelpatch.train.targets import IGNORED, UNKNOWN, Boxes, Mask
+from modelpatch.data.targets import IGNORED, UNKNOWN, Boxes, Mask
+from modelpatch.data.task import Split, Task
+from modelpatch.tasks.record import TaskRecord
 
 SHADES = ("ground", "red", "blue")
 
@@ -36,7 +36,7 @@ def draw_scene(generator: np.random.Generator, pixels: int) -> tuple[np.ndarray,
     return image, mask
 
 
-def square_task(count: int = 24, pixels: int = 16, seed: int = 0) -> TaskData:
+def square_task(count: int = 24, pixels: int = 16, seed: int = 0) -> Task:
     """Squares on a ground: a task that a decoder learns in a few epochs."""
     generator = np.random.default_rng(seed)
     table = mask_table()
@@ -46,8 +46,8 @@ def square_task(count: int = 24, pixels: int = 16, seed: int = 0) -> TaskData:
         masks = [Mask(mask, table) for _, mask in scenes]
         return Split([image for image, _ in scenes], np.zeros(rows, dtype=np.int64), masks)
 
-    task = Task(name="squares", kind="segmentation", classes=SHADES, metric="miou")
-    return TaskData(task, split(count), split(12))
+    task = TaskRecord(name="squares", kind="segmentation", classes=SHADES, metric="miou")
+    return Task(task, split(count), split(12))
 
 
 def write_masks(root: Path, count: int = 12, pixels: int = 16) -> Path:
@@ -64,7 +64,7 @@ def write_masks(root: Path, count: int = 12, pixels: int = 16) -> Path:
     return root
 
 
-def box_task(count: int = 24, pixels: int = 32, seed: int = 0) -> TaskData:
+def box_task(count: int = 24, pixels: int = 32, seed: int = 0) -> Task:
     """The same squares with boxes around them."""
     generator = np.random.default_rng(seed)
 
@@ -72,8 +72,8 @@ def box_task(count: int = 24, pixels: int = 32, seed: int = 0) -> TaskData:
         scenes = [draw_scene(generator, pixels) for _ in range(rows)]
         return Split([image for image, _ in scenes], np.zeros(rows, dtype=np.int64), [boxes_of(m) for _, m in scenes])
 
-    task = Task(name="boxes", kind="detection", classes=SHADES[1:], metric="map")
-    return TaskData(task, split(count), split(8))
+    task = TaskRecord(name="boxes", kind="detection", classes=SHADES[1:], metric="map")
+    return Task(task, split(count), split(8))
 
 
 def boxes_of(mask: np.ndarray) -> Boxes:

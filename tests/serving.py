@@ -28,14 +28,20 @@ pytest.importorskip("uvicorn")
 import uvicorn
 
 from conftest import draft_patch, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.methods import FullFinetune, LinearProbe, ScaleBias, Subset
-from modelpatch.patch import Cascade, Patch, Store
-from modelpatch.serve import Client, Settings
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.engine.cascade import Cascade
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
 from modelpatch.serve.app import create_app
+from modelpatch.serve.client import Client
 from modelpatch.serve.protocol import GuardedProtocol
 from modelpatch.serve.service import Service
+from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import bind
+from modelpatch.store.store import Store
 
 TOKEN = "a-token-for-tests"
 METHODS = {"flowers": ScaleBias(), "birds": Subset(), "signs": LinearProbe(), "full": FullFinetune()}

@@ -12,23 +12,25 @@ import modelpatch
 
 ROOT = Path(modelpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = {
-    "errors": 1,
-    "atomic": 1,
-    "text": 1,
-    "backbone": 2,
-    "patch": 3,
-    "methods": 4,
-    "train": 5,
-    "engine": 5,
-    "serve": 6,
-    "select": 6,
-    "report": 6,
-    "reproduce": 7,
-    "cli": 8,
-}
-UPWARD = {("backbone/backbone.py", "patched", "modelpatch.patch.bind")}  # a convenience on the object that users hold
-FORBIDDEN = {"engine": {"methods", "train"}}
+FLOORS = (
+    ("errors", "atomic", "text"),
+    ("backbone",),
+    ("heads",),
+    ("tasks",),
+    ("patch",),
+    ("methods",),
+    ("data",),
+    ("store",),
+    ("engine",),
+    ("convert",),
+    ("train",),
+    ("select",),
+    ("recipes",),
+    ("report",),
+    ("serve", "reproduce"),
+    ("cli",),
+)
+LAYERS = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 MAX_LINES = 500
 
 

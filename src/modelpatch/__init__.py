@@ -11,55 +11,6 @@ model = backbone.patched(mp.Patch.load("flowers.safetensors"))     # images -> l
 
 __version__ = "0.1.0"
 
-from modelpatch import errors, methods
-from modelpatch.backbone import Backbone, Preprocessing, load_backbone, save_backbone
-from modelpatch.engine import Engine, Tuning
-from modelpatch.patch import BoundPatch, Cascade, Patch, PatchedModel, Store, Task, Version, diff, extract, merge
-from modelpatch.select.cascading import cascade
-from modelpatch.serve import Client
-from modelpatch.train import (
-    PaintSettings,
-    compare,
-    evaluate,
-    fit,
-    fit_multires,
-    fit_multitask,
-    harmonic_mean,
-    join_tasks,
-    load_task,
-    paint,
-)
+import lazy_loader
 
-__all__ = [
-    "Backbone",
-    "BoundPatch",
-    "Cascade",
-    "Client",
-    "Engine",
-    "PaintSettings",
-    "Patch",
-    "PatchedModel",
-    "Preprocessing",
-    "Store",
-    "Task",
-    "Tuning",
-    "Version",
-    "__version__",
-    "cascade",
-    "compare",
-    "diff",
-    "errors",
-    "evaluate",
-    "extract",
-    "fit",
-    "fit_multires",
-    "fit_multitask",
-    "harmonic_mean",
-    "join_tasks",
-    "load_backbone",
-    "load_task",
-    "merge",
-    "methods",
-    "paint",
-    "save_backbone",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

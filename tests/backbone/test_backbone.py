@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TinyNet, make_timm, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.backbone.preprocess import MAX_PIXELS
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import MAX_PIXELS
 from modelpatch.errors import BackboneError, UntraceableBackboneError
 
 

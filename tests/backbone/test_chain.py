@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TinyBlock, TinyNet, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, Chain, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Chain
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import UntraceableBackboneError
 
 # architecture -> the classes of its blocks; the layers with weights where it has no blocks

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from conftest import TinyBlock
-from modelpatch.backbone import Backbone, clone_module, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.clone import clone_module
+from modelpatch.backbone.load import load_backbone
 
 
 def test_a_clone_shares_frozen_parameters_and_owns_the_named_ones() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TinyNet, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors, hash_texts, tensor_bytes
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import BackboneChangedError
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone, save_backbone
-from modelpatch.backbone.load import METADATA_KEY
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import METADATA_KEY, load_backbone, save_backbone
 from modelpatch.errors import BackboneError, UnknownBackboneError, UntraceableBackboneError
 
 SMALL = "test_resnet"  # timm's own network for tests: 0.5 million parameters at 160 px

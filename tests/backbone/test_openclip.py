@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from conftest import CLIP_MODELS, draft_patch
-from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.backbone.openclip import ImageTower
-from modelpatch.backbone.text import SentenceEncoder, load_text
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.sources.openclip import ImageTower
+from modelpatch.backbone.text_tower import SentenceEncoder, load_text
 from modelpatch.errors import BackboneError, MissingExtraError, PatchError, UnknownBackboneError
-from modelpatch.methods import FullFinetune, Subset
-from modelpatch.patch import BackboneRecord, Patch
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import BackboneRecord, Patch
 
 
 @pytest.mark.parametrize("name", CLIP_MODELS)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from conftest import color_task, make_tiny
-from modelpatch.train import TaskData
+from modelpatch.data.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,7 @@ def test_the_untrained_network_is_the_same_one_with_other_weights(initialization
     assert initialization.untrained(backbone, seed=1).fingerprint == random.fingerprint
 
 
-def test_other_weights_are_all_trained_and_leave_their_start_alone(
-    initialization: ModuleType, colors: TaskData
-) -> None:
+def test_other_weights_are_all_trained_and_leave_their_start_alone(initialization: ModuleType, colors: Task) -> None:
     random = initialization.untrained(make_tiny())
     before = random.fingerprint
     other = initialization.pretrained_on(colors, random, epochs=2, batch_size=6)

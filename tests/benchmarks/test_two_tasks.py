@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from conftest import color_task, make_tiny
-from modelpatch.methods import ScaleBias
-from modelpatch.patch import Task
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.tasks.record import TaskRecord
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def benchmark() -> ModuleType:
 
 def test_every_way_is_trained_and_counted(benchmark: ModuleType) -> None:
     first, backbone = color_task(), make_tiny()
-    second = replace(color_task(12, seed=1), task=Task(name="shades", classes=first.classes))
+    second = replace(color_task(12, seed=1), task=TaskRecord(name="shades", classes=first.classes))
     results = benchmark.train(backbone, [first, second], epochs=1, batch_size=6)
     numbers = {way: count for way, (_, count) in results.items()}
     assert all(len(scores) == 2 for scores, _ in results.values())

@@ -15,13 +15,14 @@ import torch
 
 import modelpatch
 from conftest import CLASSES, Run, write_folder
-from modelpatch.backbone import load_backbone, save_backbone
+from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.inspect import Inspection
-from modelpatch.select.cascading import held_out
-from modelpatch.train import checkpoint, evaluate, fit, load_task
-from modelpatch.train.fit import Fit
+from modelpatch.recipes.cascading import held_out
+from modelpatch.train import checkpoint, evaluate, fit
+from modelpatch.train.fitting import Fit
 
 VERBS = (
     "demo",

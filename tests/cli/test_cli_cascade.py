@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from modelpatch.patch import Cascade
+from modelpatch.engine.cascade import Cascade
 
 
 @pytest.fixture(scope="module")

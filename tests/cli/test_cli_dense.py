@@ -11,9 +11,9 @@ from PIL import Image
 
 from conftest import Run, write_folder
 from dense import SHADES, write_masks
-from modelpatch.backbone import load_backbone
-from modelpatch.engine.overlay import class_map, paint
-from modelpatch.patch import Patch
+from modelpatch.backbone.load import load_backbone
+from modelpatch.patch.contents import Patch
+from modelpatch.tasks.overlay import class_map, paint
 
 pytest.importorskip("torchmetrics")
 

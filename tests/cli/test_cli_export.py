@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from conftest import Run
-from modelpatch.backbone import load_backbone
-from modelpatch.patch import Patch
+from modelpatch.backbone.load import load_backbone
+from modelpatch.patch.contents import Patch
 
 
 def test_export_writes_a_model_and_checks_it_on_images(

@@ -10,9 +10,11 @@ import safetensors.torch
 import torch
 
 from conftest import CLASSES, Run
-from modelpatch.backbone import load_backbone
-from modelpatch.patch import DELTA_CODECS, Patch
-from modelpatch.train import evaluate, load_task
+from modelpatch.backbone.load import load_backbone
+from modelpatch.convert.extraction import DELTA_CODECS
+from modelpatch.data.task import load_task
+from modelpatch.patch.contents import Patch
+from modelpatch.train import evaluate
 
 TINY = "bundled:tiny"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 
 
 def test_merge_writes_one_patch_of_several(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:

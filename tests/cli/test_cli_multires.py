@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 
 
 def test_multires_writes_a_backbone_and_its_patches_and_compares(run: Run, folder: Path, tmp_path: Path) -> None:

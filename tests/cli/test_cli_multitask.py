@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from conftest import Run, write_folder
-from modelpatch.backbone import load_backbone
-from modelpatch.patch import Patch
+from modelpatch.backbone.load import load_backbone
+from modelpatch.patch.contents import Patch
+from modelpatch.recipes.multitask import _Run
 from modelpatch.train import checkpoint
-from modelpatch.train.multitask import _Run
 
 FAST = ("--epochs", 1, "--batch-size", 8, "--image-size", 32)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import Run, write_folder
-from modelpatch.backbone import load_backbone
-from modelpatch.patch import Patch
-from modelpatch.train.fit import Fit
+from modelpatch.backbone.load import load_backbone
+from modelpatch.patch.contents import Patch
+from modelpatch.train.fitting import Fit
 
 
 @pytest.fixture(scope="module")

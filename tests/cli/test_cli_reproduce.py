@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Run, write_folder
-from modelpatch.reproduce import RECIPES, registry
+from modelpatch.reproduce import registry
 from modelpatch.reproduce.normalisation import TABLE_6
+from modelpatch.reproduce.registry import RECIPES
 
 
 @pytest.fixture

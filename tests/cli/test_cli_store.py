@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
-from modelpatch.patch import Patch, Store
+from modelpatch.patch.contents import Patch
+from modelpatch.store.store import Store
 
 VERBS = ("ls", "add", "show", "get", "tag", "rm", "verify", "gc", "push", "pull")
 

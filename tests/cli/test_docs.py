@@ -171,7 +171,7 @@ def test_every_python_block_runs(
 
 def words_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, here: Path) -> dict[str, Any]:
     """What the page about open vocabularies takes for granted: a sentence encoder and tasks that are told by words."""
-    from modelpatch.train.transfer import counting_task
+    from modelpatch.recipes.transfer import counting_task
 
     encoder = request.getfixturevalue("sentence_encoder")
     monkeypatch.setattr(vocabulary, "vocabulary_of", lambda backbone, text: VOCABULARY(backbone, f"folder:{encoder}"))

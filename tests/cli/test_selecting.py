@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from conftest import Run
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 
 FAST = ("--epochs", 1, "--image-size", 32)
 

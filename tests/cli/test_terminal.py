@@ -15,13 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import Run, write_folder
-from modelpatch.backbone import load_backbone, save_backbone
+from modelpatch.backbone.load import load_backbone, save_backbone
 from modelpatch.cli import options
 from modelpatch.cli.demo import suggestions
 from modelpatch.cli.outputs import UNSEEN_WIDTH, check_file, open_console
 from modelpatch.errors import BackboneError, ModelpatchError
-from modelpatch.patch import Patch
-from modelpatch.train.fit import Fit
+from modelpatch.patch.contents import Patch
+from modelpatch.train.fitting import Fit
 from modelpatch.train.progress import Progress
 
 CPU = torch.device("cpu")
@@ -233,7 +233,9 @@ def test_a_patch_is_no_backbone(run: Run, folder: Path, patches: dict[str, Path]
 def seeded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch of a network that its arguments make: random weights of seed 3."""
     backbone = options.open_backbone("timm:test_resnet", {"pretrained": False, "seed": 3}, CPU)
-    from modelpatch import fit, load_task, methods
+    from modelpatch import methods
+    from modelpatch.data.task import load_task
+    from modelpatch.train.fitting import fit
 
     patch = fit(backbone, load_task(folder), methods.LinearProbe(), epochs=1, image_size=32)
     return patch.save(tmp_path_factory.mktemp("seeded") / "seeded.safetensors")

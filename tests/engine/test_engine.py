@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from conftest import draft_patch, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, Fingerprint
-from modelpatch.engine import Engine, Tuning, measure
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine import measure
+from modelpatch.engine.engine import Engine
 from modelpatch.engine.residency import OFTEN
+from modelpatch.engine.resident import BoundPart, BoundPatch
 from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
-from modelpatch.methods import DeltaNetwork, FullFinetune, Head2Toe, Method, Piggyback, ScaleBias, Subset
-from modelpatch.patch import BoundPart, BoundPatch, Patch
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
 
 PLAIN = Tuning()
 FAST = Tuning(channels_last=True, fold=True, piece_bytes=4096, merge_rows=64)

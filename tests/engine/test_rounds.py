@@ -13,11 +13,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import draft_patch, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.engine import Engine, Tuning
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.cascade import Cascade, Confidence
+from modelpatch.engine.engine import Engine
 from modelpatch.errors import EngineError
-from modelpatch.methods import LinearProbe, Method, ScaleBias, Subset
-from modelpatch.patch import Cascade, Confidence, HeadRecord, Patch, pooled_width
+from modelpatch.heads.base import HeadRecord, pooled_width
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
 
 PICTURES = list(np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3), dtype=np.uint8))
 

@@ -12,8 +12,9 @@ from patch_parser import CORPUS, split
 
 from conftest import draft_patch, make_tiny
 from modelpatch import methods
-from modelpatch.patch import HeadRecord, Patch
+from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_signs, snap_sizes
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
 
 

@@ -12,18 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import color_task
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods import DeltaNetwork, FullFinetune, LinearProbe, Method, ScaleBias, with_loss
+from modelpatch.heads.base import LinearHead
+from modelpatch.methods.added import with_loss
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.keeping import L2, Keeper, LwF
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.losses import BSS, DELTA, Confusion, Custom, UniformPrior, contrast_classes
-from modelpatch.methods.method import Batch
-from modelpatch.patch import LinearHead, Patch, PatchedModel
+from modelpatch.methods.method import Batch, Method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
+from modelpatch.recipes.scoring import Scorer
 from modelpatch.train import fit
-from modelpatch.train.fit import Fit, FitSettings
+from modelpatch.train.fitting import Fit, FitSettings
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import quiet_progress
-from modelpatch.train.scoring import Scorer
 
 DATA = color_task(24)
 SETTINGS: dict[str, Any] = {"epochs": 4, "batch_size": 8, "augment": "none", "schedule": "constant", "warmup": 0}

@@ -9,26 +9,23 @@ import pytest
 import torch
 
 from conftest import color_task, draft_patch, make_timm
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
-from modelpatch.methods import (
-    Composite,
-    DeltaNetwork,
-    Depthwise,
-    FullFinetune,
-    Head2Toe,
-    LinearProbe,
-    LoRA,
-    PackNet,
-    Piggyback,
-    Pruned,
-    ScaleBias,
-    Subset,
-    confine,
-    make_method,
-)
-from modelpatch.methods.delta import skip_weights
-from modelpatch.methods.registry import split_outside, sweep
+from modelpatch.methods.composite import Composite
+from modelpatch.methods.confined import confine
+from modelpatch.methods.delta import DeltaNetwork, skip_weights
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.lora import LoRA
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.registry import make_method, split_outside, sweep
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.train import fit
 

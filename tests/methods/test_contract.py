@@ -14,29 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
-from modelpatch.backbone import Backbone, Fingerprint, load_backbone
-from modelpatch.engine import Engine, Tuning
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
 from modelpatch.engine.plan import Answer
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods import METHODS as REGISTERED
-from modelpatch.methods import (
-    DeltaNetwork,
-    Depthwise,
-    FullFinetune,
-    Head2Toe,
-    LinearProbe,
-    LoRA,
-    Method,
-    PackNet,
-    Paint,
-    Piggyback,
-    Pruned,
-    ScaleBias,
-    Subset,
-    Widened,
-    confine,
-)
-from modelpatch.patch import BoundPatch, Patch
+from modelpatch.methods.confined import confine
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.lora import LoRA
+from modelpatch.methods.method import Method
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.paint import Paint
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.registry import METHODS as REGISTERED
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.methods.widened import Widened
+from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
 
 ARCHITECTURES: dict[str, Callable[[], Backbone]] = {

@@ -16,10 +16,12 @@ import torchvision
 from torch import Tensor, nn
 
 from conftest import draft_patch, make_timm, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
-from modelpatch.methods import DeltaNetwork, make_method
 from modelpatch.methods.delta import (
+    DeltaNetwork,
     delta_costs,
     delta_stages,
     layout_of,
@@ -29,7 +31,10 @@ from modelpatch.methods.delta import (
 )
 from modelpatch.methods.delta_stage import DeltaModule, DeltaStage, DenseStage, Layout, Norm, ResidualStage
 from modelpatch.methods.method import batch_norms
-from modelpatch.patch import Blueprint, BoundPatch, Graft, Patch, PatchedModel
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
 
 TRANSFORMERS = {"vit_tiny_patch16_224", "torchvision swin_t"}
 ARCHITECTURES = (

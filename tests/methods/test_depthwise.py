@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from conftest import make_timm
-from modelpatch.backbone import Backbone
-from modelpatch.methods import Depthwise, ScaleBias
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.scale_bias import ScaleBias
 
 
 def test_only_depthwise_kernels_are_owned(tiny: Backbone) -> None:

@@ -10,13 +10,18 @@ import torch
 from pydantic import ValidationError
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.engine import Engine, Tuning
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.data.task import Task
+from modelpatch.engine.engine import Engine
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, InvalidPatchError, MethodError
-from modelpatch.methods import DeltaNetwork, Head2Toe, ScaleBias
-from modelpatch.methods.head2toe import ChoosingHead
-from modelpatch.patch import BoundPatch, HeadRecord, Patch
-from modelpatch.train import TaskData, fit
+from modelpatch.heads.base import HeadRecord
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.head2toe import ChoosingHead, Head2Toe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
+from modelpatch.train import fit
 
 
 def test_the_head_reads_every_block_at_unit_length(tiny: Backbone) -> None:
@@ -113,7 +118,7 @@ def test_a_file_whose_head_has_other_tensors_is_refused(tiny: Backbone, tmp_path
         Patch.load(short.save(tmp_path / "p.safetensors"))
 
 
-def test_an_early_exit_reads_the_first_blocks_alone(tiny: Backbone, colors: TaskData) -> None:
+def test_an_early_exit_reads_the_first_blocks_alone(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, "head2toe(until=stage1,keep=1)", epochs=1)
     early = [block for block in tiny.chain.blocks if block.name.startswith("stage1")]
     assert patch.head.taps == tuple(block.index for block in early)

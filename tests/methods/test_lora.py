@@ -12,12 +12,17 @@ from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import Tensor, nn
 
 from conftest import draft_patch, make_timm, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError
-from modelpatch.methods import LoRA, make_method
-from modelpatch.methods.lora import MAX_RANK, Strength, add_updates
-from modelpatch.patch import Blueprint, LinearHead, Patch, PatchedModel
-from modelpatch.train import TaskData, fit
+from modelpatch.heads.base import LinearHead
+from modelpatch.methods.lora import MAX_RANK, LoRA, Strength, add_updates
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
+from modelpatch.train import fit
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,7 @@ def test_numbers_are_counted_as_rank_times_both_sides(tiny: Backbone, vit: Backb
         assert LoRA(rank=3).count_parameters(backbone) == 3 * sum(sides)
 
 
-def test_training_moves_every_update_and_nothing_else(tiny: Backbone, colors: TaskData) -> None:
+def test_training_moves_every_update_and_nothing_else(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, LoRA(rank=2), epochs=1)
     assert all(name.startswith(("graft/", "head.")) for name in patch.tensors)
     starts_at_zero = [tensor for name, tensor in patch.tensors.items() if "lora_B" in name]

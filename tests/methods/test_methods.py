@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods import METHODS, FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
-from modelpatch.methods.registry import sweep
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import METHODS, make_method, sweep
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 
 
 def test_every_method_is_found_by_its_name() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from conftest import color_task, draft_patch, make_tiny
-from modelpatch.backbone import Backbone, Fingerprint
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.errors import MethodError
-from modelpatch.methods import PackNet, ScaleBias
-from modelpatch.methods.packnet import Packed, largest
+from modelpatch.methods.packnet import Packed, PackNet, largest
 from modelpatch.methods.piggyback import weight_names
-from modelpatch.patch import Patch
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
 
 

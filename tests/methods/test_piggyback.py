@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torchvision.models import vgg as torchvision_vgg
 
 from conftest import color_task, draft_patch, make_timm, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, Fingerprint, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.load import load_backbone
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingWarning
-from modelpatch.methods import Piggyback, ScaleBias
-from modelpatch.methods.piggyback import Mask, weight_names
-from modelpatch.patch import BoundPatch, Patch
+from modelpatch.methods.piggyback import Mask, Piggyback, weight_names
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
 
 VGG_WIDTH = 4096  # features before the logits

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError, PatchError
-from modelpatch.methods import Pruned, Subset
-from modelpatch.patch import BoundPatch, Graft
+from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.blueprint import Graft
 from modelpatch.train import fit
 
 BLOCK = "blocks.2.1"  # an inverted residual: 32 channels, 192 within

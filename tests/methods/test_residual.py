@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from conftest import TinyBlock, make_timm, make_tiny
-from modelpatch.backbone import Backbone, clone_module
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import UntraceableBackboneError
 from modelpatch.methods.residual import SplitBlock, WholeBlock, form_of, skip_edges, split_block

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from conftest import color_task, make_timm, small_preprocessing
-from modelpatch.backbone import Backbone, clone_module, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.clone import clone_module
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.methods import ScaleBias
-from modelpatch.methods.scale_bias import ChannelAffine, add_channel_affines, is_norm, recompute_statistics
-from modelpatch.patch import LinearHead
-from modelpatch.train import TaskData, fit
+from modelpatch.heads.base import LinearHead
+from modelpatch.methods.scale_bias import ChannelAffine, ScaleBias, add_channel_affines, is_norm, recompute_statistics
+from modelpatch.train import fit
 
 MOBILENET_V2_PARAMETERS = 3_504_872  # with its head of 1,000 classes
 
@@ -188,7 +190,7 @@ def test_recomputed_statistics_are_the_average_over_the_batches(tiny: Backbone) 
     assert torch.allclose(tensors["replace/stem.1.running_var"], variance, atol=1e-5)
 
 
-def test_recomputed_statistics_stay_as_measured_while_training(tiny: Backbone, colors: TaskData) -> None:
+def test_recomputed_statistics_stay_as_measured_while_training(tiny: Backbone, colors: Task) -> None:
     short, long = (fit(tiny, colors, ScaleBias(statistics="recomputed"), epochs=n) for n in (1, 4))
     running = [name for name in short.tensors if "running" in name]
     assert running
@@ -196,7 +198,7 @@ def test_recomputed_statistics_stay_as_measured_while_training(tiny: Backbone, c
     assert not torch.equal(short.tensors["replace/stem.1.weight"], long.tensors["replace/stem.1.weight"])
 
 
-def test_learned_statistics_move_and_frozen_ones_are_not_in_the_patch(tiny: Backbone, colors: TaskData) -> None:
+def test_learned_statistics_move_and_frozen_ones_are_not_in_the_patch(tiny: Backbone, colors: Task) -> None:
     learned = fit(tiny, colors, ScaleBias(statistics="learned"), epochs=2)
     base = dict(tiny.module.named_buffers())["stem.1.running_mean"]
     assert not torch.allclose(learned.tensors["replace/stem.1.running_mean"], base, atol=1e-3)
@@ -207,7 +209,7 @@ def test_learned_statistics_move_and_frozen_ones_are_not_in_the_patch(tiny: Back
 # the head ---------------------------------------------------------------------------------------------------
 
 
-def test_a_random_head_stays_as_drawn_while_scale_and_bias_train(tiny: Backbone, colors: TaskData) -> None:
+def test_a_random_head_stays_as_drawn_while_scale_and_bias_train(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, ScaleBias(head="random"), epochs=2, seed=7)
     torch.manual_seed(7)
     drawn = LinearHead(tiny.chain.feature_dim, 3)

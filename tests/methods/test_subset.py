@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from conftest import make_timm
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import MethodError
-from modelpatch.methods import FullFinetune, LoRA, ScaleBias, Subset
-from modelpatch.methods.subset import find_segments
-from modelpatch.train import TaskData, fit
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.lora import LoRA
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset, find_segments
+from modelpatch.train import fit
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_blocks_need_no_keyword(resnet: Backbone) -> None:
         Subset(0.01)  # type: ignore[arg-type]
 
 
-def test_only_the_named_blocks_and_the_head_move(tiny: Backbone, colors: TaskData) -> None:
+def test_only_the_named_blocks_and_the_head_move(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, Subset(statistics="learned"), epochs=1)
     base = {**dict(tiny.module.named_parameters()), **dict(tiny.module.named_buffers())}
     last = tiny.chain.blocks[-1].name

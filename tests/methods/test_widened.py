@@ -13,13 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import color_task, draft_patch, make_timm, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.task import Task
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
-from modelpatch.methods import LoRA, Method, Piggyback, ScaleBias, Subset, Widened, make_method
-from modelpatch.methods.widened import ExtraFilters, ExtraSettings, WidenedBlock, add_filters
-from modelpatch.patch import BoundPatch, Patch, PatchedModel
+from modelpatch.methods.lora import LoRA
+from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.registry import make_method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.methods.widened import ExtraFilters, ExtraSettings, Widened, WidenedBlock, add_filters
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import decode_patch, encode_patch
-from modelpatch.train import TaskData, fit
+from modelpatch.patch.model import PatchedModel
+from modelpatch.train import fit
 
 NETWORKS: dict[str, tuple[str, Callable[[], Backbone]]] = {
     "tiny": ("conv", make_tiny),
@@ -139,7 +148,7 @@ def test_what_lays_its_output_out_anew_cannot_be_widened() -> None:
 # the patch --------------------------------------------------------------------------------------------------
 
 
-def test_training_moves_the_filters_and_nothing_else(tiny: Backbone, colors: TaskData) -> None:
+def test_training_moves_the_filters_and_nothing_else(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, Widened(filters=2), epochs=1)
     assert all(name.startswith(("graft/", "head.")) for name in patch.tensors)
     starts_at_zero = [tensor for name, tensor in patch.tensors.items() if name.endswith("extra.last.weight")]
@@ -217,7 +226,7 @@ def blind_net() -> Backbone:
     return load_backbone(nn.Sequential(*layers), preprocessing=small_preprocessing())
 
 
-def mirrored_task() -> TaskData:
+def mirrored_task() -> Task:
     """Squares of three colours, where every blue one is a green one with these channels swapped."""
     data = color_task(48)
     for split in (data.train, data.test):

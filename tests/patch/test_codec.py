@@ -14,11 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from conftest import draft_patch
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MissingExtraError, PatchError
-from modelpatch.methods import Piggyback, Subset
-from modelpatch.patch import Patch, entropy
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.subset import Subset
+from modelpatch.patch import entropy
 from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, snap_sizes, unpack
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import decode_patch, encode_patch
 
 

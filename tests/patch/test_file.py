@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import HOSTILE_ARGUMENTS, draft_patch
-from modelpatch.backbone import Preprocessing, load_backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import (
     DamagedPatchError,
     HostileNameError,
@@ -32,9 +33,10 @@ from modelpatch.errors import (
     PatchLengthError,
     UnknownPatchVersionError,
 )
-from modelpatch.patch import Patch, Task
 from modelpatch.patch.codec import PLAIN
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import KEY, VERSION, ZEROS, canonical, decode_patch, encode_patch
+from modelpatch.tasks.record import TaskRecord
 
 
 def make_smallest() -> Patch:
@@ -462,7 +464,9 @@ def test_any_patch_is_read_back_equal(
 ) -> None:
     head = {name: tensor for name, tensor in PATCH.tensors.items() if name.startswith("head.")}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")} | head
-    patch = replace(PATCH, tensors=tensors, task=Task(name=names[0], classes=names[1:]), metrics=facts, created=facts)
+    patch = replace(
+        PATCH, tensors=tensors, task=TaskRecord(name=names[0], classes=names[1:]), metrics=facts, created=facts
+    )
     assert_equal(patch, decode_patch(encode_patch(patch)))
 
 

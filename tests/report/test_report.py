@@ -15,12 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from conftest import color_task, draft_patch
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import ModelpatchError
-from modelpatch.methods import COMPARED, DeltaNetwork, Method, Piggyback, ScaleBias
-from modelpatch.patch import Version
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.registry import COMPARED
+from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.file import encode_patch
 from modelpatch.patch.inspect import Inspection
+from modelpatch.recipes.comparison import Comparison, Row
 from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
@@ -36,8 +40,8 @@ from modelpatch.report.tables import (
     show,
     versions_table,
 )
-from modelpatch.train import Comparison, Evaluation
-from modelpatch.train.compare import Row
+from modelpatch.store.version import Version
+from modelpatch.tasks.measures import Evaluation
 
 HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
 

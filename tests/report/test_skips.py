@@ -11,21 +11,21 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import draft_patch
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
 from modelpatch.errors import MethodError
-from modelpatch.methods import DeltaNetwork, ScaleBias
-from modelpatch.methods.delta import SkipWeights, skip_weights
+from modelpatch.methods.delta import DeltaNetwork, SkipWeights, skip_weights
+from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.report.skips import measure_skips, plot_skip_weights, skips_table, stage_names, variances_table
-from modelpatch.train import TaskData
-from modelpatch.train.images import ImageStore
 
 
 @pytest.fixture
-def records(tiny: Backbone, colors: TaskData) -> list[SkipWeights]:
+def records(tiny: Backbone, colors: Task) -> list[SkipWeights]:
     return measure_skips(tiny, draft_patch(tiny, DeltaNetwork(modules=2)), colors.test)
 
 
-def test_weights_are_measured_on_every_image(tiny: Backbone, colors: TaskData, records: list[SkipWeights]) -> None:
+def test_weights_are_measured_on_every_image(tiny: Backbone, colors: Task, records: list[SkipWeights]) -> None:
     patch = draft_patch(tiny, DeltaNetwork(modules=2))
     images = ImageStore(colors.test, patch.preprocessing, 2**20).plain(torch.arange(len(colors.test)))
     expected = skip_weights(tiny.patched(patch), images)
@@ -46,7 +46,7 @@ def test_records_of_batches_join_to_that_of_all_images(tiny: Backbone) -> None:
         torch.testing.assert_close(joined.moments, whole.moments, rtol=1e-4, atol=1e-5)
 
 
-def test_a_patch_without_weighed_skips_is_refused(tiny: Backbone, colors: TaskData) -> None:
+def test_a_patch_without_weighed_skips_is_refused(tiny: Backbone, colors: Task) -> None:
     with pytest.raises(MethodError, match="made by scale-bias, which weighs no skips"):
         measure_skips(tiny, draft_patch(tiny, ScaleBias()), colors.test)
 

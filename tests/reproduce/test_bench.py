@@ -19,11 +19,15 @@ from torch import nn
 from conftest import SHARED
 from dense import write_masks, write_voc
 from modelpatch.errors import DataError, TrainingError
-from modelpatch.reproduce import RECIPES, Bench, Claim, Outcome, Part, Recipe, Scale, Sources
 from modelpatch.reproduce import bench as bench_module
 from modelpatch.reproduce.backbones import retrained, untrained
+from modelpatch.reproduce.bench import Bench
+from modelpatch.reproduce.data import Sources
 from modelpatch.reproduce.dense import DENSE, FCN
+from modelpatch.reproduce.outcome import Outcome
 from modelpatch.reproduce.pages import claim_cells, doubts, markdown, overview, write_outcome, write_page
+from modelpatch.reproduce.recipe import Claim, Part, Recipe, Scale
+from modelpatch.reproduce.registry import RECIPES
 from modelpatch.train import fit
 
 TINY = Scale(

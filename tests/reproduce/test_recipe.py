@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 
 from modelpatch.errors import TrainingError
-from modelpatch.methods import DeltaNetwork, FullFinetune, make_method
 from modelpatch.methods.composite import Composite
-from modelpatch.reproduce import PAPERS, RECIPES, Bench, Recipe, Sources, choose, masks, painting, piggyback, subtuning
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.registry import make_method
+from modelpatch.reproduce import masks, painting, piggyback, subtuning
 from modelpatch.reproduce.adaptation import ADAPTATION
+from modelpatch.reproduce.bench import Bench
+from modelpatch.reproduce.data import Sources
 from modelpatch.reproduce.normalisation import RANDOM, TABLE_6
+from modelpatch.reproduce.recipe import Recipe
+from modelpatch.reproduce.registry import PAPERS, RECIPES, choose
 from modelpatch.reproduce.skips import TABLE_5
 from modelpatch.reproduce.transfer import LOW_DATA, SCRATCH, TABLE_7
 from modelpatch.train.settings import check_settings

@@ -12,13 +12,12 @@ import pytest
 import torch
 from test_bench import write_images
 
-from modelpatch.backbone import Backbone
-from modelpatch.methods import DeltaNetwork, make_method
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.registry import make_method
+from modelpatch.recipes.painting import Painting, PaintSettings
+from modelpatch.recipes.tradeoff import Accuracy, Point
 from modelpatch.reproduce import (
-    Bench,
-    Recipe,
-    Scale,
-    Sources,
     extensions,
     masks,
     normalisation,
@@ -30,9 +29,11 @@ from modelpatch.reproduce import (
     subtuning,
     units,
 )
+from modelpatch.reproduce.bench import Bench
+from modelpatch.reproduce.data import Sources
+from modelpatch.reproduce.recipe import Recipe, Scale
 from modelpatch.select import profile
-from modelpatch.train import Painting, PaintSettings, harmonic_mean
-from modelpatch.train.tradeoff import Accuracy, Point
+from modelpatch.train.evaluation import harmonic_mean
 
 
 def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Bench:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from modelpatch.methods import LinearProbe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Batches
-from modelpatch.patch import PatchedModel
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ import torch
 
 from conftest import color_task, draft_patch, make_tiny
 from modelpatch.errors import DataError
-from modelpatch.select import pick, simulate
-from modelpatch.select.active import _Simulation, margins
+from modelpatch.select.active import _Simulation, margins, pick, simulate
 
 FAST = {"epochs": 1, "batch_size": 8}
 
@@ -75,10 +74,11 @@ def test_a_simulation_labels_more_every_round_and_both_strategies_start_alike(
 def test_the_margins_of_a_simulation_are_those_of_its_patch_on_the_pool() -> None:
     backbone, data = make_tiny(), color_task(30)
     labelled = np.arange(12)
-    from modelpatch.methods import LinearProbe
+    from modelpatch.methods.linear_probe import LinearProbe
     from modelpatch.select.active import LabelRound
     from modelpatch.select.journal import Journal
-    from modelpatch.train import FitSettings, fit
+    from modelpatch.train import fit
+    from modelpatch.train.fitting import FitSettings
     from modelpatch.train.progress import quiet_progress
 
     settings = FitSettings(epochs=1, batch_size=8, augment="none")

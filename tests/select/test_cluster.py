@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import color_task, make_tiny
-from modelpatch.select import Greedy, Selection, select
+from modelpatch.select.greedy import Greedy, Selection, select
 
 ACTOR = b"ray::Actor"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from conftest import color_task
+from modelpatch.data.task import Split
 from modelpatch.errors import DataError
 from modelpatch.select.folds import HELD_OUT, Folds, stratified_folds
-from modelpatch.train import Split
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from conftest import color_task, make_tiny
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
-from modelpatch.methods import DeltaNetwork, Depthwise, LinearProbe, ScaleBias, Subset, make_method
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.registry import make_method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.report.selection import plot_profile
-from modelpatch.select import Profile, profile
+from modelpatch.select import profile
 from modelpatch.select.candidates import units
 from modelpatch.select.halving import best, rungs
+from modelpatch.select.profiling import Profile
 from modelpatch.select.study import Score
 from modelpatch.select.trials import Bench
 

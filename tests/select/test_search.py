@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from conftest import color_task
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
-from modelpatch.methods import DeltaNetwork, LinearProbe
-from modelpatch.patch import Patch
-from modelpatch.select import Search, added_latency, search
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.patch.contents import Patch
+from modelpatch.select import search
 from modelpatch.select.budget import draft_patch
 from modelpatch.select.candidates import Candidate
-from modelpatch.select.latency import PATIENCE
-from modelpatch.select.profile import profile
-from modelpatch.select.search import METHODS, Proposal, propose
+from modelpatch.select.latency import PATIENCE, added_latency
+from modelpatch.select.profiling import profile
+from modelpatch.select.searching import METHODS, Proposal, Search, propose
 from modelpatch.select.study import Score
 from modelpatch.select.trials import file_bytes
 

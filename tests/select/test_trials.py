@@ -10,22 +10,22 @@ import torch
 from dying import Killed
 
 from conftest import color_task, make_tiny
+from modelpatch.data.task import Task
 from modelpatch.errors import MissingExtraError, TrainingError
-from modelpatch.methods import (
-    DeltaNetwork,
-    FullFinetune,
-    Head2Toe,
-    LinearProbe,
-    Method,
-    Piggyback,
-    ScaleBias,
-    Subset,
-    confine,
-)
+from modelpatch.methods.confined import confine
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import Bench, Outcome, Trial
 from modelpatch.select.workers import Processes, make_workers
-from modelpatch.train import FitSettings, TaskData, fit
+from modelpatch.train import fit
+from modelpatch.train.fitting import FitSettings
 
 METHODS: list[Method] = [
     LinearProbe(),
@@ -41,12 +41,12 @@ METHODS: list[Method] = [
 
 
 @pytest.fixture(scope="module")
-def data() -> TaskData:
+def data() -> Task:
     return color_task(30)
 
 
 @pytest.fixture(scope="module")
-def bench(data: TaskData) -> Bench:
+def bench(data: Task) -> Bench:
     return Bench(make_tiny(), data, FitSettings(epochs=2, batch_size=8, augment="none"), folds=2)
 
 
@@ -74,7 +74,7 @@ def test_an_outcome_does_not_depend_on_what_ran_before(bench: Bench) -> None:
     assert forward == [again.run(trial).top1 for trial in trials[::-1]][::-1]
 
 
-def test_activations_are_computed_once_and_only_as_far_as_the_budget_goes(data: TaskData) -> None:
+def test_activations_are_computed_once_and_only_as_far_as_the_budget_goes(data: Task) -> None:
     settings = FitSettings(epochs=2, batch_size=8, augment="none")
     every = Bench(make_tiny(), data, settings, folds=2).shared
     starts = [block.index for block in every.backbone.chain.blocks]
@@ -88,7 +88,7 @@ def test_activations_are_computed_once_and_only_as_far_as_the_budget_goes(data: 
 
 
 @pytest.mark.parametrize("change", [{"memory": 1}, {"cache": False}], ids=["disk", "from the images"])
-def test_where_activations_lie_does_not_change_what_is_learned(data: TaskData, change: dict[str, int]) -> None:
+def test_where_activations_lie_does_not_change_what_is_learned(data: Task, change: dict[str, int]) -> None:
     settings = FitSettings(epochs=2, batch_size=8, augment="light")
     trial = Trial(Subset(), 0, 0, 2)
     here = Bench(make_tiny(), data, settings, folds=2)._fit(trial).run()
@@ -97,7 +97,7 @@ def test_where_activations_lie_does_not_change_what_is_learned(data: TaskData, c
         assert torch.allclose(there.tensors[name], tensor, atol=1e-4), name
 
 
-def test_held_out_images_are_seen_without_augmentation(data: TaskData) -> None:
+def test_held_out_images_are_seen_without_augmentation(data: Task) -> None:
     shared = Bench(make_tiny(), data, FitSettings(epochs=3, augment="light"), folds=2).shared
     rows = torch.arange(5)
     model = LinearProbe().draft(shared.backbone, 3)
@@ -110,7 +110,7 @@ def test_held_out_images_are_seen_without_augmentation(data: TaskData) -> None:
     assert not torch.allclose(train.batch(rows, 0, 0), plain)
 
 
-def test_views_are_few_only_where_they_save_work(data: TaskData) -> None:
+def test_views_are_few_only_where_they_save_work(data: Task) -> None:
     shared = Bench(make_tiny(), data, FitSettings(epochs=9, views=3, augment="light"), folds=2).shared
     rows = torch.arange(5)
     for method, repeats in ((LinearProbe(), True), (FullFinetune(), False)):
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_is_an_outcome(bench: Bench) -> None:
     assert "lr" in str(outcome.failure)
 
 
-def test_settings_that_would_score_on_what_was_trained_on_are_refused(data: TaskData) -> None:
+def test_settings_that_would_score_on_what_was_trained_on_are_refused(data: Task) -> None:
     with pytest.raises(TrainingError, match="early_stopping"):
         Bench(make_tiny(), data, FitSettings(early_stopping=2))
 
@@ -145,7 +145,7 @@ def test_settings_that_would_score_on_what_was_trained_on_are_refused(data: Task
 # workers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: TaskData, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: Task, tmp_path: Path) -> None:
     bench = Bench(make_tiny(), data, FitSettings(epochs=1, batch_size=8), folds=2)
     trials = [Trial(LinearProbe(), 0, seed, 1) for seed in range(4)]
     trials.insert(1, Trial(Killed(marker=str(tmp_path / "once")), 1, 0, 1))
@@ -156,7 +156,7 @@ def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: Task
     assert [outcomes[n].top1 for n in range(5)] == [one.top1 for one in expected]
 
 
-def test_a_trial_that_kills_every_worker_is_given_up(data: TaskData, tmp_path: Path) -> None:
+def test_a_trial_that_kills_every_worker_is_given_up(data: Task, tmp_path: Path) -> None:
     bench = Bench(make_tiny(), data, FitSettings(epochs=1), folds=2)
     trial = Trial(Killed(marker=str(tmp_path / "always"), times=9), 0, 0, 1)
     with Processes(bench, 1, 1) as workers, pytest.raises(TrainingError, match="3 times"):

@@ -16,13 +16,14 @@ import torch
 from fastapi.routing import APIRoute
 
 from conftest import draft_patch
-from modelpatch.methods import LinearProbe, ScaleBias
-from modelpatch.patch import Store
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.file import encode_patch
 from modelpatch.serve import app as application
 from modelpatch.serve import body
 from modelpatch.serve.problems import MEDIA_TYPE, Problem
 from modelpatch.serve.schemas import PIXEL
+from modelpatch.store.store import Store
 from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from conftest import draft_patch, make_tiny
-from modelpatch.engine import Engine, Tuning
-from modelpatch.methods import LinearProbe, ScaleBias, Subset
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.serve.batcher import Batcher, Row
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem

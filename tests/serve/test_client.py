@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from modelpatch.errors import DataError, ServeError
-from modelpatch.serve import Client, Problem
+from modelpatch.serve.client import Client
+from modelpatch.serve.problems import Problem
 from serving import Serving, close, drafts, picture
 
 

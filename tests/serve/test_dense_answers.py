@@ -13,11 +13,13 @@ from PIL import Image
 
 from conftest import make_timm
 from dense import box_task, square_task
-from modelpatch.backbone.preprocess import open_image
-from modelpatch.engine.overlay import boxes, class_map, palette
-from modelpatch.methods import LinearProbe, ScaleBias
-from modelpatch.patch import Patch, Store
+from modelpatch.backbone.preprocessing import open_image
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
 from modelpatch.serve.dense import tell_areas, tell_boxes
+from modelpatch.store.store import Store
+from modelpatch.tasks.overlay import boxes, class_map, palette
 from modelpatch.train import fit
 from serving import Serving, fill, network, serving
 

@@ -19,10 +19,11 @@ import httpx
 import pytest
 
 from conftest import draft_patch
-from modelpatch.backbone import load_backbone
-from modelpatch.methods import LinearProbe, ScaleBias
-from modelpatch.patch import Store
-from modelpatch.serve import Client
+from modelpatch.backbone.load import load_backbone
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.serve.client import Client
+from modelpatch.store.store import Store
 from serving import alive, children, close, picture, told, wait_until
 
 pytest.importorskip("ray.serve")

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import draft_patch
 from dense import box_task, square_task
-from modelpatch.methods import ScaleBias
+from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.train import fit
 from serving import TOKEN, Serving, damage, drafts, network, picture
 

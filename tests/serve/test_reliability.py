@@ -20,10 +20,14 @@ import pytest
 import torch
 
 from conftest import draft_patch
-from modelpatch.methods import LinearProbe, ScaleBias, Subset
-from modelpatch.patch import Patch, Store
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
-from modelpatch.serve import Client, Problem
+from modelpatch.serve.client import Client
+from modelpatch.serve.problems import Problem
+from modelpatch.store.store import Store
 from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, told, wait_until
 
 LONG = os.environ.get("MODELPATCH_LONG") == "1"
@@ -214,7 +218,7 @@ def test_a_server_outlives_hostile_http(server: Serving) -> None:
 @pytest.fixture
 def ordinary(tmp_path: Path) -> Store:
     """A store for the bundled backbone, which processes can load."""
-    from modelpatch.backbone import load_backbone
+    from modelpatch.backbone.load import load_backbone
 
     store = Store(tmp_path / "ordinary")
     store.publish("flowers", draft_patch(load_backbone("bundled:tiny"), ScaleBias()))

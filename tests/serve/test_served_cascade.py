@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from conftest import Run, draft_patch
+from modelpatch.engine.cascade import Cascade, Confidence
 from modelpatch.errors import ServeError
-from modelpatch.methods import ScaleBias
-from modelpatch.patch import Cascade, Confidence, Store, Task
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.store.store import Store
+from modelpatch.tasks.record import TaskRecord
 from serving import close, network, picture, serving
 
 PICTURES = [picture(seed, 40) for seed in range(6)]
@@ -22,7 +24,7 @@ PICTURES = [picture(seed, 40) for seed in range(6)]
 @pytest.fixture(scope="module")
 def cascade() -> Cascade:
     """Two patches at two resolutions of which the first answers half of the pictures."""
-    task = Task(name="fruits", classes=("apple", "pear", "plum"))
+    task = TaskRecord(name="fruits", classes=("apple", "pear", "plum"))
     patches = []
     for seed, pixels in enumerate((16, 24)):
         patch = replace(draft_patch(network(), ScaleBias(), seed=seed), task=task)

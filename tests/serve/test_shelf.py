@@ -13,15 +13,21 @@ import pytest
 import torch
 
 from conftest import draft_patch, make_tiny
-from modelpatch.engine import Engine, Tuning
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, InvalidPatchError
-from modelpatch.methods import LinearProbe, PackNet, Piggyback, ScaleBias
-from modelpatch.patch import BoundPatch, Patch, Version
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.shelf import Shelf, stage
+from modelpatch.store.version import Version
 
 
 class Reader:

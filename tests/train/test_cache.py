@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from conftest import color_task
-from modelpatch.backbone import Backbone
-from modelpatch.methods import FullFinetune, Head2Toe
-from modelpatch.patch import PatchedModel
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.images import AUGMENTATIONS, ImageStore
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.patch.model import PatchedModel
 from modelpatch.train.cache import (
     FOLDING,
     CachedInputs,
@@ -19,7 +21,6 @@ from modelpatch.train.cache import (
     prefix_share,
     run_prefix,
 )
-from modelpatch.train.images import AUGMENTATIONS, ImageStore
 
 GENEROUS = 2**30
 

@@ -15,14 +15,19 @@ import torch
 from torch import nn
 
 from conftest import CLASSES, TinyNet, color_task, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import CheckpointMismatchError, TrainingError
-from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset
-from modelpatch.patch import Patch
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
 from modelpatch.train import checkpoint as checkpoint_module
 from modelpatch.train import fit
 from modelpatch.train.checkpoint import Checkpoint
-from modelpatch.train.fit import Fit
+from modelpatch.train.fitting import Fit
 
 METHOD = ScaleBias(statistics="learned")
 SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2}
@@ -34,7 +39,7 @@ import sys, time
 from conftest import color_task, make_tiny
 from modelpatch.methods import ScaleBias
 from modelpatch.train import checkpoint, fit
-from modelpatch.train.fit import Fit
+from modelpatch.train.fitting import Fit
 
 checkpoint.EVERY_SECONDS = 0
 step = Fit._step

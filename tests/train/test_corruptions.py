@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelpatch.data.task import Split, Task
 from modelpatch.errors import DataError
-from modelpatch.patch import Task
-from modelpatch.train import Split, TaskData
+from modelpatch.tasks.record import TaskRecord
 from modelpatch.train.corruptions import CORRUPTIONS, KINDS, _blur, _convolve, _disk, _line, _zoom, corrupt, corrupted
 
 # constants that trade shifts for bending, and swapped pixels for blur
@@ -140,11 +140,11 @@ def test_motion_goes_along_its_line() -> None:
 # tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def make_task() -> TaskData:
+def make_task() -> Task:
     labels = np.array([0, 1] * 4)
     split = Split([picture(16, 16, seed) for seed in range(8)], labels)
-    task = Task(name="waves", kind="classification", classes=("a", "b"), metric="top1")
-    return TaskData(task, split, split.take(np.arange(4)))
+    task = TaskRecord(name="waves", kind="classification", classes=("a", "b"), metric="top1")
+    return Task(task, split, split.take(np.arange(4)))
 
 
 def test_a_corrupted_task_is_one_like_any_other() -> None:

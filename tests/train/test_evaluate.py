@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 
 from conftest import CLASSES, color_task, draft_patch, make_tiny
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.task import Split, Task
 from modelpatch.errors import DataError
-from modelpatch.methods import Subset
-from modelpatch.patch import Task
-from modelpatch.train import Evaluation, Split, TaskData, evaluate, fit, harmonic_mean, store_as
-from modelpatch.train.evaluate import evaluate_base
+from modelpatch.methods.subset import Subset
+from modelpatch.tasks.measures import Evaluation
+from modelpatch.tasks.record import TaskRecord
+from modelpatch.train import evaluate, fit
+from modelpatch.train.evaluation import evaluate_base, harmonic_mean, store_as
 
 NAMES = tuple("abcdefg")
 
@@ -71,11 +74,11 @@ def test_a_patch_is_not_measured_on_other_classes(tiny: Backbone) -> None:
         evaluate(tiny, draft_patch(tiny), color_task())
 
 
-def base_data(classes: tuple[str, ...]) -> TaskData:
+def base_data(classes: tuple[str, ...]) -> Task:
     """Test images of `classes`, two of each."""
     images = list(np.random.default_rng(0).integers(0, 255, (2 * len(classes), 16, 16, 3), dtype=np.uint8))
     split = Split(images, np.repeat(np.arange(len(classes)), 2))
-    return TaskData(Task(name="base", classes=classes), split, split)
+    return Task(TaskRecord(name="base", classes=classes), split, split)
 
 
 def test_the_base_is_measured_on_classes_matched_by_name(tiny: Backbone) -> None:
@@ -115,7 +118,7 @@ def test_classes_that_cannot_be_matched_to_the_base_are_an_error(tiny: Backbone)
         evaluate_base(tiny, base_data(NAMES[:4]))
 
 
-def test_a_patch_stored_smaller_is_measured_again(tiny: Backbone, colors: TaskData) -> None:
+def test_a_patch_stored_smaller_is_measured_again(tiny: Backbone, colors: Task) -> None:
     patch = fit(tiny, colors, Subset(), epochs=1)
     stored = store_as(tiny, patch, colors, "int8")
     assert stored.metrics["float32_top1"] == patch.metrics["test_top1"]

@@ -14,15 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from conftest import color_task, make_tiny, small_preprocessing
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
 from modelpatch.errors import BackboneChangedError, BackboneError, DataError, MethodError, TrainingError
-from modelpatch.methods import FullFinetune, LinearProbe, Method, ScaleBias, Subset, make_method
-from modelpatch.methods.method import Batches
-from modelpatch.patch import Patch, PatchedModel
-from modelpatch.train import FitSettings, TaskData, fit
-from modelpatch.train.evaluate import evaluate, evaluate_module
-from modelpatch.train.fit import Fit
-from modelpatch.train.images import ImageStore
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.registry import make_method
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
+from modelpatch.train import fit
+from modelpatch.train.evaluation import evaluate, evaluate_module
+from modelpatch.train.fitting import Fit, FitSettings
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +46,17 @@ def equal(first: Patch, second: Patch) -> bool:
 # what is given ----------------------------------------------------------------------------------------------
 
 
-def test_a_method_may_be_spelled(backbone: Backbone, colors: TaskData) -> None:
+def test_a_method_may_be_spelled(backbone: Backbone, colors: Task) -> None:
     spelled = fit(backbone, colors, "subset(lr=0.002)", epochs=1)
     assert equal(spelled, fit(backbone, colors, Subset(lr=0.002), epochs=1))
 
 
-def test_what_is_no_method_is_refused(backbone: Backbone, colors: TaskData) -> None:
+def test_what_is_no_method_is_refused(backbone: Backbone, colors: Task) -> None:
     with pytest.raises(MethodError, match=r"is not a method\. Expected one like"):
         fit(backbone, colors, ScaleBias)  # type: ignore[arg-type]
 
 
-def test_names_in_place_of_a_backbone_or_data_are_refused(backbone: Backbone, colors: TaskData) -> None:
+def test_names_in_place_of_a_backbone_or_data_are_refused(backbone: Backbone, colors: Task) -> None:
     with pytest.raises(TrainingError, match=r"'bundled:tiny' is not a backbone\. Load it first"):
         fit("bundled:tiny", colors, ScaleBias())  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"'flowers/' is not a task's data\. Load it first"):
@@ -78,7 +85,7 @@ def test_a_last_image_of_its_own_joins_the_batch_before(monkeypatch: pytest.Monk
         fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=1)
 
 
-def test_the_file_holds_what_was_asked_for(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+def test_the_file_holds_what_was_asked_for(backbone: Backbone, colors: Task, tmp_path: Path) -> None:
     patch = fit(backbone, colors, Subset(), epochs=1, out=tmp_path / "p.safetensors", dtype="float16")
     assert {tensor.dtype for tensor in Patch.load(tmp_path / "p.safetensors").tensors.values()} == {torch.float16}
     assert patch.metrics["float32_top1"] is not None
@@ -88,7 +95,7 @@ def test_the_file_holds_what_was_asked_for(backbone: Backbone, colors: TaskData,
 
 
 @pytest.mark.parametrize("method", [LinearProbe(), ScaleBias(statistics="learned"), Subset()], ids=lambda m: m.name)
-def test_the_same_seed_gives_the_same_patch_bit_for_bit(backbone: Backbone, colors: TaskData, method: Method) -> None:
+def test_the_same_seed_gives_the_same_patch_bit_for_bit(backbone: Backbone, colors: Task, method: Method) -> None:
     first = fit(backbone, colors, method, epochs=2, seed=3)
     torch.rand(5)  # whatever the state of torch's random numbers
     assert equal(first, fit(backbone, colors, method, epochs=2, seed=3))
@@ -96,7 +103,7 @@ def test_the_same_seed_gives_the_same_patch_bit_for_bit(backbone: Backbone, colo
 
 
 @pytest.mark.parametrize("method", [LinearProbe(optimizer="sgd"), Subset(optimizer="sgd")], ids=lambda m: m.name)
-def test_the_cache_changes_nothing_but_the_time(backbone: Backbone, colors: TaskData, method: Method) -> None:
+def test_the_cache_changes_nothing_but_the_time(backbone: Backbone, colors: Task, method: Method) -> None:
     settings: dict[str, Any] = {"epochs": 2, "augment": "none", "batch_size": 8}
     cached, on_disk = (fit(backbone, colors, method, memory=memory, **settings) for memory in (2**30, 1))
     computed = fit(backbone, colors, method, cache=False, **settings)
@@ -105,7 +112,7 @@ def test_the_cache_changes_nothing_but_the_time(backbone: Backbone, colors: Task
         assert torch.allclose(tensor, computed.tensors[name], atol=1e-5), name
 
 
-def test_a_method_learns_the_task_and_reports_what_evaluate_measures(backbone: Backbone, colors: TaskData) -> None:
+def test_a_method_learns_the_task_and_reports_what_evaluate_measures(backbone: Backbone, colors: Task) -> None:
     patch = fit(backbone, colors, ScaleBias(), epochs=15, batch_size=8)
     result = evaluate(backbone, patch, colors)
     assert patch.metrics["test_top1"] == result.top1 > 0.9
@@ -116,20 +123,20 @@ def test_a_method_learns_the_task_and_reports_what_evaluate_measures(backbone: B
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-def test_every_optimizer_lowers_the_loss(backbone: Backbone, colors: TaskData, optimizer: str, tmp_path: Path) -> None:
+def test_every_optimizer_lowers_the_loss(backbone: Backbone, colors: Task, optimizer: str, tmp_path: Path) -> None:
     fit(backbone, colors, make_method("full-finetune", optimizer=optimizer), epochs=6, log=tmp_path, augment="none")
     losses = [float(row["loss"]) for row in read_log(tmp_path)]
     assert losses[-1] < losses[0]
 
 
-def test_another_image_size_is_trained_and_kept_in_the_patch(backbone: Backbone, colors: TaskData) -> None:
+def test_another_image_size_is_trained_and_kept_in_the_patch(backbone: Backbone, colors: Task) -> None:
     patch = fit(backbone, colors, LinearProbe(), epochs=1, image_size=24)
     assert patch.preprocessing == backbone.preprocessing.with_image_size(24)
 
 
 @pytest.mark.parametrize("pixels", [2, 9000])
 def test_an_image_size_that_the_backbone_refuses_is_found_before_an_image_is_read(
-    colors: TaskData, monkeypatch: pytest.MonkeyPatch, pixels: int
+    colors: Task, monkeypatch: pytest.MonkeyPatch, pixels: int
 ) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     monkeypatch.setattr(ImageStore, "__init__", lambda *_: pytest.fail("no image may be read"))
@@ -137,7 +144,7 @@ def test_an_image_size_that_the_backbone_refuses_is_found_before_an_image_is_rea
         fit(load_backbone(module), colors, LinearProbe(), image_size=pixels)
 
 
-def test_a_processor_computes_in_float32_unless_told_otherwise(backbone: Backbone, colors: TaskData) -> None:
+def test_a_processor_computes_in_float32_unless_told_otherwise(backbone: Backbone, colors: Task) -> None:
     auto, full, half, quarter = (
         fit(backbone, colors, ScaleBias(), epochs=1, precision=precision)
         for precision in ("auto", "float32", "bfloat16", "float16")
@@ -182,7 +189,7 @@ def test_balanced_classes_weigh_the_same_whatever_their_counts(
 
 
 def test_label_smoothing_and_clipping_reach_the_steps(
-    backbone: Backbone, colors: TaskData, losses: list[tuple[Tensor | None, float]]
+    backbone: Backbone, colors: Task, losses: list[tuple[Tensor | None, float]]
 ) -> None:
     plain = fit(backbone, colors, LinearProbe(optimizer="sgd"), epochs=1)
     smooth = fit(backbone, colors, LinearProbe(optimizer="sgd"), epochs=1, label_smoothing=0.1)
@@ -192,7 +199,7 @@ def test_label_smoothing_and_clipping_reach_the_steps(
     assert not equal(plain, clipped)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_quotes_the_rates(backbone: Backbone, colors: TaskData) -> None:
+def test_a_loss_that_is_not_finite_is_an_error_that_quotes_the_rates(backbone: Backbone, colors: Task) -> None:
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d at lr 1e\+30.*clip=1"):
         fit(backbone, colors, FullFinetune(lr=1e30), epochs=3, batch_size=8)
 
@@ -236,7 +243,7 @@ STOPPING: dict[str, Any] = {"schedule": "constant", "warmup": 0, "augment": "non
 
 
 def test_early_stopping_gives_the_tensors_of_the_best_epoch(
-    backbone: Backbone, colors: TaskData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    backbone: Backbone, colors: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scores = iter([0.2, 0.9, 0.9, 0.1])
     monkeypatch.setattr(Fit, "_score", lambda *_: next(scores))
@@ -247,7 +254,7 @@ def test_early_stopping_gives_the_tensors_of_the_best_epoch(
     assert equal(stopped, fit(backbone, colors, ScaleBias(), epochs=2, **STOPPING))
 
 
-def test_the_best_score_is_what_the_patch_reaches_on_the_images_held_out(backbone: Backbone, colors: TaskData) -> None:
+def test_the_best_score_is_what_the_patch_reaches_on_the_images_held_out(backbone: Backbone, colors: Task) -> None:
     patch = fit(backbone, colors, ScaleBias(lr=0.1), epochs=5, early_stopping=3, **STOPPING)
     held = colors.with_validation(STOPPING["validation"], seed=0).validation
     assert held is not None
@@ -255,7 +262,7 @@ def test_the_best_score_is_what_the_patch_reaches_on_the_images_held_out(backbon
     assert patch.metrics["validation_top1"] == result.top1
 
 
-def test_early_stopping_holds_out_a_tenth_where_nothing_else_is_said(backbone: Backbone, colors: TaskData) -> None:
+def test_early_stopping_holds_out_a_tenth_where_nothing_else_is_said(backbone: Backbone, colors: Task) -> None:
     patch = fit(backbone, colors, LinearProbe(), epochs=1, early_stopping=1)
     assert patch.created["settings"]["validation"] == 0.1
     assert patch.created["train_images"] == len(colors.train) - len(colors.classes)
@@ -279,7 +286,7 @@ def test_early_stopping_holds_out_a_tenth_where_nothing_else_is_said(backbone: B
     ],
 )
 def test_a_bad_setting_is_an_error_that_quotes_it(
-    backbone: Backbone, colors: TaskData, settings: dict[str, Any], message: str
+    backbone: Backbone, colors: Task, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         fit(backbone, colors, LinearProbe(), **settings)
@@ -294,7 +301,7 @@ class Careless(LinearProbe):
             next(model.parts.parameters()).add_(1)
 
 
-def test_a_fit_that_moves_the_backbone_fails(tiny: Backbone, colors: TaskData) -> None:
+def test_a_fit_that_moves_the_backbone_fails(tiny: Backbone, colors: Task) -> None:
     with pytest.raises(BackboneChangedError, match=r"have changed since it was loaded, in: stem\.0"):
         fit(tiny, colors, Careless(), epochs=1)
 
@@ -307,7 +314,7 @@ def read_log(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: Task, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     fit(backbone, colors, LinearProbe(), epochs=3, log=tmp_path / "run", validation=0.25)
     rows = read_log(tmp_path / "run")
@@ -318,7 +325,7 @@ def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: TaskD
     assert events.stat().st_size > 0
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(backbone: Backbone, colors: TaskData, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(backbone: Backbone, colors: Task, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for name in ("log", "checkpoint"):
         folder: Any = {name: tmp_path / "file" / "run"}

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from conftest import make_tiny
-from modelpatch.backbone import Backbone
-from modelpatch.methods import FullFinetune, Method, PackNet, Piggyback
-from modelpatch.patch import PatchedModel
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.method import Method
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.patch.model import PatchedModel
 from modelpatch.train import lean
 
 METHODS: list[Method] = [

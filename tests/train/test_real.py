@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from modelpatch.backbone import Backbone
-from modelpatch.methods import LinearProbe, ScaleBias
-from modelpatch.train import fit, load_task
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import load_task
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.train import fit
 
 CLASSES = 10
 MARGIN = 0.05  # half of what was measured

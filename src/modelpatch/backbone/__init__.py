@@ -1,20 +1,5 @@
-"""The frozen network: loading it, cutting it into a chain, cloning its structure, proving that it did not change."""
+"""The frozen network: load it, cut it into a chain, clone its structure, prove that it did not change."""
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.chain import Chain, Segment
-from modelpatch.backbone.clone import clone_module
-from modelpatch.backbone.fingerprint import Fingerprint
-from modelpatch.backbone.load import check_writable, load_backbone, save_backbone
-from modelpatch.backbone.preprocess import Preprocessing
+import lazy_loader
 
-__all__ = [
-    "Backbone",
-    "Chain",
-    "Fingerprint",
-    "Preprocessing",
-    "Segment",
-    "check_writable",
-    "clone_module",
-    "load_backbone",
-    "save_backbone",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

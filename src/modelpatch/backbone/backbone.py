@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.chain import Chain, build_chain
 from modelpatch.backbone.fingerprint import Fingerprint
-from modelpatch.backbone.preprocess import Preprocessing
-from modelpatch.backbone.text import TextTower
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.text_tower import TextTower
 from modelpatch.errors import BackboneChangedError, BackboneError, UntraceableBackboneError
 
 if TYPE_CHECKING:
-    from modelpatch.patch import Patch, PatchedModel
+    from modelpatch.patch.contents import Patch
+    from modelpatch.patch.model import PatchedModel
 
 
 class Backbone:
@@ -124,7 +125,7 @@ class Backbone:
         Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for one whose tensors do
         not fit.
         """
-        from modelpatch.patch.bind import PatchedModel  # the one upward step: a convenience on the object users hold
+        from modelpatch.patch.model import PatchedModel  # the one upward step: a convenience on the object users hold
 
         return PatchedModel(self, patch)
 

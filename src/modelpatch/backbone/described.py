@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from modelpatch.backbone.preprocess import Preprocessing
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import BackboneError
 from modelpatch.text import MAX_LENGTH, Text, check_printable, first_problem
 

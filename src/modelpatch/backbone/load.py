@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.dense_zoo import build_dense, dense_models
 from modelpatch.backbone.described import Described
-from modelpatch.backbone.openclip import build_openclip
-from modelpatch.backbone.preprocess import Preprocessing
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.sources.openclip import build_openclip
+from modelpatch.backbone.sources.torchvision_dense import build_dense, dense_models
 from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.text import first_problem
 

@@ -26,15 +26,15 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
+from modelpatch.data.task import load_task
+from modelpatch.engine.cascade import is_cascade
 from modelpatch.errors import CascadeError
-from modelpatch.patch import Patch
-from modelpatch.patch.cascade import is_cascade
+from modelpatch.patch.contents import Patch
+from modelpatch.recipes.cascading import CAUTION, KINDS
+from modelpatch.recipes.cascading import cascade as build_cascade
 from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
 from modelpatch.report.tables import show
-from modelpatch.select.cascading import CAUTION, KINDS
-from modelpatch.select.cascading import cascade as build_cascade
 from modelpatch.text import count_of
-from modelpatch.train import load_task
 
 
 def cascade(

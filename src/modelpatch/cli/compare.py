@@ -22,15 +22,15 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
+from modelpatch.data.task import load_task
 from modelpatch.errors import MethodError
-from modelpatch.methods import COMPARED, make_method
-from modelpatch.methods.registry import split_outside
+from modelpatch.methods.registry import COMPARED, make_method, split_outside
 from modelpatch.methods.registry import sweep as make_sweep
+from modelpatch.recipes import compare as run_compare
+from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.html import write_comparison
 from modelpatch.report.plots import check_matplotlib, plot_bytes, plot_comparison, plot_sweep
 from modelpatch.report.tables import comparison_markdown, comparison_table, show
-from modelpatch.train import Comparison, load_task
-from modelpatch.train import compare as run_compare
 
 
 @grouped

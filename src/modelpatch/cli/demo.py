@@ -13,16 +13,21 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.cli.options import SeedOption
 from modelpatch.cli.outputs import make_folder, open_console, tell, write_json
-from modelpatch.methods import METHODS, Piggyback
-from modelpatch.patch import BoundPatch, Patch
+from modelpatch.data.task import Task, load_task
+from modelpatch.engine.resident import BoundPatch
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.registry import METHODS
+from modelpatch.patch.contents import Patch
+from modelpatch.recipes import compare
+from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.html import Report
 from modelpatch.report.plots import check_matplotlib, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import comparison_cells, comparison_table, percent, show
-from modelpatch.train import Comparison, TaskData, compare, load_task
-from modelpatch.train.evaluate import evaluate_classes
+from modelpatch.train.evaluation import evaluate_classes
 
 NEXT = {  # what a command is for: the command
     "What a patch holds": "inspect {folder}/digits-scale-bias.safetensors",
@@ -81,7 +86,7 @@ def _program() -> str:
     return shlex.quote(sys.argv[0]) if Path(sys.argv[0]).stem == "modelpatch" else "python -m modelpatch"
 
 
-def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Comparison, accuracy: str) -> None:
+def _write_report(out: Path, backbone: Backbone, task: Task, result: Comparison, accuracy: str) -> None:
     best = max(result.rows, key=lambda row: row.top1).method
     small = result.patches["scale-bias"]
     plot_comparison(result, out / "comparison.png")
@@ -110,7 +115,7 @@ def _write_report(out: Path, backbone: Backbone, task: TaskData, result: Compari
     report.write(out / "report.html")
 
 
-def _samples(backbone: Backbone, patch: Patch, task: TaskData, count: int = 16) -> list[tuple[bytes, str, str]]:
+def _samples(backbone: Backbone, patch: Patch, task: Task, count: int = 16) -> list[tuple[bytes, str, str]]:
     images, labels = task.test.images[:count], task.test.labels[:count]
     answers = BoundPatch(backbone, patch)(patch.preprocessing(*images)).argmax(1).tolist()
     return [

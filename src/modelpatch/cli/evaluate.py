@@ -20,15 +20,16 @@ from modelpatch.cli.options import (
     read_answering,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.data.joining import accuracy_by_task
+from modelpatch.data.task import load_task
+from modelpatch.engine.cascade import Cascade
 from modelpatch.errors import ModelpatchError
-from modelpatch.patch import Cascade
+from modelpatch.recipes.cascading import evaluate_cascade
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table, show
-from modelpatch.select.cascading import evaluate_cascade
-from modelpatch.train import Evaluation, Result, Segmentation, harmonic_mean, load_task
+from modelpatch.tasks.measures import Evaluation, Result, Segmentation
 from modelpatch.train import evaluate as run_evaluate
-from modelpatch.train.evaluate import evaluate_base
-from modelpatch.train.joining import accuracy_by_task
+from modelpatch.train.evaluation import evaluate_base, harmonic_mean
 from modelpatch.train.progress import Progress
 
 

@@ -18,13 +18,13 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
+from modelpatch.convert import extract as run_extract
+from modelpatch.convert.checkpoint import read_checkpoint
+from modelpatch.convert.extraction import DELTA_CODECS
+from modelpatch.data.task import load_task
 from modelpatch.errors import ModelpatchError
-from modelpatch.patch import DELTA_CODECS
-from modelpatch.patch import extract as run_extract
-from modelpatch.patch.checkpoint import read_checkpoint
 from modelpatch.report.codecs import CALIBRATED, SIZED, codec_figures, codec_table, compare_codecs
 from modelpatch.report.tables import inspection_table, show
-from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
 
 

@@ -11,10 +11,10 @@ import typer
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Asked, Cluster, Network, PatchFile, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, make_folder, open_console, resumable, tell, write_json
-from modelpatch.methods import METHODS, make_method
+from modelpatch.methods.registry import METHODS, make_method
 from modelpatch.report.tables import inspection_table, show
 from modelpatch.train import fit as run_fit
-from modelpatch.train.processes import joined
+from modelpatch.train.distributed import joined
 
 
 @grouped

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from modelpatch.backbone import Backbone, Chain
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Chain
 from modelpatch.cli.options import (
     ArgumentOption,
     PatchBackboneOption,
@@ -18,9 +19,10 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.data.task import load_task
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods.delta import SkipWeights
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.inspect import Inspection
 from modelpatch.report.plots import plot_inspection
 from modelpatch.report.skips import (
@@ -32,7 +34,6 @@ from modelpatch.report.skips import (
     variances_table,
 )
 from modelpatch.report.tables import inspection_table, parts_table, show
-from modelpatch.train import load_task
 from modelpatch.train.progress import Progress
 
 CPU = torch.device("cpu")

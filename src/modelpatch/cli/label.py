@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from modelpatch.atomic import write_bytes
-from modelpatch.backbone.preprocess import open_image
+from modelpatch.backbone.preprocessing import open_image
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import (
     ArgumentOption,
@@ -29,13 +29,14 @@ from modelpatch.cli.options import (
 from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
 from modelpatch.cli.predict import gather_images
 from modelpatch.cli.selecting import MethodOption, parse_counts
+from modelpatch.data.task import load_task
 from modelpatch.errors import DataError, ModelpatchError
-from modelpatch.methods import make_method
-from modelpatch.patch import Patch
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import Patch
 from modelpatch.report.search import contact_sheet, curves_table, picks_table, plot_curves
 from modelpatch.report.tables import show
-from modelpatch.select import pick, simulate
-from modelpatch.train import fit, load_task
+from modelpatch.select.active import pick, simulate
+from modelpatch.train import fit
 from modelpatch.train.progress import Progress
 
 

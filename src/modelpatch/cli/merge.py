@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.cli.options import (
     AlphaOption,
     ArgumentOption,
@@ -20,12 +20,12 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.convert.difference import check_pair
+from modelpatch.convert.difference import diff as run_diff
+from modelpatch.convert.merging import RULES
+from modelpatch.convert.merging import merge as run_merge
 from modelpatch.errors import PatchError
-from modelpatch.patch import Patch
-from modelpatch.patch.diff import check_pair
-from modelpatch.patch.diff import diff as run_diff
-from modelpatch.patch.merge import RULES
-from modelpatch.patch.merge import merge as run_merge
+from modelpatch.patch.contents import Patch
 from modelpatch.report.tables import difference_tables, inspection_table, show
 
 CPU = torch.device("cpu")

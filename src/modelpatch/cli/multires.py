@@ -9,22 +9,15 @@ import typer
 
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, SetOption, Training, parse_pairs
-from modelpatch.cli.outputs import (
-    JsonOption,
-    check_pictures,
-    make_folder,
-    open_console,
-    read_names,
-    tell,
-    write_json,
-)
+from modelpatch.cli.outputs import JsonOption, check_pictures, make_folder, open_console, read_names, tell, write_json
+from modelpatch.data.task import load_task
 from modelpatch.errors import TrainingError
-from modelpatch.methods import FullFinetune, make_method
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.registry import make_method
+from modelpatch.recipes.multires import SHARINGS
+from modelpatch.recipes.sharing import compare_sharing
 from modelpatch.report.resolutions import plot_sharing, sharing_table
 from modelpatch.report.tables import show
-from modelpatch.train import load_task
-from modelpatch.train.multires import SHARINGS
-from modelpatch.train.sharing import compare_sharing
 
 
 @grouped

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from modelpatch.backbone import check_writable
+from modelpatch.backbone.load import check_writable
 from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Cluster, Network, RestartOption, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import (
@@ -22,20 +22,21 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
+from modelpatch.data.task import load_task
 from modelpatch.errors import TrainingError
-from modelpatch.methods import make_method
-from modelpatch.report.tables import multitask_table, show
-from modelpatch.text import count_of
-from modelpatch.train import fit_multitask, load_task
-from modelpatch.train.multitask import (
+from modelpatch.methods.registry import make_method
+from modelpatch.recipes.multitask import (
     BACKBONE,
     PRIVATE,
     SHARED,
     check_joint_settings,
     check_tasks,
+    fit_multitask,
     task_files,
 )
-from modelpatch.train.processes import joined
+from modelpatch.report.tables import multitask_table, show
+from modelpatch.text import count_of
+from modelpatch.train.distributed import joined
 
 
 @grouped

@@ -14,9 +14,13 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 
-from modelpatch.backbone import Backbone, load_backbone
-from modelpatch.backbone.text import OWN
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.text_tower import OWN
 from modelpatch.cli.outputs import ForceOption, check_file, check_free, read_names
+from modelpatch.data.joining import join_tasks
+from modelpatch.data.task import Task, load_task, split_seed
+from modelpatch.engine.cascade import Cascade, is_cascade
 from modelpatch.errors import (
     BackboneError,
     CascadeError,
@@ -30,13 +34,10 @@ from modelpatch.errors import (
     WrongBackboneError,
 )
 from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
-from modelpatch.patch import Cascade, Patch
-from modelpatch.patch.cascade import is_cascade
-from modelpatch.train import TaskData, join_tasks, load_task
-from modelpatch.train.actors import LOCAL, run_on_ray
-from modelpatch.train.data import split_seed
-from modelpatch.train.evaluate import facts_of
-from modelpatch.train.fit import FitSettings
+from modelpatch.patch.contents import Patch
+from modelpatch.train.evaluation import facts_of
+from modelpatch.train.fitting import FitSettings
+from modelpatch.train.ray import LOCAL, run_on_ray
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class Asked:
     def __post_init__(self) -> None:
         read_names("--classes", self.classes)
 
-    def load(self, data: Sequence[str], seed: int) -> TaskData:
+    def load(self, data: Sequence[str], seed: int) -> Task:
         """The task, several of them as one. Raises `DataError`."""
         kind: Any = self.kind  # checked there
         classes = read_names("--classes", self.classes) or None
@@ -322,7 +323,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
     return Cascade.load(path)
 
 
-def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> TaskData:
+def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> Task:
     """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
     facts = facts_of(patch)
     names, ignore = facts.get("classes"), facts.get("ignore")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import check_picture
-from modelpatch.train.processes import is_lonely, restarted
+from modelpatch.train.distributed import is_lonely, restarted
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")

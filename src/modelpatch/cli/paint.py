@@ -23,8 +23,14 @@ from modelpatch.cli.options import (
     parse_pairs,
 )
 from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, resumable, tell, write_json
+from modelpatch.data.joining import joint_task
+from modelpatch.data.task import load_task
 from modelpatch.errors import TrainingError
-from modelpatch.methods import Paint, make_method
+from modelpatch.methods.paint import Paint
+from modelpatch.methods.registry import make_method
+from modelpatch.recipes import paint as run_paint
+from modelpatch.recipes.frontier import BASELINES, frontier
+from modelpatch.recipes.painting import PaintSettings
 from modelpatch.report.paint import (
     frontier_table,
     orders_table,
@@ -34,10 +40,6 @@ from modelpatch.report.paint import (
     plot_tradeoff,
 )
 from modelpatch.report.tables import show
-from modelpatch.train import PaintSettings, load_task
-from modelpatch.train import paint as run_paint
-from modelpatch.train.frontier import BASELINES, frontier
-from modelpatch.train.joining import joint_task
 
 
 @grouped

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from modelpatch.atomic import write_bytes
-from modelpatch.backbone import Backbone
-from modelpatch.backbone.preprocess import IMAGE_SUFFIXES, find_images
-from modelpatch.backbone.text import PACKAGES
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
+from modelpatch.backbone.text_tower import PACKAGES
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.cli.options import (
     AlphaOption,
     ArgumentOption,
@@ -29,12 +30,14 @@ from modelpatch.cli.options import (
     read_answering,
 )
 from modelpatch.cli.outputs import JsonOption, check_pictures, make_folder, open_console, read_names, tell, write_json
-from modelpatch.engine import Answers, Engine, Tuning, describe_step
-from modelpatch.engine.engine import BASE
-from modelpatch.engine.overlay import draw_answer, encode_png
+from modelpatch.engine.cascade import Cascade
+from modelpatch.engine.describe import describe_step
+from modelpatch.engine.engine import BASE, Engine
+from modelpatch.engine.stream import Answers
 from modelpatch.errors import CascadeError, DataError, ModelpatchError
-from modelpatch.patch import Cascade, Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.report.tables import prediction_table, show, timing_table
+from modelpatch.tasks.overlay import draw_answer, encode_png
 from modelpatch.text import count_of, file_name
 from modelpatch.train.progress import Progress
 

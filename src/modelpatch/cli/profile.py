@@ -12,7 +12,7 @@ from modelpatch.cli.options import Network, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
 from modelpatch.cli.selecting import FoldsOption, HalvingOption, MethodOption, Study, parse_counts
 from modelpatch.errors import ModelpatchError
-from modelpatch.methods import make_method
+from modelpatch.methods.registry import make_method
 from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
 from modelpatch.report.tables import show
 from modelpatch.select import profile as run_profile

@@ -13,8 +13,10 @@ from modelpatch.cli.outputs import make_folder, open_console, tell
 from modelpatch.errors import TrainingError
 from modelpatch.report.plots import check_matplotlib
 from modelpatch.report.tables import NAME_WIDTH, new_table, show
-from modelpatch.reproduce import RECIPES, Bench, Sources, choose
+from modelpatch.reproduce.bench import Bench
+from modelpatch.reproduce.data import Sources
 from modelpatch.reproduce.pages import settings_line, terminal_tables, write_outcome, write_page
+from modelpatch.reproduce.registry import RECIPES, choose
 
 
 def reproduce(

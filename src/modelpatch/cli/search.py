@@ -14,9 +14,9 @@ from modelpatch.cli.selecting import FoldsOption, HalvingOption, Limits, Study
 from modelpatch.methods.registry import split_outside
 from modelpatch.report.search import left_out_table, plot_search, search_table
 from modelpatch.report.tables import percent, show
-from modelpatch.select import added_latency
 from modelpatch.select import search as run_search
-from modelpatch.select.search import METHODS
+from modelpatch.select.latency import added_latency
+from modelpatch.select.searching import METHODS
 
 
 @grouped

@@ -11,12 +11,11 @@ from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, PatchFile, SetOption, Training, parse_pairs
 from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
 from modelpatch.cli.selecting import FoldsOption, HalvingOption, Limits, MethodOption, Study
-from modelpatch.methods import make_method
+from modelpatch.methods.registry import make_method
 from modelpatch.report.selection import plot_order, round_table, selection_table
 from modelpatch.report.tables import show
-from modelpatch.select import Greedy
-from modelpatch.select import select as run_select
-from modelpatch.select.greedy import Rule, Start
+from modelpatch.select.greedy import Greedy, Rule, Start
+from modelpatch.select.greedy import select as run_select
 
 
 @grouped

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.cli.options import Network, PatchFile, Training
 from modelpatch.cli.outputs import check_file, tell
+from modelpatch.data.task import Task, load_task
 from modelpatch.errors import ModelpatchError
 from modelpatch.select.budget import parse_bytes, parse_latency
 from modelpatch.select.cluster import LOCAL
 from modelpatch.select.latency import is_busy
-from modelpatch.train import TaskData, load_task
 
 MethodOption = Annotated[
     str, typer.Option("--method", "-m", help="What is done to the chosen blocks; any method, with + for several.")
@@ -116,7 +116,7 @@ class OpenStudy:
     """A study about to begin; `options` are what `profile`, `select` and `search` take alike."""
 
     backbone: Backbone
-    task: TaskData
+    task: Task
     options: dict[str, Any]
 
     @property

@@ -18,9 +18,9 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import open_console, tell
+from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.engine import BASE
 from modelpatch.errors import ServeError
-from modelpatch.patch import Cascade
 from modelpatch.serve.run import check_libraries, serve_forever
 from modelpatch.serve.settings import Settings
 

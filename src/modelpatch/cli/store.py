@@ -10,8 +10,8 @@ import typer
 from modelpatch.atomic import write_bytes
 from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
 from modelpatch.errors import ModelpatchError, StoreError
-from modelpatch.patch import Store
 from modelpatch.report.tables import show, version_table, versions_table
+from modelpatch.store.store import Store
 from modelpatch.train.progress import Progress
 
 store = typer.Typer(

@@ -12,7 +12,8 @@ from rich.markup import escape
 from modelpatch.cli.options import ArgumentOption, PatchBackboneOption, backbone_of, parse_arguments
 from modelpatch.cli.outputs import JsonOption, open_console, write_json
 from modelpatch.errors import BackboneError, MissingExtraError, ModelpatchError
-from modelpatch.patch import Patch, PatchedModel
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
 
 COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
 

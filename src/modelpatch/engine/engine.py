@@ -20,13 +20,14 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Preprocessing, clone_module
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.frozen import FrozenBackbone, sample
-from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
 from modelpatch.engine.links import PartLink, SegmentLink
-from modelpatch.engine.measure import least_seconds, measure
+from modelpatch.engine.measuring import least_seconds, measure
 from modelpatch.engine.plan import Link, Plan, Rows, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
@@ -34,7 +35,7 @@ from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.errors import EngineError, UnknownTaskError
-from modelpatch.patch.task import Kind
+from modelpatch.tasks.record import Kind
 
 BASE = "base"
 PROGRAMS = 128
@@ -108,7 +109,7 @@ class Engine:
         return self._find(self._tasks, task).classes
 
     def kind(self, task: str) -> Kind:
-        """What kind of answer a task gives, see `modelpatch.patch.task`."""
+        """What kind of answer a task gives, see `modelpatch.tasks.record`."""
         return self._find(self._tasks, task).kind
 
     def preprocessing(self, task: str) -> Preprocessing:
@@ -255,7 +256,7 @@ class Engine:
         latency: float | None = None,
     ) -> dict[str, Tensor] | list[Tensor]:
         """Logits (B, K) by task for all tasks, or for those in `only`; with `tasks`, one a row, a list of (K,). Tasks that are
-        no classification answer as `modelpatch.patch.task` says: logits (B, K, H, W), boxes (B, N, 6).
+        no classification answer as `modelpatch.tasks.record` says: logits (B, K, H, W), boxes (B, N, 6).
 
         `images` are files or pictures, which every task sees through its own preprocessing; or a batch (B, 3, H, W) that is
         normalised already, for tasks that normalise alike; or such batches by preprocessing, as `read` gives them.

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.errors import EngineError
 
 Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]

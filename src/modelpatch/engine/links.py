@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from modelpatch.backbone import Segment
-from modelpatch.patch import BoundPart
+from modelpatch.backbone.chain import Segment
+from modelpatch.engine.resident import BoundPart
 
 
 @dataclass(frozen=True, eq=False)

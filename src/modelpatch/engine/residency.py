@@ -19,9 +19,9 @@ import torch
 
 from modelpatch.backbone.frozen import casting, freeze, sample
 from modelpatch.backbone.tuning import Module, Tuning
+from modelpatch.engine.resident import BoundPart
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import BudgetError
-from modelpatch.patch import BoundPart
 
 OFTEN = 3
 

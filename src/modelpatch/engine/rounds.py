@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.plan import Rows
 from modelpatch.engine.task import EngineTask, Stage, bind_one, cost, count_alike, fresh
 from modelpatch.errors import EngineError
-from modelpatch.patch import Cascade
 
 Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Mapping[Hashable, Tensor]], dict[str, Tensor]]
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import ImageSource, find_images
+from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, find_images
 from modelpatch.engine.inputs import check_sources
 from modelpatch.errors import DataError, EngineError
 

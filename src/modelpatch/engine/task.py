@@ -15,14 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.plan import Link, Member
+from modelpatch.engine.resident import BoundPart, BoundPatch
 from modelpatch.errors import EngineError, WrongBackboneError
-from modelpatch.patch import BoundPart, BoundPatch, Cascade, LinearHead, Patch
-from modelpatch.patch.cascade import Confidence, is_cascade
-from modelpatch.patch.heads import reads_maps
-from modelpatch.patch.task import Kind
+from modelpatch.heads.base import LinearHead, reads_maps
+from modelpatch.patch.contents import Patch
+from modelpatch.tasks.record import Kind
 
 AnyPatch = Patch | BoundPatch | str | Path
 Given = AnyPatch | Sequence[AnyPatch] | Cascade

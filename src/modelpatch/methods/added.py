@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
+from modelpatch.heads.base import Decoder
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Batch, Batches, Method
 from modelpatch.methods.wrapped import Wrapped
-from modelpatch.patch import Decoder, PatchedModel
+from modelpatch.patch.model import PatchedModel
 
 
 def with_loss(method: Method, keeper: Keeper) -> WithLoss:

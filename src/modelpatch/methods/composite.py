@@ -16,10 +16,12 @@ from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods.method import Batch, Batches, Head, Method, Optimizer, Trainable
-from modelpatch.patch import Blueprint, PatchedModel, Reweighting
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.changes import Reweighting
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)

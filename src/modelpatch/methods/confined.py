@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.composite import Composite
 from modelpatch.methods.method import Method
 from modelpatch.methods.subset import find_segments
 from modelpatch.methods.wrapped import Wrapped
-from modelpatch.patch import Blueprint, Graft, Reweighting
+from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.changes import Reweighting
 
 
 def confine(method: Method, blocks: Sequence[str]) -> Method:

@@ -22,14 +22,14 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import channels_first, count_macs
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
 from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.residual import Edge, Stage, find_stages
-from modelpatch.patch import Blueprint, Graft, PatchedModel
-from modelpatch.patch.blueprint import Span
+from modelpatch.patch.blueprint import Blueprint, Graft, Span
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.errors import MethodError
 from modelpatch.methods.residual import Edge, form_of, skip_edges, split_block
-from modelpatch.patch import register_graft
+from modelpatch.patch.blueprint import register_graft
 
 GRAFT = "delta"
 MAX_CHANNELS = 8192  # a file that asks for more is refused before memory is

@@ -14,10 +14,10 @@ from typing import ClassVar
 from pydantic import PositiveFloat
 from torch import nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.method import Method
-from modelpatch.patch import Blueprint
+from modelpatch.patch.blueprint import Blueprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.methods.method import Method, learn_statistics
 from modelpatch.methods.subset import Statistics, own_segments
-from modelpatch.patch import Blueprint, PatchedModel
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
+from modelpatch.heads.base import DraftHead, HeadRecord, pooled_width
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.subset import find_segments
-from modelpatch.patch import DraftHead, HeadRecord, PatchedModel, pooled_width
+from modelpatch.patch.model import PatchedModel
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

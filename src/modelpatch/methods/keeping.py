@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelpatch.methods.method import Batch, Batches
-from modelpatch.patch import PatchedModel
+from modelpatch.patch.model import PatchedModel
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # normalised images (B, C, H, W) and their classes (B,)
 

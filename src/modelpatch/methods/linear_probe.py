@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.methods.method import Method
-from modelpatch.patch import Blueprint
+from modelpatch.patch.blueprint import Blueprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,14 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Segment, clone_module
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment
+from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError
 from modelpatch.methods.method import Method
 from modelpatch.methods.subset import find_segments
-from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.model import PatchedModel
 
 GRAFT = "lora"
 ADAPTER = "default"  # what peft calls the one set of updates a layer has here

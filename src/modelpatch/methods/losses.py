@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.heads.base import pooled_axes
 from modelpatch.methods.keeping import Keeper, Labelled, pull_head, run_features
 from modelpatch.methods.method import Batch, Batches
-from modelpatch.patch import PatchedModel
-from modelpatch.patch.heads import pooled_axes
+from modelpatch.patch.model import PatchedModel
 
 
 class FeatureLoss(Keeper):

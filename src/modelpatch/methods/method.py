@@ -22,9 +22,12 @@ from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, V
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.patch import Blueprint, Decoder, Graft, LinearHead, PatchedModel, Reweighting, SiameseHead
+from modelpatch.heads.base import Decoder, LinearHead, SiameseHead
+from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.changes import Reweighting
+from modelpatch.patch.model import PatchedModel
 
 Batches = Callable[[], Iterable[Tensor]]
 Head = Literal["trained", "random", "siamese"]

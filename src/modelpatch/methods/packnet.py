@@ -18,11 +18,14 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.piggyback import weight_names
-from modelpatch.patch import Blueprint, Patch, PatchedModel, Reweighting
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.changes import Reweighting
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

@@ -19,13 +19,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
+from modelpatch.heads.base import Decoder
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Batch, Batches
-from modelpatch.patch import Decoder, Patch, PatchedModel
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Method, Optimizer
 from modelpatch.methods.scale_bias import norm_tensors
-from modelpatch.patch import Blueprint, Patch, Reweighting
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.changes import Reweighting
+from modelpatch.patch.contents import Patch
 
 Scaling = Literal["none", "mean", "weight"]
 NORM_LR = 1e-2

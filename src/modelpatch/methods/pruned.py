@@ -23,10 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modelpatch.backbone import Backbone, Segment
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError
 from modelpatch.methods.subset import RUNNING, Subset, find_segments, start_at
-from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.model import PatchedModel
 
 GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together

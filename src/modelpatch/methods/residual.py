@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from modelpatch.backbone import Chain, Segment
+from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import UntraceableBackboneError
 

@@ -17,10 +17,12 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modelpatch.backbone import Backbone, Segment
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Batches, Method, learn_statistics, own_batch_norms
-from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.model import PatchedModel
 
 GRAFT = "channel-affine"
 

@@ -18,10 +18,12 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import nn
 
-from modelpatch.backbone import Backbone, Chain, Segment
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.method import Method, learn_statistics
-from modelpatch.patch import Blueprint, PatchedModel
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.model import PatchedModel
 
 Statistics = Literal["frozen", "learned"]
 RUNNING = ("running_mean", "running_var")

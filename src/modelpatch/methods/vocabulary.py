@@ -25,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
-from modelpatch.backbone.text import TextTower, load_text
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.text_tower import TextTower, load_text
 from modelpatch.errors import BackboneError, DataError
-from modelpatch.patch import CosineHead, MethodRecord, Patch, Task
+from modelpatch.heads.base import CosineHead
+from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.tasks.record import TaskRecord
 
 TEMPLATES = ("a photo of a {}.",)
 SCALE = 40.0  # of cosines: the least cross-entropy on the training images of imagenette and caltech101 (MobileNetV2)
@@ -87,7 +89,7 @@ class Vocabulary:
         head = self.head(labels)
         tensors = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith("head.")}
         tensors["head.weight"] = head.weight.detach().cpu()
-        task = Task(name=patch.task.name, classes=tuple(labels))
+        task = TaskRecord(name=patch.task.name, classes=tuple(labels))
         return replace(patch, task=task, head=head.record, tensors=tensors, int8=patch.int8 & tensors.keys())
 
     def mark(self, patch: Patch) -> Patch:

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Segment
-from modelpatch.backbone.chain import channels_first
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment, channels_first
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.method import Method
 from modelpatch.methods.residual import SplitBlock, split_block
 from modelpatch.methods.subset import find_segments
-from modelpatch.patch import Blueprint, Graft, PatchedModel, register_graft
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.model import PatchedModel
 
 GRAFT = "widened"
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.methods.method import Batch, Batches, Method, Trainable
-from modelpatch.patch import Blueprint, PatchedModel, Reweighting
+from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.changes import Reweighting
+from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)

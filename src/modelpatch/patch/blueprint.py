@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from modelpatch.backbone import Chain
+from modelpatch.backbone.chain import Chain
 from modelpatch.errors import ForeignTensorError, UnknownGraftError
 from modelpatch.text import Facts
 

@@ -36,8 +36,8 @@ from modelpatch.errors import (
     UnknownPatchVersionError,
 )
 from modelpatch.patch.codec import pack, unpack
+from modelpatch.patch.contents import Header, Patch
 from modelpatch.patch.entropy import MAX_BITS
-from modelpatch.patch.patch import Header, Patch
 from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, first_problem
 
 VERSION = 1

@@ -15,9 +15,9 @@ from modelpatch.patch.entropy import entropy_bits
 from modelpatch.patch.file import encode_patch
 
 if TYPE_CHECKING:
-    from modelpatch.backbone import Chain
+    from modelpatch.backbone.chain import Chain
     from modelpatch.patch.blueprint import Span
-    from modelpatch.patch.patch import Patch
+    from modelpatch.patch.contents import Patch
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What people look at: tables, pictures and the HTML report."""
+"""Tables, pictures and the HTML report."""

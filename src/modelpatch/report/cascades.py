@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from modelpatch.recipes.cascading import CascadeResult, Figures
 from modelpatch.report.plots import BLUE, ORANGE, figure
 from modelpatch.report.tables import new_table, percent
-from modelpatch.select.cascading import CascadeResult, Figures
 
 
 def cascade_table(result: CascadeResult) -> Table:

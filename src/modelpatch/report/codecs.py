@@ -11,13 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
-from modelpatch.patch import DELTA_CODECS, MethodRecord, Patch, extract
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.convert import extract
+from modelpatch.convert.calibrate import calibrate
+from modelpatch.convert.extraction import DELTA_CODECS
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Task
+from modelpatch.patch.contents import MethodRecord, Patch
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train import TaskData
-from modelpatch.train.calibrate import calibrate
-from modelpatch.train.evaluate import MEMORY, evaluate_classes
-from modelpatch.train.images import ImageStore
+from modelpatch.train.evaluation import MEMORY, evaluate_classes
 
 SIZED = ("sign", "two-bit")  # codecs whose sizes can be learned
 CALIBRATED = ", calibrated"  # what their rows are called then
@@ -37,7 +39,7 @@ class CodecRow:
 def compare_codecs(
     backbone: Backbone,
     state: Mapping[str, Tensor],
-    data: TaskData,
+    data: Task,
     codecs: Sequence[str] = DELTA_CODECS,
     advance: Callable[[int], None] = lambda _: None,
     calibration: int = 0,
@@ -67,7 +69,7 @@ def compare_codecs(
     return rows, patches
 
 
-def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: TaskData, steps: int) -> Patch:
+def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: Task, steps: int) -> Patch:
     """The patch with sizes that were learned on the task's training images."""
     store = ImageStore(data.train, patch.preprocessing, MEMORY)
 

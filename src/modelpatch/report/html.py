@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 
 from modelpatch.atomic import write_bytes
+from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison
 from modelpatch.report.tables import comparison_cells
-from modelpatch.train import Comparison
 
 STYLE = """
 :root { color-scheme: light dark; }

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from modelpatch.recipes.frontier import Frontier
+from modelpatch.recipes.painting import Painting
+from modelpatch.recipes.tradeoff import Point
 from modelpatch.report.plots import BLUE, ORANGE, figure
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train.frontier import Frontier
-from modelpatch.train.paint import Painting
-from modelpatch.train.tradeoff import Point
 
 SHOWN = 24  # mixtures in a table
 

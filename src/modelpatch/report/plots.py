@@ -10,8 +10,9 @@ from typing import Any
 
 from modelpatch.errors import MissingExtraError, ModelpatchError
 from modelpatch.patch.inspect import Inspection
+from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.labels import arrange, is_far
-from modelpatch.train import Comparison, Evaluation, Segmentation
+from modelpatch.tasks.measures import Evaluation, Segmentation
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
 LABEL = {

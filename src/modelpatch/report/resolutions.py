@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from modelpatch.recipes.sharing import SharingComparison
 from modelpatch.report.plots import figure
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train.evaluate import Mean
-from modelpatch.train.sharing import SharingComparison
+from modelpatch.train.evaluation import Mean
 
 
 def sharing_cells(comparison: SharingComparison) -> tuple[list[str], list[list[str]]]:

@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.backbone.preprocess import ImageSource, open_image
+from modelpatch.backbone.preprocessing import ImageSource, open_image
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.selection import accuracy
 from modelpatch.report.tables import NAME_WIDTH, new_table, percent
 from modelpatch.select.active import Curves, Pick
-from modelpatch.select.search import Search
+from modelpatch.select.searching import Search
 
 SHOWN = 24  # rows of a search's table
 TILE, CAPTION, COLUMNS = 128, 30, 8  # pixels, pixels, tiles

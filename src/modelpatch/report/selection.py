@@ -11,7 +11,7 @@ from rich.table import Table
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import NAME_WIDTH, new_table, percent
 from modelpatch.select.greedy import Round, Selection
-from modelpatch.select.profile import Profile, ProfileRow
+from modelpatch.select.profiling import Profile, ProfileRow
 from modelpatch.select.study import Score
 
 

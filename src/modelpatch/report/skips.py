@@ -9,15 +9,15 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.images import ImageStore
+from modelpatch.data.task import Split
 from modelpatch.errors import MethodError
-from modelpatch.methods import SkipWeights, skip_weights
+from modelpatch.methods.delta import SkipWeights, skip_weights
 from modelpatch.methods.delta_stage import GRAFT
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import NAME_WIDTH, new_table
-from modelpatch.train import Split
-from modelpatch.train.images import ImageStore
 
 MEMORY = 2 * 2**30
 MAX_LABELS = 60

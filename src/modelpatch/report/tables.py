@@ -14,14 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from modelpatch.engine import Timing, describe_step
-from modelpatch.patch import Version
-from modelpatch.patch.diff import Difference
+from modelpatch.convert.difference import Difference
+from modelpatch.engine.describe import describe_step
+from modelpatch.engine.program import Timing
 from modelpatch.patch.inspect import Inspection, Part
-from modelpatch.patch.task import METRICS
+from modelpatch.recipes.comparison import Comparison, Row
+from modelpatch.recipes.multitask import Multitask
+from modelpatch.store.version import Version
+from modelpatch.tasks.record import METRICS
 from modelpatch.text import count_of
-from modelpatch.train import Comparison, Multitask
-from modelpatch.train.compare import Row
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}

@@ -18,13 +18,15 @@ from statistics import fmean
 
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import DataError
-from modelpatch.methods import Method, with_loss
+from modelpatch.methods.added import with_loss
 from modelpatch.methods.losses import Confusion, UniformPrior
+from modelpatch.methods.method import Method
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import TaskData, evaluate
+from modelpatch.train import evaluate
 
 HOSTS = ("source only", "Uniform Prior", "ADDA-like")
 PACS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon", "pacs_sketch")
@@ -60,7 +62,7 @@ def _adapt(
     return {column: 100 * fmean(evaluate(backbone, patch, other).score for other in others)}
 
 
-def _hosted(bench: Bench, backbone: Backbone, targets: list[TaskData], host: str, method: Method, seed: int) -> Method:
+def _hosted(bench: Bench, backbone: Backbone, targets: list[Task], host: str, method: Method, seed: int) -> Method:
     strength = bench.scale.options["strength"]
     if host == "Uniform Prior":
         return with_loss(method, UniformPrior(strength=strength))

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from modelpatch.backbone import Backbone
-from modelpatch.patch import Patch
-from modelpatch.patch.export import state_dict_of
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.convert.export import state_dict_of
+from modelpatch.patch.contents import Patch
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:

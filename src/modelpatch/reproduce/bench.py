@@ -14,18 +14,20 @@ from typing import Any, TypeVar, cast
 import torch
 
 import modelpatch
-from modelpatch.backbone import Backbone, load_backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.data.task import Split, Task, stratified
 from modelpatch.errors import TrainingError
-from modelpatch.methods import Method, make_method
-from modelpatch.patch import Patch
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import Patch
+from modelpatch.recipes.scoring import Scorer
 from modelpatch.reproduce.data import Sources
 from modelpatch.reproduce.outcome import Outcome
 from modelpatch.reproduce.recipe import Recipe
 from modelpatch.select.journal import Journal
-from modelpatch.train import Split, TaskData, fit
-from modelpatch.train.data import stratified
+from modelpatch.train import fit
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.scoring import Scorer
 
 T = TypeVar("T")
 PARTS = "parts.jsonl"
@@ -86,11 +88,11 @@ class Bench:
             kept = self._made["latest", name] = (key, make())
         return cast(T, kept[1])
 
-    def task(self, name: str) -> TaskData:
+    def task(self, name: str) -> Task:
         """A data set of the scale, with as many images as it takes."""
         return self.once(("task", name), lambda: self._load(name))
 
-    def tasks(self) -> dict[str, TaskData]:
+    def tasks(self) -> dict[str, Task]:
         """All data sets of the scale, by name."""
         return {name: self.task(name) for name in self.scale.data}
 
@@ -104,18 +106,18 @@ class Bench:
         """The method behind a row."""
         return make_method(self.scale.methods[row])
 
-    def settings(self, data: TaskData, seed: int) -> dict[str, Any]:
+    def settings(self, data: Task, seed: int) -> dict[str, Any]:
         """The settings of a fit on this data; as many epochs as make the scale's steps, if it has any."""
         given = {**self.scale.fit, "seed": seed}
         if self.scale.steps is not None:
             given["epochs"] = max(1, math.ceil(self.scale.steps * given.get("batch_size", 32) / len(data.train)))
         return given
 
-    def fit(self, backbone: Backbone, data: TaskData, method: Method, seed: int) -> Patch:
+    def fit(self, backbone: Backbone, data: Task, method: Method, seed: int) -> Patch:
         """A patch under the scale's settings."""
         return fit(backbone, data, method, **self.settings(data, seed))
 
-    def accuracy(self, backbone: Backbone, data: TaskData, method: Method, seed: int) -> float:
+    def accuracy(self, backbone: Backbone, data: Task, method: Method, seed: int) -> float:
         """Top-1 in percent on the test images of a patch under the scale's settings."""
         return 100 * self.fit(backbone, data, method, seed).metrics["test_top1"]
 
@@ -127,7 +129,7 @@ class Bench:
     def batch_size(self) -> int:
         return self.scale.fit.get("batch_size", 32)
 
-    def _load(self, name: str) -> TaskData:
+    def _load(self, name: str) -> Task:
         data = self.sources.load(name)
         if self.scale.images is not None:
             data = data.subsample(self.scale.images)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelpatch.data.task import Task, load_task
 from modelpatch.errors import DataError
-from modelpatch.train import TaskData, load_task
 
 READING: Mapping[str, Mapping[str, Any]] = {  # what data sets do not say themselves
     "camvid": {"ignore": 11},
@@ -56,7 +56,7 @@ class Sources:
         self.check({"this recipe": [name]})
         return str(self._unpack(name))
 
-    def load(self, name: str) -> TaskData:
+    def load(self, name: str) -> Task:
         """The data set as a task. Raises `DataError` where it is not there or cannot be read."""
         return load_task(self.find(name), name=name.rpartition(":")[2], **READING.get(name, {}))
 

@@ -18,7 +18,7 @@ from modelpatch.reproduce.parts import short
 from modelpatch.reproduce.patching import FOUR
 from modelpatch.reproduce.piggyback import ADAM, INDIVIDUAL, MASKS, PAPER, SGD
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train.measures import check_metrics
+from modelpatch.tasks.measures import check_metrics
 
 FROZEN = "frozen backbone"
 METHODS = {FROZEN: "linear-probe(head_lr=0.003)", FOUR: "delta(modules=4,head_lr=0.003)"}

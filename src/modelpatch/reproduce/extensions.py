@@ -17,9 +17,10 @@ from dataclasses import replace
 from functools import partial
 
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine import Engine
-from modelpatch.methods import Method, confine
-from modelpatch.patch import Patch
+from modelpatch.engine.engine import Engine
+from modelpatch.methods.confined import confine
+from modelpatch.methods.method import Method
+from modelpatch.patch.contents import Patch
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import names, short
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe
@@ -34,8 +35,9 @@ from modelpatch.reproduce.subtuning import (
     SMALL_ENDS,
     TUNED,
 )
-from modelpatch.select import added_latency, simulate
+from modelpatch.select.active import simulate
 from modelpatch.select.budget import draft_patch
+from modelpatch.select.latency import added_latency
 
 
 def _top1(bench: Bench, row: str, blocks: tuple[str, ...], seed: int) -> float:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from modelpatch.recipes.multitask import fit_multitask
 from modelpatch.reproduce.adaptation import PACS
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import fit_multitask
 
 ALONE = "alone"
 HEADS, PRIVATE = "shared, local heads", "shared, local scale and bias"

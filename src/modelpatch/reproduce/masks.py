@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modelpatch.backbone import load_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import TrainingError
-from modelpatch.methods import PackNet
-from modelpatch.patch import Patch
+from modelpatch.methods.packnet import PackNet
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.inspect import Inspection
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, short, top1

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelpatch.reproduce.recipe import Claim, Recipe
-from modelpatch.train.evaluate import Mean
+from modelpatch.train.evaluation import Mean
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,18 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from modelpatch.backbone.text import OWN
-from modelpatch.methods import Paint
+from modelpatch.backbone.text_tower import OWN
+from modelpatch.data.task import Task
+from modelpatch.heads.base import CosineHead
+from modelpatch.methods.paint import Paint
 from modelpatch.methods.vocabulary import SCALE, vocabulary_of
-from modelpatch.patch import CosineHead
+from modelpatch.recipes import paint
+from modelpatch.recipes.painting import HeadMaker, Painting, PaintSettings
+from modelpatch.recipes.tradeoff import Point, Rule, alphas
+from modelpatch.recipes.transfer import split_classes
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import names, short
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import Painting, PaintSettings, TaskData, paint
-from modelpatch.train.paint import HeadMaker
-from modelpatch.train.tradeoff import Point, Rule, alphas
-from modelpatch.train.transfer import split_classes
 
 SUPPORTED, PATCHED, MEAN, CHOSEN = "supported", "patched", "mean of both", "mean of both, alpha chosen"
 JOINT, SEQUENTIAL, PARALLEL, PLAIN = "joint", "sequential", "parallel", "sequential, no interpolation"
@@ -72,7 +73,7 @@ def painted(
     patched: tuple[str, ...],
     exploration: PaintSettings,
     seed: int,
-    supported: Sequence[TaskData] = (),
+    supported: Sequence[Task] = (),
 ) -> Painting:
     """PAINT on some data sets, the scale's supported one held, or those given."""
     tasks = [bench.task(name) for name in patched]
@@ -244,7 +245,7 @@ def transferred(bench: Bench, name: str, seed: int) -> dict[str, float]:
     }
 
 
-def open_heads(bench: Bench, tasks: Sequence[TaskData], seed: int) -> HeadMaker:
+def open_heads(bench: Bench, tasks: Sequence[Task], seed: int) -> HeadMaker:
     """Heads of any of these tasks' classes that nothing trains: of words, or of the means of the base's features.
 
     Means are of features of unit length over a class's training images; what all of them have in common is taken away.

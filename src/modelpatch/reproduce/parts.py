@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from modelpatch.methods import Method
+from modelpatch.data.task import Task
+from modelpatch.methods.method import Method
 from modelpatch.reproduce.backbones import untrained
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.recipe import Figures, Part
-from modelpatch.train import TaskData, evaluate
+from modelpatch.train import evaluate
 
 Measure = Callable[[Bench, str, str, int], float]  # a row, a data set and a seed to a figure
 
@@ -51,7 +52,7 @@ def top1_over_random(bench: Bench, row: str, name: str, seed: int) -> float:
     return bench.accuracy(random, bench.task(name), bench.method(row), seed)
 
 
-def held_out(bench: Bench, name: str, seed: int) -> TaskData:
+def held_out(bench: Bench, name: str, seed: int) -> Task:
     """The data set with a fifth of its training images held out, to choose by."""
     return bench.once(("held out", name, seed), lambda: bench.task(name).with_validation(0.2, seed))
 

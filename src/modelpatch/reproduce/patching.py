@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
-from modelpatch.methods import Paint
+from modelpatch.data.joining import accuracy_by_task, join_tasks
+from modelpatch.methods.paint import Paint
+from modelpatch.recipes import paint
+from modelpatch.recipes.painting import Painter, PaintSettings
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, names, short, top1
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import PaintSettings, harmonic_mean, join_tasks, paint
-from modelpatch.train.evaluate import evaluate_classes
-from modelpatch.train.joining import accuracy_by_task
-from modelpatch.train.paint import Painter
+from modelpatch.train.evaluation import evaluate_classes, harmonic_mean
 
 PROBE, NAIVE, FAIR = "linear probe", "PAINT, naive", "PAINT, fair"
 ONE, TWO, FOUR = "Δ(1)", "Δ(2)", "Δ(4)"

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.reproduce.backbones import retrained, untrained
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, short, top1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelpatch.methods import make_method
+from modelpatch.methods.registry import make_method
 from modelpatch.train.settings import check_settings
 
 if TYPE_CHECKING:

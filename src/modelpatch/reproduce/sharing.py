@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.methods import FullFinetune
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.recipes.cascading import cascade
+from modelpatch.recipes.multires import MultiResolution, fit_multires
+from modelpatch.recipes.multitask import fit_multitask
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.normalisation import RMSPROP, SLIM
 from modelpatch.reproduce.parts import short
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.select.cascading import cascade
-from modelpatch.train import MultiResolution, fit_multires, fit_multitask
 
 PRIVATE, SHARED, INDEPENDENT = "private S/B", "all shared", "independent"
 SHARINGS = {PRIVATE: "private", SHARED: "shared", INDEPENDENT: "independent"}

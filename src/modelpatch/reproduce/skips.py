@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from modelpatch.methods.residual import Edge, skip_edges
-from modelpatch.patch import BackboneRecord, Task
+from modelpatch.patch.contents import BackboneRecord
 from modelpatch.report.skips import measure_skips
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, names, top1
@@ -23,6 +23,7 @@ from modelpatch.reproduce.patching import FOUR, ONE, PROBE, TWO
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
 from modelpatch.select.budget import draft_patch
 from modelpatch.select.trials import file_bytes
+from modelpatch.tasks.record import TaskRecord
 
 CARS_TO_STL = ("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10")
 
@@ -255,7 +256,7 @@ def _patch_size(bench: Bench, number: int, name: str, row: str) -> Figures:
     """Thousands of parameters without those of the head, kilobytes of the file with them."""
     backbone, method = bench.backbone(number), bench.method(row)
     classes = tuple(map(str, range(bench.scale.options["classes"])))
-    patch = draft_patch(backbone, Task(name="size", classes=classes), method, backbone.input_size[1])
+    patch = draft_patch(backbone, TaskRecord(name="size", classes=classes), method, backbone.input_size[1])
     return {name: method.count_parameters(backbone) / 1000, f"{name}, file": file_bytes(patch) / 1000}
 
 

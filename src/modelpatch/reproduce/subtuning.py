@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from modelpatch.methods import confine
+from modelpatch.data.task import Split, Task, stratified
+from modelpatch.methods.confined import confine
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, held_and_test, held_out, short, top1
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.select import Greedy, select
-from modelpatch.train import Split, TaskData, corrupted
-from modelpatch.train.corruptions import KINDS
-from modelpatch.train.data import stratified
+from modelpatch.select.greedy import Greedy, select
+from modelpatch.train.corruptions import KINDS, corrupted
 
 SETS = ("cifar10", "cifar100", "flowers102", "stanford_cars")
 ADAMW = "weight_decay=0.01"
@@ -62,7 +61,7 @@ STAGES = {"greedy": {"stages": True}, "folds": 2, "max_blocks": 3}  # a search t
 BY_FOLDS: dict[str, Any] = {"greedy": {}, "folds": 5, "max_blocks": None}
 
 
-def subtuned(bench: Bench, data: TaskData, seed: int) -> float:
+def subtuned(bench: Bench, data: Task, seed: int) -> float:
     """Top-1 of the blocks that the greedy search chooses, trained on all training images."""
     greedy = Greedy(**bench.scale.options["greedy"], ends=False)  # the paper compares with no other set
     how = {name: bench.scale.options[name] for name in ("folds", "max_blocks")}
@@ -199,7 +198,7 @@ def _on_corrupted(bench: Bench, row: str, kind: str, seed: int) -> Figures:
     return {kind: bench.accuracy(bench.backbone(), data, bench.method(row), seed)}
 
 
-def _shifted(bench: Bench, kind: str, seed: int) -> TaskData:
+def _shifted(bench: Bench, kind: str, seed: int) -> Task:
     """Corrupted test images as a task of its own: a share to train on, the others to test."""
     name = bench.scale.data[0]
     data = bench.task(name)

@@ -17,15 +17,16 @@ from functools import partial
 
 from torch import nn
 
-from modelpatch.backbone import Backbone
-from modelpatch.methods import Method, with_loss
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
+from modelpatch.methods.added import with_loss
 from modelpatch.methods.keeping import L2, Keeper, LwF
 from modelpatch.methods.losses import BSS, DELTA, Custom, contrast_classes
+from modelpatch.methods.method import Method
 from modelpatch.reproduce.backbones import retrained
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import each, top1_over_random
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe, Scale
-from modelpatch.train import TaskData
 
 FINE = ("cub200", "stanford_cars", "fgvc_aircraft")
 RATES = (15, 30, 50, 100)  # percent
@@ -34,7 +35,7 @@ TLL = {"batch_size": 48, "schedule": "step", "drops": (0.6,), "warmup": 0.0, "au
 TUNED, JOINT, TOP, HEAD = "fine-tuning", "fine-tuning + Δ", "fine-tuned, then Δ", "fine-tuned, then a head"
 
 
-def sample(data: TaskData, percent: int, seed: int) -> TaskData:
+def sample(data: Task, percent: int, seed: int) -> Task:
     """The task with this share of every class's training images."""
     return data.subsample(round(len(data.train) * percent / 100), seed)
 
@@ -160,7 +161,7 @@ def _with_host(bench: Bench, host: str, kind: str, name: str, percent: int, seed
     return {column: bench.accuracy(backbone, data, with_loss(method, keeper()) if keeper else method, seed)}
 
 
-def keepers(bench: Bench, backbone: Backbone, data: TaskData, seed: int) -> dict[str, Callable[[], Keeper]]:
+def keepers(bench: Bench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Keeper]]:
     """What makes each host's loss, at usual strengths."""
     scorer = bench.scorer(backbone, seed)
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from modelpatch.methods import confine
+from modelpatch.data.task import Task
+from modelpatch.methods.confined import confine
 from modelpatch.reproduce.bench import Bench
 from modelpatch.reproduce.parts import held_out, names, short
 from modelpatch.reproduce.recipe import Claim, Figures, Part, Recipe
@@ -34,14 +35,13 @@ from modelpatch.reproduce.subtuning import (
     subtuned,
 )
 from modelpatch.select.candidates import units
-from modelpatch.select.profile import profile_units
+from modelpatch.select.profiling import profile_units
 from modelpatch.select.study import open_study
-from modelpatch.train import TaskData
 
 Unit = tuple[str, ...]  # the names of blocks that are tuned together
 
 
-def winners(bench: Bench, data: TaskData, groups: Mapping[str, Sequence[Unit]], seed: int) -> dict[str, Unit]:
+def winners(bench: Bench, data: Task, groups: Mapping[str, Sequence[Unit]], seed: int) -> dict[str, Unit]:
     """The unit of every group that does best on held-out images."""
     every = list(dict.fromkeys(itertools.chain.from_iterable(groups.values())))
     how = {"title": bench.recipe.name, "folds": bench.scale.options["folds"], "same_steps": True}

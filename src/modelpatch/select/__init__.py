@@ -1,24 +1,5 @@
-"""What to patch: profiles of blocks, greedy selection, active learning, and patches that keep a budget."""
+"""Selection of what to patch: profiles of blocks, greedy choice, search, active learning."""
 
-from modelpatch.select.active import Curves, Pick, pick, simulate
-from modelpatch.select.budget import Budget
-from modelpatch.select.greedy import Greedy, Selection, select
-from modelpatch.select.latency import added_latency
-from modelpatch.select.profile import Profile, profile
-from modelpatch.select.search import Search, search
+import lazy_loader
 
-__all__ = [
-    "Budget",
-    "Curves",
-    "Greedy",
-    "Pick",
-    "Profile",
-    "Search",
-    "Selection",
-    "added_latency",
-    "pick",
-    "profile",
-    "search",
-    "select",
-    "simulate",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

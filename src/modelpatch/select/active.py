@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
-from modelpatch.backbone.preprocess import ImageSource
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import ImageSource
+from modelpatch.data.images import choose_augmentation
+from modelpatch.data.task import Split, Task, check_classification
 from modelpatch.errors import DataError
-from modelpatch.methods import Method, make_method
-from modelpatch.patch import Patch
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import Patch
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, share_images
-from modelpatch.train import FitSettings, Split, TaskData
-from modelpatch.train.data import check_classification
-from modelpatch.train.evaluate import logits_of, standard_error
-from modelpatch.train.fit import Fit, check_settings
-from modelpatch.train.images import choose_augmentation
+from modelpatch.train.evaluation import logits_of, standard_error
+from modelpatch.train.fitting import Fit, FitSettings, check_settings
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
@@ -110,7 +110,7 @@ class Curves:
 
 def simulate(
     backbone: Backbone,
-    data: TaskData,
+    data: Task,
     method: Method | str = "subset",
     *,
     labels: Sequence[int],
@@ -152,7 +152,7 @@ class _Simulation:
     def __init__(
         self,
         backbone: Backbone,
-        data: TaskData,
+        data: Task,
         method: Method,
         counts: tuple[int, ...],
         settings: FitSettings,

@@ -8,13 +8,16 @@ from typing import cast
 
 import torch
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import TrainingError
-from modelpatch.methods import Method
-from modelpatch.patch import BackboneRecord, HeadRecord, MethodRecord, Patch, PatchedModel, Task
+from modelpatch.heads.base import HeadRecord
+from modelpatch.methods.method import Method
+from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.model import PatchedModel
 from modelpatch.select.candidates import Candidate
 from modelpatch.select.latency import added_latency
 from modelpatch.select.trials import file_bytes
+from modelpatch.tasks.record import TaskRecord
 
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -32,7 +35,7 @@ class Budget:
     _latencies: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def why_not(
-        self, backbone: Backbone, task: Task, candidate: Candidate, image_size: int, dtype: str = "float32"
+        self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int, dtype: str = "float32"
     ) -> str | None:
         """Why no patch of this candidate can keep the budget, known without training it; None if one may."""
         if self.blocks is not None and len(candidate.blocks) > self.blocks:
@@ -47,7 +50,7 @@ class Budget:
                 return f"+{added:.0%} time"
         return None
 
-    def added(self, backbone: Backbone, task: Task, candidate: Candidate, image_size: int) -> float:
+    def added(self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int) -> float:
         """The candidate's added latency, measured once for all of its structure."""
         method = candidate.method
         key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
@@ -68,7 +71,7 @@ class Budget:
         return None
 
 
-def draft_patch(backbone: Backbone, task: Task, method: Method, image_size: int) -> Patch:
+def draft_patch(backbone: Backbone, task: TaskRecord, method: Method, image_size: int) -> Patch:
     """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run.
 
     Torch's random state stays as it was.

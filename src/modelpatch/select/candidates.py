@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods import LinearProbe, Method, confine
+from modelpatch.methods.confined import confine
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
 from modelpatch.select.trials import Trial
 
 

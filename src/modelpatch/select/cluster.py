@@ -11,7 +11,7 @@ import torch
 
 from modelpatch.select.trials import Bench, Outcome, Trial
 from modelpatch.select.workers import attempt, give_up
-from modelpatch.train.actors import LOCAL, connected, require_ray
+from modelpatch.train.ray import LOCAL, connected, require_ray
 
 __all__ = ["LOCAL", "RayWorkers"]
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelpatch.data.task import Split, Task, check_classification, drawn
 from modelpatch.errors import DataError
-from modelpatch.train import Split, TaskData
-from modelpatch.train.data import check_classification, drawn
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
 
@@ -21,7 +20,7 @@ class Folds:
     rows: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
-    def of(cls, data: TaskData, count: int, seed: int) -> Folds:
+    def of(cls, data: Task, count: int, seed: int) -> Folds:
         """`count` folds of the training images; with one, the source's validation split or a fifth of the images.
 
         Raises `DataError` where nothing is left to score on, or a class is scored that has no image to train on.
@@ -44,12 +43,12 @@ class Folds:
         folds._check(data)
         return folds
 
-    def data(self, data: TaskData, fold: int) -> TaskData:
+    def data(self, data: Task, fold: int) -> Task:
         """The task of one fold: what is held out stands where the test images do."""
         train, held = self.rows[fold]
-        return TaskData(data.task, self.images.take(train), self.images.take(held), facts=dict(data.facts))
+        return Task(data.task, self.images.take(train), self.images.take(held), facts=dict(data.facts))
 
-    def _check(self, data: TaskData) -> None:
+    def _check(self, data: Task) -> None:
         for train, held in self.rows:
             if not len(held):
                 raise DataError(f"{data.task.name} has no images to score candidates on. Use fewer folds.")

@@ -22,15 +22,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
-from modelpatch.methods import Method, make_method
-from modelpatch.patch import Patch
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.candidates import Candidate, describe, units
 from modelpatch.select.halving import Effect, best, score_by_halving
 from modelpatch.select.study import Score, Study, open_study
-from modelpatch.train import TaskData, fit
+from modelpatch.train import fit
 
 Rule = Literal["paper", "code"]
 Start = Literal["none", "all", "better"]
@@ -322,7 +324,7 @@ def _change(blocks: tuple[str, ...], unit: tuple[str, ...], removing: bool) -> t
 
 def select(
     backbone: Backbone,
-    data: TaskData,
+    data: Task,
     method: Method | str = "subset",
     *,
     greedy: Greedy | None = None,
@@ -374,9 +376,7 @@ def select(
     )
 
 
-def _complexity(
-    backbone: Backbone, data: TaskData, method: Method, search: GreedySearch, chosen: Candidate
-) -> Complexity:
+def _complexity(backbone: Backbone, data: Task, method: Method, search: GreedySearch, chosen: Candidate) -> Complexity:
     return Complexity(
         tuned=chosen.method.count_parameters(backbone),
         blocks=sum(unit[0] in chosen.blocks for unit in search.units.values()),
@@ -391,7 +391,7 @@ STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "same_steps", "pro
 
 def train_first_within(
     backbone: Backbone,
-    data: TaskData,
+    data: Task,
     ranked: Sequence[tuple[Candidate, Score]],
     budget: Budget,
     *,

@@ -16,9 +16,10 @@ from functools import partial
 
 import torch
 
-from modelpatch.backbone import Backbone
-from modelpatch.engine import Engine, Tuning
-from modelpatch.patch import Patch
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
+from modelpatch.patch.contents import Patch
 
 WARM_UP, RUNS, PATIENCE = 5, 31, 4
 

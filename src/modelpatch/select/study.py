@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
 from modelpatch.errors import TrainingError
 from modelpatch.select.candidates import Candidate
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, Bench, Outcome
 from modelpatch.select.workers import Workers, make_workers
-from modelpatch.train import TaskData
-from modelpatch.train.evaluate import standard_error
-from modelpatch.train.fit import check_settings
+from modelpatch.train.evaluation import standard_error
+from modelpatch.train.fitting import check_settings
 from modelpatch.train.progress import Progress, quiet_progress
 
 
@@ -109,7 +109,7 @@ class Study:
 @contextmanager
 def open_study(
     backbone: Backbone,
-    data: TaskData,
+    data: Task,
     *,
     title: str,
     folds: int,

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.images import choose_augmentation
+from modelpatch.data.task import Split, Task
 from modelpatch.errors import DivergedError, TrainingError
-from modelpatch.methods import Method
-from modelpatch.patch import Patch
+from modelpatch.methods.method import Method
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
 from modelpatch.select.folds import Folds
-from modelpatch.train import FitSettings, Split, TaskData
-from modelpatch.train.fit import Fit
-from modelpatch.train.images import choose_augmentation
+from modelpatch.train.fitting import Fit, FitSettings
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
@@ -84,7 +84,7 @@ class Bench:
     def __init__(
         self,
         backbone: Backbone,
-        data: TaskData,
+        data: Task,
         settings: FitSettings,
         *,
         folds: int = 5,

@@ -1,7 +1,5 @@
-"""Patches as a service: an HTTP server over a store and an engine, its page, and its client."""
+"""Patches over HTTP: the server, its page and its client."""
 
-from modelpatch.serve.client import Client
-from modelpatch.serve.problems import Problem
-from modelpatch.serve.settings import Settings
+import lazy_loader
 
-__all__ = ["Client", "Problem", "Settings"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

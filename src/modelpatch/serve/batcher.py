@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.engine import Engine
-from modelpatch.engine.engine import BASE
-from modelpatch.engine.overlay import class_map
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
+from modelpatch.tasks.overlay import class_map
 
 LOG = logging.getLogger("modelpatch.serve")
 Best = list[tuple[int, float]]  # places of classes with their probabilities, the best first

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from modelpatch.engine.threads import computing_pool
-from modelpatch.patch.store import Store
-from modelpatch.patch.version import LATEST, Version
 from modelpatch.serve.problems import Problem, problem_of
+from modelpatch.store.store import Store
+from modelpatch.store.version import LATEST, Version
 
 T = TypeVar("T")
 MOST = 4096  # references that are remembered

@@ -19,9 +19,9 @@ from urllib.parse import quote, urlencode
 
 from PIL import Image
 
-from modelpatch.backbone.preprocess import open_image
+from modelpatch.backbone.preprocessing import open_image
 from modelpatch.errors import DataError, MissingExtraError, ServeError
-from modelpatch.patch import Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
 from modelpatch.serve.problems import Problem
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.engine.overlay import areas, boxes, encode_png, overlay, palette
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.tasks.overlay import areas, boxes, encode_png, overlay, palette
 
 
 def tell_areas(

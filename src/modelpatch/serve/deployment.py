@@ -21,12 +21,12 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from modelpatch.backbone import load_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import MissingExtraError, ServeError
-from modelpatch.patch.store import Store
 from modelpatch.serve.run import DRAIN, check_store
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import bind, rehearse
+from modelpatch.store.store import Store
 
 NAME = "modelpatch"
 LOCAL = "local"  # Ray's word for a Ray of this machine that ends with this process

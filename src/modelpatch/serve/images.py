@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from modelpatch.backbone import Preprocessing
-from modelpatch.backbone.preprocess import open_image
+from modelpatch.backbone.preprocessing import Preprocessing, open_image
 from modelpatch.serve.problems import Problem
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")

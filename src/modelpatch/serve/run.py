@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import measure
+from modelpatch.engine.cascade import Cascade
 from modelpatch.errors import MissingExtraError, ServeError
-from modelpatch.patch import Cascade
-from modelpatch.patch.store import Store
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import Supervisor, bind, rehearse
+from modelpatch.store.store import Store
 
 CONNECTIONS = 1024  # open at once, a worker; more are told 503 at once
 SWITCH = 0.0005  # seconds until a thread that waits for the interpreter gets it: the engine asks between any two layers

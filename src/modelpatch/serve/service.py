@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modelpatch.backbone import Backbone, Preprocessing
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import sample
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine import Engine
+from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.describe import tree
-from modelpatch.engine.engine import BASE
+from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.threads import computing_pool
-from modelpatch.patch import Cascade
-from modelpatch.patch.store import Store
-from modelpatch.patch.version import LATEST, Version
 from modelpatch.serve.batcher import Batcher, Row, Said
 from modelpatch.serve.catalogue import Catalogue
 from modelpatch.serve.dense import tell_areas, tell_boxes
@@ -29,6 +27,8 @@ from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.shelf import Shelf, label, stage
+from modelpatch.store.store import Store
+from modelpatch.store.version import LATEST, Version
 
 Tasks = dict[str, Version | None]  # what was asked for by name; None is the server's own, the backbone or a cascade
 

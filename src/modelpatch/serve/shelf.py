@@ -23,17 +23,17 @@ from contextlib import asynccontextmanager
 
 import torch
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import sample
-from modelpatch.engine import Engine
+from modelpatch.engine.engine import Engine
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import InvalidPatchError
-from modelpatch.patch import BoundPatch
 from modelpatch.patch.file import decode_patch
-from modelpatch.patch.version import Version
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
+from modelpatch.store.version import Version
 
 LOG = logging.getLogger("modelpatch.serve")
 PASSING = ("store-unreachable", "failed")  # another try may do better, so these are remembered for a moment only

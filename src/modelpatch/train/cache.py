@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelpatch.backbone import Backbone
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import FrozenBackbone
 from modelpatch.backbone.tuning import CACHE, Tuning
-from modelpatch.patch import PatchedModel
-from modelpatch.train.images import AUGMENTATIONS, Augmentation, Images, allocate, pieces
+from modelpatch.data.images import AUGMENTATIONS, Augmentation, Images, allocate, pieces
+from modelpatch.patch.model import PatchedModel
 
 BATCH = 64
 FOLDING = 1000  # images

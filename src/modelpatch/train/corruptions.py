@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modelpatch.backbone.preprocess import ImageSource, open_image
+from modelpatch.backbone.preprocessing import ImageSource, open_image
+from modelpatch.data.task import Split, Task, check_classification
 from modelpatch.errors import DataError
-from modelpatch.train.data import Split, TaskData, check_classification
 
 SMALL = 64  # pixels: the shorter side up to which an image counts as small
 SIDES = (32, 224)  # of the images that the constants of small and of large images are for
@@ -361,7 +361,7 @@ class CorruptedImages(Sequence[ImageSource]):
         return corrupt(self.images[place], self.kind, self.severity, (*self.seed, place))
 
 
-def corrupted(data: TaskData, kind: str, severity: int = 5, seed: int = 0) -> TaskData:
+def corrupted(data: Task, kind: str, severity: int = 5, seed: int = 0) -> Task:
     """The task with the images of all its splits corrupted, as they are read. Raises `DataError`.
 
     Every image has randomness of its own, which follows `seed`. Reading twice corrupts twice: `list(split.images)` keeps them.
@@ -375,7 +375,7 @@ def corrupted(data: TaskData, kind: str, severity: int = 5, seed: int = 0) -> Ta
     validation = None if data.validation is None else changed(data.validation, 2)
     task = data.task.model_copy(update={"name": f"{data.task.name}, {kind} {severity}"})
     facts = {**data.facts, "corruption": kind, "severity": severity, "corruption_seed": seed}
-    return TaskData(task, changed(data.train, 0), changed(data.test, 1), validation, facts)
+    return Task(task, changed(data.train, 0), changed(data.test, 1), validation, facts)
 
 
 def _check(kind: str, severity: int) -> None:

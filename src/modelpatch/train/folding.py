@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from modelpatch.backbone import Segment, clone_module
+from modelpatch.backbone.chain import Segment
+from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import UntraceableBackboneError
 

@@ -15,8 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone import Backbone, Preprocessing
-from modelpatch.patch import PatchedModel
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.images import Augmentation, ImageStore, allocate, pieces
+from modelpatch.data.task import Split, Task
+from modelpatch.patch.model import PatchedModel
 from modelpatch.train.cache import (
     BATCH,
     CachedInputs,
@@ -26,9 +29,7 @@ from modelpatch.train.cache import (
     prefix_share,
     run_prefix,
 )
-from modelpatch.train.data import Split, TaskData
 from modelpatch.train.folding import fold_segment
-from modelpatch.train.images import Augmentation, ImageStore, allocate, pieces
 from modelpatch.train.progress import Progress, quiet_progress
 
 NO_AUGMENTATION = Augmentation("none")
@@ -60,7 +61,7 @@ class OwnInputs:
     def __init__(
         self,
         backbone: Backbone,
-        data: TaskData,
+        data: Task,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
         *,

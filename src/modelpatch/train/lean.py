@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelpatch.patch import PatchedModel
+from modelpatch.patch.model import PatchedModel
 
 SHARE = 32  # a step is taken with at least this part of all gradients
 LEAST = 2**20  # bytes

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from modelpatch.backbone import Preprocessing
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.images import AugmentName
 from modelpatch.errors import TrainingError
-from modelpatch.patch.task import Kind
-from modelpatch.train.decoding import DecoderName
-from modelpatch.train.images import AugmentName
+from modelpatch.tasks.decoding import DecoderName
+from modelpatch.tasks.record import Kind
 
 
 def _split_names(given: Any) -> Any:

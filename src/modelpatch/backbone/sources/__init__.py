@@ -1,0 +1,1 @@
+"""Sources of backbones, one file a source."""

@@ -1,0 +1,6 @@
+from .difference import diff as diff
+from .extraction import DELTA_CODECS as DELTA_CODECS
+from .extraction import extract as extract
+from .merging import merge as merge
+from .peft import export_peft as export_peft
+from .peft import import_peft as import_peft

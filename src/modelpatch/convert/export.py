@@ -1,0 +1,194 @@
+"""A patched model as an ordinary one, for runtimes that know nothing of patches.
+
+    safetensors    the state dict that the network's own library loads (timm, torchvision): weights changed, head in place
+    torch-export   a program of torch.export with a free batch size: `torch.export.load(path).module()(images)`
+    onnx           an ONNX graph, input `images` (B, 3, H, W) float32 normalised, output `logits` (B, K)
+
+What is written stands alone: no patch, no backbone, and no trace of the strength at which it was made.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from modelpatch.atomic import write_bytes
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import METADATA_KEY
+from modelpatch.errors import MissingExtraError, PatchError
+from modelpatch.patch.changes import resolve
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+FORMATS: tuple[str, ...] = get_args(Format)
+SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Path:
+    """Write the patched model in one of `FORMATS`, atomically. Returns the path.
+
+    Raises `PatchError` for a format that cannot hold this patch, `MissingExtraError` without the `export` extra for ONNX,
+    `WrongBackboneError` and `ForeignTensorError` for a patch of another backbone.
+    """
+    if form not in FORMATS:
+        raise PatchError(f"there is no format {form!r}. Expected one of: {', '.join(FORMATS)}.")
+    writer = {"safetensors": _as_state_dict, "torch-export": _as_program, "onnx": _as_onnx}[form]
+    write_bytes(Path(path), writer(backbone, patch))
+    return Path(path)
+
+
+def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
+    """The network's own state dict with the patch's weights and head in place, on the CPU.
+
+    Raises `PatchError` for a patch that adds modules, and for heads that are not one linear layer of features.
+    """
+    patch.check_backbone(backbone)
+    classifier = backbone.classifier and backbone.module.get_submodule(backbone.classifier)
+    if patch.grafts or patch.head.kind != "linear" or not isinstance(classifier, nn.Linear):
+        reason = (
+            f"adds modules ({patch.grafts[0].kind})"
+            if patch.grafts
+            else f"has a {patch.head.kind} head"
+            if patch.head.kind != "linear"
+            else "has a head that the network has no linear layer for"
+        )
+        raise PatchError(
+            f"the patch {reason}, which a state dict of {backbone.spec} cannot hold. Use the format torch-export or onnx."
+        )
+    state = {name: tensor.detach().cpu().clone() for name, tensor in backbone.module.state_dict().items()}
+    for name, tensor in resolve(patch.tensors, backbone.chain, patch.strength).items():
+        place = name.removeprefix("replace/") if name.startswith("replace/") else None
+        state[place or f"{backbone.classifier}.{name.removeprefix('head.')}"] = tensor.detach().cpu().float().clone()
+    return state
+
+
+def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
+    """With the metadata by which `load_backbone("file:...")` builds the network, where timm's name for it is known."""
+    metadata = {"format": "pt", "classes": json.dumps(patch.task.classes)}
+    architecture = backbone.architecture
+    if architecture:
+        arguments = {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")}
+        described = {
+            "architecture": architecture,
+            "arguments": {**arguments, "num_classes": len(patch.task.classes)},
+            "preprocessing": patch.preprocessing.model_dump(mode="json"),
+            "classes": list(patch.task.classes),
+            "about": {"task": patch.task.name, "method": patch.method.name, **patch.metrics},
+        }
+        metadata[METADATA_KEY] = json.dumps(described, sort_keys=True)
+    tensors = {name: tensor.contiguous() for name, tensor in state_dict_of(backbone, patch).items()}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _as_program(backbone: Backbone, patch: Patch) -> bytes:
+    stream = io.BytesIO()
+    with _reported("torch.export", patch):
+        torch.export.save(_trace(_on_cpu(backbone, patch), patch), stream)
+    return stream.getvalue()
+
+
+def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "export", "The format onnx") from None
+    with _reported("torch.onnx", patch), tempfile.TemporaryDirectory() as folder:
+        program = torch.onnx.export(
+            _trace(_on_cpu(backbone, patch), patch),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
+        assert program is not None
+        file = Path(folder) / "model.onnx"
+        program.save(str(file))
+        model = onnx.load(str(file))
+    facts = {
+        "task": patch.task.name,
+        "classes": json.dumps(patch.task.classes),
+        "preprocessing": patch.preprocessing.model_dump_json(),
+    }
+    onnx.helper.set_model_props(model, facts)
+    return model.SerializeToString()
+
+
+def _on_cpu(backbone: Backbone, patch: Patch) -> PatchedModel:
+    return backbone.patched(patch).cpu()
+
+
+def _trace(model: nn.Module, patch: Patch) -> torch.export.ExportedProgram:
+    """The model as a program over images of the patch's size, in batches of any size."""
+    example = torch.zeros(2, *patch.preprocessing.input_size)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+@contextmanager
+def _reported(tool: str, patch: Patch) -> Iterator[None]:
+    """The exporter's chatter is kept back; what it cannot do becomes one `PatchError`."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PatchError(
+            f"{tool} cannot trace the {patch.method.name} patch of {patch.task.name}: {first[:300]}"
+        ) from error
+    finally:
+        logging.disable(level)
+
+
+# checking -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An exported graph beside PyTorch: the largest absolute difference of a logit, and images with the same best class."""
+
+    images: int
+    max_difference: float
+    equal_answers: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether all answers are equal and no logit differs by 1e-3 or more."""
+        return self.equal_answers == self.images and self.max_difference < 1e-3
+
+
+def check_onnx(path: str | Path, model: nn.Module, images: Tensor, batch: int = 32) -> Agreement:
+    """onnxruntime beside `model` on the CPU for normalised images (N, 3, H, W). Raises `MissingExtraError`."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "export", "Checking an ONNX file") from None
+    try:
+        session: Any = onnxruntime.InferenceSession(str(path), providers=PROVIDERS)
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise PatchError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+    difference, equal = 0.0, 0
+    with torch.no_grad():
+        for piece in images.split(batch):
+            ours = model(piece)
+            theirs = torch.from_numpy(session.run(None, {"images": piece.contiguous().numpy()})[0])
+            difference = max(difference, float((ours - theirs).abs().max()))
+            equal += int((ours.argmax(1) == theirs.argmax(1)).view(len(ours), -1).all(1).sum())
+    return Agreement(len(images), difference, equal)

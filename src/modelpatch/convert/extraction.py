@@ -1,0 +1,182 @@
+"""A patch out of a fine-tuned checkpoint: the tensors that differ from the base's, as exact or as small as wanted.
+
+    codec             a tensor W' that differs from the base's W          the head
+    exact             replace: W', float32                                float32
+    float16 bfloat16  delta = W' - W in 16 bits                           the same 16 bits
+    int8              delta in 8 bits with a scale an output channel      8 bits
+    sign              delta = s sign(W' - W), s an output channel         8 bits
+    two-bit           the same with two sizes s an output channel         8 bits
+    low-rank          left right, the best approximation of delta of      8 bits
+                      a rank r, 16 bits; int8 where that is smaller
+
+Vectors (norm layers, biases) have too few numbers to be worth less than 16 bits: every lossy codec but `bfloat16` stores their
+differences as float16. A difference is smaller than the weight, so that the same bits lose less of it.
+
+`sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
+a matrix; `train/calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
+matrix (output channels, all else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.convert.checkpoint import match_names, read_checkpoint
+from modelpatch.errors import PatchError
+from modelpatch.heads.base import HeadRecord
+from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
+from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.tasks.record import TaskRecord
+from modelpatch.text import first_problem
+
+DeltaCodec = Literal["exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank"]
+DELTA_CODECS: tuple[str, ...] = get_args(DeltaCodec)
+METHOD = "extract"
+
+
+def extract(
+    backbone: Backbone,
+    finetuned: str | Path | Mapping[str, Tensor],
+    *,
+    codec: str = "exact",
+    rank: int = 8,
+    name: str = "extracted",
+    classes: Sequence[str] = (),
+    image_size: int | None = None,
+) -> Patch:
+    """The patch that turns `backbone` into a fine-tuned checkpoint of the same architecture.
+
+    `finetuned` is a safetensors or `.pth` file, or a state dict. Only floating tensors that differ are stored, as `codec`
+    says (see the module's table); integer buffers, which count batches and change no answer, are left out. The
+    checkpoint's classifier becomes the patch's head, whose outputs are called `classes` (by default their numbers).
+    `rank` is that of `low-rank`. With `exact` the patched model computes what the checkpoint computes, bit for bit.
+
+    Raises `PatchError` for what is no checkpoint of this architecture, `NonFiniteTensorError` when a difference that 16 bits
+    cannot hold is written.
+    """
+    if codec not in DELTA_CODECS:
+        raise PatchError(f"there is no codec {codec!r}. Expected one of: {', '.join(DELTA_CODECS)}.")
+    if rank < 1:
+        raise PatchError(f"the rank is {rank}; expected at least 1.")
+    state = finetuned if isinstance(finetuned, Mapping) else read_checkpoint(finetuned)
+    state = match_names(backbone, state)
+    changed = find_changes(backbone, state)
+    head = _read_head(backbone, state)
+    tensors: dict[str, Tensor] = {}
+    int8: set[str] = set()
+    for weight, (before, after) in changed.items():
+        _store(tensors, int8, weight, before, after, codec, rank)
+    for part, tensor in head.items():
+        _store_plain(tensors, int8, f"head.{part}", tensor, codec)
+    outputs, features = head["weight"].shape
+    names = tuple(classes) or tuple(map(str, range(outputs)))
+    if len(names) != outputs:
+        raise PatchError(f"the checkpoint's head has {outputs} outputs; {len(names)} classes are named.")
+    try:
+        task = TaskRecord(name=name, classes=names)
+    except ValidationError as error:
+        raise PatchError(f"the task's or its classes' names cannot be used: {first_problem(error)}.") from error
+    used = {"codec": codec, **({"rank": rank} if codec == "low-rank" else {})}
+    return Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=task,
+        preprocessing=backbone.preprocessing.with_image_size(image_size),
+        head=HeadRecord(features=features, outputs=outputs),
+        method=MethodRecord(name=METHOD, hyperparameters=used),
+        tensors=tensors,
+        int8=frozenset(int8),
+    )
+
+
+def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(base's, checkpoint's) values of the chain's floating tensors that differ, float32 on the CPU, by name.
+
+    Raises `PatchError` for a shape that differs, and for other integer tensors than counters of batches.
+    """
+    changed = {}
+    for segment in backbone.chain:
+        for name, tensor in segment.named_tensors():
+            if name not in state:
+                continue
+            before, after = tensor.detach().cpu(), state[name].cpu()
+            if before.shape != after.shape:
+                raise PatchError(
+                    f"{name} has shape {tuple(after.shape)} in the checkpoint, {tuple(before.shape)} in {backbone.spec}. "
+                    "Expected the same architecture with the same arguments."
+                )
+            if not before.is_floating_point():
+                if not name.endswith("num_batches_tracked") and not torch.equal(before, after.to(before.dtype)):
+                    raise PatchError(f"the integer tensor {name} differs from the base's; no patch can hold that.")
+            elif not torch.equal(before.float(), after.float()):
+                changed[name] = before.float(), after.float()
+    return changed
+
+
+def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weight (K, D) and bias (K,) of the checkpoint's classifier. Raises `PatchError` where it is no linear layer."""
+    if backbone.classifier is None or f"{backbone.classifier}.weight" not in state:
+        raise PatchError(
+            f"the checkpoint has no classifier {backbone.classifier or '(the backbone names none)'}. Load the backbone with "
+            "classifier=... naming the linear layer that ends it."
+        )
+    weight = state[f"{backbone.classifier}.weight"].float().cpu()
+    weight = weight.flatten(1) if weight.ndim > 1 and weight[0, 0].numel() == 1 else weight
+    if weight.ndim != 2 or weight.shape[1] != backbone.chain.feature_dim:
+        raise PatchError(
+            f"the checkpoint's classifier has a weight of shape {tuple(weight.shape)}; expected "
+            f"(classes, {backbone.chain.feature_dim})."
+        )
+    bias = state.get(f"{backbone.classifier}.bias", torch.zeros(len(weight)))
+    return {"weight": weight, "bias": bias.float().cpu()}
+
+
+def _store(
+    tensors: dict[str, Tensor], int8: set[str], name: str, before: Tensor, after: Tensor, codec: str, rank: int
+) -> None:
+    """Put one changed tensor into the patch's as the codec says."""
+    if codec == "exact":
+        tensors[f"replace/{name}"] = after
+        return
+    delta = after - before
+    if codec == "bfloat16":
+        tensors[f"delta/{name}"] = delta.bfloat16()
+    elif codec == "float16" or delta.ndim < 2 or delta[0].numel() < 2:
+        tensors[f"delta/{name}"] = delta.half()
+    elif codec == "sign":
+        tensors[f"delta/{name}"] = snap_signs(delta)
+    elif codec == "two-bit":
+        tensors[f"delta/{name}"] = snap_sizes(delta)
+    elif codec == "low-rank" and 2 * rank * (len(delta) + delta[0].numel()) < delta.numel():
+        left, right = factorise(delta, rank)
+        tensors |= {f"left/{name}": left.half(), f"right/{name}": right.half()}
+    else:
+        tensors[f"delta/{name}"] = snap_int8(delta)
+        int8.add(f"delta/{name}")
+
+
+def _store_plain(tensors: dict[str, Tensor], int8: set[str], name: str, tensor: Tensor, codec: str) -> None:
+    """Put a tensor of the head into the patch's: it has no base's to differ from."""
+    if codec in ("float16", "bfloat16"):
+        tensors[name] = tensor.to(getattr(torch, codec))
+    elif codec == "exact" or tensor.ndim < 2:
+        tensors[name] = tensor
+    else:
+        tensors[name] = snap_int8(tensor)
+        int8.add(name)
+
+
+def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left (C, r) and right (r, N) whose product is the nearest of rank r to `delta` (C, ...) with N numbers a channel.
+
+    By the singular value decomposition (Eckart and Young); the singular values are shared evenly by both.
+    """
+    u, s, v = torch.linalg.svd(delta.float().reshape(len(delta), -1), full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]

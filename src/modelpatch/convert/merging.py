@@ -1,0 +1,178 @@
+"""Patches of one backbone in one: arithmetic on what each adds to the frozen weights.
+
+    delta_i = W_i - W                                the change of patch i, at its strength
+    sum     W + sum_i a_i delta_i                    model soups, task arithmetic, PAINT's parallel patching (section 2)
+    ties    keep the `density` largest numbers of every a_i delta_i, choose the sign of their sum for every weight,
+            then the mean of those that agree with it
+    dare    drop each number of delta_i with probability `drop`, divide the others by 1 - drop; then `sum`
+
+Ilharco et al., *Editing Models with Task Arithmetic* (2023); Yadav et al., *TIES-Merging* (2023), algorithm 1; Yu et al.,
+*Language Models are Super Mario* (2024), equations 2 to 4. Heads are never averaged: the merged patch has the head of one of
+the patches, or all of them side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.errors import PatchError
+from modelpatch.heads.base import HeadRecord
+from modelpatch.patch.changes import resolve
+from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.tasks.record import TaskRecord
+
+Rule = Literal["sum", "ties", "dare"]
+RULES: tuple[str, ...] = get_args(Rule)
+METHOD = "merge"
+Change = dict[str, Tensor]
+
+
+def change_of(backbone: Backbone, patch: Patch) -> Change:
+    """What a patch adds to the backbone's tensors at its strength, float32 on the CPU, by their names.
+
+    Raises `PatchError` for a patch that adds modules, which is no addition to a weight.
+    """
+    patch.check_backbone(backbone)
+    if patch.grafts:
+        raise PatchError(
+            f"the {patch.method.name} patch of {patch.task.name} adds modules ({patch.grafts[0].kind}); only changed weights "
+            "can be added up."
+        )
+    resolved = resolve(patch.tensors, backbone.chain, patch.strength)
+    names = [name for name in resolved if name.startswith("replace/")]
+    frozen = {name: tensor for segment in backbone.chain for name, tensor in segment.named_tensors()}
+    return {
+        name.removeprefix("replace/"): resolved[name].float().cpu()
+        - frozen[name.removeprefix("replace/")].detach().cpu()
+        for name in names
+    }
+
+
+def merge(
+    backbone: Backbone,
+    patches: Sequence[Patch],
+    *,
+    weights: Sequence[float] | None = None,
+    rule: str = "sum",
+    density: float = 0.2,
+    drop: float = 0.9,
+    seed: int = 0,
+    head: int | Literal["all"] = 0,
+) -> Patch:
+    """One patch whose body is that of all `patches` together, by the `rule` of the module's table.
+
+    `weights` are the a_i, by default 1 / n each, and 1 each for `ties`, which takes a mean itself. `head` is the number of the
+    patch whose head, task and preprocessing the merged one has, or `all`: the classes of all patches side by side, named
+    `TASK: CLASS` where two tasks have a class of one name. `seed` makes what `dare` drops.
+
+    Raises `PatchError` for patches that cannot be added up and for options that make no sense, `WrongBackboneError`,
+    `ForeignTensorError`.
+    """
+    if not patches:
+        raise PatchError("there is nothing to merge: give at least one patch.")
+    _check_options(len(patches), weights, rule, density, drop, head)
+    default = 1.0 if rule == "ties" else 1 / len(patches)
+    factors = list(weights) if weights is not None else [default] * len(patches)
+    changes = [change_of(backbone, patch) for patch in patches]
+    if rule == "dare":
+        generator = torch.Generator().manual_seed(seed)
+        changes = [_dropped(change, drop, generator) for change in changes]
+    scaled = [{name: a * delta for name, delta in one.items()} for a, one in zip(factors, changes, strict=True)]
+    merged = elect(scaled, density) if rule == "ties" else add(scaled)
+    start = patches[0] if head == "all" else patches[head]
+    task, record, tensors = _join_heads(patches) if head == "all" else (start.task, start.head, _head(start))
+    used: dict[str, Any] = {"rule": rule, "weights": factors, "tasks": [patch.task.name for patch in patches]}
+    used |= {"ties": {"density": density}, "dare": {"drop": drop, "seed": seed}}.get(rule, {})
+    return replace(
+        start,
+        task=task,
+        head=record,
+        method=MethodRecord(name=METHOD, hyperparameters=used),
+        tensors={**tensors, **{f"delta/{name}": delta for name, delta in merged.items() if delta.any()}},
+        int8=frozenset(),
+        strength=1.0,
+        metrics={},
+        created={},
+    )
+
+
+def add(changes: Sequence[Mapping[str, Tensor]]) -> Change:
+    """The sum of changes, name by name; a tensor that one of them leaves alone counts as zero there."""
+    total: Change = {}
+    for change in changes:
+        for name, delta in change.items():
+            total[name] = total[name] + delta if name in total else delta
+    return total
+
+
+def elect(changes: Sequence[Mapping[str, Tensor]], density: float) -> Change:
+    """TIES: trim every change to its largest numbers, elect a sign a weight, and average what agrees with it."""
+    trimmed = [_trimmed(change, density) for change in changes if change]
+    merged = {}
+    for name in dict.fromkeys(name for change in trimmed for name in change):
+        stack = torch.stack([change[name] for change in trimmed if name in change])
+        agreeing = stack * (stack.sign() == stack.sum(0).sign())
+        merged[name] = agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
+    return merged
+
+
+def _trimmed(change: Mapping[str, Tensor], density: float) -> Change:
+    """The share `density` of all numbers of a change that are largest in size; the others are zero."""
+    sizes = torch.cat([delta.abs().flatten() for delta in change.values()])
+    keep = max(round(density * len(sizes)), 1)
+    least = torch.kthvalue(sizes, len(sizes) - keep + 1).values
+    return {name: torch.where(delta.abs() >= least, delta, 0.0) for name, delta in change.items()}
+
+
+def _dropped(change: Mapping[str, Tensor], drop: float, generator: torch.Generator) -> Change:
+    """DARE: every number dropped with probability `drop`, the others divided by 1 - drop."""
+    return {
+        name: torch.where(torch.rand(delta.shape, generator=generator) < drop, 0.0, delta / (1 - drop))
+        for name, delta in change.items()
+    }
+
+
+def _head(patch: Patch) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in patch.tensors.items() if name.startswith("head.")}
+
+
+def _join_heads(patches: Sequence[Patch]) -> tuple[TaskRecord, HeadRecord, dict[str, Tensor]]:
+    """The heads of all patches as one over all their classes."""
+    first = patches[0]
+    kinds = {(patch.head.kind, patch.head.features, patch.preprocessing) for patch in patches}
+    if len(kinds) > 1 or first.head.taps:
+        raise PatchError(
+            "heads of different kinds, widths or preprocessings cannot stand side by side. Name one with head."
+        )
+    names = [name for patch in patches for name in patch.task.classes]
+    classes = [
+        f"{patch.task.name}: {name}" if names.count(name) > 1 else name
+        for patch in patches
+        for name in patch.task.classes
+    ]
+    if len(set(classes)) < len(classes):
+        raise PatchError("two of the patches answer the same classes of one task. Name one of their heads with head.")
+    parts = {name: torch.cat([patch.tensors[name].float() for patch in patches]) for name in _head(first)}
+    task = TaskRecord(name="+".join(patch.task.name for patch in patches)[:256], classes=tuple(classes))
+    return task, first.head.model_copy(update={"outputs": len(classes)}), parts
+
+
+def _check_options(
+    count: int, weights: Sequence[float] | None, rule: str, density: float, drop: float, head: int | str
+) -> None:
+    if rule not in RULES:
+        raise PatchError(f"there is no rule {rule!r}. Expected one of: {', '.join(RULES)}.")
+    if weights is not None and len(weights) != count:
+        raise PatchError(f"{len(weights)} weights are given for {count} patches.")
+    if not 0 < density <= 1:
+        raise PatchError(f"the density is {density}; expected a share of the numbers above 0, at most 1.")
+    if not 0 <= drop < 1:
+        raise PatchError(f"the share to drop is {drop}; expected one from 0 to below 1.")
+    if head != "all" and not (isinstance(head, int) and 0 <= head < count):
+        raise PatchError(f"head is {head!r}; expected 'all', or the number of a patch from 0 to {count - 1}.")

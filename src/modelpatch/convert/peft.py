@@ -1,0 +1,308 @@
+"""LoRA patches in the folder format of the `peft` library, written and read.
+
+    FOLDER/adapter_config.json           which layers, rank and alpha
+    FOLDER/adapter_model.safetensors     base_model.model.<layer>.lora_A.weight   (rank, in[, k, k])
+                                         base_model.model.<layer>.lora_B.weight   (out, rank[, 1, 1])
+                                         base_model.model.<classifier>.weight     (classes, features), and .bias
+
+`PeftModel.from_pretrained(base, FOLDER)` gives a patch's logits for a `base` whose classifier has the task's size, and
+an imported folder gives the logits of that model. What of PEFT's options a patch does not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from modelpatch.atomic import write_bytes
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.clone import clone_module
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.errors import (
+    ForeignTensorError,
+    InvalidPatchError,
+    ModelpatchError,
+    NonFiniteTensorError,
+    NotAPatchError,
+    PatchError,
+    WrongBackboneError,
+)
+from modelpatch.heads.base import HeadRecord
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, require_peft, weight_name
+from modelpatch.patch.blueprint import Graft
+from modelpatch.patch.codec import FLOATS
+from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.tasks.record import TaskRecord
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+CHAIN = "modelpatch.chain"  # the key of the safetensors metadata that holds the fingerprint of the backbone's chain
+# Options without effect on what a finished adapter computes: where it comes from and how it was trained.
+WITHOUT_EFFECT = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
+)
+STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave the base's weights as they are
+
+
+class AdapterConfig(BaseModel):
+    """What `adapter_config.json` says that a patch can be made of; all else must be inactive (`check_supported`)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: Rank
+    lora_alpha: PositiveFloat
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+
+def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
+    """Write a LoRA patch as a PEFT folder, each file atomically. Returns the folder, made where it does not exist.
+
+    The head is stored under the name of the backbone's own classifier. The files hold neither the task's class names
+    nor its preprocessing. Raises `PatchError` for a patch that the format cannot hold, `WrongBackboneError`, and
+    `MissingExtraError` without peft.
+    """
+    patch.check_backbone(backbone)
+    grafts = _only_updates(patch)
+    classifier = _classifier(backbone)
+    others = [name for name, _ in backbone.module.named_modules() if name.endswith(classifier) and name != classifier]
+    if others:
+        raise PatchError(
+            f"PEFT knows modules to save by the end of their names: besides the classifier {classifier!r} it would store "
+            f"{', '.join(others[:3])}. Keep the patch as a patch file."
+        )
+    layers = [layer for graft in grafts for layer in _layer_names(backbone, graft).values()]
+    (rank, scale), *rest = {(graft.arguments["rank"], graft.arguments["scale"]) for graft in grafts}
+    scale *= patch.strength
+    if scale == 0:
+        raise PatchError("the patch has strength 0, which PEFT's folder cannot hold. Give it a strength above 0.")
+    if rest:
+        raise PatchError("the patch's updates differ in rank or scale; PEFT's folder is written for one of each.")
+    config = AdapterConfig(
+        r=rank,
+        lora_alpha=int(scale) if float(scale).is_integer() else scale,
+        target_modules="|".join(map(re.escape, layers)),  # a list would name endings: conv1 in every block
+        modules_to_save=[classifier],
+    )
+    if _targeted(config, backbone) != set(layers):
+        raise PatchError(f"PEFT would not adapt the layers of this patch in {backbone.spec}. Keep it as a patch file.")
+    tensors = {key: patch.tensors[name].detach().cpu().contiguous() for name, key in _keys(backbone, grafts).items()}
+    for leaf in ("weight", "bias"):
+        tensors[f"{PREFIX}{classifier}.{leaf}"] = patch.tensors[f"head.{leaf}"].detach().cpu().contiguous()
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelpatchError(f"cannot make the folder {folder}: {error.strerror}.") from error
+    metadata = {"format": "pt", CHAIN: backbone.fingerprints.chain}
+    write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata))
+    text = json.dumps({**config.model_dump(exclude_none=True), "bias": "none"}, indent=2, sort_keys=True)
+    write_bytes(folder / CONFIG, text.encode())
+    return folder
+
+
+def import_peft(
+    folder: str | Path, backbone: Backbone, task: TaskRecord, *, preprocessing: Preprocessing | None = None
+) -> Patch:
+    """A patch from a PEFT folder with a LoRA adapter of `backbone`, `preprocessing` being how the task's images are seen.
+
+    A folder without a trained classifier gets the backbone's own as its head. Which base an adapter was trained on is
+    known, and checked, for folders written by `export_peft` only. Raises `NotAPatchError` for files that cannot be read and
+    for pickles, `InvalidPatchError` naming the option that a patch does not compute, `ForeignTensorError` for
+    layers, names or shapes that do not fit, `NonFiniteTensorError`, and `MissingExtraError` without peft.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder, backbone)
+    classifier = _classifier(backbone)
+    grafts = _make_grafts(_targeted(config, backbone), config, backbone)
+    keys = _keys(backbone, grafts)
+    own_head = not any(classifier.endswith(name) for name in config.modules_to_save or ())
+    if not own_head:
+        keys |= {f"head.{leaf}": f"{PREFIX}{classifier}.{leaf}" for leaf in ("weight", "bias")}
+    _check_names(set(keys.values()), set(tensors), folder)
+    named = {name: tensors[key] for name, key in keys.items()}
+    if own_head:
+        head = backbone.module.get_submodule(classifier).state_dict()
+        named |= {f"head.{leaf}": tensor.detach().clone() for leaf, tensor in head.items()}
+    outputs = len(named["head.weight"])
+    if outputs != len(task.classes):
+        raise ForeignTensorError(
+            f"the classifier of {folder} has {outputs} outputs; the task {task.name!r} has {len(task.classes)} classes."
+        )
+    patch = Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=task,
+        preprocessing=preprocessing or backbone.preprocessing,
+        head=HeadRecord(features=backbone.chain.feature_dim, outputs=outputs),
+        method=MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha}),
+        grafts=grafts,
+        tensors=named,
+    )
+    backbone.patched(patch)  # checks every shape
+    return patch
+
+
+# what PEFT means ------------------------------------------------------------------------------------------------
+
+
+def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
+    """The layers of the backbone that PEFT itself would adapt, found by letting it adapt a structural clone."""
+    peft = require_peft("PEFT's folder format")
+    fields = config.model_dump(include=set(AdapterConfig.model_fields) - {"peft_type"}, exclude_none=True)
+    clone = clone_module(backbone.module)
+    try:
+        peft.inject_adapter_in_model(peft.LoraConfig(**fields), clone)
+    except (LookupError, TypeError, ValueError, re.error) as error:
+        raise InvalidPatchError(f"PEFT cannot adapt {backbone.spec} as {CONFIG} says: {error}") from error
+    return {name for name, module in clone.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+
+
+def check_supported(config: AdapterConfig, folder: Path) -> None:
+    """Raises `InvalidPatchError` naming an option that changes what the adapter computes and that a patch does not."""
+    defaults = require_peft("PEFT's folder format").LoraConfig().to_dict()
+    for name, value in (config.model_extra or {}).items():
+        harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
+        if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
+            raise InvalidPatchError(
+                f"{folder / CONFIG}: a patch does not compute {name}={value!r}. Expected plain LoRA: one rank "
+                "and one alpha, no biases. Train the adapter without that option."
+            )
+
+
+# reading --------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> AdapterConfig:
+    try:
+        config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
+    except OSError as error:
+        raise NotAPatchError(f"{folder} is no PEFT folder: {CONFIG} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = first["loc"][0] if first["loc"] else "the whole"
+        raise InvalidPatchError(
+            f"{folder / CONFIG}: {where} = {first['input']!r} is not valid: {first['msg']}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise NotAPatchError(f"{folder / CONFIG} is not valid JSON: {error}.") from error
+    check_supported(config, folder)
+    return config
+
+
+def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file() and (folder / PICKLE).exists():
+        raise NotAPatchError(
+            f"{folder / PICKLE} is a pickle, which can run any code and is not read. Save the adapter as {WEIGHTS}: "
+            "model.save_pretrained(folder, safe_serialization=True)."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            chain = (file.metadata() or {}).get(CHAIN)
+    except (SafetensorError, OSError) as error:
+        raise NotAPatchError(f"{path} is not a readable safetensors file: {error}.") from error
+    if chain not in (None, backbone.fingerprints.chain):
+        raise WrongBackboneError(
+            f"{folder} was written for a backbone whose chain is {chain[:12]}; that of {backbone.spec} is "
+            f"{backbone.fingerprints.chain[:12]}. Load the backbone with the weights the adapter was trained on."
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            raise InvalidPatchError(
+                f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(FLOATS)}."
+            )
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteTensorError(f"{path}: tensor {name} holds NaN or infinity.")
+    return tensors
+
+
+def _check_names(expected: set[str], given: set[str], folder: Path) -> None:
+    if missing := sorted(expected - given):
+        raise ForeignTensorError(
+            f"{folder / WEIGHTS} lacks {len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}."
+        )
+    if foreign := sorted(given - expected):
+        raise ForeignTensorError(
+            f"{folder / WEIGHTS} holds {len(foreign)} tensors that are no update of a layer named in {CONFIG} and not the "
+            f"classifier's: {', '.join(foreign[:3])}."
+        )
+
+
+# names ----------------------------------------------------------------------------------------------------------
+
+
+def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
+    """Grafts that add updates to the backbone's layers of these names."""
+    found: dict[int, list[str]] = {}
+    left = set(layers)
+    for segment in backbone.chain:
+        for name, module in segment.module.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and is_owner(backbone, segment, name):
+                layer = weight_name(segment, name).removesuffix(".weight")
+                if layer in left and layer != backbone.classifier:
+                    found.setdefault(segment.index, []).append(name)
+                    left.remove(layer)
+    if left:
+        first = min(left)
+        kind = type(backbone.module.get_submodule(first)).__name__
+        raise ForeignTensorError(
+            f"the adapter changes {len(left)} layers that a patch has no update of, first {first!r} ({kind}). Expected linear "
+            "layers and 2-d convolutions before the classifier, each used in one place."
+        )
+    return tuple(make_graft(index, names, config.r, config.lora_alpha) for index, names in sorted(found.items()))
+
+
+def _layer_names(backbone: Backbone, graft: Graft) -> dict[str, str]:
+    """What the graft's segment calls its layers -> what the backbone calls them."""
+    segment = backbone.chain[graft.start]
+    return {name: weight_name(segment, name).removesuffix(".weight") for name in graft.arguments["layers"]}
+
+
+def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
+    """The names of the updates' tensors in a patch file -> their keys in PEFT's file."""
+    keys: dict[str, str] = {}
+    for graft in grafts:
+        for name, layer in _layer_names(backbone, graft).items():
+            for part in ("lora_A", "lora_B"):
+                local = f"{name}.{part}.{ADAPTER}.weight".lstrip(".")
+                keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.{part}.weight"
+    return keys
+
+
+def _only_updates(patch: Patch) -> tuple[Graft, ...]:
+    """The patch's grafts. Raises `PatchError` where the patch is more, or less, than low-rank updates and a head."""
+    kinds = {graft.kind for graft in patch.grafts} | ({"replace"} if patch.blueprint.owned else set())
+    kinds |= {f"{patch.head.kind} head"} - {"linear head"}
+    if kinds != {GRAFT}:
+        raise PatchError(
+            f"PEFT's folder holds low-rank updates and a head; this patch, made by {patch.method.name}, has "
+            f"{', '.join(sorted(kinds)) or 'a head alone'}. Keep it as a patch file."
+        )
+    return patch.grafts
+
+
+def _classifier(backbone: Backbone) -> str:
+    """The name of the backbone's classifier, where it is what a patch's head is: a linear layer with a bias, run last."""
+    name = backbone.classifier
+    layer = backbone.module.get_submodule(name) if name else None
+    if name is None or not isinstance(layer, nn.Linear) or layer.bias is None or backbone.chain.head is not layer:
+        raise PatchError(
+            f"PEFT's folder stores a head in the place of the base's classifier; that of {backbone.spec} is "
+            f"{name and type(layer).__name__}. Expected a linear layer with a bias that gives the logits."
+        )
+    return name

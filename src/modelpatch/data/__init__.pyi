@@ -1,0 +1,4 @@
+from .joining import join_tasks as join_tasks
+from .task import Split as Split
+from .task import Task as Task
+from .task import load_task as load_task

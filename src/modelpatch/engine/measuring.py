@@ -1,0 +1,112 @@
+"""Which settings are faster on this machine: the backbone timed with and without each, in turns, the others being on.
+
+Settings help one another (folded convolutions are fast on channels-last images), so all are on at first, and what makes
+nothing faster is switched off. Times are the least of all turns: whatever else a machine does only adds to them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.frozen import FrozenBackbone, sample
+from modelpatch.backbone.tuning import CACHE, Tuning, lay
+
+NOTICEABLE = 1.02  # what is not at least this much faster stays off
+MOST_PAIRS = 15
+
+
+def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, seconds: float = 4.0) -> Tuning:
+    """Time the backbone with and without each setting, on `rows` images and on one, and keep what makes it faster.
+
+    Takes about `seconds`, and at least two passes of every way. `bfloat16` allows 16 bits where the processor has them.
+    """
+    images = sample(backbone.input_size, backbone.device)[:1].repeat(rows, 1, 1, 1)
+    trials: dict[str, Any] = {"channels_last": True, "fold": True}
+    trials |= {"piece_bytes": CACHE} if backbone.device.type == "cpu" else {}
+    trials |= {"bfloat16": True} if bfloat16 and _has_bfloat16(backbone.device) else {}
+    chosen, notes = Tuning(**trials), []
+    share = seconds / (2 * len(trials) + 3)
+    for name in trials:
+        without = replace(chosen, **{name: getattr(Tuning(), name)})
+        ways = [_whole(backbone, tuning) for tuning in (without, chosen)]
+        speedups = [_ratio(ways, batch, share) for batch in (images[:1], images)]
+        better = prod(speedups) > NOTICEABLE
+        chosen = chosen if better else without
+        notes.append(
+            f"  {name}: {speedups[0]:.2f}x on 1 image, {speedups[1]:.2f}x on {rows}: {'on' if better else 'off'}"
+        )
+    merge_rows, note = _measure_merging(backbone, chosen, share)
+    return replace(chosen, merge_rows=merge_rows, measured=(*notes, note))
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    return any(
+        bool(getattr(torch.cpu, probe, bool)()) for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def _whole(backbone: Backbone, tuning: Tuning) -> Callable[[Tensor], Tensor]:
+    frozen = FrozenBackbone(backbone, tuning)
+    return lambda images: frozen.run(images, len(backbone.chain))
+
+
+def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tuple[int, str]:
+    """The largest of 1, 4 and 16 rows at which four streams through the last stage are faster concatenated."""
+    segments = backbone.chain.stages[-1] if backbone.chain.stages else backbone.chain.segments[-1:]
+    frozen = FrozenBackbone(backbone, replace(tuning, bfloat16=False))
+    modules = [frozen.module(segment.index) for segment in segments]
+    largest, notes = 0, []
+
+    def through(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    for rows in (1, 4, 16):
+        stream = lay(torch.randn(rows, *segments[0].input_shape, device=backbone.device), tuning)
+        ways = [
+            lambda x: [through(x) for _ in range(4)],
+            lambda x: through(torch.cat([x, x, x, x])).split(len(x)),
+        ]
+        speedup = _ratio(ways, stream, seconds)
+        notes.append(f"{speedup:.2f}x at {rows}")
+        if speedup > NOTICEABLE:
+            largest = rows
+    return largest, f"  4 streams concatenated: {', '.join(notes)} rows: up to {largest}"
+
+
+def least_seconds(work: Callable[[], object], device: torch.device, runs: int = 15) -> float:
+    """The least time of `runs` runs, after two that do not count: whatever else a machine does only adds to it."""
+    for _ in range(2):
+        work()
+    return min(_seconds(lambda _: work(), torch.empty(0, device=device)) for _ in range(runs))
+
+
+@torch.inference_mode()
+def _ratio(ways: Sequence[Callable[[Tensor], object]], x: Tensor, seconds: float) -> float:
+    """How many times faster the second way is: the least times of paired runs, as many as fit, after one that compiles."""
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    for way in ways:
+        _seconds(way, x)
+    while not pairs or (time.perf_counter() < end and len(pairs) < MOST_PAIRS):
+        pairs.append((_seconds(ways[0], x), _seconds(ways[1], x)))
+    return min(first for first, _ in pairs) / min(second for _, second in pairs)
+
+
+def _seconds(way: Callable[[Tensor], object], x: Tensor) -> float:
+    start = time.perf_counter()
+    way(x)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start

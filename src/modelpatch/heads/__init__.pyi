@@ -1,0 +1,12 @@
+from .base import CosineHead as CosineHead
+from .base import Decoder as Decoder
+from .base import DraftHead as DraftHead
+from .base import HeadRecord as HeadRecord
+from .base import LinearHead as LinearHead
+from .base import SiameseHead as SiameseHead
+from .base import pooled_width as pooled_width
+from .decoders import DeepLabHead as DeepLabHead
+from .decoders import FCNHead as FCNHead
+from .detectors import Detector as Detector
+from .detectors import FasterRCNNHead as FasterRCNNHead
+from .detectors import SSDLiteHead as SSDLiteHead

@@ -1,0 +1,370 @@
+"""A patch on its backbone as a module of its own: a plain `nn.Module` whose frozen parameters are the backbone's bytes.
+
+`bound.py` has the light record for patches that are used by the hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Chain, Segment
+from modelpatch.backbone.clone import clone_module
+from modelpatch.errors import ForeignTensorError
+from modelpatch.heads.base import DraftHead, HeadInput, HeadRecord, pooled_axes, pooled_width, read_taps, reads_maps
+from modelpatch.patch.blueprint import Blueprint, Graft, Span
+from modelpatch.patch.changes import Reweighting, resolve, set_strength
+
+if TYPE_CHECKING:
+    from modelpatch.patch.contents import Patch
+
+
+class PatchedModel(nn.Module):
+    """Images (B, C, H, W) to the task's answer: the chain with its spans replaced by variants, then the head.
+
+    All parameters but the patch's own lie in the backbone's bytes; no buffer is shared. Built from a patch, it is in
+    eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
+    """
+
+    def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        super().__init__()
+        patch.check_backbone(backbone)
+        self._build(backbone, patch.blueprint, patch.head.build(), {})
+        check_features(backbone.chain, patch)
+        self._load(resolve(patch.tensors, backbone.chain, patch.strength))
+        check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
+        set_strength(self, patch.strength)
+        self.eval().requires_grad_(False).to(backbone.device)
+        self._try_grafts(patch.blueprint, backbone)
+
+    @classmethod
+    def draft(
+        cls,
+        backbone: Backbone,
+        blueprint: Blueprint,
+        head: nn.Module,
+        reweightings: Mapping[str, Reweighting] | None = None,
+    ) -> PatchedModel:
+        """A model to be trained: owned parameters and the head require gradients, owned values start at the base's.
+
+        `reweightings` say, by the backbone's names, which owned weights are not replaced but made from the frozen one.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build(backbone, blueprint, head, reweightings or {})
+        return model.eval()
+
+    def _build(
+        self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Mapping[str, Reweighting]
+    ) -> None:
+        chain = backbone.chain
+        self.spans = blueprint.spans(chain)
+        self.starts: list[int] = []
+        self.parts = nn.ModuleList()
+        self.head = head
+        self.reads_base = bool(getattr(head, "reads_base", False))
+        self.twins = nn.ModuleDict()  # where the head reads the base too: its own segments beside the variants, by part
+        self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
+        self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
+        self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
+        ends = dict(self.spans)
+        index = 0
+        while index < len(chain):
+            end = ends.get(index, index + 1)
+            owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
+            self.starts.append(index)
+            self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
+            if self.reads_base and index in ends:
+                clones = [clone_module(segment.module) for segment in chain[index:end]]
+                self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
+            index = end
+        self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
+        self.taps = {tap: self._positions(chain, tap) for tap in getattr(head, "taps", ())}
+
+    @torch.no_grad()
+    def _try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
+        """Run every span with added modules once, on zeros.
+
+        Raises `ForeignTensorError` where it fails, or answers in another shape than the backbone's own segments.
+        """
+        for (start, end), variant in zip(self.spans, self.variants, strict=True):
+            if not any(start <= graft.start < end for graft in blueprint.grafts):
+                continue
+            given, expected = backbone.chain[start].input_shape, backbone.chain[end - 1].output_shape
+            with torch.random.fork_rng(devices=[]):  # skips of random weights draw from it
+                try:
+                    shape = tuple(variant(torch.zeros(1, *given, device=backbone.device)).shape[1:])
+                except (RuntimeError, ValueError, LookupError, TypeError) as error:
+                    raise ForeignTensorError(
+                        f"the modules that the patch adds do not fit segments [{start}, {end}): {error}"
+                    ) from error
+            if shape != tuple(expected):
+                raise ForeignTensorError(
+                    f"what the patch adds to segments [{start}, {end}) answers in shape {shape}; expected {expected}."
+                )
+
+    def _positions(self, chain: Chain, tap: int) -> tuple[int, ...]:
+        """The axes of segment `tap`'s output that are positions. Raises `ForeignTensorError` where a head cannot read it."""
+        if tap >= len(chain):
+            raise ForeignTensorError(f"the head reads segment {tap}; the backbone has {len(chain)}.")
+        if any(start <= tap < end - 1 for start, end in self.spans):
+            raise ForeignTensorError(
+                f"the head reads segment {tap}, inside a run of segments that the patch replaces as one."
+            )
+        return pooled_axes(chain, tap)
+
+    def _variant(
+        self,
+        segments: tuple[Segment, ...],
+        owned: frozenset[str],
+        reweightings: Mapping[str, Reweighting],
+        blueprint: Blueprint,
+        span: Span,
+    ) -> nn.Module:
+        """A structural clone of the segments with the span's grafts; records what its own tensors are called."""
+        clones, names, reweighted = [], {}, {}
+        for segment in segments:
+            local = {base: name for name, base in segment.tensor_names.items()}
+            parameters = dict(segment.module.named_parameters())
+            clone = clone_module(
+                segment.module, {local[base] for base in local.keys() & owned if local[base] in parameters}
+            )
+            tensors = {**dict(clone.named_parameters()), **dict(clone.named_buffers())}
+            names.update({id(tensors[local[base]]): f"replace/{base}" for base in local.keys() & owned})
+            for base in local.keys() & reweightings.keys():
+                owner, _, leaf = local[base].rpartition(".")
+                parametrize.register_parametrization(clone.get_submodule(owner), leaf, reweightings[base], unsafe=True)
+                reweighted[id(reweightings[base])] = base
+            clones.append(clone)
+        variant = clones[0] if len(clones) == 1 else nn.Sequential(*clones)
+        before = (*variant.parameters(), *variant.buffers())  # held, since ids are given again to what is freed
+        grafted: dict[int, Graft | None] = dict.fromkeys(map(id, before))
+        for graft in blueprint.grafts:
+            if span[0] <= graft.start and graft.end <= span[1]:
+                variant = graft.apply(variant)
+                for tensor in (*variant.parameters(), *variant.buffers()):
+                    grafted.setdefault(id(tensor), graft)
+        place = f"parts.{len(self.parts)}."
+        for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
+            if (origin := grafted[id(tensor)]) is not None:
+                names[id(tensor)] = f"graft/{span[0]}-{span[1]}/{name}"
+                self.origins[names[id(tensor)]] = origin
+            if id(tensor) in names:
+                self.names[names[id(tensor)]] = place + name
+        for name, module in variant.named_modules():
+            if id(module) in reweighted:
+                self.reweighted[reweighted[id(module)]] = place + name
+        return variant
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run_from(images, 0)
+
+    def run_from(self, x: Tensor, start: int) -> Tensor:
+        """The answer from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
+        return self.head(self.head_input(x, start))
+
+    def head_input(self, x: Tensor, start: int) -> HeadInput:
+        """What the head reads, from the input of segment `start`: features (B, D), or the maps of a decoder's taps."""
+        if reads_maps(self.head):
+            return self._run(x, start, self.end)
+        features, base = self.streams(x, start)
+        return features if base is None else torch.cat([features, base], 1)
+
+    def streams(self, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """The features that the head reads, from the input of segment `start`: the patch's, and the base's if it reads both.
+
+        What is frozen for both runs once.
+        """
+        if not self.reads_base:
+            return (self._features(x, start, self.end) if start < self.end else x), None
+        shared = max(start, self.first)
+        x = self._features(x, start, shared)
+        return self._features(x, shared, self.end), self._run_base(x, shared)
+
+    @torch.no_grad()
+    def _run_base(self, x: Tensor, start: int) -> Tensor:
+        twins = dict(self.twins.items())
+        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+            if begin >= start:
+                x = twins.get(str(number), part)(x)
+        return x
+
+    @torch.no_grad()
+    def run_prefix(self, images: Tensor, end: int) -> Tensor:
+        """What `run_from(..., end)` goes on from: the input of segment `end`, or the head's input."""
+        return self._features(images, 0, end)
+
+    def _features(self, x: Tensor, start: int, end: int) -> Tensor:
+        features = self._run(x, start, end)
+        assert isinstance(features, Tensor), "a decoder goes on from images or from inner segments"
+        return features
+
+    def _run(self, x: Tensor, start: int, end: int) -> HeadInput:
+        """The output of segments `[start, end)`, or at the end of the chain what the head reads of its taps."""
+        tapped = []
+        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+            if start <= begin < end:
+                x = part(x)
+                last = (self.starts[number + 1] if number + 1 < len(self.starts) else self.end) - 1
+                if last in self.taps:
+                    tapped.append((x, self.taps[last]))
+                    if reads_maps(self.head) and end == self.end and last == max(self.taps):
+                        break  # nobody reads what comes behind
+        return read_taps(self.head, *zip(*tapped, strict=True)) if self.taps and end == self.end else x
+
+    @property
+    def _lasts(self) -> Iterator[tuple[int, int]]:
+        """The first and last segment of every part."""
+        return zip(self.starts, [start - 1 for start in (*self.starts[1:], self.end)], strict=True)
+
+    @property
+    def end(self) -> int:
+        """The number of segments of the chain."""
+        return max(self.starts[-1] + 1, self.spans[-1][1] if self.spans else 0)
+
+    @property
+    def variants(self) -> tuple[nn.Module, ...]:
+        """The parts that stand in for the patch's spans, in order."""
+        spans = dict(self.spans)
+        return tuple(part for start, part in zip(self.starts, self.parts, strict=True) if start in spans)
+
+    @property
+    def first(self) -> int:
+        """The first segment that differs from the backbone; everything before it is frozen and deterministic.
+
+        0 where the head reads segments before the first span as well: nothing can then be computed once. A decoder goes on
+        from its first tap at the latest.
+        """
+        first = self.spans[0][0] if self.spans else self.end
+        if reads_maps(self.head):
+            return min(first, *(start for start, last in self._lasts if last in self.taps))
+        return 0 if self.spans and any(tap < first for tap in self.taps) else first
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The patch's own tensors under the names they have in a patch file, detached, not copied."""
+        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        if isinstance(self.head, DraftHead):
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+            tensors |= {f"head.{name}": tensor for name, tensor in self.head.stored().items()}
+        for name, path in self.reweighted.items():
+            stored = self.get_submodule(path).stored()  # type: ignore[operator]
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in stored.items()}
+        return tensors
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require gradients, by the names of what they train in a patch file; scores train their mask."""
+        for name, local in self.names.items():
+            tensor = self._tensor(local)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                yield name, tensor
+        for name, path in self.reweighted.items():
+            for parameter in self.get_submodule(path).parameters():
+                if parameter.requires_grad:
+                    yield f"mask/{name}", parameter
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training may change, under the names it has here; more exact than `tensors` for masks."""
+        names = list(self.names.values())
+        for path in self.reweighted.values():
+            names += [f"{path}.{name}" for name in self.get_submodule(path).state_dict()]
+        return {name: self._tensor(name).detach() for name in names}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave. Raises `ForeignTensorError` for names or shapes that differ."""
+        own = self.state()
+        check_fit({name: tensor.shape for name, tensor in own.items()}, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def portable_state(self) -> dict[str, Tensor]:
+        """Everything that training may change, under names that do not depend on which other spans the patch has."""
+        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        for base, path in self.reweighted.items():
+            own = self.get_submodule(path).state_dict()
+            tensors |= {f"mask/{base}.{name}": tensor for name, tensor in own.items()}
+        return tensors
+
+    @torch.no_grad()
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what another model's `portable_state` holds of this one's; the rest stays as it is.
+
+        Raises `ForeignTensorError` for a tensor of another shape.
+        """
+        for name, tensor in self.portable_state().items():
+            if name in state:
+                check_fit({name: tensor.shape}, {name: state[name]})
+                tensor.copy_(state[name])
+
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        check_fit(self.shapes(), values)
+        with torch.no_grad():
+            for name, local in self.names.items():
+                self._tensor(local).copy_(values[name])
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor of the patch, by its name in a patch file, masked weights as replaced ones."""
+        return {name: self._tensor(local).shape for name, local in self.names.items()}
+
+    def _tensor(self, local: str) -> Tensor:
+        owner, _, leaf = local.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
+    def requires_grad_(self, requires_grad: bool = True) -> PatchedModel:
+        """Applies to the patch's own parameters; those of the backbone stay frozen."""
+        for name in self.state():
+            tensor = self._tensor(name)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(requires_grad)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
+        """Like `nn.Module.load_state_dict`, but by assignment: copying would write the backbone's bytes, and is refused."""
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def check_features(chain: Chain, patch: Patch) -> None:
+    """Raises `ForeignTensorError` for a head that reads more or fewer features than the chain and its base give, and for maps
+    that no segment gives."""
+    head = patch.head
+    if head.reads_maps:
+        widths = tuple(pooled_width(chain, tap) if pooled_axes(chain, tap) else 0 for tap in head.taps)
+        if widths != head.widths:
+            raise ForeignTensorError(
+                f"the {head.kind} head reads maps of {head.widths} channels; the backbone gives {widths}."
+            )
+        if patch.preprocessing.image_size % head.strides[0]:
+            raise ForeignTensorError(
+                f"images of {patch.preprocessing.image_size} px are no multiple of the head's stride, {head.strides[0]}."
+            )
+        return
+    given = {"selected": head.features, "siamese": 2 * chain.feature_dim}.get(head.kind, chain.feature_dim)
+    if head.features != given:
+        raise ForeignTensorError(
+            f"the patch's {head.kind} head reads {head.features} features; the backbone gives {given}."
+        )
+
+
+def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:
+    """Raises `ForeignTensorError` for a head that selects features its taps do not give."""
+    count = sum(pooled_width(chain, tap) for tap in head.taps)
+    if selected is not None and not bool(((selected >= 0) & (selected < count)).all()):
+        raise ForeignTensorError(f"the head selects features up to {int(selected.max())}; the backbone gives {count}.")
+
+
+def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ForeignTensorError` unless `tensors` has exactly the expected names and shapes."""
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ForeignTensorError(
+            f"the patch lacks {len(missing)} tensors its structure needs: {', '.join(missing[:3])}."
+        )
+    if foreign := sorted(tensors.keys() - expected.keys()):
+        raise ForeignTensorError(f"the backbone has no place for {len(foreign)} tensors: {', '.join(foreign[:3])}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            given = tuple(tensors[name].shape)
+            raise ForeignTensorError(f"{name} has shape {given}; the backbone expects {tuple(shape)}.")

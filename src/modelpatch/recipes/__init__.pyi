@@ -1,0 +1,10 @@
+from .cascading import cascade as cascade
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .multires import MultiResolution as MultiResolution
+from .multires import fit_multires as fit_multires
+from .multitask import Multitask as Multitask
+from .multitask import fit_multitask as fit_multitask
+from .painting import Painting as Painting
+from .painting import PaintSettings as PaintSettings
+from .painting import paint as paint

@@ -1,0 +1,184 @@
+"""Methods side by side on one task with equal step budgets: accuracy, parameters, bytes, seconds, and the base kept."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task, check_classification
+from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import COMPARED, make_method
+from modelpatch.patch.contents import Patch
+from modelpatch.text import file_name
+from modelpatch.train.evaluation import evaluate_base, harmonic_mean, standard_error
+from modelpatch.train.fitting import check_settings, fit
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures, averaged over the seeds. Accuracies in [0, 1].
+
+    `top1_error` is the standard error of the mean over seeds, None for one seed; `base_*` and the harmonic mean are None
+    without base data. `file_bytes` is the mean size of the seeds' files.
+    """
+
+    method: str
+    top1: float
+    top1_error: float | None
+    base_before: float | None
+    base_after: float | None
+    harmonic_mean: float | None
+    trainable_parameters: int
+    file_bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, method: str, parameters: int, runs: Sequence[Run], base_before: float | None) -> Row:
+        """The row of one method's runs."""
+        top1 = [run.top1 for run in runs]
+        after = [run.base_after for run in runs if run.base_after is not None]
+        means = [harmonic_mean(run.top1, run.base_after) for run in runs if run.base_after is not None]
+        return cls(
+            method=method,
+            top1=statistics.fmean(top1),
+            top1_error=standard_error(top1),
+            base_before=base_before,
+            base_after=statistics.fmean(after) if after else None,
+            harmonic_mean=statistics.fmean(means) if means else None,
+            trainable_parameters=parameters,
+            file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
+            seconds=statistics.fmean(run.seconds for run in runs),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit of one method with one seed."""
+
+    seed: int
+    top1: float
+    base_after: float | None
+    file_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of methods, the runs behind it and the first seed's patches.
+
+    `skipped` says why a method is not among them.
+    """
+
+    task: str
+    backbone: str
+    rows: tuple[Row, ...]
+    runs: Mapping[str, tuple[Run, ...]]
+    patches: Mapping[str, Patch]
+    skipped: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "task": self.task,
+            "backbone": self.backbone,
+            "rows": [asdict(row) for row in self.rows],
+            "runs": {name: [asdict(run) for run in runs] for name, runs in self.runs.items()},
+            "skipped": dict(self.skipped),
+        }
+
+
+def compare(
+    backbone: Backbone,
+    data: Task,
+    methods: Sequence[str | Method] = COMPARED,
+    *,
+    base: Task | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+    reuse: bool = True,
+    progress: bool = False,
+    **settings: Any,
+) -> Comparison:
+    """Fit every method on the task with the same settings and number of steps and put the results in one table.
+
+    `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
+    test set of the backbone's own classes: its accuracy is measured before the first fit and after the last, each of which
+    checks the fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose
+    library is not installed or whose training fails is left out, with the reason.
+
+    `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
+    patches that are in it already are not trained again, unless `reuse=False` replaces them. Raises
+    `CheckpointMismatchError` for one of another run.
+    """
+    check_settings(settings)
+    check_classification(data, "compare")
+    before = evaluate_base(backbone, base).top1 if base is not None else None
+    runs: dict[str, tuple[Run, ...]] = {}
+    patches: dict[str, Patch] = {}
+    skipped: dict[str, str] = {}
+    trained: dict[str, int] = {}
+    todo: list[tuple[str, Method, int]] = []
+    for name, method in _by_name(methods).items():
+        try:
+            todo.append((name, method, method.count_parameters(backbone)))
+        except (MethodNotApplicableError, MissingExtraError) as error:
+            skipped[name] = str(error)
+    for name, method, parameters in todo:
+        fitted: list[Run] = []
+        try:
+            for number in range(seed, seed + seeds):
+                files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
+                patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
+                top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
+                fitted.append(Run(number, top1, None, size, patch.created["seconds"]))
+                patches.setdefault(name, patch)
+        except DivergedError as error:
+            skipped[name] = str(error)
+            continue
+        runs[name] = tuple(fitted)
+        trained[name] = parameters + head_parameters(patches[name], method)
+    after = evaluate_base(backbone, base).top1 if base is not None else None
+    runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
+    rows = tuple(Row.of(name, trained[name], fitted, before) for name, fitted in runs.items())
+    return Comparison(data.task.name, backbone.spec, rows, runs, patches, skipped)
+
+
+def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
+    """Methods by their spellings, numbered where one is given twice."""
+    named: dict[str, Method] = {}
+    for given in methods:
+        method = make_method(given) if isinstance(given, str) else given
+        named[_unused(given if isinstance(given, str) else given.name, named)] = method
+    return named
+
+
+def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
+    """Where a run keeps its patch and its training state, from which it goes on if they are to be reused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{file_name(name)}.safetensors"
+    checkpoint = folder / f"{out.name}.training"
+    if not reuse:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return {"out": out, "checkpoint": checkpoint, "reuse": reuse}
+
+
+def _unused(name: str, taken: Mapping[str, Any]) -> str:
+    """`name`, numbered if a row has it already."""
+    return next(
+        one for number in itertools.count(1) if (one := f"{name} ({number})" if number > 1 else name) not in taken
+    )
+
+
+def head_parameters(patch: Patch, method: Method) -> int:
+    """Trainable numbers of the patch's head."""
+    if method.head == "random":
+        return 0
+    return sum(tensor.numel() for name, tensor in patch.tensors.items() if name.startswith("head."))

@@ -1,0 +1,344 @@
+"""Many tasks at once over one backbone: shared weights that all of them train, and a private patch for each.
+
+    dL/dW   = sum_t s_t dL_t/dW       W shared, s_t the share of task t, adding up to 1
+    dL/dP_t = dL_t/dP_t               P_t what the patch of task t owns: scale and bias, filters, a head, ...
+    rate_t  = rate f(e / E_t)         e the epochs that task t has made, E_t those it will make
+
+Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning* (ICLR
+2019), section 4.3 and 5.4. The decay is tied to every task's own epochs, so that all learning rates agree at any time. The
+paper's workers write to a parameter server as they come; here one batch of every task makes a round, after which the shared
+weights take one step.
+
+    sampling        images of task t in a round                     s_t
+    equal           the batch size                                  w_t / sum w             w_t the task's weight
+    proportional    as its training images are to all tasks'        w_t b_t / sum w b       b_t the images
+
+The result is a backbone of its own with a patch a task. Statistics of BatchNorm that no patch owns stay the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import check_writable, save_backbone
+from modelpatch.data.task import Task, check_classification
+from modelpatch.errors import DataError, MethodError, TrainingError
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import BackboneRecord, Patch
+from modelpatch.recipes.shared import SharedWeights
+from modelpatch.text import file_name
+from modelpatch.train.checkpoint import Checkpoint, restore_random
+from modelpatch.train.distributed import Team
+from modelpatch.train.evaluation import evaluate_classes, store_as
+from modelpatch.train.fitting import Fit
+from modelpatch.train.logs import RunLog
+from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings, check_settings
+
+Sampling = Literal["equal", "proportional"]
+BACKBONE = "backbone.safetensors"
+PRIVATE, SHARED = "scale-bias(lr=0.001)", "full-finetune"  # a rate for weights that move together
+FOR_FROZEN = {  # settings that only make sense over a frozen backbone, or for a task that ends on its own
+    "cache": "what lies before a patch moves",
+    "views": "what lies before a patch moves",
+    "validation": "all tasks end together",
+    "early_stopping": "all tasks end together",
+}
+
+
+@dataclass(frozen=True)
+class Multitask:
+    """The backbone that the tasks trained together and their patches of it, measured, by the tasks' names.
+
+    `shared_parameters` is the number of trained weights that all tasks read.
+    """
+
+    backbone: Backbone
+    patches: Mapping[str, Patch]
+    shared_parameters: int
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        """The mean of the tasks' test accuracies."""
+        return fmean(patch.metrics["test_top1"] for patch in self.patches.values())
+
+    @property
+    def backbone_parameters(self) -> int:
+        """Parameters of the backbone without its own classifier."""
+        return sum(segment.parameters for segment in self.backbone.chain)
+
+    @property
+    def numbers(self) -> int:
+        """All numbers that the tasks need, statistics included: their patches, and what at least one reads of the backbone."""
+        replaced = [{name for name in patch.tensors if name.startswith("replace/")} for patch in self.patches.values()]
+        nobody = set.intersection(*replaced)
+        tensors = [named for segment in self.backbone.chain for named in segment.named_tensors()]
+        read = {name: t.numel() for name, t in tensors if t.is_floating_point() and f"replace/{name}" not in nobody}
+        return sum(read.values()) + sum(t.numel() for patch in self.patches.values() for t in patch.tensors.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        tasks = {}
+        for name, patch in self.patches.items():
+            head = sum(tensor.numel() for key, tensor in patch.tensors.items() if key.startswith("head."))
+            private = sum(tensor.numel() for tensor in patch.tensors.values()) - head
+            tasks[name] = {**patch.metrics, "private_numbers": private, "head_numbers": head}
+        return {
+            "top1": self.top1,
+            "tasks": tasks,
+            "backbone": self.backbone.spec,
+            "fingerprint": self.backbone.fingerprint,
+            "backbone_parameters": self.backbone_parameters,
+            "shared_parameters": self.shared_parameters,
+            "numbers": self.numbers,
+            "seconds": self.seconds,
+        }
+
+
+def fit_multitask(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    private: Method | str = PRIVATE,
+    *,
+    shared: Method | str = SHARED,
+    sampling: Sampling = "equal",
+    weights: Mapping[str, float] | None = None,
+    out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    log: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Multitask:
+    """Train a copy of the backbone on several tasks together, with a patch of the method `private` for each.
+
+    `shared` says which weights the tasks share and how these train: a method that would own them in a patch, `FullFinetune()`
+    for all, `Subset("layer4")` for some. What `private` owns is every task's own. `sampling` is that of the module's table,
+    `weights` are the tasks' by name, 1 where none is given. `settings` are those of `FitSettings` that suit weights that
+    move; `epochs` are passes over all tasks' images together, so that with equal sampling a small task makes more.
+
+    `out` names a folder for `backbone.safetensors` and a patch file a task; `checkpoint`, `log` and `progress` are those of
+    `fit`, logs in a folder a task. Where `torch.distributed` was started its processes share the tasks, and where there are
+    more of them the batches, and all return the result; it equals that of one process but for rounding.
+
+    Raises `MethodError` for methods that cannot be trained so, `DataError` for tasks that cannot be told apart,
+    `TrainingError` for settings that cannot be, and what `fit` raises.
+    """
+    if not isinstance(backbone, Backbone):
+        raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
+    private, shared = (make_method(one) if isinstance(one, str) else one for one in (private, shared))
+    for method in (private, shared):
+        if not isinstance(method, Method):
+            raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
+    if sampling not in get_args(Sampling):
+        raise TrainingError(f"sampling is {sampling!r}; expected one of: {', '.join(get_args(Sampling))}.")
+    check_tasks(tasks)
+    chosen = check_joint_settings(settings)
+    architecture = check_writable(backbone) if out is not None else ""
+    files = None if out is None else task_files(Path(out), [task.task.name for task in tasks])
+    team = Team.everyone()
+    bar = Progress(f"{len(tasks)} tasks") if progress and team.leads else quiet_progress()
+    with bar, ExitStack() as logs:
+        run = _Run(backbone, tasks, private, shared, sampling, weights or {}, chosen, bar, checkpoint, team)
+        run.open_logs(log, logs)
+        result = run.run(f"module:{type(backbone.module).__name__}" if out is None else f"file:{BACKBONE}")
+        if team.leads:
+            if out is not None and files is not None:
+                facts = {"base": backbone.spec, "base_fingerprint": backbone.fingerprint, "tasks": list(result.patches)}
+                Path(out).mkdir(parents=True, exist_ok=True)
+                save_backbone(result.backbone, Path(out) / BACKBONE, architecture, multitask=facts)
+                for name, patch in result.patches.items():
+                    patch.save(files[name])
+            if run.checkpoint:
+                run.checkpoint.clear()
+        team.follow(None)  # nobody goes on before the files are as they will be
+    return result
+
+
+class _Run:
+    """One run: a `Fit` a task over one copy of the backbone, taken step by step, and the weights that they share."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tasks: Sequence[Task],
+        private: Method,
+        shared: Method,
+        sampling: Sampling,
+        weights: Mapping[str, float],
+        settings: FitSettings,
+        bar: Progress,
+        checkpoint: str | Path | None,
+        team: Team,
+    ) -> None:
+        self.base, self.private, self.settings, self.bar, self.team = backbone, private, settings, bar, team
+        self.copy = backbone.around(copy.deepcopy(backbone.module))
+        self.shared = SharedWeights(self.copy, shared)
+        names = [task.task.name for task in tasks]
+        sizes = batch_sizes(tasks, settings.batch_size, sampling)
+        self.shares = shares(names, weights, sizes if sampling == "proportional" else [1] * len(tasks))
+        teams = teams_of(team, len(tasks))
+        self.fits = {
+            name: Fit(
+                self.copy,
+                task,
+                private,
+                replace(settings, batch_size=size, cache=False),
+                bar,
+                RunLog(None),
+                None,
+                team=own,
+            )
+            for name, task, size, own in zip(names, tasks, sizes, teams, strict=True)
+        }
+        self.served = {name: fit for name, fit in self.fits.items() if team.rank in fit.team.ranks}
+        self.rounds = max(1, round(settings.epochs * fmean(fit.per_epoch for fit in self.fits.values())))
+        self.done = 0
+        identity = {
+            "tasks": {name: fit.identity for name, fit in self.fits.items()},
+            "shared": {shared.name: shared.hyperparameters()},
+            "sampling": sampling,
+            "weights": dict(weights),
+        }
+        self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
+        self.facts = {"shared": shared.name, "sampling": sampling, "shares": self.shares, "rounds": self.rounds}
+
+    def open_logs(self, folder: str | Path | None, stack: ExitStack) -> None:
+        """A log for every task whose team this process leads."""
+        for name, fit in self.served.items():
+            if folder is not None and fit.team.leads:
+                fit.log = stack.enter_context(RunLog(Path(folder) / file_name(name)))
+
+    def run(self, spec: str) -> Multitask:
+        """Train; the result's backbone is called `spec`."""
+        began = time.perf_counter()
+        saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
+        for name, fit in self.served.items():
+            fit.begin(saved["tasks"][name] if saved else None)
+            self.shared.join(fit.model, self.private, self.shares[name])
+        self.shared.begin(self.private)
+        if saved is not None:
+            self.shared.restore(saved["shared"])
+            self.done = saved["done"]
+            restore_random(saved)
+        self._train()
+        return self._finish(spec, time.perf_counter() - began)
+
+    def _train(self) -> None:
+        steps = [fit.steps(self.rounds) for fit in self.served.values()]
+        with self.bar.task("training", self.rounds, self.done) as advance:
+            while self.done < self.rounds:
+                for step in steps:
+                    next(step)
+                self.shared.step(self.settings.factor(self.done, self.rounds), self.settings.clip, self.team)
+                self.done += 1
+                advance(1)
+                if self.checkpoint and self.team.follow(self.checkpoint.due() or self.done == self.rounds):
+                    self._save(self.checkpoint)
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        """All tasks' state in one file, so that it is of one moment."""
+        own = {name: fit.snapshot() for name, fit in self.served.items() if fit.team.leads}
+        tasks = {name: state for part in self.team.collect(own) for name, state in part.items()}
+        if self.team.leads:
+            checkpoint.save({"tasks": tasks, "shared": self.shared.snapshot(), "done": self.done})
+
+    def _finish(self, spec: str, seconds: float) -> Multitask:
+        plain = {key: value for key, value in self.base.arguments.items() if key not in ("pretrained", "seed")}
+        trained = self.copy.around(self.copy.module, spec, plain)
+        trained.about = {}  # facts of the base, such as its accuracy, are not this one's
+        record = BackboneRecord.of(trained)
+        own = {name: self._patch(fit, trained, record, seconds) for name, fit in self.served.items() if fit.team.leads}
+        patches = {name: patch for part in self.team.collect(own) for name, patch in part.items()}
+        self.base.verify()
+        count = sum(weight.numel() for weight in self.shared.weights.values())
+        return Multitask(trained, {name: patches[name] for name in self.fits}, count, round(seconds, 2))
+
+    def _patch(self, fit: Fit, trained: Backbone, record: BackboneRecord, seconds: float) -> Patch:
+        """The task's patch, measured on the backbone as it will be loaded."""
+        made = fit.make_patch(record, seconds)
+        facts = {**self.facts, "with": list(self.fits), "epochs": round(self.rounds / fit.per_epoch, 3)}
+        # no fit of this task alone may take the file for its own
+        made = replace(made, created={**made.created, "multitask": facts, "run": f"multitask {fit.digest}"})
+        result = evaluate_classes(trained, made, fit.data)
+        made = made.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
+        dtype = self.settings.dtype
+        return made if dtype == "float32" else store_as(trained, made, fit.data, dtype)
+
+
+# tasks ------------------------------------------------------------------------------------------------------
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises `DataError` for what is no task, for none, and for two of one name."""
+    if isinstance(tasks, Task) or not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise DataError(f"{str(tasks)[:200]} is not tasks' data. Expected a list: [mp.load_task(...), ...].")
+    for task in tasks:
+        check_classification(task, "multitask")
+    names = [task.task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"two tasks are called {twice[0]!r}. Name them: mp.load_task(..., name=...).")
+
+
+def batch_sizes(tasks: Sequence[Task], size: int, sampling: Sampling) -> list[int]:
+    """Images of every task in a round: `size` of each, or their sum shared out by the tasks' training images, 2 at least."""
+    if sampling == "equal":
+        return [size] * len(tasks)
+    images = [len(task.train) for task in tasks]
+    return [max(2, round(size * len(tasks) * count / sum(images))) for count in images]
+
+
+def shares(names: Sequence[str], weights: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
+    """How much of the shared gradient is every task's; they add up to 1. Raises `TrainingError` for impossible weights."""
+    if not isinstance(weights, Mapping):
+        raise TrainingError(f"the weights are {weights!r}; expected a number by task: {{{names[0]!r}: 2}}.")
+    if unknown := sorted(weights.keys() - set(names)):
+        raise TrainingError(f"there is no task {unknown[0]!r} to weigh. The tasks: {', '.join(names)}.")
+    if wrong := [name for name, weight in weights.items() if not _is_weight(weight)]:
+        raise TrainingError(f"the weight of {wrong[0]} is {weights[wrong[0]]!r}; expected a number above 0.")
+    heavy = [weights.get(name, 1.0) * size for name, size in zip(names, sizes, strict=True)]
+    return {name: weight / sum(heavy) for name, weight in zip(names, heavy, strict=True)}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def teams_of(team: Team, tasks: int) -> list[Team]:
+    """Who trains each task: processes take turns through the tasks, or tasks through the processes, if there are fewer."""
+    count = len(team.ranks)
+    if count <= tasks:
+        return [Team((task % count,), team.rank) for task in range(tasks)]
+    return [team.some([rank for rank in team.ranks if rank % tasks == task]) for task in range(tasks)]
+
+
+# settings and files -----------------------------------------------------------------------------------------
+
+
+def check_joint_settings(values: dict[str, Any]) -> FitSettings:
+    """Settings of a fit that suit weights that move. Raises `TrainingError` for others."""
+    for name, reason in FOR_FROZEN.items():
+        if name in values:
+            raise TrainingError(f"tasks trained together have no setting {name!r}: {reason}. Leave it out.")
+    chosen = check_settings(values)
+    if chosen.precision == "float16":
+        raise TrainingError("tasks trained together cannot share float16's loss scale. Use precision='bfloat16'.")
+    return chosen
+
+
+def task_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The patch file of every task. Raises `DataError` for names that give one file, or the backbone's."""
+    files = {name: folder / f"{file_name(name)}.safetensors" for name in names}
+    taken = [BACKBONE, *(path.name for path in files.values())]
+    if twice := sorted({name for name in taken if taken.count(name) > 1}):
+        raise DataError(f"two of the files would be called {twice[0]}. Name the tasks: mp.load_task(..., name=...).")
+    return files

@@ -1,0 +1,257 @@
+"""The best patch within a budget: method, blocks and settings chosen by validation.
+
+    1. profile     every block alone, few epochs: which blocks are worth training
+    2. propose     methods over the best, the last and all blocks, the last stages; every number of Δ-modules; learning rates
+    3. leave out   what cannot keep the budget, by the bytes and the time of an untrained patch
+    4. halve       few epochs for all that is left, more for the best third, and so on (Jamieson and Talwalkar, 2016)
+    5. train       the best on all training images; its patch is measured again, and must keep the budget
+
+What comes out is also the set of proposals that no other one beats in accuracy, bytes and time at once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.data.task import Task
+from modelpatch.errors import MethodNotApplicableError, MissingExtraError, TrainingError
+from modelpatch.methods.composite import Composite
+from modelpatch.methods.confined import Confined, confine
+from modelpatch.methods.delta import DeltaNetwork, stages_of
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
+from modelpatch.patch.contents import Patch
+from modelpatch.select.budget import Budget
+from modelpatch.select.candidates import Candidate, describe, units
+from modelpatch.select.greedy import STUDY_OPTIONS, train_first_within
+from modelpatch.select.halving import Effect, score_by_halving
+from modelpatch.select.profiling import Profile, profile_units
+from modelpatch.select.study import Score, Study, open_study
+
+METHODS = ("linear-probe", "scale-bias", "subset", "delta", "lora", "piggyback", "scale-bias+subset")
+RATES = (1 / 3, 1.0, 3.0)  # times a method's own
+BEST_BLOCKS = 3
+SMALL = "float16"  # the dtype of patches that must keep a limit of bytes
+PROFILE_SHARE = 4  # the profile has a fourth of the epochs
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate with its score and its added latency; `kept` says whether it was trained to the last rung."""
+
+    candidate: Candidate
+    score: Score
+    latency: float
+    kept: bool
+
+    def beats(self, other: Proposal) -> bool:
+        """Whether this one is at least as good in accuracy, bytes and time, and better in one of them."""
+        mine = (-self.score.top1, self.score.file_bytes, self.latency)
+        theirs = (-other.score.top1, other.score.file_bytes, other.latency)
+        return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+
+
+@dataclass(frozen=True)
+class Search:
+    """The proposals that were trained, the best first, those left out with the limit they break, and the trained patch."""
+
+    task: str
+    backbone: str
+    budget: Budget
+    profile: Profile
+    proposals: tuple[Proposal, ...]
+    left_out: dict[str, str]
+    chosen: Candidate
+    patch: Patch
+    dropped: tuple[str, ...]
+    effect: Effect | None
+
+    @property
+    def front(self) -> tuple[Proposal, ...]:
+        """The fully trained proposals that no other one beats."""
+        kept = [one for one in self.proposals if one.kept]
+        return tuple(one for one in kept if not any(other.beats(one) for other in kept))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        front = {one.candidate.name for one in self.front}
+        return {
+            "task": self.task,
+            "backbone": self.backbone,
+            "limits": {"bytes": self.budget.bytes, "latency": self.budget.latency, "blocks": self.budget.blocks},
+            "profile": self.profile.as_dict(),
+            "proposals": [
+                {
+                    "name": one.candidate.name,
+                    "latency": one.latency,
+                    "pareto": one.candidate.name in front,
+                    **one.score.as_dict(),
+                }
+                for one in self.proposals
+            ],
+            "left_out": self.left_out,
+            "chosen": self.chosen.name,
+            "dropped": list(self.dropped),
+            "halving": str(self.effect) if self.effect else None,
+            "test": dict(self.patch.metrics),
+        }
+
+
+def search(
+    backbone: Backbone,
+    data: Task,
+    methods: Sequence[str] = METHODS,
+    *,
+    max_bytes: int | None = None,
+    max_latency: float | None = None,
+    tries: int = 48,
+    folds: int = 1,
+    halving: int = 3,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Search:
+    """Find and train the best patch of at most `max_bytes` that adds at most the share `max_latency` to the base's time.
+
+    At most `tries` proposals are trained; where there are more, a seeded draw leaves some out, but never the linear probe.
+    `halving=0` trains all of them to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise.
+    For the other options see `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the
+    budget.
+    """
+    budget = Budget(bytes=max_bytes, latency=max_latency)
+    if max_bytes is not None:
+        options.setdefault("dtype", SMALL)
+    for name in methods:
+        make_method(name)
+    with open_study(backbone, data, title="search", folds=folds, **options) as study:
+        settings = study.bench.settings
+        profiled = _profile(study)
+        size = settings.image_size or backbone.preprocessing.image_size
+        able: list[Candidate] = []
+        left_out: dict[str, str] = {}
+        for candidate in propose(backbone, methods, profiled, left_out):
+            if reason := budget.why_not(backbone, data.task, candidate, size, settings.dtype):
+                left_out[candidate.name] = reason
+            else:
+                able.append(candidate)
+        able = _draw(able, tries, settings.seed, left_out)
+        if not able:
+            first = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+            raise TrainingError(
+                f"nothing keeps the budget, stored as {settings.dtype} ({first}; ...). Raise a limit, or try dtype=int8."
+            )
+        scores, effect = score_by_halving(study, able, halving, "proposals")
+        longest = max((score.epochs for score in scores if score.top1s), default=0)
+        proposals = [
+            Proposal(one, score, budget.added(backbone, data.task, one, size), score.epochs == longest)
+            for one, score in zip(able, scores, strict=True)
+            if score.top1s
+        ]
+        proposals.sort(key=lambda one: (-one.score.epochs, -one.score.top1, one.score.file_bytes))
+        ranked = [
+            (one.candidate, one.score) for one in proposals if max_bytes is None or one.score.file_bytes <= max_bytes
+        ]
+        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
+        final["progress"] = options.get("progress", False)
+        chosen, _, patch, dropped = train_first_within(backbone, data, ranked, budget, out=out, **final)
+    return Search(
+        task=data.task.name,
+        backbone=backbone.spec,
+        budget=budget,
+        profile=profiled,
+        proposals=tuple(proposals),
+        left_out=left_out,
+        chosen=chosen,
+        patch=patch,
+        dropped=tuple(dropped),
+        effect=effect,
+    )
+
+
+def _profile(study: Study) -> Profile:
+    epochs = max(1, study.epochs // PROFILE_SHARE)
+    return profile_units(study, make_method("subset"), units(study.bench.backbone), "blocks", epochs=epochs)
+
+
+def propose(
+    backbone: Backbone, methods: Sequence[str], profiled: Profile, left_out: dict[str, str]
+) -> Iterator[Candidate]:
+    """Methods over sets of blocks, each at several learning rates; what cannot be made is left out with the reason."""
+    sets = _block_sets(backbone, profiled)
+    seen: set[str] = set()
+    for spelled in methods:
+        try:
+            forms = list(_forms(backbone, spelled, sets))
+        except (MethodNotApplicableError, MissingExtraError) as error:
+            left_out[spelled] = str(error)
+            continue
+        for name, blocks, form in forms:
+            try:
+                form.count_parameters(backbone)
+            except (MethodNotApplicableError, MissingExtraError) as error:
+                left_out[name] = str(error)
+                continue
+            for label, method in _at_rates(form):
+                chosen = {key: value for key, value in method.hyperparameters().items() if key != "blocks"}
+                changes = method.blueprint(backbone).model_dump_json()  # where blocks=last has its name
+                known = json.dumps([method.name, chosen, changes], sort_keys=True)
+                if known not in seen:
+                    seen.add(known)
+                    yield Candidate(name + label, blocks, method)
+
+
+def _forms(
+    backbone: Backbone, spelled: str, sets: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[str, tuple[str, ...], Method]]:
+    """A method over every set of blocks, or as it is where it changes none; a Δ-network with every number of modules."""
+    method = make_method(spelled)
+    blueprint = method.blueprint(backbone)
+    if isinstance(method, DeltaNetwork):
+        for count in range(1, len(stages_of(backbone)) + 1):
+            yield f"{spelled} with {count} module{'s' if count > 1 else ''}", (), replace(method, modules=count)
+        return
+    yield spelled, (), method
+    if blueprint.owned or blueprint.grafts:
+        for blocks in sets:
+            yield f"{spelled} in {describe(backbone, blocks)}", blocks, confine(method, blocks)
+
+
+def _at_rates(method: Method) -> Iterator[tuple[str, Method]]:
+    """The method at several learning rates; several methods in one patch, and the head alone, keep theirs."""
+    if isinstance(method, Composite | LinearProbe):
+        yield "", method
+        return
+    for rate in RATES:
+        own = method.method if isinstance(method, Confined) else method
+        changed = replace(own, lr=own.lr * rate)
+        scaled = Confined.of(changed, method.blocks) if isinstance(method, Confined) else changed
+        yield f", lr {own.lr * rate:.2g}", scaled
+
+
+def _block_sets(backbone: Backbone, profiled: Profile) -> list[tuple[str, ...]]:
+    """The best one, two and three blocks of the profile, the last one, two and three, and the last one, two, ... stages."""
+    order = [block.name for block in backbone.chain.blocks]
+    ranked = sorted(profiled.rows, key=lambda row: -row.score.top1)
+    sets = [tuple(row.blocks[0] for row in ranked[:count]) for count in range(1, BEST_BLOCKS + 1)]
+    sets += [tuple(order[-count:]) for count in range(1, BEST_BLOCKS + 1)]
+    stages = [tuple(block.name for block in stage) for stage in backbone.chain.stages]
+    sets += [sum(stages[start:], ()) for start in range(len(stages))]
+    return list(dict.fromkeys(tuple(sorted(blocks, key=order.index)) for blocks in sets))
+
+
+def _draw(able: list[Candidate], tries: int, seed: int, left_out: dict[str, str]) -> list[Candidate]:
+    """At most `tries` of the candidates, in their order. The linear probe, which all must beat, is always among them."""
+    if len(able) <= tries:
+        return able
+    places = list(range(len(able)))
+    kept = {place for place in places if isinstance(able[place].method, LinearProbe)}
+    others = [place for place in places if place not in kept]
+    kept.update(random.Random(seed).sample(others, max(0, tries - len(kept))))
+    left_out.update({able[place].name: f"not drawn among {tries} tries" for place in places if place not in kept})
+    return [able[place] for place in places if place in kept]

@@ -1,0 +1,382 @@
+"""A store: patches by name, version and tag, in a folder or wherever `fsspec` reaches.
+
+    publish(name, patch)     bytes, then record, then tags: a version is visible once all of it is there
+    load(name@tag)           tag -> hash -> bytes, checked by the hash and by the patch reader
+    collect()                removes versions that no tag names
+
+Versions are named by their content and never change, as in a container registry (OCI image layout) or in git; tags are
+small files that are replaced whole. So a reader sees the old version or the new one, and writers need no lock: those that
+publish the same bytes write the same files, and of those that move one tag the last one wins. Whoever removes a version
+looks at the tags again afterwards, and whoever sets a tag looks at the version again: of two that meet, one makes it good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelpatch.errors import (
+    DamagedPatchError,
+    ModelpatchError,
+    NotAPatchError,
+    StoreError,
+    TaggedVersionError,
+    UnknownPatchError,
+)
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.store.index import Index
+from modelpatch.store.records import FILE, RECORD, TAG, Records, is_temporary
+from modelpatch.store.storage import open_storage
+from modelpatch.store.version import HASH, LATEST, PREFIX, Version, check_name, check_tag, parse_reference
+
+TRIES, PAUSE = 10, 0.01  # the pause, in seconds, grows with every try
+LEFTOVER = 3600.0  # seconds after which a file without a record was left by a writer that died
+NEAR = 2000  # names that are compared with an unknown one
+PUBLISH = "Publish the patch again."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a store that would make an answer wrong: where, and what to do."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+Versions = list[Version]  # `list` is one of the store's own words
+Problems = list[Problem]
+
+
+class Store:
+    """Patches by name and version under a folder or URL: `Store("patches/")`, `Store("s3://bucket/patches")`.
+
+    `storage_options` go to `fsspec`. Any number of threads and processes, on any number of machines, may read and write one
+    store at the same time. Names of patches and tags match `[a-z0-9][a-z0-9._-]{0,63}`. Every method raises `StoreError`
+    where the place cannot be read or written, and `InvalidReferenceError` for a name that is none.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
+        self._storage = open_storage(url, storage_options)
+        self._records = Records(self._storage)
+        self._index = Index(self._records)
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._storage.url
+
+    def exists(self) -> bool:
+        """Whether anything is there. Nothing needs to be: what publishes first makes the store."""
+        return self._storage.is_there()
+
+    # writing ----------------------------------------------------------------------------------------------------
+
+    def publish(
+        self, name: str, patch: Patch | bytes | str | os.PathLike[str], tags: Sequence[str] = (LATEST,)
+    ) -> Version:
+        """Add a patch, the bytes of a patch file or its path, and let `tags` name it. Returns the version.
+
+        The bytes are read back as a patch before anything is written. The same bytes under the same name are the same version,
+        whose files are written anew. Raises a `PatchFileError` for what is no intact patch.
+        """
+        check_name(name)
+        tags = tuple(dict.fromkeys(map(check_tag, (tags,) if isinstance(tags, str) else tags)))
+        data, source = _bytes_of(patch)
+        version = Version.of(name, data, decode_patch(data, source))
+        return self._publish(version, data, tags)
+
+    def tag(self, name: str, tag: str, version: Version | str) -> Version:
+        """Let a tag name a version of `name`, and no other. Returns the version.
+
+        Raises `UnknownPatchError` for a version that is not there, `StoreError` for one of another name.
+        """
+        check_tag(tag)
+        found = self._one(version)
+        if found.name != check_name(name):
+            raise StoreError(f"{found} is no version of {name}. Publish it under that name: load it, then publish it.")
+        with self._index.changing(name):
+            self._records.write_tag(name, tag, found.hash)
+            if not self._records.is_whole(name, found.hash):  # it was removed meanwhile
+                self._records.delete(name, tag + TAG)
+                raise UnknownPatchError(f"{found} is not in {self.url} any more: it was removed.")
+        return replace(found, tags=tuple(sorted({*found.tags, tag})))
+
+    def untag(self, name: str, tag: str) -> None:
+        """Remove a tag; the version stays until `collect`. Raises `UnknownPatchError` for a tag that is not there."""
+        if not self._storage.exists(self._records.path(check_name(name), check_tag(tag) + TAG)):
+            raise self._unknown_version(name, tag)
+        with self._index.changing(name):
+            self._records.delete(name, tag + TAG)
+
+    def remove(self, reference: str | Version, force: bool = False) -> Version:
+        """Remove a version, and with `force` the tags that name it. Returns what was removed.
+
+        Raises `TaggedVersionError` without `force` if a tag names it, `UnknownPatchError` for one that is not there.
+        """
+        version = self._one(reference)
+        with self._index.changing(version.name):
+            if version.tags and not force:
+                named = ", ".join(version.tags)
+                raise TaggedVersionError(f"{version} is tagged {named}.", "Remove the tag first, or force the removal.")
+            for tag in version.tags:
+                self._records.delete(version.name, tag + TAG)
+            if not self._drop(version):
+                raise TaggedVersionError(f"{version} was tagged while it was being removed. It is still there.")
+        return version
+
+    def collect(self, dry_run: bool = False) -> Versions:
+        """Remove every version that no tag names; with `dry_run` nothing. Returns those versions.
+
+        Files that writers left who died more than an hour ago go as well. Raises `DamagedPatchError` for a tag that cannot be
+        read, since nobody knows what it names: nothing of that name is removed then.
+        """
+        removed = []
+        for name, files in sorted(self._records.files().items()):
+            tagged = self._records.tagged(name)
+            untagged = [version for version in self._records.versions(name, files) if version.hash not in tagged]
+            if dry_run:
+                removed += untagged
+                continue
+            if untagged:
+                with self._index.changing(name):
+                    removed += [version for version in untagged if self._drop(version)]
+            self._sweep(name, files)
+        if not dry_run:
+            self._index.sweep()
+        return removed
+
+    def rebuild(self) -> Versions:
+        """Make the index anew from the files. Never needed for right answers: a store that was copied or mended by hand."""
+        return self._index.rebuild()
+
+    # reading ----------------------------------------------------------------------------------------------------
+
+    def list(self) -> Versions:
+        """All versions of all names, by name and age, from the index."""
+        return self._index.versions()
+
+    def versions(self, name: str) -> Versions:
+        """All versions of a name, the oldest first. Raises `UnknownPatchError` where there is none."""
+        found = self._records.versions(check_name(name))
+        if not found and self._records.hashes(name):
+            raise DamagedPatchError(f"the records of all versions of {name} are damaged. Publish the patch again.")
+        if not found:
+            raise self._unknown_name(name)
+        return found
+
+    def resolve(self, reference: str) -> Version:
+        """The version that `NAME`, `NAME@TAG` or `NAME@HASH` names; of a hash, 8 digits that tell it apart are enough.
+
+        A tag comes before a hash that begins like it. Raises `UnknownPatchError` with the names that are near.
+        """
+        name, rest = parse_reference(reference)
+        for attempt in range(TRIES):
+            hash = rest if HASH.fullmatch(rest) else self._hash_of_tag(name, rest)
+            try:
+                return self._records.version(name, hash, self._records.tags(name))
+            except FileNotFoundError:
+                if hash == rest:
+                    raise self._unknown_version(name, rest) from None
+                time.sleep(PAUSE * attempt)  # the tag has moved on, or somebody is putting the version back
+        what = f"{name}@{rest} names the version {hash[:12]}, which is not there"
+        raise DamagedPatchError(f"{what}.", "Publish it again, or move the tag.")
+
+    def read(self, version: Version | str) -> bytes:
+        """The bytes of a version's patch file. Raises `DamagedPatchError` unless they are the ones that were published."""
+        return self._read(version)[1]
+
+    def load(self, reference: str | Version) -> Patch:
+        """A patch, checked by its hash and like any patch file."""
+        version, data = self._read(reference)
+        return decode_patch(data, str(version))
+
+    def verify(self, advance: Callable[[int], None] = lambda count: None) -> Problems:
+        """Read everything and say what is wrong: files that are damaged or missing, tags that name nothing, a wrong index.
+
+        `advance` is told how many names are done. What writers that died left behind is no problem; `collect` removes it.
+        """
+        problems: Problems = []
+        for name, files in sorted(self._records.files().items()):
+            problems += self._verify(name, set(files))
+            advance(1)
+        if not problems and self.list() != self._records.scan() != self.list():  # unless others write just now
+            problems.append(Problem("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
+        return problems
+
+    # between stores ---------------------------------------------------------------------------------------------
+
+    def push(self, other: Store, references: str | Iterable[str]) -> Versions:
+        """Copy versions to another store, with the tag that each reference names. Returns them as they are there.
+
+        Every file is checked when it is read and again before it is visible there.
+        """
+        copied = []
+        for reference in (references,) if isinstance(references, str) else tuple(references):
+            version, data = self._read(reference)
+            decode_patch(data, str(version))
+            rest = parse_reference(reference)[1]
+            copied.append(other._publish(version, data, (rest,) if rest in version.tags else ()))
+        return copied
+
+    def pull(self, other: Store, references: str | Iterable[str]) -> Versions:
+        """Copy versions from another store: `other.push(self, references)`."""
+        return other.push(self, references)
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _read(self, reference: Version | str) -> tuple[Version, bytes]:
+        """What a reference names, and its bytes."""
+        for attempt in range(TRIES):
+            version = self.resolve(reference) if isinstance(reference, str) else reference
+            try:
+                data = self._records.content(version.name, version.hash)
+                break
+            except FileNotFoundError:  # the tag has moved on and the old version was collected, or is being put back
+                if isinstance(reference, Version) and version.hash not in self._records.hashes(version.name):
+                    raise self._unknown_version(version.name, version.hash) from None
+                time.sleep(PAUSE * attempt)
+        else:
+            raise DamagedPatchError(f"the file of {version} is missing.", PUBLISH)
+        if hashlib.sha256(data).hexdigest() != version.hash:
+            raise DamagedPatchError(
+                f"the file of {version} is damaged: its bytes are not those that were published.", PUBLISH
+            )
+        return version, data
+
+    def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
+        name, hash = version.name, version.hash
+        with self._index.changing(name):
+            for _ in range(TRIES):
+                self._records.write_file(version, data)
+                try:
+                    version = self._records.version(name, hash, {})
+                except (FileNotFoundError, DamagedPatchError):
+                    self._records.write_record(version)
+                for tag in tags:
+                    self._records.write_tag(name, tag, hash)
+                if self._records.is_whole(name, hash):  # unless it was collected before a tag named it
+                    named = self._records.tags(name)
+                    return replace(version, tags=tuple(sorted(tag for tag, other in named.items() if other == hash)))
+        raise StoreError(f"{version} was removed {TRIES} times while it was being published. Publish it again.")
+
+    def _drop(self, version: Version) -> bool:
+        """Remove a version's files unless a tag names it, and put back what another writer needs meanwhile."""
+        name, hash, records = version.name, version.hash, self._records
+        if hash in records.tagged(name):
+            return False
+        records.delete(name, hash + RECORD)
+        if hash in records.tagged(name):  # tagged between the two
+            records.write_record(version)
+            return False
+        try:
+            data = records.content(name, hash)
+        except FileNotFoundError:
+            return True
+        records.delete(name, hash + FILE)
+        if hash in records.hashes(name):  # published anew between the two
+            records.write_file(version, data)
+            return False
+        return True
+
+    def _sweep(self, name: str, files: Iterable[str]) -> None:
+        """Remove what writers left that died: patch files without a record, and temporary files."""
+        whole = self._records.hashes(name)
+        for file in files:
+            left = file.removesuffix(FILE) not in whole if file.endswith(FILE) else is_temporary(file)
+            if left and self._storage.age(self._records.path(name, file)) > LEFTOVER:
+                self._records.delete(name, file)
+
+    def _verify(self, name: str, files: set[str]) -> Problems:
+        problems: Problems = []
+        tags = {}
+        for file in sorted(files):
+            where = self._records.path(name, file)
+            try:
+                if file.endswith(TAG):
+                    tags[file] = self._records.tag(name, file.removesuffix(TAG))
+                elif file.endswith(RECORD):
+                    hash = file.removesuffix(RECORD)
+                    recorded = self._records.version(name, hash, {})
+                    data = self.read(recorded)
+                    written = Version.of(name, data, decode_patch(data, str(recorded)))
+                    if replace(written, created=recorded.created) != recorded:
+                        problems.append(
+                            Problem(where, "the record is not that of the patch. Delete it and publish again.")
+                        )
+            except (ModelpatchError, FileNotFoundError) as error:
+                if not isinstance(error, FileNotFoundError | UnknownPatchError):  # those were removed just now
+                    problems.append(Problem(where, str(error)))
+        present = self._records.hashes(name)
+        for file, hash in tags.items():
+            if hash not in present and self._hash_or_none(name, file.removesuffix(TAG)) == hash:
+                what = f"it names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
+                problems.append(Problem(self._records.path(name, file), what))
+        return problems
+
+    def _hash_or_none(self, name: str, tag: str) -> str | None:
+        try:
+            return self._records.tag(name, tag)
+        except FileNotFoundError:
+            return None
+
+    def _hash_of_tag(self, name: str, rest: str) -> str:
+        """The hash that a tag or the beginning of a hash names. Raises `UnknownPatchError`."""
+        try:
+            return self._records.tag(name, rest)
+        except FileNotFoundError:
+            pass
+        if PREFIX.fullmatch(rest):
+            hashes = sorted(hash for hash in self._records.hashes(name) if hash.startswith(rest))
+            if len(hashes) == 1:
+                return hashes[0]
+            if hashes:
+                given = ", ".join(hash[:16] for hash in hashes)
+                raise UnknownPatchError(f"{name}@{rest} is no single version: {given} begin so. Give more digits.")
+        raise self._unknown_version(name, rest)
+
+    def _one(self, version: Version | str) -> Version:
+        """A version as it is now."""
+        return self.resolve(version.reference if isinstance(version, Version) else version)
+
+    def _unknown_version(self, name: str, rest: str) -> UnknownPatchError:
+        hashes, tags = self._records.hashes(name), self._records.tags(name)
+        if not hashes:
+            return self._unknown_name(name)
+        known = f"its tags: {', '.join(sorted(tags)) or 'none'}; its versions: {len(hashes)}"
+        return UnknownPatchError(f"{self.url} has {name}, but no {name}@{rest[:64]}; {known}.")
+
+    def _unknown_name(self, name: str) -> UnknownPatchError:
+        alike = sorted(other for other in self._records.names() if other[0] == name[0])[:NEAR]
+        near = [other for other in difflib.get_close_matches(name, alike) if other != name]
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        return UnknownPatchError(
+            f"there is no patch {name!r} in {self.url}.{guess}", "" if near else "See `modelpatch store ls`."
+        )
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+
+def _bytes_of(patch: Any) -> tuple[bytes, str]:
+    """A patch file's bytes, and what to call it in messages."""
+    if isinstance(patch, Patch):
+        return encode_patch(patch), repr(patch)
+    if isinstance(patch, bytes | bytearray | memoryview):
+        return bytes(patch), "the patch"
+    if not isinstance(patch, str | os.PathLike):
+        raise NotAPatchError(f"{type(patch).__name__} is no patch. Expected a Patch, a patch file's bytes or its path.")
+    path = Path(patch)
+    try:
+        return path.read_bytes(), str(path)
+    except (OSError, ValueError) as error:
+        raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error

@@ -1,0 +1,173 @@
+"""Measuring a patch on its task, the base on its own, and the harmonic mean of the two."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.images import AUGMENTATIONS, ImageStore, pieces
+from modelpatch.data.task import Split, Task, check_classification, check_same_split
+from modelpatch.errors import DataError
+from modelpatch.patch.contents import Patch
+from modelpatch.tasks.measures import Evaluation, Result, meter_for
+
+MEMORY = 2 * 2**30
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """2ab / (a + b): high only if the new task and the base task are both solved (Δ-Networks, section 4)."""
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean, None for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its standard error, None for one seed."""
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(statistics.fmean(values), standard_error(values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
+
+
+def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Callable[[int], None] = lambda _: None) -> Result:
+    """A patch on the test images of its task: an `Evaluation` of classes, a `Segmentation`, a `Detection`.
+
+    Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for,
+    or if another split of the same data was trained on.
+    """
+    check_same_split(facts_of(patch), data)
+    if data.task.kind != patch.task.kind:
+        raise DataError(
+            f"{data.task.name} is a {data.task.kind} task, the patch answers a {patch.task.kind} task. Evaluate it on its own."
+        )
+    if data.classes != patch.task.classes:
+        raise DataError(
+            f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...), the patch answers "
+            f"{len(patch.task.classes)} ({', '.join(patch.task.classes[:3])}, ...). Evaluate it on its own task."
+        )
+    meter = meter_for(patch.task)
+    for answers, asked in answers_of(backbone.patched(patch), data.test, patch.preprocessing, advance):
+        meter.update(answers, asked)
+    return meter.result()
+
+
+def facts_of(patch: Patch) -> Mapping[str, Any]:
+    """What the file says of the data it was fitted on; nothing where it does not."""
+    said = patch.created.get("data")
+    return said if isinstance(said, dict) else {}
+
+
+def evaluate_classes(
+    backbone: Backbone, patch: Patch, data: Task, advance: Callable[[int], None] = lambda _: None
+) -> Evaluation:
+    """`evaluate` where only classes of whole images make sense. Raises `DataError` for another kind of task."""
+    check_classification(data, "this")
+    result = evaluate(backbone, patch, data, advance)
+    assert isinstance(result, Evaluation)
+    return result
+
+
+def evaluate_base(backbone: Backbone, data: Task, preprocessing: Preprocessing | None = None) -> Evaluation:
+    """The backbone's own head on a task whose classes are among its outputs.
+
+    They are matched by name; where the base names none, WordNet ids are those of ImageNet's 1,000 classes, and other
+    classes are matched by position. Raises `DataError` if they cannot be matched.
+    """
+    check_classification(data, "the base's own head")
+    count = _outputs(backbone)
+    names = backbone.classes or _imagenet_ids(count, data.classes)
+    outputs = tuple(names) or tuple(map(str, range(count)))
+    rows = own_classes(backbone, data.classes)
+    if rows is None and not names and len(data.classes) == len(outputs):
+        rows = torch.arange(len(outputs))
+    if rows is None:
+        raise DataError(
+            f"the base has {len(outputs)} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
+            f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...) that cannot be matched "
+            "to them. Give data of the base's own classes."
+        )
+    split = Split(data.test.images, rows.numpy()[data.test.labels])
+    return evaluate_module(backbone.module, split, outputs, preprocessing or backbone.preprocessing)
+
+
+def own_classes(backbone: Backbone, classes: tuple[str, ...]) -> Tensor | None:
+    """Which outputs (K,) of the base's own head are these classes, by name; None where it does not name them all."""
+    names = backbone.classes or _imagenet_ids(_outputs(backbone), classes)
+    return torch.tensor([names.index(name) for name in classes]) if names and set(classes) <= set(names) else None
+
+
+def evaluate_module(
+    module: nn.Module,
+    split: Split,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Evaluation:
+    """Any module from normalised images to logits, on a split."""
+    logits = logits_of(module, split, preprocessing, advance)
+    return Evaluation.of(logits, torch.from_numpy(split.labels), classes)
+
+
+def logits_of(
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """The logits (N, K) that a module gives a split's images, not augmented, float32 on the CPU."""
+    return torch.cat([answers for answers, _ in answers_of(module, split, preprocessing, advance)])
+
+
+def answers_of(
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[Tensor, Any]]:
+    """Batches of what a module answers for a split's images, float32 on the CPU, with their labels or targets."""
+    store = ImageStore(split, preprocessing, MEMORY)
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    for rows in torch.arange(len(store)).split(64):
+        images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            answers = torch.cat([module(piece).float().cpu() for piece in pieces(images)])
+        yield answers, store.labels[rows] if split.targets is None else store.targets(rows, AUGMENTATIONS["none"], ())
+        advance(len(rows))
+
+
+def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1,000 classes in the order all zoos use, if `classes` are among them; else none."""
+    if outputs != 1000:
+        return ()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    ids = tuple(ImageNetInfo("imagenet-1k").label_names())
+    return ids if set(classes) <= set(ids) else ()
+
+
+def _outputs(backbone: Backbone) -> int:
+    with torch.no_grad():
+        return int(backbone(torch.zeros(1, *backbone.input_size, device=backbone.device)).shape[1])
+
+
+def store_as(backbone: Backbone, patch: Patch, data: Task, dtype: str) -> Patch:
+    """The patch stored as `dtype`, measured again: `test_top1` (or the task's own metric) is that of the numbers in the file,
+    `float32_top1` before."""
+    stored, metric = patch.astype(dtype), patch.task.metric
+    result = evaluate(backbone, stored, data)
+    before = patch.metrics.get(f"test_{metric}", None) or evaluate(backbone, patch, data).score
+    return stored.with_metrics(
+        **{f"test_{name}": value for name, value in result.figures.items()}, **{f"float32_{metric}": before}
+    )

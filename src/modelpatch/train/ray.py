@@ -1,0 +1,138 @@
+"""One run on a Ray cluster: its processes are actors, which train as those that torchrun starts do.
+
+    driver -- work --> actor 0, 1, ... -- torch.distributed --> one team -- what actor 0 returns --> driver
+
+If an actor dies all of them are started again, and the work goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from modelpatch.errors import MissingExtraError, ModelpatchError, TrainingError
+from modelpatch.train.distributed import process_group
+
+T = TypeVar("T")
+LOCAL = "local"
+STARTS = 4
+
+
+def require_ray(purpose: str) -> None:
+    """Raises `MissingExtraError` without Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray", purpose)
+
+
+@contextmanager
+def connected(address: str, cores: int) -> Iterator[None]:
+    """A connection to the cluster at `address`: `local` starts one here with so many cores, `auto` finds a running one.
+
+    Raises `TrainingError` where there is none.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _check_answers(address)
+    own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"there is no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises `TrainingError` for a HOST:PORT where nobody listens, for which Ray would wait several minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return  # local, auto or ray://...
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise TrainingError(f"there is no Ray cluster at {address!r}: {error}") from error
+
+
+def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: str = LOCAL) -> T:
+    """What `work` returns in the first of `count` actors, each with `threads` cores, which all call it as one team.
+
+    `work`, such as `partial(fit, backbone, data, ...)`, travels to them; files that it names must be readable, and its
+    folders writable, under the same paths on all machines. Raises what it raises, `MissingExtraError` without Ray, and
+    `TrainingError` for actors that die in each of several starts.
+    """
+    require_ray("Training on a cluster")
+    import ray
+    from ray.exceptions import RayActorError
+
+    with connected(address, count * threads):
+        stored = ray.put(work)
+        kind: Any = ray.remote(num_cpus=threads)(Member)
+        for _ in range(STARTS):
+            actors = [kind.remote(threads, Path.cwd()) for _ in range(count)]
+            try:
+                return _result(actors, stored)
+            except RayActorError as error:
+                died = str(error).strip().splitlines()[-1]
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+    raise TrainingError(f"actors died in each of {STARTS} starts: {died}")
+
+
+def _result(actors: list[Any], work: Any) -> Any:
+    """What the first actor returns. Raises what the work raised, and Ray's own error as soon as any actor has died."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    place = ray.get(actors[0].place.remote())
+    ranks = {actor.run.remote(work, rank, len(actors), place): rank for rank, actor in enumerate(actors)}
+    answers: dict[int, Any] = {}
+    while len(answers) < len(actors):
+        for done in ray.wait([one for one, rank in ranks.items() if rank not in answers])[0]:
+            try:
+                answers[ranks[done]] = ray.get(done)
+            except RayActorError:
+                raise
+            except Exception as error:  # of the work, or of a peer that lost its connection to one that failed or died
+                answers[ranks[done]] = error
+    if failed := [answer for answer in answers.values() if isinstance(answer, Exception)]:
+        raise next((error for error in failed if isinstance(error, ModelpatchError)), failed[0])
+    return answers[0]
+
+
+class Member:
+    """What runs on the cluster: one process of the team."""
+
+    def __init__(self, threads: int, folder: Path) -> None:
+        torch.set_num_threads(threads)
+        os.chdir(folder)
+
+    def place(self) -> str:
+        """Where the team can meet: HOST:PORT of this machine."""
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def run(self, work: Callable[[], Any], rank: int, count: int, place: str) -> Any:
+        """The work's result in the first process, None in others; or the error that it raised on purpose."""
+        try:
+            with process_group(init_method=f"tcp://{place}", rank=rank, world_size=count):
+                result = work()
+            return result if rank == 0 else None
+        except ModelpatchError as error:
+            return error

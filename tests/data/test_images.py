@@ -1,0 +1,124 @@
+"""Decoded images and the augmentation they are seen through."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import color_task
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.images import AUGMENTATIONS, Augmentation, ImageStore, allocate, choose_augmentation
+from modelpatch.data.task import Split, load_task
+from modelpatch.errors import DataError, TrainingError
+
+GENEROUS = 2**30
+PLAIN = Preprocessing(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.8)
+
+
+def store(memory: int = GENEROUS, preprocessing: Preprocessing = PLAIN) -> ImageStore:
+    return ImageStore(color_task().train, preprocessing, memory)
+
+
+# memory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_beyond_the_budget_lies_on_disk_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made: list[bytes] = []
+    original = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda path, **kwargs: (made.append(path), original(path, **kwargs))[1])
+    values = torch.randn(3, 5, 7)
+    small = allocate((3, 5, 7), torch.float32, memory=values.nbytes)
+    assert not made
+    large = allocate((3, 5, 7), torch.float32, memory=values.nbytes - 1)
+    assert len(made) == 1
+    assert list(tmp_path.iterdir()) == []
+    for tensor in (small, large):
+        tensor.copy_(values)
+        assert torch.equal(tensor, values)
+
+
+def test_a_disk_without_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(TrainingError, match=r"the cache needs .* GB in .*lower views"):
+        allocate((2**30, 2**30), torch.uint8, memory=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_on_disk_are_the_images_in_memory() -> None:
+    rows = torch.arange(24)
+    assert torch.equal(store(memory=1).plain(rows), store().plain(rows))
+
+
+# plain ------------------------------------------------------------------------------------------------------
+
+
+def test_plain_images_are_what_preprocessing_makes_of_the_files(image_folder: Path) -> None:
+    split = load_task(image_folder).test
+    decoded = ImageStore(split, PLAIN, GENEROUS)
+    assert torch.equal(decoded.plain(torch.arange(len(split))), PLAIN(*split.images))
+    assert torch.equal(decoded.labels, torch.from_numpy(split.labels))
+
+
+def test_progress_counts_every_image() -> None:
+    counts: list[int] = []
+    ImageStore(color_task().train, PLAIN, GENEROUS, counts.append)
+    assert sum(counts) == 24
+
+
+def test_a_file_that_is_no_image_is_an_error_that_names_it(image_folder: Path) -> None:
+    (image_folder / "train" / "red" / "000.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"000\.png cannot be read as an image"):
+        ImageStore(load_task(image_folder).train, PLAIN, GENEROUS)
+
+
+# augmentation -----------------------------------------------------------------------------------------------
+
+
+def test_the_full_area_unstretched_is_the_image_itself() -> None:
+    images = torch.rand(5, 3, 16, 16) * 255
+    views = Augmentation("whole")(images, 16, torch.Generator())
+    assert torch.allclose(views, images, atol=1e-2)
+
+
+def test_a_flip_mirrors_some_images_and_leaves_the_others() -> None:
+    images = torch.rand(40, 3, 16, 16) * 255
+    views = Augmentation("flip", flip=True)(images, 16, torch.Generator().manual_seed(0))
+    same = (views - images).abs().amax((1, 2, 3)) < 0.01
+    mirrored = (views - images.flip(3)).abs().amax((1, 2, 3)) < 0.01
+    assert (same ^ mirrored).all()
+    assert 8 < int(mirrored.sum()) < 32
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_views_follow_the_seed_and_stay_in_the_range_of_pixels(name: str) -> None:
+    images, rows = store(), torch.arange(24)
+    views = images.augmented(rows, AUGMENTATIONS[name], (0, 1, 2))
+    assert views.shape == (24, 3, 16, 16)
+    assert torch.equal(views, images.augmented(rows, AUGMENTATIONS[name], (0, 1, 2)))
+    assert views.min() >= -1 - 1e-5  # mean and deviation are 0.5: values in [0, 255] become [-1, 1]
+    assert views.max() <= 1 + 1e-5
+    other = images.augmented(rows, AUGMENTATIONS[name], (0, 1, 3))
+    assert torch.equal(views, other) == (name == "none")
+
+
+def test_every_image_of_a_batch_is_cropped_on_its_own() -> None:
+    one = torch.rand(1, 3, 20, 20).expand(6, -1, -1, -1) * 255
+    views = AUGMENTATIONS["light"](one, 16, torch.Generator().manual_seed(0))
+    assert all(not torch.equal(views[0], view) for view in views[1:])
+
+
+def test_auto_never_flips_small_pictures_and_does_flip_photos() -> None:
+    small = color_task(pixels=32).train
+    photo = Split([Image.new("RGB", (300, 200))], np.zeros(1, dtype=np.int64))
+    assert choose_augmentation("auto", small) is AUGMENTATIONS["light"]
+    assert choose_augmentation("auto", photo) is AUGMENTATIONS["standard"]
+    assert choose_augmentation("none", photo) is AUGMENTATIONS["none"]
+    assert not AUGMENTATIONS["light"].flip
