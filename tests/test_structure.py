@@ -73,31 +73,6 @@ def identify(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent != ROOT or path.stem in LAYERS], ids=identify)
-def test_a_module_imports_from_its_own_layer_or_below(path: Path) -> None:
-    own = part_of(path)
-    for function, name in own_imports(path):
-        if name == "modelpatch":  # for its version only
-            assert read_from_package(path) <= {"__version__"}, "import the part that is meant, not the whole package"
-            continue
-        if (identify(path), function, name) in UPWARD:
-            continue
-        target = name.split(".")[1]
-        assert target in LAYERS, f"{name} belongs to no layer"
-        assert LAYERS[target] <= LAYERS[own], f"{identify(path)} imports {name}, which stands above it"
-        assert target not in FORBIDDEN.get(own, set()), f"{own} must not know {target}"
-
-
-def test_every_part_of_the_package_has_a_layer() -> None:
-    parts = {part_of(path) for path in FILES} - {"__init__", "__main__"}
-    assert parts <= LAYERS.keys()
-
-
-def test_every_listed_exception_is_still_needed() -> None:
-    found = {(identify(path), function, name) for path in FILES for function, name in own_imports(path)}
-    assert found >= UPWARD
-
-
 @pytest.mark.parametrize("path", FILES, ids=identify)
 def test_a_file_has_at_most_500_lines_and_says_what_it_is_for(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
