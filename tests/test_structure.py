@@ -13,7 +13,7 @@ import modelpatch
 ROOT = Path(modelpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
-    ("errors", "atomic", "text"),
+    ("errors", "atomic", "text", "registry"),
     ("backbone",),
     ("heads",),
     ("tasks",),
