@@ -18,8 +18,8 @@ from rich.table import Table
 import modelpatch as mp
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.contents import BackboneRecord, MethodRecord
-from modelpatch.reproduce.data import Sources
 from modelpatch.tasks.record import TaskRecord
+from modelpatch_studies.data import Sources
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))

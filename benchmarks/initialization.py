@@ -23,7 +23,7 @@ from typing import Any
 import modelpatch as mp
 from common import SHARED, mobilenet, report, unpack
 from modelpatch.data.task import Task
-from modelpatch.reproduce.backbones import retrained, untrained
+from modelpatch_studies.backbones import retrained, untrained
 
 METHODS = ("linear-probe", "piggyback(lr=0.0003)", "piggyback(lr=0.0003,norms=trained)")
 COLUMNS = ("weights", "method", "top-1", "standard error", "error", "chance")

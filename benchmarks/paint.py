@@ -37,7 +37,8 @@ from modelpatch.methods.vocabulary import Vocabulary, read_words, vocabulary_of
 from modelpatch.recipes.frontier import BASELINES, frontier
 from modelpatch.recipes.painting import Painting, PaintSettings
 from modelpatch.recipes.tradeoff import Point
-from modelpatch.recipes.transfer import (
+from modelpatch.report.paint import plot_tradeoff
+from modelpatch_studies.made_tasks import (
     counting_task,
     multiple_choice,
     split_classes,
@@ -45,7 +46,6 @@ from modelpatch.recipes.transfer import (
     transfer_accuracy,
     write_words,
 )
-from modelpatch.report.paint import plot_tradeoff
 
 SUPPORTED = ("imagenette", "caltech101")
 THREE = ("gtsrb", "mnist", "rsscn7")

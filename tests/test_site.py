@@ -22,7 +22,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("backbone", "methods", "train", "patch", "engine", "select", "serve", "reproduce")
+PACKAGES = ("backbone", "methods", "train", "patch", "engine", "select", "serve")
 
 
 @pytest.fixture

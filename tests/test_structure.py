@@ -27,7 +27,7 @@ FLOORS = (
     ("select",),
     ("recipes",),
     ("report",),
-    ("serve", "reproduce"),
+    ("serve",),
     ("cli",),
 )
 LAYERS = {part: number for number, floor in enumerate(FLOORS) for part in floor}

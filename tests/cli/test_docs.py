@@ -2,7 +2,7 @@
 
 Pages take files and names for granted (`Given`) and load networks with published weights: a small network with seeded random
 ones stands in for these, in commands the bundled one (`reduce`). Commands of `LEFT_OUT` are parsed by the command itself and
-run in tests of their own (`tests/serve`, `tests/reproduce`, `tests/patch`, `tests/train/test_actors.py`), as others than
+run in tests of their own (`tests/serve`, `tests/patch`, `tests/train/test_actors.py`), as others than
 `modelpatch` are: `curl` asks a live server; of scripts, extras and targets of make the test asks that they exist; what
 `docker`, `pip` and the benchmarks do is not run here.
 """
@@ -43,7 +43,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LEFT_OUT = (
     "serve",
-    "reproduce",
     "s3://",
     "--ray-workers",
 )  # what keeps on running, takes an hour, a service or a cluster
@@ -171,7 +170,7 @@ def test_every_python_block_runs(
 
 def words_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, here: Path) -> dict[str, Any]:
     """What the page about open vocabularies takes for granted: a sentence encoder and tasks that are told by words."""
-    from modelpatch.recipes.transfer import counting_task
+    from modelpatch_studies.made_tasks import counting_task
 
     encoder = request.getfixturevalue("sentence_encoder")
     monkeypatch.setattr(vocabulary, "vocabulary_of", lambda backbone, text: VOCABULARY(backbone, f"folder:{encoder}"))
@@ -251,7 +250,7 @@ def test_every_command_runs(
     here = shutil.copytree(shop, tmp_path / "here")
     monkeypatch.chdir(here)
     for words in commands(page):
-        elsewhere = "--list" not in words and any(word.startswith(LEFT_OUT) for word in words)
+        elsewhere = any(word.startswith(LEFT_OUT) for word in words)
         if words[0] == "modelpatch" and not elsewhere:
             words = reduce(words[1:], sentence_encoder)
             if "--finetuned" in words:

@@ -75,7 +75,7 @@ app.command()(profile)
 app.command()(select)
 app.command()(search)
 app.command()(label)
-app.command()(reproduce)
+app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(reproduce)
 app.add_typer(store)
 app.command()(serve)
 

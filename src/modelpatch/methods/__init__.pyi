@@ -1,3 +1,4 @@
+from .added import Custom as Custom
 from .added import WithLoss as WithLoss
 from .added import with_loss as with_loss
 from .composite import Composite as Composite
@@ -10,8 +11,12 @@ from .delta import skip_weights as skip_weights
 from .depthwise import Depthwise as Depthwise
 from .full_finetune import FullFinetune as FullFinetune
 from .head2toe import Head2Toe as Head2Toe
+from .keeping import L2 as L2
+from .keeping import Keeper as Keeper
+from .keeping import LwF as LwF
 from .linear_probe import LinearProbe as LinearProbe
 from .lora import LoRA as LoRA
+from .method import Batch as Batch
 from .method import Method as Method
 from .packnet import PackNet as PackNet
 from .paint import Paint as Paint

@@ -2,8 +2,8 @@
 
     loss = cross entropy + the method's own + what a keeper adds
 
-`with_loss(FullFinetune() + DeltaNetwork(), BSS(0.001))` is a method like any other. `losses.py` and `keeping.py` hold keepers;
-a function of the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
+`with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))` is a method like any other. `keeping.py` holds keepers; a function of
+the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
 """
@@ -11,10 +11,11 @@ Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 7 a
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
@@ -71,3 +72,32 @@ class WithLoss(Wrapped):
 
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
         return super().added_loss(model, batch) + self.keeper.added_loss(model, batch)
+
+
+class FeatureLoss(Keeper):
+    """A loss that reads what the head reads: `features` (B, D) of the last batch, with gradients."""
+
+    features: Tensor
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        model.head.register_forward_pre_hook(self._see)
+
+    def _see(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.features = inputs[0].flatten(1)
+
+
+Loss = Callable[[Tensor, Batch], Tensor]  # features (B, D) and the batch to a scalar
+
+
+@dataclass
+class Custom(FeatureLoss):
+    """`strength` times what a function of yours gives."""
+
+    loss: Loss
+    strength: float = 1.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor:
+        return self.strength * self.loss(self.features, batch)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__)}

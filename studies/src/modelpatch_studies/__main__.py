@@ -1,0 +1,5 @@
+"""`python -m modelpatch_studies`: the command."""
+
+from modelpatch_studies.command import main
+
+main()

@@ -1,0 +1,238 @@
+"""One network for several resolutions or tasks: what is shared, and what each has of its own.
+
+    multi-resolution   scale, bias and statistics private to a resolution, beside sharing all and sharing nothing
+    cascade            the private patches of those resolutions in turns, beside the best of them alone
+    multi-task         scale, bias and head private to a task, beside heads alone and networks of their own
+
+Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning* (ICLR
+2019), whose settings are those of `normalisation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.recipes.cascading import cascade
+from modelpatch.recipes.multires import MultiResolution, fit_multires
+from modelpatch.recipes.multitask import fit_multitask
+from modelpatch_studies.bench import Bench
+from modelpatch_studies.normalisation import RMSPROP, SLIM
+from modelpatch_studies.parts import short
+from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+
+PRIVATE, SHARED, INDEPENDENT = "private S/B", "all shared", "independent"
+SHARINGS = {PRIVATE: "private", SHARED: "shared", INDEPENDENT: "independent"}
+MOBILENET = ("timm:mobilenetv2_100.ra_in1k",)
+SEVERAL_SIZES = {name: value for name, value in SLIM.items() if name != "image_size"}
+
+
+def at_resolutions(bench: Bench, sharing: str, seed: int) -> MultiResolution:
+    """The scale's first data set at its resolutions."""
+    data, method = bench.task(bench.scale.data[0]), bench.method(sharing)
+    assert isinstance(method, FullFinetune)
+    resolutions, settings = bench.scale.options["resolutions"], bench.settings(data, seed)
+    return fit_multires(bench.backbone(), data, resolutions, sharing=SHARINGS[sharing], method=method, **settings)
+
+
+# resolutions --------------------------------------------------------------------------------------------------------------
+
+
+def resolution_parts(bench: Bench) -> Iterator[Part]:
+    """One training a way of sharing."""
+    columns = tuple(str(pixels) for pixels in bench.scale.options["resolutions"])
+    for seed in bench.seeds:
+        for row in bench.scale.methods:
+            yield Part(row, columns, seed, partial(_resolutions, bench, row, seed))
+
+
+def _resolutions(bench: Bench, row: str, seed: int) -> Figures:
+    return {str(pixels): 100 * top1 for pixels, top1 in at_resolutions(bench, row, seed).top1.items()}
+
+
+RESOLUTIONS = Recipe(
+    paper="k-for-1",
+    table="multi-resolution",
+    title="One network at several resolutions",
+    section="section 5.4: multiple resolutions",
+    notes="A step sees the same images at all resolutions; the head is shared. The paper trains from random weights.",
+    numeric=True,
+    scales={
+        "small": Scale(
+            data=("rsscn7",),
+            backbones=("bundled:tiny",),
+            methods=dict.fromkeys(SHARINGS, "full-finetune(lr=0.001,statistics=learned)"),
+            fit={"batch_size": 32, "augment": "light"},
+            seeds=2,
+            images=430,
+            tested=350,
+            steps=32,
+            options={"resolutions": (32, 48, 64)},
+        ),
+        "paper": Scale(
+            data=("imagenet",),
+            backbones=MOBILENET,
+            methods=dict.fromkeys(SHARINGS, f"full-finetune(lr=0.045,statistics=learned,{RMSPROP})"),
+            fit=SEVERAL_SIZES,
+            seeds=3,
+            steps=200_000,
+            options={"resolutions": (96, 128, 160, 192, 224)},
+        ),
+    },
+    claims=(
+        Claim(
+            "K6", "private scale and bias are above sharing all", ((PRIVATE, SHARED),), "+7.7 at 96 px to +1.2 at 224"
+        ),
+        Claim("K6", "and come near independent networks", ((PRIVATE, INDEPENDENT),), "within a point", margin=-1),
+    ),
+    parts=resolution_parts,
+)
+
+
+# the cascade --------------------------------------------------------------------------------------------------------------
+
+CASCADE, BEST = "cascade", "best resolution alone"
+TOP1, COST = "top-1", "cost of the best, %"
+
+
+def cascade_parts(bench: Bench) -> Iterator[Part]:
+    """The cascade and the reference that it is held to."""
+    for seed in bench.seeds:
+        for row in (CASCADE, BEST):
+            yield Part(row, (TOP1, COST), seed, partial(_cascaded, bench, row, seed))
+
+
+def _cascaded(bench: Bench, row: str, seed: int) -> Figures:
+    def build() -> dict[str, Figures]:
+        made, data = at_resolutions(bench, PRIVATE, seed), bench.task(bench.scale.data[0])
+        named = {f"{pixels} px": patch for pixels, patch in made.patches.items()}
+        result = cascade(made.backbone, named, data, confidence="fitted", caution=0.0, seed=seed)
+        alone = next(single for single in result.singles if single.name == result.reference).test.top1
+        return {
+            CASCADE: {TOP1: 100 * result.test.top1, COST: 100 * (1 - result.saved)},
+            BEST: {TOP1: 100 * alone, COST: 100.0},
+        }
+
+    return bench.latest("cascade", seed, build)[row]
+
+
+RESOLUTION_CASCADE = Recipe(
+    paper="k-for-1",
+    table="cascade",
+    title="A cascade of one network's resolutions",
+    section="section 5.4: model cascades",
+    unit="%",
+    notes=(
+        "Thresholds are set on a fifth of the training images, which nothing trains on, so that accuracy there is that of "
+        "the best resolution; figures are of test images. Cost counts multiply-adds."
+    ),
+    scales={
+        "small": Scale(
+            data=("rsscn7",),
+            backbones=("bundled:tiny",),
+            methods={PRIVATE: "full-finetune(lr=0.001,statistics=learned)"},
+            fit={"batch_size": 32, "augment": "light", "validation": 0.2},
+            seeds=2,
+            tested=350,
+            steps=80,
+            options={"resolutions": (32, 48, 64)},
+        ),
+        "paper": Scale(
+            data=("imagenet",),
+            backbones=MOBILENET,
+            methods={PRIVATE: f"full-finetune(lr=0.045,statistics=learned,{RMSPROP})"},
+            fit={**SEVERAL_SIZES, "validation": 0.05},
+            seeds=3,
+            steps=200_000,
+            options={"resolutions": (96, 128, 160, 192, 224)},
+        ),
+    },
+    claims=(
+        Claim("K7", "the cascade costs less than the best resolution", ((BEST, CASCADE),), "-15.2 %", columns=(COST,)),
+        Claim("K7", "and is within a point of it", ((CASCADE, BEST),), "equal accuracy", margin=-1, columns=(TOP1,)),
+    ),
+    parts=cascade_parts,
+)
+
+
+# tasks --------------------------------------------------------------------------------------------------------------------
+
+HEADS, PATCHES, OWN = "shared, own last layers", "shared, own S/B and last layers", "independent"
+
+
+def task_parts(bench: Bench) -> Iterator[Part]:
+    """One training of all tasks for each private patch, and a network for each task."""
+    for seed in bench.seeds:
+        columns = tuple(short(name) for name in bench.scale.data)
+        for row in (HEADS, PATCHES):
+            yield Part(row, columns, seed, partial(_together, bench, row, seed))
+        for name in bench.scale.data:
+            yield Part(OWN, (short(name),), seed, partial(_alone, bench, name, seed))
+
+
+def _together(bench: Bench, row: str, seed: int) -> Figures:
+    """Rounds of one batch a task, about as many as the fit of a task alone has steps."""
+    tasks = [bench.task(name) for name in bench.scale.data]
+    settings = bench.settings(max(tasks, key=lambda data: len(data.train)), seed)
+    shared = bench.scale.options["shared"]
+    result = fit_multitask(bench.backbone(), tasks, bench.method(row), shared=shared, **settings)
+    return {name: 100 * patch.metrics["test_top1"] for name, patch in result.patches.items()}
+
+
+def _alone(bench: Bench, name: str, seed: int) -> Figures:
+    return {short(name): bench.accuracy(bench.backbone(), bench.task(name), bench.method(OWN), seed)}
+
+
+TASKS = Recipe(
+    paper="k-for-1",
+    table="multi-task",
+    title="Several tasks trained together",
+    section="section 5.3: multi-task learning",
+    notes=(
+        "The paper trains ImageNet and Places together from random weights, with workers that write as they come; here a "
+        "round takes a batch of every task, over pretrained weights, whose statistics stay: in so few rounds others cannot "
+        "be learned."
+    ),
+    scales={
+        "small": Scale(
+            data=("rsscn7", "gtsrb", "imagenette"),
+            backbones=("bundled:tiny",),
+            methods={
+                HEADS: "linear-probe",
+                PATCHES: "scale-bias(lr=0.001)",
+                OWN: "full-finetune(lr=0.001,statistics=learned)",
+            },
+            fit={"image_size": 32, "batch_size": 32, "augment": "light"},
+            seeds=2,
+            images=430,
+            tested=300,
+            steps=60,
+            options={"shared": "full-finetune(lr=0.001)"},
+        ),
+        "paper": Scale(
+            data=("imagenet", "places365"),
+            backbones=MOBILENET,
+            methods={
+                HEADS: f"linear-probe({RMSPROP})",
+                PATCHES: f"scale-bias(statistics=learned,lr=0.045,{RMSPROP})",
+                OWN: f"full-finetune(lr=0.045,statistics=learned,{RMSPROP})",
+            },
+            fit=SLIM,
+            seeds=3,
+            steps=200_000,
+            options={"shared": f"full-finetune(lr=0.045,{RMSPROP})"},
+        ),
+    },
+    claims=(
+        Claim(
+            "K5",
+            "own scale and bias are above own last layers",
+            ((PATCHES, HEADS),),
+            "+5.8 and +2.9",
+            doubt="Likely because three small tasks hardly compete for the shared weights in 60 steps.",
+        ),
+        Claim("K5", "and come near independent networks", ((PATCHES, OWN),), "within 1.6", margin=-1.6),
+    ),
+    parts=task_parts,
+)

@@ -1,0 +1,315 @@
+"""Δ-Networks, the skips themselves: what weighs them, what they learn to weigh, and what that costs.
+
+    table-5         learned, unit and random weights, with and without norms, beside Δ-modules
+    skip-weights    the mean λ that trained Δ-modules give every skip of every stage
+    size            parameters and file bytes of one, two and four Δ-modules beside the backbone's
+
+Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 5 and the analyses around it: 50 epochs, all four
+stages. Where its ablations put their BatchNorm it does not say; here it normalises every sum before its activation.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+from modelpatch.methods.residual import Edge, skip_edges
+from modelpatch.patch.contents import BackboneRecord
+from modelpatch.report.skips import measure_skips
+from modelpatch.select.budget import draft_patch
+from modelpatch.select.trials import file_bytes
+from modelpatch.tasks.record import TaskRecord
+from modelpatch_studies.bench import Bench
+from modelpatch_studies.parts import each, names, top1
+from modelpatch_studies.patching import FOUR, ONE, PROBE, TWO
+from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+
+CARS_TO_STL = ("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10")
+
+# Table 5 ------------------------------------------------------------------------------------------------------------
+
+EXISTING, ALL, LEARNED, RANDOM = "learnable skips", "all skips", "all skips learnable", "random skips + BN"
+ALL_NORM, LEARNED_NORM, FOUR_NORM = f"{ALL} + BN", f"{LEARNED} + BN", f"{FOUR} + BN"
+UNCHANGED = "unchanged skips + BN"
+NUMBERS = "lr=0.03"  # one number a skip or a channel
+ABLATIONS = {
+    PROBE: "linear-probe",
+    EXISTING: f"delta(modules=4,skips=existing,{NUMBERS})",
+    ALL: "delta(modules=4,skips=all)",
+    ALL_NORM: "delta(modules=4,skips=all,batch_norm=true)",
+    LEARNED: f"delta(modules=4,skips=learned,{NUMBERS})",
+    LEARNED_NORM: f"delta(modules=4,skips=learned,batch_norm=true,{NUMBERS},norm_lr=0.03)",
+    FOUR: "delta(modules=4)",
+    FOUR_NORM: "delta(modules=4,batch_norm=true)",
+    UNCHANGED: "delta(modules=4,skips=unchanged,batch_norm=true)",
+    RANDOM: "delta(modules=4,skips=random,batch_norm=true)",
+}
+
+TABLE_5 = Recipe(
+    paper="delta-networks",
+    table="table-5",
+    title="What weighs the skips: ablations beside Δ-modules",
+    section="Table 5",
+    notes=(
+        "The paper does not say where its ablations have their BatchNorm: here it is on every node's sum, before the "
+        "activation. Random skips are drawn anew for every image in every pass, and have that BatchNorm. Unchanged skips with "
+        "it are a control of ours: what those norms do without any new wiring. Numbers that weigh skips or channels learn at "
+        "0.03, Δ-modules at 0.003. 'Far' below is 5 points here; the paper gives no number."
+    ),
+    scales={
+        "small": Scale(
+            data=("mnist", "rsscn7"),
+            backbones=("bundled:tiny",),
+            methods=ABLATIONS,
+            fit={"image_size": 32, "batch_size": 16, "augment": "light"},
+            seeds=2,
+            images=700,
+            tested=350,
+            steps=200,
+        ),
+        "paper": Scale(
+            data=CARS_TO_STL,
+            backbones=("timm:resnet18.tv_in1k",),
+            methods=ABLATIONS,
+            fit={"epochs": 50, "batch_size": 128, "augment": "standard"},
+            seeds=3,
+        ),
+    },
+    claims=(
+        Claim(
+            "D4",
+            "Δ-modules are above every ablation without BN",
+            ((FOUR, EXISTING), (FOUR, ALL), (FOUR, LEARNED)),
+            "on all sets",
+            small=True,
+            doubt="Skips that all weigh 1 are near Δ-modules, above them on one data set and below on the other.",
+        ),
+        Claim(
+            "D5",
+            "BN on the sums helps",
+            ((ALL_NORM, ALL), (LEARNED_NORM, LEARNED), (FOUR_NORM, FOUR)),
+            "above the same without",
+            small=True,
+        ),
+        Claim(
+            "D6",
+            "random skips are far below unit ones",
+            ((ALL_NORM, RANDOM),),
+            "far below all skips + BN",
+            margin=5,
+            small=True,
+        ),
+        Claim(
+            "control",
+            "Δ-modules + BN are above BN on unchanged skips",
+            ((FOUR_NORM, UNCHANGED),),
+            "",
+            doubt="What BN on the sums gains is largely a scale and bias of every channel, which the control has too.",
+        ),
+        Claim(
+            "control",
+            "new skips + BN are above BN on unchanged skips",
+            ((ALL_NORM, UNCHANGED), (LEARNED_NORM, UNCHANGED)),
+            "",
+        ),
+    ),
+    parts=each(top1),
+)
+
+
+# learned weights ----------------------------------------------------------------------------------------------------
+
+MEAN, LOWEST = "mean", "lowest skip before the last stage"
+
+
+def weight_parts(bench: Bench) -> Iterator[Part]:
+    """A row for every stage, columns for the mean of its skips and for each (i, j); all of a seed from the same fits."""
+    depths = bench.scale.options["depths"]
+    for seed in bench.seeds:
+        for number, depth in enumerate(depths):
+            columns = (MEAN, *map(_arrow, skip_edges(0, depth)))
+            yield Part(_stage(number), columns, seed, partial(_stage_weights, bench, number, seed))
+        yield Part(LOWEST, (MEAN,), seed, partial(_lowest, bench, seed))
+
+
+def _stage(number: int) -> str:
+    return f"stage {number + 1}"
+
+
+def _arrow(edge: Edge) -> str:
+    return f"{edge[0]}→{edge[1]}"
+
+
+Weights = list[dict[str, float]]  # mean λ in percent of every skip, stage by stage
+
+
+def _weights(bench: Bench, seed: int) -> list[Weights]:
+    """What Δ-modules of each task give the skips over its test images."""
+
+    def measure(name: str) -> Weights:
+        data, backbone = bench.task(name), bench.backbone()
+        records = measure_skips(backbone, bench.fit(backbone, data, bench.method(FOUR), seed), data.test)
+        means = [100 * record.weights.mean(0) for record in records]
+        return [dict(zip(map(_arrow, r.edges), m.tolist(), strict=True)) for r, m in zip(records, means, strict=True)]
+
+    return bench.latest("skip weights", seed, lambda: [measure(name) for name in names(bench)])
+
+
+def _stage_weights(bench: Bench, number: int, seed: int) -> Figures:
+    """The means over tasks of a stage's weights, and of all of them."""
+    own = [weights[number] for weights in _weights(bench, seed)]
+    found = {edge: statistics.fmean(weights[edge] for weights in own) for edge in own[0]}
+    return {**found, MEAN: statistics.fmean(found.values())}
+
+
+def _lowest(bench: Bench, seed: int) -> Figures:
+    """The lowest weight of any skip before the last stage, a mean over tasks."""
+    lowest = [min(min(stage.values()) for stage in weights[:-1]) for weights in _weights(bench, seed)]
+    return {MEAN: statistics.fmean(lowest)}
+
+
+WEIGHTS = Recipe(
+    paper="delta-networks",
+    table="skip-weights",
+    title="What Δ-modules learn to weigh: mean λ of every skip",
+    section="the figure of mean λ",
+    unit="mean λ, %",
+    notes=(
+        "Means over the test images, then over the tasks, each of which has Δ-modules of its own. i→i+1 is a skip that the "
+        "network has, weighed 100 % there; all others are new, 0 % there; untrained Δ-modules weigh all about 50 %. 'Near 1' "
+        "and 'near 0' are 80 points apart here; the paper gives no number."
+    ),
+    scales={
+        "small": Scale(
+            data=("mnist", "rsscn7"),
+            backbones=("bundled:tiny",),
+            methods={FOUR: "delta(modules=4)"},
+            fit={"image_size": 32, "batch_size": 16, "augment": "light"},
+            seeds=2,
+            images=700,
+            tested=350,
+            steps=300,
+            options={"depths": (2, 2, 3, 1)},
+        ),
+        "paper": Scale(
+            data=CARS_TO_STL,
+            backbones=("timm:resnet18.tv_in1k",),
+            methods={FOUR: "delta(modules=4)"},
+            fit={"epochs": 50, "batch_size": 128, "augment": "standard"},
+            seeds=3,
+            options={"depths": (2, 2, 2, 2)},
+        ),
+    },
+    claims=(
+        Claim(
+            "D12",
+            "the last stage weighs its skips more than each before it",
+            tuple((_stage(3), _stage(number)) for number in range(3)),
+            "near 1 in the last stage",
+            columns=(MEAN,),
+        ),
+        Claim(
+            "D12",
+            "the last stage is near 1, some skip before it near 0",
+            ((_stage(3), LOWEST),),
+            "near 1 in the last stage, some near 0 before",
+            margin=80,
+            columns=(MEAN,),
+            doubt="Weights start at a half and move toward both ends; 300 steps do not take them there.",
+        ),
+    ),
+    parts=weight_parts,
+)
+
+
+# size ---------------------------------------------------------------------------------------------------------------
+
+BACKBONE, LIMIT, SHARE = "backbone", "31 % of the backbone", 0.31
+
+
+def size_parts(bench: Bench) -> Iterator[Part]:
+    """The backbone, the paper's bound and every number of Δ-modules, for every network of the scale."""
+    for seed in bench.seeds:
+        for number, spec in enumerate(bench.scale.backbones):
+            name = spec.rpartition(":")[2].partition(".")[0]
+            yield Part(BACKBONE, (name, f"{name}, file"), seed, partial(_backbone_size, bench, number, name))
+            yield Part(LIMIT, (name,), seed, partial(_limit, bench, number, name))
+            for row in bench.scale.methods:
+                yield Part(row, (name, f"{name}, file"), seed, partial(_patch_size, bench, number, name, row))
+
+
+def _backbone_size(bench: Bench, number: int, name: str) -> Figures:
+    """Thousands of parameters without those of the classifier, kilobytes with them."""
+    backbone = bench.backbone(number)
+    record = BackboneRecord.of(backbone)
+    classifier = [] if backbone.classifier is None else backbone.module.get_submodule(backbone.classifier).parameters()
+    own = record.parameters - sum(parameter.numel() for parameter in classifier)
+    return {name: own / 1000, f"{name}, file": record.bytes / 1000}
+
+
+def _limit(bench: Bench, number: int, name: str) -> Figures:
+    return {name: SHARE * _backbone_size(bench, number, name)[name]}
+
+
+def _patch_size(bench: Bench, number: int, name: str, row: str) -> Figures:
+    """Thousands of parameters without those of the head, kilobytes of the file with them."""
+    backbone, method = bench.backbone(number), bench.method(row)
+    classes = tuple(map(str, range(bench.scale.options["classes"])))
+    patch = draft_patch(backbone, TaskRecord(name="size", classes=classes), method, backbone.input_size[1])
+    return {name: method.count_parameters(backbone) / 1000, f"{name}, file": file_bytes(patch) / 1000}
+
+
+MODULES = {ONE: "delta(modules=1)", TWO: "delta(modules=2)", FOUR: "delta(modules=4)"}
+PRINTED = {  # millions of parameters of Δ(1), Δ(2), Δ(4)
+    "resnet18": (0.4, 0.6, 0.6),
+    "resnet34": (0.4, 0.6, 0.6),
+    "resnet50": (7.1, 8.9, 9.3),
+    "resnet101": (7.1,),
+    "convnext_tiny": (4.0, 5.0, 5.3),
+    "convnext_small": (4.0,),
+    "convnext_base": (7.1,),
+    "convnext_large": (15.9,),
+}
+
+SIZE = Recipe(
+    paper="delta-networks",
+    table="size",
+    title="How large Δ-modules are beside the backbone",
+    section="the tables' columns of parameters",
+    unit="1,000 parameters; kB of file",
+    notes=(
+        "Nothing is trained, and seeds agree: sizes follow from shapes, and the networks of the paper's scale have random "
+        "weights, so that none is downloaded. Parameters are counted without last layers, files with them, and a patch's "
+        "has one of 100 classes. The paper prints millions to one decimal."
+    ),
+    scales={
+        "small": Scale(
+            data=(), backbones=("bundled:tiny",), methods=MODULES, fit={}, seeds=2, options={"classes": 100}
+        ),
+        "paper": Scale(
+            data=(),
+            backbones=tuple(f"timm:{name}.{'tv' if 'resnet' in name else 'fb'}_in1k" for name in PRINTED),
+            methods=MODULES,
+            fit={},
+            seeds=2,
+            options={"classes": 100, "pretrained": False},
+        ),
+    },
+    claims=(
+        Claim(
+            "D7",
+            "one Δ-module has at most 31 % of the backbone's parameters",
+            ((LIMIT, ONE),),
+            "2 to 31 %",
+            small=True,
+        ),
+    ),
+    parts=size_parts,
+    published={
+        (row, name): 1000 * millions
+        for name, printed in PRINTED.items()
+        for row, millions in zip(MODULES, printed, strict=False)
+    },
+    logarithmic=True,
+)

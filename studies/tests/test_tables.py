@@ -1,0 +1,297 @@
+"""What recipes compute between their fits and their figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.registry import make_method
+from modelpatch.recipes.painting import Painting, PaintSettings
+from modelpatch.recipes.tradeoff import Accuracy, Point
+from modelpatch.select import profile
+from modelpatch.train.evaluation import harmonic_mean
+from modelpatch_studies import (
+    extensions,
+    masks,
+    normalisation,
+    painting,
+    patching,
+    piggyback,
+    sharing,
+    skips,
+    subtuning,
+    units,
+)
+from modelpatch_studies.bench import Bench
+from modelpatch_studies.data import Sources
+from modelpatch_studies.recipe import Recipe, Scale
+from tests.test_bench import write_images
+
+
+def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Bench:
+    write_images(folder / "data" / "colors", ("red", "green", "blue"))
+    write_images(folder / "data" / "others", ("red", "green", "blue"), 1)
+    scale: Scale = replace(recipe.scales["small"], data=("colors",), images=None, tested=None, seeds=1)
+    scale = replace(scale, **changes)  # type: ignore[arg-type]
+    return Bench(replace(recipe, scales={"small": scale}), "small", Sources(folder / "data", folder / "cache"))
+
+
+def figures(bench: Bench) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for part in bench.recipe.parts(bench):
+        found.setdefault(part.row, {}).update(part.work())
+    return found
+
+
+def test_the_decathlon_is_scored_by_twice_the_errors_of_individual_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top1s = {piggyback.CLASSIFIER: 10.0, piggyback.MASKS: 80.0, piggyback.NORMS: 100.0, piggyback.INDIVIDUAL: 60.0}
+    monkeypatch.setattr(piggyback, "top1", lambda bench, row, name, seed: top1s[row])
+    scores = {row: score["score"] for row, score in figures(bench_of(piggyback.DECATHLON, tmp_path)).items()}
+    assert scores[piggyback.INDIVIDUAL] == pytest.approx(250)
+    assert scores[piggyback.MASKS] == pytest.approx(1000 * (1 - 20 / 80) ** 2)
+    assert scores[piggyback.NORMS] == pytest.approx(1000)
+    assert scores[piggyback.CLASSIFIER] == 0
+
+
+def test_masks_are_compared_by_the_difficulty_of_their_tasks_and_by_halves_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = {
+        "colors": [10, 20, 30, 200],
+        "others": [30, 20, 10, 0],
+        "more": [0, 0, 0, 40],
+    }  # of 100, 100, 100, 1000 weights
+    weights = [100, 100, 100, 1000]
+    counts = {name: np.array([found, weights]).T for name, found in zeros.items()}
+    monkeypatch.setattr(masks, "masked_out", lambda bench, name, seed: counts[name])
+    accuracies = {"colors": 50.0, "others": 90.0, "more": 20.0}
+    monkeypatch.setattr(masks, "top1", lambda bench, row, name, seed: accuracies[name])
+    table = figures(bench_of(masks.SPARSITY, tmp_path, data=tuple(zeros), options={"depth": 4}))
+    assert table["colors"] == pytest.approx({"1": 10, "2": 20, "3": 30, "4": 20, "all": 20})
+    assert table[masks.HARDER]["all"] == pytest.approx((40 / 13 + 20) / 2)  # more and colors
+    assert table[masks.EASIER]["all"] == pytest.approx((60 / 13 + 20) / 2)  # others and colors
+    assert table[masks.EARLY]["all"] == pytest.approx((10 + 20 + 30 + 20 + 0 + 0) / 6)
+    assert table[masks.LATE]["all"] == pytest.approx((30 + 20 + 10 + 0 + 0 + 4) / 6)
+
+
+def test_masks_and_the_base_are_the_same_in_either_order_and_packed_weights_are_not(tmp_path: Path) -> None:
+    fit = {"batch_size": 12, "augment": "none", "image_size": 32}
+    methods = {masks.MASKS: "piggyback(lr=0.005)", masks.PACKNET: "packnet"}
+    bench = bench_of(masks.ORDER, tmp_path, data=("colors", "others"), fit=fit, steps=4, methods=methods)
+    changed = {row: found[masks.CHANGED] for row, found in figures(bench).items()}
+    assert changed.pop(f"{masks.PACKNET}, later") > 1
+    assert set(changed.values()) == {0}
+    for first, second in masks.both_orders(bench, masks.MASKS, 0).values():
+        assert first is not second
+        assert any((mask == 0).any() for name, mask in first.tensors.items() if name.startswith("mask/"))
+
+
+def test_bits_of_a_mask_that_differ_are_counted(tmp_path: Path) -> None:
+    bench = bench_of(masks.OVERHEAD, tmp_path, steps=1)
+    patch = bench.fit(bench.backbone(), bench.task("colors"), bench.method(masks.MASKS), 0)
+    name = next(name for name in patch.tensors if name.startswith("mask/"))
+    other = patch.tensors[name].clone()
+    other.flatten()[:3] ^= True
+    count = sum(tensor.numel() for tensor in patch.tensors.values())
+    assert masks.changed(patch, replace(patch, tensors={**patch.tensors, name: other})) == pytest.approx(300 / count)
+
+
+def test_chance_is_the_share_of_the_most_frequent_class(tmp_path: Path) -> None:
+    bench = bench_of(piggyback.INITIALISATION, tmp_path, data=("colors", "others"), options={"other": "others"})
+    chance = next(part for part in bench.recipe.parts(bench) if part.row == piggyback.CHANCE)
+    assert chance.work() == pytest.approx({"colors": 100 / 3})
+
+
+def test_the_chosen_block_is_best_on_held_out_images_whatever_the_test_images_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(70.0, 65.0), (80.0, 60.0), (75.0, 90.0)]  # held out, test
+    monkeypatch.setattr(subtuning, "_tuned_alone", lambda bench, name, block, seed: found[block])
+    monkeypatch.setattr(subtuning, "_end", lambda bench, row, name, seed: {name: 0.0})
+    table = figures(bench_of(subtuning.PROFILE, tmp_path, options={"blocks": 3}))
+    assert table[subtuning.CHOSEN] == {"colors": 60.0}
+    assert [table[row]["colors"] for row in ("block 1", "block 2", subtuning.LAST)] == [65.0, 60.0, 90.0]
+
+
+def test_corrupted_tasks_train_and_test_on_different_images_of_the_test_split(tmp_path: Path) -> None:
+    bench = bench_of(subtuning.TABLE_2, tmp_path, options={"trained": 6})
+    data = bench.task("colors")
+    shifted = subtuning._shifted(bench, "contrast", 0)  # keeps no two pictures alike, and has no randomness
+    assert (len(shifted.train), len(shifted.test)) == (6, len(data.test) - 6)
+    pictures = [image.tobytes() for split in (shifted.train, shifted.test) for image in split.images]
+    assert len(set(pictures)) == len(data.test)
+
+
+def test_the_curve_is_the_mean_of_all_tasks_and_the_chosen_mixture_one_height(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (painting.SUPPORTED, painting.PATCHED, painting.MEAN, painting.CHOSEN)
+    curves = {
+        "colors": dict(zip(rows, ([1.0, 0.6], [0.2, 1.0], [0.6, 0.8], [0.9, 0.9]), strict=True)),
+        "more": dict(zip(rows, ([0.8, 0.4], [0.4, 0.8], [0.6, 0.6], [0.7, 0.7]), strict=True)),
+    }
+    monkeypatch.setattr(painting, "_curve", lambda bench, name, seed: curves[name])
+    options = {"supported": "others", "alphas": 2}
+    table = figures(bench_of(painting.CURVE, tmp_path, data=("others", "colors", "more"), options=options))
+    assert table[painting.SUPPORTED] == pytest.approx({"0": 90.0, "1": 50.0})
+    assert table[painting.CHOSEN] == pytest.approx({"0": 80.0, "1": 80.0})
+
+
+def test_each_supported_set_chooses_alpha_on_its_own_held_out_images() -> None:
+    """`firm` loses nothing along alpha, `weak` more than the patched task gains beyond 0.5."""
+
+    def point(alpha: float, patched: float, firm: float, weak: float) -> Point:
+        found = {"new": Accuracy("patched", patched, 0.1)}
+        found |= {"firm": Accuracy("supported", firm, 0.9), "weak": Accuracy("supported", weak, 0.0)}
+        return Point((alpha,), found)
+
+    base = point(0, 0.5, 0.9, 0.9)
+    curve = (base, point(0.5, 0.8, 0.9, 0.7), point(1, 0.9, 0.9, 0.2))
+    settings = PaintSettings()
+    one = cast(Painting, SimpleNamespace(settings=settings, base=base, curve=curve))
+    alphas = {kept: painting.choose_for(one, kept).weights[0] for kept in (("firm",), ("weak",), ("firm", "weak"))}
+    assert alphas == {("firm",): 1, ("weak",): 0.5, ("firm", "weak"): 0.5}
+    assert painting.choose_for(one, ("weak",)).tasks.keys() == {"new", "firm", "weak"}
+
+
+def test_heads_of_means_answer_any_classes_and_know_the_images_they_are_means_of(tmp_path: Path) -> None:
+    bench = bench_of(painting.TRANSFER, tmp_path, options={"heads": "means"})
+    data = bench.task("colors")
+    heads = painting.open_heads(bench, (data,), 0)
+    whole, some = heads(data.classes), heads(data.classes[1:])
+    assert torch.equal(whole.weight[1:], some.weight)
+    features = bench.scorer(bench.backbone(), 0).base_features(data.test)
+    assert float((whole(features).argmax(1).numpy() == data.test.labels).mean()) > 2 / 3
+
+
+def test_patches_that_leave_the_base_alone_keep_its_accuracy_in_the_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patching, "base_top1", lambda bench, name, seed: 80.0)
+    monkeypatch.setattr(patching, "top1", lambda bench, row, name, seed: 40.0)
+    bench = bench_of(patching.TABLE_2, tmp_path, data=("others", "colors"))
+    assert patching.measure(bench, patching.ONE, "colors", 0) == harmonic_mean(80, 40) == pytest.approx(160 / 3)
+
+
+def test_the_best_resolution_alone_costs_all_of_itself_and_the_cascade_what_it_saves_less(tmp_path: Path) -> None:
+    fit = {"batch_size": 12, "augment": "none", "validation": 0.25}
+    table = figures(bench_of(sharing.RESOLUTION_CASCADE, tmp_path, fit=fit, steps=1, options={"resolutions": (32, 64)}))
+    assert table[sharing.BEST][sharing.COST] == 100
+    assert (
+        0 < table[sharing.CASCADE][sharing.COST] <= 100 + 100 / 4
+    )  # at most the smaller one more, at a quarter the pixels
+
+
+def test_the_best_of_a_group_of_units_is_that_of_held_out_images(tmp_path: Path) -> None:
+    bench = bench_of(units.PAIRS, tmp_path, fit={"batch_size": 12, "image_size": 32, "augment": "none"}, steps=1)
+    blocks = [block.name for block in bench.backbone().chain.blocks]
+    groups = {"one": [(blocks[-1],)], "two": [(blocks[-2],), (blocks[-1],)]}
+    data = bench.task("colors")
+    found = units.winners(bench, data, groups, 0)
+    settings = bench.settings(data, 0)
+    profiled = profile(bench.backbone(), data, bench.method(subtuning.BLOCK), same_steps=True, **settings)
+    score = {row.blocks: row.score.top1 for row in profiled.rows}
+    assert found["one"] == (blocks[-1],)
+    assert score[found["two"]] == max(score[unit] for unit in groups["two"])
+
+
+def test_pairs_are_neighbours_or_apart_and_the_best_pair_is_of_all(tmp_path: Path) -> None:
+    groups = units._groups(bench_of(units.PAIRS, tmp_path))
+    pairs = [set(groups[row]) for row in (units.ADJACENT, units.APART, units.PAIR)]
+    assert [len(pair) for pair in pairs] == [7, 21, 28]
+    assert pairs[0] | pairs[1] == pairs[2]
+    assert len(groups[units.LAST_TWO]) == 2
+    assert not set(groups[units.LAST_TWO]) & set(groups[units.OTHERS])
+
+
+def test_best_rates_are_those_of_held_out_images_on_either_side_of_the_other_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {normalisation.BOTH: [10, 20, 50, 30], normalisation.TUNED: [40, 60, 55, 20]}  # best at 0.01 and at 0.003
+    test = {normalisation.BOTH: [1, 2, 3, 4], normalisation.TUNED: [5, 6, 7, 8]}
+    rates = (0.001, 0.003, 0.01, 0.03)
+
+    def fitted(bench: Bench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
+        return (held[row][rates.index(rate)], test[row][rates.index(rate)]) if rate else (0, 9)
+
+    monkeypatch.setattr(normalisation, "_fitted", fitted)
+    table = figures(bench_of(normalisation.RATES, tmp_path, options={"learning_rates": rates}))
+    assert list(table[normalisation.TUNED].values()) == [5, 6, 7, 8]
+    rows = (normalisation.BELOW, normalisation.FROM, normalisation.ABOVE, normalisation.UP_TO, normalisation.LAST)
+    assert [set(table[row].values()) for row in rows] == [{6}, {7}, {3}, {2}, {9}]
+    held[normalisation.BOTH] = [90, 20, 50, 30]  # the lowest rate is the best: none is below
+    assert set(
+        figures(bench_of(normalisation.RATES, tmp_path / "again", options={"learning_rates": rates}))[
+            normalisation.BELOW
+        ].values()
+    ) == {9}
+
+
+def test_a_rate_at_which_training_diverges_has_nothing_right(tmp_path: Path) -> None:
+    fit = {"batch_size": 12, "image_size": 32, "augment": "none"}
+    bench = bench_of(normalisation.RATES, tmp_path, fit=fit, steps=6)
+    assert normalisation._fitted(bench, normalisation.TUNED, "colors", 1e9, 0) == (0, 0)
+
+
+def test_a_block_beside_the_base_adds_itself_and_all_that_follows(tmp_path: Path) -> None:
+    bench = bench_of(extensions.INFERENCE, tmp_path)
+    backbone: Backbone = bench.backbone()
+    macs = [segment.macs for segment in backbone.chain]
+    for block in backbone.chain.blocks:
+        added = extensions.added_operations(bench, make_method(f"subset(blocks={block.name})"))
+        assert added == pytest.approx(100 * sum(macs[block.index :]) / sum(macs)), block.name
+    assert extensions.added_operations(bench, make_method("full-finetune")) == pytest.approx(100)
+
+
+def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(extensions.PRUNING, tmp_path)
+    top1s = {"linear-probe": 40.0, "subset": 60.0, "pruned": 70.0}
+    monkeypatch.setattr(bench, "accuracy", lambda backbone, data, method, seed: top1s[method.name])
+    table = figures(bench)
+    assert table[extensions.HALFWAY] == {"colors": 50}
+    left = [
+        table[row][extensions.PARAMETERS]
+        for row in (extensions.WHOLE, extensions.HALF, extensions.TENTH, extensions.LEAST)
+    ]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 100
+    assert left[-1] < 3
+    assert extensions.PARAMETERS not in table[extensions.PROBE]
+
+
+def test_the_lowest_skip_is_that_of_each_task_and_none_of_the_last_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [[{"0→1": 60.0}, {"0→1": 10.0, "0→2": 40.0, "1→2": 70.0}, {"0→1": 5.0}], [{"0→1": 20.0}, *[{}] * 2]]
+    tasks[1][1:] = [{"0→1": 30.0, "0→2": 60.0, "1→2": 90.0}, {"0→1": 95.0}]
+    monkeypatch.setattr(skips, "_weights", lambda bench, seed: tasks)
+    table = figures(bench_of(skips.WEIGHTS, tmp_path, options={"depths": (1, 2, 1)}))
+    assert table["stage 1"] == {"0→1": 40, skips.MEAN: 40}
+    assert table["stage 2"] == {"0→1": 20, "0→2": 50, "1→2": 80, skips.MEAN: 50}
+    assert table["stage 3"] == {"0→1": 50, skips.MEAN: 50}
+    assert table[skips.LOWEST] == {skips.MEAN: 15}
+
+
+def test_sizes_leave_out_the_last_layer_of_the_backbone_and_count_that_of_the_patch_in_its_file(tmp_path: Path) -> None:
+    bench = bench_of(skips.SIZE, tmp_path, data=())
+    table = figures(bench)
+    module = bench.backbone().module
+    features = sum(tensor.numel() for name, tensor in module.named_parameters() if not name.startswith("head.fc."))
+    assert table[skips.BACKBONE]["tiny"] == features / 1000
+    assert table[skips.LIMIT] == pytest.approx({"tiny": 0.31 * features / 1000})
+    for row, modules in ((skips.ONE, 1), (skips.TWO, 2), (skips.FOUR, 4)):
+        parameters = DeltaNetwork(modules=modules).count_parameters(bench.backbone())
+        assert table[row]["tiny"] == parameters / 1000
+        assert table[row]["tiny, file"] > 4 * (parameters + 100 * 160) / 1000
