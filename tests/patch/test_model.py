@@ -26,6 +26,7 @@ from modelpatch.patch.blueprint import _BUILDERS, Graft, register_graft
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
+from tolerance import close
 
 METHODS = [
     LinearProbe(),
@@ -74,14 +75,14 @@ def grafted(backbone: Backbone, *grafts: Graft, **tensors: Tensor) -> Patch:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_bound_patch_equals_the_patched_model_bit_for_bit(method: Method, tiny: Backbone, images: Tensor) -> None:
+def test_a_bound_patch_answers_like_the_patched_model(method: Method, tiny: Backbone, images: Tensor) -> None:
     patch = draft_patch(tiny, method)
     model = tiny.patched(patch)
     expected = model(images)
     assert expected.shape == (5, 3)
     assert not expected.requires_grad
-    assert torch.equal(BoundPatch(tiny, patch)(images), expected)
-    assert torch.equal(tiny.patched(decode_patch(encode_patch(patch)))(images), expected)
+    assert close(BoundPatch(tiny, patch)(images), expected)
+    assert close(tiny.patched(decode_patch(encode_patch(patch)))(images), expected)
     tiny.verify()
 
 
@@ -89,7 +90,7 @@ def test_a_linear_probe_is_the_head_over_the_chain(tiny: Backbone, images: Tenso
     patch = draft_patch(tiny)
     features = tiny.chain(images)
     expected = torch.nn.functional.linear(features, patch.tensors["head.weight"], patch.tensors["head.bias"])
-    assert torch.equal(BoundPatch(tiny, patch)(images), expected)
+    assert close(BoundPatch(tiny, patch)(images), expected)
 
 
 def test_a_patched_model_holds_the_patchs_numbers_and_the_backbones_own_bytes(tiny: Backbone) -> None:
@@ -109,7 +110,7 @@ def test_running_from_the_first_patched_segment_equals_running_the_whole(tiny: B
     model = tiny.patched(patch)
     prefix = tiny.chain.run(images, 0, model.first)
     assert 0 < model.first == model.spans[0][0] < len(tiny.chain)
-    assert torch.equal(model.run_from(prefix, model.first), model(images))
+    assert close(model.run_from(prefix, model.first), model(images))
 
 
 def test_a_patch_with_nothing_but_a_head_starts_after_the_chain(tiny: Backbone) -> None:
@@ -125,7 +126,7 @@ def test_patches_of_one_structure_and_any_head_width_share_one_skeleton(tiny: Ba
     bound = [BoundPatch(tiny, patch) for patch in patches]
     assert len({id(skeleton_for(tiny, patch)) for patch in patches}) == 1
     for _ in range(2):  # a call must not leave its numbers behind for the next
-        assert all(torch.equal(b(images), logits) for b, logits in zip(bound, expected, strict=True))
+        assert all(close(b(images), logits) for b, logits in zip(bound, expected, strict=True))
     assert skeleton_for(tiny, draft_patch(tiny)) is not skeleton_for(tiny, patches[0])
 
 
@@ -140,8 +141,8 @@ def test_half_precision_patches_compute_in_float32(tiny: Backbone, images: Tenso
     wide = replace(half, tensors={name: tensor.float() for name, tensor in half.tensors.items()})
     expected = tiny.patched(wide)(images)
     assert expected.dtype == torch.float32
-    assert torch.equal(tiny.patched(half)(images), expected)
-    assert torch.equal(BoundPatch(tiny, half)(images), expected)
+    assert close(tiny.patched(half)(images), expected)
+    assert close(BoundPatch(tiny, half)(images), expected)
 
 
 def test_threads_get_the_answers_that_one_thread_gets(tiny: Backbone, images: Tensor) -> None:
@@ -150,7 +151,7 @@ def test_threads_get_the_answers_that_one_thread_gets(tiny: Backbone, images: Te
     expected = [b(images) for b in bound]
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda i: bound[i % 3](images), range(60)))
-    assert all(torch.equal(answer, expected[i % 3]) for i, answer in enumerate(answers))
+    assert all(close(answer, expected[i % 3]) for i, answer in enumerate(answers))
 
 
 # the base stays what it is ----------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_a_state_dict_moves_from_one_patched_model_to_another(tiny: Backbone, im
     first, second = (tiny.patched(draft_patch(tiny, ScaleBias(), seed=seed)) for seed in (1, 2))
     assert not torch.equal(first(images), second(images))
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first(images), second(images))
+    assert close(first(images), second(images))
 
 
 # refusals ---------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def test_a_base_with_another_classifier_is_the_same_base(bind: Binder, tiny: Bac
     module.fc = nn.Linear(16, 9)
     patch = draft_patch(tiny, ScaleBias())
     other = load_backbone(module, preprocessing=tiny.preprocessing)
-    assert torch.equal(bind(other, patch)(images), bind(tiny, patch)(images))
+    assert close(bind(other, patch)(images), bind(tiny, patch)(images))
 
 
 def without_one(tensors: dict[str, Tensor]) -> None:
@@ -350,7 +351,7 @@ def test_a_graft_spans_several_segments(bind: Binder, shift: str, tiny: Backbone
     x = tiny.chain.run(images, 0, 3) + moved.view(-1, 1, 1)
     features = tiny.chain.run(x, 3, len(tiny.chain))
     expected = torch.nn.functional.linear(features, patch.tensors["head.weight"], patch.tensors["head.bias"])
-    assert torch.equal(bind(tiny, patch)(images), expected)
+    assert close(bind(tiny, patch)(images), expected)
     assert PatchedModel(tiny, patch).spans == ((1, 3),)
 
 

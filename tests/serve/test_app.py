@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from modelpatch.serve import body
 from modelpatch.serve.problems import MEDIA_TYPE, Problem
 from modelpatch.serve.schemas import PIXEL
 from modelpatch.store.store import Store
-from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving
+from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture
 def there(steady: Serving) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=steady.url, timeout=60) as opened:
+    with httpx.Client(base_url=steady.url, timeout=300) as opened:
         yield opened
 
 
 @pytest.fixture
 def http(server: Serving) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as opened:
+    with httpx.Client(base_url=server.url, timeout=300) as opened:
         yield opened
 
 
@@ -190,7 +190,7 @@ def test_bytes_are_counted_as_they_arrive(store: Store) -> None:
 def test_silence_is_not_waited_for(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "SILENCE", 0.2)
     address = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=20) as slow:
+    with socket.create_connection((address[0], int(address[1])), timeout=300) as slow:
         slow.sendall(
             b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
@@ -198,10 +198,12 @@ def test_silence_is_not_waited_for(server: Serving, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_takes_too_long_ends_at_the_deadline(store: Store, image: bytes) -> None:
-    with serving(store, deadline=0.3) as server, httpx.Client(base_url=server.url) as http:
+    over = threading.Event()
+    with serving(store, deadline=0.3) as server, httpx.Client(base_url=server.url, timeout=300) as http:
         whole = server.service.engine.answer
-        server.service.engine.answer = lambda *given: (time.sleep(1), whole(*given))[1]  # type: ignore
+        server.service.engine.answer = lambda *given: (over.wait(300), whole(*given))[1]  # type: ignore
         answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"})
+        over.set()
         refused(answer, 503)
         assert answer.headers["retry-after"] == "1"
 
@@ -349,7 +351,7 @@ def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:
         422: good[:-1],
         409: encode_patch(draft_patch(network(1), ScaleBias())),
     }
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=300) as http:
         for status, data in uploads.items():
             refused(http.put("/v1/patches/flowers", content=data), status)
         refused(http.put("/v1/patches/base", content=good), 422)
@@ -388,9 +390,12 @@ def test_pages_of_the_list_join_up(there: httpx.Client) -> None:
 def test_changes_others_make_are_seen(server: Serving, http: httpx.Client, image: bytes) -> None:
     http.post("/v1/predict", files=files(image), data={"tasks": "flowers"})
     newer = server.store.publish("flowers", draft_patch(network(), ScaleBias(), classes=3, seed=99))
-    time.sleep(0.1)
-    answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}).json()
-    assert answer["images"][0]["answers"]["flowers"]["version"] == newer.hash
+
+    def version() -> str:
+        answer = http.post("/v1/predict", files=files(image), data={"tasks": "flowers"}).json()
+        return str(answer["images"][0]["answers"]["flowers"]["version"])
+
+    wait_until(lambda: version() == newer.hash)
 
 
 # tokens -----------------------------------------------------------------------------------------------------

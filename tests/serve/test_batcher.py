@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -91,17 +92,19 @@ def test_a_row_that_fails_does_not_spoil_its_neighbours() -> None:
 def test_a_full_queue_is_too_busy() -> None:
     engine = Engine(BACKBONE, PATCHES, tuning=Tuning())
     whole = engine.answer
-    engine.answer = lambda images, rows: (time.sleep(0.2), whole(images, rows))[-1]  # type: ignore
+    begun, over = threading.Event(), threading.Event()
+    engine.answer = lambda images, rows: (begun.set(), over.wait(300), whole(images, rows))[-1]  # type: ignore
 
     async def work(batcher: Batcher) -> None:
         running = asyncio.create_task(batcher.answer([row(0, "a")]))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(begun.wait, 300)
         waiting = asyncio.create_task(batcher.answer([row(1, "a"), row(2, "a")]))
         await asyncio.sleep(0)
         with pytest.raises(Problem) as refusal:
             await batcher.answer([row(3, "a")])
         assert refusal.value.status == 429
         assert refusal.value.headers["Retry-After"] == "1"
+        over.set()
         assert len(await running) + len(await waiting) == 3
 
     with_batcher(work, engine, queue=2, images=2)
@@ -111,16 +114,18 @@ def test_a_row_whose_request_gave_up_is_not_computed() -> None:
     calls = []
     engine = Engine(BACKBONE, PATCHES, tuning=Tuning())
     whole = engine.answer
-    engine.answer = lambda images, rows: (calls.append(rows), time.sleep(0.1), whole(images, rows))[-1]  # type: ignore
+    begun, over = threading.Event(), threading.Event()
+    engine.answer = lambda images, rows: (calls.append(rows), begun.set(), over.wait(300), whole(images, rows))[-1]  # type: ignore
 
     async def work(batcher: Batcher) -> None:
         first = asyncio.create_task(batcher.answer([row(0, "a")]))
-        await asyncio.sleep(0.02)
+        await asyncio.to_thread(begun.wait, 300)
         second = asyncio.create_task(batcher.answer([row(1, "b")]))
         await asyncio.sleep(0)
         second.cancel()
+        over.set()
         await first
-        await asyncio.sleep(0.05)
-        assert [set(rows) for rows in calls] == [{"a"}]
+        await batcher.answer([row(2, "c")])
+        assert [set(rows) for rows in calls] == [{"a"}, {"c"}]
 
     with_batcher(work, engine)

@@ -61,7 +61,7 @@ def deployed(store: Store) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         yield running, url
     finally:
         running.kill()
-        running.wait(60)
+        running.wait(300)
 
 
 class Traffic:
@@ -95,7 +95,7 @@ class Traffic:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(90)
+            thread.join(300)
 
 
 def test_replicas_that_are_killed_are_replaced_and_sigterm_ends_everything(tmp_path: Path) -> None:
@@ -122,12 +122,13 @@ def test_replicas_that_are_killed_are_replaced_and_sigterm_ends_everything(tmp_p
             for victim in first:  # the second is killed once there is another in the place of the first
                 os.kill(victim, signal.SIGKILL)
                 start, before = time.monotonic(), traffic.counts["right"]
-                wait_until(lambda: traffic.counts["right"] >= before + 20, 30)  # noqa: B023
-                wait_until(lambda: len(replicas(running.pid) - {victim}) == 2 and ready(url, running.pid), 240)  # noqa: B023
+                wait_until(lambda: traffic.counts["right"] >= before + 20)  # noqa: B023
+                wait_until(lambda: len(replicas(running.pid) - {victim}) == 2 and ready(url, running.pid))  # noqa: B023
                 back.append(time.monotonic() - start)
-                late = [said for when, said in traffic.failures if when > start + 5]
-                assert late == [], "requests failed after the other replica had taken over"
-                time.sleep(2)
+                failed = len(traffic.failures)
+                after = traffic.counts["right"]
+                wait_until(lambda: traffic.counts["right"] >= after + 20)  # noqa: B023
+                assert len(traffic.failures) == failed, "requests failed after the other replica had taken over"
         everything = descendants(running.pid)
         with ThreadPoolExecutor(8) as pool, Client(url, retries=0) as client:
             asked = [pool.submit(client.predict, [picture(n, 64)] * 16, ["flowers", "base"]) for n in range(8)]
@@ -135,12 +136,12 @@ def test_replicas_that_are_killed_are_replaced_and_sigterm_ends_everything(tmp_p
             running.send_signal(signal.SIGTERM)
             start = time.monotonic()
             outcomes = [future.exception() for future in asked]
-        assert running.wait(45) == 0
+        assert running.wait(300) == 0
         stopping = time.monotonic() - start
         # those that reached a replica are answered; for those that came later there is no application
         assert all(error is None or getattr(error, "status", 0) == 404 for error in outcomes)
         assert None in outcomes
-        wait_until(lambda: not any(map(alive, everything)), 10)
+        wait_until(lambda: not any(map(alive, everything)))
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz", timeout=2)
     assert traffic.counts["wrong"] == 0

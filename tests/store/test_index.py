@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -202,17 +203,21 @@ def test_no_change_is_lost_whatever_order_writers_and_readers_come_in(
     assert second.versions() == truth
 
 
-def test_100_000_versions_are_listed_in_under_a_second(tmp_path: Path) -> None:
+def test_100_000_versions_are_listed_in_little_more_than_it_takes_to_parse_their_json(tmp_path: Path) -> None:
     storage = open_storage(tmp_path, {})
     versions = [make_version(f"patch-{number:06}", number) for number in range(100_000)]
-    storage.write(f"{INDEX}/{1:012}-{0:024x}.table", pack(versions))
-    seconds = []
+    table = f"{INDEX}/{1:012}-{0:024x}.table"
+    storage.write(table, pack(versions))
+    parsing, listing = [], []
     for _ in range(3):
         begin = time.process_time()  # other processes may hold the machine
+        json.loads(storage.read(table))
+        parsed = time.process_time()
         listed = Index(Records(storage)).versions()
-        seconds.append(time.process_time() - begin)
+        listing.append(time.process_time() - parsed)
+        parsing.append(parsed - begin)
     assert listed == versions
-    assert min(seconds) < 1
+    assert min(listing) < 10 * min(parsing)
 
 
 def test_marks_end_with_their_change(storage: Storage) -> None:

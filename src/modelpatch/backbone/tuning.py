@@ -26,7 +26,7 @@ CACHE = 2 * 2**20
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings of an engine; the defaults change nothing: answers are then those of the modules alone, bit for bit."""
+    """Settings of an engine; the defaults change nothing: every segment then runs as it is."""
 
     channels_last: bool = False
     fold: bool = False

@@ -56,7 +56,7 @@ def extract(
     `finetuned` is a safetensors or `.pth` file, or a state dict. Only floating tensors that differ are stored, as `codec`
     says (see the module's table); integer buffers, which count batches and change no answer, are left out. The
     checkpoint's classifier becomes the patch's head, whose outputs are called `classes` (by default their numbers).
-    `rank` is that of `low-rank`. With `exact` the patched model computes what the checkpoint computes, bit for bit.
+    `rank` is that of `low-rank`. With `exact` the patched model has the checkpoint's tensors, bit for bit.
 
     Raises `PatchError` for what is no checkpoint of this architecture, `NonFiniteTensorError` when a difference that 16 bits
     cannot hold is written.
