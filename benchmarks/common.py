@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 import modelpatch as mp
-from modelpatch.heads.base import HeadRecord
-from modelpatch.patch.contents import BackboneRecord, MethodRecord
-from modelpatch.tasks.record import TaskRecord
 from modelpatch_studies.data import Sources
 
 T = TypeVar("T")
@@ -54,23 +52,15 @@ def untrained(
     """A patch as `fit` would give it, with noise where training would have moved a number and masks that keep 95 %."""
     torch.manual_seed(seed)
     model: mp.PatchedModel = method.draft(backbone, classes)
-    record = model.head.record
-    assert isinstance(record, HeadRecord)
     tensors = {name: tensor.clone() for name, tensor in model.tensors().items()}
     for name, tensor in tensors.items():
         if name.startswith("mask/"):
             tensors[name] = torch.rand(tensor.shape) < 0.95
         elif tensor.is_floating_point():
             tensors[name] = tensor * (1 + 0.01 * torch.rand(tensor.shape))
-    return mp.Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=TaskRecord(name="untrained", classes=tuple(f"class {number}" for number in range(classes))),
-        preprocessing=backbone.preprocessing.with_image_size(pixels or None),
-        head=record,
-        method=MethodRecord(name=method.name),
-        grafts=method.blueprint(backbone).grafts,
-        tensors=tensors,
-    )
+    task = ("untrained", [f"class {number}" for number in range(classes)])
+    preprocessing = backbone.preprocessing.with_image_size(pixels or None)
+    return replace(model.to_patch(task, preprocessing=preprocessing, method=method.name), tensors=tensors)
 
 
 def with_head_rate(method: str, rate: float) -> str:

@@ -27,7 +27,7 @@ from modelpatch.cli.main import app, main
 from modelpatch.data.task import Split, Task
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.serve.client import Client
 from modelpatch.store.store import Store
@@ -147,15 +147,7 @@ def draft_patch(backbone: Backbone, method: Method | None = None, classes: int =
         for name, tensor in model.state().items():
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * (0.1 if "running_var" in name else 0.2))
-    return Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=TaskRecord(name="draft", classes=tuple(f"class {i}" for i in range(classes))),
-        preprocessing=backbone.preprocessing,
-        head=model.head.record,
-        method=MethodRecord(name=method.name),
-        grafts=method.blueprint(backbone).grafts,
-        tensors={name: tensor.clone() for name, tensor in model.tensors().items()},
-    )
+    return model.to_patch(("draft", [f"class {i}" for i in range(classes)]), method=method.name)
 
 
 def write_folder(root: Path, classes: Sequence[str] = CLASSES) -> Path:

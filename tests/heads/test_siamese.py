@@ -54,7 +54,7 @@ def test_logits_are_those_of_both_features_side_by_side(tiny: Backbone, method: 
 def test_the_base_s_stream_is_the_base_and_stays_so_while_the_patch_is_trained(tiny: Backbone) -> None:
     method = Subset(blocks=("stage2",), statistics="learned", head="siamese")
     model = method.draft(tiny, 3)
-    method.train_mode(model)
+    model.train()
     optimizer = method.make_optimizer(model, tiny)
     for _ in range(3):
         nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 1, 2, 0])).backward()

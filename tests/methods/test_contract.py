@@ -223,7 +223,7 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     method = pair[1]
     trained = method.draft(backbone, 3)
     method.prepare(trained, lambda: [images])
-    method.train_mode(trained)
+    trained.train()
     optimizer = method.make_optimizer(trained, backbone)
     F.cross_entropy(trained(images), torch.arange(3)).backward()
     optimizer.step()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from conftest import draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
@@ -30,7 +31,6 @@ from modelpatch.methods.delta import (
     stages_of,
 )
 from modelpatch.methods.delta_stage import DeltaModule, DeltaStage, DenseStage, Layout, Norm, ResidualStage
-from modelpatch.methods.method import batch_norms
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.contents import Patch
@@ -254,7 +254,7 @@ def test_a_draft_leaves_the_base_as_it_is() -> None:
     x = images(backbone)
     before = backbone(x)
     model = draft(backbone, batch_norm=True, modules=2)
-    DeltaNetwork(batch_norm=True).train_mode(model)
+    model.train()
     model(x)
     backbone.verify()
     assert torch.equal(backbone(x), before)
@@ -351,7 +351,7 @@ def test_gradients_reach_every_number_of_the_patch_and_no_other(name: str) -> No
     backbone = network(name)
     options = {"batch_norm": True, "modules": 2}
     model = draft(backbone, **options)
-    DeltaNetwork(**options).train_mode(model)  # type: ignore[arg-type]
+    model.train()  # type: ignore[arg-type]
     F.cross_entropy(model(images(backbone, 6)), torch.arange(6) % 3).backward()
     own = {local for local in model.names.values() if "running" not in local}
     for name, parameter in model.named_parameters():
@@ -468,13 +468,18 @@ def test_the_norm_option_adds_one_norm_for_every_node(name: str) -> None:
     assert added - without == 2 * (sum(shape[axis] for shape in shapes) - given)
 
 
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
 def test_only_added_norms_use_batch_statistics_while_training() -> None:
     backbone = make_timm("resnet18", 32, drop_path_rate=0.5, drop_rate=0.5)
     method = DeltaNetwork(batch_norm=True)
     model = method.draft(backbone, 3)
-    method.train_mode(model)
+    model.train()
     stage = delta_stages(model)[0]
-    assert not any(module.training for module in stage.blocks.modules())
+    layers = [module for module in stage.blocks.modules() if not list(module.children())]
+    assert not any(layer.training for layer in layers)
     assert all(norm.training == isinstance(norm, Norm) for norm in batch_norms(model))
     before = {name: tensor.clone() for name, tensor in model.tensors().items() if "running" in name}
     x = images(backbone)
@@ -764,7 +769,7 @@ def test_variance_grows_along_unnormalised_skips_and_is_one_behind_norms(name: s
     assert all(after > before for stage in loose for before, after in itertools.pairwise(stage))
     method = DeltaNetwork(skips="all", modules=4, batch_norm=True)
     model = method.draft(backbone, 3)
-    method.train_mode(model)
+    model.train()
     for variances in skip_variances(model, x):
         assert variances == pytest.approx([1] * len(variances), abs=0.15)
 

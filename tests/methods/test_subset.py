@@ -86,7 +86,7 @@ def test_only_the_named_blocks_and_the_head_move(tiny: Backbone, colors: Task) -
 def test_batch_norm_outside_the_blocks_keeps_the_backbones_statistics(tiny: Backbone) -> None:
     method = Subset(statistics="learned")
     model = method.draft(tiny, 3)
-    method.train_mode(model)
+    model.train()
     training = {name for name, module in model.named_modules() if "bn" in name and module.training}
     assert training
     assert all(name.startswith(f"parts.{model.starts.index(model.first)}.") for name in training)

@@ -16,13 +16,13 @@ from conftest import TinyNet, draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.engine.resident import BoundPatch, skeleton_for
-from modelpatch.errors import ForeignTensorError, ModelpatchError, UnknownGraftError, WrongBackboneError
+from modelpatch.errors import ForeignTensorError, ModelpatchError, PatchError, UnknownGraftError, WrongBackboneError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.blueprint import _BUILDERS, Graft, register_graft
+from modelpatch.patch.blueprint import _BUILDERS, Blueprint, Graft, register_graft
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
@@ -385,3 +385,85 @@ def test_two_backbones_do_not_share_a_skeleton() -> None:
     first, second = make_tiny(0), make_tiny(0)
     patch = draft_patch(first)
     assert skeleton_for(first, patch) is not skeleton_for(second, patch)
+
+
+# a loop of the user's own ---------------------------------------------------------------------------------------
+
+
+def train_by_hand(model: PatchedModel, steps: int = 3) -> None:
+    """A plain loop, as a user would write it, over random images and classes."""
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(steps):
+        images = torch.randn(6, *model.backbone.input_size, generator=generator)
+        loss = nn.functional.cross_entropy(model(images), torch.arange(6) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_loop_of_ones_own_moves_no_statistic_that_the_patch_does_not_store(method: Method) -> None:
+    backbone = make_tiny()
+    model = method.draft(backbone, 3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    train_by_hand(model)
+    own = set(model.names.values())
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    learned = {name for name in own if name.endswith(("running_mean", "running_var"))}
+    assert {name for name in moved if not name.endswith("num_batches_tracked")} == learned
+    assert bool(learned) == method.learns_statistics
+    backbone.verify()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_model_that_was_trained_by_hand_becomes_a_patch_with_the_same_answers(method: Method) -> None:
+    backbone = make_tiny()
+    model = method.draft(backbone, 3)
+    train_by_hand(model)
+    patch = model.to_patch(("by hand", ["a", "b", "c"]), method=method, metrics={"top1": 0.5}, created={"seconds": 3})
+    loaded = decode_patch(encode_patch(patch))
+    images = torch.randn(4, *backbone.input_size)
+    with torch.no_grad():
+        assert torch.equal(backbone.patched(loaded)(images), model(images))
+    assert (loaded.task.classes, loaded.method.name) == (("a", "b", "c"), method.name)
+    assert (dict(loaded.metrics), dict(loaded.created)) == ({"top1": 0.5}, {"seconds": 3})
+    assert loaded.preprocessing == backbone.preprocessing
+
+
+def test_a_patch_can_be_bound_trained_on_and_stored_again(tiny: Backbone) -> None:
+    model = tiny.patched(draft_patch(tiny, ScaleBias()))
+    model.requires_grad_(True)
+    train_by_hand(model)
+    patch = model.to_patch(draft_patch(tiny).task)
+    images = torch.randn(4, *tiny.input_size)
+    with torch.no_grad():
+        assert torch.equal(tiny.patched(patch)(images), model(images))
+    assert patch.method.name == "custom"
+
+
+def test_a_model_that_no_file_could_hold_is_refused(tiny: Backbone) -> None:
+    model = PatchedModel.draft(tiny, Blueprint(), nn.Linear(tiny.chain.feature_dim, 3))
+    with pytest.raises(PatchError, match=r"a Linear, has no record"):
+        model.to_patch(("a", ["x", "y", "z"]))
+    weak = tiny.patched(draft_patch(tiny, ScaleBias(layers="channel")).at_strength(0.5))
+    with pytest.raises(PatchError, match=r"strength 0\.5"):
+        weak.to_patch(("a", ["x", "y", "z"]))
+    with pytest.raises(PatchError, match="not a task"):
+        ScaleBias().draft(tiny, 3).to_patch(3)  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="two classes are named 'x'"):
+        ScaleBias().draft(tiny, 3).to_patch(("a", ["x", "x", "z"]))
+    with pytest.raises(PatchError, match="method is 7"):
+        ScaleBias().draft(tiny, 3).to_patch(("a", ["x", "y", "z"]), method=7)
+
+
+def test_a_copy_of_a_model_has_tensors_of_its_own_and_the_same_backbone(tiny: Backbone) -> None:
+    model = ScaleBias().draft(tiny, 3)
+    twin = copy.deepcopy(model)
+    assert twin.backbone is tiny
+    train_by_hand(twin)
+    assert not any(
+        torch.equal(twin.tensors()[name], tensor) for name, tensor in model.tensors().items() if "weight" in name
+    )

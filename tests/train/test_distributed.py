@@ -233,7 +233,7 @@ def learning(team: Team) -> Fit:
     """A run in the middle of an epoch in which it learns statistics."""
     run = object.__new__(Fit)
     run.team, run.method, run.model = team, LEARNED, LEARNED.draft(make_tiny(), 3)
-    LEARNED.train_mode(run.model)
+    run.model.train()
     return run
 
 

@@ -35,7 +35,7 @@ def backbone() -> Backbone:
 def draft(backbone: Backbone, method: Method) -> PatchedModel:
     torch.manual_seed(0)
     model = method.draft(backbone, 3)
-    method.train_mode(model)
+    model.train()
     return model
 
 

@@ -32,7 +32,7 @@ from modelpatch.convert.checkpoint import match_names, read_checkpoint
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import MethodRecord, Patch
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
@@ -84,14 +84,14 @@ def extract(
     except ValidationError as error:
         raise PatchError(f"the task's or its classes' names cannot be used: {first_problem(error)}.") from error
     used = {"codec": codec, **({"rank": rank} if codec == "low-rank" else {})}
-    return Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=task,
+    return Patch.of(
+        backbone,
+        task,
+        HeadRecord(features=features, outputs=outputs),
+        tensors,
+        int8=int8,
         preprocessing=backbone.preprocessing.with_image_size(image_size),
-        head=HeadRecord(features=features, outputs=outputs),
         method=MethodRecord(name=METHOD, hyperparameters=used),
-        tensors=tensors,
-        int8=frozenset(int8),
     )
 
 

@@ -40,7 +40,7 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, require_peft, weight_name
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import MethodRecord, Patch
 from modelpatch.tasks.record import TaskRecord
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -143,14 +143,14 @@ def import_peft(
         raise ForeignTensorError(
             f"the classifier of {folder} has {outputs} outputs; the task {task.name!r} has {len(task.classes)} classes."
         )
-    patch = Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=task,
-        preprocessing=preprocessing or backbone.preprocessing,
-        head=HeadRecord(features=backbone.chain.feature_dim, outputs=outputs),
-        method=MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha}),
+    patch = Patch.of(
+        backbone,
+        task,
+        HeadRecord(features=backbone.chain.feature_dim, outputs=outputs),
+        named,
         grafts=grafts,
-        tensors=named,
+        preprocessing=preprocessing,
+        method=MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha}),
     )
     backbone.patched(patch)  # checks every shape
     return patch

@@ -59,6 +59,10 @@ class Composite(Method):
     def paper(self) -> str:  # type: ignore[override]
         return "; ".join(dict.fromkeys(member.paper for member in self.methods))
 
+    @property
+    def learns_statistics(self) -> bool:
+        return any(member.learns_statistics for member in self.methods)
+
     def hyperparameters(self) -> dict[str, Any]:
         """The members' hyperparameters by their names."""
         return {member.name: member.hyperparameters() for member in self.methods}
@@ -127,10 +131,6 @@ class Composite(Method):
 
     def warn(self, reach: float) -> str | None:
         return "; ".join(text for member in self.methods if (text := member.warn(reach))) or None
-
-    def activate(self, model: PatchedModel) -> None:
-        for member in self.methods:
-            member.activate(model)
 
     def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         """Optimizer groups with every tensor at the rate and decay of the member that trains it."""

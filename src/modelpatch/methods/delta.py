@@ -82,12 +82,6 @@ class DeltaNetwork(Method):
             for stage in delta_stages(model):
                 stage.delta.start_near([float(existing) for existing in stage.existing])  # type: ignore[operator]
 
-    def activate(self, model: PatchedModel) -> None:
-        """The BatchNorm layers the patch adds use batch statistics; the stages' frozen blocks stay in eval mode."""
-        for stage in delta_stages(model):
-            stage.delta.train()
-            stage.norms.train()
-
     def rate(self, name: str) -> float:
         """The scales and shifts of the norms behind z_j learn at their own rate."""
         if re.match(r"graft/\d+-\d+/norms\.", name):

@@ -8,10 +8,9 @@ from typing import ClassVar
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.methods.method import Method, learn_statistics
+from modelpatch.methods.method import Method
 from modelpatch.methods.subset import Statistics, own_segments
 from modelpatch.patch.blueprint import Blueprint
-from modelpatch.patch.model import PatchedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +28,3 @@ class FullFinetune(Method):
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Owns every parameter of the chain."""
         return own_segments([segment for segment in backbone.chain if segment.parameters], self.statistics)
-
-    def activate(self, model: PatchedModel) -> None:
-        """BatchNorm layers follow `statistics`."""
-        super().activate(model)
-        if self.statistics == "learned":
-            learn_statistics(model)

@@ -28,7 +28,6 @@ from modelpatch.errors import MethodNotApplicableError, MissingExtraError
 from modelpatch.methods.method import Method
 from modelpatch.methods.subset import find_segments
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
-from modelpatch.patch.model import PatchedModel
 
 GRAFT = "lora"
 ADAPTER = "default"  # what peft calls the one set of updates a layer has here
@@ -78,10 +77,6 @@ class LoRA(Method):
                 f"update. Try {others}, or the methods `scale-bias` or `subset`."
             )
         return Blueprint(grafts=grafts)
-
-    def activate(self, model: PatchedModel) -> None:
-        """The frozen layers run as they do at inference, without dropout."""
-        return
 
 
 def require_peft(purpose: str) -> Any:

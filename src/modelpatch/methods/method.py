@@ -3,7 +3,6 @@
     blueprint(backbone)   which tensors the patch owns, which modules it adds        -> patch.Blueprint
     draft(...)            the model to train: the frozen chain, variants and a head  -> patch.PatchedModel
     prepare(model, ...)   work before the first step (recomputing statistics)
-    activate(model)       what is in train mode while training
     parameter_groups(...) learning rates and weight decay
 
 A new method is one file and its line in `methods/registry.py`; whatever it makes is an ordinary patch.
@@ -20,7 +19,6 @@ from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
@@ -111,6 +109,7 @@ class Method(ABC):
         if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
             raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
         model = PatchedModel.draft(backbone, blueprint, head, self.reweightings(backbone))
+        model.learned_statistics = self.learns_statistics
         self.initialise(model, backbone)
         return model
 
@@ -122,6 +121,11 @@ class Method(ABC):
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Where what the method trains starts, if not as it was built."""
         return
+
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether BatchNorm layers of the patch's own learn their running statistics in train mode."""
+        return getattr(self, "statistics", None) == "learned"
 
     @property
     def has_own_head(self) -> bool:
@@ -158,19 +162,6 @@ class Method(ABC):
     def warn(self, reach: float) -> str | None:
         """What the user should know before a run whose steps' learning rates add up to `reach` times the full ones."""
         return None
-
-    def train_mode(self, model: PatchedModel) -> None:
-        """Training state: what the method trains is in train mode, everything frozen in eval mode."""
-        model.eval()
-        model.head.train()
-        self.activate(model)
-
-    def activate(self, model: PatchedModel) -> None:
-        """Put what this method trains into train mode: the patched spans, but none of their BatchNorm layers."""
-        for part in model.variants:
-            for module in part.modules():
-                if not isinstance(module, _BatchNorm):
-                    module.training = True
 
     def rate(self, name: str) -> float:
         """The learning rate of a tensor by its name in the patch file."""
@@ -222,21 +213,3 @@ def _adapters(kind: type[Method]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(kind, include_extras=True)
     loose = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     return {field.name: TypeAdapter(hints[field.name], config=loose) for field in fields(kind)}
-
-
-def learn_statistics(model: PatchedModel) -> None:
-    """Put the BatchNorm layers whose running statistics are the patch's own into train mode."""
-    for norm in own_batch_norms(model):
-        norm.train()
-
-
-def own_batch_norms(model: PatchedModel) -> list[_BatchNorm]:
-    """The BatchNorm layers whose running statistics are the patch's own."""
-    own = {tensor.data_ptr() for tensor in model.state().values()}
-    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
-    return [norm for norm in norms if norm.running_mean.data_ptr() in own]  # type: ignore[union-attr]
-
-
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Every layer that normalises by batch or running statistics."""
-    return [child for child in module.modules() if isinstance(child, _BatchNorm)]

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Batches, Method, learn_statistics, own_batch_norms
+from modelpatch.methods.method import Batches, Method
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.model import PatchedModel
 
@@ -78,12 +78,6 @@ class ScaleBias(Method):
         if self.statistics == "recomputed":
             recompute_statistics(model, batches)
 
-    def activate(self, model: PatchedModel) -> None:
-        """BatchNorm layers use batch statistics only while those are learned."""
-        super().activate(model)
-        if self.statistics == "learned":
-            learn_statistics(model)
-
 
 def norm_tensors(segment: Segment, affine: bool, statistics: bool) -> list[str]:
     """The backbone's names of a segment's norm parameters, if `affine`, and running statistics, if `statistics`."""
@@ -109,7 +103,7 @@ def is_norm(module: nn.Module) -> bool:
 def recompute_statistics(model: PatchedModel, batches: Batches) -> None:
     """Replace running means and variances by the average over one pass of the task's images."""
     model.eval()
-    norms = own_batch_norms(model)
+    norms = model.owned_norms()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

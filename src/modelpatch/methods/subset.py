@@ -21,7 +21,7 @@ from torch import nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method, learn_statistics
+from modelpatch.methods.method import Method
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.model import PatchedModel
 
@@ -72,12 +72,6 @@ class Subset(Method):
             for name, buffer in module.named_buffers():
                 fresh.get_buffer(name).copy_(buffer)
         return fresh
-
-    def activate(self, model: PatchedModel) -> None:
-        """BatchNorm layers of the blocks follow `statistics`; all others keep the backbone's."""
-        super().activate(model)
-        if self.statistics == "learned":
-            learn_statistics(model)
 
 
 @torch.no_grad()

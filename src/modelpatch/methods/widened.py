@@ -24,7 +24,6 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.residual import SplitBlock, split_block
 from modelpatch.methods.subset import find_segments
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
-from modelpatch.patch.model import PatchedModel
 
 GRAFT = "widened"
 
@@ -87,10 +86,6 @@ class Widened(Method):
         return ExtraSettings(
             inputs=before[0], outputs=after[0], filters=self.filters, kernel=self.kernel, stride=stride
         )
-
-    def activate(self, model: PatchedModel) -> None:
-        """The frozen layers run as they do at inference, without dropout; the filters have no training state."""
-        return
 
 
 class ExtraSettings(BaseModel):

@@ -44,6 +44,10 @@ class Wrapped(Method):
         """What the method does with the statistics of BatchNorm, if it has a choice."""
         return getattr(self.method, "statistics", None)
 
+    @property
+    def learns_statistics(self) -> bool:
+        return self.method.learns_statistics
+
     def hyperparameters(self) -> dict[str, Any]:
         return self.method.hyperparameters()
 
@@ -84,9 +88,6 @@ class Wrapped(Method):
 
     def warn(self, reach: float) -> str | None:
         return self.method.warn(reach)
-
-    def activate(self, model: PatchedModel) -> None:
-        self.method.activate(model)
 
     def rate(self, name: str) -> float:
         return self.method.rate(name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
 
 CHANGES = ("replace/", "mask/", "delta/", "left/", "right/")
+CUSTOM = "custom"  # the method of a patch whose maker named none
 HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
 
 
@@ -93,6 +94,32 @@ class MethodRecord(BaseModel):
     name: Text
     hyperparameters: Facts = {}
 
+    @classmethod
+    def of(cls, method: Any) -> MethodRecord:
+        """The record of a method, of a name, or of training that no method of this library did (None).
+
+        Raises `PatchError` for anything else.
+        """
+        if isinstance(method, MethodRecord):
+            return method
+        if method is None or isinstance(method, str):
+            return cls(name=method or CUSTOM)
+        try:
+            return cls(name=method.name, hyperparameters=method.hyperparameters())
+        except (AttributeError, TypeError) as error:
+            raise PatchError(f"method is {method!r}; expected a method of modelpatch.methods or a name.") from error
+
+
+class HasTask(Protocol):
+    """Data of a task, such as `modelpatch.Task`."""
+
+    @property
+    def task(self) -> TaskRecord:
+        """The task without its data."""
+
+
+PatchTask = TaskRecord | HasTask | tuple[str, Sequence[str]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
@@ -116,6 +143,38 @@ class Patch:
     strength: float = 1.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
     created: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        task: PatchTask,
+        head: HeadRecord,
+        tensors: Mapping[str, Tensor],
+        *,
+        grafts: Sequence[Graft] = (),
+        int8: Iterable[str] = (),
+        preprocessing: Preprocessing | None = None,
+        method: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        created: Mapping[str, Any] | None = None,
+    ) -> Patch:
+        """A patch of strength 1 for a backbone at hand. The arguments are those of `PatchedModel.to_patch`.
+
+        Raises `PatchError` for a task or method that has no record.
+        """
+        return cls(
+            backbone=BackboneRecord.of(backbone),
+            task=record_task(task),
+            preprocessing=preprocessing or backbone.preprocessing,
+            head=head,
+            method=MethodRecord.of(method),
+            tensors=tensors,
+            grafts=tuple(grafts),
+            int8=frozenset(int8),
+            metrics=dict(metrics or {}),
+            created=dict(created or {}),
+        )
 
     @cached_property
     def blueprint(self) -> Blueprint:
@@ -243,6 +302,23 @@ class Patch:
     def __repr__(self) -> str:
         numbers = sum(tensor.numel() for tensor in self.tensors.values())
         return f"Patch({self.task.name!r}, {self.method.name}, {numbers:,} numbers, for {self.backbone.spec})"
+
+
+def record_task(task: PatchTask) -> TaskRecord:
+    """The record of a task given as its data, as its record, or as a pair of a name and the names of the classes.
+
+    Raises `PatchError` for anything else.
+    """
+    record: Any = getattr(task, "task", task)
+    if isinstance(record, TaskRecord):
+        return record
+    try:
+        name, classes = record
+        return TaskRecord(name=name, classes=tuple(classes))
+    except ValidationError as error:
+        raise PatchError(f"{task!r:.200} is not a task: {first_problem(error)}.") from error
+    except (TypeError, ValueError) as error:
+        raise PatchError(f"{task!r:.200} is not a task. Expected a Task, a TaskRecord or (name, classes).") from error
 
 
 class Header(BaseModel):

@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.backbone.clone import clone_module
-from modelpatch.errors import ForeignTensorError
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.errors import ForeignTensorError, PatchError
 from modelpatch.heads.base import DraftHead, HeadInput, HeadRecord, pooled_axes, pooled_width, read_taps, reads_maps
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.changes import Reweighting, resolve, set_strength
-
-if TYPE_CHECKING:
-    from modelpatch.patch.contents import Patch
+from modelpatch.patch.contents import Patch, PatchTask
 
 
 class PatchedModel(nn.Module):
@@ -29,11 +30,23 @@ class PatchedModel(nn.Module):
 
     All parameters but the patch's own lie in the backbone's bytes; no buffer is shared. Built from a patch, it is in
     eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
+
+    `train()` puts into train mode what the patch trains. `learned_statistics` says that the running statistics of BatchNorm
+    layers which the patch owns are learned in train mode; otherwise those layers stay in eval mode.
+
+        >>> model = method.draft(backbone, classes=10)
+        >>> optimizer = torch.optim.AdamW(parameter for _, parameter in model.trainable())
+        >>> model.train()               # frozen normalisation stays in eval mode
+        >>> ...                         # any loop
+        >>> patch = model.eval().to_patch(task)
     """
+
+    learned_statistics = False
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         super().__init__()
         patch.check_backbone(backbone)
+        self.preprocessing, self._strength = patch.preprocessing, patch.strength
         self._build(backbone, patch.blueprint, patch.head.build(), {})
         check_features(backbone.chain, patch)
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
@@ -56,6 +69,7 @@ class PatchedModel(nn.Module):
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
+        model.preprocessing, model._strength = backbone.preprocessing, 1.0
         model._build(backbone, blueprint, head, reweightings or {})
         return model.eval()
 
@@ -63,6 +77,7 @@ class PatchedModel(nn.Module):
         self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Mapping[str, Reweighting]
     ) -> None:
         chain = backbone.chain
+        self.backbone, self.blueprint = backbone, blueprint
         self.spans = blueprint.spans(chain)
         self.starts: list[int] = []
         self.parts = nn.ModuleList()
@@ -72,6 +87,7 @@ class PatchedModel(nn.Module):
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
         self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
         self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
+        self._trained: list[nn.Module] = []  # the modules that train() puts into train mode, besides the head
         ends = dict(self.spans)
         index = 0
         while index < len(chain):
@@ -142,6 +158,7 @@ class PatchedModel(nn.Module):
                 reweighted[id(reweightings[base])] = base
             clones.append(clone)
         variant = clones[0] if len(clones) == 1 else nn.Sequential(*clones)
+        frozen = {one for one in variant.modules() if not (names or reweighted) or isinstance(one, _BatchNorm)}
         before = (*variant.parameters(), *variant.buffers())  # held, since ids are given again to what is freed
         grafted: dict[int, Graft | None] = dict.fromkeys(map(id, before))
         for graft in blueprint.grafts:
@@ -149,6 +166,8 @@ class PatchedModel(nn.Module):
                 variant = graft.apply(variant)
                 for tensor in (*variant.parameters(), *variant.buffers()):
                     grafted.setdefault(id(tensor), graft)
+        if span in self.spans:
+            self._trained += [module for module in variant.modules() if module not in frozen]
         place = f"parts.{len(self.parts)}."
         for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
             if (origin := grafted[id(tensor)]) is not None:
@@ -163,6 +182,73 @@ class PatchedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.run_from(images, 0)
+
+    def train(self, mode: bool = True) -> PatchedModel:
+        """Put what the patch trains into train mode and everything frozen into eval mode; with `mode=False` everything.
+
+        The patch trains its head, all of the spans of which it owns tensors, and the modules it adds to others. BatchNorm
+        layers with the backbone's running statistics stay in eval mode, so that no statistic moves which no patch stores.
+        """
+        super().train(False)
+        self.training = mode
+        if mode:
+            self.head.train()
+            for module in (*self._trained, *(self.owned_norms() if self.learned_statistics else ())):
+                module.training = True
+        return self
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a BatchNorm layer is in train mode."""
+        return any(module.training for module in self.modules() if isinstance(module, _BatchNorm))
+
+    def owned_norms(self) -> list[_BatchNorm]:
+        """The BatchNorm layers whose running statistics belong to the patch."""
+        own = {tensor.data_ptr() for tensor in self.state().values()}
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        return [norm for norm in norms if norm.running_mean is not None and norm.running_mean.data_ptr() in own]
+
+    def to_patch(
+        self,
+        task: PatchTask,
+        *,
+        preprocessing: Preprocessing | None = None,
+        method: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        created: Mapping[str, Any] | None = None,
+    ) -> Patch:
+        """The patch that the model has become, of strength 1, with copies of its tensors on the CPU.
+
+        `task` is a `Task`, a `TaskRecord` or a pair of a name and the names of the classes. `preprocessing`, by default the
+        model's, is how the task's images are seen; `method` is the one that made the model, or a name; `metrics` are measured
+        figures and `created` facts of the run. Raises `PatchError` for a model that no patch file could hold.
+        """
+        if self._strength != 1 and self.blueprint.grafts:
+            raise PatchError(
+                f"the model runs added modules at strength {self._strength}. Bind the patch at strength 1."
+            )
+        record = getattr(self.head, "record", None)
+        if not isinstance(record, HeadRecord):
+            raise PatchError(f"the model's head, a {type(self.head).__name__}, has no record to store it under.")
+        return Patch.of(
+            self.backbone,
+            task,
+            record,
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()},
+            grafts=self.blueprint.grafts,
+            preprocessing=preprocessing or self.preprocessing,
+            method=method,
+            metrics=metrics,
+            created=created,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedModel:
+        """A copy with tensors of its own that belongs to the same backbone."""
+        memo[id(self.backbone)] = self.backbone
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def run_from(self, x: Tensor, start: int) -> Tensor:
         """The answer from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""

@@ -345,16 +345,10 @@ class Painter:
         return self.scorer.point(self._empty(chosen[0]), chosen, (0.0,), untouched=True)
 
     def _empty(self, task: ScoredTask) -> Patch:
-        from modelpatch.patch.contents import BackboneRecord, MethodRecord
-
         record = cast(HeadRecord, task.head.record)
-        return Patch(
-            backbone=BackboneRecord.of(self.backbone),
-            task=task.data.task,
-            preprocessing=self.scorer.preprocessing,
-            head=record,
-            method=MethodRecord(name=Paint.name),
-            tensors={f"head.{name}": tensor.cpu() for name, tensor in task.head.state_dict().items()},
+        tensors = {f"head.{name}": tensor.cpu() for name, tensor in task.head.state_dict().items()}
+        return Patch.of(
+            self.backbone, task.data, record, tensors, preprocessing=self.scorer.preprocessing, method=Paint.name
         )
 
     # results ------------------------------------------------------------------------------------------------

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import TrainingError
-from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.method import Method
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.select.candidates import Candidate
 from modelpatch.select.latency import added_latency
@@ -78,15 +76,7 @@ def draft_patch(backbone: Backbone, task: TaskRecord, method: Method, image_size
     """
     with torch.random.fork_rng(devices=[]):
         model: PatchedModel = method.draft(backbone, len(task.classes))
-    return Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=task,
-        preprocessing=backbone.preprocessing.with_image_size(image_size),
-        head=cast(HeadRecord, model.head.record),
-        method=MethodRecord(name=method.name, hyperparameters=method.hyperparameters()),
-        grafts=method.blueprint(backbone).grafts,
-        tensors={name: tensor.cpu() for name, tensor in model.tensors().items()},
-    )
+    return model.to_patch(task, preprocessing=backbone.preprocessing.with_image_size(image_size), method=method)
 
 
 def parse_bytes(text: str) -> int:

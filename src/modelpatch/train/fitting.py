@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,9 @@ from modelpatch.errors import (
     TrainingError,
     TrainingWarning,
 )
-from modelpatch.heads.base import HeadRecord
-from modelpatch.methods.method import Batch, Method, batch_norms
+from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import BackboneRecord, Patch
 from modelpatch.tasks.measures import Result
 from modelpatch.tasks.objectives import objective_of
 from modelpatch.train.checkpoint import Checkpoint, restore_random
@@ -190,7 +189,6 @@ class Fit:
     def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
         """The model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
-        self.blueprint = self.method.blueprint(self.backbone)
         decoder = self.objective.head(self.backbone, self.preprocessing)
         self.model = self.method.draft(self.backbone, len(self.data.classes), decoder).to(self.device)
         self.source.lend(self.model)
@@ -320,8 +318,8 @@ class Fit:
         self.state.step += 1
 
     def train_mode(self) -> None:
-        """What is trained is in train mode, everything frozen in eval mode."""
-        self.method.train_mode(self.model)
+        """Put what the patch trains into train mode, everything frozen into eval mode."""
+        self.model.train()
 
     def _backward(self, rows: Tensor, inputs: Tensor, targets: Any, weights: Tensor | None) -> Tensor:
         """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
@@ -339,7 +337,7 @@ class Fit:
         return share * loss.detach()
 
     def _check_parts(self) -> None:
-        if not self.team.alone and any(norm.training for norm in batch_norms(self.model)):
+        if not self.team.alone and self.model.uses_batch_statistics:
             raise TrainingError(
                 f"{self.method.name} learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not "
                 "the batch's. Set statistics='frozen' or 'recomputed', or start no more processes than tasks."
@@ -455,17 +453,10 @@ class Fit:
 
     def make_patch(self, backbone: BackboneRecord, seconds: float) -> Patch:
         """What the model has become as a patch of this backbone, not measured."""
-        model = self.model
-        return Patch(
-            backbone=backbone,
-            task=self.data.task,
-            preprocessing=self.preprocessing,
-            head=cast(HeadRecord, model.head.record),
-            method=MethodRecord(name=self.method.name, hyperparameters=self.method.hyperparameters()),
-            grafts=self.blueprint.grafts,
-            tensors={name: tensor.cpu().clone() for name, tensor in model.tensors().items()},
-            created=self._facts(seconds),
+        patch = self.model.to_patch(
+            self.data.task, preprocessing=self.preprocessing, method=self.method, created=self._facts(seconds)
         )
+        return replace(patch, backbone=backbone)
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         return {
