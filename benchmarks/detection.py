@@ -25,7 +25,8 @@ from common import mobilenet, report, unpack
 from dense import options, study, title
 from modelpatch.backbone.preprocessing import open_image
 from modelpatch.data.task import Task
-from modelpatch.tasks.overlay import boxes, draw_boxes
+from modelpatch.tasks.detection import Detection
+from modelpatch.tasks.kind import View
 
 METHODS = (
     "linear-probe",
@@ -45,8 +46,8 @@ def draw(backbone: mp.Backbone, data: Task, patches: dict[str, mp.Patch], folder
         sheet = Image.new("RGB", (len(patches) * image.width, image.height))
         for place, patch in enumerate(patches.values()):
             answer = backbone.patched(patch)(patch.preprocessing(source))[0]
-            found = boxes(answer, patch.preprocessing, image.size)
-            sheet.paste(draw_boxes(image, found, data.classes), (place * image.width, 0))
+            view = View(data.classes, patch.preprocessing, image)
+            sheet.paste(Detection().draw(answer, view), (place * image.width, 0))
         sheet.save(folder / f"{row}.jpg", quality=85)
 
 

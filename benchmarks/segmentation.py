@@ -29,7 +29,8 @@ from common import mobilenet, report, unpack
 from dense import options, study, title
 from modelpatch.backbone.preprocessing import ImageSource, open_image
 from modelpatch.data.task import Task
-from modelpatch.tasks.overlay import class_map, paint
+from modelpatch.tasks.kind import View
+from modelpatch.tasks.segmentation import lay_over
 
 CLASSES = (
     "Sky",
@@ -65,8 +66,8 @@ def draw(backbone: mp.Backbone, data: Task, patches: dict[str, mp.Patch], folder
         image = open_image(source)
         tiles = [image, _truth(data, row, image)]
         for patch in patches.values():
-            logits = backbone.patched(patch)(patch.preprocessing(source))[0]
-            tiles.append(paint(image, class_map(logits), len(data.classes), patch.preprocessing))
+            best = backbone.patched(patch)(patch.preprocessing(source))[0].argmax(0).byte().numpy()
+            tiles.append(lay_over(best, View(data.classes, patch.preprocessing, image)))
         sheet = Image.new("RGB", (sum(tile.width for tile in tiles), image.height))
         for place, tile in enumerate(tiles):
             sheet.paste(tile, (place * image.width, 0))
@@ -80,7 +81,7 @@ def _truth(data: Task, row: int, image: Image.Image) -> Image.Image:
     values = np.array(mask.read())
     known = np.minimum(values, len(data.classes) - 1)
     whole = mp.Preprocessing(framing="stretch")
-    painted = paint(image, known, len(data.classes), whole)
+    painted = lay_over(known, View(data.classes, whole, image))
     void = Image.fromarray((values > known).astype(np.uint8) * 255)
     painted.paste("black", mask=void)
     return painted

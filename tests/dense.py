@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modelpatch.data.targets import IGNORED, UNKNOWN, Boxes, Mask
 from modelpatch.data.task import Split, Task
+from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.record import TaskRecord
+from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask
 
 SHADES = ("ground", "red", "blue")
 
@@ -43,7 +44,7 @@ def square_task(count: int = 24, pixels: int = 16, seed: int = 0) -> Task:
 
     def split(rows: int) -> Split:
         scenes = [draw_scene(generator, pixels) for _ in range(rows)]
-        masks = [Mask(mask, table) for _, mask in scenes]
+        masks = [PixelMask(mask, table) for _, mask in scenes]
         return Split([image for image, _ in scenes], np.zeros(rows, dtype=np.int64), masks)
 
     task = TaskRecord(name="squares", kind="segmentation", classes=SHADES, metric="miou")

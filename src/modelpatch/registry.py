@@ -32,9 +32,9 @@ Registered = TypeVar("Registered", bound=Any)
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to implementations that loads the file or entry point of a name when it is asked for.
 
-    `thing` is the word for an implementation in messages, `group` both the folder whose files register some and the
-    group of entry points, `error` the class of what `find` raises. `files` lists the modules of names that do not have the
-    file's own name; without a folder, `folder=False`, they are the only ones.
+    `thing` is the word for an implementation in messages, `group` the group of entry points and, unless `folder` names
+    another, the folder whose files register some, `error` the class of what `find` raises. `files` lists the modules of names
+    that do not have the file's own name; without a folder, `folder=False`, they are the only ones.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Registry(Mapping[str, T], Generic[T]):
         *,
         error: type[ModelpatchError] = ModelpatchError,
         files: Mapping[str, str] | None = None,
-        folder: bool = True,
+        folder: str | bool = True,
     ) -> None:
         self.thing, self.group, self.error = thing, group, error
-        self._files, self._folder = dict(files or {}), folder
+        self._files, self._folder = dict(files or {}), group if folder is True else folder
         self._registered: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
@@ -105,7 +105,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self, name: str) -> None:
         """Import the module that may register `name`: a file of that name, one that is listed for it, or an entry point."""
-        file = self._files.get(name) or f"{self.group}.{name.replace('-', '_')}"
+        file = self._files.get(name) or f"{self._folder}.{name.replace('-', '_')}"
         if file in self._files.values() or file in self._own_files():
             importlib.import_module(file)
         if name not in self._registered and name in self._entry_points:
@@ -124,9 +124,9 @@ class Registry(Mapping[str, T], Generic[T]):
     def _own_files(self) -> list[str]:
         if not self._folder:
             return []
-        spec = importlib.util.find_spec(self.group)
+        spec = importlib.util.find_spec(self._folder)
         places = [] if spec is None else spec.submodule_search_locations
-        return [f"{self.group}.{one.name}" for one in pkgutil.iter_modules(places) if not one.ispkg]
+        return [f"{self._folder}.{one.name}" for one in pkgutil.iter_modules(places) if not one.ispkg]
 
     @cached_property
     def _entry_points(self) -> Mapping[str, EntryPoint]:

@@ -13,7 +13,8 @@ from conftest import Run, write_folder
 from dense import SHADES, write_masks
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
-from modelpatch.tasks.overlay import class_map, paint
+from modelpatch.tasks.kind import View
+from modelpatch.tasks.segmentation import Segmentation, lay_over
 
 pytest.importorskip("torchmetrics")
 
@@ -44,7 +45,8 @@ def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:
         assert sum(area["share"] for area in row["tasks"]["squares"]) == pytest.approx(1)
         model = load_backbone("bundled:tiny").patched(patch)
         image = Image.open(row["image"]).convert("RGB")
-        expected = paint(image, class_map(model(patch.preprocessing(image))[0]), 2, patch.preprocessing)
+        answer = Segmentation().reduce(model(patch.preprocessing(image)))[0]
+        expected = lay_over(answer, View(patch.task.classes, patch.preprocessing, image))
         drawn_picture = np.asarray(Image.open(row["overlays"]["squares"]))
         assert np.array_equal(drawn_picture[: image.height], np.asarray(expected)), "a legend lies below"
         assert len(drawn_picture) > image.height

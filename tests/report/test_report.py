@@ -41,7 +41,7 @@ from modelpatch.report.tables import (
     versions_table,
 )
 from modelpatch.store.version import Version
-from modelpatch.tasks.measures import Evaluation
+from modelpatch.tasks.classification import Evaluation
 
 HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
 
@@ -196,15 +196,20 @@ def test_a_broken_image_has_its_error_in_the_table() -> None:
         {"image": "a.png", "tasks": {}, "error": "a.png cannot be read as an image: [no]"},
         {"image": "b.png", "tasks": {"colors": [{"label": "red", "probability": 0.75}]}},
     ]
-    text = text_of(prediction_table(answers))
+    text = text_of(prediction_table(answers, {"colors": "classification"}))
     for part in ("error: cannot be read as an image: [no]", "colors", "75.0 %  red"):
         assert part in text
-    assert "error:" in text_of(prediction_table(answers[:1]))
+    assert "error:" in text_of(prediction_table(answers[:1], {"answer": "classification"}))
 
 
 def test_predictions_show_the_best_answers_of_every_task() -> None:
     answer = [{"label": "red", "probability": 0.75}, {"label": HOSTILE, "probability": 0.2}]
-    text = text_of(prediction_table([{"image": "a[b].png", "tasks": {"colors": answer, "shades": answer[:1]}}]))
+    text = text_of(
+        prediction_table(
+            [{"image": "a[b].png", "tasks": {"colors": answer, "shades": answer[:1]}}],
+            dict.fromkeys(("colors", "shades"), "classification"),
+        )
+    )
     for shown in ("a[b].png", "colors", "shades", "75.0 %", "20.0 %", HOSTILE):
         assert shown in text
 
@@ -213,12 +218,14 @@ def test_boxes_are_counted_by_class() -> None:
     box = [0.0, 0.0, 1.0, 1.0]
     sure = [("cell", 0.9), ("grain", 0.8), ("cell", 0.7), ("cell", 0.6)]
     found = [{"label": label, "probability": probability, "box": box} for label, probability in sure]
-    text = text_of(prediction_table([{"image": "a.png", "tasks": {"blood": found}}]))
+    text = text_of(prediction_table([{"image": "a.png", "tasks": {"blood": found}}], {"blood": "detection"}))
     assert "90.0 %  cell and 2 more" in text
     assert "80.0 %  grain" in text
     assert "grain and" not in text
     assert "70.0 %" not in text
-    assert "no box from 50 % on" in text_of(prediction_table([{"image": "a.png", "tasks": {"blood": []}}]))
+    assert "no box from 50 % on" in text_of(
+        prediction_table([{"image": "a.png", "tasks": {"blood": []}}], {"blood": "detection"})
+    )
 
 
 # pictures ---------------------------------------------------------------------------------------------------
@@ -241,7 +248,7 @@ def test_a_comparison_is_drawn(tmp_path: Path, base: bool) -> None:
 def test_a_confusion_matrix_is_drawn_with_few_and_many_classes(tmp_path: Path, count: int) -> None:
     confusion = [[int(i == j) for j in range(count)] for i in range(count)]
     evaluation = Evaluation(1.0, 1.0, count, {}, confusion)
-    plot_confusion(evaluation, tuple(map(str, range(count))), tmp_path / "confusion.png")
+    plot_confusion(evaluation, "top-1", tuple(map(str, range(count))), tmp_path / "confusion.png")
     assert_drawn(tmp_path / "confusion.png")
 
 

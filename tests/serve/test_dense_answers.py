@@ -13,13 +13,14 @@ from PIL import Image
 
 from conftest import make_timm
 from dense import box_task, square_task
-from modelpatch.backbone.preprocessing import open_image
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
-from modelpatch.serve.dense import tell_areas, tell_boxes
 from modelpatch.store.store import Store
-from modelpatch.tasks.overlay import boxes, class_map, palette
+from modelpatch.tasks.detection import Detection, find_boxes
+from modelpatch.tasks.drawing import palette
+from modelpatch.tasks.kind import View
+from modelpatch.tasks.segmentation import Segmentation
 from modelpatch.train import fit
 from serving import Serving, fill, network, serving
 
@@ -50,7 +51,7 @@ def test_a_mask_comes_as_areas_and_as_a_picture(there: Serving, squares: Patch) 
     with there.client() as client:
         said = client.ask([data], ["squares", "flowers"])["images"][0]["answers"]
         pairs = client.predict([data], ["squares"])[0]["squares"]
-    expected = class_map(there.backbone.patched(squares)(squares.preprocessing(data))[0])
+    expected = Segmentation().reduce(there.backbone.patched(squares)(squares.preprocessing(data)))[0]
     shares = np.bincount(expected.ravel(), minlength=3) / expected.size
     areas = said["squares"]["areas"]
     assert {area["index"]: area["share"] for area in areas} == pytest.approx(
@@ -69,7 +70,8 @@ def test_a_mask_comes_as_areas_and_as_a_picture(there: Serving, squares: Patch) 
 
 def test_a_cropped_image_says_where_the_mask_belongs(squares: Patch) -> None:
     seen = squares.preprocessing.model_copy(update={"framing": "crop"})
-    said = tell_areas(np.zeros((4, 4), dtype=np.uint8), squares.task.classes, seen, (40, 20))
+    view = View(squares.task.classes, seen, known_size=(40, 20))
+    said = Segmentation().to_json(np.zeros((4, 4), dtype=np.uint8), view)
     assert said["overlay"]["place"] == [0.25, 0, 0.5, 1]
 
 
@@ -83,7 +85,7 @@ def test_boxes_come_in_the_pixels_of_the_image(tmp_path: Path) -> None:
         said = client.ask([data], ["boxes"])["images"][0]["answers"]["boxes"]
         pairs = client.predict([data], ["boxes"])[0]["boxes"]
     answer = backbone.patched(patch)(patch.preprocessing(data))[0]
-    expected = boxes(answer, patch.preprocessing, open_image(data).size)
+    expected = find_boxes(answer, View((), patch.preprocessing, data))
     assert said["size"] == [80, 40]
     assert [box["box"] for box in said["boxes"]] == [pytest.approx(box.corners, abs=0.02) for box in expected]
     assert pairs == [(box["class"], box["probability"]) for box in said["boxes"]]
@@ -94,5 +96,5 @@ def test_a_sure_box_is_told_and_an_unsure_one_is_not() -> None:
 
     seen = make_timm("resnet18", 64).preprocessing.model_copy(update={"framing": "stretch"})
     answer = torch.tensor([[0.0, 0, 32, 64, 0.8, 1], [0, 0, 64, 64, 0.4, 0]])
-    (box,) = tell_boxes(answer, ("red", "blue"), seen, (100, 50))["boxes"]
+    (box,) = Detection().to_json(answer, View(("red", "blue"), seen, known_size=(100, 50)))["boxes"]
     assert (box["class"], box["box"]) == ("blue", [0, 0, 50, 50])

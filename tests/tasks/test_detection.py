@@ -18,7 +18,6 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.data.images import AUGMENTATIONS, ImageStore
-from modelpatch.data.targets import Boxes, Mask
 from modelpatch.data.task import Split, load_task
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
@@ -30,8 +29,9 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
-from modelpatch.tasks.measures import BoxMeter
-from modelpatch.tasks.overlay import boxes
+from modelpatch.tasks.detection import Boxes, BoxMeter, find_boxes
+from modelpatch.tasks.kind import View
+from modelpatch.tasks.segmentation import PixelMask
 from modelpatch.train import evaluate, fit
 from tolerance import close
 
@@ -74,7 +74,7 @@ def test_training_finds_the_squares() -> None:
 
 def test_a_rate_for_linear_heads_is_warned_of() -> None:
     backbone, task = make_timm("resnet18", 64), box_task(4, 64)
-    with pytest.warns(TrainingWarning, match=r"a detector learns little at head_lr=0\.01"):
+    with pytest.warns(TrainingWarning, match=r"the head of a detection task learns little at head_lr=0\.01"):
         fit(backbone, task, ScaleBias(), epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainingWarning)
@@ -113,7 +113,7 @@ def test_boxes_move_with_their_image() -> None:
         rows, columns = np.nonzero(mask)
         corners = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
         images.append(image)
-        masks.append(Mask(mask, mask_table()))
+        masks.append(PixelMask(mask, mask_table()))
         found.append(Boxes(np.array(corners, dtype=float), np.zeros(1, np.int64), np.zeros(1, bool)))
     zeros = np.zeros(8, dtype=np.int64)
     seen = Preprocessing(input_size=(3, 48, 48), crop_pct=0.75)
@@ -143,7 +143,7 @@ def test_answers_come_back_to_the_pixels_of_the_image(framing: str) -> None:
     )[0]
     answer = torch.zeros(2, 6)
     answer[0] = torch.cat([target["boxes"][0], torch.tensor([0.9, 0.0])])
-    (box,) = boxes(answer, seen, picture.size)
+    (box,) = find_boxes(answer, View(("a",), seen, picture))
     assert box.corners == pytest.approx(tuple(corners[0]), abs=1e-4)
 
 
@@ -197,7 +197,7 @@ def test_difficult_boxes_are_not_learned_and_not_wrong() -> None:
 
 def test_settings_that_detectors_have_not_are_refused(mobile: Backbone) -> None:
     for settings in ({"class_weights": "balanced"}, {"label_smoothing": 0.1}):
-        with pytest.raises(TrainingError, match="have losses of their own"):
+        with pytest.raises(TrainingError, match=f"the loss of detection tasks does not take {next(iter(settings))}"):
             fit(mobile, box_task(2, 64), LinearProbe(), epochs=1, **settings)
     with pytest.raises(TrainingError, match="decoder='deeplab' is none for detection"):
         fit(mobile, box_task(2, 64), LinearProbe(), epochs=1, decoder="deeplab")

@@ -18,7 +18,6 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.data.images import AUGMENTATIONS, ImageStore
-from modelpatch.data.targets import IGNORED, Mask
 from modelpatch.data.task import Split, Task, load_task
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
@@ -36,11 +35,10 @@ from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.comparison import compare
-from modelpatch.tasks.decoding import find_maps, make_decoder
-from modelpatch.tasks.measures import MaskMeter
-from modelpatch.tasks.objectives import objective_of
+from modelpatch.tasks.decoding import find_maps
+from modelpatch.tasks.kind import balance
+from modelpatch.tasks.segmentation import IGNORED, MaskMeter, PixelMask, Segmentation
 from modelpatch.train import evaluate, fit
-from modelpatch.train.fitting import FitSettings
 from tolerance import close
 
 METHODS: dict[str, Method] = {
@@ -136,7 +134,7 @@ def test_a_mask_moves_with_its_image() -> None:
     generator = np.random.default_rng(0)
     masks = [np.kron(generator.integers(0, 3, (4, 4)), np.ones((8, 8))).astype(np.uint8) for _ in range(6)]
     images = [np.repeat(100 * mask[:, :, None], 3, 2) for mask in masks]
-    split = Split(images, np.zeros(6, dtype=np.int64), [Mask(mask, mask_table()) for mask in masks])
+    split = Split(images, np.zeros(6, dtype=np.int64), [PixelMask(mask, mask_table()) for mask in masks])
     seen = Preprocessing(input_size=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
     store = ImageStore(split, seen, 2**20)
     rows = torch.arange(6)
@@ -200,31 +198,27 @@ def test_one_pass_serves_a_classification_and_a_segmentation(tiny: Backbone) -> 
 
 
 def test_the_loss_is_the_mean_over_pixels_that_have_a_class() -> None:
-    objective = objective_of(square_task(4), FitSettings(label_smoothing=0.1))
+    kind = Segmentation()
     generator = torch.Generator().manual_seed(0)
     logits, masks = torch.randn(3, 3, 4, 4, generator=generator), torch.randint(0, 3, (3, 4, 4), generator=generator)
     masks[0, :2] = IGNORED
     weights = torch.tensor([0.5, 1.0, 2.0])
     for chosen in (None, weights):
         expected = F.cross_entropy(logits, masks, chosen, ignore_index=IGNORED, label_smoothing=0.1)
-        assert torch.allclose(objective.loss(logits, masks, chosen), expected)
-        parts = [objective.loss(logits[i : i + 1], masks[i : i + 1], chosen) for i in range(3)]
-        counts = objective.counts(masks, chosen)
+        assert torch.allclose(kind.loss(logits, masks, chosen, 0.1), expected)
+        parts = [kind.loss(logits[i : i + 1], masks[i : i + 1], chosen, 0.1) for i in range(3)]
+        counts = kind.weigh_images(masks, chosen)
         assert torch.allclose(sum(p * c for p, c in zip(parts, counts, strict=True)) / counts.sum(), expected)  # type: ignore[arg-type]
-    assert objective.loss(logits, torch.full_like(masks, IGNORED), None) == 0
+    assert kind.loss(logits, torch.full_like(masks, IGNORED)) == 0
 
 
 def test_balanced_weights_count_pixels() -> None:
     data = square_task(8)
-    settings = FitSettings(class_weights="balanced")
-    objective = objective_of(data, settings)
-    from modelpatch.train.cache import PlainInputs
-
     store = ImageStore(data.train, small_preprocessing(), 2**20)
-    weights = objective.class_weights(PlainInputs(store, AUGMENTATIONS["none"], 0), store.labels)
+    masks = store.targets(torch.arange(len(store)), AUGMENTATIONS["none"], ())
+    weights = balance(Segmentation().count_classes(masks, 3))
     values = np.concatenate([np.asarray(target.source).ravel() for target in data.train.targets or ()])  # type: ignore[union-attr]
     counts = np.bincount(values[values != IGNORED], minlength=3)
-    assert weights is not None
     assert weights.tolist() == pytest.approx((counts.sum() / (3 * counts)).tolist(), rel=1e-5)
 
 
@@ -262,8 +256,7 @@ def test_what_makes_no_sense_for_pixels_is_refused(tiny: Backbone) -> None:
 
 def test_named_outputs_are_read(tiny: Backbone) -> None:
     names = [tiny.chain[one.segment].name for one in find_maps(tiny, 16)]
-    task = square_task(2).task
-    head = make_decoder(tiny, task, 16, "deeplab", (names[0], names[-1]))
+    head = Segmentation().make_head(tiny, 3, 16, "deeplab", (names[0], names[-1]))
     assert head is not None
     assert [tiny.chain[tap].name for tap in head.taps] == [names[0], names[-1]]
 

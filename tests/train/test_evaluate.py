@@ -17,7 +17,7 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Split, Task
 from modelpatch.errors import DataError
 from modelpatch.methods.subset import Subset
-from modelpatch.tasks.measures import Evaluation
+from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import evaluate, fit
 from modelpatch.train.evaluation import evaluate_base, harmonic_mean, store_as

@@ -90,7 +90,7 @@ def _write_report(out: Path, backbone: Backbone, task: Task, result: Comparison,
     best = max(result.rows, key=lambda row: row.top1).method
     small = result.patches["scale-bias"]
     plot_comparison(result, out / "comparison.png")
-    plot_confusion(evaluate_classes(backbone, small, task), task.classes, out / "confusion.png")
+    plot_confusion(evaluate_classes(backbone, small, task), "top-1", task.classes, out / "confusion.png")
     plot_inspection(small.inspect(), out / "scale-bias.png")
     report = Report(
         "One backbone, one more task",

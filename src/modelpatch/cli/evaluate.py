@@ -27,7 +27,8 @@ from modelpatch.errors import ModelpatchError
 from modelpatch.recipes.cascading import evaluate_cascade
 from modelpatch.report.plots import plot_confusion
 from modelpatch.report.tables import evaluation_table, show
-from modelpatch.tasks.measures import Evaluation, Result, Segmentation
+from modelpatch.tasks.classification import Evaluation
+from modelpatch.tasks.kind import Result, kind_of
 from modelpatch.train import evaluate as run_evaluate
 from modelpatch.train.evaluation import evaluate_base, harmonic_mean
 from modelpatch.train.progress import Progress
@@ -75,7 +76,8 @@ def evaluate(
     show(console, evaluation_table(loaded.task.name, figures, per_class))
     write_json(json, figures)
     if plot is not None:
-        if not isinstance(result, Evaluation | Segmentation):
-            raise ModelpatchError(f"--plot {plot}: boxes have no confusion matrix. Leave it out.")
-        plot_confusion(result, loaded.task.classes, plot)
+        kind = kind_of(loaded.task.kind)
+        if result.confusion is None:
+            raise ModelpatchError(f"--plot {plot}: {kind.name} tasks have no confusion matrix. Leave it out.")
+        plot_confusion(result, kind.metrics[kind.metric], loaded.task.classes, plot)
         tell(console, f"drew {plot}")

@@ -37,7 +37,8 @@ from modelpatch.engine.stream import Answers
 from modelpatch.errors import CascadeError, DataError, ModelpatchError
 from modelpatch.patch.contents import Patch
 from modelpatch.report.tables import prediction_table, show, timing_table
-from modelpatch.tasks.overlay import draw_answer, encode_png
+from modelpatch.tasks.drawing import encode_png
+from modelpatch.tasks.kind import View, kind_of
 from modelpatch.text import count_of, file_name
 from modelpatch.train.progress import Progress
 
@@ -111,16 +112,15 @@ def predict(
             engine.add(name, patches[path])
     tasks = [name for name in engine if base or name != BASE]
     if overlay is not None:
-        if all(engine.kind(name) == "classification" for name in tasks):
+        if not any(kind_of(engine.kind(name)).draws for name in tasks):
             raise ModelpatchError(f"--overlay {overlay}: none of the patches answers for pixels.")
         make_folder("--overlay", overlay)
     rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
     with Progress("predict") as bar, bar.task("images", len(files)) as advance:
         for answers in engine.stream(files, only=tasks, batch_size=batch_size, workers=workers):
-            _fill(rows, answers, engine, top)
-            _fill_dense(rows, answers, engine, top, overlay)
+            _fill(rows, answers, engine, top, overlay)
             advance(len(answers.rows) + len(answers.errors))
-    show(console, prediction_table(rows))
+    show(console, prediction_table(rows, {name: engine.kind(name) for name in tasks}))
     if overlay is not None:
         tell(console, f"drew {count_of(sum(len(row.get('overlays', {})) for row in rows), 'overlay')} in {overlay}")
     readable = [file for file, row in zip(files, rows, strict=True) if "error" not in row]
@@ -181,33 +181,19 @@ def _names(patches: Mapping[Path, Patch | Cascade]) -> dict[str, Path]:
     return named
 
 
-def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int) -> None:
-    """Write a batch's answers and errors into the rows of its images."""
+def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int, folder: Path | None) -> None:
+    """Write a batch's answers and errors into the rows of its images, and draw answers into a folder if there is one."""
     for place, error in answers.errors.items():
         rows[place]["error"] = error
-    for name, logits in answers.logits.items():
-        if engine.kind(name) != "classification":
-            continue
-        classes = engine.classes(name) or tuple(map(str, range(logits.shape[1])))
-        best = logits.softmax(1).topk(min(top, len(classes)), dim=1)
-        for place, values, indices in zip(answers.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-            pairs = zip(indices, values, strict=True)
-            rows[place]["tasks"][name] = [{"label": classes[i], "probability": value} for i, value in pairs]
-
-
-def _fill_dense(rows: list[Row], answers: Answers, engine: Engine, top: int, folder: Path | None) -> None:
-    """Write what dense tasks answered into the rows of the images, and draw it into a folder if there is one."""
     for name, found in answers.logits.items():
-        if engine.kind(name) == "classification":
-            continue
-        classes = engine.classes(name)
-        for place, answer in zip(answers.rows, found, strict=True):
+        kind, classes, seen = kind_of(engine.kind(name)), engine.classes(name), engine.preprocessing(name)
+        for place, answer in zip(answers.rows, kind.reduce(found, top), strict=True):
             row = rows[place]
-            drawing = draw_answer(engine.kind(name), answer, classes, engine.preprocessing(name), Path(row["image"]))
-            row["tasks"][name] = drawing.said if engine.kind(name) == "detection" else drawing.said[:top]
-            if folder is not None:
+            view = View(classes, seen, Path(row["image"]))
+            row["tasks"][name] = kind.describe(answer, view, top)
+            if folder is not None and kind.draws:
                 path = folder / f"{place:05}-{Path(row['image']).stem}-{file_name(name)}.png"
-                write_bytes(path, encode_png(drawing.picture()))
+                write_bytes(path, encode_png(kind.draw(answer, view)))
                 row.setdefault("overlays", {})[name] = str(path)
 
 

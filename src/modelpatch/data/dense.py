@@ -28,9 +28,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, ImageSource, find_images
-from modelpatch.data.targets import IGNORED, UNKNOWN, Boxes, Mask, Target, read_values
 from modelpatch.errors import DataError, TrainingWarning
-from modelpatch.tasks.record import METRICS, Kind
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.detection import Boxes, Detection
+from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask, Segmentation, read_values
+from modelpatch.tasks.targets import Target
 
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 MASK_FOLDERS = ("labels", "masks")
@@ -42,7 +45,7 @@ Asked = np.ndarray | Sequence[Target]  # class indices, or targets
 class Found:
     """What a source holds: images and what is asked about them by split, and the names of classes."""
 
-    kind: Kind
+    kind: str
     splits: Mapping[str, tuple[Sequence[ImageSource], Asked]]
     classes: Sequence[str]
 
@@ -51,13 +54,13 @@ class Found:
 class Wish:
     """What a user says about a source. Raises `DataError` for what no source could be."""
 
-    kind: Kind | None = None
+    kind: str | None = None
     classes: tuple[str, ...] | None = None
     ignore: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in METRICS:
-            raise DataError(f"the kind of a task is {self.kind!r}; expected {', '.join(METRICS)}.")
+        if self.kind is not None:
+            kind_of(self.kind)
         if self.ignore is not None and (type(self.ignore) is not int or not 0 <= self.ignore <= IGNORED):
             raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {IGNORED}.")
 
@@ -73,16 +76,16 @@ class Wish:
             raise DataError(
                 f"{source} holds no {self.kind} task in a layout that is read. See docs/{self.kind}.md for these layouts."
             )
-        if found.kind != "segmentation" and (self.classes is not None or self.ignore is not None):
+        if found.kind != Segmentation.name and (self.classes is not None or self.ignore is not None):
             raise DataError(f"{source} names its classes itself; classes and ignore are for the values of masks.")
 
 
 def read_dense(path: Path, wish: Wish) -> Found | None:
     """A folder as a dense task; None for one that is none, or is asked for as classification."""
-    if wish.kind == "classification" or not path.is_dir():
+    if wish.kind == Classification.name or not path.is_dir():
         return None
-    masks = _mask_splits(path) if wish.kind != "detection" else {}
-    boxes = _box_splits(path) if wish.kind != "segmentation" else {}
+    masks = _mask_splits(path) if wish.kind != Detection.name else {}
+    boxes = _box_splits(path) if wish.kind != Segmentation.name else {}
     if masks and boxes:
         raise DataError(f"{path} has masks and boxes. Say which: kind='segmentation' or kind='detection' (--kind).")
     if masks:
@@ -95,7 +98,7 @@ def read_dense(path: Path, wish: Wish) -> Found | None:
 Pairs = tuple[Sequence[ImageSource], Sequence[ImageSource]]  # images and their masks
 
 
-class _Masks(Sequence[Mask]):
+class _Masks(Sequence[PixelMask]):
     """Masks whose pictures are fetched when they are asked for."""
 
     def __init__(self, sources: Sequence[ImageSource], table: np.ndarray) -> None:
@@ -105,7 +108,7 @@ class _Masks(Sequence[Mask]):
         return len(self.sources)
 
     def __getitem__(self, row: Any) -> Any:
-        return Mask(self.sources[row], self.table)
+        return PixelMask(self.sources[row], self.table)
 
 
 def _mask_splits(path: Path) -> dict[str, Pairs]:
@@ -171,7 +174,7 @@ def _masked(pairs: Mapping[str, Pairs], wish: Wish, names: Sequence[str] | None,
     table[list(ignored)] = IGNORED
     table[list(classes)] = np.arange(len(classes))
     splits = {split: (images, _Masks(masks, table)) for split, (images, masks) in pairs.items()}
-    return Found("segmentation", splits, list(classes.values()))
+    return Found(Segmentation.name, splits, list(classes.values()))
 
 
 # boxes ------------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ def _boxed(scenes: Mapping[str, list[_Scene]], names: Sequence[str] | None, sour
             for scene in own
         ]
         splits[split] = [scene.image for scene in own], boxes
-    return Found("detection", splits, classes)
+    return Found(Detection.name, splits, classes)
 
 
 def _read_voc(path: Path, image: Path) -> _Scene:
@@ -322,7 +325,7 @@ def _names_of(path: Path, wish: Wish) -> Sequence[str] | None:
     for name in CLASS_FILES:
         if (path / name).is_file():
             return [line.strip() for line in (path / name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return _voc_names() if (path / "SegmentationClass").is_dir() and wish.kind != "detection" else None
+    return _voc_names() if (path / "SegmentationClass").is_dir() and wish.kind != Detection.name else None
 
 
 def _voc_names() -> list[str]:
@@ -340,14 +343,14 @@ def hub_targets(
     """A data set of the hub as a dense task; None for one of labelled images. `images` gives a column's encoded pictures."""
     import datasets
 
-    if wish.kind == "classification" or not tables:
+    if wish.kind == Classification.name or not tables:
         return None
     features = next(iter(tables.values())).features
     pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     labelled = any(isinstance(feature, datasets.ClassLabel) for feature in features.values())
-    if "objects" in features and pictures and wish.kind != "segmentation":
+    if "objects" in features and pictures and wish.kind != Segmentation.name:
         return _hub_boxes(name, tables, pictures[0], images)
-    if len(pictures) == 2 and not labelled and wish.kind != "detection":
+    if len(pictures) == 2 and not labelled and wish.kind != Detection.name:
         first, second = sorted(pictures, key=lambda column: column not in ("image", "img", "pixel_values"))
         pairs: dict[str, Pairs] = {
             split: (images(table, first), images(table, second)) for split, table in tables.items()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelpatch.backbone.preprocessing import Preprocessing, open_image
-from modelpatch.data.targets import make_store
 from modelpatch.data.task import Split, source_size
 from modelpatch.errors import TrainingError
 
@@ -85,7 +84,9 @@ class ImageStore:
         self.labels = torch.from_numpy(split.labels)
         self.pixels = allocate((len(split), 3, side, side), torch.uint8, memory)
         self._targets = (
-            make_store(split.targets, preprocessing, lambda shape: allocate(shape, torch.uint8, memory))
+            type(split.targets[0]).open(
+                split.targets, preprocessing, lambda shape: allocate(shape, torch.uint8, memory)
+            )
             if split.targets is not None and len(split)
             else None
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelpatch.data.task import Split, Task, check_classification
 from modelpatch.errors import DataError
-from modelpatch.tasks.measures import Evaluation
+from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.record import TaskRecord
 
 

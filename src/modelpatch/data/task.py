@@ -30,9 +30,11 @@ from pydantic import ValidationError
 
 from modelpatch.backbone.preprocessing import ImageSource, find_images, image_bytes, open_image
 from modelpatch.data.dense import SPLITS, Found, Wish, hub_targets, read_dense
-from modelpatch.data.targets import Target
 from modelpatch.errors import DataError, MissingExtraError
-from modelpatch.tasks.record import METRICS, Kind, TaskRecord
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.record import TaskRecord
+from modelpatch.tasks.targets import Target
 from modelpatch.text import first_problem
 
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
@@ -128,7 +130,7 @@ def load_task(
     name: str | None = None,
     seed: int = 0,
     hold_out: bool = True,
-    kind: Kind | None = None,
+    kind: str | None = None,
     classes: Sequence[str] | None = None,
     ignore: int | None = None,
 ) -> Task:
@@ -166,14 +168,14 @@ def load_task(
 
 def check_classification(data: Task, purpose: str) -> None:
     """Raises `DataError` for a task of another kind where only classes of whole images make sense."""
-    if data.task.kind != "classification":
+    if not kind_of(data.task.kind).classifies:
         raise DataError(
             f"{data.task.name} is a {data.task.kind} task; {purpose} takes classification tasks. Use fit, eval and predict."
         )
 
 
 def _labelled(splits: dict[str, Split], classes: list[str]) -> Found:
-    return Found("classification", {name: (split.images, split.labels) for name, split in splits.items()}, classes)
+    return Found(Classification.name, {name: (split.images, split.labels) for name, split in splits.items()}, classes)
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,8 +243,8 @@ def _split(images: Sequence[ImageSource], asked: np.ndarray | Sequence[Target]) 
 
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     raw, classes = {split: _split(*pair) for split, pair in found.splits.items()}, found.classes
-    if len(classes) < 2 and found.kind == "classification":
-        raise DataError(f"{source} has {len(classes)} class; a classification task needs at least two.")
+    if len(classes) < (least := kind_of(found.kind).fewest_classes):
+        raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
     if "train" not in raw or not len(raw["train"]):
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
     if empty := [split for split, images in raw.items() if not len(images)]:
@@ -263,7 +265,7 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     if unseen:
         raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
-        task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes), metric=METRICS[found.kind])
+        task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes))
     except ValidationError as error:
         raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
     return Task(task, train, raw["test"], raw.get("validation"), facts)

@@ -28,6 +28,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import CascadeError, CascadeFileError
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import canonical
+from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import Facts, Text, first_problem
 
@@ -223,7 +224,7 @@ class Cascade:
 def check_one_task(patches: Sequence[Patch]) -> None:
     """Raises `CascadeError` unless all patches answer the same classes over the same frozen chain."""
     first, *others = patches
-    if dense := [patch for patch in patches if patch.task.kind != "classification"]:
+    if dense := [patch for patch in patches if not kind_of(patch.task.kind).classifies]:
         raise CascadeError(
             f"{dense[0].task.name} is a {dense[0].task.kind} task; only classes of whole images have a confidence."
         )

@@ -35,7 +35,6 @@ from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.errors import EngineError, UnknownTaskError
-from modelpatch.tasks.record import Kind
 
 BASE = "base"
 PROGRAMS = 128
@@ -108,8 +107,8 @@ class Engine:
         """What the logits of a task stand for; empty where the base does not say."""
         return self._find(self._tasks, task).classes
 
-    def kind(self, task: str) -> Kind:
-        """What kind of answer a task gives, see `modelpatch.tasks.record`."""
+    def kind(self, task: str) -> str:
+        """The kind of a task: `modelpatch.tasks.kind_of` of it tells the meaning of its answers."""
         return self._find(self._tasks, task).kind
 
     def preprocessing(self, task: str) -> Preprocessing:

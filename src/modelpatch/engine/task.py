@@ -24,7 +24,7 @@ from modelpatch.engine.resident import BoundPart, BoundPatch
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.base import LinearHead, reads_maps
 from modelpatch.patch.contents import Patch
-from modelpatch.tasks.record import Kind
+from modelpatch.tasks.classification import Classification
 
 AnyPatch = Patch | BoundPatch | str | Path
 Given = AnyPatch | Sequence[AnyPatch] | Cascade
@@ -45,7 +45,7 @@ class EngineTask:
     head: nn.Module
     path: tuple[Link, ...]
     taps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    kind: Kind = "classification"
+    kind: str = Classification.name
     beside: tuple[Link, ...] = ()
     bound: BoundPatch | None = None
     root: Hashable = None

@@ -33,7 +33,7 @@ from modelpatch.engine.cascade import MAX_STAGES, Cascade, Confidence, Weights, 
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import CascadeError, DataError
 from modelpatch.patch.contents import Patch
-from modelpatch.tasks.measures import Evaluation
+from modelpatch.tasks.classification import Evaluation
 from modelpatch.train.evaluation import facts_of, logits_of
 from modelpatch.train.progress import Progress, quiet_progress
 

@@ -34,6 +34,7 @@ from modelpatch.methods.paint import Paint, Start
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.scoring import Norms, ScoredTask, Scorer, mixed, with_statistics
 from modelpatch.recipes.tradeoff import Point, Role, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
+from modelpatch.tasks.classification import Classification
 from modelpatch.train.evaluation import own_classes
 from modelpatch.train.fitting import check_settings, fit
 from modelpatch.train.progress import Progress, quiet_progress
@@ -181,7 +182,7 @@ class Painter:
         self.checkpoint, self.trained = Path(checkpoint) if checkpoint else None, 0
         chosen = check_settings(settings)
         self.seed = chosen.seed
-        preprocessing = chosen.seen(backbone.preprocessing, "classification")
+        preprocessing = chosen.seen(backbone.preprocessing, Classification.name)
         backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
         self.rule = Rule.parse(exploration.rule)

@@ -12,7 +12,7 @@ from modelpatch.errors import MissingExtraError, ModelpatchError
 from modelpatch.patch.inspect import Inspection
 from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.labels import arrange, is_far
-from modelpatch.tasks.measures import Evaluation, Segmentation
+from modelpatch.tasks.kind import Result
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
 LABEL = {
@@ -157,14 +157,14 @@ def _bars(axes: Any, places: list[Any], values: list[float], height: float, colo
     axes.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=8)
 
 
-def plot_confusion(evaluation: Evaluation | Segmentation, classes: tuple[str, ...], path: Path) -> None:
-    """The confusion matrix, rows normalised; names are shown for up to 40 classes."""
+def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], path: Path) -> None:
+    """The confusion matrix under the title of its metric, rows normalised; names are shown for up to 40 classes."""
+    assert evaluation.confusion is not None
     side = min(4 + 0.16 * len(classes), 14)
     with figure(path, side + 1, side) as axes:
         shares = [[cell / max(sum(row), 1) for cell in row] for row in evaluation.confusion]
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        name = "top-1" if isinstance(evaluation, Evaluation) else "mean IoU"
-        axes.set(xlabel="answer", ylabel="class", title=f"{name} {100 * evaluation.score:.1f} %")
+        axes.set(xlabel="answer", ylabel="class", title=f"{metric} {100 * evaluation.score:.1f} %")
         if len(classes) <= 40:
             axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
             axes.set_yticks(range(len(classes)), classes, fontsize=7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,22 +20,11 @@ from modelpatch.patch.inspect import Inspection, Part
 from modelpatch.recipes.comparison import Comparison, Row
 from modelpatch.recipes.multitask import Multitask
 from modelpatch.store.version import Version
-from modelpatch.tasks.record import METRICS
+from modelpatch.tasks.kind import KINDS, kind_of
 from modelpatch.text import count_of
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
-FIGURES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "miou": "mean IoU",
-    "pixel_accuracy": "pixel accuracy",
-    "map": "mAP 0.5:0.95",
-    "map50": "mAP 0.5",
-}
-# what stands for every class, by a figure that only this kind of task has
-PER_CLASS = {"miou": "IoU", "map": "AP 0.5:0.95"}
-SHARES = {"top1", "top5", "miou", "accuracy", "map", "map50"}  # words of the names of figures in [0, 1]
 
 
 def show(console: Console, table: Table) -> None:
@@ -200,7 +188,7 @@ def _figure(name: str, value: Any, parameters: int) -> str:
     """A fact of a patch file for people, whatever a stranger wrote into it."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, float) and SHARES & set(name.split("_")):
+    if isinstance(value, float) and _share_words() & set(name.split("_")):
         return f"{percent(value)} %"
     if type(value) is not int:
         return str(value)
@@ -208,6 +196,11 @@ def _figure(name: str, value: Any, parameters: int) -> str:
         share = 100 * value / parameters
         return f"{value:,} besides the head, {share:{'.2g' if share < 99.5 else '.0f'}} % of the backbone's"
     return f"{value:,}"
+
+
+def _share_words() -> set[str]:
+    """Words of the names of figures in [0, 1]."""
+    return {word for kind in KINDS.values() for metric in kind.metrics for word in metric.split("_")}
 
 
 def difference_tables(difference: Difference, first: str, second: str) -> list[Table]:
@@ -236,7 +229,8 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     table = new_table(task, header=False)
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    rows = [(label, percent(figures[name])) for name, label in FIGURES.items() if name in figures]
+    kind = next(kind for kind in KINDS.values() if kind.metric in figures)
+    rows = [(title, percent(figures[name])) for name, title in kind.metrics.items() if name in figures]
     rows.append(("images", str(figures["images"])))
     rows += [(f"top-1 of {name}", percent(value)) for name, value in figures.get("by_task", {}).items()]
     if "base_top1" in figures:
@@ -245,22 +239,24 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
         rows.append(("multiply-adds", f"{figures['macs']:,.0f}"))
         rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
-        measure = next((label for name, label in PER_CLASS.items() if name in figures), "top-1")
-        rows += [(f"{measure} of {name}", percent(value)) for name, value in figures["per_class"].items()]
+        rows += [(f"{kind.per_class} of {name}", percent(value)) for name, value in figures["per_class"].items()]
     for name, value in rows:
         table.add_row(escape(name), value)
     return table
 
 
-def prediction_table(answers: list[dict[str, Any]]) -> Table:
-    """One row an image, one column a task; the best answer first with its probability; the error of a broken image."""
+def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) -> Table:
+    """One row an image, one column a task, which is of one of the `kinds`; the error of a broken image."""
     tasks = list(dict.fromkeys(task for answer in answers for task in answer["tasks"])) or ["answer"]
     table = new_table("")
     table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
     for task in tasks:
         table.add_column(escape(task), overflow="fold", min_width=NAME_WIDTH)
     for answer in answers:
-        cells = ["\n".join(_answers(answer["tasks"][task])) if task in answer["tasks"] else "" for task in tasks]
+        lines = [
+            kind_of(kinds[task]).summarize(answer["tasks"][task]) if task in answer["tasks"] else [] for task in tasks
+        ]
+        cells = [escape("\n".join(of_task)) for of_task in lines]
         if "error" in answer:
             cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
@@ -281,17 +277,6 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     return table
 
 
-def _answers(answers: Sequence[dict[str, Any]]) -> list[str]:
-    """A line a class with its probability, or the share of the image that it covers; boxes are counted by class."""
-    boxes = Counter(answer["label"] for answer in answers if "box" in answer)
-    surest = {answer["label"]: answer for answer in reversed(answers)}
-    lines = []
-    for one in [surest[label] for label in boxes] if boxes else answers:
-        value, others = one.get("probability", one.get("share", 0)), boxes[one["label"]] - 1
-        lines.append(f"{100 * value:5.1f} %  {escape(one['label'])}" + (f" and {others} more" if others > 0 else ""))
-    return lines or ["no box from 50 % on"]
-
-
 def versions_table(versions: Sequence[Version]) -> Table:
     """A store's versions, one row each: the first digits of the hash are enough to name it."""
     table = new_table("")
@@ -307,8 +292,9 @@ def versions_table(versions: Sequence[Version]) -> Table:
 
 def _score(metrics: Mapping[str, float]) -> str:
     """The figure of the task's own metric; other than top-1 it is named."""
-    metric = next((metric for metric in METRICS.values() if f"test_{metric}" in metrics), "top1")
-    return percent(metrics.get(f"test_{metric}")) + ("" if metric == "top1" else f" {metric}")
+    kinds = [kind for kind in KINDS.values() if f"test_{kind.metric}" in metrics]
+    named = f" {kinds[0].metric}" if kinds and not kinds[0].classifies else ""
+    return percent(metrics[f"test_{kinds[0].metric}"] if kinds else None) + named
 
 
 def version_table(version: Version) -> Table:

@@ -30,6 +30,7 @@ from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import encode_patch
 from modelpatch.select.folds import Folds
+from modelpatch.tasks.classification import Classification
 from modelpatch.train.fitting import Fit, FitSettings
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.logs import RunLog
@@ -191,7 +192,7 @@ def share_images(
     backbone: Backbone, images: Split, trained: Split, settings: FitSettings, disk: int, bar: Progress
 ) -> SharedImages:
     """Images for many fits with these settings, augmented as suits those that are trained on."""
-    preprocessing = settings.seen(backbone.preprocessing, "classification")
+    preprocessing = settings.seen(backbone.preprocessing, Classification.name)
     backbone.check_image_size(preprocessing.image_size)
     return SharedImages(
         backbone,

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +28,10 @@ from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
-from modelpatch.tasks.overlay import class_map
+from modelpatch.tasks.kind import kind_of
 
 LOG = logging.getLogger("modelpatch.serve")
-Best = list[tuple[int, float]]  # places of classes with their probabilities, the best first
-Said = Best | np.ndarray | Tensor  # or the class of every pixel, uint8 (H, W), or boxes (N, 6)
+Said = Any  # what the task's kind reduces an answer to
 
 
 @dataclass(eq=False)
@@ -131,14 +130,9 @@ class Batcher:
             own = logits[task].float()
             if not own.isfinite().all():
                 raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", patch=task)
-            if (kind := self.engine.kind(task)) != "classification":
-                for place, one in zip(places, own, strict=True):
-                    found[place][task] = class_map(one) if kind == "segmentation" else one.cpu()
-                continue
-            most = min(max(rows[place].top for place in places), own.shape[1])
-            best = own.softmax(1).topk(most, dim=1)
-            for place, indices, values in zip(places, best.indices.tolist(), best.values.tolist(), strict=True):
-                found[place][task] = list(zip(indices, values, strict=True))[: rows[place].top]
+            reduced = kind_of(self.engine.kind(task)).reduce(own, max(rows[place].top for place in places))
+            for place, one in zip(places, reduced, strict=True):
+                found[place][task] = one
         answers: list[dict[str, Said]] = [{} for _ in batch]
         for place, found_here in zip(order, found, strict=True):
             answers[place] = found_here

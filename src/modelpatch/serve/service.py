@@ -8,9 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import sample
 from modelpatch.backbone.preprocessing import Preprocessing
@@ -21,7 +18,6 @@ from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.batcher import Batcher, Row, Said
 from modelpatch.serve.catalogue import Catalogue
-from modelpatch.serve.dense import tell_areas, tell_boxes
 from modelpatch.serve.images import decode
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
@@ -29,6 +25,7 @@ from modelpatch.serve.settings import Settings
 from modelpatch.serve.shelf import Shelf, label, stage
 from modelpatch.store.store import Store
 from modelpatch.store.version import LATEST, Version
+from modelpatch.tasks.kind import View, kind_of
 
 Tasks = dict[str, Version | None]  # what was asked for by name; None is the server's own, the backbone or a cascade
 
@@ -200,8 +197,8 @@ class Service:
                     version = versions[name]
                     problem.facts["patch"] = label(version) if version else name
                 raise
-            told = partial(self._told, asked, answers, sizes, versions, keys)
-            if all(self.engine.kind(key) == "classification" for key in keys.values()):
+            told = partial(self._told, asked, answers, sizes, versions, keys, top)
+            if not any(kind_of(self.engine.kind(key)).draws for key in keys.values()):
                 return told()
             return await asyncio.get_running_loop().run_in_executor(self._decoders, told)  # pictures take a while
 
@@ -273,25 +270,18 @@ class Service:
         sizes: Sequence[tuple[int, int]],
         versions: Tasks,
         keys: Mapping[str, str],
+        top: int,
     ) -> list[dict[str, Any]]:
         """The answers of every image as JSON."""
         return [
-            {name: self._answer(versions[name], keys[name], said[keys[name]], size) for name in names}
+            {name: self._answer(versions[name], keys[name], said[keys[name]], size, top) for name in names}
             for names, said, size in zip(asked, answers, sizes, strict=True)
         ]
 
-    def _answer(self, version: Version | None, key: str, said: Said, size: tuple[int, int]) -> dict[str, Any]:
-        classes = self.engine.classes(key)
-        head = {"version": version.hash if version else self._hashes[key]}
-        if isinstance(said, np.ndarray):
-            return {**head, "top": [], **tell_areas(said, classes, self.engine.preprocessing(key), size)}
-        if isinstance(said, Tensor):
-            return {**head, "top": [], **tell_boxes(said, classes, self.engine.preprocessing(key), size)}
-        top = [
-            {"class": classes[place] if classes else str(place), "index": place, "probability": round(value, 6)}
-            for place, value in said
-        ]
-        return {**head, "top": top}
+    def _answer(self, version: Version | None, key: str, said: Said, size: tuple[int, int], top: int) -> dict[str, Any]:
+        view = View(self.engine.classes(key), self.engine.preprocessing(key), known_size=size)
+        head = {"version": version.hash if version else self._hashes[key], "top": []}
+        return {**head, **kind_of(self.engine.kind(key)).to_json(said, view, top)}
 
     async def plan(self, tasks: Sequence[str] | None, images: int) -> dict[str, Any]:
         """What a batch of images would share among tasks (None: those resident), as figures, text and a tree."""

@@ -1,21 +1,14 @@
-"""Which inner outputs of a chain a decoder reads, and the decoder itself for a backbone and a task.
+"""Decoders of dense kinds: the inner outputs of a chain that they read, and a fresh one for a backbone.
 
 A segment's output is a map where it has positions; its stride is the image's side over the map's. Of the segments of one
-stride the last is read, unless segments are named:
-
-    fcn32     the coarsest map                                     (FCN, section 4.2)
-    fcn16     the two coarsest
-    deeplab   the finest of stride 4 or more, within 1/8 of the coarsest's, and all within 1/2 of it
-
-    faster-rcnn   all of stride 4 or more, within 1/8 of the coarsest's     (FPN, section 4)
-    ssdlite       the two coarsest                                          (MobileNetV2, section 6.2)
+stride the last is read, unless segments are named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,20 +16,13 @@ from torch import nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import TrainingError
 from modelpatch.heads.base import Decoder, HeadRecord, as_map, pooled_axes
-from modelpatch.tasks.record import TaskRecord
 
-DecoderName = Literal["deeplab", "fcn32", "fcn16", "faster-rcnn", "ssdlite"]
-DECODERS: dict[str, tuple[DecoderName, ...]] = {
-    "classification": (),
-    "segmentation": ("deeplab", "fcn32", "fcn16"),
-    "detection": ("faster-rcnn", "ssdlite"),
-}  # by kind of task, the default first
-FINEST = 4  # the stride of the finest map, unless all are finer
-HIDDEN = 64  # channels of a decoder's own layers: a fourth of the papers', for a patch is small
+FINEST = 4  # stride of the finest map, unless all are finer
+HIDDEN = 64  # channels of a decoder's own layers: a fourth of the papers', since they are part of each patch
 
 
 @dataclass(frozen=True)
-class Map:
+class FeatureMap:
     """The output of a segment as a map: channels, and the pixels between two positions."""
 
     segment: int
@@ -44,35 +30,53 @@ class Map:
     stride: int
 
 
-def make_decoder(
-    backbone: Backbone, task: TaskRecord, pixels: int, name: DecoderName | None, taps: Sequence[str] = ()
-) -> Decoder | None:
-    """A fresh decoder for images of `pixels` x `pixels`, by default what suits the task; None for classes of whole images.
+Choice = Callable[[Sequence[FeatureMap]], Sequence[FeatureMap]]
 
-    Raises `TrainingError` for a decoder of another kind of task, and for segments that give no maps.
-    """
-    known = DECODERS[task.kind]
-    if not known:
-        if name is not None or taps:
-            raise TrainingError(f"decoder={name!r} and taps are for dense tasks; {task.name} is a {task.kind} task.")
-        return None
-    name = name or known[0]
-    if name not in known:
-        raise TrainingError(f"decoder={name!r} is none for {task.kind}. Expected one of: {', '.join(known)}.")
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoder that a setting may name: the kind of its head, the maps it reads, and the channels of its own layers."""
+
+    head: str
+    choose: Choice
+    hidden: int = HIDDEN
+
+
+def coarsest(count: int) -> Choice:
+    """Choose the coarsest maps."""
+    return lambda maps: maps[-count:]
+
+
+def fine(maps: Sequence[FeatureMap]) -> Sequence[FeatureMap]:
+    """Choose all maps of stride 4 or more, within 1/8 of the coarsest's."""
+    last = maps[-1].stride
+    return [one for one in maps if 8 * one.stride >= last and one.stride >= min(FINEST, last // 2)]
+
+
+def fine_and_coarse(maps: Sequence[FeatureMap]) -> Sequence[FeatureMap]:
+    """Choose the first of the `fine` maps, and those within 1/2 of the coarsest."""
+    first, *others = fine(maps)
+    return [first, *(one for one in others if 2 * one.stride >= maps[-1].stride)]
+
+
+def make_decoder(
+    backbone: Backbone, classes: int, pixels: int, decoding: Decoding, taps: Sequence[str] = ()
+) -> Decoder:
+    """A fresh decoder for images of `pixels` x `pixels`. Raises `TrainingError` for segments that give no maps."""
     maps = find_maps(backbone, pixels)
-    chosen = _named(backbone, maps, taps) if taps else _choose(maps, name)
+    chosen = _named(backbone, maps, taps) if taps else _choose(maps, decoding.choose)
     if not chosen:
         raise TrainingError(
             f"no segment of {backbone.spec} gives a map whose side divides {pixels} px. Choose another image_size."
         )
     record = HeadRecord(
-        kind="fcn" if name in ("fcn32", "fcn16") else name,  # type: ignore[arg-type]
+        kind=decoding.head,  # type: ignore[arg-type]
         features=sum(one.width for one in chosen),
-        outputs=len(task.classes),
+        outputs=classes,
         taps=tuple(one.segment for one in chosen),
         widths=tuple(one.width for one in chosen),
         strides=tuple(one.stride for one in chosen),
-        hidden=0 if name in ("fcn32", "fcn16") else HIDDEN,
+        hidden=decoding.hidden,
     )
     head = record.build()
     assert isinstance(head, Decoder)
@@ -80,7 +84,7 @@ def make_decoder(
 
 
 @torch.no_grad()
-def find_maps(backbone: Backbone, pixels: int) -> list[Map]:
+def find_maps(backbone: Backbone, pixels: int) -> list[FeatureMap]:
     """Every segment's output that is a map of more than one position, for images of this size."""
     chain = backbone.chain
     x = torch.zeros(1, 3, pixels, pixels, device=backbone.device)
@@ -92,31 +96,21 @@ def find_maps(backbone: Backbone, pixels: int) -> list[Map]:
             continue
         shape: Any = as_map(x, axes).shape
         if shape[2] == shape[3] > 1 and pixels % shape[2] == 0:
-            found.append(Map(segment.index, shape[1], pixels // shape[2]))
+            found.append(FeatureMap(segment.index, shape[1], pixels // shape[2]))
     return found
 
 
-def _choose(maps: Sequence[Map], decoder: str) -> list[Map]:
-    """Of each stride the last map, without those behind a coarser one; of these what the decoder reads."""
-    lasts: list[Map] = []
+def _choose(maps: Sequence[FeatureMap], choose: Choice) -> Sequence[FeatureMap]:
+    """Choose among the last map of each stride, without those behind a coarser one."""
+    lasts: list[FeatureMap] = []
     for one in sorted({one.stride: one for one in maps}.values(), key=lambda one: -one.stride):
         if not lasts or one.segment < lasts[0].segment:
             lasts.insert(0, one)
-    if not lasts:
-        return []
-    coarsest = lasts[-1].stride
-    if decoder == "fcn32":
-        return lasts[-1:]
-    if decoder in ("fcn16", "ssdlite"):
-        return lasts[-2:]
-    fine = [one for one in lasts if 8 * one.stride >= coarsest and one.stride >= min(FINEST, coarsest // 2)]
-    if decoder == "faster-rcnn":
-        return fine
-    return [fine[0], *(one for one in fine[1:] if 2 * one.stride >= coarsest)]
+    return choose(lasts) if lasts else []
 
 
-def _named(backbone: Backbone, maps: Sequence[Map], names: Sequence[str]) -> list[Map]:
-    """The maps of the segments that are called so. Raises `TrainingError` for others."""
+def _named(backbone: Backbone, maps: Sequence[FeatureMap], names: Sequence[str]) -> list[FeatureMap]:
+    """The maps of the segments with these names. Raises `TrainingError` for others."""
     known = {backbone.chain[one.segment].name: one for one in maps}
     if unknown := [name for name in names if name not in known]:
         raise TrainingError(

@@ -1,39 +1,36 @@
-"""What a patch answers: the kind of question and the names of its answers.
-
-| kind             | answer for an image                                                                            | metric |
-|------------------|------------------------------------------------------------------------------------------------|--------|
-| `classification` | logits (K,)                                                                                    | `top1` |
-| `segmentation`   | logits (K, H, W), a class for every pixel                                                      | `miou` |
-| `detection`      | boxes (N, 6): x0, y0, x1, y1 in pixels, score, class; rows of score 0 are no boxes             | `map`  |
-"""
+"""A task as patch files describe it: name, kind, classes and metric."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from modelpatch.errors import DataError
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.kind import kind_of
 from modelpatch.text import Text
-
-Kind = Literal["classification", "segmentation", "detection"]
-Metric = Literal["top1", "miou", "map"]
-METRICS: dict[str, Metric] = {"classification": "top1", "segmentation": "miou", "detection": "map"}
 
 
 class TaskRecord(BaseModel):
-    """A task without its data. `classes` are in the order of the head's outputs; `metric` is that of the kind."""
+    """A task without its data. `classes` are in the order of the head's outputs; `metric` is that of the kind
+    if it is left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Text
-    kind: Kind = "classification"
+    kind: Text = Classification.name
     classes: tuple[Text, ...] = Field(min_length=1)
-    metric: Metric = "top1"
+    metric: Text = ""
 
     @model_validator(mode="after")
     def _fitting_metric(self) -> TaskRecord:
-        if self.metric != METRICS[self.kind]:
-            raise ValueError(f"a {self.kind} task is measured by {METRICS[self.kind]}, not by {self.metric}")
+        try:
+            metric = kind_of(self.kind).metric
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        if not self.metric:
+            object.__setattr__(self, "metric", metric)
+        elif self.metric != metric:
+            raise ValueError(f"a {self.kind} task is measured by {metric}, not by {self.metric}")
         return self
 
     @field_validator("classes")

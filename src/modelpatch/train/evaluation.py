@@ -17,7 +17,8 @@ from modelpatch.data.images import AUGMENTATIONS, ImageStore, pieces
 from modelpatch.data.task import Split, Task, check_classification, check_same_split
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
-from modelpatch.tasks.measures import Evaluation, Result, meter_for
+from modelpatch.tasks.classification import Evaluation
+from modelpatch.tasks.kind import Result, kind_of
 
 MEMORY = 2 * 2**30
 
@@ -48,7 +49,7 @@ class Mean:
 
 
 def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Callable[[int], None] = lambda _: None) -> Result:
-    """A patch on the test images of its task: an `Evaluation` of classes, a `Segmentation`, a `Detection`.
+    """A patch on the test images of its task: an `Evaluation`, `SegmentationResult`, `DetectionResult`.
 
     Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for,
     or if another split of the same data was trained on.
@@ -63,10 +64,8 @@ def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Callable[[in
             f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...), the patch answers "
             f"{len(patch.task.classes)} ({', '.join(patch.task.classes[:3])}, ...). Evaluate it on its own task."
         )
-    meter = meter_for(patch.task)
-    for answers, asked in answers_of(backbone.patched(patch), data.test, patch.preprocessing, advance):
-        meter.update(answers, asked)
-    return meter.result()
+    kind, model = kind_of(patch.task.kind), backbone.patched(patch)
+    return kind.measure(patch.task.classes, answers_of(model, data.test, patch.preprocessing, advance))
 
 
 def facts_of(patch: Patch) -> Mapping[str, Any]:

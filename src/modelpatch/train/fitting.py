@@ -38,8 +38,8 @@ from modelpatch.errors import (
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import BackboneRecord, Patch
-from modelpatch.tasks.measures import Result
-from modelpatch.tasks.objectives import objective_of
+from modelpatch.tasks.kind import Result, balance, kind_of
+from modelpatch.train.cache import PlainInputs
 from modelpatch.train.checkpoint import Checkpoint, restore_random
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as
@@ -50,8 +50,6 @@ from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 
 __all__ = ["Fit", "FitSettings", "check_settings", "fit"]
-
-DETECTOR_RATE = 0.003  # of a detector's head, at most
 
 
 def fit(
@@ -142,7 +140,9 @@ class Fit:
         if settings.early_stopping and data.validation is None and not settings.validation:
             self.settings = settings = replace(settings, validation=0.1)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
-        self.objective = objective_of(data, settings)
+        self.kind = kind_of(data.task.kind)
+        self.kind.check_libraries()
+        self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
         self.preprocessing = settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
@@ -189,8 +189,11 @@ class Fit:
     def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
         """The model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
-        decoder = self.objective.head(self.backbone, self.preprocessing)
-        self.model = self.method.draft(self.backbone, len(self.data.classes), decoder).to(self.device)
+        settings, classes = self.settings, len(self.data.classes)
+        decoder = self.kind.make_head(
+            self.backbone, classes, self.preprocessing.image_size, settings.decoder, settings.taps
+        )
+        self.model = self.method.draft(self.backbone, classes, decoder).to(self.device)
         self.source.lend(self.model)
         if start is not None:
             self.model.start_from(start)
@@ -278,9 +281,10 @@ class Fit:
         per_epoch, weights = self.per_epoch, self._class_weights()
         if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
             warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
-        if self.data.task.kind == "detection" and self.method.head_lr > DETECTOR_RATE:
+        if self.method.head_lr > self.kind.head_rate:
             warnings.warn(
-                f"a detector learns little at head_lr={self.method.head_lr:g}, the rate for linear heads. Set head_lr=0.001.",
+                f"the head of a {self.kind.name} task learns little at head_lr={self.method.head_lr:g}, the rate for linear "
+                "heads. Set head_lr=0.001.",
                 TrainingWarning,
                 stacklevel=6,
             )
@@ -306,7 +310,7 @@ class Fit:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        targets = self.objective.targets(self.inputs, self.labels, rows, epoch, number)
+        targets = self._targets(self.inputs, self.labels, rows, epoch, number)
         loss = self._backward(rows, self.inputs.batch(rows, epoch, number), targets, weights)
         self.team.add_up_gradients((p for group in self.optimizer.param_groups for p in group["params"]), loss)
         if self.settings.clip:
@@ -324,14 +328,14 @@ class Fit:
     def _backward(self, rows: Tensor, inputs: Tensor, targets: Any, weights: Tensor | None) -> Tensor:
         """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
         part = self.team.part(len(rows))
-        targets = self.objective.move(targets, self.device)
-        counts = self.objective.counts(targets, weights)
+        targets = self.kind.move(targets, self.device)
+        counts = self.kind.weigh_images(targets, weights)
         share = float(counts[part].sum() / counts.sum().clamp(min=1e-12))
         if not share:
             return torch.zeros((), device=self.device)
         x, own = self._to_device(inputs[part]), targets[part]
         answers = self._forward(x, own)
-        loss = self.objective.loss(answers, own, weights)
+        loss = self.kind.loss(answers, own, weights, self.settings.label_smoothing)
         added = self.method.added_loss(self.model, Batch(x, self.inputs.start, answers, own))
         self.scaler.scale(share * (loss + added)).backward()
         return share * loss.detach()
@@ -346,7 +350,8 @@ class Fit:
     def _forward(self, inputs: Tensor, targets: Any) -> Any:
         try:
             with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
-                return self.objective.forward(self.model, inputs, self.inputs.start, targets)
+                read = self.model.head_input(inputs, self.inputs.start)
+                return self.kind.run_head(self.model.head, read, targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -380,9 +385,8 @@ class Fit:
 
     def _evaluate(self, inputs: Inputs, labels: Tensor) -> Result:
         found = self._answers(inputs, len(labels))
-        return self.objective.measure(
-            (answers, self.objective.targets(inputs, labels, rows, 0, step)) for rows, step, answers in found
-        )
+        batches = ((answers, self._targets(inputs, labels, rows, 0, step)) for rows, step, answers in found)
+        return self.kind.measure(self.data.classes, batches)
 
     @torch.no_grad()
     def _answers(self, inputs: Inputs, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
@@ -399,8 +403,22 @@ class Fit:
         return torch.cat([answers for *_, answers in self._answers(inputs, len(self.source.labels(split)))])
 
     def _class_weights(self) -> Tensor | None:
-        weights = self.objective.class_weights(self.inputs, self.labels)
-        return None if weights is None else weights.to(self.device)
+        if self.settings.class_weights == "none":
+            return None
+        counts = torch.zeros(len(self.data.classes), dtype=torch.long)
+        for rows in torch.arange(len(self.labels)).split(64):
+            counts += self.kind.count_classes(self._plain_targets(rows), len(counts))
+        return balance(counts).to(self.device)
+
+    def _targets(self, inputs: Inputs, labels: Tensor, rows: Tensor, epoch: int, step: int) -> Any:
+        """The targets of the batch that `inputs.batch` gives for these arguments."""
+        return (
+            inputs.targets(rows, epoch, step) if isinstance(inputs, PlainInputs) and self.kind.dense else labels[rows]
+        )
+
+    def _plain_targets(self, rows: Tensor) -> Any:
+        inputs = self.inputs
+        return inputs.plain_targets(rows) if isinstance(inputs, PlainInputs) and self.kind.dense else self.labels[rows]
 
     def _dtype(self) -> torch.dtype:
         if self.settings.precision != "auto":

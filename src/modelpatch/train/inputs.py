@@ -20,6 +20,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.images import Augmentation, ImageStore, allocate, pieces
 from modelpatch.data.task import Split, Task
 from modelpatch.patch.model import PatchedModel
+from modelpatch.tasks.kind import kind_of
 from modelpatch.train.cache import (
     BATCH,
     CachedInputs,
@@ -88,7 +89,7 @@ class OwnInputs:
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         store, first = self._store(split), model.first
         augmentation = self.augmentation if augmented else NO_AUGMENTATION
-        if self.data.task.kind != "classification" or not self.cache or not cache_worthwhile(self.backbone, first):
+        if kind_of(self.data.task.kind).dense or not self.cache or not cache_worthwhile(self.backbone, first):
             return PlainInputs(store, augmentation, self.seed)
         views = self.views if augmentation.name != "none" else 1
         share = prefix_share(self.backbone, first)

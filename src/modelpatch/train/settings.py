@@ -11,8 +11,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.images import AugmentName
 from modelpatch.errors import TrainingError
-from modelpatch.tasks.decoding import DecoderName
-from modelpatch.tasks.record import Kind
+from modelpatch.tasks.kind import kind_of
 
 
 def _split_names(given: Any) -> Any:
@@ -34,7 +33,7 @@ class FitSettings:
     out for `early_stopping`, the number of epochs without improvement after which the best epoch's patch is returned.
     `framing` says how images become squares: cropped, stretched, or (auto) cropped for classification and stretched for dense
     tasks, which answer for the whole image. `decoder` names the head of a dense task, `taps` the segments whose outputs it
-    reads (see `decoding.py`). Dense tasks see a new view of every image in every epoch, without a cache.
+    reads. Dense tasks see a new view of every image in every epoch, without a cache.
     `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
     inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
     how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
@@ -47,7 +46,7 @@ class FitSettings:
     image_size: PositiveInt | None = None
     augment: AugmentName = "auto"
     framing: Literal["auto", "crop", "stretch"] = "auto"
-    decoder: DecoderName | None = None
+    decoder: str | None = None
     taps: Names = ()
     views: PositiveInt = 4
     cache: bool = True
@@ -63,9 +62,9 @@ class FitSettings:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
-    def seen(self, preprocessing: Preprocessing, kind: Kind) -> Preprocessing:
+    def seen(self, preprocessing: Preprocessing, kind: str) -> Preprocessing:
         """How a task's images are seen: as the backbone's own, at the size and in the framing that are set."""
-        framing = self.framing if self.framing != "auto" else None if kind == "classification" else "stretch"
+        framing = self.framing if self.framing != "auto" else kind_of(kind).framing
         seen = preprocessing.with_image_size(self.image_size)
         return seen if framing is None else seen.model_copy(update={"framing": framing})
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.tasks.measures import check_metrics
+from modelpatch.tasks.kind import kind_of
 from modelpatch_studies.bench import Bench
 from modelpatch_studies.parts import short
 from modelpatch_studies.patching import FOUR
@@ -37,7 +37,7 @@ def dense_parts(bench: Bench) -> Iterator[Part]:
 def _score(bench: Bench, row: str, name: str, number: int, seed: int) -> Figures:
     """The figure of the task's kind in percent, on its test images. Raises `MissingExtraError` without what measures it."""
     data = bench.task(name)
-    check_metrics(data.task.kind)
+    kind_of(data.task.kind).check_libraries()
     patch = bench.fit(bench.backbone(number), data, bench.method(row), seed)
     return {short(name): 100 * patch.metrics[f"test_{MEASURED[data.task.kind]}"]}
 

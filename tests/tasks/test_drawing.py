@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modelpatch.tasks.overlay import Area, Box, _free_place, _meet, draw_boxes, palette, with_legend
+from modelpatch.tasks.drawing import add_legend, draw_frames, find_place, overlap, palette
 
 SIZE = (200, 100)
 
@@ -26,20 +26,19 @@ def test_colours_differ_and_are_bright() -> None:
 @pytest.mark.parametrize("count", [1, 3, 30])
 def test_a_legend_has_the_colour_of_every_class_that_is_found(count: int) -> None:
     picture = Image.new("RGB", SIZE, "black")
-    names = [f"class {number}" for number in range(count + 1)]  # the last is not found
-    made = with_legend(picture, [Area(number, 1 / count) for number in range(count)], names)
+    colors = [tuple(color) for color in palette(count + 1).tolist()]  # the last is not found
+    made = add_legend(picture, [(colors[number], f"class {number}") for number in range(count)])
     assert made.width == picture.width
     assert np.array_equal(np.asarray(made)[: SIZE[1]], np.asarray(picture))
     strip = {tuple(pixel) for row in np.asarray(made)[SIZE[1] :].tolist() for pixel in row}
-    colors = [tuple(color) for color in palette(count + 1).tolist()]
     assert strip.issuperset(colors[:count])
     assert colors[count] not in strip
 
 
 def test_a_box_has_its_frame_and_its_name() -> None:
     image = Image.new("RGB", SIZE, "black")
-    drawn = np.asarray(draw_boxes(image, [Box(1, 0.9, (20.0, 40.0, 180.0, 90.0))], ["a", "b"]))
     color = palette(2)[1]
+    drawn = np.asarray(draw_frames(image, [((20.0, 40.0, 180.0, 90.0), tuple(color.tolist()), "b 90 %")]))
     assert (drawn[40:90, 20] == color).all()
     assert (drawn[90, 20:180] == color).all()
     assert not drawn[50:80, 60:170].any(), "within the frame is the image"
@@ -51,12 +50,12 @@ def test_names_stay_in_the_image_and_apart_if_there_is_room(boxes: list[tuple[fl
     taken: list[tuple[float, float, float, float]] = []
     for left, top, width, height in boxes:
         box = (left, top, left + width, top + height)
-        place = _free_place(box, (30, 12), SIZE, taken)
+        place = find_place(box, (30, 12), SIZE, taken)
         assert place[0] >= 0
         assert place[1] >= 0
         assert place[2] <= SIZE[0]
         assert place[3] <= SIZE[1]
-        if any(_meet(place, other) for other in taken):
+        if any(overlap(place, other) for other in taken):
             inside = (max(min(left, 170), 0), max(min(top, 88), 0))
-            assert any(_meet((*inside, inside[0] + 30, inside[1] + 12), other) for other in taken)
+            assert any(overlap((*inside, inside[0] + 30, inside[1] + 12), other) for other in taken)
         taken.append(place)

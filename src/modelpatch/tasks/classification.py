@@ -1,0 +1,101 @@
+"""Classification: one class an image.
+
+answers   logits (B, K)             loss      cross entropy
+targets   classes (B,) int64        metrics   top-1, top-5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
+
+Best = list[tuple[int, float]]  # classes with their probabilities, the most probable first
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """Accuracies in [0, 1]. `confusion[i][j]` counts images of class i that were answered as class j."""
+
+    top1: float
+    top5: float
+    images: int
+    per_class: dict[str, float]
+    confusion: list[list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"top1": self.top1, "top5": self.top5, "images": self.images}
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Evaluation:
+        """From logits (N, K) and labels (N,). Classes without an image have no entry in `per_class`."""
+        answers, count = logits.argmax(1), len(classes)
+        best = logits.topk(min(5, count), dim=1).indices
+        confusion = torch.bincount(labels * count + answers, minlength=count * count).view(count, count)
+        totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        return cls(
+            top1=float((answers == labels).double().mean()),
+            top5=float((best == labels[:, None]).any(1).double().mean()),
+            images=len(labels),
+            per_class={name: r / t for name, r, t in zip(classes, right, totals, strict=True) if t},
+            confusion=confusion.tolist(),
+        )
+
+
+class ClassMeter(Meter):
+    """Collects logits (B, K) and labels (B,)."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = classes
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, answers: Tensor, targets: Tensor) -> None:
+        self._batches.append((answers, targets))
+
+    def result(self) -> Evaluation:
+        logits, labels = zip(*self._batches, strict=True)
+        return Evaluation.of(torch.cat(logits), torch.cat(labels), self.classes)
+
+
+@register_kind
+class Classification(Kind):
+    """One class an image; answers are logits (B, K)."""
+
+    name: ClassVar[str] = "classification"
+    metrics: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+    per_class = "top-1"
+    fewest_classes = 2
+    classifies = True
+
+    def count_classes(self, targets: Tensor, classes: int) -> Tensor:
+        return torch.bincount(targets, minlength=classes)
+
+    def weigh_images(self, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        return torch.ones(len(targets)) if class_weights is None else class_weights[targets]
+
+    def loss(
+        self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        return F.cross_entropy(output.float(), targets, class_weights, label_smoothing=label_smoothing)
+
+    def make_meter(self, classes: Sequence[str]) -> ClassMeter:
+        return ClassMeter(classes)
+
+    def reduce(self, answers: Tensor, top: int = 5) -> list[Best]:
+        best = answers.softmax(1).topk(min(top, answers.shape[1]), dim=1)
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [list(zip(indices, values, strict=True)) for indices, values in rows]
+
+    def describe(self, answer: Best, view: View, top: int = 5) -> list[Facts]:
+        return [{"label": view.name(index), "probability": value} for index, value in answer[:top]]
+
+    def to_json(self, answer: Best, view: View, top: int = 5) -> Facts:
+        best = answer[:top]
+        return {"top": [{"class": view.name(i), "index": i, "probability": round(value, 6)} for i, value in best]}

@@ -1,0 +1,239 @@
+"""Detection: the objects of an image, each with a box, a class and a probability.
+
+    answers   boxes (B, N, 6): left, top, right, bottom in the network's pixels, score, class; rows of score 0 are none
+    targets   of each image "boxes" (N, 4), "labels" (N,) and "difficult" (N,)
+    loss      the detector's own: classes and places of proposals or of default boxes
+    metrics   mean average precision, over IoU 0.5, 0.55, ..., 0.95 as COCO's, and at 0.5 (pycocotools, extra `dense`)
+
+An answer is told as the boxes of at least 50 %, in the image's own pixels, and shown as frames with names.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.heads.base import HeadInput
+from modelpatch.heads.detectors import Detector, unpack
+from modelpatch.tasks.decoding import Decoding, coarsest, fine
+from modelpatch.tasks.drawing import Corners, draw_frames, named_colors, palette
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
+from modelpatch.tasks.targets import Allocate, Target
+
+SURE = 0.5  # the probability from which a box is told and drawn
+SMALLEST = 1.0  # pixels a side that a box must have to be a target
+SHOWN = 0.3  # the share of a box that a random view must show for the box to be a target
+Objects = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes(Target):
+    """The objects of an image: `corners` (N, 4) float64, left, top, right, bottom in the image's own pixels.
+
+    `labels` (N,) int64 are their classes. Objects that are `difficult` (N,) are not trained on, and finding them is not
+    counted as wrong.
+    """
+
+    corners: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+    def content(self) -> bytes:
+        return self.corners.tobytes() + self.labels.tobytes() + self.difficult.tobytes()
+
+    @classmethod
+    def open(cls, targets: Sequence[Boxes], preprocessing: Preprocessing, allocate: Allocate) -> BoxStore:
+        return BoxStore(targets, preprocessing)
+
+
+class BoxStore:
+    """Boxes in pixels of what the network sees; a batch is a list of {"boxes": (N, 4), "labels": (N,), "difficult": (N,)}."""
+
+    def __init__(self, boxes: Sequence[Boxes], preprocessing: Preprocessing) -> None:
+        self.boxes, self.preprocessing = boxes, preprocessing
+        self.framed: list[Tensor] = [torch.zeros(0, 4)] * len(boxes)  # in the store's R x R pixels
+
+    def add(self, row: int, image: Image.Image) -> None:
+        left, top, width, height = self.preprocessing.framed_area(image.width, image.height)
+        shift = np.array([left, top] * 2)
+        size = np.array([width, height] * 2) / self.preprocessing.image_size
+        corners = (self.boxes[row].corners - shift) / size + self._edge
+        self.framed[row] = torch.from_numpy(corners).float()
+
+    @property
+    def _edge(self) -> int:
+        """Pixels at each side of a stored image that its centre crop cuts off."""
+        return (self.preprocessing.resize_to - self.preprocessing.image_size) // 2
+
+    def plain(self, rows: Tensor) -> list[Objects]:
+        return [self._seen(row, self.framed[row] - self._edge) for row in rows.tolist()]
+
+    def augmented(self, rows: Tensor, matrices: Tensor) -> list[Objects]:
+        whole, size = self.preprocessing.resize_to, self.preprocessing.image_size
+        found = []
+        for row, matrix in zip(rows.tolist(), matrices, strict=True):
+            places = 2 * self.framed[row].view(-1, 2, 2) / whole - 1  # corners in [-1, 1]
+            places = (places - matrix[:, 2]) / matrix.diagonal()  # the grid maps what is seen to the image
+            corners = torch.cat([places.min(1).values, places.max(1).values], 1)
+            found.append(self._seen(row, (corners + 1) / 2 * size))
+        return found
+
+    def _seen(self, row: int, corners: Tensor) -> Objects:
+        """Boxes cut at the edges of what is seen, without those of which too little is left."""
+        cut = corners.clamp(0, self.preprocessing.image_size)
+        sides, whole = cut[:, 2:] - cut[:, :2], corners[:, 2:] - corners[:, :2]
+        kept = (sides >= SMALLEST).all(1) & (sides.prod(1) >= SHOWN * whole.prod(1))
+        boxes = self.boxes[row]
+        labels, difficult = torch.from_numpy(boxes.labels), torch.from_numpy(boxes.difficult)
+        return {"boxes": cut[kept], "labels": labels[kept], "difficult": difficult[kept]}
+
+
+@dataclass(frozen=True)
+class DetectionResult(Result):
+    """Mean average precisions in [0, 1] over classes that some image has: COCO's, over IoU from 0.5 to 0.95, and at 0.5.
+
+    `per_class` are COCO's.
+    """
+
+    map: float
+    map50: float
+    images: int
+    per_class: dict[str, float]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"map": self.map, "map50": self.map50, "images": self.images}
+
+
+class BoxMeter(Meter):
+    """Collects boxes (B, N, 6) and targets.
+
+    Intersections over unions are the same in the network's square as in the image, however it was stretched.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        self.classes, self.images = classes, 0
+        self._precision = MeanAveragePrecision(class_metrics=True)
+        self._precision.warn_on_many_detections = False
+
+    def update(self, answers: Tensor, targets: list[Objects]) -> None:
+        wanted = [
+            {"boxes": one["boxes"], "labels": one["labels"], "iscrowd": one["difficult"].long()} for one in targets
+        ]
+        self._precision.update([unpack(answer) for answer in answers], wanted)
+        self.images += len(answers)
+
+    def result(self) -> DetectionResult:
+        with redirect_stdout(io.StringIO()):  # pycocotools prints
+            found = self._precision.compute()
+        classes, own = found["classes"].reshape(-1).tolist(), found["map_per_class"].reshape(-1).tolist()
+        return DetectionResult(
+            map=max(float(found["map"]), 0.0),
+            map50=max(float(found["map_50"]), 0.0),
+            images=self.images,
+            per_class={self.classes[index]: value for index, value in zip(classes, own, strict=True) if value >= 0},
+        )
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """An object: its class, its probability, and left, top, right, bottom in the image's own pixels."""
+
+    index: int
+    probability: float
+    corners: Corners
+
+
+@register_kind
+class Detection(Kind):
+    """Boxes with classes; answers are (B, N, 6)."""
+
+    name: ClassVar[str] = "detection"
+    metrics: ClassVar[Mapping[str, str]] = {"map": "mAP 0.5:0.95", "map50": "mAP 0.5"}
+    per_class = "AP 0.5:0.95"
+    dense = True
+    draws = True
+    framing = "stretch"
+    decoders: ClassVar[Mapping[str, Decoding]] = {
+        "faster-rcnn": Decoding("faster-rcnn", fine),  # FPN, section 4
+        "ssdlite": Decoding("ssdlite", coarsest(2)),  # MobileNetV2, section 6.2
+    }
+    head_rate = 0.003
+    libraries = ("torchmetrics", "pycocotools")
+    weighs_classes = False
+    smooths_labels = False
+
+    def move(self, targets: list[Objects], device: torch.device) -> list[Objects]:
+        """The targets that are not difficult on a device."""
+        kept = [(target, ~target["difficult"]) for target in targets]
+        return [{name: target[name][easy].to(device) for name in ("boxes", "labels")} for target, easy in kept]
+
+    def run_head(self, head: nn.Module, read: HeadInput, targets: list[Objects]) -> Tensor:
+        """The detector's loss."""
+        assert isinstance(head, Detector) and isinstance(read, tuple)  # noqa: PT018
+        return head.losses(read, targets)
+
+    def loss(
+        self, output: Tensor, targets: Any, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        return output.float()
+
+    def make_meter(self, classes: Sequence[str]) -> BoxMeter:
+        return BoxMeter(classes)
+
+    def reduce(self, answers: Tensor, top: int = 5) -> list[Tensor]:
+        """The boxes (N, 6) of each image."""
+        return list(answers.cpu())
+
+    def describe(self, answer: Tensor, view: View, top: int = 5) -> list[Facts]:
+        """All boxes that are sure, the surest first."""
+        return [
+            {"label": view.name(box.index), "probability": box.probability, "box": list(box.corners)}
+            for box in find_boxes(answer, view)
+        ]
+
+    def to_json(self, answer: Tensor, view: View, top: int = 5) -> Facts:
+        named, boxes = named_colors(view.classes), []
+        for box in find_boxes(answer, view):
+            corners = [round(corner, 2) for corner in box.corners]
+            boxes.append({**named[box.index], "probability": round(box.probability, 6), "box": corners})
+        return {"boxes": boxes, "size": list(view.size)}
+
+    def summarize(self, facts: Sequence[Facts]) -> list[str]:
+        """A line a class: its surest box, and the number of others."""
+        counts = Counter(one["label"] for one in facts)
+        surest = {one["label"]: one for one in reversed(facts)}
+        lines = super().summarize([surest[label] for label in counts])
+        others = [f" and {count - 1} more" if count > 1 else "" for count in counts.values()]
+        return [line + more for line, more in zip(lines, others, strict=True)] or [f"no box from {100 * SURE:.0f} % on"]
+
+    def draw(self, answer: Tensor, view: View) -> Image.Image:
+        colors = [tuple(color) for color in palette(len(view.classes)).tolist()]
+        boxes = find_boxes(answer, view)
+        named = [f"{view.name(box.index)} {100 * box.probability:.0f} %" for box in boxes]
+        return draw_frames(
+            view.image, [(box.corners, colors[box.index], text) for box, text in zip(boxes, named, strict=True)]
+        )
+
+
+def find_boxes(answer: Tensor, view: View, least: float = SURE) -> list[FoundBox]:
+    """The boxes of an answer (N, 6) of at least this probability, the surest first, in the image's own pixels."""
+    left, top, width, height = view.area
+    across, down = width / view.preprocessing.image_size, height / view.preprocessing.image_size
+    found = []
+    for x0, y0, x1, y1, probability, index in answer[answer[:, 4] >= least].tolist():
+        corners = (left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down)
+        found.append(FoundBox(int(index), probability, corners))
+    return found

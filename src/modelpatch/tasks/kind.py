@@ -1,0 +1,251 @@
+"""Kinds of tasks: one class a kind says all that the library needs to know of it.
+
+    @register_kind
+    class Classification(Kind):
+        name, metrics, ...        facts
+        loss, meter               how a head is trained and measured
+        reduce, describe, to_json, draw     the meaning of an answer
+
+A new kind is one file of this folder, or an entry point of the group `modelpatch.kinds` in another distribution. Nothing
+outside its file asks for a kind by name; other parts of the library read its attributes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import Framing, ImageSource, Preprocessing, open_image
+from modelpatch.errors import DataError, MissingExtraError, TrainingError
+from modelpatch.heads.base import Decoder, HeadInput
+from modelpatch.registry import Registry
+from modelpatch.tasks.decoding import Decoding, make_decoder
+
+Facts = dict[str, Any]
+EXTRA = "dense"  # installs the libraries of `Kind.libraries`
+
+
+class Result(ABC):
+    """Measured figures of one patch on one split."""
+
+    images: int
+    per_class: Mapping[str, float]
+    confusion: list[list[int]] | None = None
+
+    @property
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Figures that a patch keeps among its metrics, named as in `Kind.metrics`, the score first."""
+
+    @property
+    def score(self) -> float:
+        """The task's metric, in [0, 1]."""
+        return next(iter(self.figures.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+class Meter(ABC):
+    """Collects answers and targets batch by batch."""
+
+    @abstractmethod
+    def update(self, answers: Tensor, targets: Any) -> None:
+        """Add a batch of a head's answers on the CPU and its targets."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """Figures of everything added so far."""
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as a task sees it: the task's classes, its preprocessing, and the image or its width and height.
+
+    Unnamed outputs, of a backbone's own head, have no classes.
+    """
+
+    classes: Sequence[str]
+    preprocessing: Preprocessing
+    source: ImageSource | None = None
+    known_size: tuple[int, int] | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The image, RGB. Raises `DataError` for a source that is no image."""
+        assert self.source is not None, "the view has a size alone"
+        return open_image(self.source)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image."""
+        return self.known_size or self.image.size
+
+    @property
+    def area(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height of the part that the network sees, in the image's own pixels."""
+        return self.preprocessing.framed_area(*self.size)
+
+    def name(self, index: int) -> str:
+        """The name of a class."""
+        return self.classes[index] if self.classes else str(index)
+
+
+class Kind(ABC):
+    """A kind of task. Instances have no state; `kind_of` returns the one of a name.
+
+    `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
+    `dense` targets belong to places in the image: they move with each augmented view, so that nothing is cached, and
+    `draws` says that answers are shown as pictures. `framing` is how images become squares where no setting says so, None as
+    the backbone's own. `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades,
+    selection, PAINT and distillation need. `decoders` are the heads that a setting may choose, the default first; without
+    any, the method makes the head. `head_rate` is the largest learning rate at which the kind's heads learn. `libraries`
+    are needed to measure an answer (extra `dense`). `weighs_classes` and `smooths_labels` say which options its loss takes.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[Mapping[str, str]]
+    per_class: ClassVar[str] = ""  # title of the figure that each class has
+    fewest_classes: ClassVar[int] = 1
+    dense: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
+    framing: ClassVar[Framing | None] = None
+    decoders: ClassVar[Mapping[str, Decoding]] = {}
+    head_rate: ClassVar[float] = float("inf")
+    libraries: ClassVar[Sequence[str]] = ()
+    weighs_classes: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
+
+    @property
+    def metric(self) -> str:
+        """The figure that decides which of two patches is better."""
+        return next(iter(self.metrics))
+
+    # training -----------------------------------------------------------------------------------------------
+
+    def make_head(
+        self, backbone: Backbone, classes: int, pixels: int, name: str | None = None, taps: Sequence[str] = ()
+    ) -> Decoder | None:
+        """A fresh decoder for images of `pixels` x `pixels`, or None where the method makes the head.
+
+        `name` is one of `decoders`; `taps` name the segments whose outputs it reads. Raises `TrainingError` for the decoder of
+        another kind, and for segments that give no maps.
+        """
+        if not self.decoders:
+            if name is not None or taps:
+                raise TrainingError(f"decoder={name!r} and taps are for dense tasks; this is a {self.name} task.")
+            return None
+        if name is not None and name not in self.decoders:
+            raise TrainingError(
+                f"decoder={name!r} is none for {self.name}. Expected one of: {', '.join(self.decoders)}."
+            )
+        return make_decoder(backbone, classes, pixels, self.decoders[name or next(iter(self.decoders))], taps)
+
+    def check_loss(self, class_weights: bool, label_smoothing: float) -> None:
+        """Raise `TrainingError` for options that the loss of this kind does not take."""
+        given = {"class_weights": class_weights, "label_smoothing": label_smoothing}
+        taken = {"class_weights": self.weighs_classes, "label_smoothing": self.smooths_labels}
+        for option, value in given.items():
+            if value and not taken[option]:
+                raise TrainingError(f"the loss of {self.name} tasks does not take {option}. Leave it out.")
+
+    def count_classes(self, targets: Any, classes: int) -> Tensor:
+        """How often (K,) each class occurs in a batch of targets."""
+        raise NotImplementedError
+
+    def weigh_images(self, targets: Any, class_weights: Tensor | None = None) -> Tensor:
+        """The weight (B,) of each image in the batch's mean loss."""
+        return torch.ones(len(targets))
+
+    def move(self, targets: Any, device: torch.device) -> Any:
+        """The targets to learn from on a device."""
+        return targets.to(device)
+
+    def run_head(self, head: nn.Module, read: HeadInput, targets: Any) -> Any:
+        """The training output of a head: its answers to what it reads, unless it computes a loss by itself."""
+        return head(read)
+
+    @abstractmethod
+    def loss(
+        self, output: Any, targets: Any, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """The mean loss of a batch from what `run_head` returned."""
+
+    # metrics ------------------------------------------------------------------------------------------------
+
+    def check_libraries(self) -> None:
+        """Raise `MissingExtraError` where a library that measures this kind is not installed."""
+        for library in self.libraries:
+            if importlib.util.find_spec(library) is None:
+                raise MissingExtraError(library, EXTRA, f"Measuring {self.name}")
+
+    def meter(self, classes: Sequence[str]) -> Meter:
+        """A meter for answers about these classes. Raises `MissingExtraError`."""
+        self.check_libraries()
+        return self.make_meter(classes)
+
+    @abstractmethod
+    def make_meter(self, classes: Sequence[str]) -> Meter:
+        """A meter whose libraries are installed."""
+
+    def measure(self, classes: Sequence[str], batches: Iterable[tuple[Tensor, Any]]) -> Result:
+        """Figures for batches of answers and targets."""
+        meter = self.meter(classes)
+        for answers, targets in batches:
+            meter.update(answers, targets)
+        return meter.result()
+
+    # meaning ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def reduce(self, answers: Tensor, top: int = 5) -> list[Any]:
+        """The content of each image's answer, small and on the CPU, of which `top` classes will be told."""
+
+    @abstractmethod
+    def describe(self, answer: Any, view: View, top: int = 5) -> list[Facts]:
+        """Plain facts of one reduced answer, the most important first: each has a `label` and a value in [0, 1]."""
+
+    @abstractmethod
+    def to_json(self, answer: Any, view: View, top: int = 5) -> Facts:
+        """One reduced answer as the server's JSON."""
+
+    def summarize(self, facts: Sequence[Facts]) -> list[str]:
+        """Lines of text for what `describe` returned: a percentage and a label each."""
+        values = [one["probability"] if "probability" in one else one["share"] for one in facts]
+        return [f"{100 * value:5.1f} %  {one['label']}" for value, one in zip(values, facts, strict=True)]
+
+    def draw(self, answer: Any, view: View) -> Image.Image:
+        """A picture of one reduced answer over its image, where the kind `draws`."""
+        raise NotImplementedError(f"answers of {self.name} tasks are not drawn")
+
+
+KINDS = Registry[Kind]("kind of task", "modelpatch.kinds", folder="modelpatch.tasks", error=DataError)
+K = TypeVar("K", bound=type[Kind])
+
+
+def register_kind(kind: K) -> K:
+    """Register a kind under its name."""
+    KINDS.register(kind.name)(kind())
+    return kind
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name. Raises `DataError` with the known ones for another."""
+    found: Any = KINDS.find(name)
+    return found() if isinstance(found, type) else found  # an entry point may name the class
+
+
+def balance(counts: Tensor) -> Tensor:
+    """Weights (K,) that give every class the same sum, from the number of times it occurs."""
+    return counts.sum() / (len(counts) * counts.clamp(min=1).float())

@@ -1,0 +1,244 @@
+"""Segmentation: one class a pixel.
+
+    answers   logits (B, K, H, W)                     loss      cross entropy, the mean over pixels that have a class
+    targets   classes (B, H, W) int64, 255 for none   metrics   IoU_c = right / (answered or asked), its mean over classes;
+                                                                pixel accuracy (torchmetrics, extra `dense`)
+
+An answer is told as the share of each class and shown as an overlay of colours with a legend.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, image_bytes
+from modelpatch.errors import DataError
+from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
+from modelpatch.tasks.drawing import add_legend, encode_png, named_colors, palette
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
+from modelpatch.tasks.targets import Allocate, Target, source_name
+
+IGNORED = 255  # the class of pixels that are neither trained on nor measured
+UNKNOWN = -1
+OPACITY = 140  # of 255
+
+
+@dataclass(frozen=True)
+class PixelMask(Target):
+    """The class of every pixel: a picture of one channel of whole numbers, and a table (256,) of the class of each."""
+
+    source: ImageSource
+    table: np.ndarray = field(repr=False)
+
+    def read(self) -> Image.Image:
+        """Class indices as a grey picture, `IGNORED` where there is none. Raises `DataError` for another picture."""
+        values = read_values(self.source)
+        found = self.table[values]
+        if (found == UNKNOWN).any():
+            value = int(values[found == UNKNOWN].min())
+            raise DataError(
+                f"{source_name(self.source)} holds the value {value}, which stands for no class. Name a class for it "
+                f"(--classes, classes=[...]) or ignore it (--ignore {value}, ignore={value})."
+            )
+        return Image.fromarray(found.astype(np.uint8))
+
+    def content(self) -> bytes:
+        return image_bytes(self.source) + self.table.tobytes()
+
+    @classmethod
+    def open(cls, targets: Sequence[PixelMask], preprocessing: Preprocessing, allocate: Allocate) -> MaskStore:
+        return MaskStore(targets, preprocessing, allocate)
+
+
+class MaskStore:
+    """Masks as uint8 (N, R, R); batches are int64 (B, S, S)."""
+
+    def __init__(self, masks: Sequence[PixelMask], preprocessing: Preprocessing, allocate: Allocate) -> None:
+        self.masks, self.preprocessing = masks, preprocessing
+        self.pixels = allocate((len(masks), preprocessing.resize_to, preprocessing.resize_to))
+
+    def add(self, row: int, image: Image.Image) -> None:
+        """Read a mask. Raises `DataError` for one of another size than its image."""
+        mask = self.masks[row].read()
+        if mask.size != image.size:
+            raise DataError(
+                f"{source_name(self.masks[row].source)} is {mask.width} x {mask.height} pixels, its image {image.width} x "
+                f"{image.height}. Expected one class for every pixel."
+            )
+        self.pixels[row] = torch.from_numpy(np.array(self.preprocessing.frame(mask, "nearest")))
+
+    def plain(self, rows: Tensor) -> Tensor:
+        return self.preprocessing.center_crop(self.pixels[rows]).long()
+
+    def augmented(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        size = self.preprocessing.image_size
+        grid = F.affine_grid(matrices, [len(rows), 1, size, size], align_corners=False)
+        views = F.grid_sample(
+            self.pixels[rows].float()[:, None], grid, mode="nearest", padding_mode="reflection", align_corners=False
+        )
+        return views[:, 0].long()
+
+
+def read_values(source: ImageSource) -> np.ndarray:
+    """The whole numbers (H, W) uint8 of a mask's picture. Raises `DataError` for another picture."""
+    try:
+        if isinstance(source, np.ndarray | Image.Image):
+            values = np.asarray(source)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                values = np.asarray(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source_name(source)} cannot be read as a mask: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "uib" or values.size == 0:
+        raise DataError(
+            f"{source_name(source)} is a picture of shape {values.shape} and {values.dtype}; expected a mask of one channel "
+            "whose values are classes, such as a grey or palette PNG."
+        )
+    if int(values.max()) > IGNORED or int(values.min()) < 0:
+        raise DataError(f"{source_name(source)} holds the value {int(values.max())}; classes are 0 to {IGNORED - 1}.")
+    return values.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class SegmentationResult(Result):
+    """Shares of pixels in [0, 1]. `per_class` are intersections over unions of the classes that occur; `confusion[i][j]`
+    counts pixels of class i that were answered as class j."""
+
+    miou: float
+    pixel_accuracy: float
+    images: int
+    per_class: dict[str, float]
+    confusion: list[list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "images": self.images}
+
+
+class MaskMeter(Meter):
+    """Collects logits (B, K, H, W) and masks (B, H, W), in which `IGNORED` counts for nothing."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        self.classes, self.images = classes, 0
+        self._matrix = MulticlassConfusionMatrix(max(len(classes), 2), ignore_index=IGNORED)
+
+    def update(self, answers: Tensor, targets: Tensor) -> None:
+        self._matrix.update(answers.argmax(1), targets)
+        self.images += len(answers)
+
+    def result(self) -> SegmentationResult:
+        counts = self._matrix.compute().long()[: len(self.classes), : len(self.classes)]
+        right, asked, answered = counts.diagonal(), counts.sum(1), counts.sum(0)
+        union = asked + answered - right
+        shares = {name: r / u for name, r, u in zip(self.classes, right.tolist(), union.tolist(), strict=True) if u}
+        return SegmentationResult(
+            miou=sum(shares.values()) / max(len(shares), 1),
+            pixel_accuracy=float(right.sum()) / max(int(counts.sum()), 1),
+            images=self.images,
+            per_class=shares,
+            confusion=counts.tolist(),
+        )
+
+
+@register_kind
+class Segmentation(Kind):
+    """One class a pixel; answers are logits (B, K, H, W)."""
+
+    name: ClassVar[str] = "segmentation"
+    metrics: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+    per_class = "IoU"
+    dense = True
+    draws = True
+    framing = "stretch"
+    decoders: ClassVar[Mapping[str, Decoding]] = {
+        "deeplab": Decoding("deeplab", fine_and_coarse),
+        "fcn32": Decoding("fcn", coarsest(1), hidden=0),  # FCN, section 4.2
+        "fcn16": Decoding("fcn", coarsest(2), hidden=0),
+    }
+    libraries = ("torchmetrics",)
+
+    def count_classes(self, targets: Tensor, classes: int) -> Tensor:
+        return torch.bincount(targets.flatten(), minlength=IGNORED + 1)[:classes]
+
+    def weigh_images(self, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        seen = targets != IGNORED
+        if class_weights is None:
+            return seen.sum((1, 2)).float()
+        return torch.where(seen, class_weights[targets.clamp(max=len(class_weights) - 1)], 0.0).sum((1, 2))
+
+    def loss(
+        self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        total = F.cross_entropy(
+            output.float(),
+            targets,
+            class_weights,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+        return total / self.weigh_images(targets, class_weights).sum().clamp(min=1e-12)
+
+    def make_meter(self, classes: Sequence[str]) -> MaskMeter:
+        return MaskMeter(classes)
+
+    def reduce(self, answers: Tensor, top: int = 5) -> list[np.ndarray]:
+        """The best class of every pixel, uint8 (H, W), for each image."""
+        return list(answers.argmax(1).byte().cpu().numpy())
+
+    def describe(self, answer: np.ndarray, view: View, top: int = 5) -> list[Facts]:
+        return [{"label": view.name(index), "share": share} for index, share in areas(answer)[:top]]
+
+    def to_json(self, answer: np.ndarray, view: View, top: int = 5) -> Facts:
+        """All areas, the largest first, and a PNG to lay over `place`: left, top, width and height in shares of the image."""
+        named, (across, down), (left, upper, width, height) = named_colors(view.classes), view.size, view.area
+        place = [left / across, upper / down, width / across, height / down]
+        png = base64.b64encode(encode_png(overlay(answer, len(view.classes)))).decode()
+        return {
+            "areas": [{**named[index], "share": round(share, 6)} for index, share in areas(answer)],
+            "overlay": {"png": png, "place": [round(share, 6) for share in place]},
+        }
+
+    def draw(self, answer: np.ndarray, view: View) -> Image.Image:
+        colors = [tuple(color) for color in palette(len(view.classes)).tolist()]
+        entries = [(colors[index], f"{view.name(index)}: {_percent(share)}") for index, share in areas(answer)]
+        return add_legend(lay_over(answer, view), entries)
+
+
+def areas(classes: np.ndarray) -> list[tuple[int, float]]:
+    """The classes of a map (H, W) with the share of it that each covers, the largest first."""
+    counts = np.bincount(classes.ravel())
+    order = np.argsort(-counts, kind="stable")
+    return [(int(index), float(counts[index] / classes.size)) for index in order if counts[index]]
+
+
+def overlay(classes: np.ndarray, count: int) -> Image.Image:
+    """A picture (RGBA) of a map (H, W) in half-transparent colours, for `count` classes."""
+    colors = np.concatenate([palette(count), np.full((count, 1), OPACITY, dtype=np.uint8)], 1)
+    return Image.fromarray(colors[classes])
+
+
+def lay_over(classes: np.ndarray, view: View) -> Image.Image:
+    """The image (RGB) under the map's colours, where the network saw it."""
+    left, top, width, height = view.area
+    over = overlay(classes, len(view.classes))
+    over = over.resize((max(round(width), 1), max(round(height), 1)), Image.Resampling.NEAREST)
+    whole = Image.new("RGBA", view.size)
+    whole.paste(over, (round(left), round(top)))
+    return Image.alpha_composite(view.image.convert("RGBA"), whole).convert("RGB")
+
+
+def _percent(share: float) -> str:
+    return "< 1 %" if share < 0.005 else f"{100 * share:.0f} %"
