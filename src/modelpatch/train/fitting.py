@@ -282,12 +282,9 @@ class Fit:
         if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
             warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
         if self.method.head_lr > self.kind.head_rate:
-            warnings.warn(
-                f"the head of a {self.kind.name} task learns little at head_lr={self.method.head_lr:g}, the rate for linear "
-                "heads. Set head_lr=0.001.",
-                TrainingWarning,
-                stacklevel=6,
-            )
+            rate = f"head_lr={self.method.head_lr:g}, the rate for linear heads. Set head_lr=0.001"
+            text = f"the head of a {self.kind.name} task learns little at {rate}."
+            warnings.warn(text, TrainingWarning, stacklevel=6)
         patience = self.settings.early_stopping or total
         batches: list[Tensor] = []
         while self.state.step < total and self.state.stale < patience:
@@ -407,18 +404,14 @@ class Fit:
             return None
         counts = torch.zeros(len(self.data.classes), dtype=torch.long)
         for rows in torch.arange(len(self.labels)).split(64):
-            counts += self.kind.count_classes(self._plain_targets(rows), len(counts))
+            counts += self.kind.count_classes(self._targets(self.inputs, self.labels, rows), len(counts))
         return balance(counts).to(self.device)
 
-    def _targets(self, inputs: Inputs, labels: Tensor, rows: Tensor, epoch: int, step: int) -> Any:
-        """The targets of the batch that `inputs.batch` gives for these arguments."""
-        return (
-            inputs.targets(rows, epoch, step) if isinstance(inputs, PlainInputs) and self.kind.dense else labels[rows]
-        )
-
-    def _plain_targets(self, rows: Tensor) -> Any:
-        inputs = self.inputs
-        return inputs.plain_targets(rows) if isinstance(inputs, PlainInputs) and self.kind.dense else self.labels[rows]
+    def _targets(self, inputs: Inputs, labels: Tensor, rows: Tensor, *view: int) -> Any:
+        """The targets of the batch that `inputs.batch` gives for a view, or of plain images without one."""
+        if not (self.kind.dense and isinstance(inputs, PlainInputs)):
+            return labels[rows]
+        return inputs.targets(rows, *view) if view else inputs.plain_targets(rows)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.precision != "auto":
