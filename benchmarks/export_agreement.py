@@ -16,7 +16,7 @@ import torch
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.convert.export import check_onnx, export
+from modelpatch.convert.exporting import check_onnx, export
 
 KINDS = (
     "linear-probe",

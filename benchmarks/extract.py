@@ -16,7 +16,7 @@ from pathlib import Path
 import modelpatch as mp
 from common import mobilenet, report, unpack
 from modelpatch.convert.checkpoint import read_checkpoint
-from modelpatch.convert.export import export
+from modelpatch.convert.exporting import export
 from modelpatch.report.codecs import CodecRow, compare_codecs
 from modelpatch.train import evaluate
 

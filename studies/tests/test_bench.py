@@ -22,13 +22,13 @@ from modelpatch.errors import DataError, TrainingError
 from modelpatch.train import fit
 from modelpatch_studies import bench as bench_module
 from modelpatch_studies.backbones import retrained, untrained
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.data import Sources
 from modelpatch_studies.dense import DENSE, FCN
-from modelpatch_studies.outcome import Outcome
 from modelpatch_studies.pages import claim_cells, doubts, markdown, overview, write_outcome, write_page
-from modelpatch_studies.recipe import Claim, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Job, Recipe, Scale
 from modelpatch_studies.registry import RECIPES
+from modelpatch_studies.results import Results
 
 TINY = Scale(
     data=("colors",),
@@ -58,30 +58,30 @@ def sources(tmp_path: Path) -> Sources:
     return Sources(tmp_path / "data", tmp_path / "cache")
 
 
-def make_recipe(parts: Callable[[Bench], Iterator[Part]], *claims: Claim, scale: Scale = TINY) -> Recipe:
+def make_recipe(parts: Callable[[Workbench], Iterator[Job]], *claims: Claim, scale: Scale = TINY) -> Recipe:
     return Recipe(
         paper="paper", table="table-1", title="a table", section="section 1", notes="None.",
-        scales={"small": scale, "paper": scale}, claims=claims, parts=parts,
+        scales={"small": scale, "paper": scale}, claims=claims, jobs=parts,
     )  # fmt: skip
 
 
-def fixed(values: dict[str, list[float]], done: list[str]) -> Callable[[Bench], Iterator[Part]]:
+def fixed(values: dict[str, list[float]], done: list[str]) -> Callable[[Workbench], Iterator[Job]]:
     """Parts that give the value of a row and seed in two columns, the second ten higher, and say that they ran."""
 
     def work(row: str, seed: int) -> dict[str, float]:
         done.append(f"{row} {seed}")
         return {"a": values[row][seed], "b": values[row][seed] + 10}
 
-    def parts(bench: Bench) -> Iterator[Part]:
+    def parts(bench: Workbench) -> Iterator[Job]:
         for seed in bench.seeds:
             for row in values:
-                yield Part(row, ("a", "b"), seed, partial(work, row, seed))
+                yield Job(row, ("a", "b"), seed, partial(work, row, seed))
 
     return parts
 
 
-def run(recipe: Recipe, sources: Sources, folder: Path, **options: object) -> Outcome:
-    return Bench(recipe, "small", sources, **options).run(folder)  # type: ignore[arg-type]
+def run(recipe: Recipe, sources: Sources, folder: Path, **options: object) -> Results:
+    return Workbench(recipe, "small", sources, **options).run(folder)  # type: ignore[arg-type]
 
 
 # running ------------------------------------------------------------------------------------------------------------
@@ -102,18 +102,18 @@ def test_an_interrupted_run_goes_on_with_the_part_that_was_not_done(sources: Sou
     recipe = make_recipe(fixed({"x": [1.0, 2.0], "y": [3.0, 4.0]}, done))
     stop = {"left": 3}
 
-    def interrupted(bench: Bench) -> Iterator[Part]:
-        def work(part: Part) -> object:
+    def interrupted(bench: Workbench) -> Iterator[Job]:
+        def work(part: Job) -> object:
             stop["left"] -= 1
             if stop["left"] < 0:
                 raise KeyboardInterrupt
             return part.work()
 
-        for part in recipe.parts(bench):
+        for part in recipe.jobs(bench):
             yield replace(part, work=partial(work, part))
 
     with pytest.raises(KeyboardInterrupt):
-        run(replace(recipe, parts=interrupted), sources, tmp_path / "out")
+        run(replace(recipe, jobs=interrupted), sources, tmp_path / "out")
     assert done == ["x 0", "y 0", "x 1"]
     outcome = run(recipe, sources, tmp_path / "out")
     assert done == ["x 0", "y 0", "x 1", "y 1"]
@@ -138,8 +138,8 @@ def test_other_settings_images_and_seeds_are_other_parts(sources: Sources, tmp_p
 
 
 def test_a_part_must_give_the_columns_it_names(sources: Sources, tmp_path: Path) -> None:
-    def parts(bench: Bench) -> Iterator[Part]:
-        yield Part("x", ("a",), 0, lambda: {"b": 1.0})
+    def parts(bench: Workbench) -> Iterator[Job]:
+        yield Job("x", ("a",), 0, lambda: {"b": 1.0})
 
     with pytest.raises(TrainingError, match=r"x, a, seed 0 gave figures for \['b'\]"):
         run(make_recipe(parts), sources, tmp_path / "out")
@@ -147,7 +147,7 @@ def test_a_part_must_give_the_columns_it_names(sources: Sources, tmp_path: Path)
 
 def test_fits_follow_the_scale_and_the_seed(sources: Sources, tmp_path: Path) -> None:
     scale = replace(TINY, images=18, tested=9, steps=5, fit={"batch_size": 8, "image_size": 32})
-    bench = Bench(make_recipe(fixed({}, []), scale=scale), "small", sources, seed=7)
+    bench = Workbench(make_recipe(fixed({}, []), scale=scale), "small", sources, seed=7)
     data = bench.task("colors")
     assert (len(data.train), len(data.test)) == (18, 9)
     assert bench.settings(data, 7) == {
@@ -195,11 +195,11 @@ def test_a_claim_holds_if_all_its_pairs_do_and_one_seed_makes_nothing_certain(so
 
 
 def test_a_claim_of_two_columns_says_where_a_row_is_further_above(sources: Sources, tmp_path: Path) -> None:
-    def parts(bench: Bench) -> Iterator[Part]:
+    def parts(bench: Workbench) -> Iterator[Job]:
         figures = {"x": [{"a": 9.0, "b": 4.0}, {"a": 7.0, "b": 4.0}], "y": [{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 1.0}]}
         for row, seeds in figures.items():
             for seed, values in enumerate(seeds):
-                yield Part(row, ("a", "b"), seed, partial(dict, values))
+                yield Job(row, ("a", "b"), seed, partial(dict, values))
 
     claim = Claim("C1", "x gains more", (("x", "y"),), "", columns=("a",), than=("b",))
     outcome = run(make_recipe(parts, claim), sources, tmp_path / "out")
@@ -290,7 +290,7 @@ def test_networks_of_which_only_shapes_count_are_not_downloaded(
     monkeypatch.setattr(bench_module, "load_backbone", lambda spec, **given: asked.update(given) or nn.Identity())
     for options in ({}, {"pretrained": False}):
         scale = replace(TINY, options=options)
-        Bench(make_recipe(fixed({}, []), scale=scale), "small", Sources(tmp_path, tmp_path)).backbone()
+        Workbench(make_recipe(fixed({}, []), scale=scale), "small", Sources(tmp_path, tmp_path)).backbone()
         assert asked == {"pretrained": not options}
 
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_found_or_unpacked_is_said_in_a_line(tmp_path: Path) -> N
 
 
 def test_a_retrained_backbone_computes_what_the_patched_one_did(sources: Sources) -> None:
-    bench = Bench(make_recipe(fixed({}, [])), "small", sources)
+    bench = Workbench(make_recipe(fixed({}, [])), "small", sources)
     base, data = bench.backbone(), bench.task("colors")
     before = base.fingerprint
     patch = fit(base, data, "full-finetune(lr=0.01)", epochs=1, image_size=32)
@@ -369,7 +369,7 @@ def test_every_recipe_fills_its_table(recipe: Recipe, tmp_path: Path) -> None:
     if "resolutions" in options:
         del settings["image_size"]
     scale = replace(small, data=names, fit=settings, seeds=1, steps=small.steps and 1, images=None, options=options)
-    bench = Bench(replace(recipe, scales={"small": scale}), "small", Sources(tmp_path / "data", tmp_path / "cache"))
+    bench = Workbench(replace(recipe, scales={"small": scale}), "small", Sources(tmp_path / "data", tmp_path / "cache"))
     outcome = bench.run(tmp_path / "out")
     assert {row for claim in recipe.claims for pair in claim.pairs for row in pair} <= set(outcome.rows)
     unbounded = recipe.unit == "%" or not recipe.unit.endswith("%")  # time added to the base's, parameters

@@ -38,9 +38,9 @@ def test_a_table_is_written_and_a_second_run_makes_nothing_anew(run: Run, quick:
     assert (folder / "table.md").read_text().startswith("## k-for-1/table-6")
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (tmp_path / "out" / "report.html").read_text()
-    parts = (folder / "parts.jsonl").read_bytes()
+    parts = (folder / "jobs.jsonl").read_bytes()
     assert run(*command).code == 0
-    assert (folder / "parts.jsonl").read_bytes() == parts
+    assert (folder / "jobs.jsonl").read_bytes() == parts
 
 
 def test_all_recipes_are_listed_with_what_they_need(run: Run) -> None:

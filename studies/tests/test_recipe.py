@@ -12,7 +12,7 @@ from modelpatch.methods.registry import make_method
 from modelpatch.train.settings import check_settings
 from modelpatch_studies import masks, painting, piggyback, subtuning
 from modelpatch_studies.adaptation import ADAPTATION
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.data import Sources
 from modelpatch_studies.normalisation import RANDOM, TABLE_6
 from modelpatch_studies.recipe import Recipe
@@ -34,8 +34,8 @@ def members(spelled: str) -> dict[str, object]:
 def test_a_recipe_can_be_planned_at_both_scales_and_its_claims_compare_rows_it_makes(
     recipe: Recipe, scale: str, tmp_path: object
 ) -> None:
-    bench = Bench(recipe, scale, Sources(folder=None, cache=None))  # type: ignore[arg-type]  no data is read to plan
-    parts = list(recipe.parts(bench))
+    bench = Workbench(recipe, scale, Sources(folder=None, cache=None))  # type: ignore[arg-type]  no data is read to plan
+    parts = list(recipe.jobs(bench))
     rows = {part.row for part in parts}
     assert recipe.claims
     for claim in recipe.claims:

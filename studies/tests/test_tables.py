@@ -30,23 +30,23 @@ from modelpatch_studies import (
     subtuning,
     units,
 )
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.data import Sources
 from modelpatch_studies.recipe import Recipe, Scale
 from tests.test_bench import write_images
 
 
-def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Bench:
+def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Workbench:
     write_images(folder / "data" / "colors", ("red", "green", "blue"))
     write_images(folder / "data" / "others", ("red", "green", "blue"), 1)
     scale: Scale = replace(recipe.scales["small"], data=("colors",), images=None, tested=None, seeds=1)
     scale = replace(scale, **changes)  # type: ignore[arg-type]
-    return Bench(replace(recipe, scales={"small": scale}), "small", Sources(folder / "data", folder / "cache"))
+    return Workbench(replace(recipe, scales={"small": scale}), "small", Sources(folder / "data", folder / "cache"))
 
 
-def figures(bench: Bench) -> dict[str, dict[str, float]]:
+def figures(bench: Workbench) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for part in bench.recipe.parts(bench):
+    for part in bench.recipe.jobs(bench):
         found.setdefault(part.row, {}).update(part.work())
     return found
 
@@ -108,7 +108,7 @@ def test_bits_of_a_mask_that_differ_are_counted(tmp_path: Path) -> None:
 
 def test_chance_is_the_share_of_the_most_frequent_class(tmp_path: Path) -> None:
     bench = bench_of(piggyback.INITIALISATION, tmp_path, data=("colors", "others"), options={"other": "others"})
-    chance = next(part for part in bench.recipe.parts(bench) if part.row == piggyback.CHANCE)
+    chance = next(part for part in bench.recipe.jobs(bench) if part.row == piggyback.CHANCE)
     assert chance.work() == pytest.approx({"colors": 100 / 3})
 
 
@@ -170,7 +170,7 @@ def test_heads_of_means_answer_any_classes_and_know_the_images_they_are_means_of
     heads = painting.open_heads(bench, (data,), 0)
     whole, some = heads(data.classes), heads(data.classes[1:])
     torch.testing.assert_close(whole.weight[1:], some.weight)
-    features = bench.scorer(bench.backbone(), 0).base_features(data.test)
+    features = bench.reader(bench.backbone(), 0).base_features(data.test)
     assert float((whole(features).argmax(1).numpy() == data.test.labels).mean()) > 2 / 3
 
 
@@ -221,7 +221,7 @@ def test_best_rates_are_those_of_held_out_images_on_either_side_of_the_other_met
     test = {normalisation.BOTH: [1, 2, 3, 4], normalisation.TUNED: [5, 6, 7, 8]}
     rates = (0.001, 0.003, 0.01, 0.03)
 
-    def fitted(bench: Bench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
+    def fitted(bench: Workbench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
         return (held[row][rates.index(rate)], test[row][rates.index(rate)]) if rate else (0, 9)
 
     monkeypatch.setattr(normalisation, "_fitted", fitted)

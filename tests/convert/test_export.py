@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import draft_patch, make_timm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.convert.export import check_onnx, export
+from modelpatch.convert.exporting import check_onnx, export
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.full_finetune import FullFinetune

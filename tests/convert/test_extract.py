@@ -16,7 +16,7 @@ from conftest import TinyNet, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert import extract
 from modelpatch.convert.checkpoint import read_checkpoint
-from modelpatch.convert.export import state_dict_of
+from modelpatch.convert.exporting import state_dict_of
 from modelpatch.convert.extraction import DELTA_CODECS, factorise
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchError

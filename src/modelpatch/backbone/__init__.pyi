@@ -7,4 +7,5 @@ from .load import check_writable as check_writable
 from .load import load_backbone as load_backbone
 from .load import save_backbone as save_backbone
 from .preprocessing import Preprocessing as Preprocessing
+from .preprocessing import open_image as open_image
 from .tuning import Tuning as Tuning

@@ -19,8 +19,8 @@ from modelpatch.cli.options import (
     parse_arguments,
 )
 from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
-from modelpatch.convert.export import FORMATS, SUFFIXES, check_onnx
-from modelpatch.convert.export import export as run_export
+from modelpatch.convert.exporting import FORMATS, SUFFIXES, check_onnx
+from modelpatch.convert.exporting import export as run_export
 from modelpatch.data.task import load_task
 from modelpatch.errors import ModelpatchError
 from modelpatch.patch.contents import Patch

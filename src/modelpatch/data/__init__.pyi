@@ -1,3 +1,4 @@
+from .joining import accuracy_by_task as accuracy_by_task
 from .joining import join_tasks as join_tasks
 from .task import Split as Split
 from .task import Task as Task

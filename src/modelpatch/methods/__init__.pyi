@@ -1,4 +1,5 @@
 from .added import Custom as Custom
+from .added import FeatureLoss as FeatureLoss
 from .added import WithLoss as WithLoss
 from .added import with_loss as with_loss
 from .composite import Composite as Composite
@@ -27,4 +28,6 @@ from .registry import METHODS as METHODS
 from .registry import make_method as make_method
 from .scale_bias import ScaleBias as ScaleBias
 from .subset import Subset as Subset
+from .vocabulary import Vocabulary as Vocabulary
+from .vocabulary import vocabulary_of as vocabulary_of
 from .widened import Widened as Widened

@@ -18,28 +18,25 @@ from statistics import fmean
 
 from torch import Tensor
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.task import Task
+from modelpatch import Backbone, Task, evaluate
 from modelpatch.errors import DataError
-from modelpatch.methods.added import with_loss
-from modelpatch.methods.method import Method
-from modelpatch.train import evaluate
-from modelpatch_studies.bench import Bench
+from modelpatch.methods import Method, with_loss
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.losses import Confusion, UniformPrior
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 HOSTS = ("source only", "Uniform Prior", "ADDA-like")
 PACS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon", "pacs_sketch")
 DIGITS = ("mnist", "bundled:digits")
 
 
-def parts(bench: Bench) -> Iterator[Part]:
+def jobs(bench: Workbench) -> Iterator[Job]:
     """A fit for every source, host and kind of network."""
     for seed, (source, targets) in itertools.product(bench.seeds, bench.scale.options["pairs"]):
         column = f"{_short(source)} → {_short(targets[0]) if len(targets) == 1 else 'others'}"
         for host, kind in itertools.product(HOSTS, bench.scale.methods):
             work = partial(_adapt, bench, source, tuple(targets), host, kind, seed, column)
-            yield Part(_row(host, kind), (column,), seed, work)
+            yield Job(_row(host, kind), (column,), seed, work)
 
 
 def _row(host: str, kind: str) -> str:
@@ -51,7 +48,7 @@ def _short(name: str) -> str:
 
 
 def _adapt(
-    bench: Bench, source: str, targets: tuple[str, ...], host: str, kind: str, seed: int, column: str
+    bench: Workbench, source: str, targets: tuple[str, ...], host: str, kind: str, seed: int, column: str
 ) -> Figures:
     backbone, data = bench.backbone(), bench.task(source)
     others = [bench.task(name) for name in targets]
@@ -62,16 +59,16 @@ def _adapt(
     return {column: 100 * fmean(evaluate(backbone, patch, other).score for other in others)}
 
 
-def _hosted(bench: Bench, backbone: Backbone, targets: list[Task], host: str, method: Method, seed: int) -> Method:
+def _hosted(bench: Workbench, backbone: Backbone, targets: list[Task], host: str, method: Method, seed: int) -> Method:
     strength = bench.scale.options["strength"]
     if host == "Uniform Prior":
         return with_loss(method, UniformPrior(strength=strength))
     if host == "ADDA-like":
-        scorer = bench.scorer(backbone, seed)
+        reader = bench.reader(backbone, seed)
 
         def unlabelled() -> Iterator[Tensor]:
             """A batch of each target in turn."""
-            streams = [scorer.labelled(target.train, bench.batch_size) for target in targets]
+            streams = [reader.images(target.train, bench.batch_size, shuffle=True) for target in targets]
             for batches in zip(*streams, strict=False):
                 yield from (images for images, _ in batches)
 
@@ -134,5 +131,5 @@ ADAPTATION = Recipe(
             doubt="All hosts are near what the source alone gives here, and differences within the error.",
         ),
     ),
-    parts=parts,
+    jobs=jobs,
 )

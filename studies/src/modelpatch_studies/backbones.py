@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.convert.export import state_dict_of
-from modelpatch.patch.contents import Patch
+from modelpatch import Backbone, Patch
+from modelpatch.convert import state_dict_of
+from modelpatch.heads import HeadRecord
+from modelpatch.methods import Method
+from modelpatch.patch import BackboneRecord, MethodRecord
+from modelpatch.tasks import TaskRecord
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -35,3 +39,18 @@ def retrained(backbone: Backbone, patch: Patch) -> Backbone:
 def _around(backbone: Backbone, module: nn.Module) -> Backbone:
     """A backbone of its own name: what loads by the old one's is another network."""
     return backbone.around(module, f"module:{type(module).__name__}", {})
+
+
+def untrained_patch(backbone: Backbone, task: TaskRecord, method: Method) -> Patch:
+    """A patch of the method as it is before training, for sizes and times."""
+    with torch.random.fork_rng(devices=[]):
+        model = method.draft(backbone, len(task.classes))
+    return Patch(
+        backbone=BackboneRecord.of(backbone),
+        task=task,
+        preprocessing=backbone.preprocessing,
+        head=cast(HeadRecord, model.head.record),
+        method=MethodRecord(name=method.name, hyperparameters=method.hyperparameters()),
+        grafts=method.blueprint(backbone).grafts,
+        tensors={name: tensor.cpu() for name, tensor in model.tensors().items()},
+    )

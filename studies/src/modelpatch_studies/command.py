@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from modelpatch.errors import ModelpatchError, TrainingError
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.data import Sources
 from modelpatch_studies.pages import listing, print_outcome, write_outcome, write_page
 from modelpatch_studies.pictures import check_matplotlib
@@ -60,7 +60,7 @@ def run(
     check_matplotlib()
     sources = Sources(data, out / "data")
     options: dict[str, Any] = {"seed": seed, "seeds": seeds, "backbone": backbone, "device": _device(device)}
-    benches = [Bench(recipe, scale, sources, progress=True, **options) for recipe in recipes]
+    benches = [Workbench(recipe, scale, sources, progress=True, **options) for recipe in recipes]
     if not data.is_dir():
         raise TrainingError(
             f"--data {data} is not a folder. Expected one that holds the data sets as NAME/ or NAME.tar."

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modelpatch.backbone.preprocessing import ImageSource, open_image
-from modelpatch.data.task import Split, Task, check_classification
+from modelpatch import Task
+from modelpatch.backbone import open_image
+from modelpatch.data import Split
 from modelpatch.errors import DataError
 
 SMALL = 64  # pixels: the shorter side up to which an image counts as small
@@ -334,7 +335,7 @@ KINDS = tuple(CORRUPTIONS)
 # images and tasks -----------------------------------------------------------------------------------------------------
 
 
-def corrupt(image: ImageSource, kind: str, severity: int = 5, seed: int | Sequence[int] = 0) -> np.ndarray:
+def corrupt(image: Any, kind: str, severity: int = 5, seed: int | Sequence[int] = 0) -> np.ndarray:
     """The image as uint8 (H, W, 3), corrupted, its randomness by `seed`. Raises `DataError` for no such kind or severity."""
     _check(kind, severity)
     pixels = np.asarray(open_image(image)) / 255
@@ -345,10 +346,10 @@ def corrupt(image: ImageSource, kind: str, severity: int = 5, seed: int | Sequen
     return _rounded(corruption.apply(pixels, scale, np.random.default_rng(seed), *constants))
 
 
-class CorruptedImages(Sequence[ImageSource]):
+class CorruptedImages(Sequence[Any]):
     """Images that are corrupted whenever they are read, each always in the same way."""
 
-    def __init__(self, images: Sequence[ImageSource], kind: str, severity: int, seed: Sequence[int]) -> None:
+    def __init__(self, images: Sequence[Any], kind: str, severity: int, seed: Sequence[int]) -> None:
         self.images, self.kind, self.severity, self.seed = images, kind, severity, tuple(seed)
 
     def __len__(self) -> int:
@@ -366,7 +367,8 @@ def corrupted(data: Task, kind: str, severity: int = 5, seed: int = 0) -> Task:
 
     Every image has randomness of its own, which follows `seed`. Reading twice corrupts twice: `list(split.images)` keeps them.
     """
-    check_classification(data, "a corruption")
+    if data.task.kind != "classification":
+        raise DataError(f"{data.task.name} is a {data.task.kind} task. Expected images with one class each.")
     _check(kind, severity)
 
     def changed(split: Split, number: int) -> Split:

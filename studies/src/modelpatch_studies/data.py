@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelpatch.data.task import Task, load_task
+from modelpatch import Task, load_task
 from modelpatch.errors import DataError
 
 READING: Mapping[str, Mapping[str, Any]] = {  # what data sets do not say themselves

@@ -13,31 +13,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.tasks.kind import kind_of
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import short
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import short
 from modelpatch_studies.patching import FOUR
 from modelpatch_studies.piggyback import ADAM, INDIVIDUAL, MASKS, PAPER, SGD
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 FROZEN = "frozen backbone"
 METHODS = {FROZEN: "linear-probe(head_lr=0.003)", FOUR: "delta(modules=4,head_lr=0.003)"}
 MEASURED = {"segmentation": "miou", "detection": "map50"}
 
 
-def dense_parts(bench: Bench) -> Iterator[Part]:
+def dense_jobs(bench: Workbench) -> Iterator[Job]:
     """Every data set over the backbone of its place, or the last there is."""
     for seed in bench.seeds:
         for place, name in enumerate(bench.scale.data):
             number = min(place, len(bench.scale.backbones) - 1)
             for row in bench.scale.methods:
-                yield Part(row, (short(name),), seed, partial(_score, bench, row, name, number, seed))
+                yield Job(row, (short(name),), seed, partial(_score, bench, row, name, number, seed))
 
 
-def _score(bench: Bench, row: str, name: str, number: int, seed: int) -> Figures:
-    """The figure of the task's kind in percent, on its test images. Raises `MissingExtraError` without what measures it."""
+def _score(bench: Workbench, row: str, name: str, number: int, seed: int) -> Figures:
+    """The figure of the task's kind in percent, on its test images."""
     data = bench.task(name)
-    kind_of(data.task.kind).check_libraries()
     patch = bench.fit(bench.backbone(number), data, bench.method(row), seed)
     return {short(name): 100 * patch.metrics[f"test_{MEASURED[data.task.kind]}"]}
 
@@ -73,7 +71,7 @@ DENSE = Recipe(
         ),
     },
     claims=(Claim("D10", "Δ-modules are above the frozen backbone", ((FOUR, FROZEN),), "+1.6, +3.4 and +0.8"),),
-    parts=dense_parts,
+    jobs=dense_jobs,
 )
 
 FCN = Recipe(
@@ -123,6 +121,6 @@ FCN = Recipe(
         ),
         Claim("P8", "masks are above the frozen backbone", ((MASKS, FROZEN),), "", small=True),
     ),
-    parts=dense_parts,
+    jobs=dense_jobs,
     published={(MASKS, "voc2012"): 61.41, (INDIVIDUAL, "voc2012"): 61.08},
 )

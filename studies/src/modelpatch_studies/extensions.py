@@ -16,17 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine.engine import Engine
-from modelpatch.methods.confined import confine
-from modelpatch.methods.method import Method
-from modelpatch.patch.contents import Patch
-from modelpatch.select.active import simulate
-from modelpatch.select.budget import draft_patch
-from modelpatch.select.latency import added_latency
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import names, short
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe
+from modelpatch import Engine, Patch, Tuning
+from modelpatch.methods import Method, confine
+from modelpatch.select import added_latency, simulate
+from modelpatch_studies.backbones import untrained_patch
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import names, short
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe
 from modelpatch_studies.subtuning import (
     ADAMW,
     BLOCK,
@@ -40,7 +36,7 @@ from modelpatch_studies.subtuning import (
 )
 
 
-def _top1(bench: Bench, row: str, blocks: tuple[str, ...], seed: int) -> float:
+def _top1(bench: Workbench, row: str, blocks: tuple[str, ...], seed: int) -> float:
     """The mean over data sets of a row's method, confined to these blocks, to none where it tunes none."""
     method = confine(bench.method(row), blocks) if blocks else bench.method(row)
     found = [bench.accuracy(bench.backbone(), bench.task(name), method, seed) for name in names(bench)]
@@ -54,7 +50,7 @@ TOP1, PROBE_TOP1 = "top-1 of the block", "top-1 of the linear probe"
 LAST_BUT_ONE, LAST = "last but one", "last"
 
 
-def inference_parts(bench: Bench) -> Iterator[Part]:
+def inference_jobs(bench: Workbench) -> Iterator[Job]:
     """Costs and accuracy of every block of the chain."""
     count = bench.scale.options["blocks"]
     columns = [*(str(number) for number in range(1, count - 1)), LAST_BUT_ONE, LAST]
@@ -66,27 +62,26 @@ def inference_parts(bench: Bench) -> Iterator[Part]:
         PROBE_TOP1: lambda block, seed: bench.once(("probe", seed), partial(_top1, bench, PROBE, (), seed)),
     }
     for seed, row, (place, column) in itertools.product(bench.seeds, work, enumerate(columns)):
-        yield Part(row, (column,), seed, partial(_cell, bench, work[row], column, place - count, seed))
+        yield Job(row, (column,), seed, partial(_cell, bench, work[row], column, place - count, seed))
 
 
-def _cell(bench: Bench, measure: Callable[[str, int], float], column: str, place: int, seed: int) -> Figures:
+def _cell(bench: Workbench, measure: Callable[[str, int], float], column: str, place: int, seed: int) -> Figures:
     return {column: measure(bench.backbone().chain.blocks[place].name, seed)}
 
 
-def _draft(bench: Bench, method: Method) -> Patch:
+def _draft(bench: Workbench, method: Method) -> Patch:
     """An untrained patch, seen at the backbone's own size."""
-    backbone = bench.backbone()
-    return draft_patch(backbone, bench.task(bench.scale.data[0]).task, method, backbone.preprocessing.image_size)
+    return untrained_patch(bench.backbone(), bench.task(bench.scale.data[0]).task, method)
 
 
-def added_operations(bench: Bench, method: Method) -> float:
+def added_operations(bench: Workbench, method: Method) -> float:
     """The multiply-adds of the patch beside the base, in percent of the base's: what both share counts once."""
     engine = Engine(bench.backbone(), {"patch": _draft(bench, method)}, tuning=Tuning())
     alone = engine.plan_for(only=["base"]).flops
     return 100 * (engine.plan.flops - alone) / alone
 
 
-def _added_time(bench: Bench, method: Method) -> float:
+def _added_time(bench: Workbench, method: Method) -> float:
     return 100 * added_latency(bench.backbone(), _draft(bench, method), runs=bench.scale.options["runs"])
 
 
@@ -134,7 +129,7 @@ INFERENCE = Recipe(
             than=(LAST,),
         ),
     ),
-    parts=inference_parts,
+    jobs=inference_jobs,
 )
 
 
@@ -144,14 +139,14 @@ PLAIN, SIAMESE, RESET = "tuned", "tuned, siamese head", "tuned from random value
 EARLY_STAGES, LATE_STAGES = ("stage 1", "stage 2"), ("stage 3", "stage 4")
 
 
-def way_parts(bench: Bench) -> Iterator[Part]:
+def way_jobs(bench: Workbench) -> Iterator[Job]:
     """Every way in every stage of the chain: the mean over its blocks, each tuned alone, and over data sets."""
     for seed, row in itertools.product(bench.seeds, bench.scale.methods):
         for number in range(4):
-            yield Part(row, (f"stage {number + 1}",), seed, partial(_in_stage, bench, row, number, seed))
+            yield Job(row, (f"stage {number + 1}",), seed, partial(_in_stage, bench, row, number, seed))
 
 
-def _in_stage(bench: Bench, row: str, number: int, seed: int) -> Figures:
+def _in_stage(bench: Workbench, row: str, number: int, seed: int) -> Figures:
     if row == PROBE:
         top1 = bench.once(("probe", seed), partial(_top1, bench, PROBE, (), seed))
     else:
@@ -209,7 +204,7 @@ SIAMESE_WAYS = Recipe(
             than=LATE_STAGES,
         ),
     ),
-    parts=way_parts,
+    jobs=way_jobs,
 )
 
 
@@ -226,17 +221,17 @@ def _pruned(tune: str, least: float) -> dict[str, str]:
     return {WHOLE: f"subset({tune})", **{row: f"pruned(ratio={how},{tune})" for row, how in ways.items()}}
 
 
-def pruning_parts(bench: Bench) -> Iterator[Part]:
+def pruning_jobs(bench: Workbench) -> Iterator[Job]:
     """Top-1 of every row, and how many parameters of the blocks it has left."""
     rows = (PROBE, HALFWAY, WHOLE, *(row for row in bench.scale.methods if row not in (PROBE, WHOLE)))
     for seed, row in itertools.product(bench.seeds, rows):
         for name in names(bench):
-            yield Part(row, (short(name),), seed, partial(_pruned_top1, bench, row, name, seed))
+            yield Job(row, (short(name),), seed, partial(_pruned_top1, bench, row, name, seed))
         if row not in (PROBE, HALFWAY):
-            yield Part(row, (PARAMETERS,), seed, partial(_left, bench, row))
+            yield Job(row, (PARAMETERS,), seed, partial(_left, bench, row))
 
 
-def _blocks(bench: Bench, row: str) -> Method:
+def _blocks(bench: Workbench, row: str) -> Method:
     """The row's method, confined to the last blocks of the chain."""
     if row == PROBE:
         return bench.method(row)
@@ -245,7 +240,7 @@ def _blocks(bench: Bench, row: str) -> Method:
     )
 
 
-def _pruned_top1(bench: Bench, row: str, name: str, seed: int) -> Figures:
+def _pruned_top1(bench: Workbench, row: str, name: str, seed: int) -> Figures:
     def top1(row: str) -> float:
         tune = partial(bench.accuracy, bench.backbone(), bench.task(name), _blocks(bench, row), seed)
         return bench.once(("top1", row, name, seed), tune)
@@ -253,7 +248,7 @@ def _pruned_top1(bench: Bench, row: str, name: str, seed: int) -> Figures:
     return {short(name): statistics.fmean(map(top1, (PROBE, WHOLE) if row == HALFWAY else (row,)))}
 
 
-def _left(bench: Bench, row: str) -> Figures:
+def _left(bench: Workbench, row: str) -> Figures:
     """Parameters of the blocks in percent of those of whole ones."""
     counts = [_blocks(bench, one).count_parameters(bench.backbone()) for one in (row, WHOLE)]
     return {PARAMETERS: 100 * counts[0] / counts[1]}
@@ -300,7 +295,7 @@ PRUNING = Recipe(
         ),
         Claim("T11", "and are above it", ((LEAST, PROBE),), "94 beside 91"),
     ),
-    parts=pruning_parts,
+    jobs=pruning_jobs,
 )
 
 
@@ -310,14 +305,14 @@ MARGIN, RANDOM = "smallest margins", "random"
 STRATEGIES = {MARGIN: "margin", RANDOM: "random"}
 
 
-def label_parts(bench: Bench) -> Iterator[Part]:
+def label_jobs(bench: Workbench) -> Iterator[Job]:
     """A curve over numbers of labels for either way to choose, the mean over data sets."""
     columns = tuple(str(count) for count in bench.scale.options["labels"])
     for seed, row in itertools.product(bench.seeds, STRATEGIES):
-        yield Part(row, columns, seed, partial(_labelled, bench, row, columns, seed))
+        yield Job(row, columns, seed, partial(_labelled, bench, row, columns, seed))
 
 
-def _labelled(bench: Bench, row: str, columns: tuple[str, ...], seed: int) -> Figures:
+def _labelled(bench: Workbench, row: str, columns: tuple[str, ...], seed: int) -> Figures:
     def curves() -> dict[str, list[float]]:
         found = [_curves(bench, name, seed) for name in names(bench)]
         return {
@@ -329,7 +324,7 @@ def _labelled(bench: Bench, row: str, columns: tuple[str, ...], seed: int) -> Fi
     return {column: 100 * top1 for column, top1 in zip(columns, means, strict=True)}
 
 
-def _curves(bench: Bench, name: str, seed: int) -> dict[str, list[float]]:
+def _curves(bench: Workbench, name: str, seed: int) -> dict[str, list[float]]:
     data, labels = bench.task(name), bench.scale.options["labels"]
     found = simulate(bench.backbone(), data, bench.method(BLOCK), labels=labels, **bench.settings(data, seed))
     return {way: found.mean(way) for way in STRATEGIES.values()}
@@ -365,5 +360,5 @@ ACTIVE_LEARNING = Recipe(
         ),
     },
     claims=(Claim("T13", "small margins are above a random draw", ((MARGIN, RANDOM),), "margins above random"),),
-    parts=label_parts,
+    jobs=label_jobs,
 )

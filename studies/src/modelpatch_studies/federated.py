@@ -12,25 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.recipes.multitask import fit_multitask
+from modelpatch import fit_multitask
 from modelpatch_studies.adaptation import PACS
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 ALONE = "alone"
 HEADS, PRIVATE = "shared, local heads", "shared, local scale and bias"
 
 
-def parts(bench: Bench) -> Iterator[Part]:
+def jobs(bench: Workbench) -> Iterator[Job]:
     """One training of all clients for each local patch, and one of every client alone."""
     for seed in bench.seeds:
         for row in (HEADS, PRIVATE):
-            yield Part(row, bench.scale.data, seed, partial(_together, bench, row, bench.scale.data, seed))
+            yield Job(row, bench.scale.data, seed, partial(_together, bench, row, bench.scale.data, seed))
         for name in bench.scale.data:
-            yield Part(ALONE, (name,), seed, partial(_together, bench, PRIVATE, (name,), seed))
+            yield Job(ALONE, (name,), seed, partial(_together, bench, PRIVATE, (name,), seed))
 
 
-def _together(bench: Bench, row: str, names: tuple[str, ...], seed: int) -> Figures:
+def _together(bench: Workbench, row: str, names: tuple[str, ...], seed: int) -> Figures:
     settings = {**bench.scale.fit, "seed": seed, "shared": bench.scale.options["shared"]}
     clients = [bench.task(name) for name in names]
     result = fit_multitask(bench.backbone(), clients, bench.method(row), **settings)
@@ -71,5 +71,5 @@ FEDERATED = Recipe(
         Claim("row 65", "local scale and bias gain over local heads", ((PRIVATE, HEADS),), "future work"),
         Claim("row 65", "the shared update gains over clients alone", ((PRIVATE, ALONE),), "future work"),
     ),
-    parts=parts,
+    jobs=jobs,
 )

@@ -23,12 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.heads.base import pooled_axes
-from modelpatch.methods.added import FeatureLoss
-from modelpatch.methods.keeping import Keeper, Labelled, pull_head, run_features
-from modelpatch.methods.method import Batch, Batches
-from modelpatch.patch.model import PatchedModel
+from modelpatch import Backbone, PatchedModel
+from modelpatch.heads import pooled_width
+from modelpatch.methods import Batch, FeatureLoss, Keeper
 
 
 @dataclass
@@ -69,13 +66,13 @@ class DELTA(Keeper):
 
     backbone: Backbone
     probe: nn.Module
-    labelled: Labelled
+    labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     strength: float = 1e-2
     head_strength: float = 1e-2
     attention: dict[int, Tensor] = field(default_factory=dict)  # by stage's last segment: (C,), adding up to 1
     seen: dict[int, Tensor] = field(default_factory=dict)
 
-    def begin(self, model: PatchedModel, batches: Batches) -> None:
+    def begin(self, model: PatchedModel, batches: Callable[[], Iterable[Tensor]]) -> None:
         self.attention = self._attend([stage[-1].index for stage in self.backbone.chain.stages])
         lasts = [start - 1 for start in (*model.starts[1:], model.end)]
         for last, part in zip(lasts, model.parts, strict=True):
@@ -83,15 +80,18 @@ class DELTA(Keeper):
                 part.register_forward_hook(lambda _, inputs, output, last=last: self.seen.update({last: output}))
 
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        x, at, total = batch.inputs, batch.start, pull_head(model, self.head_strength)
+        x, at, total = (
+            batch.inputs,
+            batch.start,
+            self.head_strength / 2 * sum(p.square().sum() for p in model.head.parameters()),
+        )
         for last, weight in self.attention.items():
             if last < at or last not in self.seen:
                 continue
             with torch.no_grad():
                 x, at = self.backbone.chain.run(x, at, last + 1), last + 1
-            positions = tuple(pooled_axes(self.backbone.chain, last))
-            distance = (self.seen.pop(last).float() - x.float()).square()
-            distance = distance.mean(positions) if positions else distance
+            axis = channel_axis(self.backbone, last)
+            distance = (self.seen.pop(last).float() - x.float()).square().movedim(axis, 1).flatten(2).mean(2)
             total = total + self.strength / 2 * len(weight) * (weight * distance).sum()
         return total
 
@@ -104,7 +104,7 @@ class DELTA(Keeper):
         attention, at = {}, 0
         for last in taps:
             x, at = chain.run(x, at, last + 1), last + 1
-            axis = 1 if tuple(pooled_axes(chain, last)) == (2, 3) else -1
+            axis = channel_axis(self.backbone, last)
             losses = []
             for channel in range(x.shape[axis]):
                 without = x.clone()
@@ -114,6 +114,12 @@ class DELTA(Keeper):
             growth = torch.stack(losses)  # but for the loss with all channels, which the mean takes away
             attention[last] = ((growth - growth.mean()) / growth.std().clamp(min=1e-12) / 5).softmax(0)
         return attention
+
+
+def channel_axis(backbone: Backbone, last: int) -> int:
+    """The axis of channels in the output (B, ...) of segment `last`: 1 for maps with channels first, else the last."""
+    shape = backbone.chain[last].output_shape
+    return 1 if len(shape) == 3 and shape[0] == pooled_width(backbone.chain, last) else len(shape)
 
 
 # adversaries --------------------------------------------------------------------------------------------------------
@@ -138,7 +144,7 @@ class Adversary(FeatureLoss):
     rate: float
     discriminator: nn.Module | None = None
 
-    def begin(self, model: PatchedModel, batches: Batches) -> None:
+    def begin(self, model: PatchedModel, batches: Callable[[], Iterable[Tensor]]) -> None:
         super().begin(model, batches)
         self.discriminator = None  # made with the first features, whose width it has
 
@@ -186,9 +192,10 @@ class Confusion(Adversary):
     rate: float = 1e-3
     _stream: Iterator[Tensor] = field(default_factory=lambda: iter(()))
 
-    def begin(self, model: PatchedModel, batches: Batches) -> None:
+    def begin(self, model: PatchedModel, batches: Callable[[], Iterable[Tensor]]) -> None:
         super().begin(model, batches)
         self._stream = itertools.chain.from_iterable(iter(self.images, None))
 
     def others(self, model: PatchedModel, count: int) -> Tensor:
-        return _Reversed.apply(F.normalize(run_features(model, next(self._stream)).flatten(1).float(), dim=1))
+        model(next(self._stream))  # the hook of `begin` keeps its features
+        return _Reversed.apply(F.normalize(self.features.float(), dim=1))

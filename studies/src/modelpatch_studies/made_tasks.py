@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.preprocessing import ImageSource, open_image
-from modelpatch.data.task import Split, Task
+from modelpatch import Backbone, Patch, Task, evaluate
+from modelpatch.backbone import open_image
+from modelpatch.data import Split
 from modelpatch.errors import DataError
-from modelpatch.methods.vocabulary import Vocabulary
-from modelpatch.patch.contents import Patch
-from modelpatch.tasks.record import TaskRecord
-from modelpatch.train.evaluation import evaluate_classes
+from modelpatch.methods import Vocabulary
+from modelpatch.tasks import TaskRecord
 
 COLORS = {"red": (214, 48, 49), "green": (46, 160, 67), "blue": (48, 96, 200), "yellow": (240, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -63,7 +61,7 @@ def take_classes(data: Task, classes: Sequence[int] | np.ndarray, name: str) -> 
 
 def transfer_accuracy(backbone: Backbone, patch: Patch, vocabulary: Vocabulary, data: Task) -> float:
     """Top-1 in [0, 1] of a patched body on the test images of a task it was not patched on, answered by words."""
-    return evaluate_classes(backbone, vocabulary.relabel(patch, data.classes), data).top1
+    return evaluate(backbone, vocabulary.relabel(patch, data.classes), data).score
 
 
 # typographic attacks ------------------------------------------------------------------------------------------------
@@ -78,7 +76,7 @@ def write_words(data: Task, words: Mapping[str, str] | None = None, seed: int = 
 
     def attack(split: Split, number: int) -> Split:
         generator = np.random.default_rng((seed, number))
-        images: list[ImageSource] = []
+        images: list[Any] = []
         for image, label in zip(split.images, split.labels, strict=True):
             wrong = int(generator.integers(len(names) - 1))
             images.append(_written(open_image(image), names[wrong + (wrong >= label)], generator))

@@ -20,15 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modelpatch.backbone.load import load_backbone
+from modelpatch import Patch, load_backbone
 from modelpatch.errors import TrainingError
-from modelpatch.methods.packnet import PackNet
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.inspect import Inspection
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import each, short, top1
+from modelpatch.methods import PackNet
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import each, short, top1
 from modelpatch_studies.piggyback import CLASSIFIER, MASKS, NORMS, PACKNET, PAPER, SGD, SMALL
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe
 
 # zeros ----------------------------------------------------------------------------------------------------------------------
 
@@ -37,19 +35,19 @@ EARLY, LATE = "first half of the network", "last half of the network"
 ALL = "all"
 
 
-def sparsity_parts(bench: Bench) -> Iterator[Part]:
+def sparsity_jobs(bench: Workbench) -> Iterator[Job]:
     """A row for every data set along the network, and rows over all of it that claims compare."""
     depth = [str(number + 1) for number in range(bench.scale.options["depth"])]
     for seed in bench.seeds:
         for name in bench.scale.data:
-            yield Part(short(name), (*depth, ALL), seed, partial(_along, bench, name, seed))
+            yield Job(short(name), (*depth, ALL), seed, partial(_along, bench, name, seed))
         for row in (HARDER, EASIER):
-            yield Part(row, (ALL,), seed, partial(_by_difficulty, bench, row, seed))
+            yield Job(row, (ALL,), seed, partial(_by_difficulty, bench, row, seed))
         for row in (EARLY, LATE):
-            yield Part(row, (ALL,), seed, partial(_by_half, bench, row, seed))
+            yield Job(row, (ALL,), seed, partial(_by_half, bench, row, seed))
 
 
-def masked_out(bench: Bench, name: str, seed: int) -> np.ndarray:
+def masked_out(bench: Workbench, name: str, seed: int) -> np.ndarray:
     """(D, 2): weights that the mask leaves out, and weights, of D runs of segments from the input to the output.
 
     Raises `TrainingError` for a network with fewer segments that have weights.
@@ -77,12 +75,12 @@ def _percent(counts: np.ndarray) -> float:
     return 100 * float(zeros / weights)
 
 
-def _along(bench: Bench, name: str, seed: int) -> Figures:
+def _along(bench: Workbench, name: str, seed: int) -> Figures:
     counts = masked_out(bench, name, seed)
     return {**{str(number + 1): _percent(run) for number, run in enumerate(counts)}, ALL: _percent(counts)}
 
 
-def _by_difficulty(bench: Bench, row: str, seed: int) -> Figures:
+def _by_difficulty(bench: Workbench, row: str, seed: int) -> Figures:
     """Half of the tasks, by the accuracy of the classifier alone; of an odd number the middle one is in both halves."""
     tasks = bench.scale.data
     accuracy = bench.once(("classifier", seed), lambda: {name: top1(bench, CLASSIFIER, name, seed) for name in tasks})
@@ -90,7 +88,7 @@ def _by_difficulty(bench: Bench, row: str, seed: int) -> Figures:
     return {ALL: statistics.fmean(_percent(masked_out(bench, name, seed)) for name in ordered)}
 
 
-def _by_half(bench: Bench, row: str, seed: int) -> Figures:
+def _by_half(bench: Workbench, row: str, seed: int) -> Figures:
     """The mean over tasks and over the runs of half of the network: every run counts the same, whatever its size."""
     half = bench.scale.options["depth"] // 2
     taken = slice(None, half) if row == EARLY else slice(-half, None)
@@ -142,7 +140,7 @@ SPARSITY = Recipe(
             doubt="Likely because tasks unlike the photos that the bundled network knows change its first layers as well.",
         ),
     ),
-    parts=sparsity_parts,
+    jobs=sparsity_jobs,
 )
 
 
@@ -152,17 +150,17 @@ BEFORE, AFTER = "base, before all tasks", "base, after all tasks"
 TOP1, CHANGED = "mean top-1", "numbers changed"
 
 
-def order_parts(bench: Bench) -> Iterator[Part]:
+def order_jobs(bench: Workbench) -> Iterator[Job]:
     """Every task where it comes earlier and where it comes later of two opposite orders, and the base before and after."""
     for seed in bench.seeds:
         for method in (MASKS, PACKNET):
             for place in ("earlier", "later"):
-                yield Part(f"{method}, {place}", (TOP1, CHANGED), seed, partial(_place, bench, method, place, seed))
+                yield Job(f"{method}, {place}", (TOP1, CHANGED), seed, partial(_place, bench, method, place, seed))
         for row in (BEFORE, AFTER):
-            yield Part(row, (CHANGED,), seed, partial(_base, bench, row, seed))
+            yield Job(row, (CHANGED,), seed, partial(_base, bench, row, seed))
 
 
-def _learned(bench: Bench, method: str, names: Sequence[str], seed: int) -> dict[str, Patch]:
+def _learned(bench: Workbench, method: str, names: Sequence[str], seed: int) -> dict[str, Patch]:
     """Patches of the tasks, one after another; PackNet packs each after those before it."""
     patches: dict[str, Patch] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +175,7 @@ def _learned(bench: Bench, method: str, names: Sequence[str], seed: int) -> dict
     return patches
 
 
-def both_orders(bench: Bench, method: str, seed: int) -> dict[str, tuple[Patch, Patch]]:
+def both_orders(bench: Workbench, method: str, seed: int) -> dict[str, tuple[Patch, Patch]]:
     """Every task's patch where it comes earlier, and where it comes later."""
 
     def learn() -> dict[str, tuple[Patch, Patch]]:
@@ -195,7 +193,7 @@ def changed(first: Patch, second: Patch) -> float:
     return 100 * count / sum(tensor.numel() for tensor in first.tensors.values())
 
 
-def _place(bench: Bench, method: str, place: str, seed: int) -> Figures:
+def _place(bench: Workbench, method: str, place: str, seed: int) -> Figures:
     pairs = both_orders(bench, method, seed).values()
     number = ("earlier", "later").index(place)
     return {
@@ -204,7 +202,7 @@ def _place(bench: Bench, method: str, place: str, seed: int) -> Figures:
     }
 
 
-def _base(bench: Bench, row: str, seed: int) -> Figures:
+def _base(bench: Workbench, row: str, seed: int) -> Figures:
     """Percent of the logits of test images that are not those of the network as it is loaded."""
     spec = bench.scale.backbones[0]
     own = load_backbone(spec).to(bench.device)
@@ -213,8 +211,7 @@ def _base(bench: Bench, row: str, seed: int) -> Figures:
         for method in (MASKS, PACKNET):
             both_orders(bench, method, seed)
     split = bench.task(bench.scale.data[0]).test
-    store, rows = bench.scorer(own, seed).store(split), torch.arange(len(split))
-    images = store.plain(rows[: bench.batch_size]).to(bench.device)
+    images, _ = next(bench.reader(own, seed).images(split, bench.batch_size))
     with torch.no_grad():
         different = own(images) != used(images)
     return {CHANGED: 100 * float(different.double().mean())}
@@ -260,7 +257,7 @@ ORDER = Recipe(
             columns=(TOP1,),
         ),
     ),
-    parts=order_parts,
+    jobs=order_jobs,
 )
 
 
@@ -269,12 +266,12 @@ ORDER = Recipe(
 BIT, TERNARY = "one bit a weight", "Piggyback, ternary"
 
 
-def overhead(bench: Bench, row: str, name: str, seed: int) -> float:
+def overhead(bench: Workbench, row: str, name: str, seed: int) -> float:
     """Percent of the network's bytes that a task's patch takes in its file, without its classifier."""
     if row == BIT:
         return 100 / 32
     patch = bench.fit(bench.backbone(), bench.task(name), bench.method(row), seed)
-    inspection = Inspection.of(patch)
+    inspection = patch.inspect()
     return 100 * sum(part.bytes for part in inspection.parts if part.kind != "head") / inspection.backbone_bytes
 
 
@@ -299,5 +296,5 @@ OVERHEAD = Recipe(
         Claim("P7", "masks take at most one bit a weight", ((BIT, MASKS),), "1/32 of the weights", small=True),
         Claim("P7", "ternary masks take at most two", ((BIT, TERNARY),), "2/32", margin=-100 / 32, small=True),
     ),
-    parts=each(overhead, BIT),
+    jobs=each(overhead, BIT),
 )

@@ -18,9 +18,9 @@ from dataclasses import replace
 from functools import partial
 
 from modelpatch.errors import DivergedError
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import each, held_and_test, top1, top1_over_random
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import each, held_and_test, top1, top1_over_random
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 SETS = ("flowers102", "stanford_cars", "fgvc_aircraft", "cifar100")
 RMSPROP = "optimizer=rmsprop,head_lr=0.045"
@@ -99,7 +99,7 @@ TRANSFER = Recipe(
         ),
         Claim("K1", "depthwise filters with the last layer are above the last layer", ((FILTERS, LAST),), ""),
     ),
-    parts=each(top1),
+    jobs=each(top1),
 )
 
 RANDOM = Recipe(
@@ -139,7 +139,7 @@ RANDOM = Recipe(
             margin=10,
         ),
     ),
-    parts=each(top1_over_random),
+    jobs=each(top1_over_random),
 )
 
 TABLE_6 = Recipe(
@@ -186,7 +186,7 @@ TABLE_6 = Recipe(
             small=True,
         ),
     ),
-    parts=each(top1),
+    jobs=each(top1),
 )
 
 # learning rates -----------------------------------------------------------------------------------------------------
@@ -195,19 +195,19 @@ BELOW, FROM = "full fine-tuning, best rate below S/B's", "full fine-tuning, best
 ABOVE, UP_TO = "S/B, best rate above full fine-tuning's", "S/B, best rate up to full fine-tuning's"
 
 
-def rate_parts(bench: Bench) -> Iterator[Part]:
+def rate_jobs(bench: Workbench) -> Iterator[Job]:
     """Every row at every rate, as the mean over data sets; what does not depend on the rate is as high everywhere."""
     rates = bench.scale.options["learning_rates"]
     for seed, row, rate in itertools.product(bench.seeds, (LAST, BOTH, TUNED, BELOW, FROM, ABOVE, UP_TO), rates):
-        yield Part(row, (f"{rate:g}",), seed, partial(_at_rate, bench, row, rate, seed))
+        yield Job(row, (f"{rate:g}",), seed, partial(_at_rate, bench, row, rate, seed))
 
 
-def _at_rate(bench: Bench, row: str, rate: float, seed: int) -> Figures:
+def _at_rate(bench: Workbench, row: str, rate: float, seed: int) -> Figures:
     found = [_rated(bench, row, name, rate, seed) for name in bench.scale.data]
     return {f"{rate:g}": sum(found) / len(found)}
 
 
-def _rated(bench: Bench, row: str, name: str, rate: float, seed: int) -> float:
+def _rated(bench: Workbench, row: str, name: str, rate: float, seed: int) -> float:
     def fitted(row: str, rate: float) -> tuple[float, float]:
         return bench.once(("rate", row, name, rate, seed), partial(_fitted, bench, row, name, rate, seed))
 
@@ -230,7 +230,7 @@ def _rated(bench: Bench, row: str, name: str, rate: float, seed: int) -> float:
     return fitted(own, best(own, groups[row]))[1] if groups[row] else fitted(LAST, 0)[1]
 
 
-def _fitted(bench: Bench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
+def _fitted(bench: Workbench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
     """Top-1 in percent on held-out and on test images of a row at a rate, 0 where the training diverges."""
     method = replace(bench.method(row), lr=rate) if rate else bench.method(row)
     try:
@@ -272,5 +272,5 @@ RATES = Recipe(
             small=True,
         ),
     ),
-    parts=rate_parts,
+    jobs=rate_jobs,
 )

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from modelpatch_studies.html import Page
-from modelpatch_studies.outcome import Difference, Outcome, Verdict
 from modelpatch_studies.pictures import draw
 from modelpatch_studies.recipe import Claim
 from modelpatch_studies.registry import RECIPES
+from modelpatch_studies.results import Gap, Results, Verdict
 
 CLAIMS = ("claim", "of", "the paper", "here", "columns above", "verdict")
 OVERVIEW = ("claim", "table", "known to hold at this scale", "verdict")
@@ -23,20 +23,20 @@ METHODS = ("row", "method")
 LISTED = ("paper", "table", "what", "claims", "data by scale")
 
 
-def cells(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+def cells(outcome: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows: mean ± standard error over seeds, and the paper's figure in brackets where a cell means the same."""
     rows = [[row, *(_cell(outcome, row, column) for column in outcome.columns)] for row in outcome.rows]
     return ["", *outcome.columns], rows
 
 
-def _cell(outcome: Outcome, row: str, column: str) -> str:
+def _cell(outcome: Results, row: str, column: str) -> str:
     mean = outcome.mean(row, column)
     published = outcome.recipe.published.get((row, column))
     text = "–" if mean is None else str(mean)
     return text if published is None else f"{text} ({published:g})"
 
 
-def claim_cells(outcome: Outcome) -> list[list[str]]:
+def claim_cells(outcome: Results) -> list[list[str]]:
     """A row of `CLAIMS` for every difference of every claim; the claim's words and its verdict stand in the first."""
     rows = []
     for verdict in outcome.verdicts:
@@ -50,21 +50,21 @@ def claim_cells(outcome: Outcome) -> list[list[str]]:
     return rows
 
 
-def _pair(claim: Claim, one: Difference) -> str:
+def _pair(claim: Claim, one: Gap) -> str:
     pair = f"{one.better} − {one.worse}"
     return f"{pair}, {', '.join(claim.columns)} beyond {', '.join(claim.than)}" if claim.than else pair
 
 
-def _difference(one: Difference, margin: float) -> str:
+def _difference(one: Gap, margin: float) -> str:
     sign = "+" if one.mean.value >= 0 else ""
     return f"{sign}{one.mean}" + (f" (at least {margin:g})" if margin else "")
 
 
-def _verdict(outcome: Outcome, verdict: Verdict) -> str:
+def _verdict(outcome: Results, verdict: Verdict) -> str:
     return verdict.word if outcome.is_known(verdict.claim) else f"{verdict.word} (not known to hold at this scale)"
 
 
-def overview(outcomes: Sequence[Outcome]) -> list[list[str]]:
+def overview(outcomes: Sequence[Results]) -> list[list[str]]:
     """A row of `OVERVIEW` for every claim of all tables."""
     rows = []
     for outcome in outcomes:
@@ -74,13 +74,13 @@ def overview(outcomes: Sequence[Outcome]) -> list[list[str]]:
     return rows
 
 
-def doubts(outcome: Outcome) -> list[str]:
+def doubts(outcome: Results) -> list[str]:
     """What is known of the claims that fail at the small scale, a sentence or a few each."""
     failed = [verdict.claim for verdict in outcome.verdicts if outcome.scale == "small" and not verdict.holds]
     return [f"{claim.name} does not hold here. {claim.doubt}" for claim in failed if claim.doubt]
 
 
-def settings_line(outcome: Outcome) -> str:
+def settings_line(outcome: Results) -> str:
     """What the figures were made with, in a line."""
     scale = outcome.recipe.scales[outcome.scale]
     counts = ", ".join(f"{name} {train}/{test}" for name, (train, test) in outcome.facts["images"].items())
@@ -96,7 +96,7 @@ def settings_line(outcome: Outcome) -> str:
     return "; ".join(filter(None, said))
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
+def print_outcome(console: Console, outcome: Results) -> None:
     """Print the figures, the claims and the settings."""
     header, rows = cells(outcome)
     console.print(f"{outcome.recipe.name}: {outcome.recipe.title}", markup=False, highlight=False)
@@ -124,7 +124,7 @@ def _terminal_table(header: Sequence[str], rows: Sequence[Sequence[str]], right:
     return table
 
 
-def markdown(outcome: Outcome) -> str:
+def markdown(outcome: Results) -> str:
     """Figures, claims, and where the recipe leaves the paper."""
     header, rows = cells(outcome)
     methods = outcome.recipe.scales[outcome.scale].methods
@@ -146,14 +146,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def write_outcome(outcome: Outcome, folder: Path) -> None:
+def write_outcome(outcome: Results, folder: Path) -> None:
     """`outcome.json`, `table.md` and `picture.png` in the folder. Raises `MissingExtraError` without matplotlib."""
     (folder / "outcome.json").write_text(json.dumps(outcome.as_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(markdown(outcome), encoding="utf-8")
     draw(outcome, folder / "picture.png")
 
 
-def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:
+def write_page(outcomes: Sequence[Results], folder: Path) -> Path:
     """One HTML page of all outcomes, whose pictures lie in `folder`; its path."""
     verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
     held = sum(verdict.holds for verdict in verdicts)

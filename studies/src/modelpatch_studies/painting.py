@@ -12,30 +12,28 @@ decay 0.1, batches of 128, 2,000 steps of which 200 warm up, cosine, under heads
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modelpatch.backbone.text_tower import OWN
-from modelpatch.data.task import Task
-from modelpatch.heads.base import CosineHead
-from modelpatch.methods.paint import Paint
-from modelpatch.methods.vocabulary import SCALE, vocabulary_of
-from modelpatch.recipes import paint
-from modelpatch.recipes.painting import HeadMaker, Painting, PaintSettings
-from modelpatch.recipes.tradeoff import Point, Rule, alphas
-from modelpatch_studies.bench import Bench
+from modelpatch import PaintSettings, Task, paint
+from modelpatch.heads import CosineHead
+from modelpatch.methods import Paint, vocabulary_of
+from modelpatch.recipes import Painting, Point, Rule
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import names, short
 from modelpatch_studies.made_tasks import split_classes
-from modelpatch_studies.parts import names, short
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 SUPPORTED, PATCHED, MEAN, CHOSEN = "supported", "patched", "mean of both", "mean of both, alpha chosen"
 JOINT, SEQUENTIAL, PARALLEL, PLAIN = "joint", "sequential", "parallel", "sequential, no interpolation"
 JOINTLY = PaintSettings(mode="joint")
+SCALE = 100.0  # of cosines, as of words in CLIP
 EXPLORATIONS = {
     JOINT: JOINTLY,
     SEQUENTIAL: PaintSettings(mode="sequential"),
@@ -69,7 +67,7 @@ PAPER = Scale(
 
 
 def painted(
-    bench: Bench,
+    bench: Workbench,
     patched: tuple[str, ...],
     exploration: PaintSettings,
     seed: int,
@@ -88,21 +86,21 @@ def painted(
 # the curve --------------------------------------------------------------------------------------------------------------
 
 
-def curve_parts(bench: Bench) -> Iterator[Part]:
+def curve_jobs(bench: Workbench) -> Iterator[Job]:
     """The rows of one curve, which is the mean of those of every data set."""
-    columns = tuple(f"{alpha:g}" for alpha in alphas(bench.scale.options["alphas"]))
+    columns = tuple(f"{alpha:g}" for alpha in np.linspace(0, 1, bench.scale.options["alphas"]).round(6))
     for seed in bench.seeds:
         for row in (SUPPORTED, PATCHED, MEAN, CHOSEN):
-            yield Part(row, columns, seed, partial(_row, bench, row, columns, seed))
+            yield Job(row, columns, seed, partial(_row, bench, row, columns, seed))
 
 
-def _row(bench: Bench, row: str, columns: tuple[str, ...], seed: int) -> Figures:
+def _row(bench: Workbench, row: str, columns: tuple[str, ...], seed: int) -> Figures:
     curves = bench.latest("curves", seed, lambda: [_curve(bench, name, seed) for name in names(bench)])
     sums = [[curve[row][place] for curve in curves] for place in range(len(columns))]
     return {column: 100 * sum(values) / len(values) for column, values in zip(columns, sums, strict=True)}
 
 
-def _curve(bench: Bench, name: str, seed: int) -> dict[str, list[float]]:
+def _curve(bench: Workbench, name: str, seed: int) -> dict[str, list[float]]:
     """Accuracies along alpha by row; the chosen one is as high everywhere."""
     painting = painted(bench, (name,), JOINTLY, seed)
     points = painting.curve
@@ -144,21 +142,21 @@ CURVE = Recipe(
             doubt="Alpha is chosen on held-out images, 1 among the choices: on test images it can be below by what that errs.",
         ),
     ),
-    parts=curve_parts,
+    jobs=curve_jobs,
 )
 
 
 # several tasks ------------------------------------------------------------------------------------------------------------
 
 
-def mode_parts(bench: Bench) -> Iterator[Part]:
+def mode_jobs(bench: Workbench) -> Iterator[Job]:
     """Every way to patch all tasks."""
     for seed in bench.seeds:
         for row in EXPLORATIONS:
-            yield Part(row, (SUPPORTED, PATCHED, MEAN), seed, partial(_mode, bench, row, seed))
+            yield Job(row, (SUPPORTED, PATCHED, MEAN), seed, partial(_mode, bench, row, seed))
 
 
-def _mode(bench: Bench, row: str, seed: int) -> Figures:
+def _mode(bench: Workbench, row: str, seed: int) -> Figures:
     chosen = painted(bench, names(bench), EXPLORATIONS[row], seed).chosen
     return {
         SUPPORTED: 100 * chosen.mean("supported"),
@@ -195,7 +193,7 @@ MODES = Recipe(
             small=True,
         ),
     ),
-    parts=mode_parts,
+    jobs=mode_jobs,
 )
 
 
@@ -205,20 +203,20 @@ HALF_BASE, HALF_PATCHED = "patched half, base", "patched half, patched"
 OTHER_BASE, OTHER_PATCHED = "other half, base", "other half, patched"
 
 
-def transfer_parts(bench: Bench) -> Iterator[Part]:
+def transfer_jobs(bench: Workbench) -> Iterator[Job]:
     """One patch for half of every data set's classes; each seed draws halves of its own."""
     for seed in bench.seeds:
         for name in names(bench):
             for row in (HALF_BASE, HALF_PATCHED, OTHER_BASE, OTHER_PATCHED):
-                yield Part(row, (short(name),), seed, partial(_transferred, bench, row, name, seed))
+                yield Job(row, (short(name),), seed, partial(_transferred, bench, row, name, seed))
 
 
-def _transferred(bench: Bench, row: str, name: str, seed: int) -> Figures:
+def _transferred(bench: Workbench, row: str, name: str, seed: int) -> Figures:
     found = bench.latest("transfer", (name, seed), lambda: transferred(bench, name, seed))
     return {short(name): 100 * found[row]}
 
 
-def transferred(bench: Bench, name: str, seed: int) -> dict[str, float]:
+def transferred(bench: Workbench, name: str, seed: int) -> dict[str, float]:
     """Top-1 in [0, 1] by row, each half answered among its own classes."""
     first, second = split_classes(bench.task(name), seed)
     supported = bench.task(bench.scale.options["supported"])
@@ -229,13 +227,13 @@ def transferred(bench: Bench, name: str, seed: int) -> dict[str, float]:
     painting = paint(
         bench.backbone(), first, supported, method=method, heads=heads, exploration=exploration, **settings
     )
-    scorer, labels = bench.scorer(bench.backbone(), seed), torch.from_numpy(second.test.labels)
+    reader, labels = bench.reader(bench.backbone(), seed), torch.from_numpy(second.test.labels)
     model, head = bench.backbone().patched(painting.patch), heads(second.classes).cpu()
     found = {
         row: float((head(features).argmax(1) == labels).double().mean())
         for row, features in (
-            (OTHER_BASE, scorer.base_features(second.test)),
-            (OTHER_PATCHED, scorer.features(model, second.test)),
+            (OTHER_BASE, reader.base_features(second.test)),
+            (OTHER_PATCHED, reader.features(model, second.test)),
         )
     }
     return {
@@ -245,16 +243,16 @@ def transferred(bench: Bench, name: str, seed: int) -> dict[str, float]:
     }
 
 
-def open_heads(bench: Bench, tasks: Sequence[Task], seed: int) -> HeadMaker:
+def open_heads(bench: Workbench, tasks: Sequence[Task], seed: int) -> Callable[[Sequence[str]], CosineHead]:
     """Heads of any of these tasks' classes that nothing trains: of words, or of the means of the base's features.
 
     Means are of features of unit length over a class's training images; what all of them have in common is taken away.
     """
     if bench.scale.options["heads"] == "words":
-        return vocabulary_of(bench.backbone(), OWN).head
-    scorer, means = bench.scorer(bench.backbone(), seed), {}
+        return vocabulary_of(bench.backbone(), "own").head
+    reader, means = bench.reader(bench.backbone(), seed), {}
     for data in tasks:
-        features, labels = F.normalize(scorer.base_features(data.train), dim=1), torch.from_numpy(data.train.labels)
+        features, labels = F.normalize(reader.base_features(data.train), dim=1), torch.from_numpy(data.train.labels)
         means.update({name: features[labels == number].mean(0) for number, name in enumerate(data.classes)})
     middle = torch.stack(list(means.values())).mean(0)
 
@@ -298,7 +296,7 @@ TRANSFER = Recipe(
         ),
         Claim("control", "and the patched half", ((HALF_PATCHED, HALF_BASE),), "", small=True),
     ),
-    parts=transfer_parts,
+    jobs=transfer_jobs,
 )
 
 
@@ -309,14 +307,14 @@ EVERY = "all three supported sets"
 ALPHA, OVERALL = "alpha, %", "mean of patched and all supported, %"
 
 
-def supported_parts(bench: Bench) -> Iterator[Part]:
+def supported_jobs(bench: Workbench) -> Iterator[Job]:
     """The alpha that each supported set chooses, and all of them; means over the patched tasks."""
     for seed in bench.seeds:
         for row in (*SETS, EVERY):
-            yield Part(row, (ALPHA, OVERALL), seed, partial(_supported, bench, row, seed))
+            yield Job(row, (ALPHA, OVERALL), seed, partial(_supported, bench, row, seed))
 
 
-def _supported(bench: Bench, row: str, seed: int) -> Figures:
+def _supported(bench: Workbench, row: str, seed: int) -> Figures:
     """One painting a patched task, whose mixtures every supported set chooses from on its own held-out images."""
     supported = bench.scale.options["sets"]
     patched = [name for name in bench.scale.data if name not in supported]
@@ -383,5 +381,5 @@ STABLE = Recipe(
             columns=(OVERALL,),
         ),
     ),
-    parts=supported_parts,
+    jobs=supported_jobs,
 )

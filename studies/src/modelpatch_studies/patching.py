@@ -14,32 +14,33 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
-from modelpatch.data.joining import accuracy_by_task, join_tasks
-from modelpatch.methods.paint import Paint
-from modelpatch.recipes import paint
-from modelpatch.recipes.painting import Painter, PaintSettings
-from modelpatch.train.evaluation import evaluate_classes, harmonic_mean
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import each, names, short, top1
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch import PaintSettings, evaluate, harmonic_mean, join_tasks, paint
+from modelpatch.data import accuracy_by_task
+from modelpatch.methods import Paint
+from modelpatch.tasks import Evaluation
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import each, names, short, top1
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 PROBE, NAIVE, FAIR = "linear probe", "PAINT, naive", "PAINT, fair"
 ONE, TWO, FOUR = "Δ(1)", "Δ(2)", "Δ(4)"
 
 
-def base_top1(bench: Bench, name: str, seed: int) -> float:
+def base_top1(bench: Workbench, name: str, seed: int) -> float:
     """Top-1 in percent of the untouched base on its own task, as PAINT scores it."""
     data, supported = bench.task(name), bench.task(bench.scale.options["supported"])
 
     def score() -> float:
-        settings = bench.settings(data, seed)
-        painter = Painter(bench.backbone(), [data], [supported], Paint(), None, PaintSettings(), False, settings)
-        return 100 * painter.base().mean("supported")
+        exploration = PaintSettings(steps=2)
+        settings = {**bench.settings(data, seed), "epochs": 1}
+        return 100 * paint(bench.backbone(), data, supported, exploration=exploration, **settings).base.mean(
+            "supported"
+        )
 
     return bench.latest("base", seed, score)
 
 
-def measure(bench: Bench, row: str, name: str, seed: int) -> float:
+def measure(bench: Workbench, row: str, name: str, seed: int) -> float:
     """The harmonic mean of both tasks, in percent."""
     if row not in (NAIVE, FAIR):
         return harmonic_mean(base_top1(bench, name, seed), top1(bench, row, name, seed))
@@ -115,7 +116,7 @@ TABLE_2 = Recipe(
             doubt="Likely because four modules start from skips of a half in every stage and take the most steps.",
         ),
     ),
-    parts=each(measure),
+    jobs=each(measure),
 )
 
 
@@ -124,25 +125,25 @@ TABLE_2 = Recipe(
 IN_TURN, JOINTLY = "one after another", "jointly"
 
 
-def several_parts(bench: Bench) -> Iterator[Part]:
+def several_jobs(bench: Workbench) -> Iterator[Job]:
     """Every method in both ways, all tasks at once."""
     columns = tuple(short(name) for name in names(bench))
     for seed in bench.seeds:
         for row in bench.scale.methods:
             for way, work in ((IN_TURN, _in_turn), (JOINTLY, _jointly)):
-                yield Part(f"{row}, {way}", columns, seed, partial(work, bench, row, seed))
+                yield Job(f"{row}, {way}", columns, seed, partial(work, bench, row, seed))
 
 
-def _in_turn(bench: Bench, row: str, seed: int) -> Figures:
+def _in_turn(bench: Workbench, row: str, seed: int) -> Figures:
     """Top-1 in percent of every task's own patch; the call names the task, and no patch changes what others answer."""
     return {short(name): top1(bench, row, name, seed) for name in names(bench)}
 
 
-def _jointly(bench: Bench, row: str, seed: int) -> Figures:
+def _jointly(bench: Workbench, row: str, seed: int) -> Figures:
     """Top-1 in percent by task of one patch whose head answers all classes of all tasks."""
     data = join_tasks([bench.task(name) for name in names(bench)])
     patch = bench.fit(bench.backbone(), data, bench.method(row), seed)
-    measured = evaluate_classes(bench.backbone(), patch, data)
+    measured = cast(Evaluation, evaluate(bench.backbone(), patch, data))
     found = accuracy_by_task(measured, data) or {data.task.name: measured.top1}
     return {short(name): 100 * value for name, value in zip(names(bench), found.values(), strict=True)}
 
@@ -189,5 +190,5 @@ SEVERAL = Recipe(
             "on the mean of the tasks",
         ),
     ),
-    parts=several_parts,
+    jobs=several_jobs,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modelpatch.errors import MissingExtraError
-from modelpatch_studies.outcome import Outcome
+from modelpatch_studies.results import Results
 
 GAP = 4  # least distance in pixels between the names of two columns; closer ones are rotated
 
@@ -37,7 +37,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
     drawing.savefig(path, dpi=130)
 
 
-def draw(outcome: Outcome, path: Path) -> None:
+def draw(outcome: Results, path: Path) -> None:
     """Lines over numeric columns, else bars by column; a row a colour, its variant with Δ (or after it) in a darker shade."""
     rows, columns = outcome.rows, outcome.columns
     colors = _colors(len(rows))

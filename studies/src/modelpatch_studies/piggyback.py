@@ -17,13 +17,12 @@ from functools import partial
 
 import numpy as np
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.train import fit
+from modelpatch import Backbone, fit
 from modelpatch_studies.backbones import retrained, untrained
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.decathlon import MAX_ERRORS, decathlon_score
-from modelpatch_studies.parts import each, short, top1
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.jobs import each, short, top1
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 CLASSIFIER, MASKS, NORMS, INDIVIDUAL = (
     "classifier only",
@@ -102,7 +101,7 @@ TABLE_1 = Recipe(
             small=True,
         ),
     ),
-    parts=each(top1),
+    jobs=each(top1),
 )
 
 
@@ -113,24 +112,24 @@ PRETRAINING = "another backbone"
 CHANCE = "most frequent class"
 
 
-def initialisation_parts(bench: Bench) -> Iterator[Part]:
+def initialisation_jobs(bench: Workbench) -> Iterator[Job]:
     """Masks and the classifier alone over every network, on all data sets but the one that the other network learned."""
     tested = [name for name in bench.scale.data if name != bench.scale.options["other"]]
     for seed in bench.seeds:
         for over in (ITSELF, OTHER, RANDOM):
             for row in (MASKS, CLASSIFIER):
                 for name in tested:
-                    yield Part(f"{row} {over}", (short(name),), seed, partial(_over, bench, row, over, name, seed))
+                    yield Job(f"{row} {over}", (short(name),), seed, partial(_over, bench, row, over, name, seed))
         for name in tested:
-            yield Part(CHANCE, (short(name),), seed, partial(_chance, bench, name))
+            yield Job(CHANCE, (short(name),), seed, partial(_chance, bench, name))
 
 
-def _over(bench: Bench, row: str, over: str, name: str, seed: int) -> Figures:
+def _over(bench: Workbench, row: str, over: str, name: str, seed: int) -> Figures:
     network = bench.latest("network", (over, seed), lambda: _network(bench, over, seed))
     return {short(name): bench.accuracy(network, bench.task(name), bench.method(row), seed)}
 
 
-def _network(bench: Bench, over: str, seed: int) -> Backbone:
+def _network(bench: Workbench, over: str, seed: int) -> Backbone:
     """The scale's backbone, or its structure with random weights, as they are or trained on the scale's other data set."""
     if over == ITSELF:
         return bench.backbone()
@@ -143,7 +142,7 @@ def _network(bench: Bench, over: str, seed: int) -> Backbone:
     )
 
 
-def _chance(bench: Bench, name: str) -> Figures:
+def _chance(bench: Workbench, name: str) -> Figures:
     labels = bench.task(name).test.labels
     return {short(name): 100 * float(np.bincount(labels).max()) / len(labels)}
 
@@ -197,21 +196,21 @@ INITIALISATION = Recipe(
             "",
         ),
     ),
-    parts=initialisation_parts,
+    jobs=initialisation_jobs,
 )
 
 
 # the decathlon ----------------------------------------------------------------------------------------------------------
 
 
-def decathlon_parts(bench: Bench) -> Iterator[Part]:
+def decathlon_jobs(bench: Workbench) -> Iterator[Job]:
     """The score of every row over all data sets."""
     for seed in bench.seeds:
         for row in bench.scale.methods:
-            yield Part(row, ("score",), seed, partial(_score, bench, row, seed))
+            yield Job(row, ("score",), seed, partial(_score, bench, row, seed))
 
 
-def _top1s(bench: Bench, row: str, seed: int) -> dict[str, float]:
+def _top1s(bench: Workbench, row: str, seed: int) -> dict[str, float]:
     """Accuracies in [0, 1] by data set."""
 
     def fit() -> dict[str, float]:
@@ -220,7 +219,7 @@ def _top1s(bench: Bench, row: str, seed: int) -> dict[str, float]:
     return bench.once(("decathlon", row, seed), fit)
 
 
-def _score(bench: Bench, row: str, seed: int) -> Figures:
+def _score(bench: Workbench, row: str, seed: int) -> Figures:
     limits = bench.scale.options["max_errors"]
     if limits is None:  # twice the errors of individual networks; without an error at least a tenth of a percent
         individual = _top1s(bench, INDIVIDUAL, seed)
@@ -261,5 +260,5 @@ DECATHLON = Recipe(
         ),
         Claim("P2", "trained normalisation layers gain over masks alone", ((NORMS, MASKS),), "", small=True),
     ),
-    parts=decathlon_parts,
+    jobs=decathlon_jobs,
 )

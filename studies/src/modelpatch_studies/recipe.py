@@ -1,36 +1,33 @@
-"""A recipe: one table or figure of a paper, with what it runs on, what it claims and how its figures are made.
+"""A recipe: one table or figure of a paper, with the data and networks it needs, its claims, and the jobs that fill it.
 
     recipe = paper, table, rows x columns        small   real images, 2 cores, minutes
              claims: inequalities between rows    paper   the paper's own data sets, networks and hyperparameters
 
-A recipe yields parts. A part is one training and its measurements, figures in some columns of one row for one seed, and
-depends on nothing but its recipe, scale and seed: parts that are done are kept, and an interrupted run goes on.
+A job is one training and its measurements: figures in some columns of one row for one seed. It depends on nothing but its
+recipe, scale and seed, so that finished jobs are kept on disk and an interrupted run continues.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from modelpatch.methods.registry import make_method
-from modelpatch.train.settings import check_settings
+from modelpatch.errors import TrainingError
+from modelpatch.methods import make_method
+from modelpatch.train import FitSettings
 
-if TYPE_CHECKING:
-    from modelpatch_studies.bench import Bench
-
-ScaleName = Literal["small", "paper"]
 Figures = Mapping[str, float]  # by column
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a recipe runs with at one scale.
+    """Data, networks, methods and settings of a recipe at one scale.
 
-    `data` are names of folders or archives, or sources of `load_task` such as `bundled:digits`; `backbones` are
-    specifications; `methods` spells the methods behind the recipe's rows; `fit` are settings of a fit. `images` limits the
-    training images of a data set and `tested` its test images, `steps` replaces epochs by a number of steps. `options` are
-    the recipe's own; `pretrained=False` among them takes networks as they are initialised.
+    `data`: names of folders or archives, or sources of `load_task` such as `bundled:digits`. `backbones`: specifications.
+    `methods`: the method of each row, spelled out. `fit`: settings of a fit. `images` and `tested` limit the training and the
+    test images of a data set; `steps` replaces epochs by a number of steps. `options` are the recipe's own; with
+    `pretrained=False` among them networks keep their initial weights.
     """
 
     data: tuple[str, ...]
@@ -44,8 +41,10 @@ class Scale:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises `MethodError` or `TrainingError` for methods or settings that cannot be."""
-        check_settings(dict(self.fit))
+        """Raise `MethodError` or `TrainingError` for an unknown method or setting."""
+        known = {field.name for field in fields(FitSettings)}
+        if unknown := sorted(self.fit.keys() - known):
+            raise TrainingError(f"fit has no setting {unknown[0]!r}. Expected one of: {', '.join(sorted(known))}.")
         for spelled in self.methods.values():
             make_method(spelled)
 
@@ -56,11 +55,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Claim:
-    """An inequality of the table: in every pair the first row is at least `margin` above the second, on the mean of the
-    columns (of all, or those named). With `than` it is by that much further above on these columns than on those.
+    """An inequality: in every pair the first row is at least `margin` above the second, on the mean of `columns`.
 
-    `name` is its number in the list of checkable claims, `paper` what the paper measured. `small` says whether it is known to
-    hold in small settings too. `doubt` is why it may fail at the small scale, which is shown where it does.
+    With `than` the difference on `columns` is compared with that on the columns `than`. `name` is the claim's number,
+    `paper` the paper's measurement. `small`: true if the claim is known to hold in small settings too. `doubt`: the likely
+    reason for a failure at the small scale, printed where it fails.
     """
 
     name: str
@@ -75,8 +74,8 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The figures of one row in `columns` for one seed, once `work` is done."""
+class Job:
+    """One training: `work` returns the figures of one row in `columns` for one seed."""
 
     row: str
     columns: tuple[str, ...]
@@ -92,9 +91,9 @@ class Part:
 class Recipe:
     """One table or figure of `paper`, found as `PAPER/TABLE`.
 
-    `parts` makes them for a bench. `published` are the paper's figures for cells that mean the same, by row and column;
-    `unit` is what figures are in. `notes` says where the recipe leaves the paper. `numeric` columns are drawn as an axis,
-    figures on a `logarithmic` one where they are of many sizes.
+    `jobs` yields the jobs for a `Workbench`. `published`: the paper's figures of comparable cells, by row and column. `unit`:
+    the unit of all figures. `notes`: the differences from the paper. `numeric` columns are drawn as an axis, figures on a
+    `logarithmic` one.
     """
 
     paper: str
@@ -104,7 +103,7 @@ class Recipe:
     notes: str
     scales: Mapping[str, Scale]
     claims: tuple[Claim, ...]
-    parts: Callable[[Bench], Iterator[Part]]
+    jobs: Callable[..., Iterator[Job]]
     unit: str = "top-1, %"
     published: Mapping[tuple[str, str], float] = field(default_factory=dict)
     numeric: bool = False

@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.recipes.cascading import cascade
-from modelpatch.recipes.multires import MultiResolution, fit_multires
-from modelpatch.recipes.multitask import fit_multitask
-from modelpatch_studies.bench import Bench
+from modelpatch import cascade, fit_multires, fit_multitask
+from modelpatch.methods import FullFinetune
+from modelpatch.recipes import MultiResolution
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import short
 from modelpatch_studies.normalisation import RMSPROP, SLIM
-from modelpatch_studies.parts import short
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 PRIVATE, SHARED, INDEPENDENT = "private S/B", "all shared", "independent"
 SHARINGS = {PRIVATE: "private", SHARED: "shared", INDEPENDENT: "independent"}
@@ -28,7 +27,7 @@ MOBILENET = ("timm:mobilenetv2_100.ra_in1k",)
 SEVERAL_SIZES = {name: value for name, value in SLIM.items() if name != "image_size"}
 
 
-def at_resolutions(bench: Bench, sharing: str, seed: int) -> MultiResolution:
+def at_resolutions(bench: Workbench, sharing: str, seed: int) -> MultiResolution:
     """The scale's first data set at its resolutions."""
     data, method = bench.task(bench.scale.data[0]), bench.method(sharing)
     assert isinstance(method, FullFinetune)
@@ -39,15 +38,15 @@ def at_resolutions(bench: Bench, sharing: str, seed: int) -> MultiResolution:
 # resolutions --------------------------------------------------------------------------------------------------------------
 
 
-def resolution_parts(bench: Bench) -> Iterator[Part]:
+def resolution_jobs(bench: Workbench) -> Iterator[Job]:
     """One training a way of sharing."""
     columns = tuple(str(pixels) for pixels in bench.scale.options["resolutions"])
     for seed in bench.seeds:
         for row in bench.scale.methods:
-            yield Part(row, columns, seed, partial(_resolutions, bench, row, seed))
+            yield Job(row, columns, seed, partial(_resolutions, bench, row, seed))
 
 
-def _resolutions(bench: Bench, row: str, seed: int) -> Figures:
+def _resolutions(bench: Workbench, row: str, seed: int) -> Figures:
     return {str(pixels): 100 * top1 for pixels, top1 in at_resolutions(bench, row, seed).top1.items()}
 
 
@@ -86,7 +85,7 @@ RESOLUTIONS = Recipe(
         ),
         Claim("K6", "and come near independent networks", ((PRIVATE, INDEPENDENT),), "within a point", margin=-1),
     ),
-    parts=resolution_parts,
+    jobs=resolution_jobs,
 )
 
 
@@ -96,14 +95,14 @@ CASCADE, BEST = "cascade", "best resolution alone"
 TOP1, COST = "top-1", "cost of the best, %"
 
 
-def cascade_parts(bench: Bench) -> Iterator[Part]:
+def cascade_jobs(bench: Workbench) -> Iterator[Job]:
     """The cascade and the reference that it is held to."""
     for seed in bench.seeds:
         for row in (CASCADE, BEST):
-            yield Part(row, (TOP1, COST), seed, partial(_cascaded, bench, row, seed))
+            yield Job(row, (TOP1, COST), seed, partial(_cascaded, bench, row, seed))
 
 
-def _cascaded(bench: Bench, row: str, seed: int) -> Figures:
+def _cascaded(bench: Workbench, row: str, seed: int) -> Figures:
     def build() -> dict[str, Figures]:
         made, data = at_resolutions(bench, PRIVATE, seed), bench.task(bench.scale.data[0])
         named = {f"{pixels} px": patch for pixels, patch in made.patches.items()}
@@ -152,7 +151,7 @@ RESOLUTION_CASCADE = Recipe(
         Claim("K7", "the cascade costs less than the best resolution", ((BEST, CASCADE),), "-15.2 %", columns=(COST,)),
         Claim("K7", "and is within a point of it", ((CASCADE, BEST),), "equal accuracy", margin=-1, columns=(TOP1,)),
     ),
-    parts=cascade_parts,
+    jobs=cascade_jobs,
 )
 
 
@@ -161,17 +160,17 @@ RESOLUTION_CASCADE = Recipe(
 HEADS, PATCHES, OWN = "shared, own last layers", "shared, own S/B and last layers", "independent"
 
 
-def task_parts(bench: Bench) -> Iterator[Part]:
+def task_jobs(bench: Workbench) -> Iterator[Job]:
     """One training of all tasks for each private patch, and a network for each task."""
     for seed in bench.seeds:
         columns = tuple(short(name) for name in bench.scale.data)
         for row in (HEADS, PATCHES):
-            yield Part(row, columns, seed, partial(_together, bench, row, seed))
+            yield Job(row, columns, seed, partial(_together, bench, row, seed))
         for name in bench.scale.data:
-            yield Part(OWN, (short(name),), seed, partial(_alone, bench, name, seed))
+            yield Job(OWN, (short(name),), seed, partial(_alone, bench, name, seed))
 
 
-def _together(bench: Bench, row: str, seed: int) -> Figures:
+def _together(bench: Workbench, row: str, seed: int) -> Figures:
     """Rounds of one batch a task, about as many as the fit of a task alone has steps."""
     tasks = [bench.task(name) for name in bench.scale.data]
     settings = bench.settings(max(tasks, key=lambda data: len(data.train)), seed)
@@ -180,7 +179,7 @@ def _together(bench: Bench, row: str, seed: int) -> Figures:
     return {name: 100 * patch.metrics["test_top1"] for name, patch in result.patches.items()}
 
 
-def _alone(bench: Bench, name: str, seed: int) -> Figures:
+def _alone(bench: Workbench, name: str, seed: int) -> Figures:
     return {short(name): bench.accuracy(bench.backbone(), bench.task(name), bench.method(OWN), seed)}
 
 
@@ -234,5 +233,5 @@ TASKS = Recipe(
         ),
         Claim("K5", "and come near independent networks", ((PATCHES, OWN),), "within 1.6", margin=-1.6),
     ),
-    parts=task_parts,
+    jobs=task_jobs,
 )

@@ -14,16 +14,14 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch.methods.residual import Edge, skip_edges
-from modelpatch.patch.contents import BackboneRecord
-from modelpatch.report.skips import measure_skips
-from modelpatch.select.budget import draft_patch
-from modelpatch.select.trials import file_bytes
-from modelpatch.tasks.record import TaskRecord
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import each, names, top1
+from modelpatch.methods import SkipWeights, skip_weights
+from modelpatch.patch import BackboneRecord
+from modelpatch.tasks import TaskRecord
+from modelpatch_studies.backbones import untrained_patch
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import each, names, top1
 from modelpatch_studies.patching import FOUR, ONE, PROBE, TWO
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 CARS_TO_STL = ("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10")
 
@@ -114,7 +112,7 @@ TABLE_5 = Recipe(
             "",
         ),
     ),
-    parts=each(top1),
+    jobs=each(top1),
 )
 
 
@@ -123,47 +121,49 @@ TABLE_5 = Recipe(
 MEAN, LOWEST = "mean", "lowest skip before the last stage"
 
 
-def weight_parts(bench: Bench) -> Iterator[Part]:
+def weight_jobs(bench: Workbench) -> Iterator[Job]:
     """A row for every stage, columns for the mean of its skips and for each (i, j); all of a seed from the same fits."""
     depths = bench.scale.options["depths"]
     for seed in bench.seeds:
         for number, depth in enumerate(depths):
-            columns = (MEAN, *map(_arrow, skip_edges(0, depth)))
-            yield Part(_stage(number), columns, seed, partial(_stage_weights, bench, number, seed))
-        yield Part(LOWEST, (MEAN,), seed, partial(_lowest, bench, seed))
+            columns = (MEAN, *(_arrow((i, j)) for j in range(1, depth + 1) for i in range(j)))
+            yield Job(_stage(number), columns, seed, partial(_stage_weights, bench, number, seed))
+        yield Job(LOWEST, (MEAN,), seed, partial(_lowest, bench, seed))
 
 
 def _stage(number: int) -> str:
     return f"stage {number + 1}"
 
 
-def _arrow(edge: Edge) -> str:
+def _arrow(edge: tuple[int, int]) -> str:
     return f"{edge[0]}→{edge[1]}"
 
 
 Weights = list[dict[str, float]]  # mean λ in percent of every skip, stage by stage
 
 
-def _weights(bench: Bench, seed: int) -> list[Weights]:
+def _weights(bench: Workbench, seed: int) -> list[Weights]:
     """What Δ-modules of each task give the skips over its test images."""
 
     def measure(name: str) -> Weights:
         data, backbone = bench.task(name), bench.backbone()
-        records = measure_skips(backbone, bench.fit(backbone, data, bench.method(FOUR), seed), data.test)
+        model = backbone.patched(bench.fit(backbone, data, bench.method(FOUR), seed))
+        batches = [skip_weights(model, images) for images, _ in bench.reader(backbone, seed).images(data.test)]
+        records = [SkipWeights.join(stage) for stage in zip(*batches, strict=True)]
         means = [100 * record.weights.mean(0) for record in records]
         return [dict(zip(map(_arrow, r.edges), m.tolist(), strict=True)) for r, m in zip(records, means, strict=True)]
 
     return bench.latest("skip weights", seed, lambda: [measure(name) for name in names(bench)])
 
 
-def _stage_weights(bench: Bench, number: int, seed: int) -> Figures:
+def _stage_weights(bench: Workbench, number: int, seed: int) -> Figures:
     """The means over tasks of a stage's weights, and of all of them."""
     own = [weights[number] for weights in _weights(bench, seed)]
     found = {edge: statistics.fmean(weights[edge] for weights in own) for edge in own[0]}
     return {**found, MEAN: statistics.fmean(found.values())}
 
 
-def _lowest(bench: Bench, seed: int) -> Figures:
+def _lowest(bench: Workbench, seed: int) -> Figures:
     """The lowest weight of any skip before the last stage, a mean over tasks."""
     lowest = [min(min(stage.values()) for stage in weights[:-1]) for weights in _weights(bench, seed)]
     return {MEAN: statistics.fmean(lowest)}
@@ -219,7 +219,7 @@ WEIGHTS = Recipe(
             doubt="Weights start at a half and move toward both ends; 300 steps do not take them there.",
         ),
     ),
-    parts=weight_parts,
+    jobs=weight_jobs,
 )
 
 
@@ -228,18 +228,18 @@ WEIGHTS = Recipe(
 BACKBONE, LIMIT, SHARE = "backbone", "31 % of the backbone", 0.31
 
 
-def size_parts(bench: Bench) -> Iterator[Part]:
+def size_jobs(bench: Workbench) -> Iterator[Job]:
     """The backbone, the paper's bound and every number of Δ-modules, for every network of the scale."""
     for seed in bench.seeds:
         for number, spec in enumerate(bench.scale.backbones):
             name = spec.rpartition(":")[2].partition(".")[0]
-            yield Part(BACKBONE, (name, f"{name}, file"), seed, partial(_backbone_size, bench, number, name))
-            yield Part(LIMIT, (name,), seed, partial(_limit, bench, number, name))
+            yield Job(BACKBONE, (name, f"{name}, file"), seed, partial(_backbone_size, bench, number, name))
+            yield Job(LIMIT, (name,), seed, partial(_limit, bench, number, name))
             for row in bench.scale.methods:
-                yield Part(row, (name, f"{name}, file"), seed, partial(_patch_size, bench, number, name, row))
+                yield Job(row, (name, f"{name}, file"), seed, partial(_patch_size, bench, number, name, row))
 
 
-def _backbone_size(bench: Bench, number: int, name: str) -> Figures:
+def _backbone_size(bench: Workbench, number: int, name: str) -> Figures:
     """Thousands of parameters without those of the classifier, kilobytes with them."""
     backbone = bench.backbone(number)
     record = BackboneRecord.of(backbone)
@@ -248,16 +248,16 @@ def _backbone_size(bench: Bench, number: int, name: str) -> Figures:
     return {name: own / 1000, f"{name}, file": record.bytes / 1000}
 
 
-def _limit(bench: Bench, number: int, name: str) -> Figures:
+def _limit(bench: Workbench, number: int, name: str) -> Figures:
     return {name: SHARE * _backbone_size(bench, number, name)[name]}
 
 
-def _patch_size(bench: Bench, number: int, name: str, row: str) -> Figures:
+def _patch_size(bench: Workbench, number: int, name: str, row: str) -> Figures:
     """Thousands of parameters without those of the head, kilobytes of the file with them."""
     backbone, method = bench.backbone(number), bench.method(row)
     classes = tuple(map(str, range(bench.scale.options["classes"])))
-    patch = draft_patch(backbone, TaskRecord(name="size", classes=classes), method, backbone.input_size[1])
-    return {name: method.count_parameters(backbone) / 1000, f"{name}, file": file_bytes(patch) / 1000}
+    size = untrained_patch(backbone, TaskRecord(name="size", classes=classes), method).inspect().file_bytes
+    return {name: method.count_parameters(backbone) / 1000, f"{name}, file": size / 1000}
 
 
 MODULES = {ONE: "delta(modules=1)", TWO: "delta(modules=2)", FOUR: "delta(modules=4)"}
@@ -305,7 +305,7 @@ SIZE = Recipe(
             small=True,
         ),
     ),
-    parts=size_parts,
+    jobs=size_jobs,
     published={
         (row, name): 1000 * millions
         for name, printed in PRINTED.items()

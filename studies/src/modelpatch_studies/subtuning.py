@@ -17,15 +17,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from modelpatch.data.task import Split, Task, stratified
-from modelpatch.methods.confined import confine
-from modelpatch.select.greedy import Greedy, select
-from modelpatch_studies.bench import Bench
+from modelpatch import Task
+from modelpatch.methods import confine
+from modelpatch.select import Greedy, select
+from modelpatch_studies.bench import Workbench
 from modelpatch_studies.corruptions import KINDS, corrupted
-from modelpatch_studies.parts import each, held_and_test, held_out, short, top1
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.jobs import each, held_and_test, held_out, short, top1
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 SETS = ("cifar10", "cifar100", "flowers102", "stanford_cars")
 ADAMW = "weight_decay=0.01"
@@ -61,7 +59,7 @@ STAGES = {"greedy": {"stages": True}, "folds": 2, "max_blocks": 3}  # a search t
 BY_FOLDS: dict[str, Any] = {"greedy": {}, "folds": 5, "max_blocks": None}
 
 
-def subtuned(bench: Bench, data: Task, seed: int) -> float:
+def subtuned(bench: Workbench, data: Task, seed: int) -> float:
     """Top-1 of the blocks that the greedy search chooses, trained on all training images."""
     greedy = Greedy(**bench.scale.options["greedy"], ends=False)  # the paper compares with no other set
     how = {name: bench.scale.options[name] for name in ("folds", "max_blocks")}
@@ -73,32 +71,32 @@ def subtuned(bench: Bench, data: Task, seed: int) -> float:
 # blocks alone -------------------------------------------------------------------------------------------------------
 
 
-def profile_parts(bench: Bench) -> Iterator[Part]:
+def profile_jobs(bench: Workbench) -> Iterator[Job]:
     """Every block, the one chosen among them, and the two ends that the paper compares with."""
     inner = bench.scale.options["blocks"] - 1
     for seed, name in itertools.product(bench.seeds, bench.scale.data):
         for row in (PROBE, TUNED):
-            yield Part(row, (short(name),), seed, partial(_end, bench, row, name, seed))
+            yield Job(row, (short(name),), seed, partial(_end, bench, row, name, seed))
         for block, row in enumerate([*(f"block {number + 1}" for number in range(inner)), LAST]):
-            yield Part(row, (short(name),), seed, partial(_alone, bench, name, block, seed))
-        yield Part(CHOSEN, (short(name),), seed, partial(_chosen, bench, name, seed))
+            yield Job(row, (short(name),), seed, partial(_alone, bench, name, block, seed))
+        yield Job(CHOSEN, (short(name),), seed, partial(_chosen, bench, name, seed))
 
 
-def _end(bench: Bench, row: str, name: str, seed: int) -> Figures:
+def _end(bench: Workbench, row: str, name: str, seed: int) -> Figures:
     return {short(name): bench.accuracy(bench.backbone(), held_out(bench, name, seed), bench.method(row), seed)}
 
 
-def _tuned_alone(bench: Bench, name: str, block: int, seed: int) -> tuple[float, float]:
+def _tuned_alone(bench: Workbench, name: str, block: int, seed: int) -> tuple[float, float]:
     """Top-1 in percent on held-out and on test images of a block tuned with the head."""
     method = confine(bench.method(BLOCK), (bench.backbone().chain.blocks[block].name,))
     return bench.once(("block", name, block, seed), lambda: held_and_test(bench, name, method, seed))
 
 
-def _alone(bench: Bench, name: str, block: int, seed: int) -> Figures:
+def _alone(bench: Workbench, name: str, block: int, seed: int) -> Figures:
     return {short(name): _tuned_alone(bench, name, block, seed)[1]}
 
 
-def _chosen(bench: Bench, name: str, seed: int) -> Figures:
+def _chosen(bench: Workbench, name: str, seed: int) -> Figures:
     found = [_tuned_alone(bench, name, block, seed) for block in range(bench.scale.options["blocks"])]
     return {short(name): max(found, key=lambda pair: pair[0])[1]}
 
@@ -128,14 +126,14 @@ PROFILE = Recipe(
             doubt=OVERFITTING,
         ),
     ),
-    parts=profile_parts,
+    jobs=profile_jobs,
 )
 
 
 # few images -----------------------------------------------------------------------------------------------------------
 
 
-def few(bench: Bench, row: str, name: str, seed: int) -> float:
+def few(bench: Workbench, row: str, name: str, seed: int) -> float:
     """Top-1 of a row: a fit, or the greedy search."""
     return subtuned(bench, bench.task(name), seed) if row == SUBTUNING else top1(bench, row, name, seed)
 
@@ -178,38 +176,36 @@ TABLE_1 = Recipe(
             doubt=OVERFITTING,
         ),
     ),
-    parts=each(few),
+    jobs=each(few),
 )
 
 
 # corrupted images -------------------------------------------------------------------------------------------------------
 
 
-def corrupted_parts(bench: Bench) -> Iterator[Part]:
+def corrupted_jobs(bench: Workbench) -> Iterator[Job]:
     """Every kind of corruption by every row, over the first data set."""
     for seed, kind, row in itertools.product(bench.seeds, bench.scale.options["kinds"], bench.scale.methods):
-        yield Part(row, (kind,), seed, partial(_on_corrupted, bench, row, kind, seed))
+        yield Job(row, (kind,), seed, partial(_on_corrupted, bench, row, kind, seed))
 
 
-def _on_corrupted(bench: Bench, row: str, kind: str, seed: int) -> Figures:
+def _on_corrupted(bench: Workbench, row: str, kind: str, seed: int) -> Figures:
     data = bench.latest("corrupted", (kind, seed), lambda: _shifted(bench, kind, seed))
     if row == SUBTUNING:
         return {kind: subtuned(bench, data, seed)}
     return {kind: bench.accuracy(bench.backbone(), data, bench.method(row), seed)}
 
 
-def _shifted(bench: Bench, kind: str, seed: int) -> Task:
+def _shifted(bench: Workbench, kind: str, seed: int) -> Task:
     """Corrupted test images as a task of its own: a share to train on, the others to test."""
     name = bench.scale.data[0]
     data = bench.task(name)
-    held, rows = stratified(data.test.labels, bench.scale.options["trained"] / len(data.test), seed)
-    whole = corrupted(replace(data, train=data.test.take(rows), test=data.test.take(held)), kind, 5, seed)
-    return replace(whole, train=_kept(whole.train), test=_kept(whole.test))
-
-
-def _kept(split: Split) -> Split:
-    images: list[np.ndarray] = list(split.images)  # type: ignore[arg-type]
-    return replace(split, images=images)
+    share = bench.scale.options["trained"] / len(data.test)
+    parted = replace(data, train=data.test, validation=None).with_validation(share, seed)
+    assert parted.validation is not None
+    whole = corrupted(replace(data, train=parted.validation, test=parted.train), kind, 5, seed)
+    train, test = (replace(split, images=list(split.images)) for split in (whole.train, whole.test))  # corrupted once
+    return replace(whole, train=train, test=test)
 
 
 TABLE_2 = Recipe(
@@ -248,5 +244,5 @@ TABLE_2 = Recipe(
         Claim("T5", "SubTuning is above full fine-tuning", ((SUBTUNING, TUNED),), "+3.0 on average"),
         Claim("T5", "SubTuning is above the linear probe", ((SUBTUNING, PROBE),), "84.2 on average"),
     ),
-    parts=corrupted_parts,
+    jobs=corrupted_jobs,
 )

@@ -17,16 +17,13 @@ from functools import partial
 
 from torch import nn
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.task import Task
-from modelpatch.methods.added import Custom, with_loss
-from modelpatch.methods.keeping import L2, Keeper, LwF
-from modelpatch.methods.method import Method
+from modelpatch import Backbone, Task
+from modelpatch.methods import L2, Custom, Keeper, LinearProbe, LwF, Method, with_loss
 from modelpatch_studies.backbones import retrained
-from modelpatch_studies.bench import Bench
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import each, top1_over_random
 from modelpatch_studies.losses import BSS, DELTA, contrast_classes
-from modelpatch_studies.parts import each, top1_over_random
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
 
 FINE = ("cub200", "stanford_cars", "fgvc_aircraft")
 RATES = (15, 30, 50, 100)  # percent
@@ -40,22 +37,22 @@ def sample(data: Task, percent: int, seed: int) -> Task:
     return data.subsample(round(len(data.train) * percent / 100), seed)
 
 
-def _column(bench: Bench, name: str, percent: int) -> str:
+def _column(bench: Workbench, name: str, percent: int) -> str:
     return f"{percent} %" if len(bench.scale.data) == 1 else f"{name} {percent} %"
 
 
 # few images ---------------------------------------------------------------------------------------------------------
 
 
-def low_data_parts(bench: Bench) -> Iterator[Part]:
+def low_data_jobs(bench: Workbench) -> Iterator[Job]:
     """The fits of every data set and share of its images; what goes on top of the fine-tuned network shares that one."""
     for seed, name, percent in itertools.product(bench.seeds, bench.scale.data, bench.scale.options["rates"]):
         column = _column(bench, name, percent)
         for row in bench.scale.methods:
-            yield Part(row, (column,), seed, partial(_low_data, bench, row, name, percent, seed, column))
+            yield Job(row, (column,), seed, partial(_low_data, bench, row, name, percent, seed, column))
 
 
-def _low_data(bench: Bench, row: str, name: str, percent: int, seed: int, column: str) -> Figures:
+def _low_data(bench: Workbench, row: str, name: str, percent: int, seed: int, column: str) -> Figures:
     backbone, data = bench.backbone(), sample(bench.task(name), percent, seed)
 
     def tune() -> tuple[Backbone, float]:
@@ -135,7 +132,7 @@ LOW_DATA = Recipe(
             doubt="Likely because, once the network is fine-tuned, weighing its few skips anew changes little.",
         ),
     ),
-    parts=low_data_parts,
+    jobs=low_data_jobs,
     numeric=True,
 )
 
@@ -145,29 +142,29 @@ LOW_DATA = Recipe(
 HOSTS = ("fine-tuning", "L2-SP", "DELTA", "BSS", "LwF", "contrast")
 
 
-def loss_parts(bench: Bench) -> Iterator[Part]:
+def loss_jobs(bench: Workbench) -> Iterator[Job]:
     """A fit for every data set, share of its images, host and kind of network."""
     for seed, name, percent in itertools.product(bench.seeds, bench.scale.data, bench.scale.options["rates"]):
         column = _column(bench, name, percent)
         for host, kind in itertools.product(HOSTS, bench.scale.methods):
             row = host if kind == "network" else f"{host} + Δ"
-            yield Part(row, (column,), seed, partial(_with_host, bench, host, kind, name, percent, seed, column))
+            yield Job(row, (column,), seed, partial(_with_host, bench, host, kind, name, percent, seed, column))
 
 
-def _with_host(bench: Bench, host: str, kind: str, name: str, percent: int, seed: int, column: str) -> Figures:
+def _with_host(bench: Workbench, host: str, kind: str, name: str, percent: int, seed: int, column: str) -> Figures:
     backbone, data = bench.backbone(), sample(bench.task(name), percent, seed)
     method: Method = bench.method(kind)
     keeper = keepers(bench, backbone, data, seed).get(host)
     return {column: bench.accuracy(backbone, data, with_loss(method, keeper()) if keeper else method, seed)}
 
 
-def keepers(bench: Bench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Keeper]]:
+def keepers(bench: Workbench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Keeper]]:
     """What makes each host's loss, at usual strengths."""
-    scorer = bench.scorer(backbone, seed)
+    reader = bench.reader(backbone, seed)
 
     def delta() -> Keeper:
-        probe = scorer.probe(data)
-        return DELTA(backbone, probe, lambda: scorer.labelled(data.train, bench.batch_size))
+        probe = backbone.patched(bench.fit(backbone, data, LinearProbe(), seed)).head
+        return DELTA(backbone, probe, lambda: reader.images(data.train, bench.batch_size, shuffle=True))
 
     def lwf() -> Keeper:
         assert backbone.classifier is not None
@@ -228,7 +225,7 @@ TABLE_7 = Recipe(
             doubt=UNFROZEN,
         ),
     ),
-    parts=loss_parts,
+    jobs=loss_jobs,
 )
 
 
@@ -277,5 +274,5 @@ SCRATCH = Recipe(
             "thousands of images.",
         ),
     ),
-    parts=each(top1_over_random),
+    jobs=each(top1_over_random),
 )

@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from modelpatch.data.task import Task
-from modelpatch.methods.confined import confine
-from modelpatch.select.candidates import units
-from modelpatch.select.profiling import profile_units
-from modelpatch.select.study import open_study
-from modelpatch_studies.bench import Bench
-from modelpatch_studies.parts import held_out, names, short
-from modelpatch_studies.recipe import Claim, Figures, Part, Recipe
+from modelpatch import Task
+from modelpatch.methods import confine
+from modelpatch.select import profile
+from modelpatch_studies.bench import Workbench
+from modelpatch_studies.jobs import held_out, names, short
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe
 from modelpatch_studies.subtuning import (
     BLOCK,
     BY_FOLDS,
@@ -41,13 +39,12 @@ from modelpatch_studies.subtuning import (
 Unit = tuple[str, ...]  # the names of blocks that are tuned together
 
 
-def winners(bench: Bench, data: Task, groups: Mapping[str, Sequence[Unit]], seed: int) -> dict[str, Unit]:
+def winners(bench: Workbench, data: Task, groups: Mapping[str, Sequence[Unit]], seed: int) -> dict[str, Unit]:
     """The unit of every group that does best on held-out images."""
-    every = list(dict.fromkeys(itertools.chain.from_iterable(groups.values())))
-    how = {"title": bench.recipe.name, "folds": bench.scale.options["folds"], "same_steps": True}
-    with open_study(bench.backbone(), data, **how, **bench.settings(data, seed)) as study:
-        rows = profile_units(study, bench.method(BLOCK), every, "units").rows
-    score = {row.blocks: row.score.top1 for row in rows}
+    how = {"folds": bench.scale.options["folds"], "same_steps": True, **bench.settings(data, seed)}
+    sizes = {len(unit) for group in groups.values() for unit in group}
+    profiles = [profile(bench.backbone(), data, bench.method(BLOCK), pairs=size == 2, **how) for size in sorted(sizes)]
+    score = {row.blocks: row.score.top1 for one in profiles for row in one.rows}
     return {name: max(group, key=score.__getitem__) for name, group in groups.items()}
 
 
@@ -57,14 +54,14 @@ ADJACENT, APART, PAIR = "best pair of neighbours", "best pair apart", "best pair
 LAST_TWO, OTHERS = "best of the last two blocks", "best of the other blocks"
 
 
-def pair_parts(bench: Bench) -> Iterator[Part]:
+def pair_jobs(bench: Workbench) -> Iterator[Job]:
     """Both ends, and the best of every group of units."""
     for seed, name in itertools.product(bench.seeds, names(bench)):
         for row in (PROBE, TUNED, OTHERS, LAST_TWO, ADJACENT, APART, PAIR):
-            yield Part(row, (short(name),), seed, partial(_pair, bench, row, name, seed))
+            yield Job(row, (short(name),), seed, partial(_pair, bench, row, name, seed))
 
 
-def _pair(bench: Bench, row: str, name: str, seed: int) -> Figures:
+def _pair(bench: Workbench, row: str, name: str, seed: int) -> Figures:
     backbone, data = bench.backbone(), bench.task(name)
     if row in bench.scale.methods:
         return {short(name): bench.accuracy(backbone, data, bench.method(row), seed)}
@@ -73,10 +70,11 @@ def _pair(bench: Bench, row: str, name: str, seed: int) -> Figures:
     return {short(name): bench.once(("top1", name, seed, found[row]), tune)}
 
 
-def _groups(bench: Bench) -> dict[str, Sequence[Unit]]:
+def _groups(bench: Workbench) -> dict[str, Sequence[Unit]]:
     """The units to choose among, by the row."""
-    backbone = bench.backbone()
-    singles, pairs, neighbours = units(backbone), units(backbone, pairs=True), units(backbone, consecutive=2)
+    names = [block.name for block in bench.backbone().chain.blocks]
+    singles = [(name,) for name in names]
+    pairs, neighbours = list(itertools.combinations(names, 2)), list(itertools.pairwise(names))
     apart = [pair for pair in pairs if pair not in neighbours]
     return {OTHERS: singles[:-2], LAST_TWO: singles[-2:], ADJACENT: neighbours, APART: apart, PAIR: pairs}
 
@@ -117,7 +115,7 @@ PAIRS = Recipe(
             "the last or the one before it",
         ),
     ),
-    parts=pair_parts,
+    jobs=pair_jobs,
 )
 
 
@@ -126,27 +124,27 @@ PAIRS = Recipe(
 LATE, EARLIER = "best of the last quarter of the blocks", "best of the earlier blocks"
 
 
-def sample_parts(bench: Bench) -> Iterator[Part]:
+def sample_jobs(bench: Workbench) -> Iterator[Job]:
     """Every row from every share of the images, as the mean over data sets; the greedy search from all of them."""
     shares = bench.scale.options["shares"]
     for seed, share in itertools.product(bench.seeds, shares):
         for row in (PROBE, TUNED, EARLIER, LATE, *((SUBTUNING,) if share == max(shares) else ())):
-            yield Part(row, (f"{share} %",), seed, partial(_sampled, bench, row, share, seed))
+            yield Job(row, (f"{share} %",), seed, partial(_sampled, bench, row, share, seed))
 
 
-def _sampled(bench: Bench, row: str, share: int, seed: int) -> Figures:
+def _sampled(bench: Workbench, row: str, share: int, seed: int) -> Figures:
     found = [_from_share(bench, row, name, share, seed) for name in names(bench)]
     return {f"{share} %": sum(found) / len(found)}
 
 
-def _from_share(bench: Bench, row: str, name: str, share: int, seed: int) -> float:
+def _from_share(bench: Workbench, row: str, name: str, share: int, seed: int) -> float:
     whole = held_out(bench, name, seed)
     data = whole.subsample(round(len(whole.train) * share / 100), seed)
     if row == SUBTUNING:
         return subtuned(bench, data, seed)
     method = bench.method(row if row in bench.scale.methods else BLOCK)
     if row in (EARLIER, LATE):
-        singles = units(bench.backbone())
+        singles = [(block.name,) for block in bench.backbone().chain.blocks]
         late = max(1, len(singles) // 4)
         groups = {EARLIER: singles[:-late], LATE: singles[-late:]}
         found = bench.once(("winners", name, share, seed), lambda: winners(bench, data, groups, seed))
@@ -200,5 +198,5 @@ SAMPLES = Recipe(
             doubt=OVERFITTING,
         ),
     ),
-    parts=sample_parts,
+    jobs=sample_jobs,
 )

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modelpatch.train.evaluation import Mean
 from modelpatch_studies.recipe import Claim, Recipe
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mean:
+    """A mean over seeds and its standard error, which is None for one seed."""
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """The mean of the values."""
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error)
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
+
+
+@dataclass(frozen=True)
+class Gap:
     """How far the row `better` is above the row `worse`, on the mean of columns, or how much further than on others;
     `cells` of `of` columns are so alone."""
 
@@ -31,7 +48,7 @@ class Verdict:
     """
 
     claim: Claim
-    differences: tuple[Difference, ...]
+    differences: tuple[Gap, ...]
 
     @property
     def holds(self) -> bool:
@@ -54,7 +71,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Results:
     """A recipe's figures by (row, column) and seed, in the order of the recipe's parts, and the seconds they took."""
 
     recipe: Recipe
@@ -84,7 +101,7 @@ class Outcome:
             for claim in self.recipe.claims
         ]
 
-    def _difference(self, claim: Claim, better: str, worse: str) -> Difference:
+    def _difference(self, claim: Claim, better: str, worse: str) -> Gap:
         """Seed by seed on the mean of the columns that both rows have, less what it is on those that the claim is `than`."""
         both = [column for column in self.columns if {(better, column), (worse, column)} <= self.figures.keys()]
         columns = [column for column in both if not claim.columns or column in claim.columns]
@@ -99,7 +116,7 @@ class Outcome:
         by_column = [[one - less for one, less in zip(above(column), beyond, strict=True)] for column in columns]
         mean = Mean.of([statistics.fmean(values) for values in zip(*by_column, strict=True)])
         count = sum(statistics.fmean(values) >= claim.margin for values in by_column)
-        return Difference(better, worse, mean, count, len(columns))
+        return Gap(better, worse, mean, count, len(columns))
 
     def is_known(self, claim: Claim) -> bool:
         """Whether the claim is known to hold at this scale."""
