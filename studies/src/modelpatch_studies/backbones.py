@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 import torch
 from torch import nn
 
 from modelpatch import Backbone, Patch
 from modelpatch.convert import state_dict_of
-from modelpatch.heads import HeadRecord
 from modelpatch.methods import Method
-from modelpatch.patch import BackboneRecord, MethodRecord
 from modelpatch.tasks import TaskRecord
 
 
@@ -45,12 +42,4 @@ def untrained_patch(backbone: Backbone, task: TaskRecord, method: Method) -> Pat
     """A patch of the method as it is before training, for sizes and times."""
     with torch.random.fork_rng(devices=[]):
         model = method.draft(backbone, len(task.classes))
-    return Patch(
-        backbone=BackboneRecord.of(backbone),
-        task=task,
-        preprocessing=backbone.preprocessing,
-        head=cast(HeadRecord, model.head.record),
-        method=MethodRecord(name=method.name, hyperparameters=method.hyperparameters()),
-        grafts=method.blueprint(backbone).grafts,
-        tensors={name: tensor.cpu() for name, tensor in model.tensors().items()},
-    )
+    return model.to_patch(task, preprocessing=backbone.preprocessing, method=method)
