@@ -24,7 +24,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.cli.main import app, main
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask

@@ -18,7 +18,8 @@ from PIL import Image
 
 from conftest import CLASSES, color_task
 from modelpatch.backbone.preprocessing import open_image
-from modelpatch.data.task import TEST_FRACTION, Split, Task, drawn, load_task, source_size, stratified
+from modelpatch.data.splits import Split, drawn, source_size, stratified
+from modelpatch.data.task import TEST_FRACTION, Task, load_task
 from modelpatch.errors import DataError
 
 

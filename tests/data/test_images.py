@@ -12,8 +12,10 @@ from PIL import Image
 
 from conftest import color_task
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.images import AUGMENTATIONS, Augmentation, ImageStore, allocate, choose_augmentation
-from modelpatch.data.task import Split, load_task
+from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation, choose_augmentation
+from modelpatch.data.images import ImageStore, allocate
+from modelpatch.data.splits import Split
+from modelpatch.data.task import load_task
 from modelpatch.errors import DataError, TrainingError
 
 GENEROUS = 2**30

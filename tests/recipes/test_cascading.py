@@ -14,7 +14,8 @@ from torch import Tensor
 
 from conftest import color_task, draft_patch, make_tiny
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.engine.cascade import Cascade, Confidence
 from modelpatch.errors import CascadeError, DataError
 from modelpatch.patch.contents import Patch

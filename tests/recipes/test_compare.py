@@ -13,7 +13,8 @@ from torch import nn
 from conftest import small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.errors import CheckpointMismatchError, MethodError, TrainingError
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.registry import COMPARED

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import color_task
-from modelpatch.data.task import Split
+from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.select.folds import HELD_OUT, Folds, stratified_folds
 

@@ -17,8 +17,10 @@ from dense import SHADES, mask_table, square_task, write_masks
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.data.images import AUGMENTATIONS, ImageStore
-from modelpatch.data.task import Split, Task, load_task
+from modelpatch.data.augmentation import AUGMENTATIONS
+from modelpatch.data.images import ImageStore
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, load_task
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DataError, MethodError, TrainingError, TrainingWarning

@@ -7,7 +7,8 @@ import torch
 
 from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.images import AUGMENTATIONS, ImageStore
+from modelpatch.data.augmentation import AUGMENTATIONS
+from modelpatch.data.images import ImageStore
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.patch.model import PatchedModel

@@ -14,7 +14,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_
 from conftest import CLASSES, color_task, draft_patch, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.errors import DataError
 from modelpatch.methods.subset import Subset
 from modelpatch.tasks.classification import Evaluation

@@ -19,7 +19,8 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.text_tower import OWN
 from modelpatch.cli.outputs import ForceOption, check_file, check_free, read_names
 from modelpatch.data.joining import join_tasks
-from modelpatch.data.task import Task, load_task, split_seed
+from modelpatch.data.splits import split_seed
+from modelpatch.data.task import Task, load_task
 from modelpatch.engine.cascade import Cascade, is_cascade
 from modelpatch.errors import (
     BackboneError,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modelpatch.data.task import Split, Task, check_classification
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.record import TaskRecord

@@ -1,80 +1,57 @@
-"""A task with its images: class folders, manifests, the hub, or what the package's dependencies bundle.
+"""Tasks with their images, from whatever source they come.
 
-| source              | what is read                                                                                |
-|---------------------|---------------------------------------------------------------------------------------------|
-| a folder            | `train/CLASS/*`, `test/CLASS/*` (and `val` or `validation`), or `CLASS/*` alone             |
-| a folder            | `train.parquet`, `test.parquet` or the same in CSV                                          |
-| `*.csv`, `*.parquet`  | columns `image` (path, or bytes in parquet), `label`, and `split` if there is one           |
-| `hf:NAME`             | a data set of the Hugging Face hub, or a local one, through `datasets`                      |
-| `bundled:digits`      | scikit-learn's 1,797 real 8 x 8 images of handwritten digits                                |
+| source            | contents                                                          | file                 |
+|-------------------|-------------------------------------------------------------------|----------------------|
+| a folder          | class folders, with or without `train/`, `test/` and `val/`             | `sources/folders.py`   |
+| a folder, a file  | manifests in CSV or parquet                                       | `sources/manifests.py` |
+| a folder          | images with masks                                                 | `sources/masks.py`     |
+| a folder          | Pascal VOC                                                        | `sources/voc.py`       |
+| a folder          | COCO                                                              | `sources/coco.py`      |
+| `hf:NAME`           | a data set of the Hugging Face hub, or a local one                | `sources/hub.py`       |
+| `bundled:digits`    | scikit-learn's 1,797 real 8 x 8 images of handwritten digits      | `sources/digits.py`    |
+| an object         | torch and Hugging Face data sets, streams and DataLoaders         | `sources/datasets.py`  |
 
-Segmentation and detection have sources of their own, see `dense_data.py`; `kind` chooses where a folder has both.
-Where the source has no test split, a seeded stratified one is made.
+A seeded stratified test split is cut from the training images of a source that has none.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 from pydantic import ValidationError
 
-from modelpatch.backbone.preprocessing import ImageSource, find_images, image_bytes, open_image
-from modelpatch.data.dense import SPLITS, Found, Wish, hub_targets, read_dense
-from modelpatch.errors import DataError, MissingExtraError
-from modelpatch.tasks.classification import Classification
+from modelpatch.data.sources.base import Found, SourceOptions, check_found, find_source
+from modelpatch.data.sources.datasets import describe, is_dataset, read_datasets
+from modelpatch.data.splits import Split, Transform, check_seed, drawn, split_facts, split_seed, stratified
+from modelpatch.errors import DataError
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
-from modelpatch.tasks.targets import Target
 from modelpatch.text import first_problem
 
-IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
-LABEL_COLUMNS = ("label", "class", "fine_label", "target")
-MANIFESTS = (".parquet", ".csv")
 TEST_FRACTION = 0.2
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images, undecoded, and their class indices, int64 (N,).
+class RecordCall:
+    """Support for `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
 
-    Images of dense tasks have `targets` instead; their labels are zeros, so that stratified splits of them are random ones.
-    """
-
-    images: Sequence[ImageSource]
-    labels: np.ndarray
-    targets: Sequence[Target] | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, rows: np.ndarray) -> Split:
-        """The rows with these indices."""
-        targets = None if self.targets is None else [self.targets[row] for row in rows]
-        return Split([self.images[row] for row in rows], self.labels[rows], targets)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of labels, targets and every image's bytes as they lie on disk or in memory, 64 hexadecimal digits."""
-        digest = hashlib.sha256(self.labels.tobytes())
-        for image in self.images:
-            digest.update(hashlib.sha256(image_bytes(image)).digest())
-        for target in self.targets or ():
-            digest.update(hashlib.sha256(target.content()).digest())
-        return digest.hexdigest()
+    def __new__(cls, *given: Any, **fields: Any) -> Any:
+        if "name" in fields and not given:
+            warnings.warn(
+                "Task(name=..., classes=...) is deprecated; use modelpatch.tasks.record.TaskRecord for a task without data.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return TaskRecord(**fields)
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(RecordCall):
     """A task and its splits. `validation` is None where the source has none; it is never cut from the test images."""
 
     task: TaskRecord
@@ -83,9 +60,55 @@ class Task:
     validation: Split | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_datasets(
+        cls,
+        train: Any,
+        test: Any = None,
+        *,
+        validation: Any = None,
+        classes: Sequence[str] | int | None = None,
+        name: str | None = None,
+        kind: str | None = None,
+        transform: Transform | None = None,
+        workers: int | None = None,
+        ignore: int | None = None,
+        length: int | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """A task from data sets of (image, label): torch `Dataset`s, streams, Hugging Face data sets or DataLoaders.
+
+        Images are PIL images, arrays (H, W[, 3]), or tensors (C, H, W), uint8 or float in [0, 1], not normalised. Samples are
+        tuples, or dicts with keys such as `image` and `label`. A label is a class index or a class name; a mask (H, W) makes a
+        segmentation task, a dict of `boxes` and `labels` a detection task. `classes` are names, or their number; without them
+        they are taken from the data set (`classes`, a `ClassLabel`), or found by reading all labels. Without `test`, a
+        stratified share of the training images is held out, as `seed` says.
+
+        `transform` is applied to the images that are trained on, in place of the library's augmentation unless that is asked
+        for by name. Random transforms, its own and those of the data set, follow (seed, epoch, row). `workers` is the number
+        of processes that read images, `length` the number of images in an epoch of a stream that has no length of its own.
+
+        Raises `DataError` for anything else, and says what was found and what is expected.
+        """
+        given = {"train": train, "test": test, "validation": validation}
+        options = SourceOptions(kind, classes if isinstance(classes, int) else _names(classes), ignore)
+        found = read_datasets({key: one for key, one in given.items() if one is not None}, options, workers, length)
+        task = _assemble(found, name or describe(train), describe(train), seed)
+        return task.with_transform(transform)
+
     @property
     def classes(self) -> tuple[str, ...]:
+        """The names of its classes."""
         return self.task.classes
+
+    def with_transform(self, transform: Transform | None) -> Task:
+        """The task with a transform of its training images, and of targets of dense tasks (see `from_datasets`)."""
+        if transform is None:
+            return self
+        if not callable(transform):
+            raise DataError(f"transform={transform!r} cannot be called. Expected one such as torchvision's v2.Compose.")
+        facts = {**self.facts, "transform": getattr(transform, "__qualname__", type(transform).__name__)}
+        return replace(self, train=self.train.with_transform(transform), facts=facts)
 
     def with_validation(self, fraction: float, seed: int) -> Task:
         """The task with a stratified share of its training images as validation split, unless it has one.
@@ -105,7 +128,8 @@ class Task:
                 f"a share of {fraction:g} for validation leaves the class {name!r} none of its {count} images to train on. "
                 "Hold out a smaller share, or add images."
             )
-        return replace(self, train=self.train.take(keep), validation=self.train.take(held))
+        held_out = self.train.take(held).with_transform(None)
+        return replace(self, train=self.train.take(keep), validation=held_out)
 
     def subsample(self, count: int, seed: int = 0) -> Task:
         """The task with exactly `count` training images, as `drawn` chooses them; all of them if it has fewer.
@@ -125,7 +149,7 @@ class Task:
 
 
 def load_task(
-    source: str | Path,
+    source: Any,
     *,
     name: str | None = None,
     seed: int = 0,
@@ -133,93 +157,54 @@ def load_task(
     kind: str | None = None,
     classes: Sequence[str] | None = None,
     ignore: int | None = None,
+    transform: Transform | None = None,
 ) -> Task:
     """A task from a source (see the module's table). `seed` makes the test split where there is none.
 
-    With `hold_out=False` a source without a test split is tested on all its images: for data that is only measured. `kind` is
-    found from the source where it is not given. For segmentation `classes` name the values of masks from 0 on, and `ignore` is
-    one that stands for no class, beside 255.
+    A data set of torch or `datasets` is a source too, as is a mapping from `train`, `test` and `validation` to them; see
+    `Task.from_datasets`, which has more options for them. With `hold_out=False` a source without a test split is tested on all
+    its images: for data that is only measured. `kind` is found from the source where it is not given. For segmentation
+    `classes` name the values of masks from 0 on, and `ignore` is one that stands for no class, beside 255. `transform` is
+    applied to the images that are trained on.
 
     Raises `DataError` for a source that cannot be read or holds no images, has one class, or has labels of classes that
     are not trained.
     """
-    text = str(source)
-    if not isinstance(source, str | Path) or not text:
-        raise DataError(f"{source!r} is no data. Expected a folder, a manifest, hf:NAME or bundled:digits.")
-    _check_seed(seed)
-    wish = Wish(kind, None if classes is None else tuple(classes), ignore)
-    found: Found
-    if text.startswith("hf:"):
-        found = _read_hub(text.removeprefix("hf:"), wish)
-        stem = text.rsplit("/", 1)[-1].removeprefix("hf:")
-    elif text == "bundled:digits":
-        found, stem = _labelled(*_read_digits()), "digits"
+    check_seed(seed)
+    options = SourceOptions(kind, _names(classes), ignore)
+    if is_dataset(source):
+        splits = source if isinstance(source, Mapping) else {"train": source}
+        text = stem = describe(splits.get("train"))
+        found = read_datasets(splits, options, None, None)
+    elif not isinstance(source, str | Path) or not str(source):
+        raise DataError(
+            f"unsupported data source {source!r}; expected a folder, a manifest, hf:NAME, bundled:digits, or a Dataset. See "
+            "docs/data.md."
+        )
     else:
+        text = str(source)
         try:
-            path = Path(source).expanduser()
-            found = read_dense(path, wish) or _labelled(*_read_path(path))
-            stem = path.resolve().stem if path.is_file() else path.resolve().name
+            reader = find_source(source, options)
+            found, stem = reader.read(source, options), reader.name_of(source)
         except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
             raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
-    wish.check(found, text)
+        check_found(found, options, text)
     data = _assemble(found, name or stem, text, seed if hold_out else None)
-    return replace(data, facts={**data.facts, **wish.facts})
+    return replace(data, facts={**data.facts, **options.facts}).with_transform(transform)
 
 
 def check_classification(data: Task, purpose: str) -> None:
-    """Raises `DataError` for a task of another kind where only classes of whole images make sense."""
+    """Raise `DataError` for a task of another kind, for a purpose that needs classes of whole images."""
     if not kind_of(data.task.kind).classifies:
         raise DataError(
             f"{data.task.name} is a {data.task.kind} task; {purpose} takes classification tasks. Use fit, eval and predict."
         )
 
 
-def _labelled(splits: dict[str, Split], classes: list[str]) -> Found:
-    return Found(Classification.name, {name: (split.images, split.labels) for name, split in splits.items()}, classes)
-
-
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices (rest, share): `share` holds about `fraction` of each class, at least one of each with two rows."""
-    _check_seed(seed)
-    generator = np.random.default_rng(seed)
-    share: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        share.append(rows[: max(round(fraction * len(rows)), int(len(rows) > 1))])
-    taken = np.sort(np.concatenate(share))
-    return np.setdiff1d(np.arange(len(labels)), taken), taken
-
-
-def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Exactly `count` row indices: one of every class if there are that many, and beyond that every class in proportion.
-
-    The n images of a class stand evenly between 0 and 1, its first one at 0; those that stand lowest are taken, and among
-    equals the seed decides.
-    """
-    _check_seed(seed)
-    generator = np.random.default_rng(seed)
-    rows, places = generator.permutation(len(labels)), np.zeros(len(labels))
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels[rows] == label)
-        places[own[1:]] = (np.arange(1, len(own)) + 0.5) / len(own)
-    return np.sort(rows[np.argsort(places, kind="stable")[:count]])
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise DataError(f"the seed of a split is {seed!r}; expected a whole number from 0 on.")
-
-
-def split_seed(facts: Mapping[str, Any]) -> int | None:
-    """The seed of the test split that these facts of a task's data tell of; None where the source brought its own."""
-    found = re.fullmatch(r"stratified \d+%, seed (\d+)", str(facts.get("test_split", "")))
-    return int(found[1]) if found else None
-
-
 def check_same_split(facts: Mapping[str, Any], data: Task) -> None:
-    """Raises `DataError` where a patch was fitted on another split of this source, as the facts in its file tell.
+    """Raise `DataError` where a patch was fitted on another split of this source, as the facts in its file record.
 
-    Its training images would stand among the test images.
+    Some of the test images would be images that it was trained on.
     """
     fitted, now = split_seed(facts), split_seed(data.facts)
     if facts.get("source") == data.facts.get("source") and None not in (fitted, now) and fitted != now:
@@ -229,249 +214,40 @@ def check_same_split(facts: Mapping[str, Any], data: Task) -> None:
         )
 
 
-def source_size(split: Split, sample: int = 16) -> int:
-    """The median shorter side of the images, in pixels, from a few of them."""
-    rows = np.linspace(0, len(split) - 1, min(sample, len(split))).astype(int)
-    return int(np.median([min(open_image(split.images[row]).size) for row in rows]))
-
-
-def _split(images: Sequence[ImageSource], asked: np.ndarray | Sequence[Target]) -> Split:
-    if isinstance(asked, np.ndarray):
-        return Split(images, asked)
-    return Split(images, np.zeros(len(images), dtype=np.int64), asked)
+def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
+    if isinstance(classes, str):
+        raise DataError(f"classes={classes!r}; expected a list of names.")
+    return None if classes is None else tuple(classes)
 
 
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
-    raw, classes = {split: _split(*pair) for split, pair in found.splits.items()}, found.classes
+    """The task of what a source holds, checked, with a test split cut from the training images where there is none."""
+    splits, classes = dict(found.splits), found.classes
     if len(classes) < (least := kind_of(found.kind).fewest_classes):
         raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
-    if "train" not in raw or not len(raw["train"]):
-        raise DataError(f"{source} has no training images; it has the splits: {', '.join(raw) or 'none'}.")
-    if empty := [split for split, images in raw.items() if not len(images)]:
+    if "train" not in splits or not len(splits["train"]):
+        raise DataError(f"{source} has no training images; it has the splits: {', '.join(splits) or 'none'}.")
+    if empty := [split for split, images in splits.items() if not len(images)]:
         raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
-    for split, images in raw.items():
-        if images.targets is None and (images.labels.min() < 0 or images.labels.max() >= len(classes)):
-            raise DataError(f"{source}: its split {split!r} has images without a label. Leave it out, or label them.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
-    train = raw["train"]
-    if "test" not in raw and seed is not None:
+    train = splits["train"]
+    if "test" not in splits and seed is not None:
         keep, held = stratified(train.labels, TEST_FRACTION, seed)
         if not len(held):
             raise DataError(f"{source} has one image a class, and no test split. Add images.")
-        train, raw["test"] = train.take(keep), train.take(held)
-        facts["test_split"] = f"stratified {TEST_FRACTION:.0%}, seed {seed}"
-    raw.setdefault("test", train)
-    unseen = set(np.unique(raw["test"].labels)) - set(np.unique(train.labels))
-    if unseen:
-        raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
+        train, splits["test"] = train.take(keep), train.take(held)
+        facts |= split_facts(TEST_FRACTION, seed)
+    splits.setdefault("test", train)
+    known = {split: images.labels for split, images in splits.items() if images.labels_known and not images.dense}
+    for split, labels in known.items():
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise DataError(f"{source}: its split {split!r} has images without a label. Leave it out, or label them.")
+    if train.labels_known and "test" in known:
+        unseen = set(np.unique(known["test"])) - set(np.unique(train.labels))
+        if unseen:
+            raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
         task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes))
     except ValidationError as error:
         raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
-    return Task(task, train, raw["test"], raw.get("validation"), facts)
-
-
-# folders and manifests --------------------------------------------------------------------------------------
-
-
-def _read_path(path: Path) -> tuple[dict[str, Split], list[str]]:
-    if path.is_file() and path.suffix in MANIFESTS:
-        return _from_rows(_read_manifest(path, path.parent), path)
-    if not path.is_dir():
-        raise DataError(f"{path} is neither a folder of images nor a .csv or .parquet manifest.")
-    for suffix in MANIFESTS:
-        files = _by_split([file for file in sorted(path.glob(f"*{suffix}")) if file.is_file()])
-        if "train" in files:
-            return _from_rows([row for split, file in files.items() for row in _read_manifest(file, path, split)], path)
-    folders = _by_split([folder for folder in sorted(path.iterdir()) if folder.is_dir()])
-    if folders and "train" not in folders:
-        raise DataError(
-            f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
-        )
-    return _read_folders(folders or {"train": path}, path)
-
-
-def _by_split(paths: list[Path]) -> dict[str, Path]:
-    """The files or folders that are named as splits. Raises `DataError` for two of one split (`val`, `validation`)."""
-    splits: dict[str, Path] = {}
-    for path in paths:
-        name = path.stem if path.suffix in MANIFESTS else path.name
-        if name in SPLITS:
-            other = splits.setdefault(SPLITS[name], path)
-            if other is not path:
-                raise DataError(f"{other} and {path} are both the {SPLITS[name]} split. Keep one of them.")
-    return splits
-
-
-def _read_folders(folders: dict[str, Path], path: Path) -> tuple[dict[str, Split], list[str]]:
-    classes = sorted(
-        {
-            folder.name
-            for root in folders.values()
-            for folder in root.iterdir()
-            if folder.is_dir() and find_images(folder)
-        }
-    )
-    if not classes:
-        raise DataError(
-            f"{path} holds no class folders with images. Expected {path.name}/train/CLASS/*.jpg or {path.name}/CLASS/*.jpg."
-        )
-    splits = {}
-    for name, root in folders.items():
-        pairs = [(file, index) for index, kind in enumerate(classes) for file in find_images(root / kind)]
-        splits[name] = Split([file for file, _ in pairs], np.array([index for _, index in pairs], dtype=np.int64))
-    return splits, classes
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One line of a manifest, checked."""
-
-    image: ImageSource
-    label: str
-    split: str
-
-
-def _read_manifest(path: Path, folder: Path, split: str | None = None) -> list[_Row]:
-    """The rows of a manifest whose images lie in `folder`, all of one `split` or each of its own.
-
-    Raises `DataError` that names the file and the row.
-    """
-    columns, rows = _read_columns(path)
-    image = next((column for column in IMAGE_COLUMNS if column in columns), None)
-    label = next((column for column in LABEL_COLUMNS if column in columns), None)
-    if image is None or label is None:
-        raise DataError(
-            f"{path} has the columns {', '.join(columns) or '(none)'}. Expected one of {', '.join(IMAGE_COLUMNS)} and one "
-            f"of {', '.join(LABEL_COLUMNS)}."
-        )
-    result = []
-    for number, row in enumerate(rows):
-        where = f"{path}, row {number + 1}"
-        if None in row:
-            raise DataError(
-                f"{where}: it has more cells than the {len(columns)} columns. Quote cells that hold commas."
-            )
-        for column in (image, label):
-            if _is_missing(row[column]):
-                raise DataError(f"{where}: it has no {column}.")
-        name = split or str(row.get("split") or "train")
-        if name not in SPLITS:
-            raise DataError(f"{where}: split {name!r} is none of {', '.join(SPLITS)}.")
-        result.append(_Row(_image_source(row[image], folder, where), str(row[label]), SPLITS[name]))
-    return result
-
-
-def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
-    """The columns and rows of a manifest; class names that a parquet file carries are put in place of their numbers."""
-    try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream)
-                return list(reader.fieldnames or ()), list(reader)
-        table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-        for column, names in _class_names(table.schema.metadata or {}).items():
-            for row in rows:
-                if row.get(column) is not None:
-                    row[column] = names[row[column]]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as a manifest: {error}") from error
-    return table.column_names, rows
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """The names of classes by column, as `datasets` writes them into a parquet file."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    described = {column: features.get(column, {}).get("names") for column in LABEL_COLUMNS}
-    return {column: names for column, names in described.items() if names}
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _from_rows(rows: list[_Row], path: Path) -> tuple[dict[str, Split], list[str]]:
-    if not rows:
-        raise DataError(f"{path} has no rows.")
-    classes = sorted({row.label for row in rows}, key=_numeric_first)
-    index = {name: number for number, name in enumerate(classes)}
-    splits: dict[str, list[_Row]] = {}
-    for row in rows:
-        splits.setdefault(row.split, []).append(row)
-    return {
-        split: Split([row.image for row in members], np.array([index[row.label] for row in members], dtype=np.int64))
-        for split, members in splits.items()
-    }, classes
-
-
-def _numeric_first(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
-
-
-def _image_source(value: Any, folder: Path, where: str) -> ImageSource:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    file = folder / str(value)
-    if not value or not file.is_file():
-        raise DataError(f"{where}: there is no image {str(file)[:300]}.")
-    return file
-
-
-# libraries --------------------------------------------------------------------------------------------------
-
-
-def _read_hub(name: str, wish: Wish) -> Found:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "data", f"Loading hf:{name}") from None
-    try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # no network, no such data set, a script it refuses to run
-        raise DataError(f"hf:{name} cannot be loaded: {error}") from error
-    tables = {SPLITS[split]: table for split, table in loaded.items() if split in SPLITS}
-    dense = hub_targets(name, tables, wish, lambda table, column: _LazyImages(_undecoded(table, column), column))
-    if dense is not None:
-        return dense
-    splits, classes = {}, []
-    for split, table in tables.items():
-        image = next((c for c, f in table.features.items() if isinstance(f, datasets.Image)), None)
-        label = next((c for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)), None)
-        if image is None or label is None:
-            raise DataError(f"hf:{name} has no image column and class label; it has: {', '.join(table.features)}.")
-        classes = list(table.features[label].names)
-        splits[split] = Split(_LazyImages(_undecoded(table, image), image), np.array(table[label], dtype=np.int64))
-    return _labelled(splits, classes)
-
-
-def _undecoded(table: Any, column: str) -> Any:
-    import datasets
-
-    return table.cast_column(column, datasets.Image(decode=False))
-
-
-class _LazyImages(Sequence[ImageSource]):
-    """The encoded images of a hub data set, read when they are asked for."""
-
-    def __init__(self, table: Any, column: str) -> None:
-        self.table, self.column = table, column
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, row: Any) -> Any:
-        value = self.table[int(row)][self.column]
-        return value.get("bytes") or Path(value["path"])
-
-
-def _read_digits() -> tuple[dict[str, Split], list[str]]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise MissingExtraError("scikit-learn", "demo", "Loading bundled:digits") from None
-    bunch = load_digits()
-    images: Iterable[np.ndarray] = np.round(bunch.images / 16 * 255).astype(np.uint8)
-    return {"train": Split(list(images), bunch.target.astype(np.int64))}, [str(digit) for digit in range(10)]
+    return Task(task, train, splits["test"], splits.get("validation"), facts)

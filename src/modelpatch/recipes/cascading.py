@@ -28,7 +28,8 @@ from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.data.task import Split, Task, check_same_split, stratified
+from modelpatch.data.splits import Split, stratified
+from modelpatch.data.task import Task, check_same_split
 from modelpatch.engine.cascade import MAX_STAGES, Cascade, Confidence, Weights, check_one_task, features
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import CascadeError, DataError

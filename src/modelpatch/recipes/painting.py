@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert.merging import change_of
 from modelpatch.data.joining import join_tasks, joint_task
-from modelpatch.data.task import Split, Task, check_classification
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
 from modelpatch.heads.base import CosineHead, HeadRecord, LinearHead
 from modelpatch.methods.keeping import Keeper

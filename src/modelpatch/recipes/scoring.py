@@ -14,7 +14,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.convert.merging import merge
 from modelpatch.data.images import ImageStore
-from modelpatch.data.task import Split, Task
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.heads.base import LinearHead
 from modelpatch.methods.scale_bias import recompute_statistics
 from modelpatch.patch.contents import Patch

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.images import ImageStore
-from modelpatch.data.task import Split
+from modelpatch.data.splits import Split
 from modelpatch.errors import MethodError
 from modelpatch.methods.delta import SkipWeights, skip_weights
 from modelpatch.methods.delta_stage import GRAFT

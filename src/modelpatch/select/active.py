@@ -22,8 +22,9 @@ from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import ImageSource
-from modelpatch.data.images import choose_augmentation
-from modelpatch.data.task import Split, Task, check_classification
+from modelpatch.data.augmentation import choose_augmentation
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method

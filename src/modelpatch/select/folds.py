@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelpatch.data.task import Split, Task, check_classification, drawn
+from modelpatch.data.splits import Split, drawn
+from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.images import choose_augmentation
-from modelpatch.data.task import Split, Task
+from modelpatch.data.augmentation import choose_augmentation
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.errors import DivergedError, TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.heads.base import HeadInput
-from modelpatch.heads.detectors import Detector, unpack
 from modelpatch.tasks.decoding import Decoding, coarsest, fine
 from modelpatch.tasks.drawing import Corners, draw_frames, named_colors, palette
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
-from modelpatch.tasks.targets import Allocate, Target
+from modelpatch.tasks.targets import Target
 
 SURE = 0.5  # the probability from which a box is told and drawn
 SMALLEST = 1.0  # pixels a side that a box must have to be a target
@@ -51,51 +50,39 @@ class Boxes(Target):
     def content(self) -> bytes:
         return self.corners.tobytes() + self.labels.tobytes() + self.difficult.tobytes()
 
-    @classmethod
-    def open(cls, targets: Sequence[Boxes], preprocessing: Preprocessing, allocate: Allocate) -> BoxStore:
-        return BoxStore(targets, preprocessing)
+    def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Objects:
+        left, top, width, height = preprocessing.framed_area(image.width, image.height)
+        size = np.array([width, height] * 2) / preprocessing.image_size
+        corners = (self.corners - np.array([left, top] * 2)) / size + _edge(preprocessing)
+        labels, difficult = torch.from_numpy(self.labels), torch.from_numpy(self.difficult)
+        return {"boxes": torch.from_numpy(corners).float(), "labels": labels, "difficult": difficult}
 
-
-class BoxStore:
-    """Boxes in pixels of what the network sees; a batch is a list of {"boxes": (N, 4), "labels": (N,), "difficult": (N,)}."""
-
-    def __init__(self, boxes: Sequence[Boxes], preprocessing: Preprocessing) -> None:
-        self.boxes, self.preprocessing = boxes, preprocessing
-        self.framed: list[Tensor] = [torch.zeros(0, 4)] * len(boxes)  # in the store's R x R pixels
-
-    def add(self, row: int, image: Image.Image) -> None:
-        left, top, width, height = self.preprocessing.framed_area(image.width, image.height)
-        shift = np.array([left, top] * 2)
-        size = np.array([width, height] * 2) / self.preprocessing.image_size
-        corners = (self.boxes[row].corners - shift) / size + self._edge
-        self.framed[row] = torch.from_numpy(corners).float()
-
-    @property
-    def _edge(self) -> int:
-        """Pixels at each side of a stored image that its centre crop cuts off."""
-        return (self.preprocessing.resize_to - self.preprocessing.image_size) // 2
-
-    def plain(self, rows: Tensor) -> list[Objects]:
-        return [self._seen(row, self.framed[row] - self._edge) for row in rows.tolist()]
-
-    def augmented(self, rows: Tensor, matrices: Tensor) -> list[Objects]:
-        whole, size = self.preprocessing.resize_to, self.preprocessing.image_size
+    @staticmethod
+    def batch(framed: Sequence[Objects], preprocessing: Preprocessing, matrices: Tensor | None) -> list[Objects]:
+        """Objects of each image, boxes in pixels of the view."""
+        whole, size = preprocessing.resize_to, preprocessing.image_size
+        if matrices is None:
+            return [_cut(one, one["boxes"] - _edge(preprocessing), size) for one in framed]
         found = []
-        for row, matrix in zip(rows.tolist(), matrices, strict=True):
-            places = 2 * self.framed[row].view(-1, 2, 2) / whole - 1  # corners in [-1, 1]
-            places = (places - matrix[:, 2]) / matrix.diagonal()  # the grid maps what is seen to the image
+        for one, matrix in zip(framed, matrices, strict=True):
+            places = 2 * one["boxes"].view(-1, 2, 2) / whole - 1  # corners in [-1, 1]
+            places = (places - matrix[:, 2]) / matrix.diagonal()  # the matrix maps places of the view to the image
             corners = torch.cat([places.min(1).values, places.max(1).values], 1)
-            found.append(self._seen(row, (corners + 1) / 2 * size))
+            found.append(_cut(one, (corners + 1) / 2 * size, size))
         return found
 
-    def _seen(self, row: int, corners: Tensor) -> Objects:
-        """Boxes cut at the edges of what is seen, without those of which too little is left."""
-        cut = corners.clamp(0, self.preprocessing.image_size)
-        sides, whole = cut[:, 2:] - cut[:, :2], corners[:, 2:] - corners[:, :2]
-        kept = (sides >= SMALLEST).all(1) & (sides.prod(1) >= SHOWN * whole.prod(1))
-        boxes = self.boxes[row]
-        labels, difficult = torch.from_numpy(boxes.labels), torch.from_numpy(boxes.difficult)
-        return {"boxes": cut[kept], "labels": labels[kept], "difficult": difficult[kept]}
+
+def _edge(preprocessing: Preprocessing) -> int:
+    """Pixels at each side of a framed image that its centre crop cuts off."""
+    return (preprocessing.resize_to - preprocessing.image_size) // 2
+
+
+def _cut(framed: Objects, corners: Tensor, size: int) -> Objects:
+    """Boxes cut at the edges of the view, without those of which too little is left."""
+    cut = corners.clamp(0, size)
+    sides, whole = cut[:, 2:] - cut[:, :2], corners[:, 2:] - corners[:, :2]
+    kept = (sides >= SMALLEST).all(1) & (sides.prod(1) >= SHOWN * whole.prod(1))
+    return {"boxes": cut[kept], "labels": framed["labels"][kept], "difficult": framed["difficult"][kept]}
 
 
 @dataclass(frozen=True)
@@ -132,6 +119,8 @@ class BoxMeter(Meter):
         wanted = [
             {"boxes": one["boxes"], "labels": one["labels"], "iscrowd": one["difficult"].long()} for one in targets
         ]
+        from modelpatch.heads.detectors import unpack
+
         self._precision.update([unpack(answer) for answer in answers], wanted)
         self.images += len(answers)
 
@@ -182,6 +171,8 @@ class Detection(Kind):
 
     def run_head(self, head: nn.Module, read: HeadInput, targets: list[Objects]) -> Tensor:
         """The detector's loss."""
+        from modelpatch.heads.detectors import Detector
+
         assert isinstance(head, Detector) and isinstance(read, tuple)  # noqa: PT018
         return head.losses(read, targets)
 

@@ -26,7 +26,7 @@ from modelpatch.errors import DataError
 from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
 from modelpatch.tasks.drawing import add_legend, encode_png, named_colors, palette
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
-from modelpatch.tasks.targets import Allocate, Target, source_name
+from modelpatch.tasks.targets import Target, source_name
 
 IGNORED = 255  # the class of pixels that are neither trained on nor measured
 UNKNOWN = -1
@@ -55,36 +55,26 @@ class PixelMask(Target):
     def content(self) -> bytes:
         return image_bytes(self.source) + self.table.tobytes()
 
-    @classmethod
-    def open(cls, targets: Sequence[PixelMask], preprocessing: Preprocessing, allocate: Allocate) -> MaskStore:
-        return MaskStore(targets, preprocessing, allocate)
-
-
-class MaskStore:
-    """Masks as uint8 (N, R, R); batches are int64 (B, S, S)."""
-
-    def __init__(self, masks: Sequence[PixelMask], preprocessing: Preprocessing, allocate: Allocate) -> None:
-        self.masks, self.preprocessing = masks, preprocessing
-        self.pixels = allocate((len(masks), preprocessing.resize_to, preprocessing.resize_to))
-
-    def add(self, row: int, image: Image.Image) -> None:
-        """Read a mask. Raises `DataError` for one of another size than its image."""
-        mask = self.masks[row].read()
+    def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+        """Class indices uint8 (R, R). Raises `DataError` for a mask of another size than its image."""
+        mask = self.read()
         if mask.size != image.size:
             raise DataError(
-                f"{source_name(self.masks[row].source)} is {mask.width} x {mask.height} pixels, its image {image.width} x "
+                f"{source_name(self.source)} is {mask.width} x {mask.height} pixels, its image {image.width} x "
                 f"{image.height}. Expected one class for every pixel."
             )
-        self.pixels[row] = torch.from_numpy(np.array(self.preprocessing.frame(mask, "nearest")))
+        return torch.from_numpy(np.array(preprocessing.frame(mask, "nearest")))
 
-    def plain(self, rows: Tensor) -> Tensor:
-        return self.preprocessing.center_crop(self.pixels[rows]).long()
-
-    def augmented(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        size = self.preprocessing.image_size
-        grid = F.affine_grid(matrices, [len(rows), 1, size, size], align_corners=False)
+    @staticmethod
+    def batch(framed: Sequence[Tensor], preprocessing: Preprocessing, matrices: Tensor | None) -> Tensor:
+        """Class indices int64 (B, S, S)."""
+        masks = torch.stack(list(framed))
+        if matrices is None:
+            return preprocessing.center_crop(masks).long()
+        size = preprocessing.image_size
+        grid = F.affine_grid(matrices, [len(masks), 1, size, size], align_corners=False)
         views = F.grid_sample(
-            self.pixels[rows].float()[:, None], grid, mode="nearest", padding_mode="reflection", align_corners=False
+            masks.float()[:, None], grid, mode="nearest", padding_mode="reflection", align_corners=False
         )
         return views[:, 0].long()
 

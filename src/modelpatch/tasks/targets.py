@@ -7,29 +7,14 @@ target ─ the same ────────────────────
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
-
-Allocate = Callable[[tuple[int, ...]], Tensor]  # makes an empty uint8 tensor
-
-
-class TargetStore(Protocol):
-    """The targets of a split as its images are seen. `matrices` (B, 2, 3) are those of `Augmentation.matrices`."""
-
-    def add(self, row: int, image: Image.Image) -> None:
-        """Read the target of an image, which is given upright and in its own size."""
-
-    def plain(self, rows: Tensor) -> Any:
-        """Targets of images as they are."""
-
-    def augmented(self, rows: Tensor, matrices: Tensor) -> Any:
-        """Targets of augmented views."""
 
 
 class Target(ABC):
@@ -39,10 +24,14 @@ class Target(ABC):
     def content(self) -> bytes:
         """Bytes that identify the target."""
 
-    @classmethod
     @abstractmethod
-    def open(cls, targets: Sequence[Any], preprocessing: Preprocessing, allocate: Allocate) -> TargetStore:
-        """An empty store for targets of this class."""
+    def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Any:
+        """The target in pixels of the framed image, `resize_to` a side. `image` is upright and in its own size."""
+
+    @staticmethod
+    @abstractmethod
+    def batch(framed: Sequence[Any], preprocessing: Preprocessing, matrices: Tensor | None) -> Any:
+        """Framed targets as a batch: of centre crops, or of the views that `Augmentation.matrices` (B, 2, 3) give."""
 
 
 def source_name(source: ImageSource) -> str:

@@ -2,12 +2,12 @@
 
 Everything before a patch's first span is frozen and deterministic, so its output for an image never changes. The cache
 holds that output for every image, in memory up to a budget and in a temporary file beyond it. With augmentation a
-stated number of augmented views of every image is cached and the epochs take turns through them.
+stated number of augmented views of every image is cached, and epoch k trains on view k modulo that number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import FrozenBackbone
 from modelpatch.backbone.tuning import CACHE, Tuning
-from modelpatch.data.images import AUGMENTATIONS, Augmentation, Images, allocate, pieces
+from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation
+from modelpatch.data.images import ImageBatch, Images, allocate, pieces
 from modelpatch.patch.model import PatchedModel
 
 BATCH = 64
@@ -27,33 +28,40 @@ WORTHWHILE = 0.1
 
 
 class PlainInputs:
-    """Images through no cache: every epoch decodes nothing but augments anew."""
+    """Images without a cache: augmented anew in every epoch."""
 
     start = 0
 
     def __init__(self, store: Images, augmentation: Augmentation, seed: int) -> None:
         self.store, self.augmentation, self.seed = store, augmentation, seed
 
+    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
+        """Inputs of segment `start` and targets for the rows of every batch from number `first` on, read ahead."""
+        return self.store.batches(rows, self.augmentation, self.seed, epoch, first)
+
     def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
         """Inputs of segment `start` for these rows."""
         return self.store.augmented(rows, self.augmentation, (self.seed, epoch, step))
 
     def targets(self, rows: Tensor, epoch: int, step: int) -> Any:
-        """What a dense task asks about that batch."""
+        """The targets of that batch."""
         return self.store.targets(rows, self.augmentation, (self.seed, epoch, step))
 
     def plain_targets(self, rows: Tensor) -> Any:
-        """What it asks about the images as they are."""
+        """The targets of these rows, not augmented."""
         return self.store.targets(rows, AUGMENTATIONS["none"], ())
 
 
 class CachedInputs:
-    """What the model goes on from after segments `[0, start)`: for `views` views of every image, one without augmentation."""
+    """The output of segments `[0, start)` for `views` views of every image, one without augmentation.
+
+    Images are read once and not kept.
+    """
 
     def __init__(
         self,
         prefix: Prefix,
-        store: Images,
+        images: Images,
         start: int,
         augmentation: Augmentation,
         views: int,
@@ -62,17 +70,24 @@ class CachedInputs:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.start = start
-        self.views = 1 if augmentation.name == "none" else views
-        shape: tuple[int, ...] | None = None
-        for view in range(self.views):
-            for step, rows in enumerate(torch.arange(len(store)).split(BATCH)):
-                images = store.augmented(rows, augmentation, (seed, view, step))
-                outputs = prefix(images, start)
-                if shape is None:
-                    shape = tuple(outputs.shape[1:])
-                    self.values = allocate((self.views, len(store), *shape), torch.float32, memory)
-                self.values[view, rows] = outputs.cpu()
-                advance(len(rows))
+        self.views = views if augmentation.name != "none" or images.split.changes else 1
+        count, values = len(images), None
+        self.labels = torch.zeros(
+            (self.views, count), dtype=torch.int64
+        )  # a stream may have another order in each view
+        for view, rows, (pixels, labels) in images.views(self.views, augmentation, seed):
+            outputs = prefix(pixels, start)
+            if values is None:
+                values = allocate((self.views, count, *outputs.shape[1:]), torch.float32, memory)
+            values[view, rows], self.labels[view, rows] = outputs.cpu(), labels
+            advance(len(rows))
+        assert values is not None, "a split holds images"
+        self.values = values
+
+    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
+        """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
+        for step, batch in enumerate(rows[first:], first):
+            yield ImageBatch(self.batch(batch, epoch, step), self.labels[epoch % self.views, batch])
 
     def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
         """Inputs of segment `start` for these rows, from the epoch's view."""
@@ -80,7 +95,7 @@ class CachedInputs:
 
 
 def make_prefix(backbone: Backbone, model: PatchedModel, images: int) -> Prefix:
-    """What computes the frozen prefix of a number of images: folded copies of the segments where there are enough images.
+    """A function that computes the frozen prefix, through folded copies of the segments for a large number of images.
 
     Folded segments agree with the model's to rounding and take less time; making them takes as long as some hundred images.
     A head that reads inner segments needs the model's own, which keep what they pool.
@@ -105,5 +120,5 @@ def prefix_share(backbone: Backbone, start: int) -> float:
 
 
 def cache_worthwhile(backbone: Backbone, start: int) -> bool:
-    """Whether a cache before segment `start` saves enough work to be worth its memory."""
+    """Return True where a cache before segment `start` saves enough work to be worth its memory."""
     return prefix_share(backbone, start) >= WORTHWHILE

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.images import AUGMENTATIONS, ImageStore, pieces
-from modelpatch.data.task import Split, Task, check_classification, check_same_split
+from modelpatch.data.images import open_images, pieces
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, check_classification, check_same_split
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.classification import Evaluation
@@ -136,14 +137,13 @@ def answers_of(
     module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of what a module answers for a split's images, float32 on the CPU, with their labels or targets."""
-    store = ImageStore(split, preprocessing, MEMORY)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    for rows in torch.arange(len(store)).split(64):
-        images = store.plain(rows).to(device).contiguous(memory_format=torch.channels_last)
+    for images, targets in open_images(split, preprocessing, 0, once=True).plain_batches():
+        x = images.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            answers = torch.cat([module(piece).float().cpu() for piece in pieces(images)])
-        yield answers, store.labels[rows] if split.targets is None else store.targets(rows, AUGMENTATIONS["none"], ())
-        advance(len(rows))
+            answers = torch.cat([module(piece).float().cpu() for piece in pieces(x)])
+        yield answers, targets
+        advance(len(images))
 
 
 def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:

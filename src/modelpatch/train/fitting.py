@@ -25,7 +25,8 @@ from torch import Tensor
 
 import modelpatch
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.data.images import Augmentation, choose_augmentation, pieces
+from modelpatch.data.augmentation import Augmentation, choose_augmentation
+from modelpatch.data.images import pieces
 from modelpatch.data.task import Task
 from modelpatch.errors import (
     CheckpointMismatchError,

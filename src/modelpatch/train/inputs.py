@@ -9,18 +9,30 @@ one pass and lends them to many fits: those of a selection differ in what they t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.images import Augmentation, ImageStore, allocate, pieces
-from modelpatch.data.task import Split, Task
+from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation
+from modelpatch.data.images import (
+    ImageBatch,
+    Images,
+    ImageStore,
+    ImageStream,
+    Pixels,
+    View,
+    allocate,
+    open_images,
+    pieces,
+)
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
-from modelpatch.tasks.kind import kind_of
 from modelpatch.train.cache import (
     BATCH,
     CachedInputs,
@@ -33,7 +45,7 @@ from modelpatch.train.cache import (
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.progress import Progress, quiet_progress
 
-NO_AUGMENTATION = Augmentation("none")
+NO_AUGMENTATION = AUGMENTATIONS["none"]
 
 
 class Inputs(Protocol):
@@ -75,39 +87,40 @@ class OwnInputs:
         self.backbone, self.data, self.preprocessing, self.augmentation = backbone, data, preprocessing, augmentation
         self.views, self.seed, self.memory, self.cache = views, seed, memory, cache
         self.bar = bar or quiet_progress()
-        self._train: ImageStore | None = None
+        self._opened: dict[tuple[str, bool], Images] = {}
 
     def labels(self, split: str) -> Tensor:
         return torch.from_numpy(getattr(self.data, split).labels)
 
     def plain(self, split: str, rows: Tensor) -> Tensor:
-        return self._store(split).plain(rows)
+        return self._open(split, False).plain(rows)
 
     def lend(self, model: PatchedModel) -> None:
         """Nothing: the model runs its own frozen segments."""
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
-        store, first = self._store(split), model.first
-        augmentation = self.augmentation if augmented else NO_AUGMENTATION
-        if kind_of(self.data.task.kind).dense or not self.cache or not cache_worthwhile(self.backbone, first):
-            return PlainInputs(store, augmentation, self.seed)
-        views = self.views if augmentation.name != "none" else 1
-        share = prefix_share(self.backbone, first)
-        with self.bar.task(
-            f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", views * len(store)
-        ) as advance:
-            prefix = make_prefix(self.backbone, model, views * len(store))
-            return CachedInputs(prefix, store, first, augmentation, views, self.seed, self.memory, advance)
+        first, augmentation = model.first, self.augmentation if augmented else NO_AUGMENTATION
+        images: Split = getattr(self.data, split)
+        if images.dense or not self.cache or not cache_worthwhile(self.backbone, first):
+            return PlainInputs(self._open(split, augmented), augmentation, self.seed)
+        views = self.views if augmented and (augmentation.name != "none" or images.augments) else 1
+        share, count = prefix_share(self.backbone, first), views * len(images)
+        with self.bar.task(f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", count) as advance:
+            prefix = make_prefix(self.backbone, model, count)
+            source = self._open(split, augmented, once=True)
+            return CachedInputs(prefix, source, first, augmentation, views, self.seed, self.memory, advance)
 
-    def _store(self, split: str) -> ImageStore:
-        if split == "train" and self._train is not None:
-            return self._train
-        images = getattr(self.data, split)
-        with self.bar.task(f"decoding {split}", len(images)) as advance:
-            store = ImageStore(images, self.preprocessing, self.memory, advance)
-        if split == "train":
-            self._train = store
-        return store
+    def _open(self, split: str, augmented: bool, once: bool = False) -> Images:
+        """The images of a split, the same ones for every reader if they are kept."""
+        images: Split = getattr(self.data, split)
+        augmented = augmented and images.augments
+        if (split, augmented) not in self._opened:
+            images = images if augmented else images.with_transform(None)
+            opened = open_images(images, self.preprocessing, self.memory, once=once or split == "test")
+            if once:
+                return opened
+            self._opened[split, augmented] = opened
+        return self._opened[split, augmented]
 
 
 class SharedImages:
@@ -138,8 +151,7 @@ class SharedImages:
         self.views = views if augmentation.name != "none" else 0
         self.memory, self.disk, self.cache = memory, disk, cache
         self.bar = bar or quiet_progress()
-        with self.bar.task("decoding", len(split)) as advance:
-            self.store = ImageStore(split, preprocessing, memory, advance)
+        self.store = ImageStore(split, preprocessing, memory)
         self._activations: dict[int, Tensor] | None = None
         self._folded: dict[int, nn.Module] = {}
 
@@ -232,33 +244,38 @@ class SharedInputs:
             )
         start = shared.before(model.first)
         views = range(shared.views) if augmented else range(shared.views, shared.views + 1)
-        return BoundaryInputs(start, shared.activations[start], rows, views)
+        return BoundaryInputs(start, shared.activations[start], rows, views, images.labels)
 
 
-class ImageRows:
+class ImageRows(ImageStream):
     """Some rows of a store, numbered from 0."""
 
     def __init__(self, store: ImageStore, rows: Tensor) -> None:
-        self.store, self.rows, self.labels = store, rows, store.labels[rows]
+        super().__init__(store.split, store.preprocessing)
+        self.store, self.rows = store, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def plain(self, rows: Tensor) -> Tensor:
-        return self.store.plain(self.rows[rows])
+    @property
+    def labels(self) -> Tensor:
+        return self.store.labels[self.rows]
 
-    def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor:
-        return self.store.augmented(self.rows[rows], augmentation, seed)
-
-    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any:
-        return self.store.targets(self.rows[rows], augmentation, seed)
+    def read(self, batches: Sequence[Tensor], view: View | None) -> Iterator[Pixels]:
+        """The decoded images of every batch of rows."""
+        return self.store.read([self.rows[rows] for rows in batches], view)
 
 
 class BoundaryInputs:
-    """Shared activations (views, N, ...) before segment `start`; epochs take turns through `views`."""
+    """Shared activations (views, N, ...) before segment `start`; epoch k trains on view k modulo the number of `views`."""
 
-    def __init__(self, start: int, values: Tensor, rows: Tensor, views: range) -> None:
-        self.start, self.values, self.rows, self.views = start, values, rows, views
+    def __init__(self, start: int, values: Tensor, rows: Tensor, views: range, labels: Tensor) -> None:
+        self.start, self.values, self.rows, self.views, self.labels = start, values, rows, views, labels
+
+    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
+        """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
+        for step, batch in enumerate(rows[first:], first):
+            yield ImageBatch(self.batch(batch, epoch, step), self.labels[batch])
 
     def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
         """Inputs of segment `start` for these rows, from the epoch's view."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.images import AugmentName
+from modelpatch.data.augmentation import AugmentName
 from modelpatch.errors import TrainingError
 from modelpatch.tasks.kind import kind_of
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -24,9 +24,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+<<<<<<< HEAD
 from modelpatch import Task
 from modelpatch.backbone import open_image
 from modelpatch.data import Split
+=======
+from modelpatch.backbone.preprocessing import ImageSource, open_image
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task, check_classification
+>>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 from modelpatch.errors import DataError
 
 SMALL = 64  # pixels: the shorter side up to which an image counts as small
@@ -372,7 +378,7 @@ def corrupted(data: Task, kind: str, severity: int = 5, seed: int = 0) -> Task:
     _check(kind, severity)
 
     def changed(split: Split, number: int) -> Split:
-        return replace(split, images=CorruptedImages(split.images, kind, severity, (seed, number)))
+        return Split(CorruptedImages(split.images, kind, severity, (seed, number)), split.labels, split.targets)
 
     validation = None if data.validation is None else changed(data.validation, 2)
     task = data.task.model_copy(update={"name": f"{data.task.name}, {kind} {severity}"})

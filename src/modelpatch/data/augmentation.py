@@ -1,0 +1,108 @@
+"""Random views of images: the library's own, a whole batch at a time, and a user's transform, one image at a time.
+
+The library's own views cut a crop from every image of a batch on its own, stretch it and flip it, in one `grid_sample`.
+torchvision's transforms draw one crop for a whole batch, and one image at a time they take many times as long; they are
+applied to single images where a user gives them, with masks and boxes as tv_tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from modelpatch.backbone.preprocessing import open_image
+from modelpatch.data.samples import to_boxes, to_image, to_mask
+from modelpatch.data.splits import Split, Transform, source_size
+from modelpatch.errors import DataError
+from modelpatch.tasks.detection import Boxes
+from modelpatch.tasks.segmentation import PixelMask
+from modelpatch.tasks.targets import Target
+
+SMALL_SOURCE = 64
+AugmentName = Literal["auto", "none", "light", "standard"]
+KEPT = np.arange(256, dtype=np.int16)  # the table of a mask whose values are class indices
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A random crop of relative area within `area` and aspect ratio up to `stretch`, flipped half the time if `flip`."""
+
+    name: str
+    area: tuple[float, float] = (1.0, 1.0)
+    stretch: float = 1.0
+    flip: bool = False
+
+    def __call__(self, images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """Float (B, 3, R, R) to (B, 3, size, size), each image cropped on its own; values keep their range."""
+        grid = F.affine_grid(self.matrices(len(images), generator), [len(images), 3, size, size], align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    def matrices(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 2, 3): the map from places of each view, in [-1, 1], to its image. Diagonal, but for the shift."""
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(count, generator=generator)
+
+        side = uniform(*self.area).sqrt()
+        ratio = torch.exp(uniform(-np.log(self.stretch), np.log(self.stretch)) / 2)
+        width, height = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
+        left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+        sign = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if self.flip else torch.ones(count)
+        zero = torch.zeros(count)
+        return torch.stack([torch.stack([width * sign, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
+
+
+AUGMENTATIONS = {
+    "none": Augmentation("none"),
+    "light": Augmentation("light", area=(0.6, 1.0), stretch=1.15),
+    "standard": Augmentation("standard", area=(0.35, 1.0), stretch=4 / 3, flip=True),
+}
+
+
+def choose_augmentation(name: AugmentName, split: Split) -> Augmentation:
+    """The augmentation of that name.
+
+    `auto` is `none` for images with random transforms of the user's, `light` for small pictures (digits, signs: a flip may
+    change the answer), `standard` for photos.
+    """
+    if name != "auto":
+        return AUGMENTATIONS[name]
+    if split.augments:
+        return AUGMENTATIONS["none"]
+    return AUGMENTATIONS["light" if source_size(split) <= SMALL_SOURCE else "standard"]
+
+
+def apply_transform(transform: Transform, image: Image.Image, target: Target | int) -> tuple[Image.Image, Target | int]:
+    """The transformed image and target.
+
+    A class index stays as it is. Masks and boxes are given as tv_tensors, as the second argument. Raises `DataError` for a
+    transform that fails or returns something else.
+    """
+    try:
+        if isinstance(target, int):
+            return open_image(to_image(transform(image))), target
+        from torchvision import tv_tensors
+
+        if isinstance(target, PixelMask):
+            view, mask = transform(image, tv_tensors.Mask(torch.from_numpy(np.array(target.read()))))
+            return open_image(to_image(view)), PixelMask(to_mask(mask), KEPT)
+        assert isinstance(target, Boxes)
+        corners = torch.from_numpy(target.corners)
+        boxes: Any = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(image.height, image.width))
+        given = {
+            "boxes": boxes,
+            "labels": torch.from_numpy(target.labels),
+            "difficult": torch.from_numpy(target.difficult),
+        }
+        view, found = transform(image, given)
+        return open_image(to_image(view)), to_boxes(found)
+    except DataError as error:
+        raise DataError(f"the transform's result cannot be used: {error}") from error
+    except Exception as error:
+        raise DataError(f"the transform failed on an image of {image.size}: {error!r}") from error

@@ -1,0 +1,141 @@
+"""The interface of data sources and their registry.
+
+A source reads one layout. A new one is a file of this folder or an entry point of the group `modelpatch.data.sources` in
+another distribution:
+
+    @SOURCES.register("my-layout")
+    class MyLayout(DataSource):
+        kind = "classification"
+
+        def accepts(self, source): ...   # cheap: is this source in my layout?
+        def read(self, source, options): ...   # its images, labels or targets, and class names
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from modelpatch.data.splits import Split
+from modelpatch.errors import DataError
+from modelpatch.registry import Registry
+from modelpatch.tasks.kind import kind_of
+
+SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+LARGEST_VALUE = 255  # of a mask
+CLASS_FILES = ("classes.txt", "labels.txt")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The contents of a source: its splits by name, and the names of classes."""
+
+    kind: str
+    splits: Mapping[str, Split]
+    classes: Sequence[str]
+    names_from_user: bool = False  # its classes are values of masks, which the user may name
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """The options for reading a source, as a user gives them. Raises `DataError` for values that no source could have."""
+
+    kind: str | None = None
+    classes: tuple[str, ...] | int | None = None
+    ignore: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None:
+            kind_of(self.kind)
+        if self.ignore is not None and (type(self.ignore) is not int or not 0 <= self.ignore <= LARGEST_VALUE):
+            raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {LARGEST_VALUE}.")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The options that were set, for a patch file to record how its data was read."""
+        classes = list(self.classes) if isinstance(self.classes, tuple) else self.classes
+        given = {"classes": classes, "ignore": self.ignore}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class DataSource(ABC):
+    """A reader of one layout.
+
+    `kind` is the kind of task that it reads, or None for one that depends on the contents. A source with `general=True`
+    is asked only where no other one accepts.
+    """
+
+    kind: ClassVar[str | None] = None
+    general: ClassVar[bool] = False
+
+    @abstractmethod
+    def accepts(self, source: Any) -> bool:
+        """Return True for a source in this layout, without reading more than names and the beginning of files."""
+
+    @abstractmethod
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        """The contents of the source. Raises `DataError` with the place of what cannot be read."""
+
+    def name_of(self, source: Any) -> str:
+        """The name of the task where the user gives none."""
+        path = Path(source).expanduser().resolve()
+        return path.stem if path.is_file() else path.name
+
+
+SOURCES = Registry[type[DataSource]]("data source", "modelpatch.data.sources", error=DataError)
+
+
+def find_source(given: Any, options: SourceOptions) -> DataSource:
+    """The source that reads what was given. Raises `DataError` where none or several do."""
+    accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
+    if not accepting:
+        raise DataError(
+            f"{str(given)[:200]} is neither a folder of images nor a .csv or .parquet manifest. Expected one of these, "
+            "hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
+        )
+    fitting = [source for source in accepting if None in (options.kind, source.kind) or source.kind == options.kind]
+    if not fitting:
+        raise DataError(f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these.")
+    chosen = [source for source in fitting if not source.general] or fitting
+    if len(chosen) > 1:
+        kinds = " or ".join(f"kind={source.kind!r}" for source in chosen)
+        raise DataError(f"{given} is in more than one layout. Choose {kinds} (--kind).")
+    return chosen[0]
+
+
+def check_found(found: Found, options: SourceOptions, given: Any) -> None:
+    """Raise `DataError` for a task of another kind, and for options that have no meaning for it."""
+    if options.kind not in (None, found.kind):
+        raise DataError(f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these.")
+    if options.facts and not found.names_from_user:
+        raise DataError(f"{given} names its classes itself; classes and ignore are for the values of masks.")
+
+
+def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
+    """The files or folders that have the names of splits. Raises `DataError` for two of one split (`val`, `validation`)."""
+    splits: dict[str, Path] = {}
+    for path in paths:
+        name = path.name if path.is_dir() else path.stem
+        if name in SPLITS:
+            other = splits.setdefault(SPLITS[name], path)
+            if other is not path:
+                raise DataError(f"{other} and {path} are both the {SPLITS[name]} split. Keep one of them.")
+    return splits
+
+
+def list_classes(path: Path, options: SourceOptions) -> Sequence[str] | None:
+    """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
+    if isinstance(options.classes, tuple):
+        return options.classes
+    for name in CLASS_FILES:
+        if (path / name).is_file():
+            return [line.strip() for line in (path / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return None
+
+
+def is_folder(source: Any) -> bool:
+    """Return True for the path of a folder."""
+    return isinstance(source, str | Path) and Path(source).expanduser().is_dir()

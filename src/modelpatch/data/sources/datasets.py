@@ -1,0 +1,288 @@
+"""Data sets that are objects: torch's and Hugging Face's, with random access or as streams, and DataLoaders.
+
+| object                                          | how it is read                              |
+|-------------------------------------------------|---------------------------------------------|
+| torch `Dataset`, anything with length and index     | by row, through a DataLoader with workers   |
+| torch `IterableDataset`, streaming `datasets`         | as a stream, once an epoch                  |
+| `datasets.Dataset` with an image column             | by row, encoded images as they are stored   |
+| `DataLoader` with usual sampler and collation       | its data set, by row                        |
+| any other `DataLoader`                              | as a stream of its batches, taken apart     |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from modelpatch.data.dataset_splits import DatasetSplit, StreamSplit
+from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, split_item, to_label
+from modelpatch.data.seeding import seeded
+from modelpatch.data.sources.base import SPLITS, Found, SourceOptions
+from modelpatch.data.sources.hub import find_columns, read_tables
+from modelpatch.data.sources.masks import read_classes
+from modelpatch.data.splits import Split
+from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.segmentation import Segmentation
+
+EXPECTED = (
+    "expected a torch Dataset, IterableDataset or DataLoader of (image, label), or a data set of `datasets`. A folder or file "
+    "is read by load_task"
+)
+
+
+def is_dataset(source: Any) -> bool:
+    """Return True for a data set object, or a mapping of some by split."""
+    if isinstance(source, Mapping):
+        return bool(source) and all(is_dataset(one) for one in source.values())
+    return isinstance(source, Dataset | DataLoader) or _is_hub(source)
+
+
+def describe(source: Any) -> str:
+    """A name for a data set: its builder's, its folder's, or its class."""
+    source = source.dataset if isinstance(source, DataLoader | Subset) else source
+    root = getattr(source, "root", None)
+    named = getattr(source, "builder_name", None) or (str(root).rstrip("/").rsplit("/", 1)[-1] if root else None)
+    return str(named or type(source).__name__)
+
+
+def read_datasets(splits: Mapping[str, Any], options: SourceOptions, workers: int | None, length: int | None) -> Found:
+    """The task of data sets by split. Raises `DataError` for objects, samples and labels that cannot be read."""
+    if unknown := [split for split in splits if split not in SPLITS]:
+        raise DataError(f"there is no split {unknown[0]!r}; expected {', '.join(SPLITS)}.")
+    splits = {SPLITS[split]: one for split, one in splits.items()}
+    if "train" not in splits:
+        raise DataError(f"there is no training split, only {', '.join(splits)}. Give one named train.")
+    if _are_tables(splits.values()):
+        found = read_tables(splits, options, describe(splits["train"]))
+        return _with_names(found, options, workers)
+    opened = {split: _open(one) for split, one in splits.items()}
+    first = _first_target(opened["train"], describe(splits["train"]))
+    kind = options.kind or find_kind(first)
+    classes, table = _find_classes(opened["train"], splits["train"], kind, options)
+    made: dict[str, Split] = {}
+    for split, (data, default) in opened.items():
+        form = SampleForm(describe(splits[split]), classes, _own_names(data, classes), kind_of(kind).dense, table)
+        count = default if workers is None else workers
+        if _is_stream(data):
+            size = length if split == "train" and length is not None else _length(data)
+            made[split] = StreamSplit(data, form, size, workers=count)
+        else:
+            made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
+        _check_first(made[split])
+    return Found(kind, made, classes, names_from_user=True)
+
+
+def _is_hub(source: Any) -> bool:
+    modules = {base.__module__.split(".")[0] for base in type(source).__mro__}
+    return "datasets" in modules and hasattr(source, "features")
+
+
+def _are_tables(splits: Iterable[Any]) -> bool:
+    """Return True for tables of `datasets` whose columns say what they are, without a transform or format of the user's."""
+    splits = list(splits)
+    if not all(_is_hub(one) and hasattr(one, "__len__") and one.format["type"] is None for one in splits):
+        return False
+    pictures, label = find_columns(splits[0].features)
+    return bool(pictures) and (label is not None or len(pictures) == 2 or "objects" in splits[0].features)
+
+
+def _with_names(found: Found, options: SourceOptions, workers: int | None) -> Found:
+    """The task of tables with the number of workers, and the class names that the user gives."""
+    for split in found.splits.values():
+        split.workers = workers
+    if options.classes is None or found.names_from_user:
+        return found
+    count = options.classes if isinstance(options.classes, int) else len(options.classes)
+    if count != len(found.classes):
+        raise DataError(f"{count} classes were given; the data set has {len(found.classes)}.")
+    names = found.classes if isinstance(options.classes, int) else options.classes
+    return Found(found.kind, found.splits, names, names_from_user=True)
+
+
+def _open(source: Any) -> tuple[Any, int | None]:
+    """The data set or stream to read, and its number of workers. Raises `DataError` for other objects."""
+    if isinstance(source, DataLoader):
+        usual = (
+            source.collate_fn is default_collate
+            and type(source.batch_sampler) is BatchSampler
+            and (
+                type(source.sampler) is SequentialSampler
+                or (type(source.sampler) is RandomSampler and not source.sampler.replacement)
+            )
+        )
+        if usual and not isinstance(source.dataset, IterableDataset):
+            return source.dataset, source.num_workers or None
+        return UnbatchedLoader(source), 0
+    if isinstance(source, IterableDataset) or (_is_hub(source) and not hasattr(source, "__len__")):
+        return source, None
+    if not isinstance(source, str | bytes | Mapping) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        return source, None
+    raise DataError(f"unsupported data set {source!r:.200} of type {type(source).__name__}; {EXPECTED}.")
+
+
+class UnbatchedLoader:
+    """The samples of a DataLoader's batches, one by one."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.loader.generator is not None:  # its own state would differ from run to run
+            self.loader.generator.manual_seed(int(torch.randint(2**31, ()).item()))
+        for batch in self.loader:
+            images, labels = split_item(batch)
+            if not hasattr(images, "__len__") or not hasattr(labels, "__len__") or len(images) != len(labels):
+                raise DataError(
+                    "the DataLoader's batches are no pairs of as many images as labels. Give its data set, or one whose "
+                    "batches are (images, labels)."
+                )
+            yield from zip(images, labels, strict=True)
+
+
+def _is_stream(data: Any) -> bool:
+    return not hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _first_target(opened: tuple[Any, int | None], source: str) -> Any:
+    data, _ = opened
+    try:
+        with seeded(0):
+            item = next(iter(data)) if _is_stream(data) else data[0]
+    except (StopIteration, IndexError) as error:
+        raise DataError(f"{source} holds no samples.") from error
+    try:
+        return split_item(item)[1]
+    except DataError as error:
+        raise DataError(f"{source}, sample 0: {error}") from error
+
+
+def _check_first(split: Split) -> None:
+    """Raise `DataError` where the first sample cannot be read, before anything is trained."""
+    with seeded(0):
+        if isinstance(split, StreamSplit):
+            next(split.open(0), None)
+        elif len(split):
+            split.sample(0)
+
+
+def _find_classes(
+    opened: tuple[Any, int | None], given: Any, kind: str, options: SourceOptions
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The class names, and the table of mask values for masks."""
+    data, source = opened[0], describe(given)
+    names = options.classes
+    if isinstance(names, int):
+        names = tuple(map(str, range(names)))
+    names = names or _names_of(data)
+    if kind == Segmentation.name:
+        if names is None:
+            raise DataError(f"{source} names no classes for the values of its masks. Give classes=[...].")
+        classes, table = read_classes((), options, names, source)
+        return tuple(classes), table
+    if names is None and kind_of(kind).dense:
+        raise DataError(f"{source} names no classes for the labels of its boxes. Give classes=[...].")
+    if names is None:
+        labels = _listed(data)
+        if labels is None:
+            labels = _read_labels(data)
+        names = name_classes(labels)
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        warnings.warn(
+            f"{source} names no classes; its labels make {len(names)} of them: {shown}. Name them with classes=[...].",
+            TrainingWarning,
+            stacklevel=4,
+        )
+    return names, None
+
+
+def _names_of(data: Any) -> tuple[str, ...] | None:
+    """The class names that a data set lists, through subsets and concatenations."""
+    if isinstance(data, Subset | UnbatchedLoader):
+        return _names_of(data.dataset)
+    if isinstance(data, ConcatDataset):
+        found = {_names_of(part) for part in data.datasets}
+        return found.pop() if len(found) == 1 else None
+    if isinstance(features := getattr(data, "features", None), Mapping):
+        return next((tuple(one.names) for one in features.values() if hasattr(one, "names")), None)
+    names = getattr(data, "classes", None)
+    if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
+        return tuple(names) or None
+    return None
+
+
+def _own_names(data: Any, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The data set's own names where they are a subset of the task's in another order: its indices count these."""
+    own = _names_of(data)
+    return own if own is not None and own != classes and set(own) <= set(classes) else None
+
+
+def _listed(data: Any) -> Sequence[int | str] | None:
+    """The labels that a data set lists without reading images; None for one that does not."""
+    if isinstance(data, Subset):
+        whole = _listed(data.dataset)
+        return None if whole is None else [whole[index] for index in data.indices]
+    if isinstance(data, ConcatDataset):
+        parts = [_listed(part) for part in data.datasets]
+        return None if None in parts else [label for part in parts if part is not None for label in part]
+    if isinstance(data, TensorDataset):
+        labels: Any = data.tensors[1] if len(data.tensors) > 1 else None
+    elif _is_hub(data) and hasattr(data, "column_names") and hasattr(data, "__getitem__"):
+        column = next((key for key in LABEL_KEYS if key in data.column_names), None)
+        labels = None if column is None else data.with_format(None)[column]
+    elif getattr(data, "target_transform", None) is not None:
+        return None
+    else:
+        labels = getattr(data, "targets", None)
+        labels = getattr(data, "labels", None) if labels is None else labels
+    if labels is None or not hasattr(labels, "__len__") or len(labels) != len(data) or not len(labels):
+        return None
+    try:
+        return [to_label(label) for label in labels]
+    except DataError:
+        return None
+
+
+def _read_labels(data: Any) -> list[int | str]:
+    """All labels of a data set, from one reading of it."""
+    items = data if _is_stream(data) else (data[row] for row in range(len(data)))
+    return [to_label(split_item(item)[1]) for item in items]
+
+
+def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
+    """The class indices that a data set lists, where the first, middle and last sample agree with them."""
+    listed = None if form.dense else _listed(data)
+    if listed is None:
+        return None
+    labels = np.array([form.read_label(label) for label in listed], dtype=np.int64)
+    for row in {0, len(labels) // 2, len(labels) - 1}:
+        with seeded(0, row):
+            if form.read(data[row], row)[1] != labels[row]:
+                return None
+    return labels

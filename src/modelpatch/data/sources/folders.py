@@ -1,0 +1,50 @@
+"""Class folders: `train/CLASS/*`, `test/CLASS/*` (and `val` or `validation`), or `CLASS/*` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelpatch.backbone.preprocessing import find_images
+from modelpatch.data.sources.base import SOURCES, DataSource, Found, SourceOptions, is_folder, named_splits
+from modelpatch.data.sources.manifests import find_manifests
+from modelpatch.data.splits import Split
+from modelpatch.errors import DataError
+from modelpatch.tasks.classification import Classification
+
+
+@SOURCES.register("folders")
+class ClassFolders(DataSource):
+    """A folder of class folders, with or without folders of splits above them."""
+
+    kind = Classification.name
+    general = True
+
+    def accepts(self, source: Any) -> bool:
+        return is_folder(source) and not find_manifests(Path(source).expanduser())
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        path = Path(source).expanduser()
+        folders = named_splits([folder for folder in sorted(path.iterdir()) if folder.is_dir()])
+        if folders and "train" not in folders:
+            raise DataError(
+                f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
+            )
+        folders = folders or {"train": path}
+        files = {
+            split: {folder.name: find_images(folder) for folder in root.iterdir() if folder.is_dir()}
+            for split, root in folders.items()
+        }
+        classes = sorted({name for own in files.values() for name, images in own.items() if images})
+        if not classes:
+            raise DataError(
+                f"{path} holds no class folders with images. Expected {path.name}/train/CLASS/*.jpg or "
+                f"{path.name}/CLASS/*.jpg."
+            )
+        splits = {}
+        for split, own in files.items():
+            pairs = [(file, index) for index, name in enumerate(classes) for file in own.get(name, ())]
+            splits[split] = Split([file for file, _ in pairs], np.array([index for _, index in pairs], dtype=np.int64))
+        return Found(Classification.name, splits, classes)

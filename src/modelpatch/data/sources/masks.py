@@ -1,0 +1,122 @@
+"""Images with masks: `SPLIT/images/*` with `SPLIT/labels/*.png` (or `masks/`) of the same stem, or the same without splits.
+
+Names of classes are listed in `classes.txt` or `labels.txt`, one a line, or are given. The value 255 is never a class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelpatch.backbone.preprocessing import ImageSource, find_images
+from modelpatch.data.sources.base import (
+    SOURCES,
+    SPLITS,
+    DataSource,
+    Found,
+    SourceOptions,
+    is_folder,
+    list_classes,
+)
+from modelpatch.data.splits import Split
+from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask, Segmentation, read_values
+
+MASK_FOLDERS = ("labels", "masks")
+Pairs = tuple[Sequence[ImageSource], Sequence[ImageSource]]  # images and their masks
+
+
+@SOURCES.register("masks")
+class MaskFolders(DataSource):
+    """A folder of images beside a folder of masks, for each split or alone."""
+
+    kind = Segmentation.name
+
+    def accepts(self, source: Any) -> bool:
+        roots = _roots(Path(source).expanduser()) if is_folder(source) else {}
+        return bool(roots) and all((root / "images").is_dir() and _mask_folder(root) for root in roots.values())
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        path = Path(source).expanduser()
+        pairs = {split: _pair_up(root / "images", _mask_folder(root)) for split, root in _roots(path).items()}
+        return make_segmentation(pairs, options, list_classes(path, options), str(path))
+
+
+def _roots(path: Path) -> dict[str, Path]:
+    named = {SPLITS[folder.name]: folder for folder in sorted(path.iterdir()) if folder.name in SPLITS}
+    return named or {"train": path}
+
+
+def _mask_folder(root: Path) -> Path | None:
+    return next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
+
+
+def _pair_up(images: Path, masks: Path | None) -> Pairs:
+    assert masks is not None
+    by_stem = {file.relative_to(masks).with_suffix(""): file for file in find_images(masks)}
+    files = find_images(images)
+    stems = [file.relative_to(images).with_suffix("") for file in files]
+    if missing := [stem for stem in stems if stem not in by_stem]:
+        raise DataError(
+            f"{masks} has no mask for {len(missing)} of {len(files)} images of {images}, first {missing[0]}. Expected one of "
+            "the same stem for each."
+        )
+    return files, [by_stem[stem] for stem in stems]
+
+
+class LazyMasks(Sequence[PixelMask]):
+    """Masks whose pictures are fetched when they are asked for."""
+
+    def __init__(self, sources: Sequence[ImageSource], table: np.ndarray) -> None:
+        self.sources, self.table = sources, table
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, row: Any) -> Any:
+        return PixelMask(self.sources[row], self.table)
+
+
+def make_segmentation(
+    pairs: Mapping[str, Pairs], options: SourceOptions, names: Sequence[str] | None, source: str
+) -> Found:
+    """A task whose classes are `names`, but for the value to ignore; without names, the values in the training masks."""
+    for _, masks in pairs.values():
+        files = [mask for mask in masks if isinstance(mask, Path)] if isinstance(masks, list) else []
+        if missing := [file for file in files if not file.is_file()]:
+            raise DataError(f"{source}: there is no mask {missing[0]}.")
+    classes, table = read_classes(pairs.get("train", ((), ()))[1], options, names, source)
+    splits = {
+        split: Split(images, np.zeros(len(images), dtype=np.int64), LazyMasks(masks, table))
+        for split, (images, masks) in pairs.items()
+    }
+    return Found(Segmentation.name, splits, classes, names_from_user=True)
+
+
+def read_classes(
+    masks: Sequence[ImageSource], options: SourceOptions, names: Sequence[str] | None, source: str
+) -> tuple[list[str], np.ndarray]:
+    """The class names of masks, and the table (256,) from their values to class indices."""
+    ignored = {IGNORED, *([] if options.ignore is None else [options.ignore])}
+    if names is None:
+        values = sorted({int(value) for mask in masks for value in np.unique(read_values(mask))} - ignored)
+        classes = {value: str(value) for value in values}
+        shown = ", ".join(classes.values())
+        warnings.warn(
+            f"{source} names no classes, so that each value of its masks is one: {shown}. Name them with --classes "
+            "(classes=[...]); a value that means nothing is left out with --ignore (ignore=N).",
+            TrainingWarning,
+            stacklevel=2,
+        )
+    else:
+        classes = {value: name for value, name in enumerate(names) if value not in ignored}
+    if not classes or len(names or ()) > IGNORED:
+        raise DataError(f"{source} has {len(names or ())} classes; expected 1 to {IGNORED}.")
+    table = np.full(256, UNKNOWN, dtype=np.int16)
+    table[list(ignored)] = IGNORED
+    table[list(classes)] = np.arange(len(classes))
+    return list(classes.values()), table

@@ -1,0 +1,121 @@
+"""Pascal VOC: `JPEGImages`, with `SegmentationClass/*.png` or `Annotations/*.xml`, and lists of stems in `ImageSets`.
+
+A folder that has `train` and `val` alone is tested on `val`, as is the custom. VOC's own class names are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
+from modelpatch.data.sources.base import (
+    SOURCES,
+    SPLITS,
+    DataSource,
+    Found,
+    SourceOptions,
+    is_folder,
+    list_classes,
+)
+from modelpatch.data.sources.masks import make_segmentation
+from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
+from modelpatch.errors import DataError
+from modelpatch.tasks.detection import Detection
+from modelpatch.tasks.segmentation import Segmentation
+
+
+@SOURCES.register("voc-masks")
+class VocMasks(DataSource):
+    """VOC's images with masks, listed in `ImageSets/Segmentation/SPLIT.txt`."""
+
+    kind = Segmentation.name
+
+    def accepts(self, source: Any) -> bool:
+        return is_folder(source) and (Path(source).expanduser() / "SegmentationClass").is_dir()
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        path = Path(source).expanduser()
+        pairs = {
+            split: (
+                [_find_image(path / "JPEGImages", stem) for stem in stems],
+                [path / "SegmentationClass" / f"{stem}.png" for stem in stems],
+            )
+            for split, stems in _list_stems(path / "ImageSets" / "Segmentation").items()
+        }
+        return make_segmentation(pairs, options, list_classes(path, options) or _voc_classes(), str(path))
+
+
+@SOURCES.register("voc")
+class VocBoxes(DataSource):
+    """VOC's images with boxes, listed in `ImageSets/Main/SPLIT.txt`."""
+
+    kind = Detection.name
+
+    def accepts(self, source: Any) -> bool:
+        path = Path(source).expanduser() if is_folder(source) else None
+        return path is not None and (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir()
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        path = Path(source).expanduser()
+        scenes = {
+            split: [
+                read_annotation(path / "Annotations" / f"{stem}.xml", _find_image(path / "JPEGImages", stem))
+                for stem in stems
+            ]
+            for split, stems in _list_stems(path / "ImageSets" / "Main").items()
+        }
+        return make_detection(scenes, list_classes(path, options), str(path))
+
+
+def read_annotation(path: Path, image: Path) -> Scene:
+    """An image's objects. VOC's corners are pixels from 1 on, both within the box: (xmin - 1, ymin - 1, xmax, ymax) are its
+    edges."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        objects = []
+        for entry in root.iter("object"):
+            box = entry.find("bndbox")
+            edges = [float(_text(box, side)) for side in ("xmin", "ymin", "xmax", "ymax")]
+            corners = (max(edges[0] - 1, 0.0), max(edges[1] - 1, 0.0), edges[2], edges[3])
+            difficult = entry.findtext("difficult", "0").strip() == "1"
+            objects.append((_text(entry, "name"), check_corners(corners), difficult))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as annotations of Pascal VOC: {error}.") from error
+    return Scene(image, objects)
+
+
+def _text(entry: ElementTree.Element | None, name: str) -> str:
+    text = None if entry is None else entry.findtext(name)
+    if text is None or not text.strip():
+        raise ValueError(f"an object without {name}")
+    return text.strip()
+
+
+def _list_stems(folder: Path) -> dict[str, list[str]]:
+    """The stems of every split. Without a test list, `val` is the test split."""
+    lists = {SPLITS[file.stem]: file for file in sorted(folder.glob("*.txt")) if file.stem in SPLITS}
+    if "train" not in lists:
+        raise DataError(f"{folder} has no train.txt, which lists the images to train on.")
+    if "test" not in lists and "validation" in lists:
+        lists["test"] = lists.pop("validation")
+    return {
+        split: [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        for split, file in lists.items()
+    }
+
+
+def _find_image(folder: Path, stem: str) -> Path:
+    suffixes = (".jpg", *sorted(IMAGE_SUFFIXES))
+    file = next((folder / (stem + suffix) for suffix in suffixes if (folder / (stem + suffix)).is_file()), None)
+    if file is None:
+        raise DataError(f"{folder} has no image {stem!r}, which a list of images names.")
+    return file
+
+
+def _voc_classes() -> Sequence[str]:
+    from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+    return ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
