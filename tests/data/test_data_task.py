@@ -18,8 +18,8 @@ from PIL import Image
 
 from conftest import CLASSES, color_task
 from modelpatch.backbone.preprocessing import open_image
-from modelpatch.data.splits import Split, drawn, source_size, stratified
-from modelpatch.data.task import TEST_FRACTION, Task, load_task
+from modelpatch.data.splits import Split, drawn, source_size, split_seed, stratified
+from modelpatch.data.task import Task, load_task
 from modelpatch.errors import DataError
 
 
@@ -69,7 +69,8 @@ def test_folders_without_a_test_split_are_split_by_the_seed(image_folder: Path) 
     assert list(map(str, first.test.images)) == list(map(str, again.test.images))
     assert list(map(str, first.test.images)) != list(map(str, other.test.images))
     assert len(first.train) + len(first.test) == 24
-    assert first.facts["test_split"] == f"stratified {TEST_FRACTION:.0%}, seed 0"
+    assert (split_seed(first.facts), split_seed(other.facts)) == (0, 1)
+    assert split_seed({"test_split": "stratified 20%, seed 7"}) == 7  # files of the first edition
     assert first.task.name == "train"
     assert load_task(image_folder / "train", name="mine").task.name == "mine"
 

@@ -69,16 +69,10 @@ def test_plain_images_are_what_preprocessing_makes_of_the_files(image_folder: Pa
     assert torch.equal(decoded.labels, torch.from_numpy(split.labels))
 
 
-def test_progress_counts_every_image() -> None:
-    counts: list[int] = []
-    ImageStore(color_task().train, PLAIN, GENEROUS, counts.append)
-    assert sum(counts) == 24
-
-
 def test_a_file_that_is_no_image_is_an_error_that_names_it(image_folder: Path) -> None:
     (image_folder / "train" / "red" / "000.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"000\.png cannot be read as an image"):
-        ImageStore(load_task(image_folder).train, PLAIN, GENEROUS)
+        ImageStore(load_task(image_folder).train, PLAIN, GENEROUS).plain(torch.arange(24))
 
 
 # augmentation -----------------------------------------------------------------------------------------------
