@@ -132,6 +132,8 @@ def _open(source: Any) -> tuple[Any, int | None]:
         return UnbatchedLoader(source), 0
     if isinstance(source, IterableDataset) or (_is_hub(source) and not hasattr(source, "__len__")):
         return source, None
+    if isinstance(source, type):
+        raise DataError(f"{source.__name__} is a class; expected an instance, such as {source.__name__}(...).")
     if not isinstance(source, str | bytes | Mapping) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return source, None
     raise DataError(f"unsupported data set {source!r:.200} of type {type(source).__name__}; {EXPECTED}.")
@@ -280,7 +282,12 @@ def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
     listed = None if form.dense else _listed(data)
     if listed is None:
         return None
-    labels = np.array([form.read_label(label) for label in listed], dtype=np.int64)
+    labels = np.zeros(len(listed), dtype=np.int64)
+    for row, label in enumerate(listed):
+        try:
+            labels[row] = form.read_label(label)
+        except DataError as error:
+            raise DataError(f"{form.source}, sample {row}: {error}") from error
     for row in {0, len(labels) // 2, len(labels) - 1}:
         with seeded(0, row):
             if form.read(data[row], row)[1] != labels[row]:

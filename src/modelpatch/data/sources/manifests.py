@@ -18,11 +18,11 @@ from modelpatch.data.samples import order_name
 from modelpatch.data.sources.base import SOURCES, SPLITS, DataSource, Found, SourceOptions, is_folder, named_splits
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
+from modelpatch.tasks.classification import Classification
 
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
 LABEL_COLUMNS = ("label", "class", "fine_label", "target")
 MANIFESTS = (".parquet", ".csv")
-from modelpatch.tasks.classification import Classification
 
 
 def find_manifests(path: Path) -> dict[str, Path]:
