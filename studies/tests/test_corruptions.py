@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpatch.data.splits import Split
-from modelpatch.data.task import Task
+from modelpatch.data.task import Split, Task
 from modelpatch.errors import DataError
 from modelpatch.tasks.record import TaskRecord
 from modelpatch_studies.corruptions import CORRUPTIONS, KINDS, _blur, _convolve, _disk, _line, _zoom, corrupt, corrupted

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import color_task
-from modelpatch.data.splits import Split
-from modelpatch.data.task import Task
+from modelpatch.data.task import Split, Task
 from modelpatch.errors import DataError
 from modelpatch.tasks.record import TaskRecord
 from modelpatch_studies.made_tasks import (

@@ -296,10 +296,9 @@ def test_random_transforms_of_a_data_set_are_drawn_anew_in_every_epoch() -> None
 def test_a_transform_moves_masks_and_boxes_with_the_image(make: Callable[[int], Task]) -> None:
     """A flip of everything is the flip of the batch."""
     data = make(6)
-    flipped = open_images(
-        data.with_transform(v2.RandomHorizontalFlip(p=1.0)).train, PLAIN.model_copy(update={"crop_pct": 1.0}), 2**30
-    )
-    plain = open_images(data.train, PLAIN.model_copy(update={"crop_pct": 1.0}), 2**30)
+    whole = PLAIN.model_copy(update={"crop_pct": 1.0})
+    flipped = open_images(data.with_transform(v2.RandomHorizontalFlip(p=1.0)).train, whole, GENEROUS)
+    plain = open_images(data.train, whole, GENEROUS)
     rows = torch.arange(6)
     (image, target), (own, known) = (next(one.batches([rows], AUGMENTATIONS["none"], 0, 0)) for one in (flipped, plain))
     assert torch.equal(image, own.flip(3))

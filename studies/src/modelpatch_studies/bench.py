@@ -16,14 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 import modelpatch
-<<<<<<< HEAD
 from modelpatch import Backbone, Patch, Task, fit, load_backbone
-=======
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import load_backbone
-from modelpatch.data.splits import Split, stratified
-from modelpatch.data.task import Task
->>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 from modelpatch.errors import TrainingError
 from modelpatch.methods import Method, make_method
 from modelpatch_studies.data import Sources

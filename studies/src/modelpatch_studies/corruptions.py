@@ -24,15 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-<<<<<<< HEAD
 from modelpatch import Task
 from modelpatch.backbone import open_image
 from modelpatch.data import Split
-=======
-from modelpatch.backbone.preprocessing import ImageSource, open_image
-from modelpatch.data.splits import Split
-from modelpatch.data.task import Task, check_classification
->>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 from modelpatch.errors import DataError
 
 SMALL = 64  # pixels: the shorter side up to which an image counts as small

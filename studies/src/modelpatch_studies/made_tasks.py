@@ -18,16 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-<<<<<<< HEAD
 from modelpatch import Backbone, Patch, Task, evaluate
 from modelpatch.backbone import open_image
 from modelpatch.data import Split
-=======
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.preprocessing import ImageSource, open_image
-from modelpatch.data.splits import Split
-from modelpatch.data.task import Task
->>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 from modelpatch.errors import DataError
 from modelpatch.methods import Vocabulary
 from modelpatch.tasks import TaskRecord

@@ -17,20 +17,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-<<<<<<< HEAD
 from modelpatch import Task
 from modelpatch.methods import confine
 from modelpatch.select import Greedy, select
 from modelpatch_studies.bench import Workbench
-=======
-import numpy as np
-
-from modelpatch.data.splits import Split, stratified
-from modelpatch.data.task import Task
-from modelpatch.methods.confined import confine
-from modelpatch.select.greedy import Greedy, select
-from modelpatch_studies.bench import Bench
->>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 from modelpatch_studies.corruptions import KINDS, corrupted
 from modelpatch_studies.jobs import each, held_and_test, held_out, short, top1
 from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
@@ -210,23 +200,12 @@ def _shifted(bench: Workbench, kind: str, seed: int) -> Task:
     """Corrupted test images as a task of its own: a share to train on, the others to test."""
     name = bench.scale.data[0]
     data = bench.task(name)
-<<<<<<< HEAD
     share = bench.scale.options["trained"] / len(data.test)
     parted = replace(data, train=data.test, validation=None).with_validation(share, seed)
     assert parted.validation is not None
     whole = corrupted(replace(data, train=parted.validation, test=parted.train), kind, 5, seed)
     train, test = (replace(split, images=list(split.images)) for split in (whole.train, whole.test))  # corrupted once
     return replace(whole, train=train, test=test)
-=======
-    held, rows = stratified(data.test.labels, bench.scale.options["trained"] / len(data.test), seed)
-    whole = corrupted(replace(data, train=data.test.take(rows), test=data.test.take(held)), kind, 5, seed)
-    return replace(whole, train=_kept(whole.train), test=_kept(whole.test))
-
-
-def _kept(split: Split) -> Split:
-    images: list[np.ndarray] = list(split.images)  # type: ignore[arg-type]
-    return Split(images, split.labels, split.targets)
->>>>>>> 2c3b14c (Split data sources into one file a layout with a registry; read data sets, streams and loaders)
 
 
 TABLE_2 = Recipe(
