@@ -157,6 +157,13 @@ class EngineError(ModelpatchError):
     """An engine is asked for something it cannot do with the images or patches at hand."""
 
 
+# command line -----------------------------------------------------------------------------------------------
+
+
+class ConfigError(ModelpatchError):
+    """A file of options cannot be read, or holds options that the verb does not have."""
+
+
 # serving ----------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
-"""Text that enters a file and leaves it again on somebody's terminal or web page: plain, printable, short."""
+"""Text of files, terminals and web pages: printable, short, with the nearest name for a mistyped one."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, StringConstraints, ValidationError
@@ -11,19 +13,25 @@ MAX_LENGTH = 256
 
 
 def count_of(number: int, thing: str, things: str = "") -> str:
-    """`1 task`, `2 tasks`."""
+    """A number with its noun: `1 task`, `2 tasks`."""
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'scale-bias'?` for a mistyped name, empty where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def check_printable(text: str) -> str:
-    """Raises ValueError for control, bidirectional-override and other unprintable characters."""
+    """Raise ValueError for control, bidirectional-override and other unprintable characters."""
     if not text.isprintable():
         raise ValueError(f"{text!r} holds characters that cannot be printed")
     return text
 
 
 def check_facts(value: Any) -> Any:
-    """Raises ValueError if any text inside nested dicts and lists is not printable."""
+    """Raise ValueError if any text inside nested dicts and lists is not printable."""
     if isinstance(value, str):
         check_printable(value)
     elif isinstance(value, dict):
@@ -37,7 +45,7 @@ def check_facts(value: Any) -> Any:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that a model found wrong, in one short line: `'task.classes' is not valid: ...`."""
+    """The first error of a pydantic model in one short line: `'task.classes' is not valid: ...`."""
     first = error.errors()[0]
     where = repr(".".join(str(part) for part in first["loc"]))[:80]
     return f"{where} is not valid: {' '.join(first['msg'].split())[:400]}"
@@ -51,5 +59,5 @@ STORED_NAME = re.compile(rf"masks|(scale/|bits/)?{_NAME}")  # what the codecs ad
 
 
 def file_name(name: str) -> str:
-    """A name as that of a file or folder: what is no letter, digit or one of `.+_-` becomes `-`."""
+    """A name for a file or folder: characters other than letters, digits and `.+_-` become `-`."""
     return re.sub(r"[^A-Za-z0-9.+_-]+", "-", name)

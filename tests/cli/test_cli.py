@@ -16,32 +16,15 @@ import torch
 import modelpatch
 from conftest import CLASSES, Run, write_folder
 from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.cli import main
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.inspect import Inspection
 from modelpatch.recipes.cascading import held_out
 from modelpatch.train import checkpoint, evaluate, fit
 from modelpatch.train.fitting import Fit
 
-VERBS = (
-    "demo",
-    "fit",
-    "eval",
-    "predict",
-    "inspect",
-    "verify",
-    "compare",
-    "extract",
-    "merge",
-    "diff",
-    "export",
-    "paint",
-    "multires",
-    "cascade",
-    "serve",
-    "store",
-)
+VERBS = tuple(main.VERBS)
 TINY = "bundled:tiny"
 
 
@@ -58,7 +41,9 @@ def test_every_verb_explains_itself(run: Run, verb: str) -> None:
 
 def test_the_command_lists_all_verbs_and_its_version(run: Run) -> None:
     listed = run("--help").out
-    assert all(re.search(rf"\b{verb}\b", listed) for verb in VERBS)
+    for verb, entry in main.VERBS.items():
+        assert re.search(rf"\b{verb}\b", listed)
+        assert entry.panel in listed
     assert run("--version").out == f"modelpatch {modelpatch.__version__}\n"
 
 
@@ -83,7 +68,7 @@ def test_fit_writes_a_patch_and_says_that_the_base_is_unchanged(run: Run, folder
     assert patch.created["settings"]["label_smoothing"] == 0.1
     assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.float16}
     assert json.loads((tmp_path / "fit.json").read_text()) == as_json(patch.inspect().as_dict())
-    assert {path.name for path in tmp_path.iterdir()} == {"colors.safetensors", "fit.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"colors.safetensors", "colors.run.yaml", "fit.json"}
 
 
 def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
@@ -122,7 +107,7 @@ def test_inspect_shows_what_the_file_holds(run: Run, patches: dict[str, Path], t
     path = patches["scale-bias"]
     result = run("inspect", path, "--json", "-", "--plot", tmp_path / "parts.png")
     inspection = Patch.load(path).inspect()
-    assert json.loads(result.out) == as_json(Inspection.of(Patch.load(path), load_backbone(TINY).chain).as_dict())
+    assert json.loads(result.out) == as_json(Patch.load(path).inspect().as_dict())
     assert f"{path.stat().st_size:,} bytes" in result.err
     assert inspection.fingerprint in result.err
     assert (tmp_path / "parts.png").stat().st_size > 0
@@ -146,9 +131,11 @@ def test_inspect_measures_and_draws_what_the_skips_weigh(run: Run, folder: Path,
 
 
 def test_verify_accepts_intact_files(run: Run, patches: dict[str, Path]) -> None:
-    result = run("verify", *patches.values())
-    assert result.code == 0
-    assert result.out.count("intact") == len(patches)
+    for options in ([], ["-b", "own"]):
+        result = run("verify", *patches.values(), *options)
+        assert result.code == 0
+        assert result.out.count("intact") == len(patches)
+        assert ("file and backbone bundled:tiny" in result.out) == bool(options)
 
 
 def test_verify_fails_on_a_damaged_file_and_still_checks_the_others(
@@ -174,7 +161,7 @@ def test_verify_refuses_another_backbone(run: Run, patches: dict[str, Path], tmp
     assert result.code == 1
     assert "refused" in result.out
     assert "WrongBackboneError" in result.out
-    assert run("verify", patches["scale-bias"], *options, "--file-only").code == 0
+    assert run("verify", patches["scale-bias"]).code == 0
 
 
 def test_a_backbone_file_is_found_beside_its_patches(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -185,9 +172,9 @@ def test_a_backbone_file_is_found_beside_its_patches(run: Run, folder: Path, tmp
         "fit", folder, "-b", f"file:{base}", "-m", "linear-probe", "--epochs", 1, "--image-size", 32, "-o", out
     )
     assert fitted.code == 0
-    assert run("verify", out).code == 0
+    assert run("verify", out, "-b", "own").code == 0
     base.unlink()
-    missing = run("verify", out)
+    missing = run("verify", out, "-b", "own")
     assert missing.code == 1
     assert missing.out.startswith("unchecked")
     assert "the file is intact, its backbone was not checked" in missing.out
@@ -282,7 +269,7 @@ def test_patches_of_one_task_are_told_apart_by_their_file_names(
     image = next(folder.glob("test/*/*.png"))
     answers = json.loads(run("predict", image, "-p", first, "-p", second, "--json", "-").out)
     assert set(answers[0]["tasks"]) == {"linear-probe", "again"}
-    assert "give each --patch once" in run("predict", image, "-p", first, "-p", first).err
+    assert "Give each --patch once" in run("predict", image, "-p", first, "-p", first).err
     other = tmp_path / "other" / first.name
     other.parent.mkdir()
     other.write_bytes(first.read_bytes())

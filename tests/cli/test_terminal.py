@@ -16,9 +16,9 @@ from rich.console import Console
 
 from conftest import Run, write_folder
 from modelpatch.backbone.load import load_backbone, save_backbone
-from modelpatch.cli import options
+from modelpatch.cli import loading
+from modelpatch.cli.console import UNSEEN_WIDTH, check_file, open_console
 from modelpatch.cli.demo import suggestions
-from modelpatch.cli.outputs import UNSEEN_WIDTH, check_file, open_console
 from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch
 from modelpatch.train.fitting import Fit
@@ -61,46 +61,51 @@ def test_a_bar_shows_its_parts_and_its_note_at_80_columns() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "FOLDER", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
-        (["fit", "FOLDER", "--log", "file"], "--log file cannot be a folder"),
-        (["compare", "FOLDER", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
-        (["compare", "FOLDER", "--plot", "no/x.png"], "the folder of --plot no/x.png does not exist"),
-        (["compare", "FOLDER", "--bytes-plot", "x.docx"], "--bytes-plot x.docx: .docx is no kind of picture"),
-        (["compare", "FOLDER", "--plot", "x"], "--plot x: no suffix is no kind of picture"),
-        (["compare", "FOLDER", "--html", "no/x.html"], "the folder of --html no/x.html does not exist"),
-        (["compare", "FOLDER", "--markdown", "."], "--markdown . is a folder"),
-        (["compare", "FOLDER", "--out", "file"], "--out file cannot be a folder"),
-        (["eval", "FOLDER", "-p", "PATCH", "--plot", "no/x.png"], "the folder of --plot no/x.png does not exist"),
-        (["eval", "FOLDER", "-p", "PATCH", "--json", "."], "--json . is a folder"),
-        (["predict", "FOLDER", "-p", "PATCH", "--json", "no/x"], "the folder of --json no/x does not exist"),
-        (["verify", "PATCH", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
-        (["inspect", "PATCH", "--plot", "x.txt"], "--plot x.txt: .txt is no kind of picture"),
+        (["fit", "missing", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
+        (["fit", "missing", "--log", "file"], "--log file cannot be a folder"),
+        (["compare", "missing", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
+        (["compare", "missing", "--plot", "no/x.png"], "the folder of --plot no/x.png does not exist"),
+        (["compare", "missing", "--bytes-plot", "x.docx"], "--bytes-plot x.docx: .docx is not a supported picture"),
+        (["compare", "missing", "--plot", "x"], "--plot x: no suffix is not a supported picture"),
+        (["compare", "missing", "--html", "no/x.html"], "the folder of --html no/x.html does not exist"),
+        (["compare", "missing", "--markdown", "."], "--markdown . is a folder"),
+        (["profile", "missing", "--plot", "x.docx"], "--plot x.docx: .docx is not a supported picture"),
+        (["eval", "missing", "-p", "missing.st", "--plot", "no/x.png"], "the folder of --plot no/x.png does not exist"),
+        (["eval", "missing", "-p", "missing.st", "--json", "."], "--json . is a folder"),
+        (["predict", "missing", "-p", "missing.st", "--json", "no/x"], "the folder of --json no/x does not exist"),
+        (["verify", "missing.st", "--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
+        (["inspect", "missing.st", "--plot", "x.txt"], "--plot x.txt: .txt is not a supported picture"),
         (["demo", "--out", "file"], "--out file cannot be a folder"),
     ],
 )
-def test_a_bad_path_is_found_before_the_work(
-    run: Run,
-    folder: Path,
-    patches: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
+def test_a_bad_path_is_found_before_data_and_patches_are_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    def work(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the work has begun")
-
-    for module in ("fit", "compare", "demo", "evaluate"):
-        for name in ("run_fit", "run_compare", "run_evaluate", "compare" if module == "demo" else "_"):
-            monkeypatch.setattr(sys.modules[f"modelpatch.cli.{module}"], name, work, raising=False)
-    monkeypatch.setattr(options, "load_backbone", work)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    names = {"FOLDER": str(folder), "PATCH": str(patches["linear-probe"])}
-    result = run(*[names.get(argument, argument) for argument in arguments])
+    result = run(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "FOLDER", "-o", "8"], "--out 8: expected a file or folder, not a number"),
+        (["fit", "FOLDER", "-o", "--force"], "--out --force: expected a file or folder, not an option"),
+        (["search", "FOLDER", "--trials", "8"], "--trials 8: expected a file or folder, not a number"),
+        (["compare", "FOLDER", "--out", "3"], "--out 3: expected a file or folder, not a number"),
+        (["fit", "FOLDER", "--log", "10"], "--log 10: expected a file or folder, not a number"),
+    ],
+)
+def test_a_number_or_an_option_is_not_taken_for_a_file(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*[str(folder) if one == "FOLDER" else one for one in arguments])
     assert result.code == 1
     assert message in result.err
-    assert result.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_to_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +121,7 @@ def test_figures_are_kept_when_a_picture_fails(
     def fail(*_: Any) -> None:
         raise ModelpatchError("no ink")
 
-    monkeypatch.setattr("modelpatch.cli.evaluate.plot_confusion", fail)
+    monkeypatch.setattr("modelpatch.report.plots.plot_confusion", fail)
     outputs = ["--json", tmp_path / "x.json", "--plot", tmp_path / "x.png"]
     assert run("eval", folder, "-p", patches["linear-probe"], *outputs).code == 1
     assert "top1" in json.loads((tmp_path / "x.json").read_text())
@@ -156,22 +161,22 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "device"), [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("auto", "cuda:0")]
 )
 def test_a_device_is_found_by_its_name(name: str, device: str) -> None:
-    assert options.find_device(name) == torch.device(device)
+    assert loading.find_device(name) == torch.device(device)
 
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("name", ["cuda:2", "mps", "gpu", ""])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(ModelpatchError, match=f"no device '{name}' here.*auto, cpu, cuda:0, cuda:1, cuda"):
-        options.find_device(name)
+        loading.find_device(name)
 
 
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch, gpus: None) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert options.find_device("auto") == CPU
+    assert loading.find_device("auto") == CPU
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ModelpatchError, match="built without CUDA"):
-        options.find_device("cuda")
+        loading.find_device("cuda")
 
 
 @pytest.mark.parametrize("verb", ["fit", "compare", "eval", "predict"])
@@ -232,7 +237,7 @@ def test_a_patch_is_no_backbone(run: Run, folder: Path, patches: dict[str, Path]
 @pytest.fixture(scope="module")
 def seeded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch of a network that its arguments make: random weights of seed 3."""
-    backbone = options.open_backbone("timm:test_resnet", {"pretrained": False, "seed": 3}, CPU)
+    backbone = loading.open_backbone("timm:test_resnet", {"pretrained": False, "seed": 3}, CPU)
     from modelpatch import methods
     from modelpatch.data.task import load_task
     from modelpatch.train.fitting import fit
@@ -242,7 +247,11 @@ def seeded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_named_backbone_keeps_the_recorded_arguments_unless_told(run: Run, folder: Path, seeded: Path) -> None:
-    verbs = (["verify", seeded], ["eval", folder, "-p", seeded], ["predict", folder / "test" / "red", "-p", seeded])
+    verbs = (
+        ["verify", seeded, "-b", "own"],
+        ["eval", folder, "-p", seeded],
+        ["predict", folder / "test" / "red", "-p", seeded],
+    )
     for command in verbs:
         named = [*command, "-b", "timm:test_resnet"]
         assert run(*named).code == 0
@@ -257,16 +266,16 @@ def test_a_file_of_another_name_brings_its_own_arguments(seeded: Path, tmp_path:
     other = tmp_path / "other.safetensors"
     save_backbone(load_backbone("timm:test_resnet", pretrained=False, seed=3), other, "test_resnet")
     patch = Patch.load(seeded)
-    assert options.backbone_of(patch, seeded, f"file:{other}", {}, CPU).fingerprint == patch.backbone.fingerprint.whole
+    assert loading.backbone_of(patch, seeded, f"file:{other}", {}, CPU).fingerprint == patch.backbone.fingerprint.whole
     with pytest.raises(BackboneError, match="has no model"):
-        options.backbone_of(patch, seeded, "timm:no_such_network", {}, CPU)
+        loading.backbone_of(patch, seeded, "timm:no_such_network", {}, CPU)
 
 
 def test_inspect_shows_spans_without_the_weights(
     run: Run, seeded: Path, patches: dict[str, Path], tmp_path: Path
 ) -> None:
     path = patches["scale-bias"]
-    result = run("inspect", path, "--json", tmp_path / "x.json")
+    result = run("inspect", path, "-b", "own", "--json", tmp_path / "x.json")
     figures = json.loads((tmp_path / "x.json").read_text())
     chain = load_backbone("bundled:tiny").chain
     assert [span["name"] for span in figures["spans"]] == [chain[span["segments"][0]].name for span in figures["spans"]]
@@ -276,7 +285,10 @@ def test_inspect_shows_spans_without_the_weights(
     assert f"{figures['header_bytes']:,}" in result.out
     parts = figures["header_bytes"] + sum(part["bytes"] for part in figures["parts"])
     assert parts == figures["file_bytes"] == path.stat().st_size
-    assert run("inspect", seeded).code == 0
+    assert run("inspect", seeded, "-b", "own").code == 0
+    plain = run("inspect", path)
+    assert all(part["name"] in plain.out for part in figures["parts"])
+    assert "--backbone own" in plain.out
 
 
 # predict ----------------------------------------------------------------------------------------------------
@@ -322,7 +334,7 @@ def stop(*_: Any, **__: Any) -> Any:
 def test_an_interruption_speaks_of_resuming_only_where_something_is_kept(
     run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpatch.cli.evaluate.run_evaluate", stop)
+    monkeypatch.setattr("modelpatch.train.evaluation.evaluate", stop)
     monkeypatch.setattr(Fit, "_step", stop)
     for command in (["eval", folder, "-p", patches["linear-probe"]], ["fit", folder, "-o", tmp_path / "x.safetensors"]):
         result = run(*command)

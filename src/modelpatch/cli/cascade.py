@@ -1,22 +1,13 @@
-"""modelpatch cascade: patches of one task in turns, each answering what it is sure of."""
+"""`modelpatch cascade`: build an early-exit cascade of patches of one task."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelpatch.cli.options import (
-    ArgumentOption,
-    DeviceOption,
-    PatchBackboneOption,
-    backbone_of,
-    find_device,
-    fitted_seed,
-    parse_arguments,
-)
-from modelpatch.cli.outputs import (
+from modelpatch.cli.console import (
     ForceOption,
     JsonOption,
     check_file,
@@ -26,23 +17,23 @@ from modelpatch.cli.outputs import (
     tell,
     write_json,
 )
-from modelpatch.data.task import load_task
-from modelpatch.engine.cascade import is_cascade
+from modelpatch.cli.options import ArgumentOption, DeviceOption, PatchBackboneOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import CascadeError
-from modelpatch.patch.contents import Patch
-from modelpatch.recipes.cascading import CAUTION, KINDS
-from modelpatch.recipes.cascading import cascade as build_cascade
-from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
-from modelpatch.report.tables import show
 from modelpatch.text import count_of
 
+if TYPE_CHECKING:
+    pass
 
+
+@verb(first="data accuracy confidence caution out", panel="Cascade")
 def cascade(
     patches: Annotated[list[Path], typer.Argument(help="Patch files of one task, all in one folder.")],
     data: Annotated[
         str,
         typer.Option(
-            help="The task's data: thresholds are set on its validation images, or on those the fits held out."
+            help="The task's data; thresholds are set on its validation images, or on those that the fits held out."
         ),
     ],
     out: Annotated[
@@ -54,35 +45,46 @@ def cascade(
         float | None, typer.Option(help="Top-1 to keep on held-out images, 0 to 1; by default the best patch's.")
     ] = None,
     confidence: Annotated[
-        str, typer.Option(help=f"What a patch is sure by: {' or '.join(KINDS)} (from probability, entropy and gap).")
+        str, typer.Option(help="Measure of confidence: probability, or fitted (from probability, entropy and gap).")
     ] = "probability",
     caution: Annotated[
         float,
-        typer.Option(min=0, help="Standard errors by which a stage must keep the accuracy; 0 is the paper's rule."),
-    ] = CAUTION,
+        typer.Option(
+            min=0, help="Standard errors of safety by which a stage must keep the accuracy; 0 is the paper's rule."
+        ),
+    ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="Makes splits that the data does not have; by default the seed of the fits.")
+        int | None, typer.Option(help="Seed of splits that the data does not have; by default that of the fits.")
     ] = None,
     backbone: PatchBackboneOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw top-1 against multiply-adds to this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of top-1 against multiply-adds.")] = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Build a cascade: as accurate as the best patch on held-out images, at the least work on average (Streeter, 2018).
+    """Build an early-exit cascade: as accurate as the best patch on held-out images, with the fewest multiply-adds on average.
 
-    The result is a small file beside the patches that eval and predict take like a patch.
+    Writes a small file beside the patches that eval and predict take like a patch (Streeter, 2018).
     """
+
+    from modelpatch.cli.loading import backbone_of, find_device, fitted_seed
+    from modelpatch.data.task import load_task
+    from modelpatch.engine.cascade import is_cascade
+    from modelpatch.patch.contents import Patch
+    from modelpatch.recipes.cascading import cascade as build_cascade
+    from modelpatch.report.cascades import cascade_table, plot_cascade, stages_table
+    from modelpatch.report.tables import show
+
     console = open_console(json)
     check_pictures(plot=plot)
     check_file("--out", out)
     if len(set(patches)) < len(patches):
-        raise CascadeError("a patch file is named twice; give each once.")
+        raise CascadeError("a patch file is given twice. Give each once.")
     loaded = {path: Patch.load(path) for path in patches}
     first = patches[0]
     target = out or first.parent / f"{loaded[first].task.name}.cascade.json"
     if not is_cascade(target):
-        raise CascadeError(f"--out {target} cannot be a cascade's file: expected a name that ends in .json.")
+        raise CascadeError(f"--out {target} is not the name of a cascade. Expected one that ends in .json.")
     check_file("--out", target)
     check_free("--out", [target], force)
     if away := [path for path in patches if path.resolve().parent != target.resolve().parent]:
@@ -92,7 +94,7 @@ def cascade(
     task = load_task(data, seed=chosen)
     named = {path.stem: patch for path, patch in loaded.items()}
     rules: Any = {"accuracy": accuracy, "confidence": confidence, "caution": caution, "seed": chosen}
-    result = build_cascade(base, named, task, **rules, progress=True)
+    result = build_cascade(base, named, task, **rules, progress=not console.quiet)
     files = {path.stem: path for path in patches}
     result.cascade.save(target, [files[name] for name in result.order])
     show(console, cascade_table(result))

@@ -1,39 +1,23 @@
-"""modelpatch eval: measure a patch on a task's test images."""
+"""`modelpatch eval`: measure a patch on a task's test images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelpatch.cli.options import (
-    AlphaOption,
-    ArgumentOption,
-    DeviceOption,
-    PatchBackboneOption,
-    backbone_of,
-    find_device,
-    load_own,
-    naming,
-    parse_arguments,
-    read_answering,
-)
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.data.joining import accuracy_by_task
-from modelpatch.data.task import load_task
-from modelpatch.engine.cascade import Cascade
+from modelpatch.cli.console import JsonOption, check_pictures, open_console, progress_of, tell, write_json
+from modelpatch.cli.options import AlphaOption, ArgumentOption, DeviceOption, PatchBackboneOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
-from modelpatch.recipes.cascading import evaluate_cascade
-from modelpatch.report.plots import plot_confusion
-from modelpatch.report.tables import evaluation_table, show
-from modelpatch.tasks.classification import Evaluation
-from modelpatch.tasks.kind import Result, kind_of
-from modelpatch.train import evaluate as run_evaluate
-from modelpatch.train.evaluation import evaluate_base, harmonic_mean
-from modelpatch.train.progress import Progress
+
+if TYPE_CHECKING:
+    from modelpatch.tasks.kind import Result
 
 
+@verb(first="patch per_class plot base_data", panel="Data")
 def evaluate(
     data: Annotated[list[str], typer.Argument(help="The task's data, as for fit.")],
     patch: Annotated[Path, typer.Option("--patch", "-p", help="The patch file, or a cascade's.")],
@@ -42,17 +26,30 @@ def evaluate(
         str | None, typer.Option(help="Data of the base's own classes, for the harmonic mean.")
     ] = None,
     per_class: Annotated[bool, typer.Option(help="List every class.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the confusion matrix to this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the confusion matrix.")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Makes the test split where there is none; by default the seed of the fit."),
+        typer.Option(help="Seed of the test split if the data has none; by default that of the fit."),
     ] = None,
     alpha: AlphaOption = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Measure a patch, or a cascade, on the test images of its task: accuracies, or mean IoU; per class; confusion."""
+    """Measure a patch or a cascade on the test images of its task, with the metrics of its kind of task."""
+
+    from modelpatch.cli.loading import backbone_of, find_device, load_own, naming, read_answering
+    from modelpatch.data.joining import accuracy_by_task
+    from modelpatch.data.task import load_task
+    from modelpatch.engine.cascade import Cascade
+    from modelpatch.recipes.cascading import evaluate_cascade
+    from modelpatch.report.plots import plot_confusion
+    from modelpatch.report.tables import evaluation_table, show
+    from modelpatch.tasks.classification import Evaluation
+    from modelpatch.tasks.kind import kind_of
+    from modelpatch.train.evaluation import evaluate as run_evaluate
+    from modelpatch.train.evaluation import evaluate_base, harmonic_mean
+
     console = open_console(json)
     check_pictures(plot=plot)
     loaded = read_answering(patch, alpha)
@@ -60,7 +57,7 @@ def evaluate(
     base = backbone_of(first, patch, backbone, parse_arguments(argument), find_device(device))
     task = load_own(first, data, seed)
     own = None if base_data is None else load_task(base_data, hold_out=False)
-    with naming(patch), Progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
+    with naming(patch), progress_of(console, "eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         if isinstance(loaded, Cascade):
             cascaded, routed = evaluate_cascade(base, loaded, task, advance)
             result: Result = cascaded

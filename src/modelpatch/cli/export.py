@@ -1,48 +1,51 @@
-"""modelpatch export: a patched model for any runtime."""
+"""`modelpatch export`: write a patched model for any runtime."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from modelpatch.cli.options import (
-    AlphaOption,
-    ArgumentOption,
-    PatchBackboneOption,
-    at_alpha,
-    backbone_of,
-    naming,
-    parse_arguments,
-)
-from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
-from modelpatch.convert.exporting import FORMATS, SUFFIXES, check_onnx
-from modelpatch.convert.exporting import export as run_export
-from modelpatch.data.task import load_task
+from modelpatch.cli.console import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.cli.options import AlphaOption, ArgumentOption, PatchBackboneOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
-from modelpatch.patch.contents import Patch
+
+if TYPE_CHECKING:
+    pass
 
 
+@verb(first="form out data")
 def export(
     patch: Annotated[Path, typer.Argument(help="The patch file.")],
-    form: Annotated[str, typer.Option("--format", "-f", help=f"{', '.join(FORMATS)}.")] = "safetensors",
+    form: Annotated[str, typer.Option("--format", "-f", help="safetensors, torch-export or onnx.")] = "safetensors",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; by default PATCH-model with its suffix.")
     ] = None,
     force: ForceOption = False,
     data: Annotated[
-        str | None, typer.Option(help="onnx: data whose test images are answered by onnxruntime and PyTorch alike.")
+        str | None,
+        typer.Option(help="onnx: data whose test images are answered by onnxruntime and PyTorch, to compare them."),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many of these images at most.")] = 500,
+    images: Annotated[int, typer.Option(min=1, help="Number of these images, at most.")] = 500,
     alpha: AlphaOption = None,
     backbone: PatchBackboneOption = None,
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
     """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph."""
+
+    import torch
+
+    from modelpatch.cli.loading import at_alpha, backbone_of, naming
+    from modelpatch.convert.exporting import SUFFIXES, check_onnx
+    from modelpatch.convert.exporting import export as run_export
+    from modelpatch.data.task import load_task
+    from modelpatch.patch.contents import Patch
+
     console = open_console(json)
     if data is not None and form != "onnx":
         raise ModelpatchError("--data checks the format onnx. Leave it out, or give --format onnx.")

@@ -1,38 +1,38 @@
-"""modelpatch extract: a patch out of a fine-tuned checkpoint."""
+"""`modelpatch extract`: turn a fine-tuned checkpoint into a patch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelpatch.cli.options import ArgumentOption, DeviceOption, find_device, open_backbone, parse_arguments
-from modelpatch.cli.outputs import (
+from modelpatch.cli.console import (
     ForceOption,
     JsonOption,
     check_file,
     check_free,
     open_console,
+    progress_of,
     read_names,
     tell,
     write_json,
 )
-from modelpatch.convert import extract as run_extract
-from modelpatch.convert.checkpoint import read_checkpoint
-from modelpatch.convert.extraction import DELTA_CODECS
-from modelpatch.data.task import load_task
+from modelpatch.cli.options import ArgumentOption, DeviceOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
-from modelpatch.report.codecs import CALIBRATED, SIZED, codec_figures, codec_table, compare_codecs
-from modelpatch.report.tables import inspection_table, show
-from modelpatch.train.progress import Progress
+
+if TYPE_CHECKING:
+    pass
 
 
+@verb(first="base finetuned out codec data", panel="Extraction")
 def extract(
     base: Annotated[
         str,
         typer.Option(
-            "--base", "--backbone", "-b", help="The network that was fine-tuned, with the weights it had before."
+            "--base", "--backbone", "-b", help="The network that was fine-tuned, with its weights before fine-tuning."
         ),
     ],
     finetuned: Annotated[
@@ -43,8 +43,10 @@ def extract(
         Path | None, typer.Option("--out", "-o", help="The patch file; by default CHECKPOINT.patch.safetensors.")
     ] = None,
     force: ForceOption = False,
-    codec: Annotated[str, typer.Option(help=f"How differences are stored: {', '.join(DELTA_CODECS)}.")] = "float16",
-    rank: Annotated[int, typer.Option(help="The rank of low-rank differences.")] = 8,
+    codec: Annotated[
+        str, typer.Option(help="Coding of the differences: exact, float16, bfloat16, int8, sign, two-bit or low-rank.")
+    ] = "float16",
+    rank: Annotated[int, typer.Option(help="Rank of low-rank differences.")] = 8,
     data: Annotated[
         str | None, typer.Option(help="The task's data, as for fit: measure every codec on its test images.")
     ] = None,
@@ -55,7 +57,7 @@ def extract(
         str | None, typer.Option(help="Names of the head's outputs, comma-separated, or a file with one a line.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels the checkpoint is used at; by default the backbone's.")
+        int | None, typer.Option(help="Pixels of the checkpoint's images; by default the backbone's.")
     ] = None,
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
@@ -65,6 +67,15 @@ def extract(
 
     With --data every codec is measured, and the patch of --codec written with its accuracy.
     """
+
+    from modelpatch.cli.loading import find_device, open_backbone
+    from modelpatch.convert.checkpoint import read_checkpoint
+    from modelpatch.convert.extraction import DELTA_CODECS
+    from modelpatch.convert.extraction import extract as run_extract
+    from modelpatch.data.task import load_task
+    from modelpatch.report.codecs import CALIBRATED, SIZED, codec_figures, codec_table, compare_codecs
+    from modelpatch.report.tables import inspection_table, show
+
     console = open_console(json)
     path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
     check_file("--out", path)
@@ -80,9 +91,11 @@ def extract(
     if task is None:
         patch = run_extract(backbone, state, codec=codec, name=finetuned.stem, classes=names, **options)
     else:
-        run_extract(backbone, state, codec=codec, classes=task.classes, **options)  # what is wrong is said at once
+        run_extract(
+            backbone, state, codec=codec, classes=task.classes, **options
+        )  # fails at once for a wrong checkpoint
         with (
-            Progress("extract") as bar,
+            progress_of(console, "extract") as bar,
             bar.task("codecs", len(DELTA_CODECS) + len(SIZED) * bool(calibrate)) as advance,
         ):
             rows, patches = compare_codecs(backbone, state, task, advance=advance, calibration=calibrate, **options)

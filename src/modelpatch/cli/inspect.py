@@ -1,82 +1,82 @@
-"""modelpatch inspect: what a patch file holds."""
+"""`modelpatch inspect`: show the contents of a patch file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.chain import Chain
-from modelpatch.cli.options import (
-    ArgumentOption,
-    PatchBackboneOption,
-    backbone_of,
-    locate,
-    open_backbone,
-    parse_arguments,
-)
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.data.task import load_task
+from modelpatch.cli.console import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.cli.options import ArgumentOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
-from modelpatch.methods.delta import SkipWeights
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.inspect import Inspection
-from modelpatch.report.plots import plot_inspection
-from modelpatch.report.skips import (
-    check_skips,
-    measure_skips,
-    plot_skip_weights,
-    skips_table,
-    stage_names,
-    variances_table,
-)
-from modelpatch.report.tables import inspection_table, parts_table, show
-from modelpatch.train.progress import Progress
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from modelpatch.backbone.backbone import Backbone
+    from modelpatch.backbone.chain import Chain
+    from modelpatch.methods.delta import SkipWeights
+    from modelpatch.patch.contents import Patch
 
 
+@verb(first="backbone data plot")
 def inspect(
     patch: Annotated[Path, typer.Argument(help="The patch file.")],
     plot: Annotated[
-        Path | None, typer.Option(help="Draw bytes per part, or with --data the weights of skips, to this picture.")
+        Path | None, typer.Option(help="A picture of the bytes per part, or with --data of the weights of skips.")
     ] = None,
     data: Annotated[
         str | None,
+        typer.Option(help="Data of the task, as for eval: measure the weights of a patch's skips, and variances."),
+    ] = None,
+    backbone: Annotated[
+        str | None,
         typer.Option(
-            help="Data of the task, as for eval: measure the weights a `delta` patch gives its skips, and variances."
+            "--backbone",
+            "-b",
+            help="The frozen network, to name the segments of every part; own: the one the patch names.",
         ),
     ] = None,
-    backbone: PatchBackboneOption = None,
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Show what a patch holds: per span, bytes, hashes, settings and measured figures.
+    """Show the contents of a patch: hashes, settings, measured figures, and the bytes of every part.
 
-    Reads no backbone's weights without --backbone or --data: the spans follow from the network's structure alone.
+    With `--backbone own` parts are grouped by the segments of the patch's network, which is built without its weights.
     """
+
+    from modelpatch.cli.loading import OWN, backbone_of, find_device
+    from modelpatch.patch.contents import Patch
+    from modelpatch.patch.inspect import Inspection
+    from modelpatch.report.plots import plot_inspection
+    from modelpatch.report.tables import inspection_table, parts_table, show
+
     console = open_console(json)
     check_pictures(plot=plot)
     loaded = Patch.load(patch)
     arguments = parse_arguments(argument)
     if data is not None:
+        from modelpatch.report.skips import check_skips
+
         check_skips(loaded)
-    if backbone is not None or data is not None:
-        base = backbone_of(loaded, patch, backbone, arguments, CPU)
-        chain: Chain | None = base.chain
-    else:
+    chain: Chain | None = None
+    if backbone == OWN and data is None:
         chain = _structure(loaded, patch, arguments)
+    elif backbone is not None or data is not None:
+        base = backbone_of(loaded, patch, backbone, arguments, find_device("cpu"))
+        chain = base.chain
     inspection = Inspection.of(loaded, chain)
     show(console, inspection_table(inspection))
     console.print()
     show(console, parts_table(inspection))
     if chain is None:
-        tell(console, "which segments these are is known with the backbone: name it with --backbone")
+        name = "cannot be built here: name another with --backbone" if backbone else f"names segments: --backbone {OWN}"
+        tell(console, f"the backbone {loaded.backbone.spec} {name}")
     figures = inspection.as_dict()
     if data is not None:
+        from modelpatch.report.skips import plot_skip_weights, skips_table, variances_table
+
         records, names, images = _measure_skips(loaded, base, data)
         console.print()
         show(console, skips_table(records, names))
@@ -93,7 +93,12 @@ def inspect(
 
 
 def _measure_skips(patch: Patch, backbone: Backbone, data: str) -> tuple[list[SkipWeights], list[str], int]:
-    """The weights of the skips on the test images, what the network calls their stages, and the number of images."""
+    """The weights of the skips on the test images, the names of their stages, and the number of images."""
+
+    from modelpatch.data.task import load_task
+    from modelpatch.report.skips import measure_skips, stage_names
+    from modelpatch.train.progress import Progress
+
     task = load_task(data, hold_out=False)
     with Progress("skips") as bar, bar.task("images", len(task.test)) as advance:
         records = measure_skips(backbone, patch, task.test, advance)
@@ -101,12 +106,15 @@ def _measure_skips(patch: Patch, backbone: Backbone, data: str) -> tuple[list[Sk
 
 
 def _structure(patch: Patch, path: Path, arguments: dict[str, Any]) -> Chain | None:
-    """The chain of the patch's own backbone, without downloading its weights; None where it cannot be built here."""
+    """The chain of the patch's own backbone, without downloading its weights; None if it cannot be built."""
+
+    from modelpatch.cli.loading import find_device, locate, open_backbone
+
     try:
         spec = locate(patch, path)
         if spec.startswith(("timm:", "torchvision:")):
             arguments = {**arguments, "pretrained": False}
-        chain = open_backbone(spec, {**patch.backbone.arguments, **arguments}, CPU).chain
+        chain = open_backbone(spec, {**patch.backbone.arguments, **arguments}, find_device("cpu")).chain
         patch.blueprint.spans(chain)
     except ModelpatchError:
         return None

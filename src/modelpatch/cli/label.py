@@ -1,46 +1,35 @@
-"""modelpatch label: which images to label next."""
+"""`modelpatch label`: find the images to label next."""
 
 from __future__ import annotations
 
 import csv
 import io
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from PIL import Image
-from rich.console import Console
 
 from modelpatch.atomic import write_bytes
-from modelpatch.backbone.preprocessing import open_image
-from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import (
-    ArgumentOption,
-    DeviceOption,
-    SetOption,
-    Training,
-    backbone_of,
-    find_device,
-    naming,
-    open_backbone,
-    parse_arguments,
-    parse_pairs,
+from modelpatch.cli.console import (
+    JsonOption,
+    check_file,
+    check_pictures,
+    open_console,
+    progress_of,
+    tell,
+    tell_run,
+    write_json,
 )
-from modelpatch.cli.outputs import JsonOption, check_file, check_pictures, open_console, tell, write_json
-from modelpatch.cli.predict import gather_images
-from modelpatch.cli.selecting import MethodOption, parse_counts
-from modelpatch.data.task import load_task
+from modelpatch.cli.options import ArgumentOption, DeviceOption, MethodOption, SetOption, Training
+from modelpatch.cli.settings import parse_arguments, parse_counts, parse_pairs
+from modelpatch.cli.verb import verb
 from modelpatch.errors import DataError, ModelpatchError
-from modelpatch.methods.registry import make_method
-from modelpatch.patch.contents import Patch
-from modelpatch.report.search import contact_sheet, curves_table, picks_table, plot_curves
-from modelpatch.report.tables import show
-from modelpatch.select.active import pick, simulate
-from modelpatch.train import fit
-from modelpatch.train.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-@grouped
+@verb(first="unlabeled budget patch method set_ epochs out", panel="Simulation", config=True)
 def label(
     data: Annotated[str, typer.Argument(help="The labelled data, as for fit.")],
     training: Training,
@@ -49,18 +38,19 @@ def label(
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Images to choose.")] = 32,
     patch: Annotated[
-        Path | None, typer.Option("--patch", "-p", help="Ask this patch instead of training one on DATA.")
+        Path | None, typer.Option("--patch", "-p", help="Use this patch instead of training one on DATA.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the list as CSV.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Draw the chosen images to this picture.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV file for the list.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="A picture of the chosen images.")] = None,
     simulate_: Annotated[
         str | None,
         typer.Option("--simulate", help="N1,N2,...: label DATA's own images step by step, by margin and at random."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Simulations, with this many seeds.")] = 1,
-    plot: Annotated[Path | None, typer.Option(help="Draw the simulation's curves to this picture.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the simulation.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the simulation's curves.")] = None,
     rounds: Annotated[
-        Path | None, typer.Option(help="A file of finished rounds, TASK.rounds.jsonl by default.")
+        Path | None,
+        typer.Option(help="The file of finished rounds, by default TASK.rounds.jsonl; they are not repeated."),
     ] = None,
     backbone: Annotated[
         str | None,
@@ -72,17 +62,30 @@ def label(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """List the images whose labels would help most: those between whose two best classes the patch can hardly choose.
+    """List the images whose labels would help most: those with the smallest margin between the two best classes.
 
-    With --simulate nothing is asked: accuracy against labels is measured on DATA, for margins and for random choice.
+    With --simulate, accuracy against the number of labels is measured on DATA, for choice by margin and at random.
     """
+
+    from PIL import Image
+
+    from modelpatch.cli.loading import backbone_of, find_device, naming, open_backbone
+    from modelpatch.cli.predict import gather_images
+    from modelpatch.data.task import load_task
+    from modelpatch.methods.registry import make_method
+    from modelpatch.patch.contents import Patch
+    from modelpatch.report.search import contact_sheet, curves_table, picks_table, plot_curves
+    from modelpatch.report.tables import show
+    from modelpatch.select.active import pick, simulate
+    from modelpatch.train.fitting import fit
+
     console = open_console(json)
     for name, path in (("--out", out), ("--sheet", sheet), ("--rounds", rounds)):
         check_file(name, path)
     check_pictures(plot=plot)
     if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
         raise ModelpatchError(
-            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of picture. Use .png or .jpg."
+            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is not a supported picture format. Use .png or .jpg."
         )
     if (simulate_ is None) == (unlabeled is None):
         raise ModelpatchError("give either --unlabeled FOLDER, to choose from it, or --simulate N1,N2,...")
@@ -100,9 +103,12 @@ def label(
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
         base = open_backbone(backbone or "bundled:tiny", arguments, place)
         counts = parse_counts("--simulate", simulate_)
-        curves = simulate(base, task, made, labels=counts, seeds=seeds, rounds=file, progress=True, **settings)
+        curves = simulate(
+            base, task, made, labels=counts, seeds=seeds, rounds=file, progress=not console.quiet, **settings
+        )
         show(console, curves_table(curves))
         tell(console, f"rounds kept in {file}")
+        tell_run(console, file)
         write_json(json, curves.as_dict())
         if plot is not None:
             plot_curves(curves, plot)
@@ -112,11 +118,11 @@ def label(
     _check_readable(images)
     if patch is None:
         base = open_backbone(backbone or "bundled:tiny", arguments, place)
-        asked = fit(base, task, made, progress=True, **settings)
+        asked = fit(base, task, made, progress=not console.quiet, **settings)
     else:
         asked = Patch.load(patch)
         base = backbone_of(asked, patch, backbone, arguments, place)
-    with Progress("label") as bar, naming(patch or Path("the patch")):
+    with progress_of(console, "label") as bar, naming(patch or Path("the patch")):
         try:
             picks = pick(base, asked, images, budget, bar)
         except DataError:
@@ -135,13 +141,17 @@ def label(
         writer.writerows(rows)
         write_bytes(out, text.getvalue().encode())
         tell(console, f"wrote {out}")
+        tell_run(console, out)
     if sheet is not None:
         contact_sheet(picks, images, sheet)
         tell(console, f"drew {sheet}")
 
 
 def _check_readable(images: list[Path]) -> None:
-    """Raises `DataError` if no image can be read, before anything is trained for them."""
+    """Raise `DataError` if no image can be read, before anything is trained."""
+
+    from modelpatch.backbone.preprocessing import open_image
+
     problem = ""
     for image in images:
         try:
@@ -153,7 +163,10 @@ def _check_readable(images: list[Path]) -> None:
 
 
 def _without_unreadable(images: list[Path], console: Console) -> list[Path]:
-    """The images that can be read; says which cannot."""
+    """The images that can be read; the others are printed."""
+
+    from modelpatch.backbone.preprocessing import open_image
+
     problems: dict[Path, str] = {}
     for image in images:
         try:

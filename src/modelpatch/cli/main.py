@@ -1,45 +1,99 @@
-"""The `modelpatch` command. Errors this library raises on purpose end in one line and exit status 1."""
+"""The `modelpatch` command. Errors this library raises on purpose end in one line and exit status 1.
+
+A verb's module is imported when the verb is asked for; the help of the command itself needs this file alone.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import modelpatch
-from modelpatch.cli.cascade import cascade
-from modelpatch.cli.compare import compare
-from modelpatch.cli.demo import demo
-from modelpatch.cli.evaluate import evaluate
-from modelpatch.cli.export import export
-from modelpatch.cli.extract import extract
-from modelpatch.cli.fit import fit
-from modelpatch.cli.inspect import inspect
-from modelpatch.cli.label import label
-from modelpatch.cli.merge import diff, merge
-from modelpatch.cli.multires import multires
-from modelpatch.cli.multitask import multitask
-from modelpatch.cli.paint import paint
-from modelpatch.cli.predict import predict
-from modelpatch.cli.profile import profile
-from modelpatch.cli.reproduce import reproduce
-from modelpatch.cli.search import search
-from modelpatch.cli.select import select
-from modelpatch.cli.serve import serve
-from modelpatch.cli.store import store
-from modelpatch.cli.verify import verify
 from modelpatch.errors import ModelpatchError, TrainingWarning
+
+USE, TRAIN, CHOOSE, MANY, CONVERT, SERVE = (
+    "Use a patch",
+    "Train a patch",
+    "Choose what to patch",
+    "Many tasks, many resolutions",
+    "Convert",
+    "Store and serve",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A verb in the help of the command: its panel, a line about it, and its function as `module.function`."""
+
+    panel: str
+    summary: str
+    function: str
+
+
+VERBS = {
+    "predict": Entry(USE, "Answer for images with one or several patches in one pass.", "predict.predict"),
+    "eval": Entry(USE, "Measure a patch on the test images of its task.", "evaluate.evaluate"),
+    "inspect": Entry(
+        USE, "Show the contents of a patch file: bytes, hashes, settings, measured figures.", "inspect.inspect"
+    ),
+    "verify": Entry(USE, "Check every byte of patch files, and that they belong to a backbone.", "verify.verify"),
+    "fit": Entry(TRAIN, "Train a patch for a task and measure it on the task's test images.", "fit.fit"),
+    "compare": Entry(TRAIN, "Train several methods on one task and show one table.", "compare.compare"),
+    "methods": Entry(
+        TRAIN, "List the methods, a method's hyperparameters or the settings of a fit.", "methods.methods"
+    ),
+    "demo": Entry(TRAIN, "Train every method on bundled handwritten digits and write a report.", "demo.demo"),
+    "profile": Entry(CHOOSE, "Train each block alone and show its gain on held-out images.", "profile.profile"),
+    "select": Entry(CHOOSE, "Choose blocks greedily by cross-validation and train a patch of them.", "select.select"),
+    "search": Entry(
+        CHOOSE, "Find the best method, blocks and settings within limits on bytes and time.", "search.search"
+    ),
+    "label": Entry(CHOOSE, "List the unlabelled images whose labels would help most.", "label.label"),
+    "multitask": Entry(MANY, "Train several tasks together over shared weights.", "multitask.multitask"),
+    "paint": Entry(MANY, "Patch a model on new tasks while it keeps its accuracy on others (PAINT).", "paint.paint"),
+    "multires": Entry(MANY, "Train one network for several resolutions.", "multires.multires"),
+    "cascade": Entry(MANY, "Build an early-exit cascade of patches of one task.", "cascade.cascade"),
+    "extract": Entry(CONVERT, "Turn a fine-tuned checkpoint into a patch of its base.", "extract.extract"),
+    "merge": Entry(CONVERT, "Combine several patches of one backbone into one.", "merge.merge"),
+    "diff": Entry(CONVERT, "Compare two patches tensor by tensor.", "merge.diff"),
+    "export": Entry(CONVERT, "Write the patched model as an ordinary model or an ONNX graph.", "export.export"),
+    "store": Entry(SERVE, "Keep patches by name, version and tag.", "store.store"),
+    "serve": Entry(SERVE, "Answer over HTTP with the patches of a store.", "serve.serve"),
+}
+MOVED = {
+    "reproduce": "`modelpatch reproduce` is `modelpatch-studies run` now, a project of its own: clone the repository and "
+    "`pip install ./studies`."
+}
 
 
 class Verbs(TyperGroup):
-    """The verbs, stopped by Ctrl-C with a word on what comes next where a verb has one to say."""
+    """The verbs, imported by name; Ctrl-C ends one with a line about resuming it."""
 
-    def invoke(self, ctx: Any) -> Any:  # typer itself would end without a word
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb's name, panel and summary, for lists of verbs; None for an unknown name."""
+        entry = VERBS.get(cmd_name)
+        return entry and TyperCommand(cmd_name, help=entry.summary, rich_help_panel=entry.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb itself, whose module is imported now, its name and its arguments."""
+        if args[0] in MOVED:
+            raise ModelpatchError(MOVED[args[0]])
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and load_verb(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; typer alone would end an interrupted one silently."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -47,37 +101,25 @@ class Verbs(TyperGroup):
             raise typer.Exit(130) from None
 
 
+def load_verb(name: str) -> Any:
+    """The command of a verb."""
+    from modelpatch.cli.verb import command
+
+    module, _, function = VERBS[name].function.partition(".")
+    verb = getattr(importlib.import_module(f"modelpatch.cli.{module}"), function)
+    return typer.main.get_command(verb) if isinstance(verb, typer.Typer) else command(verb, name)
+
+
 app = typer.Typer(
     name="modelpatch",
     cls=Verbs,
     help="One frozen vision backbone, many tasks: each task is a small patch file instead of a copy of the model.",
+    epilog="Start with `modelpatch fit bundled:digits`. Options of a verb: `modelpatch VERB -h`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(fit)
-app.command("eval")(evaluate)
-app.command()(predict)
-app.command()(inspect)
-app.command()(verify)
-app.command()(compare)
-app.command()(extract)
-app.command()(merge)
-app.command()(diff)
-app.command()(multitask)
-app.command()(paint)
-app.command()(multires)
-app.command()(cascade)
-app.command()(export)
-app.command()(profile)
-app.command()(select)
-app.command()(search)
-app.command()(label)
-app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(reproduce)
-app.add_typer(store)
-app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,7 +135,7 @@ def main() -> None:
     try:
         app()
     except ModelpatchError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {_escape(str(error))}")
+        _say("red", "error", str(error))
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output went away (`modelpatch ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,14 +143,14 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """One line for warnings that are meant for the user; libraries' own are not."""
+    """Print warnings that are meant for the user in one line; those of libraries are not."""
     if issubclass(category, TrainingWarning):
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[yellow]warning:[/yellow] {_escape(str(message))}"
-        )
+        _say("yellow", "warning", str(message))
 
 
-def _escape(text: str) -> str:
+def _say(color: str, word: str, text: str) -> None:
+    from rich.console import Console
     from rich.markup import escape
 
-    return escape(text)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[{color}]{word}:[/{color}] {escape(text)}")

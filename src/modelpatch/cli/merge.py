@@ -1,36 +1,24 @@
-"""modelpatch merge and modelpatch diff: patches of one backbone together, and side by side."""
+"""`modelpatch merge` and `modelpatch diff`: combine patches of one backbone, and compare two."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.cli.options import (
-    AlphaOption,
-    ArgumentOption,
-    PatchBackboneOption,
-    SeedOption,
-    at_alpha,
-    backbone_of,
-    naming,
-    parse_arguments,
-)
-from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
-from modelpatch.convert.difference import check_pair
-from modelpatch.convert.difference import diff as run_diff
-from modelpatch.convert.merging import RULES
-from modelpatch.convert.merging import merge as run_merge
+from modelpatch.cli.console import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.cli.options import AlphaOption, ArgumentOption, PatchBackboneOption, SeedOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import PatchError
-from modelpatch.patch.contents import Patch
-from modelpatch.report.tables import difference_tables, inspection_table, show
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from modelpatch.backbone.backbone import Backbone
+    from modelpatch.patch.contents import Patch
 
 
+@verb(first="out weights rule head", panel="Merging")
 def merge(
     patches: Annotated[list[Path], typer.Argument(help="Patch files of one backbone.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The merged patch file.")],
@@ -38,11 +26,11 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(help="Comma-separated factors of the patches; by default 1 / n, for ties 1.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=f"{', '.join(RULES)}.")] = "sum",
-    density: Annotated[float, typer.Option(help="ties: the share of the largest numbers that is kept.")] = 0.2,
-    drop: Annotated[float, typer.Option(help="dare: the share of numbers that is dropped.")] = 0.9,
+    rule: Annotated[str, typer.Option(help="The rule: sum, ties or dare.")] = "sum",
+    density: Annotated[float, typer.Option(help="ties: share of the largest numbers to keep.")] = 0.2,
+    drop: Annotated[float, typer.Option(help="dare: share of numbers to drop.")] = 0.9,
     head: Annotated[
-        str, typer.Option(help="Whose head: the number of a patch, from 0, or 'all' for all classes side by side.")
+        str, typer.Option(help="The head: that of a patch by its number from 0, or 'all' for all classes side by side.")
     ] = "0",
     alpha: AlphaOption = None,
     seed: SeedOption = 0,
@@ -50,7 +38,13 @@ def merge(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Put the bodies of several patches of one backbone into one patch."""
+    """Combine the bodies of several patches of one backbone into one patch."""
+
+    from modelpatch.cli.loading import at_alpha
+    from modelpatch.convert.merging import merge as run_merge
+    from modelpatch.patch.contents import Patch
+    from modelpatch.report.tables import inspection_table, show
+
     console = open_console(json)
     check_file("--out", out)
     check_free("--out", [out], force)
@@ -64,7 +58,7 @@ def merge(
         density=density,
         drop=drop,
         seed=seed,
-        head=_which(head),
+        head=_read_head(head),
     )
     merged.save(out)
     inspection = merged.inspect()
@@ -73,6 +67,7 @@ def merge(
     write_json(json, inspection.as_dict())
 
 
+@verb()
 def diff(
     first: Annotated[Path, typer.Argument(help="A patch file.")],
     second: Annotated[Path, typer.Argument(help="Another of the same backbone.")],
@@ -80,7 +75,12 @@ def diff(
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Say where two patches differ and by how much: the sizes of their changes, their distance and cosine, a row a tensor."""
+    """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
+
+    from modelpatch.convert.difference import diff as run_diff
+    from modelpatch.patch.contents import Patch
+    from modelpatch.report.tables import difference_tables, show
+
     console = open_console(json)
     loaded = [Patch.load(path) for path in (first, second)]
     base = _common_backbone([first, second], loaded, backbone, argument)
@@ -93,10 +93,13 @@ def diff(
 
 
 def _common_backbone(paths: list[Path], patches: list[Patch], spec: str | None, argument: list[str] | None) -> Backbone:
+    from modelpatch.cli.loading import backbone_of, find_device, naming
+    from modelpatch.convert.difference import check_pair
+
     for path, patch in zip(paths[1:], patches[1:], strict=True):
         with naming(path):
             check_pair(patches[0], patch)
-    return backbone_of(patches[0], paths[0], spec, parse_arguments(argument), CPU)
+    return backbone_of(patches[0], paths[0], spec, parse_arguments(argument), find_device("cpu"))
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -106,9 +109,9 @@ def _numbers(text: str | None) -> list[float] | None:
         raise PatchError(f"--weights {text!r} is not numbers separated by commas.") from None
 
 
-def _which(text: str) -> int | Literal["all"]:
+def _read_head(text: str) -> int | Literal["all"]:
     if text == "all":
         return "all"
     if not text.isdecimal():
-        raise PatchError(f"--head {text!r} is neither 'all' nor the number of a patch.")
+        raise PatchError(f"--head {text!r} is neither 'all' nor the number of a patch from 0.")
     return int(text)

@@ -1,4 +1,4 @@
-"""modelpatch profile: which blocks are worth training."""
+"""`modelpatch profile`: measure the gain of training each block."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Annotated
 
 import typer
 
-from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, SetOption, Training, parse_pairs
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.cli.selecting import FoldsOption, HalvingOption, MethodOption, Study, parse_counts
+from modelpatch.cli.console import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.cli.options import DataArgument, MethodOption, Network, SetOption, Training
+from modelpatch.cli.settings import parse_counts, parse_pairs
+from modelpatch.cli.study import FoldsOption, HalvingOption, Study
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
-from modelpatch.methods.registry import make_method
-from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
-from modelpatch.report.tables import show
-from modelpatch.select import profile as run_profile
 
 
-@grouped
+@verb(first="method set_ backbone epochs stages plot", panel="Profile", config=True)
 def profile(
-    data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    data: DataArgument,
     network: Network,
     training: Training,
     study: Study,
@@ -33,25 +30,27 @@ def profile(
     halving: HalvingOption = 0,
     sizes: Annotated[
         str | None,
-        typer.Option(help="N1,N2,...: a profile with each of these numbers of training images, beside each other."),
+        typer.Option(help="N1,N2,...: profiles with these numbers of training images, side by side."),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the bars, or the heat map of pairs or --sizes, to this picture.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture: bars, or a heat map of --pairs or --sizes.")] = None,
     json: JsonOption = None,
 ) -> None:
-    """Train each block (or run, pair or stage) alone with the head and show what it gains on held-out training images.
+    """Train each block (or run, pair or stage) alone with the head and show its gain on held-out training images.
 
     The test images are not read. An interrupted profile goes on when the same command is given again.
     """
+
+    from modelpatch.methods.registry import make_method
+    from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
+    from modelpatch.report.tables import show
+    from modelpatch.select.profiling import profile as run_profile
+
     console = open_console(json)
     check_pictures(plot=plot)
     made = make_method(method, **parse_pairs(set_, "--set"))
     counts = [] if sizes is None else parse_counts("--sizes", sizes)
     if counts and (study.images is not None or pairs):
-        raise ModelpatchError(
-            "--sizes says how many images to use, and draws no pairs. Leave --images and --pairs out."
-        )
+        raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
     opened = study.open(data, network, training)
     parts = [opened.task.subsample(count, training.seed) for count in counts] or [opened.task]
     results = [

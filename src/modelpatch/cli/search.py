@@ -1,4 +1,4 @@
-"""modelpatch search: the best patch within a budget."""
+"""`modelpatch search`: find the best patch within a budget."""
 
 from __future__ import annotations
 
@@ -7,40 +7,45 @@ from typing import Annotated
 
 import typer
 
-from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, PatchFile, Training
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.cli.selecting import FoldsOption, HalvingOption, Limits, Study
-from modelpatch.methods.registry import split_outside
-from modelpatch.report.search import left_out_table, plot_search, search_table
-from modelpatch.report.tables import percent, show
-from modelpatch.select import search as run_search
-from modelpatch.select.latency import added_latency
-from modelpatch.select.searching import METHODS
+from modelpatch.cli.console import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.cli.options import DataArgument, Network, PatchFile, Training
+from modelpatch.cli.study import FoldsOption, HalvingOption, Limits, Study
+from modelpatch.cli.verb import verb
 
 
-@grouped
+@verb(first="methods max_bytes max_latency tries backbone epochs out", panel="Search", config=True)
 def search(
-    data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    data: DataArgument,
     network: Network,
     training: Training,
     study: Study,
     file: PatchFile,
     limits: Limits,
     methods: Annotated[
-        str,
-        typer.Option(help="Comma-separated methods to choose among, with hyperparameters as in subset(blocks=last)."),
-    ] = ",".join(METHODS),
-    tries: Annotated[int, typer.Option(min=1, help="The most proposals to train.")] = 48,
+        str | None,
+        typer.Option(
+            help="Comma-separated methods to choose among, with hyperparameters as in subset(blocks=last); by default "
+            "those that suit a budget."
+        ),
+    ] = None,
+    tries: Annotated[int, typer.Option(min=1, help="Proposals to train at most.")] = 48,
     halving: HalvingOption = 3,
     folds: FoldsOption = 1,
-    plot: Annotated[Path | None, typer.Option(help="Draw accuracy, bytes and time to this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of accuracy, bytes and time.")] = None,
     json: JsonOption = None,
 ) -> None:
     """Choose method, blocks and settings by validation, within limits, and train the best patch that keeps them.
 
     An interrupted search goes on when the same command is given again.
     """
+
+    from modelpatch.methods.registry import split_outside
+    from modelpatch.report.search import left_out_table, plot_search, search_table
+    from modelpatch.report.tables import percent, show
+    from modelpatch.select.latency import added_latency
+    from modelpatch.select.searching import METHODS
+    from modelpatch.select.searching import search as run_search
+
     console = open_console(json)
     check_pictures(plot=plot)
     limits.warn(console)
@@ -48,7 +53,7 @@ def search(
     result = run_search(
         opened.backbone,
         opened.task,
-        split_outside(methods, ","),
+        METHODS if methods is None else split_outside(methods, ","),
         **limits.read(),
         tries=tries,
         folds=folds,

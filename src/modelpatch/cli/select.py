@@ -1,4 +1,4 @@
-"""modelpatch select: choose the blocks to patch, and patch them."""
+"""`modelpatch select`: choose the blocks to patch, and train a patch of them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from typing import Annotated, cast
 
 import typer
 
-from modelpatch.cli.grouped import grouped
-from modelpatch.cli.options import Network, PatchFile, SetOption, Training, parse_pairs
-from modelpatch.cli.outputs import JsonOption, check_pictures, open_console, tell, write_json
-from modelpatch.cli.selecting import FoldsOption, HalvingOption, Limits, MethodOption, Study
-from modelpatch.methods.registry import make_method
-from modelpatch.report.selection import plot_order, round_table, selection_table
-from modelpatch.report.tables import show
-from modelpatch.select.greedy import Greedy, Rule, Start
-from modelpatch.select.greedy import select as run_select
+from modelpatch.cli.console import JsonOption, check_pictures, open_console, tell, write_json
+from modelpatch.cli.options import DataArgument, MethodOption, Network, PatchFile, SetOption, Training
+from modelpatch.cli.settings import parse_pairs
+from modelpatch.cli.study import FoldsOption, HalvingOption, Limits, Study
+from modelpatch.cli.verb import verb
 
 
-@grouped
+@verb(first="method set_ backbone epochs max_blocks max_bytes max_latency out", panel="Selection", config=True)
 def select(
-    data: Annotated[str, typer.Argument(help="The task's data, as for fit.")],
+    data: DataArgument,
     network: Network,
     training: Training,
     study: Study,
@@ -29,31 +25,36 @@ def select(
     method: MethodOption = "subset",
     set_: SetOption = None,
     folds: FoldsOption = 5,
-    epsilon: Annotated[float, typer.Option(help="The accuracy a block must add to be taken.")] = 0.01,
-    rule: Annotated[str, typer.Option(help="paper: Algorithm 1; code: what the paper's authors run.")] = "paper",
+    epsilon: Annotated[float, typer.Option(help="Accuracy that a block must add to be taken.")] = 0.01,
+    rule: Annotated[str, typer.Option(help="paper: Algorithm 1; code: the authors' program.")] = "paper",
     start: Annotated[str, typer.Option(help="With --rule code: none, all (blocks are removed) or better.")] = "none",
     among: Annotated[
-        str | None, typer.Option(help="Comma-separated blocks to choose among, as a profile shows; by default all.")
+        str | None, typer.Option(help="Comma-separated blocks to choose among, named as in a profile; by default all.")
     ] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Choose whole stages instead of blocks.")] = False,
     ends: Annotated[
         bool,
-        typer.Option(
-            help="Compare what was found with no blocks and with all of them on the same folds; train the best."
-        ),
+        typer.Option(help="Compare the choice with no blocks and with all of them on the same folds; train the best."),
     ] = True,
     max_blocks: Annotated[int | None, typer.Option(min=1, help="At most this many blocks, with --stages too.")] = None,
     warm_start: Annotated[
-        bool, typer.Option("--warm-start", help="Candidates go on from the blocks trained in the round before.")
+        bool, typer.Option("--warm-start", help="Start candidates from the blocks trained in the round before.")
     ] = False,
     halving: HalvingOption = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the order of the blocks to this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the order of the blocks.")] = None,
     json: JsonOption = None,
 ) -> None:
     """Choose blocks greedily by cross-validation, then train a patch of them on all training images and test it once.
 
     An interrupted selection goes on when the same command is given again.
     """
+
+    from modelpatch.methods.registry import make_method
+    from modelpatch.report.selection import plot_order, round_table, selection_table
+    from modelpatch.report.tables import show
+    from modelpatch.select.greedy import Greedy, Rule, Start
+    from modelpatch.select.greedy import select as run_select
+
     console = open_console(json)
     check_pictures(plot=plot)
     limits.warn(console)

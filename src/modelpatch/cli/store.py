@@ -1,18 +1,18 @@
-"""modelpatch store: patches by name, version and tag, in a folder or an object store."""
+"""`modelpatch store`: patches by name, version and tag, in a folder or an object store."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modelpatch.atomic import write_bytes
-from modelpatch.cli.outputs import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.cli.console import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
 from modelpatch.errors import ModelpatchError, StoreError
-from modelpatch.report.tables import show, version_table, versions_table
-from modelpatch.store.store import Store
-from modelpatch.train.progress import Progress
+
+if TYPE_CHECKING:
+    from modelpatch.store.store import Store
 
 store = typer.Typer(
     name="store",
@@ -40,10 +40,13 @@ ReferencesArgument = Annotated[
 @store.command("ls")
 def list_versions(
     store: StoreArgument,
-    name: Annotated[str | None, typer.Argument(help="Only the versions of this patch.")] = None,
+    name: Annotated[str | None, typer.Argument(help="List the versions of this patch alone.")] = None,
     json: JsonOption = None,
 ) -> None:
     """List all versions, or those of one name, the oldest first."""
+
+    from modelpatch.report.tables import show, versions_table
+
     console = open_console(json)
     check_file("--json", json)
     opened = open_store(store)
@@ -63,13 +66,19 @@ def add(
     tag: Annotated[list[str] | None, typer.Option(help="A tag for it, by default latest; may be repeated.")] = None,
 ) -> None:
     """Check a patch file and publish it; the first one makes the store."""
+
+    from modelpatch.store.store import Store
+
     version = Store(store).publish(name, patch, tags=tag or ("latest",))
     tell(open_console(), f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 
 @store.command("show")
 def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonOption = None) -> None:
-    """Say everything about one version."""
+    """Show one version."""
+
+    from modelpatch.report.tables import show, version_table
+
     console = open_console(json)
     check_file("--json", json)
     version = open_store(store).resolve(reference)
@@ -84,7 +93,7 @@ def get(
     out: Annotated[Path, typer.Option("--out", "-o", help="The patch file to write.")],
     force: ForceOption = False,
 ) -> None:
-    """Write a version's patch file, checked, to a place of its own."""
+    """Check a version's patch file and write it."""
     check_file("--out", out)
     check_free("--out", [out], force)
     opened = open_store(store)
@@ -98,10 +107,10 @@ def get(
 def set_tag(
     store: StoreArgument,
     reference: ReferenceArgument,
-    tag: Annotated[str | None, typer.Argument(help="The tag that shall name it.")] = None,
+    tag: Annotated[str | None, typer.Argument(help="The tag.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the tag: NAME@TAG --delete.")] = False,
 ) -> None:
-    """Let a tag name a version, wherever it pointed before; or remove a tag."""
+    """Set a tag to a version, or remove a tag."""
     opened = open_store(store)
     if delete == (tag is not None):
         raise ModelpatchError("give either REFERENCE TAG, to set the tag, or NAME@TAG --delete, to remove it.")
@@ -117,7 +126,7 @@ def set_tag(
 def remove(
     store: StoreArgument,
     reference: ReferenceArgument,
-    force: Annotated[bool, typer.Option("--force", help="Also if tags name it; they go too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove its tags too.")] = False,
 ) -> None:
     """Remove one version."""
     tell(open_console(), f"removed {open_store(store).remove(reference, force=force)}")
@@ -125,7 +134,10 @@ def remove(
 
 @store.command("verify")
 def verify(store: StoreArgument, json: JsonOption = None) -> None:
-    """Read every byte of a store and say what is wrong. Exit status 1 if anything is."""
+    """Check every byte of a store and print what is wrong. Exit status 1 if anything is."""
+
+    from modelpatch.train.progress import Progress
+
     console = open_console(json)
     check_file("--json", json)
     opened = open_store(store)
@@ -144,7 +156,9 @@ def verify(store: StoreArgument, json: JsonOption = None) -> None:
 @store.command("gc")
 def collect(
     store: StoreArgument,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
+    ] = False,
 ) -> None:
     """Remove every version that no tag names."""
     removed = open_store(store).collect(dry_run=dry_run)
@@ -157,21 +171,30 @@ def collect(
 
 @store.command("push")
 def push(store: StoreArgument, other: TargetArgument, references: ReferencesArgument) -> None:
-    """Copy versions from STORE to OTHER, each with the tag that it is asked for by: flowers@prod is flowers@prod there too.
+    """Copy versions from STORE to OTHER, each with its tag: flowers@prod is flowers@prod there too.
 
-    NAME alone stands for NAME@latest. A version that is asked for by its hash arrives without a tag; `store tag` gives it one.
+    NAME alone is NAME@latest. A version given by its hash is copied without a tag; `store tag` adds one.
     """
+
+    from modelpatch.store.store import Store
+
     _copy(open_store(store), Store(other), references)
 
 
 @store.command("pull")
 def pull(store: NewStoreArgument, other: SourceArgument, references: ReferencesArgument) -> None:
-    """Copy versions to STORE from OTHER: `push` the other way round, with the same tags."""
+    """Copy versions from OTHER to STORE, with the same tags."""
+
+    from modelpatch.store.store import Store
+
     _copy(open_store(other), Store(store), references)
 
 
 def open_store(url: str) -> Store:
-    """A store to read from. Raises `StoreError` where nothing is, which is more often a slip than an empty store."""
+    """Open a store to read from it. Raises `StoreError` if nothing is there."""
+
+    from modelpatch.store.store import Store
+
     opened = Store(url)
     if not opened.exists():
         raise StoreError(f"there is no store at {url}.", f"`modelpatch store add {url} NAME FILE` makes one.")
@@ -179,6 +202,8 @@ def open_store(url: str) -> Store:
 
 
 def _copy(source: Store, target: Store, references: list[str]) -> None:
+    from modelpatch.train.progress import Progress
+
     console = open_console()
     with Progress("copy") as bar, bar.task(target.url, len(references)) as advance:
         for reference in references:

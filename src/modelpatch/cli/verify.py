@@ -1,39 +1,48 @@
-"""modelpatch verify: can this file be trusted, and does it fit this backbone?"""
+"""`modelpatch verify`: check patch files, and that they fit a backbone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.markup import escape
 
-from modelpatch.cli.options import ArgumentOption, PatchBackboneOption, backbone_of, parse_arguments
-from modelpatch.cli.outputs import JsonOption, open_console, write_json
+from modelpatch.cli.console import JsonOption, open_console, write_json
+from modelpatch.cli.options import ArgumentOption
+from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.verb import verb
 from modelpatch.errors import BackboneError, MissingExtraError, ModelpatchError
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import PatchedModel
 
 COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
 
 
+@verb(first="backbone json")
 def verify(
     patch: Annotated[list[Path], typer.Argument(help="Patch files.")],
-    backbone: PatchBackboneOption = None,
-    file_only: Annotated[bool, typer.Option("--file-only", help="Check the files without loading a backbone.")] = False,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            "--backbone",
+            "-b",
+            help="Load this frozen network too and check that the patch fits; own: the one the patch names.",
+        ),
+    ] = None,
+    file_only: Annotated[bool, typer.Option("--file-only", hidden=True)] = False,
     argument: ArgumentOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Check patch files: every byte, every name and number, and that they belong to the backbone.
+    """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network.
 
-    A file is `intact`, `refused`, or `unchecked` where its backbone cannot be loaded. Exit status 1 unless all are intact.
+    A file is intact, refused, or unchecked if its backbone cannot be loaded. Exit status 1 unless all are intact.
     """
+
+    from rich.markup import escape
+
     console = open_console(json, soft_wrap=True, highlight=False)
     arguments = parse_arguments(argument)
     results = []
     for path in patch:
-        results.append(result := _check(path, file_only, backbone, arguments))
+        results.append(result := _check(path, None if file_only else backbone, arguments))
         status, color = result["status"], COLORS[result["status"]]
         console.print(f"[{color}]{status:<9}[/{color}] {escape(_line(result))}")
     write_json(json, results)
@@ -41,15 +50,21 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check(path: Path, file_only: bool, spec: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What is known about one file, as it stands in the JSON."""
+def _check(path: Path, spec: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The result of one file, as written to the JSON."""
+
+    from modelpatch.cli.loading import backbone_of, find_device
+    from modelpatch.patch.contents import Patch
+
     result: dict[str, Any] = {"patch": str(path), "ok": False}
     checked = "nothing"
     try:
         patch = Patch.load(path)
         checked = "file"
-        if not file_only:
-            PatchedModel(backbone_of(patch, path, spec, arguments, torch.device("cpu")), patch)
+        if spec is not None:
+            from modelpatch.patch.model import PatchedModel
+
+            PatchedModel(backbone_of(patch, path, spec, arguments, find_device("cpu")), patch)
             checked = f"file and backbone {patch.backbone.spec}"
     except ModelpatchError as error:
         status = "unchecked" if isinstance(error, BackboneError | MissingExtraError) else "refused"

@@ -12,9 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.convert import extract
 from modelpatch.convert.calibrate import calibrate
-from modelpatch.convert.extraction import DELTA_CODECS
+from modelpatch.convert.extraction import DELTA_CODECS, extract
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.patch.contents import MethodRecord, Patch

@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelpatch.atomic import write_bytes
-from modelpatch.recipes.comparison import Comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison
 from modelpatch.report.tables import comparison_cells
+
+if TYPE_CHECKING:
+    from modelpatch.recipes.comparison import Comparison
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -88,6 +91,7 @@ class Report:
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """The comparison as a page: table, bars, and accuracy against bytes."""
+
     report = Report(
         f"Methods on {comparison.task}",
         f"Every method was fitted on the frozen backbone {comparison.backbone} with the same settings and number of steps.",

@@ -6,13 +6,15 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelpatch.errors import MissingExtraError, ModelpatchError
-from modelpatch.patch.inspect import Inspection
-from modelpatch.recipes.comparison import Comparison
-from modelpatch.report.labels import arrange, is_far
-from modelpatch.tasks.kind import Result
+from modelpatch.report.labels import is_far
+
+if TYPE_CHECKING:
+    from modelpatch.patch.inspect import Inspection
+    from modelpatch.recipes.comparison import Comparison
+    from modelpatch.tasks.kind import Result
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
 LABEL = {
@@ -25,26 +27,31 @@ LABEL = {
 }
 
 
+def has_matplotlib() -> bool:
+    """True if matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def check_matplotlib(purpose: str = "Drawing a picture") -> None:
-    """Raises `MissingExtraError` without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    """Raise `MissingExtraError` without matplotlib."""
+    if not has_matplotlib():
         raise MissingExtraError("matplotlib", "plots", purpose)
 
 
 def check_picture(path: Path, option: str) -> None:
-    """Raises `ModelpatchError` for a picture of a kind that cannot be drawn, `MissingExtraError` without matplotlib."""
+    """Raise `ModelpatchError` for a picture format that cannot be drawn, `MissingExtraError` without matplotlib."""
     check_matplotlib(f"{option} {path}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise ModelpatchError(
-            f"{option} {path}: {path.suffix or 'no suffix'} is no kind of picture. Use .png, .svg or .pdf."
+            f"{option} {path}: {path.suffix or 'no suffix'} is not a supported picture format. Use .png, .svg or .pdf."
         )
 
 
 @contextmanager
 def figure(path: Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Axes to draw on, an array of them if there are several; the picture is written on leaving.
+    """Yield axes to draw on, an array of them if there are several, and write the picture on leaving.
 
     Raises `MissingExtraError` without matplotlib.
     """
@@ -140,7 +147,10 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
 
 def _place(axes: Any, names: list[Any], marks: list[tuple[float, float]]) -> None:
     """Move annotations so that they cover neither each other nor points; `marks` are more points, in pixels."""
+
     from matplotlib.text import Text
+
+    from modelpatch.report.labels import arrange
 
     points = [tuple(axes.transData.transform(name.xy)) for name in names]
     extents = [Text.get_window_extent(name) for name in names]  # without the line to the point
@@ -158,13 +168,19 @@ def _bars(axes: Any, places: list[Any], values: list[float], height: float, colo
 
 
 def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], path: Path) -> None:
-    """The confusion matrix under the title of its metric, rows normalised; names are shown for up to 40 classes."""
+    """The confusion matrix under the title of its metric, rows normalised, with counts for up to 12 classes and names for
+    up to 40."""
     assert evaluation.confusion is not None
     side = min(4 + 0.16 * len(classes), 14)
     with figure(path, side + 1, side) as axes:
         shares = [[cell / max(sum(row), 1) for cell in row] for row in evaluation.confusion]
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="answer", ylabel="class", title=f"{metric} {100 * evaluation.score:.1f} %")
+        if len(classes) <= 12:
+            for place, row in enumerate(evaluation.confusion):
+                for other, count in enumerate(row):
+                    color = "white" if shares[place][other] > 0.5 else "black"
+                    axes.text(other, place, f"{count:,}", ha="center", va="center", fontsize=7, color=color)
         if len(classes) <= 40:
             axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
             axes.set_yticks(range(len(classes)), classes, fontsize=7)

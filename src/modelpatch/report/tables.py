@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -13,15 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from modelpatch.convert.difference import Difference
-from modelpatch.engine.describe import describe_step
-from modelpatch.engine.program import Timing
-from modelpatch.patch.inspect import Inspection, Part
-from modelpatch.recipes.comparison import Comparison, Row
-from modelpatch.recipes.multitask import Multitask
-from modelpatch.store.version import Version
-from modelpatch.tasks.kind import KINDS, kind_of
 from modelpatch.text import count_of
+
+if TYPE_CHECKING:
+    from modelpatch.convert.difference import Difference
+    from modelpatch.engine.program import Timing
+    from modelpatch.patch.inspect import Inspection, Part
+    from modelpatch.recipes.comparison import Comparison, Row
+    from modelpatch.recipes.multitask import Multitask
+    from modelpatch.store.version import Version
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
@@ -141,9 +141,28 @@ def inspection_table(inspection: Inspection) -> Table:
         ("content hash", inspection.content_hash),
     ]
     rows += [
-        (LABELS.get(name, name.replace("_", " ")), _figure(name, value, inspection.backbone_parameters))
+        (LABELS.get(name, name.replace("_", " ")), _figure(name, value, inspection))
         for name, value in (*inspection.metrics.items(), *inspection.created.items())
     ]
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def fit_table(inspection: Inspection) -> Table:
+    """The outcome of a fit in a few rows, accuracy and bytes last."""
+    table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
+    trained = inspection.created.get("trainable_parameters")
+    rows = [("method", f"{inspection.method} on {inspection.backbone} at {inspection.image_size} px")]
+    if trained is not None:
+        rows.append(("trained", _figure("trainable_parameters", trained, inspection)))
+    rows += [(name.replace("_", " "), _figure(name, value, inspection)) for name, value in inspection.metrics.items()][
+        :4
+    ]
+    rows.append(("file", f"{inspection.file_bytes:,} bytes, {share} of the backbone's"))
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     return table
@@ -184,23 +203,21 @@ def _stored(inspection: Inspection) -> str:
     return f"{kinds} (int8 is for matrices; vectors stay float32)" if inspection.stored.keys() > {"int8"} else kinds
 
 
-def _figure(name: str, value: Any, parameters: int) -> str:
-    """A fact of a patch file for people, whatever a stranger wrote into it."""
+def _figure(name: str, value: Any, inspection: Inspection) -> str:
+    """A fact of a patch file as text, whatever its type."""
+    from modelpatch.tasks.kind import kind_of
+
+    shares = {word for metric in kind_of(inspection.kind).metrics for word in metric.split("_")}  # in [0, 1]
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, float) and _share_words() & set(name.split("_")):
+    if isinstance(value, float) and shares & set(name.split("_")):
         return f"{percent(value)} %"
     if type(value) is not int:
         return str(value)
     if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
-        share = 100 * value / parameters
+        share = 100 * value / inspection.backbone_parameters
         return f"{value:,} besides the head, {share:{'.2g' if share < 99.5 else '.0f'}} % of the backbone's"
     return f"{value:,}"
-
-
-def _share_words() -> set[str]:
-    """Words of the names of figures in [0, 1]."""
-    return {word for kind in KINDS.values() for metric in kind.metrics for word in metric.split("_")}
 
 
 def difference_tables(difference: Difference, first: str, second: str) -> list[Table]:
@@ -226,6 +243,8 @@ def difference_tables(difference: Difference, first: str, second: str) -> list[T
 
 def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:
     """Accuracies of one patch on one task."""
+    from modelpatch.tasks.kind import KINDS
+
     table = new_table(task, header=False)
     table.add_column("what", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
@@ -246,7 +265,9 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
 
 
 def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) -> Table:
-    """One row an image, one column a task, which is of one of the `kinds`; the error of a broken image."""
+    """One row per image, one column per task, whose kind is in `kinds`; the error of a broken image."""
+    from modelpatch.tasks.kind import kind_of
+
     tasks = list(dict.fromkeys(task for answer in answers for task in answer["tasks"])) or ["answer"]
     table = new_table("")
     table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
@@ -265,6 +286,9 @@ def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) ->
 
 def timing_table(timings: Sequence[Timing]) -> Table:
     """One row a step of a plan: what it does, what it took and its share of the whole."""
+
+    from modelpatch.engine.describe import describe_step
+
     table = new_table("")
     table.add_column("step", overflow="fold", min_width=NAME_WIDTH)
     table.add_column("ms", justify="right", no_wrap=True)
@@ -291,10 +315,12 @@ def versions_table(versions: Sequence[Version]) -> Table:
 
 
 def _score(metrics: Mapping[str, float]) -> str:
-    """The figure of the task's own metric; other than top-1 it is named."""
-    kinds = [kind for kind in KINDS.values() if f"test_{kind.metric}" in metrics]
-    named = f" {kinds[0].metric}" if kinds and not kinds[0].classifies else ""
-    return percent(metrics[f"test_{kinds[0].metric}"] if kinds else None) + named
+    """The first test metric in percent, with its name unless it is top-1; a dash without one."""
+    names = [name for name in metrics if name.startswith("test_") and name != "test_images"]
+    if not names:
+        return percent(None)
+    name = names[0].removeprefix("test_")
+    return percent(metrics[names[0]]) + ("" if name == "top1" else f" {name}")
 
 
 def version_table(version: Version) -> Table:

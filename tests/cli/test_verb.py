@@ -1,4 +1,4 @@
-"""Groups of options: a dataclass parameter of a verb is its fields on the command line."""
+"""Verbs: groups of options, their panels, files of options, and advice for unknown ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from modelpatch.cli.grouped import grouped
 from modelpatch.cli.options import Network, PatchFile, Training
-from modelpatch.cli.selecting import Limits, Study
+from modelpatch.cli.study import Limits, Study
+from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
 
 
@@ -26,7 +26,7 @@ class Size:
             raise ModelpatchError("too narrow")
 
 
-@grouped
+@verb(first="color", panel="Looks", config=True)
 def draw(name: str, size: Size, color: str = "red") -> None:
     """Draw it."""
     typer.echo(f"{name} {size.width}x{size.height} {color}")
@@ -56,7 +56,7 @@ def test_an_option_is_in_one_group_only() -> None:
     def twice(width: int, size: Size) -> None: ...
 
     with pytest.raises(TypeError, match="twice: two of its options are called 'width'"):
-        grouped(twice)
+        verb()(twice)
 
 
 @pytest.mark.parametrize(

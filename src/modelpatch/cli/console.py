@@ -1,4 +1,4 @@
-"""Where verbs speak and write: the console, and files that are checked before any work begins."""
+"""The console of a verb, and the files it writes, which are checked before any work begins."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from modelpatch.cli.runs import QUIET, write_run
 from modelpatch.errors import ModelpatchError
-from modelpatch.report.plots import check_picture
-from modelpatch.train.distributed import is_lonely, restarted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from modelpatch.train.progress import Progress
 
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
+    Path | None, typer.Option("--json", help="A file for all figures; '-' prints them on standard output.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what --out names where it exists.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+LogOption = Annotated[
+    Path | None, typer.Option(help="A folder for metrics.csv, TensorBoard events and a picture of the curves.")
+]
 UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 
 
@@ -30,9 +36,14 @@ def open_console(json: Path | None = None, **style: Any) -> Console:
     Raises `ModelpatchError` if --json names a file that cannot be written, and in a verb that torchrun started in several
     processes though it cannot share its work among them.
     """
+    from rich.console import Console
+
+    from modelpatch.train.distributed import is_lonely
+
     if is_lonely():
         raise ModelpatchError("only fit and multitask share their work under torchrun. Start this verb without it.")
     check_file("--json", json)
+    style["quiet"] = style.get("quiet", False) or QUIET.get()
     console = Console(stderr=str(json) == "-", **style)
     if not console.is_terminal:
         console.width = UNSEEN_WIDTH
@@ -40,14 +51,38 @@ def open_console(json: Path | None = None, **style: Any) -> Console:
 
 
 def tell(console: Console, text: str) -> None:
-    """A line with paths in it: nothing is marked up, wrapped or cut."""
+    """Print a line with paths in it, without markup, wrapping or cuts."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def progress_of(console: Console, title: str) -> Progress:
+    """A progress bar on standard error; hidden where the console is quiet."""
+    from modelpatch.train.progress import Progress, quiet_progress
+
+    return quiet_progress() if console.quiet else Progress(title)
+
+
+def tell_run(console: Console, beside: Path) -> None:
+    """Write the file that repeats the run (see `write_run`) and say so."""
+    if (path := write_run(beside)) is not None:
+        tell(console, f"wrote {path}; --config {path} repeats the run")
+
+
+def check_name(option: str, path: Path) -> None:
+    """Raise `ModelpatchError` for a name that is a number or an option: more likely a slip than a file."""
+    name = str(path)
+    if name.replace(".", "", 1).isdigit() or (name.startswith("-") and name != "-"):
+        kind = "an option" if name.startswith("-") else "a number"
+        raise ModelpatchError(
+            f"{option} {name}: expected a file or folder, not {kind}. Write {option} ./{name} for a file."
+        )
+
+
 def check_file(option: str, path: Path | None) -> None:
-    """Raises `ModelpatchError` if no file can be written there; None and '-' are fine."""
+    """Raise `ModelpatchError` if no file can be written there; None and '-' are fine."""
     if path is None or str(path) == "-":
         return
+    check_name(option, path)
     if path.is_dir():
         raise ModelpatchError(f"{option} {path} is a folder. Name a file in it.")
     if not path.parent.is_dir():
@@ -57,15 +92,17 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 def check_pictures(**pictures: Path | None) -> None:
-    """`check_file` for options that name a picture, and that it can be drawn: matplotlib is there and knows the suffix."""
+    """`check_file` for options that name a picture; raises also without matplotlib and for a suffix it does not know."""
     for name, path in pictures.items():
         if path is not None:
             check_file(_option(name), path)
+            from modelpatch.report.plots import check_picture
+
             check_picture(path, _option(name))
 
 
 def check_free(option: str, paths: Iterable[Path], force: bool) -> None:
-    """Raises `ModelpatchError` if a file stands there already, unless `force`."""
+    """Raise `ModelpatchError` if one of the files exists, unless `force`."""
     if not force and (taken := [path for path in paths if path.exists()]):
         raise ModelpatchError(
             f"{taken[0]} exists already. Give --force to replace it, or name another place with {option}."
@@ -73,7 +110,8 @@ def check_free(option: str, paths: Iterable[Path], force: bool) -> None:
 
 
 def make_folder(option: str, folder: Path) -> None:
-    """The folder, made where it is missing. Raises `ModelpatchError` if it cannot be."""
+    """Make the folder unless it exists. Raises `ModelpatchError` if it cannot be made or written to."""
+    check_name(option, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,16 +136,20 @@ def read_names(option: str, text: str | None) -> tuple[str, ...]:
 
 
 def is_resumed(checkpoint: Path, restart: bool) -> bool:
-    """Whether a run goes on from what is in the folder `checkpoint`."""
+    """True if a run resumes the state in the folder `checkpoint`."""
+    from modelpatch.train.distributed import restarted
+
     return checkpoint.exists() and (not restart or restarted())
 
 
 @contextmanager
 def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[None]:
-    """A run that keeps its state in the folder `checkpoint`: says that it goes on, when it starts and when it is stopped.
+    """Announce that a run resumes from the folder `checkpoint`, when it starts and when it is stopped.
 
-    With `restart` an earlier state is forgotten, unless torchrun starts the run again after a process died.
+    With `restart` an earlier state is removed, unless torchrun starts the run again after a process died.
     """
+    from modelpatch.train.distributed import restarted
+
     if is_resumed(checkpoint, restart):
         tell(console, f"resuming the interrupted run in {checkpoint}")
     elif restart and not restarted():
@@ -136,3 +178,14 @@ def write_json(path: Path | None, value: Any) -> None:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def draw_log(console: Console, folder: Path, title: str) -> None:
+    """Draw the curves of a log folder to `curves.png` in it, if matplotlib is installed."""
+    from modelpatch.report.curves import plot_history, read_history
+    from modelpatch.report.plots import has_matplotlib
+
+    history = read_history(folder / "metrics.csv")
+    if history and has_matplotlib():
+        plot_history(history, title, folder / "curves.png")
+        tell(console, f"drew {folder / 'curves.png'}")

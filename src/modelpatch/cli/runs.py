@@ -1,0 +1,148 @@
+"""Runs as files: --config reads the options of a run, and every run that trains writes the file that repeats it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import modelpatch
+from modelpatch.atomic import write_bytes
+from modelpatch.errors import ConfigError
+from modelpatch.text import nearest
+
+NOT_REPEATED = ("config", "quiet", "force", "restart")
+SUFFIX = ".run.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A verb and the values of its options."""
+
+    verb: str
+    values: dict[str, Any]
+
+
+QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+_CURRENT: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+def start_run(run: Run) -> None:
+    """Remember the run that begins, for `write_run`."""
+    _CURRENT.set(run)
+
+
+def write_run(beside: Path) -> Path | None:
+    """Write the current run's options: `NAME.run.yaml` beside the file NAME.safetensors, `run.yaml` in a folder.
+
+    Returns the file; None outside a run.
+    """
+    import yaml
+
+    run = _CURRENT.get()
+    if run is None:
+        return None
+    path = beside / "run.yaml" if beside.is_dir() else beside.with_suffix(SUFFIX)
+    values = {
+        _key(name): _plain(value)
+        for name, value in run.values.items()
+        if name not in NOT_REPEATED and value not in (None, [], ())
+    }
+    name = _command(run.verb)
+    text = yaml.safe_dump({"verb": name, **values}, sort_keys=False, allow_unicode=True, width=1000)
+    head = f"# Written by modelpatch {modelpatch.__version__}. Run it again: modelpatch {name} --config {path}\n"
+    write_bytes(path, (head + text).encode())
+    return path
+
+
+def load_run(ctx: Any, path: Path | None) -> Path | None:
+    """Take the options of a command from a file, below those that its command line gives: a callback of --config.
+
+    Raises `ConfigError` for a file that cannot be read, another verb's file and an unknown or mistyped option.
+    """
+    if path is None or ctx.resilient_parsing:
+        return path
+    given = dict(_read(path))
+    verb = given.pop("verb", None)
+    if verb not in (None, ctx.info_name):
+        raise ConfigError(f"--config {path} is a run of `{verb}`. Run: modelpatch {verb} --config {path}")
+    known = {key: parameter for parameter in ctx.command.params for key in _keys(parameter)}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        parameter = known.get(str(key).replace("-", "_"))
+        if parameter is None:
+            hint = nearest(str(key), known)
+            raise ConfigError(f"--config {path}: `{ctx.info_name}` has no option {str(key)[:80]!r}.{hint}")
+        if value is not None:
+            values[parameter.name] = _option_value(path, str(key), value, parameter)
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A mapping from a TOML, YAML or JSON file."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"--config {path} is not valid YAML or TOML: {' '.join(str(error).split())[:300]}."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config {path} holds {type(value).__name__}. Expected options, such as `epochs: 10`.")
+    return value
+
+
+def _option_value(path: Path, key: str, value: Any, parameter: Any) -> Any:
+    """A value of a file as the command line would give it: text, a list of texts, or true and false for a flag."""
+    listed = bool(getattr(parameter, "multiple", False)) or parameter.nargs != 1
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise ConfigError(f"--config {path}: {key} is {value!r}. Expected true or false.")
+        return value
+    if isinstance(value, dict) and listed:
+        return [f"{name}={item if isinstance(item, str) else json.dumps(item)}" for name, item in value.items()]
+    if listed:
+        items = value if isinstance(value, list) else [value]
+        if not any(isinstance(item, dict | list) for item in items):
+            return [_text(item) for item in items]
+    elif not isinstance(value, dict | list):
+        return _text(value)
+    raise ConfigError(
+        f"--config {path}: {key} is {str(value)[:80]!r}. Expected {'a list of values' if listed else 'one value'}."
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _keys(parameter: Any) -> set[str]:
+    """The spellings of an option in a file: its long names and its parameter's name, with underscores."""
+    if parameter.name in NOT_REPEATED or parameter.name == "help":
+        return set()
+    longs = [opt.lstrip("-") for opt in parameter.opts if opt.startswith("--")]
+    return {name.replace("-", "_") for name in [*longs, _key(parameter.name)]}
+
+
+def _key(name: str) -> str:
+    """A parameter's name in a file: `set` for the parameter `set_`, `fit` for `option`."""
+    return {"option": "fit"}.get(name, name.rstrip("_"))
+
+
+def _command(verb: str) -> str:
+    return {"evaluate": "eval"}.get(verb, verb)
