@@ -297,7 +297,7 @@ def test_a_network_trained_as_a_whole_starts_as_the_base_if_its_skips_do(tiny: B
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     base = tiny.chain(images).flatten(1)
     near, far = (
-        (FullFinetune() + DeltaNetwork(modules=2, start=start)).draft(tiny, 3).streams(images, 0)[0].flatten(1)  # type: ignore[arg-type]
+        (FullFinetune() + DeltaNetwork(modules=2, start=start)).draft(tiny, 3).head_input(images, 0).flatten(1)  # type: ignore[arg-type]
         for start in ("identity", "random")
     )
     assert (near - base).norm() < 0.3 * (far - base).norm()

@@ -108,7 +108,7 @@ def test_a_selection_the_backbone_does_not_have_is_refused(tiny: Backbone) -> No
     ("kind", "taps"), [("linear", (1,)), ("selected", ()), ("selected", (2, 1)), ("selected", (-1,))]
 )
 def test_records_whose_taps_make_no_sense_are_refused(kind: str, taps: tuple[int, ...]) -> None:
-    with pytest.raises(ValidationError, match="cannot read"):
+    with pytest.raises(ValidationError, match=r"has no taps|needs taps|in their order"):
         HeadRecord(kind=kind, features=3, outputs=2, taps=taps)  # type: ignore[arg-type]
 
 

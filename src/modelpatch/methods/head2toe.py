@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import DraftHead, HeadRecord, pooled_width
+from modelpatch.heads.base import DraftHead, HeadRecord
+from modelpatch.heads.reading import pooled_width
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.subset import find_segments
 from modelpatch.patch.model import PatchedModel

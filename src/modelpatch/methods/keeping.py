@@ -174,8 +174,10 @@ class Mix(Keeper):
 
 
 def run_features(model: PatchedModel, images: Tensor) -> Tensor:
-    """What the head reads, with gradients."""
-    return model._features(images, 0, model.end)
+    """The features that the head reads, with gradients."""
+    features = model.head_input(images, 0)
+    assert isinstance(features, Tensor), "a decoder reads maps"
+    return features
 
 
 def pull_head(model: PatchedModel, strength: float) -> Tensor | float:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import Decoder, LinearHead, SiameseHead
+from modelpatch.heads.base import Decoder
+from modelpatch.heads.linear import LinearHead
+from modelpatch.heads.siamese import SiameseHead
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.model import PatchedModel
@@ -104,7 +106,7 @@ class Method(ABC):
         head: nn.Module = self.make_head(backbone, classes) if decoder is None else decoder
         head.requires_grad_(self.head != "random")
         blueprint = self.blueprint(backbone)
-        if self.head == "siamese" and not getattr(head, "reads_base", False):
+        if self.head == "siamese" and not any(read.of == "base" for read in getattr(head, "reads", ())):
             raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
         if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
             raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")

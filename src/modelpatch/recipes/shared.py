@@ -54,7 +54,7 @@ class SharedWeights:
 
         Raises `MethodError` for a private method whose patches would not follow the weights as they move.
         """
-        if getattr(model.head, "reads_base", False):
+        if model.reading.both:
             raise MethodError(f"{private.name}: a siamese head reads the base's own features, which move here.")
         for base, path in model.reweighted.items():
             if _is_fixed(model.get_submodule(path), self.backbone.chain.tensor(base)):
