@@ -11,6 +11,7 @@ temporary files included, and of the largest of its reading processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -57,10 +58,8 @@ def measure(root: Path, method: str, pixels: int) -> dict[str, float]:
             raise KeyboardInterrupt
 
     torch.optim.optimizer.register_optimizer_step_post_hook(count)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         mp.fit(backbone, task, method, epochs=1, image_size=pixels)
-    except KeyboardInterrupt:
-        pass
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {"first_step_s": steps[0], "peak_mib": peaks[0], "reader_mib": peaks[1]}
 
