@@ -23,6 +23,7 @@ import torch
 
 import modelpatch as mp
 from common import mobilenet, report, untrained
+from modelpatch.engine import BoundPatch
 
 CLASSES = 43
 WARM = 3  # patches before the first measurement: the shared structure and the allocator's pools are paid once
@@ -55,7 +56,7 @@ def measure(side: str, paths: list[Path]) -> None:
 
     def add(path: Path) -> None:
         if side == "bound patches":
-            kept.append(mp.BoundPatch(backbone, mp.Patch.load(path)))
+            kept.append(BoundPatch(backbone, mp.Patch.load(path)))
         elif side == "patched models":
             kept.append(backbone.patched(mp.Patch.load(path)))
         else:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import modelpatch as mp
 from common import compare_ways, machine, mobilenet, ratio, report, timed, untrained
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine import measure
+from modelpatch.engine import BoundPatch, measure
 from modelpatch.engine.plan import Run, make_plan
 
 TASKS, CLASSES = 8, 43
@@ -243,7 +243,7 @@ def swap(rounds: int) -> Rows:
     engine = mp.Engine(backbone, {"task": patches[0]}, tuning=Tuning())
     x = images(1, 128)
     engine(x)
-    bound = [mp.BoundPatch(backbone, patch) for patch in patches]
+    bound = [BoundPatch(backbone, patch) for patch in patches]
     plain = mp.Engine(backbone, {"task": bound[0]}, tuning=Tuning())
     plain(x, only=["task"])
     peft = peft_model(load("mobilenetv2_100"), backbone, mp.methods.FullFinetune())

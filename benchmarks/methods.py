@@ -34,6 +34,7 @@ from by_hand import BY_HAND, everything, piggyback
 from common import mobilenet, report, timed, unpack
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
+from modelpatch.engine import BoundPatch
 from modelpatch.methods.piggyback import weight_names
 from modelpatch.patch.entropy import decode_bits, encode_bits
 from modelpatch.train.fitting import Fit, FitSettings
@@ -212,8 +213,8 @@ def measure_masks(data: Task, epochs: dict[str, int], folder: Path) -> Rows:
     return rows
 
 
-def bind(backbone: mp.Backbone, path: Path) -> mp.BoundPatch:
-    return mp.BoundPatch(backbone, mp.Patch.load(path))
+def bind(backbone: mp.Backbone, path: Path) -> BoundPatch:
+    return BoundPatch(backbone, mp.Patch.load(path))
 
 
 def main() -> None:

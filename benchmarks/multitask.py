@@ -29,6 +29,7 @@ from typing import Any
 import modelpatch as mp
 from common import mobilenet, report, unpack
 from modelpatch.data.task import Task
+from modelpatch.recipes import fit_multitask
 
 WAYS = {"heads": "linear-probe", "scale-bias": "scale-bias(lr=0.001)"}
 INDEPENDENT = "independent"
@@ -38,9 +39,9 @@ def train(backbone: mp.Backbone, tasks: Sequence[Task], **settings: Any) -> dict
     """By way: the test accuracies of the tasks in percent, and the numbers that they need together."""
     results: dict[str, tuple[list[float], int]] = {}
     for way, private in WAYS.items():
-        together = mp.fit_multitask(backbone, tasks, private, progress=True, **settings)
+        together = fit_multitask(backbone, tasks, private, progress=True, **settings)
         results[way] = [100 * patch.metrics["test_top1"] for patch in together.patches.values()], together.numbers
-    alone = [mp.fit_multitask(backbone, [task], WAYS["scale-bias"], progress=True, **settings) for task in tasks]
+    alone = [fit_multitask(backbone, [task], WAYS["scale-bias"], progress=True, **settings) for task in tasks]
     results[INDEPENDENT] = [100 * one.top1 for one in alone], sum(one.numbers for one in alone)
     return results
 

@@ -38,6 +38,7 @@ from modelpatch.recipes.frontier import BASELINES, frontier
 from modelpatch.recipes.painting import Painting, PaintSettings
 from modelpatch.recipes.tradeoff import Point
 from modelpatch.report.paint import plot_tradeoff
+from modelpatch.train import harmonic_mean
 from modelpatch_studies.made_tasks import (
     counting_task,
     multiple_choice,
@@ -236,7 +237,7 @@ def closed(study: Study) -> tuple[Sequence[str], Rows]:
         painting = study.paint([data], kept, closed=True, **{"rule": "harmonic", **options})
         rows.append(
             row_of(name, painting)
-            + shares(mp.harmonic_mean(painting.chosen.mean("patched"), painting.chosen.mean("supported")))
+            + shares(harmonic_mean(painting.chosen.mean("patched"), painting.chosen.mean("supported")))
         )
     return (*CHOSEN, "harmonic mean"), rows
 

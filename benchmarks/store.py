@@ -27,6 +27,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 import modelpatch as mp
 from common import mobilenet, report, timed, untrained
 from modelpatch.patch.file import encode_patch
+from modelpatch.store import Version
 
 Put = Callable[[str, bytes], None]
 
@@ -53,7 +54,7 @@ def put_into_memory(root: str) -> Put:
     return put
 
 
-def fill(version: mp.Version, count: int, put: Put) -> None:
+def fill(version: Version, count: int, put: Put) -> None:
     for number in range(count):
         one = replace(version, name=f"patch-{number:06}", hash=secrets.token_hex(32))
         put(f"patches/{one.name}/{one.hash}.json", one.record())

@@ -13,7 +13,7 @@ import modelpatch
 ROOT = Path(modelpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
-    ("errors", "atomic", "text", "registry"),
+    ("errors", "atomic", "text", "moved", "registry"),
     ("backbone",),
     ("heads",),
     ("tasks",),

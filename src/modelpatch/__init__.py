@@ -11,6 +11,6 @@ model = backbone.patched(mp.Patch.load("flowers.safetensors"))     # images -> l
 
 __version__ = "0.1.0"
 
-import lazy_loader
+from modelpatch.moved import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

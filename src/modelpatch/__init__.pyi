@@ -2,31 +2,20 @@ from . import errors as errors
 from . import methods as methods
 from .backbone.backbone import Backbone as Backbone
 from .backbone.load import load_backbone as load_backbone
-from .backbone.load import save_backbone as save_backbone
 from .backbone.preprocessing import Preprocessing as Preprocessing
-from .backbone.tuning import Tuning as Tuning
-from .convert.difference import diff as diff
 from .convert.extraction import extract as extract
 from .convert.merging import merge as merge
-from .data.joining import join_tasks as join_tasks
 from .data.task import Task as Task
 from .data.task import load_task as load_task
-from .engine.cascade import Cascade as Cascade
 from .engine.engine import Engine as Engine
-from .engine.resident import BoundPatch as BoundPatch
 from .patch.contents import Patch as Patch
 from .patch.model import PatchedModel as PatchedModel
 from .recipes.cascading import cascade as cascade
 from .recipes.comparison import compare as compare
-from .recipes.multires import fit_multires as fit_multires
-from .recipes.multitask import fit_multitask as fit_multitask
-from .recipes.painting import PaintSettings as PaintSettings
 from .recipes.painting import paint as paint
 from .serve.client import Client as Client
 from .store.store import Store as Store
-from .store.version import Version as Version
 from .train.evaluation import evaluate as evaluate
-from .train.evaluation import harmonic_mean as harmonic_mean
 from .train.fitting import fit as fit
 
 __version__: str

@@ -21,7 +21,7 @@ from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.cascading import held_out
-from modelpatch.train import checkpoint, evaluate, fit
+from modelpatch.train import checkpoint, evaluate, fit, harmonic_mean
 from modelpatch.train.fitting import Fit
 
 VERBS = tuple(main.VERBS)
@@ -199,7 +199,7 @@ def test_eval_measures_the_base_beside_the_patch(
 ) -> None:
     base = write_folder(tmp_path / "base", load_backbone(TINY).classes[:3])
     figures = json.loads(run("eval", folder, "-p", patches["linear-probe"], "--base-data", base, "--json", "-").out)
-    expected = modelpatch.harmonic_mean(figures["top1"], figures["base_top1"])
+    expected = harmonic_mean(figures["top1"], figures["base_top1"])
     assert figures["harmonic_mean"] == pytest.approx(expected)
 
 

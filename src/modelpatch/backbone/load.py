@@ -265,7 +265,7 @@ def _describe(metadata: dict[str, str], path: Path) -> Described:
     if "architecture" not in metadata:
         raise BackboneError(
             f"{path} does not say which architecture it holds: its metadata has {sorted(metadata) or 'no keys'}. Expected "
-            f"`architecture`, or write it with modelpatch.save_backbone, or load_backbone('timm:NAME', weights={str(path)!r})."
+            f"`architecture`, or write it with save_backbone, or load_backbone('timm:NAME', weights={str(path)!r})."
         )
     try:
         return Described.parse(json.dumps(_read_plain(dict(metadata))), path)

@@ -1,5 +1,5 @@
 """Conversions: patches out of checkpoints and of other patches, and ordinary models out of patches."""
 
-import lazy_loader
+from modelpatch.moved import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

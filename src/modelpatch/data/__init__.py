@@ -1,5 +1,5 @@
 """Data of tasks: sources, decoding, augmentation and targets."""
 
-import lazy_loader
+from modelpatch.moved import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

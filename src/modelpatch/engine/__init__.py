@@ -1,5 +1,5 @@
 """Many patches in one pass: the plan of what they share and the engine that runs it."""
 
-import lazy_loader
+from modelpatch.moved import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -71,7 +71,7 @@ class Engine:
             )
         if tuning is not None and not isinstance(tuning, Tuning):
             raise EngineError(
-                f"the tuning is a {type(tuning).__name__}; expected a Tuning, such as mp.Tuning(fold=True)."
+                f"the tuning is a {type(tuning).__name__}; expected a Tuning, such as mp.backbone.Tuning(fold=True)."
             )
         if budget is not None and (type(budget) is not int or budget < 0):
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from modelpatch import Engine, Patch, Tuning
+from modelpatch import Engine, Patch
+from modelpatch.backbone import Tuning
 from modelpatch.methods import Method, confine
 from modelpatch.select import added_latency, simulate
 from modelpatch_studies.backbones import untrained_patch

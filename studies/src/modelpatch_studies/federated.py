@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch import fit_multitask
+from modelpatch.recipes import fit_multitask
 from modelpatch_studies.adaptation import PACS
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale

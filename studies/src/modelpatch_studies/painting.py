@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modelpatch import PaintSettings, Task, paint
+from modelpatch import Task, paint
 from modelpatch.heads import CosineHead
 from modelpatch.methods import Paint, vocabulary_of
-from modelpatch.recipes import Painting, Point, Rule
+from modelpatch.recipes import Painting, PaintSettings, Point, Rule
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import names, short
 from modelpatch_studies.made_tasks import split_classes

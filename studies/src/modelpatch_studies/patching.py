@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
-from modelpatch import PaintSettings, evaluate, harmonic_mean, join_tasks, paint
-from modelpatch.data import accuracy_by_task
+from modelpatch import evaluate, paint
+from modelpatch.data import accuracy_by_task, join_tasks
 from modelpatch.methods import Paint
+from modelpatch.recipes import PaintSettings
 from modelpatch.tasks import Evaluation
+from modelpatch.train import harmonic_mean
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import each, names, short, top1
 from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale

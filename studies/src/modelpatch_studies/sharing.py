@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from modelpatch import cascade, fit_multires, fit_multitask
+from modelpatch import cascade
 from modelpatch.methods import FullFinetune
-from modelpatch.recipes import MultiResolution
+from modelpatch.recipes import MultiResolution, fit_multires, fit_multitask
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import short
 from modelpatch_studies.normalisation import RMSPROP, SLIM

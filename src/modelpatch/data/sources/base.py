@@ -1,9 +1,9 @@
 """The interface of data sources and their registry.
 
-A source reads one layout. A new one is a file of this folder or an entry point of the group `modelpatch.data` in another
-distribution:
+A source reads one layout. A new one is a file of this folder or an entry point of the group `modelpatch.data.sources` in
+another distribution:
 
-    @register_source("my-layout")
+    @SOURCES.register("my-layout")
     class MyLayout(DataSource):
         kind = "classification"
 
@@ -85,10 +85,7 @@ class DataSource(ABC):
         return path.stem if path.is_file() else path.name
 
 
-SOURCES = Registry[type[DataSource]](
-    "data source", "modelpatch.data", folder="modelpatch.data.sources", error=DataError
-)
-register_source = SOURCES.register
+SOURCES = Registry[type[DataSource]]("data source", "modelpatch.data.sources", error=DataError)
 
 
 def find_source(given: Any, options: SourceOptions) -> DataSource:

@@ -15,15 +15,7 @@ import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import order_name
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    is_folder,
-    named_splits,
-    register_source,
-)
+from modelpatch.data.sources.base import SOURCES, SPLITS, DataSource, Found, SourceOptions, is_folder, named_splits
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
@@ -42,7 +34,7 @@ def find_manifests(path: Path) -> dict[str, Path]:
     return {}
 
 
-@register_source("manifests")
+@SOURCES.register("manifests")
 class Manifests(DataSource):
     """A manifest, or a folder that holds one for each split."""
 

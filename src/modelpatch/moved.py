@@ -1,0 +1,132 @@
+"""Faces of folders: lazy public names, and the names and modules that moved, for one version with a warning.
+
+Every folder's `__init__.py` is a face: its `__init__.pyi` lists public names, which are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import lazy_loader
+
+HEADS = [
+    "CosineHead",
+    "Decoder",
+    "DeepLabHead",
+    "Detector",
+    "DraftHead",
+    "FCNHead",
+    "FasterRCNNHead",
+    "HeadRecord",
+    "LinearHead",
+    "SSDLiteHead",
+    "SiameseHead",
+    "pooled_width",
+]
+NAMES: dict[str, dict[str, str]] = {  # by old place: names and their new places
+    "modelpatch": {
+        "BoundPatch": "engine.BoundPatch",
+        "Cascade": "engine.Cascade",
+        "PaintSettings": "recipes.PaintSettings",
+        "Tuning": "backbone.Tuning",
+        "Version": "store.Version",
+        "diff": "convert.diff",
+        "fit_multires": "recipes.fit_multires",
+        "fit_multitask": "recipes.fit_multitask",
+        "harmonic_mean": "train.harmonic_mean",
+        "join_tasks": "data.join_tasks",
+        "save_backbone": "backbone.save_backbone",
+    },
+    "modelpatch.engine": {"Tuning": "backbone.Tuning"},
+    "modelpatch.methods": {name: f"convert.{name}" for name in ("export_peft", "import_peft")},
+    "modelpatch.patch": {
+        **{name: f"heads.{name}" for name in HEADS},
+        **{name: f"convert.{name}" for name in ("DELTA_CODECS", "diff", "extract", "merge")},
+        **{name: f"engine.{name}" for name in ("BoundPart", "BoundPatch", "Cascade", "Confidence")},
+        **{name: f"store.{name}" for name in ("Problem", "Store", "Version")},
+        "Task": "tasks.TaskRecord",
+    },
+    "modelpatch.train": {
+        **{
+            name: f"recipes.{name}"
+            for name in ("Comparison", "MultiResolution", "Multitask", "PaintSettings", "Painting")
+        },
+        **{name: f"recipes.{name}" for name in ("compare", "fit_multires", "fit_multitask", "paint")},
+        **{name: f"tasks.{name}" for name in ("Detection", "Evaluation", "Result", "Segmentation")},
+        **{name: f"data.{name}" for name in ("Split", "join_tasks", "load_task")},
+        "TaskData": "data.Task",
+    },
+}
+MODULES = {  # modules whose paths the documentation named
+    "modelpatch.patch.detectors": "modelpatch.heads.detectors",
+    "modelpatch.patch.heads": "modelpatch.heads.base",
+}
+
+Face = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
+
+
+def attach(package: str, file: str) -> Face:
+    """`__getattr__`, `__dir__` and `__all__` of a face: the names of its stub, its folders, and names that moved."""
+    find, names, public = lazy_loader.attach_stub(package, file)
+    moved = NAMES.get(package, {})
+
+    def getattribute(name: str) -> Any:
+        if name in public:
+            return find(name)
+        if name in moved:
+            return _moved(package, name, moved[name])
+        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return getattribute, names, public
+
+
+def _moved(package: str, name: str, place: str) -> Any:
+    """The object at its new place, after a warning that names it."""
+    _warn(f"{package}.{name}", f"modelpatch.{place}")
+    module, _, attribute = f"modelpatch.{place}".rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+class MovedModules:
+    """An import hook that imports a module that moved from its new place, with a warning."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that moved, None for all others."""
+        return ModuleSpec(name, self) if name in MODULES else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: an ordinary module object."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module with the names of its new place."""
+        new = MODULES[module.__name__]
+        _warn(module.__name__, new)
+        module.__dict__.update({k: v for k, v in vars(importlib.import_module(new)).items() if not k.startswith("__")})
+
+
+def _warn(old: str, new: str) -> None:
+    """Warn at the line outside of this file and of importlib that used the old name."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("importlib", __name__)):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        f"{old} is {new} now; the old name goes with the next version",
+        DeprecationWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+    sys.meta_path.append(MovedModules())
