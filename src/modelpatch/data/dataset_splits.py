@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -225,10 +226,63 @@ class StreamSplit(Split):
         )
 
 
+class JoinedSplit(Split):
+    """The rows of several splits, one after another, with labels of their own."""
+
+    def __init__(self, parts: Sequence[Split], labels: np.ndarray, rows: np.ndarray | None = None) -> None:
+        self.parts, self.labels = parts, labels
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.rows = np.arange(int(self.ends[-1])) if rows is None else rows
+        self.transform, self.workers = parts[0].transform, parts[0].workers
+        self.images, self.targets = ReadImages(self), None
+        self.reads_in_threads = all(part.reads_in_threads for part in parts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def changes(self) -> bool:
+        return any(part.changes for part in self.parts)
+
+    @property
+    def augments(self) -> bool:
+        return self.parts[0].augments
+
+    def sample(self, row: int) -> Sample:
+        """The image of a row with its class index."""
+        place = int(self.rows[row])
+        part = int(np.searchsorted(self.ends, place, side="right"))
+        return self.parts[part].sample(place - int(self.ends[part - 1] if part else 0))[0], int(self.labels[row])
+
+    def take(self, rows: np.ndarray) -> JoinedSplit:
+        """The rows with these indices."""
+        return JoinedSplit(self.parts, self.labels[rows], self.rows[rows])
+
+    def with_transform(self, transform: Transform | None) -> JoinedSplit:
+        """The same split with another transform."""
+        return JoinedSplit([part.with_transform(transform) for part in self.parts], self.labels, self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the digests of its parts, the rows and the labels."""
+        digest = hashlib.sha256("".join(part.digest for part in self.parts).encode())
+        digest.update(self.rows.tobytes() + self.labels.tobytes())
+        return digest.hexdigest()
+
+
+def join_splits(parts: Sequence[Split], labels: np.ndarray | None = None) -> Split:
+    """The images of several splits as one, with their labels or other ones."""
+    labels = np.concatenate([part.labels for part in parts]) if labels is None else labels
+    if any(type(part) is not Split for part in parts):
+        return JoinedSplit(parts, labels)
+    images = [image for part in parts for image in part.images]
+    return Split(images, labels, transform=parts[0].transform, workers=parts[0].workers)
+
+
 class ReadImages(Sequence[Any]):
     """The images of a split, each read when it is asked for."""
 
-    def __init__(self, split: DatasetSplit) -> None:
+    def __init__(self, split: Split) -> None:
         self.split = split
 
     def __len__(self) -> int:
@@ -273,6 +327,8 @@ def content(sample: Sample) -> bytes:
 
 def count_workers(split: Split) -> int:
     """The number of processes that read a split: as the user says; none for few images, else one a core, at most four."""
+    if multiprocessing.current_process().daemon:  # which may start none
+        return 0
     if split.workers is not None:
         return split.workers
     if split.is_stream:

@@ -2,7 +2,7 @@
 
     labels of task t    shifted by the number of classes of the tasks before it
 
-Δ-Networks and PAINT both patch so where tasks are known together and nobody says which of them an image belongs to.
+Δ-Networks and PAINT both train joint patches for tasks that are known together, with images of an unknown task.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from modelpatch.data.dataset_splits import join_splits
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
@@ -53,7 +54,7 @@ def join_tasks(tasks: Sequence[Task]) -> Task:
 def _together(parts: Sequence[Split], tasks: Sequence[Task]) -> Split:
     starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
     labels = np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
-    return Split([image for part in parts for image in part.images], labels)
+    return join_splits(parts, labels)
 
 
 def joint_task(tasks: Sequence[TaskRecord]) -> TaskRecord:

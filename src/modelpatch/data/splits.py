@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource, image_bytes, open_image
+from modelpatch.data.seeding import seeded
 from modelpatch.errors import DataError
 from modelpatch.tasks.targets import Target
 
@@ -146,4 +147,5 @@ def split_seed(facts: Mapping[str, Any]) -> int | None:
 
 def source_size(split: Split, sample: int = 16) -> int:
     """The median shorter side of the images, in pixels, from a few of them."""
-    return int(np.median([min(open_image(image).size) for image, _ in split.some(sample)]))
+    with seeded(0):
+        return int(np.median([min(open_image(image).size) for image, _ in split.some(sample)]))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert.merging import change_of
+from modelpatch.data.dataset_splits import join_splits
 from modelpatch.data.joining import join_tasks, joint_task
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, check_classification
@@ -379,10 +380,7 @@ class Painter:
             supported_top1=chosen.mean("supported"),
             base_supported_top1=base.mean("supported"),
         )
-        images = Split(
-            [image for task in self.tasks for image in cast(Split, task.data.validation).images],
-            np.concatenate([cast(Split, task.data.validation).labels for task in self.tasks]),
-        )
+        images = join_splits([cast(Split, task.data.validation) for task in self.tasks])
         before, after = self.scorer.base_features(images), self.scorer.features(self.backbone.patched(farthest), images)
         return Painting(
             self.exploration,

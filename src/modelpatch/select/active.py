@@ -23,6 +23,7 @@ from torch import Tensor
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.augmentation import choose_augmentation
+from modelpatch.data.dataset_splits import join_splits
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
@@ -178,10 +179,7 @@ class _Simulation:
     def shared(self) -> SharedImages:
         """Activations of training and test images, computed when first needed."""
         if self._shared is None:
-            both = Split(
-                [*self.data.train.images, *self.data.test.images],
-                np.concatenate([self.data.train.labels, self.data.test.labels]),
-            )
+            both = join_splits([self.data.train, self.data.test])
             self._shared = share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
         return self._shared
 

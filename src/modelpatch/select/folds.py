@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelpatch.data.dataset_splits import join_splits
 from modelpatch.data.splits import Split, drawn
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
@@ -34,10 +35,7 @@ class Folds:
             every = np.arange(len(data.train))
             folds = cls(data.train, tuple((np.setdiff1d(every, rows), rows) for rows in held))
         elif data.validation is not None:
-            images = Split(
-                [*data.train.images, *data.validation.images],
-                np.concatenate([data.train.labels, data.validation.labels]),
-            )
+            images = join_splits([data.train, data.validation])
             folds = cls(images, ((np.arange(len(data.train)), np.arange(len(data.train), len(images))),))
         else:
             folds = cls(data.train, (_one_fold(data.train.labels, seed),))
