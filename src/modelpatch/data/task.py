@@ -42,7 +42,7 @@ class RecordCall:
     def __new__(cls, *given: Any, **fields: Any) -> Any:
         if "name" in fields and not given:
             warnings.warn(
-                "Task(name=..., classes=...) is deprecated; use modelpatch.tasks.record.TaskRecord for a task without data.",
+                "Task(name=..., classes=...) is deprecated; use modelpatch.tasks.TaskRecord for a task without data.",
                 DeprecationWarning,
                 stacklevel=2,
             )

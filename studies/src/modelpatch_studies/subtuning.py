@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from modelpatch import Task
+from modelpatch.data import Split
 from modelpatch.methods import confine
 from modelpatch.select import Greedy, select
 from modelpatch_studies.bench import Workbench
@@ -204,7 +205,7 @@ def _shifted(bench: Workbench, kind: str, seed: int) -> Task:
     parted = replace(data, train=data.test, validation=None).with_validation(share, seed)
     assert parted.validation is not None
     whole = corrupted(replace(data, train=parted.validation, test=parted.train), kind, 5, seed)
-    train, test = (replace(split, images=list(split.images)) for split in (whole.train, whole.test))  # corrupted once
+    train, test = (Split(list(split.images), split.labels) for split in (whole.train, whole.test))  # corrupted once
     return replace(whole, train=train, test=test)
 
 

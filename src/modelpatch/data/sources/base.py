@@ -1,9 +1,9 @@
 """The interface of data sources and their registry.
 
-A source reads one layout. A new one is a file of this folder or an entry point of the group `modelpatch.data.sources` in
-another distribution:
+A source reads one layout. A new one is a file of this folder or an entry point of the group `modelpatch.data` in another
+distribution:
 
-    @SOURCES.register("my-layout")
+    @register_source("my-layout")
     class MyLayout(DataSource):
         kind = "classification"
 
@@ -85,7 +85,10 @@ class DataSource(ABC):
         return path.stem if path.is_file() else path.name
 
 
-SOURCES = Registry[type[DataSource]]("data source", "modelpatch.data.sources", error=DataError)
+SOURCES = Registry[type[DataSource]](
+    "data source", "modelpatch.data", folder="modelpatch.data.sources", error=DataError
+)
+register_source = SOURCES.register
 
 
 def find_source(given: Any, options: SourceOptions) -> DataSource:

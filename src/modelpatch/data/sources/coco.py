@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from modelpatch.data.sources.base import (
-    SOURCES,
     SPLITS,
     DataSource,
     Found,
     SourceOptions,
     is_folder,
     list_classes,
+    register_source,
 )
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
 from modelpatch.errors import DataError
@@ -23,7 +23,7 @@ from modelpatch.tasks.detection import Detection
 KEYS = (b'"annotations"', b'"categories"', b'"images"')
 
 
-@SOURCES.register("coco")
+@register_source("coco")
 class Coco(DataSource):
     """A folder with COCO's annotations of boxes."""
 

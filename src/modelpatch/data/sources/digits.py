@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from modelpatch.data.sources.base import SOURCES, DataSource, Found, SourceOptions
+from modelpatch.data.sources.base import DataSource, Found, SourceOptions, register_source
 from modelpatch.data.splits import Split
 from modelpatch.errors import MissingExtraError
 from modelpatch.tasks.classification import Classification
 
 
-@SOURCES.register("digits")
+@register_source("digits")
 class Digits(DataSource):
     """The digits that scikit-learn brings."""
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from modelpatch.backbone.preprocessing import find_images
-from modelpatch.data.sources.base import SOURCES, DataSource, Found, SourceOptions, is_folder, named_splits
+from modelpatch.data.sources.base import DataSource, Found, SourceOptions, is_folder, named_splits, register_source
 from modelpatch.data.sources.manifests import find_manifests
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 
 
-@SOURCES.register("folders")
+@register_source("folders")
 class ClassFolders(DataSource):
     """A folder of class folders, with or without folders of splits above them."""
 

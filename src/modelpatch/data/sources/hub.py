@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource
-from modelpatch.data.sources.base import SOURCES, SPLITS, DataSource, Found, SourceOptions
+from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, register_source
 from modelpatch.data.sources.masks import make_segmentation
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
 from modelpatch.data.splits import Split
@@ -26,7 +26,7 @@ PREFIX = "hf:"
 FIRST_PICTURES = ("image", "img", "pixel_values")
 
 
-@SOURCES.register("hub")
+@register_source("hub")
 class Hub(DataSource):
     """A data set that `datasets.load_dataset` finds."""
 

@@ -15,7 +15,15 @@ import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import order_name
-from modelpatch.data.sources.base import SOURCES, SPLITS, DataSource, Found, SourceOptions, is_folder, named_splits
+from modelpatch.data.sources.base import (
+    SPLITS,
+    DataSource,
+    Found,
+    SourceOptions,
+    is_folder,
+    named_splits,
+    register_source,
+)
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
@@ -34,7 +42,7 @@ def find_manifests(path: Path) -> dict[str, Path]:
     return {}
 
 
-@SOURCES.register("manifests")
+@register_source("manifests")
 class Manifests(DataSource):
     """A manifest, or a folder that holds one for each split."""
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource, find_images
 from modelpatch.data.sources.base import (
-    SOURCES,
     SPLITS,
     DataSource,
     Found,
     SourceOptions,
     is_folder,
     list_classes,
+    register_source,
 )
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError, TrainingWarning
@@ -30,7 +30,7 @@ MASK_FOLDERS = ("labels", "masks")
 Pairs = tuple[Sequence[ImageSource], Sequence[ImageSource]]  # images and their masks
 
 
-@SOURCES.register("masks")
+@register_source("masks")
 class MaskFolders(DataSource):
     """A folder of images beside a folder of masks, for each split or alone."""
 

@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.sources.base import (
-    SOURCES,
     SPLITS,
     DataSource,
     Found,
     SourceOptions,
     is_folder,
     list_classes,
+    register_source,
 )
 from modelpatch.data.sources.masks import make_segmentation
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
@@ -27,7 +27,7 @@ from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.segmentation import Segmentation
 
 
-@SOURCES.register("voc-masks")
+@register_source("voc-masks")
 class VocMasks(DataSource):
     """VOC's images with masks, listed in `ImageSets/Segmentation/SPLIT.txt`."""
 
@@ -48,7 +48,7 @@ class VocMasks(DataSource):
         return make_segmentation(pairs, options, list_classes(path, options) or _voc_classes(), str(path))
 
 
-@SOURCES.register("voc")
+@register_source("voc")
 class VocBoxes(DataSource):
     """VOC's images with boxes, listed in `ImageSets/Main/SPLIT.txt`."""
 
