@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modelpatch.errors import TrainingError
-from modelpatch.methods.composite import Composite
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.method import Composite
 from modelpatch.methods.registry import make_method
 from modelpatch.train.settings import check_settings
 from modelpatch_studies import masks, painting, piggyback, subtuning

@@ -18,7 +18,8 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.cascade import Cascade, Confidence
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import EngineError
-from modelpatch.heads.base import HeadRecord, pooled_width
+from modelpatch.heads.base import HeadRecord
+from modelpatch.heads.reading import pooled_width
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias

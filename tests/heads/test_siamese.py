@@ -43,8 +43,7 @@ def test_logits_are_those_of_both_features_side_by_side(tiny: Backbone, method: 
     own = nn.Linear(32, 3)
     own.load_state_dict({"weight": patch.tensors["head.weight"], "bias": patch.tensors["head.bias"]})
     plain = replace(plain, tensors={**patch.tensors, "head.weight": torch.zeros(3, 16), "head.bias": torch.zeros(3)})
-    features, base = tiny.patched(plain).streams(IMAGES, 0)
-    assert base is None
+    features = tiny.patched(plain).head_input(IMAGES, 0)
     with torch.no_grad():
         expected = own(torch.cat([features, tiny.chain(IMAGES)], 1))
         assert torch.allclose(tiny.patched(patch)(IMAGES), expected, atol=1e-5)
@@ -59,9 +58,9 @@ def test_the_base_s_stream_is_the_base_and_stays_so_while_the_patch_is_trained(t
     for _ in range(3):
         nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
-    base = model.eval().streams(IMAGES, 0)[1]
-    assert base is not None
+    own, base = model.eval().head_input(IMAGES, 0).chunk(2, 1)
     assert close(base, tiny.chain(IMAGES))
+    assert not close(own, base)
 
 
 def test_frozen_prefixes_are_cached_and_give_the_same_patch(tiny: Backbone) -> None:

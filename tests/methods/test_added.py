@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.added import Custom, with_loss
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.full_finetune import FullFinetune
@@ -102,7 +102,7 @@ def step(run: Fit) -> tuple[Batch, Tensor]:
 
 
 def features_of(model: PatchedModel, batch: Batch) -> Tensor:
-    return model.streams(batch.inputs, batch.start)[0].flatten(1)
+    return model.head_input(batch.inputs, batch.start).flatten(1)
 
 
 def test_a_function_of_features_logits_and_classes_is_a_loss(tiny: Backbone) -> None:

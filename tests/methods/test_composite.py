@@ -12,14 +12,13 @@ from conftest import color_task, draft_patch, make_timm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
-from modelpatch.methods.composite import Composite
-from modelpatch.methods.confined import confine
 from modelpatch.methods.delta import DeltaNetwork, skip_weights
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
+from modelpatch.methods.method import Composite, confine
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.pruned import Pruned
@@ -94,10 +93,10 @@ def test_a_weight_that_is_masked_and_trained_is_refused_before_anything_is_built
     assert (confine(Piggyback(), ["stage1"]) + Subset()).blueprint(tiny).owned
 
 
-def test_the_weights_that_are_made_anew_are_known_by_name(tiny: Backbone) -> None:
+def test_a_model_makes_anew_the_weights_that_the_method_owns(tiny: Backbone) -> None:
     for method in (Piggyback(), PackNet(), ScaleBias(), confine(Piggyback(), ["stage1"]), Piggyback() + ScaleBias()):
-        assert set(method.reweighted(tiny)) == method.reweightings(tiny).keys()
-        assert set(method.reweighted(tiny)) <= set(method.blueprint(tiny).owned)
+        owned = set(method.blueprint(tiny).owned)
+        assert method.build(tiny, 3).reweighted.keys() == method.reweightings(tiny).keys() & owned
 
 
 def test_a_member_that_does_not_apply_says_so() -> None:
@@ -297,7 +296,7 @@ def test_a_network_trained_as_a_whole_starts_as_the_base_if_its_skips_do(tiny: B
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     base = tiny.chain(images).flatten(1)
     near, far = (
-        (FullFinetune() + DeltaNetwork(modules=2, start=start)).draft(tiny, 3).streams(images, 0)[0].flatten(1)  # type: ignore[arg-type]
+        (FullFinetune() + DeltaNetwork(modules=2, start=start)).draft(tiny, 3).head_input(images, 0).flatten(1)  # type: ignore[arg-type]
         for start in ("identity", "random")
     )
     assert (near - base).norm() < 0.3 * (far - base).norm()

@@ -22,14 +22,13 @@ from modelpatch.engine.engine import Engine
 from modelpatch.engine.plan import Answer
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
-from modelpatch.methods.confined import confine
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, confine
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
 from modelpatch.methods.piggyback import Piggyback

@@ -16,7 +16,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.lora import MAX_RANK, LoRA, Strength, add_updates
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.blueprint import Blueprint

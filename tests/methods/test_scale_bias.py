@@ -14,7 +14,7 @@ from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.scale_bias import ChannelAffine, ScaleBias, add_channel_affines, is_norm, recompute_statistics
 from modelpatch.train import fit
 from tolerance import close

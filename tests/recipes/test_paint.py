@@ -13,7 +13,7 @@ from conftest import color_task, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import DataError, MethodError, MissingExtraError, TrainingError
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.paint import Paint, Start
 from modelpatch.patch.contents import Patch

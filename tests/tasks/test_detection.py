@@ -24,7 +24,7 @@ from modelpatch.data.task import load_task
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DataError, TrainingError, TrainingWarning
-from modelpatch.heads.detectors import BOXES, pack, unpack
+from modelpatch.heads.detector import BOXES, pack, unpack
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method

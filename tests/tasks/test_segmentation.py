@@ -260,7 +260,7 @@ def test_named_outputs_are_read(tiny: Backbone) -> None:
     names = [tiny.chain[one.segment].name for one in find_maps(tiny, 16)]
     head = Segmentation().make_head(tiny, 3, 16, "deeplab", (names[0], names[-1]))
     assert head is not None
-    assert [tiny.chain[tap].name for tap in head.taps] == [names[0], names[-1]]
+    assert [tiny.chain[tap].name for tap in head.record.taps] == [names[0], names[-1]]
 
 
 # data -------------------------------------------------------------------------------------------------------

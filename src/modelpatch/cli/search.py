@@ -43,7 +43,6 @@ def search(
     from modelpatch.report.search import left_out_table, plot_search, search_table
     from modelpatch.report.tables import percent, show
     from modelpatch.select.latency import added_latency
-    from modelpatch.select.searching import METHODS
     from modelpatch.select.searching import search as run_search
 
     console = open_console(json)
@@ -53,7 +52,7 @@ def search(
     result = run_search(
         opened.backbone,
         opened.task,
-        METHODS if methods is None else split_outside(methods, ","),
+        None if methods is None else split_outside(methods, ","),
         **limits.read(),
         tries=tries,
         folds=folds,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.engine.plan import Answer, Link, Plan, Pool, Run, Step, Take
-from modelpatch.heads.base import pool, read_taps, reads_maps
+from modelpatch.heads.reading import pool, read_taps, reads_maps
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment, count_macs
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.fingerprint import hash_tensors
-from modelpatch.heads.base import HeadInput, HeadRecord, read_taps, reads_maps
+from modelpatch.heads.base import HeadRecord
+from modelpatch.heads.reading import HeadInput, read_taps, reads_maps
 from modelpatch.patch.blueprint import Span
 from modelpatch.patch.changes import MADE, StoredWeight, resolve
 from modelpatch.patch.model import PatchedModel, check_features, check_fit, check_selection

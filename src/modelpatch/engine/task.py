@@ -22,7 +22,8 @@ from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.plan import Link, Member
 from modelpatch.engine.resident import BoundPart, BoundPatch
 from modelpatch.errors import EngineError, WrongBackboneError
-from modelpatch.heads.base import LinearHead, reads_maps
+from modelpatch.heads.linear import LinearHead
+from modelpatch.heads.reading import reads_maps
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.classification import Classification
 

@@ -1,81 +1,79 @@
-"""Heads turn the chain's features, or outputs of inner segments, into a task's answer.
+"""The interface of heads, their registry and their record in a patch file.
 
-Decoders, which read outputs as maps and answer for every position, register themselves from `decoders.py` and `detectors.py`.
+    @register_head("linear")
+    class LinearHead(nn.Linear, Head): ...
+
+A head turns what it reads of a chain (see `reading.py`) into a task's answer. It says how it is built from its record, which
+fields of the record it fills and what it reads. Other distributions register theirs as entry points `modelpatch.heads`.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from modelpatch.backbone.chain import Chain, channels_first
+from modelpatch.backbone.chain import Chain
+from modelpatch.errors import ForeignTensorError, PatchError
+from modelpatch.heads.reading import Read, pooled_axes, pooled_width
+from modelpatch.registry import Registry
+from modelpatch.text import Facts
 
-HeadInput = Tensor | tuple[Tensor, ...]  # features (B, D), or maps (B, C, H, W) of every tap
 MOST_MAPS = 16
-_HIDDEN = {"deeplab", "faster-rcnn", "ssdlite"}  # kinds with layers of their own width
+MAPS = frozenset({"taps", "widths", "strides"})  # what every decoder's record says
 Positive = Annotated[int, Field(gt=0, le=2**16)]
 
 
 class HeadRecord(BaseModel):
-    """What a patch file says about its head: kind, `features` (D) read and `outputs` (K) given.
+    """A head in a patch file: its kind, the `features` (D) that it reads and the `outputs` (K) that it gives.
 
-    A `linear` head reads the chain's features, a `cosine` head only their direction, a `siamese` head the patch's and, beside
-    them, the base's. A `selected` head reads some of the pooled outputs of the segments `taps`. Decoders (`fcn`,
-    `deeplab`, `faster-rcnn`, `ssdlite`) read the outputs of `taps` as maps: `widths` are the channels of each, `strides` the
-    pixels between two positions of it, `hidden` the channels of the decoder's own layers, where it has such.
+    Heads that read inner segments name them in `taps`. Decoders read them as maps: `widths` are the channels of each,
+    `strides` the pixels between two positions of it, `hidden` the channels of the decoder's own layers. `options` are plain
+    values for heads of other distributions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "cosine", "siamese", "selected", "fcn", "deeplab", "faster-rcnn", "ssdlite"] = "linear"
+    kind: str = Field(default="linear", pattern=r"^[a-z][a-z0-9-]{0,63}$")
     features: int = Field(gt=0, le=2**24)
     outputs: int = Field(gt=0, le=2**24)
     taps: tuple[int, ...] = ()
     widths: tuple[Positive, ...] = ()
     strides: tuple[Positive, ...] = ()
     hidden: int = Field(default=0, ge=0, le=2**12)
+    options: Facts = {}
 
     @model_validator(mode="after")
-    def _fitting_taps(self) -> HeadRecord:
-        if bool(self.taps) != (self.kind == "selected" or self.reads_maps) or list(self.taps) != sorted(
-            {tap for tap in self.taps if tap >= 0}
-        ):
-            raise ValueError(f"a {self.kind} head cannot read the outputs of the segments {self.taps}")
-        count = len(self.taps) if self.reads_maps else 0
-        if count > MOST_MAPS:
-            raise ValueError(f"a {self.kind} head of {count} maps; expected at most {MOST_MAPS}")
-        if (len(self.widths), len(self.strides)) != (count, count) or bool(self.hidden) != (self.kind in _HIDDEN):
-            raise ValueError(
-                f"a {self.kind} head of {count} maps cannot have widths {self.widths}, strides {self.strides}"
-            )
-        if self.reads_maps and (self.features != sum(self.widths) or list(self.strides) != sorted(self.strides)):
-            raise ValueError(
-                f"maps of {self.widths} channels at strides {self.strides} are not {self.features} features"
-            )
+    def _known_and_complete(self) -> HeadRecord:
+        try:
+            head = self.head
+        except PatchError as error:
+            raise ValueError(str(error)) from error
+        if list(self.taps) != sorted({tap for tap in self.taps if tap >= 0}):
+            raise ValueError(f"a head reads segments in their order; the record has taps={self.taps}")
+        head.check_record(self)
         return self
 
-    @property
-    def reads_maps(self) -> bool:
-        """Whether the head reads outputs of segments as maps."""
-        return self.kind in _DECODERS
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
-    def build(self) -> nn.Module:
+    @property
+    def head(self) -> type[Head]:
+        """The class that is registered for the kind. Raises `PatchError` for a kind that is not."""
+        return HEADS.find(self.kind)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the head reads."""
+        return self.head.list_reads(self)
+
+    def build(self) -> Head:
         """A freshly initialised head of this kind."""
-        if self.reads_maps:
-            return _DECODERS[self.kind](self)
-        if self.kind == "selected":
-            return SelectedHead(self.features, self.outputs, self.taps)
-        if self.kind == "cosine":
-            return CosineHead(self.features, self.outputs)
-        if self.kind == "siamese":
-            return SiameseHead(self.features, self.outputs)
-        return LinearHead(self.features, self.outputs)
+        return self.head.build(self)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor of the head by its name in a patch file; nothing is allocated."""
@@ -83,143 +81,137 @@ class HeadRecord(BaseModel):
             return {f"head.{name}": tensor.shape for name, tensor in self.build().state_dict().items()}
 
 
-class Decoder(nn.Module, ABC):
-    """A head that reads maps: the outputs of the segments `taps`, each (B, C, H, W), the finest first."""
+class Head(nn.Module, ABC):
+    """A module from what it reads to a task's answer.
 
-    reads_maps = True
+    `takes` names the fields of its record that it fills, of `taps`, `widths`, `strides`, `hidden` and `options`.
+    """
 
-    def __init__(self, record: HeadRecord) -> None:
-        super().__init__()
-        self.record = record
+    kind: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        return self.record.taps
+    @abstractmethod
+    def record(self) -> HeadRecord:
+        """The head as a patch file describes it. It may be stored as another kind than the one that is trained."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, record: HeadRecord) -> Head:
+        """A freshly initialised head of this kind."""
+
+    @classmethod
+    def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
+        """What a head with this record reads: by default the features at the end of the chain."""
+        return (Read(),)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the head reads."""
+        return self.record.reads
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the head that `record` describes, by their names in it."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    @classmethod
+    def check_record(cls, record: HeadRecord) -> None:
+        """Raises ValueError for a record that this kind does not have."""
+        for field in ("taps", "widths", "strides", "hidden", "options"):
+            value = getattr(record, field)
+            if value and field not in cls.takes:
+                raise ValueError(f"a {record.kind} head has no {field}; the record has {field}={value}")
+            if not value and field in cls.takes and field != "options":
+                raise ValueError(f"a {record.kind} head needs {field}; the record has none")
+
+    @classmethod
+    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int) -> None:
+        """Raises `ForeignTensorError` unless the chain gives what the head reads, for images of `pixels` x `pixels`."""
+        given = sum(pooled_width(chain, read.segment) for read in cls.list_reads(record))
+        if record.features != given:
+            raise ForeignTensorError(
+                f"the patch's {record.kind} head reads {record.features} features; the backbone gives {given}."
+            )
+
+    @classmethod
+    def check_tensors(cls, record: HeadRecord, tensors: Mapping[str, Tensor], chain: Chain) -> None:
+        """Raises `ForeignTensorError` for values in a patch file (`head.NAME`) that make no sense for the chain."""
+        return
+
+
+class DraftHead(Head):
+    """A head that is stored as another kind than the one that is trained."""
+
+    @classmethod
+    def build(cls, record: HeadRecord) -> Head:
+        return record.build()
 
     @abstractmethod
-    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """The task's answer (see `task.py`) from the maps."""
+    def stored(self) -> dict[str, Tensor]:
+        """The stored head's tensors, by their names in it."""
 
 
-_DECODERS: dict[str, Callable[[HeadRecord], Decoder]] = {}
-D = TypeVar("D", bound=type[Decoder])
+HEADS = Registry[type[Head]]("head", "modelpatch.heads", error=PatchError)
+H = TypeVar("H", bound=type[Head])
 
 
-def register_decoder(kind: str) -> Callable[[D], D]:
-    """Register a decoder under the kind that patch files name."""
+def register_head(kind: str) -> Callable[[H], H]:
+    """Register a head under the kind that patch files name."""
 
-    def register(decoder: D) -> D:
-        _DECODERS[kind] = decoder
-        return decoder
+    def register(head: H) -> H:
+        head.kind = kind
+        return HEADS.register(kind)(head)
 
     return register
 
 
-class LinearHead(nn.Linear):
-    """Features (B, D) to logits (B, K): logits = features Wᵀ + b."""
+class Decoder(Head):
+    """A head that reads maps: the outputs of the segments `taps`, each (B, C, H, W), the finest first."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.flatten(1))
+    takes = MAPS
 
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(features=self.in_features, outputs=self.out_features)
-
-
-class CosineHead(nn.Linear):
-    """Features (B, D) to logits (B, K): logits = (f / |f|) Wᵀ. The rows of W are directions times a scale, as in CLIP."""
-
-    def __init__(self, features: int, outputs: int) -> None:
-        super().__init__(features, outputs, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(nn.functional.normalize(input.flatten(1), dim=1))
+    def __init__(self, record: HeadRecord) -> None:
+        super().__init__()
+        self._record = record
 
     @property
     def record(self) -> HeadRecord:
-        return HeadRecord(kind="cosine", features=self.in_features, outputs=self.out_features)
+        return self._record
 
+    @classmethod
+    def build(cls, record: HeadRecord) -> Decoder:
+        return cls(record)
 
-class SiameseHead(nn.Linear):
-    """Logits (B, K) from the patch's features beside the base's (B, 2 D), in that order (SubTuning, section 4.1)."""
-
-    reads_base = True
-
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(kind="siamese", features=self.in_features, outputs=self.out_features)
-
-
-class SelectedHead(nn.Linear):
-    """Logits (B, K) from the `selected` ones of all pooled outputs (B, D) of the segments `taps`."""
-
-    selected: Tensor
-
-    def __init__(self, features: int, outputs: int, taps: tuple[int, ...]) -> None:
-        super().__init__(features, outputs)
-        self.taps = taps
-        self.register_buffer("selected", torch.zeros(features, dtype=torch.int32))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.index_select(1, self.selected))
-
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(kind="selected", features=self.in_features, outputs=self.out_features, taps=self.taps)
-
-
-class DraftHead(nn.Module, ABC):
-    """A head that is stored as another than the one that is trained. `taps` are the segments whose outputs it reads."""
-
-    taps: tuple[int, ...] = ()
-
-    @property
-    @abstractmethod
-    def record(self) -> HeadRecord:
-        """The stored head."""
+    @classmethod
+    def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
+        return tuple(Read(tap, "map") for tap in record.taps)
 
     @abstractmethod
-    def stored(self) -> dict[str, Tensor]:
-        """The stored head's tensors."""
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """The task's answer from the maps."""
 
+    @classmethod
+    def check_record(cls, record: HeadRecord) -> None:
+        super().check_record(record)
+        count = len(record.taps)
+        if count > MOST_MAPS or (len(record.widths), len(record.strides)) != (count, count):
+            raise ValueError(
+                f"a {record.kind} head of {count} maps has widths {record.widths} and strides {record.strides}; expected "
+                f"one of each for every map, and at most {MOST_MAPS} maps"
+            )
+        if record.features != sum(record.widths) or list(record.strides) != sorted(record.strides):
+            raise ValueError(
+                f"maps of {record.widths} channels at strides {record.strides} are not {record.features} features"
+            )
 
-def pool(x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """An activation (B, ...) averaged over the axes `positions` and scaled to unit length: (B, C)."""
-    return nn.functional.normalize(x.mean(positions) if positions else x, dim=1)
-
-
-def as_map(x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """An activation (B, ...) with channels first, (B, C, H, W): tokens in a square, without those that stand before it."""
-    if positions == (1, 2):
-        return x.permute(0, 3, 1, 2)
-    if positions == (1,):
-        side = math.isqrt(x.shape[1])
-        return x[:, x.shape[1] - side * side :].transpose(1, 2).unflatten(2, (side, side))
-    return x
-
-
-def read_taps(head: nn.Module, outputs: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> HeadInput:
-    """What a head reads of the outputs of its taps: maps, or all of them pooled side by side."""
-    pairs = zip(outputs, positions, strict=True)
-    if reads_maps(head):
-        return tuple(as_map(x, axes) for x, axes in pairs)
-    return torch.cat([pool(x, axes) for x, axes in pairs], 1)
-
-
-def reads_maps(head: nn.Module) -> bool:
-    """Whether a head is a decoder."""
-    return bool(getattr(head, "reads_maps", False))
-
-
-def pooled_axes(chain: Chain, tap: int) -> tuple[int, ...]:
-    """The axes of segment `tap`'s output, batch axis counted, that are positions and not channels."""
-    shape = chain[tap].output_shape
-    if len(shape) == 3:
-        return (2, 3) if channels_first(shape, chain[0].input_shape) else (1, 2)
-    return (1,) if len(shape) == 2 else ()
-
-
-def pooled_width(chain: Chain, tap: int) -> int:
-    """Channels of segment `tap`'s output."""
-    shape = chain[tap].output_shape
-    return shape[0] if pooled_axes(chain, tap) == (2, 3) else shape[-1]
+    @classmethod
+    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int) -> None:
+        widths = tuple(pooled_width(chain, tap) if pooled_axes(chain, tap) else 0 for tap in record.taps)
+        if widths != record.widths:
+            raise ForeignTensorError(
+                f"the {record.kind} head reads maps of {record.widths} channels; the backbone gives {widths}."
+            )
+        if pixels % record.strides[0]:
+            raise ForeignTensorError(
+                f"images of {pixels} px are no multiple of the head's stride, {record.strides[0]}."
+            )

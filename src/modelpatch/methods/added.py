@@ -1,9 +1,9 @@
-"""A loss that any method can add to its own: the hosts of Δ-Networks' transfer and domain adaptation tables, or yours.
+"""Losses that any method can add to its own.
 
-    loss = cross entropy + the method's own + what a keeper adds
+    loss = the loss of the task's kind + the method's own + the added one
 
-`with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))` is a method like any other. `keeping.py` holds keepers; a function of
-the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
+`with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))` is a method like any other. `keeping.py` holds such losses; a function
+of the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
 """
@@ -12,70 +12,57 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import Decoder
+from modelpatch.methods.hooks import Batch, Batches, Hook
 from modelpatch.methods.keeping import Keeper
-from modelpatch.methods.method import Batch, Batches, Method
-from modelpatch.methods.wrapped import Wrapped
+from modelpatch.methods.method import Method
 from modelpatch.patch.model import PatchedModel
 
 
-def with_loss(method: Method, keeper: Keeper) -> WithLoss:
-    """The method with what the keeper adds to its loss. A keeper serves one fit after the other, not two at once."""
-    return WithLoss(method=method, keeper=keeper, **WithLoss.common(method))
+def with_loss(method: Method, keeper: Hook) -> Method:
+    """The method with another loss added to its own. A keeper serves one fit after the other, not two at once."""
+    return replace(method, losses=(*method.losses, AddedLoss(keeper, method.name)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithLoss(Wrapped):
-    """`method` with what `keeper` adds to the loss.
+@dataclass(eq=False)
+class AddedLoss(Hook):
+    """A keeper with a check that it has seen the model's first step.
 
-    A keeper holds what it has seen so far, which no checkpoint has: such a fit cannot go on from the middle.
+    A keeper holds what it has seen so far, which no checkpoint has: such a fit cannot be resumed.
     """
 
-    keeper: Keeper
+    keeper: Hook
+    method: str
+    whole_images: bool = True
+    _seen: weakref.ref[PatchedModel] | None = field(default=None, init=False, repr=False)
 
-    def hyperparameters(self) -> dict[str, Any]:
-        return {**self.method.hyperparameters(), "loss": self.keeper.describe()}
+    def describe(self) -> dict[str, Any]:
+        return self.keeper.describe()
 
-    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
-        """The method's own."""
-        if decoder is not None:
-            self.check_decoder()
-        return self.method.draft(backbone, classes, decoder)
-
-    def check_decoder(self) -> None:
-        raise MethodError(
-            f"{type(self.keeper).__name__} is a loss of classes of whole images. Train {self.name} without it."
-        )
-
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        """Let the keeper look at the model before it moves."""
-        super().prepare(model, batches)
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
         self.keeper.begin(model, batches)
-        self.keeper.watched = weakref.ref(model)
+        self._seen = weakref.ref(model)
 
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Let the keeper look at the model between steps. Raises `MethodError` where its first look is missing."""
-        if self.keeper.watched is None or self.keeper.watched() is not model:
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Run the keeper's step. Raises `MethodError` for a model whose first step it has not seen."""
+        if self._seen is None or self._seen() is not model:
             raise MethodError(
-                f"{self.name} with {type(self.keeper).__name__} cannot go on from a checkpoint, which does not hold what the "
-                "added loss has seen. Start anew: give --restart, or remove the checkpoint."
+                f"{self.method} with {type(self.keeper).__name__} cannot go on from a checkpoint, which does not hold what "
+                "the added loss has seen. Start anew: give --restart, or remove the checkpoint."
             )
-        super().before_step(model, step, total)
         self.keeper.step(model, step, total)
 
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        return super().added_loss(model, batch) + self.keeper.added_loss(model, batch)
+        return self.keeper.added_loss(model, batch)
 
 
 class FeatureLoss(Keeper):
-    """A loss that reads what the head reads: `features` (B, D) of the last batch, with gradients."""
+    """A loss of the head's input: `features` (B, D) of the last batch, with gradients."""
 
     features: Tensor
 
@@ -91,7 +78,7 @@ Loss = Callable[[Tensor, Batch], Tensor]  # features (B, D) and the batch to a s
 
 @dataclass
 class Custom(FeatureLoss):
-    """`strength` times what a function of yours gives."""
+    """`strength` times a function of yours."""
 
     loss: Loss
     strength: float = 1.0

@@ -26,12 +26,13 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import channels_first, count_macs
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
-from modelpatch.methods.method import Method, Optimizer
+from modelpatch.methods.method import Method, Optimizer, register_method
 from modelpatch.methods.residual import Edge, Stage, find_stages
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.model import PatchedModel
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetwork(Method):
     """Trains Δ-modules that weigh the skips within the last `modules` stages (a number or `all`), and the head.
@@ -50,7 +51,10 @@ class DeltaNetwork(Method):
 
     name: ClassVar[str] = "delta"
     paper: ClassVar[str] = "Devaguptapu et al., Δ-Networks for Efficient Model Patching, 2023"
-    lists: ClassVar[frozenset[str]] = frozenset({"stages"})
+    order = 6
+    compared = ("delta", "delta(modules=all,batch_norm=true)")
+    searched = ("delta",)
+    rewires = True
 
     lr: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 0.0
@@ -62,7 +66,7 @@ class DeltaNetwork(Method):
     norm_lr: PositiveFloat | None = None
     start: Literal["random", "identity"] = "random"
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Adds a `DeltaStage` over each chosen stage; owns no tensor of the backbone."""
         if self.stages and self.modules != 1:
             raise MethodError(
@@ -87,6 +91,11 @@ class DeltaNetwork(Method):
         if re.match(r"graft/\d+-\d+/norms\.", name):
             return 10 * self.lr if self.norm_lr is None else self.norm_lr
         return super().rate(name)
+
+    def sizes(self, backbone: Backbone) -> list[tuple[str, Method]]:
+        """The method with every number of modules."""
+        counts = range(1, len(stages_of(backbone)) + 1)
+        return [(f"with {count} module{'s' if count > 1 else ''}", replace(self, modules=count)) for count in counts]
 
     def _choose(self, backbone: Backbone) -> tuple[Stage, ...]:
         found = stages_of(backbone)

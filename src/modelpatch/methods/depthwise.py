@@ -16,20 +16,24 @@ from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Depthwise(Method):
     """Trains the kernels of every depthwise convolution (one group per input channel) and the head."""
 
     name: ClassVar[str] = "depthwise"
     paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+    order = 3
+    compared = ("depthwise", "scale-bias+depthwise")
+    shares_across_tasks = True
 
     lr: PositiveFloat = 3e-3
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns the depthwise kernels. Raises `MethodNotApplicableError` for a network without any."""
         owned = [
             segment.tensor_names[f"{prefix}.weight".lstrip(".")]

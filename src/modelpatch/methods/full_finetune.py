@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.methods.method import Method
-from modelpatch.methods.subset import Statistics, own_segments
+from modelpatch.methods.blocks import Statistics, own_segments
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class FullFinetune(Method):
     """Trains all parameters, at a lower rate than patches bear (K for the Price of 1, section 5). `statistics` says what
@@ -20,11 +22,15 @@ class FullFinetune(Method):
 
     name: ClassVar[str] = "full-finetune"
     paper: ClassVar[str] = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
+    order = 12
+    compared: ClassVar[Sequence[str]] = ("full-finetune",)
+    trains_everything = True
+    shares_across_tasks = True
 
     statistics: Statistics = "frozen"
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 1e-2
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns every parameter of the chain."""
         return own_segments([segment for segment in backbone.chain if segment.parameters], self.statistics)

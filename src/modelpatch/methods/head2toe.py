@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import DraftHead, HeadRecord, pooled_width
+from modelpatch.heads.base import DraftHead, HeadRecord
+from modelpatch.heads.reading import pooled_width
+from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.hooks import Batch, Hook
 from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.subset import find_segments
+from modelpatch.methods.method import register_method
 from modelpatch.patch.model import PatchedModel
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Head2Toe(LinearProbe):
     """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
@@ -37,6 +41,9 @@ class Head2Toe(LinearProbe):
 
     name: ClassVar[str] = "head2toe"
     paper: ClassVar[str] = "Evci et al., Head2Toe, ICML 2022"
+    order = 1
+    compared = ("head2toe",)
+    searched = ()
 
     keep: Share = 0.25
     lasso: NonNegativeFloat = 1e-4
@@ -54,20 +61,26 @@ class Head2Toe(LinearProbe):
             raise MethodError(f"head2toe: until={self.until!r} lies before the first block, {chain.blocks[0].name!r}.")
         return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)
 
-    def check_decoder(self) -> None:
-        raise MethodError("head2toe is a head on pooled features: it answers for whole images alone.")
+    def hooks(self) -> tuple[Hook, ...]:
+        return (ChooseFeatures(self.lasso, self.choose_after),)
 
-    def penalty(self, model: PatchedModel) -> Tensor | float:
-        """The group lasso, until the features are chosen."""
+
+@dataclass(frozen=True)
+class ChooseFeatures(Hook):
+    """Add the group lasso until the features are chosen, after a share of all steps."""
+
+    lasso: float
+    after: float
+
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        if step == round(self.after * total) and isinstance(model.head, ChoosingHead):
+            model.head.choose()
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
         head = model.head
         if not isinstance(head, ChoosingHead) or not head.chosen.all():
             return 0.0
         return self.lasso * head.weight.norm(dim=0).sum()
-
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Choose once."""
-        if step == round(self.choose_after * total) and isinstance(model.head, ChoosingHead):
-            model.head.choose()
 
 
 class ChoosingHead(DraftHead):

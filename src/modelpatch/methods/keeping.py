@@ -14,44 +14,28 @@ PAINT's interpolation needs none of this: its trade-off is chosen after the trai
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.methods.method import Batch, Batches
+from modelpatch.methods.hooks import Batch, Batches, Hook
 from modelpatch.patch.model import PatchedModel
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # normalised images (B, C, H, W) and their classes (B,)
 
 
-class Keeper:
-    """Looks at a model while it is fine-tuned, and may add to its loss."""
-
-    watched: weakref.ref[PatchedModel] | None = None  # the model whose first step it saw
-
-    def begin(self, model: PatchedModel, batches: Batches) -> None:
-        """Before the first step; `batches` yields normalised images of the new task."""
-
-    def step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Before step `step` of `total`."""
+class Keeper(Hook):
+    """A hook that sees a model while it is fine-tuned, and may add a penalty to its loss."""
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        """What is added to the loss, whatever the batch."""
+        """A loss that does not depend on the batch."""
         return 0.0
 
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        """What is added to the loss of a batch; by default the penalty."""
         return self.penalty(model)
-
-    def describe(self) -> dict[str, Any]:
-        """Its kind and hyperparameters as plain values, for the records of a patch."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
-        return {"kind": type(self).__name__, **plain}
 
 
 @dataclass
@@ -174,8 +158,10 @@ class Mix(Keeper):
 
 
 def run_features(model: PatchedModel, images: Tensor) -> Tensor:
-    """What the head reads, with gradients."""
-    return model._features(images, 0, model.end)
+    """The features that the head reads, with gradients."""
+    features = model.head_input(images, 0)
+    assert isinstance(features, Tensor), "a decoder reads maps"
+    return features
 
 
 def pull_head(model: PatchedModel, strength: float) -> Tensor | float:

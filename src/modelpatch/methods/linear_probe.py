@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(Method):
-    """Trains the head alone, on features computed once: at `head_lr`, and there is no body that `lr` could be for."""
+    """Trains the head alone, on features computed once, at `head_lr`. It has no body that `lr` could be for."""
 
     name: ClassVar[str] = "linear-probe"
     paper: ClassVar[str] = "Alain and Bengio, Understanding intermediate layers using linear classifier probes, 2016"
+    order = 0
+    compared: ClassVar[Sequence[str]] = ("linear-probe",)
+    searched: ClassVar[Sequence[str]] = ("linear-probe",)
+    trains_head_alone = True
 
     def __post_init__(self) -> None:
-        """Raises `MethodError` for an `lr`, too."""
+        """Raise `MethodError` for an `lr`, too."""
         super().__post_init__()
         if self.lr != Method.lr:
             raise MethodError(f"{self.name} trains a head alone: give head_lr={self.lr} instead of lr.")
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
-        """Nothing is owned: the patch is its head."""
+    def changes(self, backbone: Backbone) -> Blueprint:
+        """Own nothing: the patch is its head."""
         return Blueprint()
+
+
+def head_alone(method: Method) -> Method:
+    """The linear probe with another method's head rate and optimizer."""
+    return LinearProbe(head_lr=method.head_lr, optimizer=method.optimizer)

@@ -25,8 +25,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError
-from modelpatch.methods.method import Method
-from modelpatch.methods.subset import find_segments
+from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 
 GRAFT = "lora"
@@ -39,6 +39,7 @@ LAYERS = {"all": LINEAR + CONVOLUTIONS, "linear": LINEAR, "convolution": CONVOLU
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     """Trains an update of rank `rank` for every linear layer and convolution of the named blocks, and the head.
@@ -52,7 +53,10 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022"
-    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    order = 7
+    compared = ("lora",)
+    searched = ("lora",)
+    names_blocks = True
 
     lr: PositiveFloat = 2e-3
     rank: Rank = 8
@@ -60,7 +64,7 @@ class LoRA(Method):
     blocks: tuple[str, ...] = field(default=(), kw_only=False)
     layers: Literal["all", "linear", "convolution"] = "all"
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Adds updates beside the layers of the blocks.
 
         Raises `MissingExtraError` without peft, `MethodNotApplicableError` where no layer can have an update.

@@ -1,50 +1,50 @@
-"""What every method is: a dataclass of hyperparameters that says what a patch owns and how it is trained.
+"""Method: a dataclass of hyperparameters that says what a patch owns and how it is trained.
 
-    blueprint(backbone)   which tensors the patch owns, which modules it adds        -> patch.Blueprint
-    draft(...)            the model to train: the frozen chain, variants and a head  -> patch.PatchedModel
-    prepare(model, ...)   work before the first step (recomputing statistics)
-    parameter_groups(...) learning rates and weight decay
+    changes(backbone)       tensors that the patch owns and modules that it adds          -> Blueprint
+    reweightings(backbone)  owned weights that are made from the frozen ones              (masks, packed weights)
+    make_head, initialise   the head, and values to start from, if not as built
+    hooks()                 work before the first step and before every other, and losses to add
+    rate(name)              the learning rate of a tensor
 
-A new method is one file and its line in `methods/registry.py`; whatever it makes is an ordinary patch.
+Only `changes` must be written. A new method is one file: a dataclass decorated with `register_method`, in this folder or in
+another distribution that lists it as an entry point of the group `modelpatch.methods` (docs/own-method.md).
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.errors import MethodError
-from modelpatch.heads.base import Decoder, LinearHead, SiameseHead
+from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.heads.base import Decoder
+from modelpatch.heads.linear import LinearHead
+from modelpatch.heads.siamese import SiameseHead
+from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.hooks import Batch as Batch
+from modelpatch.methods.hooks import Batches as Batches
+from modelpatch.methods.hooks import Hook
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.model import PatchedModel
+from modelpatch.registry import Registry
+from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.record import TaskRecord
 
-Batches = Callable[[], Iterable[Tensor]]
 Head = Literal["trained", "random", "siamese"]
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one training step sees: the inputs (B, ...) of segment `start` (0: normalised images), logits (B, K) and classes
-    (B,) int64."""
-
-    inputs: Tensor
-    start: int
-    logits: Tensor
-    labels: Tensor
-
-
 class Trainable(Protocol):
-    """What an optimizer is made for, a `PatchedModel` for one."""
+    """Anything with trainable parameters, such as a `PatchedModel`."""
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their names in a patch file."""
@@ -59,78 +59,60 @@ class Method(ABC):
     """Hyperparameters common to all methods.
 
     `lr` is the patch's learning rate and `head_lr` the head's. `head="random"` leaves the head as it was initialised;
-    `head="siamese"` trains one that reads the base's features beside the patch's (SubTuning, section 4.1).
-    Weight decay is never applied to vectors (norm parameters, biases). `a + b` combines methods in one patch.
+    `head="siamese"` trains one that reads the base's features beside the patch's (SubTuning, section 4.1). `blocks` names the
+    segments outside of which nothing changes (as in `Subset`), by default none. Weight decay is never applied to vectors (norm
+    parameters, biases). `a + b` combines methods in one patch.
+
+    Class attributes tell other parts of the library what they need to know: `trains_everything`, so that other methods have
+    nothing to add but what `rewires` the network; `stands_alone` for a method that cannot be combined; `trains_head_alone`;
+    `shares_across_tasks` where it trains weights as they are, which several tasks can share; `names_blocks` where `blocks` has
+    a meaning of the method's own; `compared` and `searched`, the spellings that `compare` and `search` try by default, sorted
+    by `order`, from small patches to large.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    lists: ClassVar[frozenset[str]] = frozenset()  # hyperparameters that hold several names
+    order: ClassVar[int] = 50
+    compared: ClassVar[Sequence[str]] = ()
+    searched: ClassVar[Sequence[str]] = ()
+    trains_everything: ClassVar[bool] = False
+    trains_head_alone: ClassVar[bool] = False
+    shares_across_tasks: ClassVar[bool] = False
+    stands_alone: ClassVar[bool] = False
+    rewires: ClassVar[bool] = False
+    names_blocks: ClassVar[bool] = False
 
     lr: PositiveFloat = 1e-3
     head_lr: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.0
     optimizer: Optimizer = "adamw"
     head: Head = "trained"
+    blocks: tuple[str, ...] = ()
+    losses: tuple[Hook, ...] = field(default=(), repr=False, metadata={"internal": True})  # added by `with_loss`
 
     def __post_init__(self) -> None:
-        """Check and convert every hyperparameter; strings may stand for what they spell. Raises `MethodError`."""
-        for name, adapter in _adapters(type(self)).items():
-            value = getattr(self, name)
-            if name in self.lists and isinstance(value, str):
+        """Check and convert every hyperparameter; strings may stand for the values they spell. Raises `MethodError`."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(one.default, tuple) and isinstance(value, str):
                 value = tuple(part.strip() for part in value.split(","))
             try:
-                object.__setattr__(self, name, adapter.validate_python(value))
+                object.__setattr__(self, one.name, _adapters(type(self))[one.name].validate_python(value))
             except ValidationError as error:
                 first = error.errors()[0]
-                raise MethodError(f"{self.name}: {name} = {first['input']!r} is not valid: {first['msg']}.") from error
+                raise MethodError(
+                    f"{self.name}: {one.name} = {first['input']!r} is not valid: {first['msg']}."
+                ) from error
+
+    # what a method says -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def blueprint(self, backbone: Backbone) -> Blueprint:
-        """What a patch of this method owns and adds. Raises `MethodNotApplicableError` where there is nothing."""
+    def changes(self, backbone: Backbone) -> Blueprint:
+        """Everything that a patch of this method owns and adds. Raises `MethodNotApplicableError` where there is nothing."""
 
-    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
-        """The owned weights that are not replaced but made from the frozen ones: the names of `reweightings`."""
-        return ()
-
-    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
-        """What makes owned weights from the frozen ones while they are trained, by the backbone's names of the weights."""
+    def reweightings(self, backbone: Backbone) -> Mapping[str, Callable[[], Reweighting]]:
+        """Builders of the modules that make owned weights from the frozen ones, by the backbone's names of the weights."""
         return {}
-
-    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
-        """The model to train, with a `decoder`, or a fresh head for `classes` outputs that follows torch's random state."""
-        if decoder is not None:
-            self.check_decoder()
-        head: nn.Module = self.make_head(backbone, classes) if decoder is None else decoder
-        head.requires_grad_(self.head != "random")
-        blueprint = self.blueprint(backbone)
-        if self.head == "siamese" and not getattr(head, "reads_base", False):
-            raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
-        if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
-            raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
-        model = PatchedModel.draft(backbone, blueprint, head, self.reweightings(backbone))
-        model.learned_statistics = self.learns_statistics
-        self.initialise(model, backbone)
-        return model
-
-    def check_decoder(self) -> None:
-        """Raises `MethodError` for a method that cannot have a dense task's decoder as its head."""
-        if self.head == "siamese":
-            raise MethodError(f"{self.name}: a siamese head reads features of whole images. Set head='trained'.")
-
-    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
-        """Where what the method trains starts, if not as it was built."""
-        return
-
-    @property
-    def learns_statistics(self) -> bool:
-        """Whether BatchNorm layers of the patch's own learn their running statistics in train mode."""
-        return getattr(self, "statistics", None) == "learned"
-
-    @property
-    def has_own_head(self) -> bool:
-        """Whether the method brings another head than a linear or siamese one."""
-        return type(self).make_head is not Method.make_head
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A fresh head for `classes` outputs."""
@@ -138,57 +120,147 @@ class Method(ABC):
             return SiameseHead(2 * backbone.chain.feature_dim, classes)
         return LinearHead(backbone.chain.feature_dim, classes)
 
-    def penalty(self, model: PatchedModel) -> Tensor | float:
-        """What is added to the loss for the weights alone."""
-        return 0.0
-
-    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        """What is added to the cross entropy of a batch; by default the penalty."""
-        return self.penalty(model)
-
-    def count_parameters(self, backbone: Backbone) -> int:
-        """Trainable parameters without the head."""
-        model = self.draft(backbone, 1)
-        return sum(p.numel() for name, p in model.trainable() if not name.startswith("head."))
-
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        """Work on the model before the first step; `batches()` yields normalised training images in random order."""
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
+        """Set the values to start from, if not those as built."""
         return
 
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Work on the model before step `step` of `total`, such as pruning once. Must depend on nothing else."""
-        return
-
-    def warn(self, reach: float) -> str | None:
-        """What the user should know before a run whose steps' learning rates add up to `reach` times the full ones."""
-        return None
+    def hooks(self) -> tuple[Hook, ...]:
+        """Work of the method while a model is trained."""
+        return ()
 
     def rate(self, name: str) -> float:
         """The learning rate of a tensor by its name in the patch file."""
         return self.head_lr if name.startswith("head.") else self.lr
 
-    def decay(self, name: str, parameter: nn.Parameter) -> float:
-        """The weight decay of a tensor by its name in the patch file: none for vectors and masks."""
-        return self.weight_decay if parameter.ndim > 1 and not name.startswith("mask/") else 0.0
+    def warn(self, reach: float) -> str | None:
+        """A warning before a run whose steps' learning rates add up to `reach` times the full ones, None without any."""
+        return None
+
+    def sizes(self, backbone: Backbone) -> Sequence[tuple[str, Method]]:
+        """The method at each of its sizes with a label, for a search; empty where blocks decide the size."""
+        return ()
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every hyperparameter as plain values."""
-        return asdict(self)
+        values = asdict(replace(self, losses=()))
+        del values["losses"]
+        if not self.names_blocks:
+            del values["blocks"]
+            values |= {"blocks": list(self.blocks)} if self.blocks else {}
+        return {**values, **({"loss": self.losses[0].describe()} if self.losses else {})}
 
-    def __add__(self, other: Method) -> Method:
-        """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
-        from modelpatch.methods.composite import Composite
+    # what it gives ------------------------------------------------------------------------------------------
 
-        if not isinstance(other, Method):
-            return NotImplemented
-        return Composite.of(self, other)
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods that are combined in this one; itself alone if none are."""
+        return (self,)
+
+    @property
+    def has_own_head(self) -> bool:
+        """True for a method that makes another head than a linear or siamese one."""
+        return type(self).make_head is not Method.make_head
+
+    @property
+    def learns_statistics(self) -> bool:
+        """True where BatchNorm layers of the patch's own learn their running statistics in train mode."""
+        return any(getattr(member, "statistics", None) == "learned" for member in self.members)
+
+    def blueprint(self, backbone: Backbone) -> Blueprint:
+        """What a patch owns and adds in the blocks. Raises `MethodNotApplicableError` where that is nothing."""
+        whole = self.changes(backbone)
+        if self.names_blocks or not self.blocks:
+            return whole
+        chain = backbone.chain
+        chosen = {segment.index for segment in find_segments(backbone, self.blocks)}
+        blocks = {block.index for block in chain.blocks}
+
+        def inside(graft: Graft) -> bool:
+            span = set(range(graft.start, graft.end))
+            return bool(span & chosen) and span & blocks <= chosen
+
+        owned = tuple(name for name in whole.owned if chain.segment_of(name).index in chosen)
+        grafts = tuple(graft for graft in whole.grafts if inside(graft))
+        if not owned and not grafts:
+            raise MethodNotApplicableError(f"{self.name} has nothing to change in {', '.join(self.blocks)}.")
+        return Blueprint(owned=owned, grafts=grafts)
+
+    def build(self, backbone: Backbone, task: Any, decoder: Decoder | None = None) -> PatchedModel:
+        """A model to train on a task: a `Task`, a `TaskRecord`, the names of its classes, or their number.
+
+        Its head is a `decoder`, that of the task's kind, or a fresh one for classes of whole images, and follows torch's
+        random state. Raises `MethodError` and `MethodNotApplicableError`.
+
+            >>> model = ScaleBias().build(backbone, ["cat", "dog"])
+            >>> optimizer = torch.optim.AdamW(parameter for _, parameter in model.trainable())
+        """
+        record = getattr(task, "task", task)
+        classes = getattr(record, "classes", record)
+        if isinstance(classes, str) or not isinstance(classes, int | Sequence):
+            raise MethodError(f"cannot build a model for {task!r}; expected a task, names of classes or their number.")
+        count = classes if isinstance(classes, int) else len(classes)
+        if decoder is None and isinstance(record, TaskRecord):
+            decoder = kind_of(record.kind).make_head(backbone, count, backbone.preprocessing.image_size)
+        if decoder is not None:
+            self._check_decoder()
+        head: nn.Module = self.make_head(backbone, count) if decoder is None else decoder
+        if self.head == "siamese" and not any(read.of == "base" for read in getattr(head, "reads", ())):
+            raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
+        return self._assemble(backbone, head)
+
+    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
+        """The model that `build` makes for a number of classes."""
+        return self.build(backbone, classes, decoder)
+
+    def _assemble(self, backbone: Backbone, head: nn.Module) -> PatchedModel:
+        if self.head == "random":
+            head.requires_grad_(False)
+        blueprint = self.blueprint(backbone)
+        if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
+            raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
+        made = {name: make() for name, make in self.reweightings(backbone).items() if name in blueprint.owned}
+        model = PatchedModel.draft(backbone, blueprint, head, made)
+        model.learned_statistics = self.learns_statistics
+        self.initialise(model, backbone)
+        return model
+
+    def _check_decoder(self) -> None:
+        """Raise `MethodError` for a method that needs one class an image."""
+        if self.head == "siamese":
+            raise MethodError(f"{self.name}: a siamese head reads features of whole images. Set head='trained'.")
+        if self.has_own_head:
+            raise MethodError(f"{self.name} makes a head of its own, which answers for whole images alone.")
+        if hooks := [hook for hook in self.all_hooks() if hook.whole_images]:
+            name = hooks[0].describe()["kind"]
+            raise MethodError(f"{name} is a loss of classes of whole images. Train {self.name} without it.")
+
+    def all_hooks(self) -> tuple[Hook, ...]:
+        """The method's hooks and the losses that `with_loss` added."""
+        return (*self.hooks(), *self.losses)
+
+    def count_parameters(self, on: Backbone | PatchedModel) -> int:
+        """Trainable parameters without the head, of a model that this method built or would build on a backbone."""
+        model = on if isinstance(on, PatchedModel) else self._plain(on)
+        counted = sum(p.numel() for name, p in model.trainable() if not name.startswith("head."))
+        return counted - sum(model.get_submodule(path).idle for path in model.reweighted.values())  # type: ignore[misc]
+
+    def _plain(self, backbone: Backbone) -> PatchedModel:
+        """The model with a small linear head."""
+        return replace(self, head="trained")._assemble(backbone, LinearHead(backbone.chain.feature_dim, 1))
 
     def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         """Optimizer groups: one for every learning rate and weight decay."""
+        trainers = self.trainers(model, backbone)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.trainable():
-            groups.setdefault((self.rate(name), self.decay(name, parameter)), []).append(parameter)
+            method = trainers.get(name, self)
+            decay = method.weight_decay if parameter.ndim > 1 and not name.startswith("mask/") else 0.0
+            groups.setdefault((method.rate(name), decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+    def trainers(self, model: Trainable, backbone: Backbone) -> Mapping[str, Method]:
+        """The member that trains a tensor, by its name in the patch file, where it is not the method itself."""
+        return {}
 
     def make_optimizer(self, model: Trainable, backbone: Backbone) -> torch.optim.Optimizer:
         """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults, `sgd` Nesterov's
@@ -206,10 +278,188 @@ class Method(ABC):
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, fused=True)
 
+    # training -----------------------------------------------------------------------------------------------
+
+    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+        """Run every hook's `begin`."""
+        for hook in self.all_hooks():
+            hook.begin(model, batches)
+
+    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
+        """Run every hook's `step`."""
+        for hook in self.all_hooks():
+            hook.step(model, step, total)
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        """The sum of every hook's loss."""
+        return sum(hook.added_loss(model, batch) for hook in self.all_hooks())
+
+    # combining ----------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Method) -> Method:
+        """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Composite.of(self, other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Method):
+    """Several methods in one patch; where two of them train the same tensor, the later one says how.
+
+        W' = (fine-tuned copy | W + strength δ | W) ⊙ mask + low-rank update, then the task's norm, then skips, then the head
+
+    Each member trains what its own blueprint names, at its own learning rates. Tensors that two members would change in ways
+    that exclude each other, such as a mask over a fine-tuned weight, are refused. Head and optimizer are the first member's,
+    which must not contradict the others'.
+    """
+
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def of(cls, *methods: Method) -> Composite:
+        """A composite of these methods and of the members of composites among them. Raises `MethodError`."""
+        members = [member for method in methods for member in method.members]
+        names = [member.name for member in members]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise MethodError(f"{' + '.join(names)} holds {sorted(twice)[0]} twice. Give its options to one of them.")
+        for whole in (member for member in members if member.trains_everything):
+            if any(whole.stands_alone or not (one is whole or one.rewires) for one in members):
+                raise MethodError(f"{' + '.join(names)}: {whole.name} already trains everything. Leave the others out.")
+        return cls(
+            methods=tuple(members),
+            lr=members[0].lr,
+            head_lr=members[0].head_lr,
+            weight_decay=members[0].weight_decay,
+            optimizer=_agreed_optimizer(members),
+            head=cast(Head, _agreed("head", members, set(get_args(Head)))),
+        )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(member.name for member in self.methods)
+
+    @property
+    def paper(self) -> str:  # type: ignore[override]
+        return "; ".join(dict.fromkeys(member.paper for member in self.methods))
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        return self.methods
+
+    @property
+    def has_own_head(self) -> bool:
+        return any(member.has_own_head for member in self.methods)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The members' hyperparameters by their names."""
+        added = {"loss": self.losses[0].describe()} if self.losses else {}
+        return {member.name: member.hyperparameters() for member in self.methods} | added
+
+    def changes(self, backbone: Backbone) -> Blueprint:
+        """Everything the members own and add. Raises `MethodError` for members that exclude each other."""
+        _agreed("statistics", self.methods, {"recomputed", "learned"})
+        prints = [member.blueprint(backbone) for member in self.methods]
+        self._check_grafts(prints)
+        self._check_weights(prints, backbone)
+        grafts = tuple(graft for one in prints for graft in one.grafts)
+        return Blueprint(owned=tuple(dict.fromkeys(name for one in prints for name in one.owned)), grafts=grafts)
+
+    def _check_grafts(self, prints: Sequence[Blueprint]) -> None:
+        for (first, one), (second, other) in itertools.combinations(zip(self.methods, prints, strict=True), 2):
+            for a, b in itertools.product(one.grafts, other.grafts):
+                if a.start < b.end and b.start < a.end:
+                    raise MethodError(
+                        f"{first.name} and {second.name} both add modules to segment {max(a.start, b.start)}, where each "
+                        "expects the backbone's own. Name other blocks, or drop one of them."
+                    )
+
+    def _check_weights(self, prints: Sequence[Blueprint], backbone: Backbone) -> None:
+        pairs = list(zip(self.methods, prints, strict=True))
+        for (member, one), (other, owned) in itertools.permutations(pairs, 2):
+            both = member.reweightings(backbone).keys() & set(one.owned) & set(owned.owned)
+            if both:
+                raise MethodError(
+                    f"{member.name} and {other.name} exclude each other on {min(both)}: a weight is masked or trained, not "
+                    "both. Name other blocks, or drop one of them."
+                )
+
+    def reweightings(self, backbone: Backbone) -> Mapping[str, Callable[[], Reweighting]]:
+        """All members', which share no weight (see `changes`)."""
+        made: dict[str, Callable[[], Reweighting]] = {}
+        for member in self.methods:
+            owned = set(member.blueprint(backbone).owned)
+            made |= {name: make for name, make in member.reweightings(backbone).items() if name in owned}
+        return made
+
+    def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
+        for member in self.methods:
+            member.initialise(model, backbone)
+
+    def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
+        """The head of the first member that has one of its own, else a linear one."""
+        own = [member for member in self.methods if member.has_own_head]
+        return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
+
+    def hooks(self) -> tuple[Hook, ...]:
+        return tuple(hook for member in self.methods for hook in member.all_hooks())
+
+    def warn(self, reach: float) -> str | None:
+        return "; ".join(text for member in self.methods if (text := member.warn(reach))) or None
+
+    def trainers(self, model: Trainable, backbone: Backbone) -> Mapping[str, Method]:
+        found: dict[str, Method] = {}
+        for member in self.methods:
+            blueprint = member.blueprint(backbone)
+            found |= {f"{kind}/{name}": member for name in blueprint.owned for kind in ("replace", "mask", "delta")}
+            found |= {name: member for name, graft in model.origins.items() if graft in blueprint.grafts}
+        return found
+
+
+def _agreed(field: str, members: Sequence[Method], values: set[str]) -> str | None:
+    """The one of `values` that the members which have the field set it to. Raises `MethodError` if they set several."""
+    given = {getattr(member, field, None) for member in members} & values
+    if len(given) > 1:
+        names = " + ".join(member.name for member in members)
+        raise MethodError(f"{names}: their {field} must agree, but are {' and '.join(sorted(map(str, given)))}.")
+    return given.pop() if given else None
+
+
+def _agreed_optimizer(members: Sequence[Method]) -> Optimizer:
+    """Adam and AdamW make AdamW, which decays as both do where the decay is 0; others go with themselves only."""
+    given = {member.optimizer for member in members}
+    if len(given) == 1:
+        return given.pop()
+    if given & {"sgd", "rmsprop"}:
+        names, kinds = " + ".join(member.name for member in members), " and ".join(sorted(given))
+        raise MethodError(f"{names}: their optimizers must agree, but are {kinds}.")
+    return "adamw"
+
+
+METHODS = Registry[type[Method]]("method", "modelpatch.methods", error=MethodError)
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(method: M) -> M:
+    """Register a method under its name."""
+    return METHODS.register(method.name)(method)
+
+
+def confine(method: Method, blocks: Sequence[str]) -> Method:
+    """The method with only the named segments to change (names as in `Subset.blocks`).
+
+    Of several methods in one patch those are confined that name blocks by themselves; if none does, all are.
+    """
+    if len(method.members) == 1:
+        return replace(method, blocks=tuple(blocks))
+    some = any(member.names_blocks for member in method.members)
+    members = [confine(one, blocks) if one.names_blocks or not some else one for one in method.members]
+    return replace(method, methods=tuple(members))  # type: ignore[call-arg]
+
 
 @cache
 def _adapters(kind: type[Method]) -> dict[str, TypeAdapter[Any]]:
-    """What checks each hyperparameter of a kind of method, by its name."""
+    """A validator for each hyperparameter of a class, by its name."""
     hints = get_type_hints(kind, include_extras=True)
     loose = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-    return {field.name: TypeAdapter(hints[field.name], config=loose) for field in fields(kind)}
+    return {one.name: TypeAdapter(hints[one.name], config=loose) for one in fields(kind)}

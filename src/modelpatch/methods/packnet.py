@@ -11,7 +11,9 @@ because the patch holds what it keeps as a mask and what it adds as a sparse dif
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method, Optimizer
+from modelpatch.methods.hooks import Hook
+from modelpatch.methods.method import Method, Optimizer, register_method
 from modelpatch.methods.piggyback import weight_names
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.changes import Reweighting
@@ -30,6 +33,7 @@ from modelpatch.patch.model import PatchedModel
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class PackNet(Method):
     """Frees the share `free` of every weight matrix, trains it, prunes the share `prune` of that and trains on.
@@ -40,6 +44,8 @@ class PackNet(Method):
 
     name: ClassVar[str] = "packnet"
     paper: ClassVar[str] = "Mallya and Lazebnik, PackNet, CVPR 2018"
+    order = 10
+    compared = ("packnet",)
 
     lr: PositiveFloat = 1e-3
     optimizer: Optimizer = "adam"
@@ -48,40 +54,27 @@ class PackNet(Method):
     prune_after: Share = 0.6
     after: str | None = None
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns every weight matrix and kernel."""
         names = weight_names(backbone)
         if not names:
             raise MethodNotApplicableError(f"{backbone.spec} has no weights to free. Try the method `scale-bias`.")
         return Blueprint(owned=tuple(names))
 
-    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
-        """Every weight matrix and kernel."""
-        return tuple(weight_names(backbone))
-
-    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
-        """What each weight keeps, and the freed part at zero."""
+    def reweightings(self, backbone: Backbone) -> dict[str, Callable[[], Reweighting]]:
+        """The kept part of every weight, and the freed part at zero."""
         earlier = self._earlier(backbone)
-        packed: dict[str, Reweighting] = {}
-        for name in weight_names(backbone):
-            weight = backbone.chain.tensor(name).detach()
-            mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
-            kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
-            rest = torch.zeros_like(weight) if delta is None else delta.float().to(weight.device)
-            packed[name] = Packed(kept, torch.where(kept, weight, rest))
-        return packed
+        return {name: partial(self._pack, backbone, name, earlier) for name in weight_names(backbone)}
 
-    def count_parameters(self, backbone: Backbone) -> int:
-        """The freed weights."""
-        packed = self.reweightings(backbone).values()
-        return sum(int(one.left.sum()) for one in packed if isinstance(one, Packed))
+    def _pack(self, backbone: Backbone, name: str, earlier: Mapping[str, Tensor]) -> Packed:
+        weight = backbone.chain.tensor(name).detach()
+        mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
+        kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
+        rest = torch.zeros_like(weight) if delta is None else delta.float().to(weight.device)
+        return Packed(kept, torch.where(kept, weight, rest))
 
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Prune once."""
-        if step == round(self.prune_after * total):
-            for module in model.modules():
-                if isinstance(module, Packed):
-                    module.prune(self.prune)
+    def hooks(self) -> tuple[Hook, ...]:
+        return (PruneOnce(self.prune, self.prune_after),)
 
     def _earlier(self, backbone: Backbone) -> dict[str, Tensor]:
         if self.after is None:
@@ -91,6 +84,20 @@ class PackNet(Method):
         if patch.method.name != self.name:
             raise MethodError(f"packnet: after={self.after!r} is a patch of {patch.method.name}. Name one of packnet.")
         return dict(patch.tensors)
+
+
+@dataclass(frozen=True)
+class PruneOnce(Hook):
+    """Prune a share of the freed weights after a share of all steps."""
+
+    share: float
+    after: float
+
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        if step == round(self.after * total):
+            for module in model.modules():
+                if isinstance(module, Packed):
+                    module.prune(self.share)
 
 
 def largest(tensor: Tensor, share: float) -> Tensor:
@@ -121,6 +128,7 @@ class Packed(Reweighting):
         self.register_buffer("fixed", fixed)
         self.register_buffer("left", ~kept & (fixed == 0))
         self.values = nn.Parameter(torch.zeros_like(fixed))
+        self.idle = fixed.numel() - int(self.left.sum())
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.where(self.left, self.values, self.fixed)

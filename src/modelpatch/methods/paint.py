@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
-from modelpatch.heads.base import Decoder
 from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.keeping import Keeper
-from modelpatch.methods.method import Batch, Batches
+from modelpatch.methods.hooks import Hook
+from modelpatch.methods.method import register_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 
@@ -36,7 +35,7 @@ class Start:
 
     head: nn.Module | None = None
     body: Mapping[str, Tensor] = field(default_factory=dict)
-    keeper: Keeper | None = None
+    keeper: Hook | None = None
 
     @property
     def digest(self) -> str:
@@ -46,6 +45,7 @@ class Start:
         return numbers if self.keeper is None else f"{numbers} {type(self.keeper).__name__}"
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Paint(FullFinetune):
     """Trains every parameter of the body under a frozen head: `head_from` names a patch file of the task, a linear probe for
@@ -56,6 +56,10 @@ class Paint(FullFinetune):
 
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "Ilharco et al., Patching open-vocabulary models by interpolating weights, NeurIPS 2022"
+    order = 11
+    compared = ()
+    shares_across_tasks = False
+    stands_alone = True
 
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 1e-2
@@ -67,24 +71,15 @@ class Paint(FullFinetune):
         head = self._given_head(backbone)
         if head is None:
             return super().make_head(backbone, classes)
-        outputs = head.record.outputs
-        if classes not in (outputs, 1):  # one class: parameters are being counted
+        if classes != (outputs := head.record.outputs):
             raise MethodError(
                 f"paint: the head has {outputs} outputs, the task {classes} classes. Give the task's own."
             )
-        return head
+        return head.requires_grad_(False)
 
-    def check_decoder(self) -> None:
-        super().check_decoder()
-        if self.head_from is not None or (self.start and self.start.head):
-            raise MethodError("paint: the given head is for classes of whole images. Leave head_from out.")
-
-    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
-        """The model to train; a head that was given is frozen."""
-        model = super().draft(backbone, classes, decoder)
-        if self.head_from is not None or (self.start and self.start.head):
-            model.head.requires_grad_(False)
-        return model
+    @property
+    def has_own_head(self) -> bool:
+        return self.head_from is not None or bool(self.start and self.start.head)
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
         """Start at the weights that were given, else at the base's."""
@@ -96,25 +91,16 @@ class Paint(FullFinetune):
                     raise MethodError(f"paint: the given weights hold {name}, which is not trained here.")
                 model.get_parameter(local).copy_(value)
 
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        """Let the keeper look at the model before it moves."""
-        if self.start and self.start.keeper:
-            self.start.keeper.begin(model, batches)
-
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Let the keeper look at the model between steps."""
-        if self.start and self.start.keeper:
-            self.start.keeper.step(model, step, total)
-
-    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        """What the keeper adds to the loss."""
-        return self.start.keeper.added_loss(model, batch) if self.start and self.start.keeper else 0.0
+    def hooks(self) -> tuple[Hook, ...]:
+        return (self.start.keeper,) if self.start and self.start.keeper else ()
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Plain values; what only Python can give stands for itself by a digest, so that runs are told apart."""
-        plain = asdict(replace(self, start=None))
-        plain.pop("start")
-        return plain if self.start is None else {**plain, "start": self.start.digest}
+        """Plain values; a digest stands for `start`, so that runs are told apart."""
+        if self.start is not None:
+            return {**replace(self, start=None).hyperparameters(), "start": self.start.digest}
+        plain = super().hyperparameters()
+        del plain["start"]
+        return plain
 
     def _given_head(self, backbone: Backbone) -> Any:
         if self.start and self.start.head is not None:

@@ -11,7 +11,9 @@ stores the masks, one bit a weight at most, never the scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method, Optimizer
+from modelpatch.methods.method import Method, Optimizer, register_method
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.changes import Reweighting
@@ -30,6 +32,7 @@ Scaling = Literal["none", "mean", "weight"]
 NORM_LR = 1e-2
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Piggyback(Method):
     """Trains a score for every weight of every convolution and linear layer, and the head.
@@ -45,6 +48,9 @@ class Piggyback(Method):
 
     name: ClassVar[str] = "piggyback"
     paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
+    order = 9
+    compared = ("piggyback", "piggyback(norms=trained)")
+    searched = ("piggyback",)
 
     lr: PositiveFloat = 1e-4
     norm_lr: PositiveFloat | None = None
@@ -74,7 +80,7 @@ class Piggyback(Method):
                 "Drop one of them."
             )
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
         masked = weight_names(backbone)
         if not masked:
@@ -88,15 +94,11 @@ class Piggyback(Method):
             )
         return Blueprint(owned=(*masked, *norms))
 
-    def reweighted(self, backbone: Backbone) -> tuple[str, ...]:
-        """Every masked weight."""
-        return tuple(weight_names(backbone))
-
-    def reweightings(self, backbone: Backbone) -> dict[str, Reweighting]:
+    def reweightings(self, backbone: Backbone) -> dict[str, Callable[[], Reweighting]]:
         """Scores at their start, for every masked weight."""
-        earlier = self._earlier_masks(backbone)
+        earlier, tensor = self._earlier_masks(backbone), backbone.chain.tensor
         return {
-            name: Mask(self, backbone.chain.tensor(name).detach(), earlier.get(f"mask/{name}"))
+            name: partial(Mask, self, tensor(name).detach(), earlier.get(f"mask/{name}"))
             for name in weight_names(backbone)
         }
 

@@ -26,7 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError
-from modelpatch.methods.subset import RUNNING, Subset, find_segments, start_at
+from modelpatch.methods.blocks import RUNNING, find_segments, start_at
+from modelpatch.methods.method import register_method
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.model import PatchedModel
 
@@ -34,6 +36,7 @@ GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Pruned(Subset):
     """`Subset` over blocks that lose the share `ratio` of their inner channels before the training.
@@ -48,7 +51,7 @@ class Pruned(Subset):
     scope: Literal["local", "global"] = "local"
     norm: Literal["l1", "l2"] = "l2"
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Adds the blocks' smaller tensors and owns the others.
 
         Raises `MethodNotApplicableError` for a block without inner channels, `MissingExtraError` without Torch-Pruning.

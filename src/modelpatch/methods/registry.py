@@ -15,58 +15,23 @@ from dataclasses import fields
 from typing import Any
 
 from modelpatch.errors import MethodError
-from modelpatch.methods.composite import Composite
-from modelpatch.methods.confined import Confined
-from modelpatch.methods.delta import DeltaNetwork
-from modelpatch.methods.depthwise import Depthwise
-from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.head2toe import Head2Toe
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.lora import LoRA
-from modelpatch.methods.method import Method
-from modelpatch.methods.packnet import PackNet
-from modelpatch.methods.paint import Paint
-from modelpatch.methods.piggyback import Piggyback
-from modelpatch.methods.pruned import Pruned
-from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import Subset
-from modelpatch.methods.widened import Widened
+from modelpatch.methods.method import METHODS, Composite, Method
 
-METHODS: dict[str, type[Method]] = {
-    kind.name: kind
-    for kind in (
-        LinearProbe,
-        Head2Toe,
-        ScaleBias,
-        Depthwise,
-        DeltaNetwork,
-        Subset,
-        Pruned,
-        LoRA,
-        Widened,
-        Piggyback,
-        PackNet,
-        Paint,
-        FullFinetune,
-    )
-}
+__all__ = ["METHODS", "make_method", "spellings", "split_outside", "sweep"]
 
-COMPARED = (
-    "linear-probe",
-    "head2toe",
-    "scale-bias",
-    "depthwise",
-    "scale-bias+depthwise",
-    "delta",
-    "delta(modules=all,batch_norm=true)",
-    "subset",
-    "lora",
-    "widened",
-    "piggyback",
-    "piggyback(norms=trained)",
-    "packnet",
-    "full-finetune",
-)  # what `compare` tries if it is not told
+
+def spellings(attribute: str) -> tuple[str, ...]:
+    """The spellings that registered methods list in `compared` or `searched`: single methods from small patches to large, then
+    combinations."""
+    kinds = sorted(METHODS.values(), key=lambda kind: kind.order)
+    listed = [spelled for kind in kinds for spelled in getattr(kind, attribute)]
+    return tuple(sorted(listed, key=lambda spelled: len(split_outside(spelled, "+"))))
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    if name == "COMPARED":  # the methods that `compare` tries by default
+        return spellings("compared")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def make_method(spec: str, **hyperparameters: Any) -> Method:
@@ -76,7 +41,7 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
     `{"subset.blocks": "layer4"}`. Raises `MethodError` for an unknown name, hyperparameter or value.
     """
     if not isinstance(spec, str):
-        raise MethodError(f"{spec!r} is not a method's name. Methods: {', '.join(METHODS)}.")
+        raise MethodError(f"{spec!r} is not a method's name. Methods: {', '.join(METHODS.names())}.")
     parts = [_parse(part) for part in split_outside(spec, "+")]
     for key, value in hyperparameters.items():
         number, name = _owner(key, [part for part, _ in parts])
@@ -102,7 +67,7 @@ def sweep(spec: str, key: str, values: Iterable[str]) -> dict[str, str]:
 
 
 def _owner(key: str, methods: list[str]) -> tuple[int, str]:
-    """Which of the methods a key such as `subset.blocks` means, and its hyperparameter. Raises `MethodError` for none."""
+    """The position of the method that a key such as `subset.blocks` means, and its hyperparameter. Raises `MethodError`."""
     owner, _, name = key.rpartition(".")
     if not owner and len(methods) == 1:
         return 0, name
@@ -145,24 +110,13 @@ def _pairs(items: Iterable[str], text: str) -> Iterable[tuple[str, Any]]:
 
 def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
     known = _hyperparameters(name)
-    if "blocks" in hyperparameters and "blocks" not in known:
-        others = {key: value for key, value in hyperparameters.items() if key != "blocks"}
-        return Confined.of(_make(name, others), _names(hyperparameters["blocks"], name))
-    if unknown := sorted(hyperparameters.keys() - set(known)):
+    if unknown := sorted(hyperparameters.keys() - {*known, "blocks"}):
         raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
     return METHODS[name](**hyperparameters)
 
 
 def _hyperparameters(name: str) -> list[str]:
-    """What the method of that name has. Raises `MethodError` for an unknown one."""
-    if name not in METHODS:
-        raise MethodError(f"there is no method {name!r}. Methods: {', '.join(METHODS)}.")
-    return [field.name for field in fields(METHODS[name]) if field.init]
-
-
-def _names(value: Any, method: str) -> tuple[str, ...]:
-    """Names of blocks, as a list or separated by commas. Raises `MethodError`."""
-    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise MethodError(f"{method}: blocks = {value!r} is not valid: expected names of blocks.")
-    return tuple(names)
+    """The hyperparameters of the method of that name. Raises `MethodError` for an unknown one."""
+    kind = METHODS.find(name)
+    hidden = {"losses"} if kind.names_blocks else {"losses", "blocks"}
+    return [field.name for field in fields(kind) if field.init and field.name not in hidden]

@@ -20,13 +20,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.hooks import Batches, Hook
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.model import PatchedModel
 
 GRAFT = "channel-affine"
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class ScaleBias(Method):
     """Trains the scale and bias of every normalisation layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm) and the head.
@@ -39,13 +41,17 @@ class ScaleBias(Method):
 
     name: ClassVar[str] = "scale-bias"
     paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+    order = 2
+    compared = ("scale-bias",)
+    searched = ("scale-bias",)
+    shares_across_tasks = True
 
     lr: PositiveFloat = 1e-2
     statistics: Literal["frozen", "recomputed", "learned"] = "frozen"
     affine: bool = True
     layers: Literal["auto", "norm", "channel"] = "auto"
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
         if self.layers == "channel" and not self.affine:
             raise MethodError("scale-bias: affine=False leaves nothing of layers='channel' to train. Drop one of them.")
@@ -73,10 +79,15 @@ class ScaleBias(Method):
         span = {"start": segment.index, "end": segment.index + 1}
         return [Graft(kind=GRAFT, arguments={"layers": layers}, **span)] if layers else []
 
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        """Measure the running statistics anew if they are to be recomputed."""
-        if self.statistics == "recomputed":
-            recompute_statistics(model, batches)
+    def hooks(self) -> tuple[Hook, ...]:
+        return (RecomputeStatistics(),) if self.statistics == "recomputed" else ()
+
+
+class RecomputeStatistics(Hook):
+    """Measure the patch's own running statistics on the task's images before the first step."""
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        recompute_statistics(model, batches)
 
 
 def norm_tensors(segment: Segment, affine: bool, statistics: bool) -> list[str]:

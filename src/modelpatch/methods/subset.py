@@ -9,26 +9,22 @@ Kaplun, Gurevich, Swisa, David, Shalev-Shwartz, Malach: *Less is More: Selective
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field, NonNegativeFloat
 from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.chain import Chain, Segment
-from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.method import Method
+from modelpatch.errors import MethodNotApplicableError
+from modelpatch.methods.blocks import Statistics, find_segments, own_segments, start_at
+from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.model import PatchedModel
 
-Statistics = Literal["frozen", "learned"]
-RUNNING = ("running_mean", "running_var")
 
-
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Subset(Method):
     """Trains every parameter of the named blocks: `Subset("layer4")`, `Subset(("layer3.1", "layer4"))`.
@@ -43,14 +39,18 @@ class Subset(Method):
 
     name: ClassVar[str] = "subset"
     paper: ClassVar[str] = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
-    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    order = 4
+    compared: ClassVar[Sequence[str]] = ("subset",)
+    searched: ClassVar[Sequence[str]] = ("subset", "scale-bias+subset")
+    shares_across_tasks = True
+    names_blocks = True
 
     blocks: Annotated[tuple[str, ...], Field(min_length=1)] = field(default=("last",), kw_only=False)
     statistics: Statistics = "frozen"
     weight_decay: NonNegativeFloat = 1e-2
     reinitialize: bool = False
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Owns the parameters of the blocks and, where they are learned, their running statistics."""
         return own_segments(find_segments(backbone, self.blocks), self.statistics)
 
@@ -72,48 +72,3 @@ class Subset(Method):
             for name, buffer in module.named_buffers():
                 fresh.get_buffer(name).copy_(buffer)
         return fresh
-
-
-@torch.no_grad()
-def start_at(model: PatchedModel, segment: Segment, values: nn.Module) -> None:
-    """Give what the model owns of a segment the values of another module of the same structure."""
-    tensors = model.tensors()
-    for name, tensor in (*values.named_parameters(), *values.named_buffers()):
-        for own in (f"replace/{segment.tensor_names[name]}", f"graft/{segment.index}-{segment.index + 1}/{name}"):
-            if own in tensors:
-                tensors[own].copy_(tensor)
-
-
-def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
-    """The segments that `names` mean (see `Subset.blocks`), in order. Raises `MethodError` for a name that means none."""
-    chain = backbone.chain
-    chosen: set[int] = set()
-    for name in names:
-        found = _find(chain, name)
-        if not any(segment.parameters for segment in found):
-            blocks = ", ".join(block.name for block in chain.blocks)
-            raise MethodError(f"{name!r} names no block of {backbone.spec} with parameters. Its blocks: {blocks}.")
-        chosen |= {segment.index for segment in found if segment.parameters}
-    return [chain[index] for index in sorted(chosen)]
-
-
-def _find(chain: Chain, name: str) -> list[Segment]:
-    named = [segment for segment in chain if segment.name == name or segment.name.startswith(name + ".")]
-    if not named and name == "last":
-        return [chain.blocks[-1]]
-    if not named and (match := re.fullmatch(r"stage(-?\d+)", name)):
-        number, count = int(match[1]), len(chain.stages)
-        if not -count <= number < count:
-            raise MethodError(f"{name}: the backbone has stages 0 to {count - 1}.")
-        return list(chain.stages[number])
-    return named
-
-
-def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Blueprint:
-    """A blueprint that owns all parameters of the segments, and their running statistics where they are learned."""
-    owned: list[str] = []
-    for segment in segments:
-        owned += [segment.tensor_names[name] for name, _ in segment.module.named_parameters()]
-        if statistics == "learned":
-            owned += [segment.tensor_names[n] for n, _ in segment.module.named_buffers() if n.endswith(RUNNING)]
-    return Blueprint(owned=tuple(owned))

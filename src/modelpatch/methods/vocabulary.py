@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.text_tower import TextTower, load_text
 from modelpatch.errors import BackboneError, DataError
-from modelpatch.heads.base import CosineHead
+from modelpatch.heads.cosine import CosineHead
 from modelpatch.patch.contents import MethodRecord, Patch
 from modelpatch.tasks.record import TaskRecord
 

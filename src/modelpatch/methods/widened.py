@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment, channels_first
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.methods.method import Method
+from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.method import Method, register_method
 from modelpatch.methods.residual import SplitBlock, split_block
-from modelpatch.methods.subset import find_segments
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 
 GRAFT = "widened"
@@ -34,6 +34,7 @@ Channels = Annotated[int, Field(ge=1, le=8192)]
 Stride = Annotated[int, Field(ge=1, le=64)]
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class Widened(Method):
     """Trains `filters` extra filters in each of the named blocks, and the head.
@@ -45,14 +46,16 @@ class Widened(Method):
 
     name: ClassVar[str] = "widened"
     paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018 (added capacity, its future work)"
-    lists: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    order = 8
+    compared = ("widened",)
+    names_blocks = True
 
     lr: PositiveFloat = 3e-3
     filters: Filters = 8
     kernel: Kernel = 3
     blocks: tuple[str, ...] = field(default=(), kw_only=False)
 
-    def blueprint(self, backbone: Backbone) -> Blueprint:
+    def changes(self, backbone: Backbone) -> Blueprint:
         """Adds filters to the blocks; owns no tensor of the backbone.
 
         Raises `MethodNotApplicableError` where no block can have some: those that make tokens of maps or join tokens cannot.

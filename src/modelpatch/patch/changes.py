@@ -29,7 +29,12 @@ MADE = ("mask/", "delta/", "left/", "right/")
 
 
 class Reweighting(nn.Module, ABC):
-    """What stands between a weight of the backbone and the layer that reads it while a patch is trained."""
+    """A module between a weight of the backbone and the layer that reads it while a patch is trained.
+
+    `idle` counts elements of its parameters that are never trained.
+    """
+
+    idle: int = 0
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:

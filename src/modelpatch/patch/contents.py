@@ -185,7 +185,7 @@ class Patch:
     @property
     def structure(self) -> str:
         """Equal for two patches of one backbone whose models differ in numbers and number of classes only."""
-        return f"{self.blueprint.model_dump_json()} {self.head.kind} {self.head.taps} {self.strength}"
+        return f"{self.blueprint.model_dump_json()} {self.head.reads} {self.strength}"
 
     @cached_property
     def content_hash(self) -> str:

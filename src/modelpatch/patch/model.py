@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import ForeignTensorError, PatchError
-from modelpatch.heads.base import DraftHead, HeadInput, HeadRecord, pooled_axes, pooled_width, read_taps, reads_maps
+from modelpatch.heads.base import Head, HeadRecord
+from modelpatch.heads.reading import ChainPart, HeadInput, Read, Reading, pooled_axes, run_chain
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.changes import Reweighting, resolve, set_strength
 from modelpatch.patch.contents import Patch, PatchTask
@@ -33,6 +36,7 @@ class PatchedModel(nn.Module):
 
     `train()` puts into train mode what the patch trains. `learned_statistics` says that the running statistics of BatchNorm
     layers which the patch owns are learned in train mode; otherwise those layers stay in eval mode.
+    `gradient_checkpointing` computes activations anew in the backward pass instead of keeping them.
 
         >>> model = method.draft(backbone, classes=10)
         >>> optimizer = torch.optim.AdamW(parameter for _, parameter in model.trainable())
@@ -42,6 +46,7 @@ class PatchedModel(nn.Module):
     """
 
     learned_statistics = False
+    gradient_checkpointing = False
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         super().__init__()
@@ -82,8 +87,8 @@ class PatchedModel(nn.Module):
         self.starts: list[int] = []
         self.parts = nn.ModuleList()
         self.head = head
-        self.reads_base = bool(getattr(head, "reads_base", False))
-        self.twins = nn.ModuleDict()  # where the head reads the base too: its own segments beside the variants, by part
+        reading = Reading(chain, getattr(head, "reads", (Read(),)), self.spans)
+        self.twins = nn.ModuleDict()  # the base's own segments beside the variants, by part, for heads that read both
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
         self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
         self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
@@ -95,12 +100,12 @@ class PatchedModel(nn.Module):
             owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
             self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
-            if self.reads_base and index in ends:
+            if reading.both and index in ends:
                 clones = [clone_module(segment.module) for segment in chain[index:end]]
                 self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
-        self.taps = {tap: self._positions(chain, tap) for tap in getattr(head, "taps", ())}
+        self.reading = reading
 
     @torch.no_grad()
     def _try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
@@ -123,16 +128,6 @@ class PatchedModel(nn.Module):
                 raise ForeignTensorError(
                     f"what the patch adds to segments [{start}, {end}) answers in shape {shape}; expected {expected}."
                 )
-
-    def _positions(self, chain: Chain, tap: int) -> tuple[int, ...]:
-        """The axes of segment `tap`'s output that are positions. Raises `ForeignTensorError` where a head cannot read it."""
-        if tap >= len(chain):
-            raise ForeignTensorError(f"the head reads segment {tap}; the backbone has {len(chain)}.")
-        if any(start <= tap < end - 1 for start, end in self.spans):
-            raise ForeignTensorError(
-                f"the head reads segment {tap}, inside a run of segments that the patch replaces as one."
-            )
-        return pooled_axes(chain, tap)
 
     def _variant(
         self,
@@ -251,67 +246,49 @@ class PatchedModel(nn.Module):
         return twin
 
     def run_from(self, x: Tensor, start: int) -> Tensor:
-        """The answer from the input of segment `start`, which must begin a part (see `first`), or from the head's input."""
+        """The answer from the input `x` of segment `start`, which begins a part (see `first`), or from the head's input."""
         return self.head(self.head_input(x, start))
 
     def head_input(self, x: Tensor, start: int) -> HeadInput:
-        """What the head reads, from the input of segment `start`: features (B, D), or the maps of a decoder's taps."""
-        if reads_maps(self.head):
-            return self._run(x, start, self.end)
-        features, base = self.streams(x, start)
-        return features if base is None else torch.cat([features, base], 1)
-
-    def streams(self, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """The features that the head reads, from the input of segment `start`: the patch's, and the base's if it reads both.
-
-        What is frozen for both runs once.
-        """
-        if not self.reads_base:
-            return (self._features(x, start, self.end) if start < self.end else x), None
-        shared = max(start, self.first)
-        x = self._features(x, start, shared)
-        return self._features(x, shared, self.end), self._run_base(x, shared)
-
-    @torch.no_grad()
-    def _run_base(self, x: Tensor, start: int) -> Tensor:
-        twins = dict(self.twins.items())
-        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
-            if begin >= start:
-                x = twins.get(str(number), part)(x)
-        return x
+        """What the head reads, from the input `x` of segment `start`; at the end of the chain `x` itself."""
+        return x if start == self.end else self.reading.run(self.chain_parts(), x, start)
 
     @torch.no_grad()
     def run_prefix(self, images: Tensor, end: int) -> Tensor:
-        """What `run_from(..., end)` goes on from: the input of segment `end`, or the head's input."""
-        return self._features(images, 0, end)
+        """The input of segment `end` for images, or at the end of the chain that of the head: what `run_from` goes on from."""
+        if end == self.end:
+            features = self.head_input(images, 0)
+            assert isinstance(features, Tensor), "a decoder goes on from images or from inner segments"
+            return features
+        return run_chain(self.chain_parts(), images, [Read(end - 1)])[0] if end else images
 
-    def _features(self, x: Tensor, start: int, end: int) -> Tensor:
-        features = self._run(x, start, end)
-        assert isinstance(features, Tensor), "a decoder goes on from images or from inner segments"
-        return features
+    def chain_parts(self) -> list[ChainPart]:
+        """The whole chain as it runs now: the variants in place of their spans, the base's own modules beside them."""
+        twins, ends = dict(self.twins.items()), (*self.starts[1:], self.end)
+        parts = []
+        for number, (start, end, module) in enumerate(zip(self.starts, ends, self.parts, strict=True)):
+            run = partial(checkpoint, module, use_reentrant=False) if self._recomputes(start) else module
+            parts.append(ChainPart(start, end, run, twins.get(str(number))))
+        return parts
 
-    def _run(self, x: Tensor, start: int, end: int) -> HeadInput:
-        """The output of segments `[start, end)`, or at the end of the chain what the head reads of its taps."""
-        tapped = []
-        for number, (begin, part) in enumerate(zip(self.starts, self.parts, strict=True)):
-            if start <= begin < end:
-                x = part(x)
-                last = (self.starts[number + 1] if number + 1 < len(self.starts) else self.end) - 1
-                if last in self.taps:
-                    tapped.append((x, self.taps[last]))
-                    if reads_maps(self.head) and end == self.end and last == max(self.taps):
-                        break  # nobody reads what comes behind
-        return read_taps(self.head, *zip(*tapped, strict=True)) if self.taps and end == self.end else x
+    def _recomputes(self, start: int) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled() and start >= self.first
 
     @property
-    def _lasts(self) -> Iterator[tuple[int, int]]:
-        """The first and last segment of every part."""
-        return zip(self.starts, [start - 1 for start in (*self.starts[1:], self.end)], strict=True)
+    def taps(self) -> dict[int, tuple[int, ...]]:
+        return {
+            segment: pooled_axes(self.backbone.chain, segment)
+            for segment in (self.reading.segments if self.reading.inner else ())
+        }
+
+    @property
+    def reads_base(self) -> bool:
+        return self.reading.both
 
     @property
     def end(self) -> int:
         """The number of segments of the chain."""
-        return max(self.starts[-1] + 1, self.spans[-1][1] if self.spans else 0)
+        return len(self.backbone.chain)
 
     @property
     def variants(self) -> tuple[nn.Module, ...]:
@@ -321,20 +298,21 @@ class PatchedModel(nn.Module):
 
     @property
     def first(self) -> int:
-        """The first segment that differs from the backbone; everything before it is frozen and deterministic.
+        """The first segment that has to run for every step of training; everything before it is frozen and deterministic.
 
-        0 where the head reads segments before the first span as well: nothing can then be computed once. A decoder goes on
-        from its first tap at the latest.
+        That is the first segment of the first span, or of the first part whose output the head reads if that lies before it;
+        the end of the chain where nothing but the head differs from the backbone and its input is one tensor.
         """
-        first = self.spans[0][0] if self.spans else self.end
-        if reads_maps(self.head):
-            return min(first, *(start for start, last in self._lasts if last in self.taps))
-        return 0 if self.spans and any(tap < first for tap in self.taps) else first
+        if not self.spans and not self.reading.maps:
+            return self.end
+        ends = (*self.starts[1:], self.end)
+        read = next(start for start, end in zip(self.starts, ends, strict=True) if end - 1 in self.reading.segments)
+        return min(read, self.spans[0][0]) if self.spans else read
 
     def tensors(self) -> dict[str, Tensor]:
         """The patch's own tensors under the names they have in a patch file, detached, not copied."""
         tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
-        if isinstance(self.head, DraftHead):
+        if isinstance(self.head, Head):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
             tensors |= {f"head.{name}": tensor for name, tensor in self.head.stored().items()}
         for name, path in self.reweighted.items():
@@ -414,32 +392,14 @@ class PatchedModel(nn.Module):
 
 
 def check_features(chain: Chain, patch: Patch) -> None:
-    """Raises `ForeignTensorError` for a head that reads more or fewer features than the chain and its base give, and for maps
-    that no segment gives."""
-    head = patch.head
-    if head.reads_maps:
-        widths = tuple(pooled_width(chain, tap) if pooled_axes(chain, tap) else 0 for tap in head.taps)
-        if widths != head.widths:
-            raise ForeignTensorError(
-                f"the {head.kind} head reads maps of {head.widths} channels; the backbone gives {widths}."
-            )
-        if patch.preprocessing.image_size % head.strides[0]:
-            raise ForeignTensorError(
-                f"images of {patch.preprocessing.image_size} px are no multiple of the head's stride, {head.strides[0]}."
-            )
-        return
-    given = {"selected": head.features, "siamese": 2 * chain.feature_dim}.get(head.kind, chain.feature_dim)
-    if head.features != given:
-        raise ForeignTensorError(
-            f"the patch's {head.kind} head reads {head.features} features; the backbone gives {given}."
-        )
+    """Raises `ForeignTensorError` for a head that does not fit the chain: its features, its maps, what it selects."""
+    patch.head.head.check_chain(patch.head, chain, patch.preprocessing.image_size)
 
 
 def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:
-    """Raises `ForeignTensorError` for a head that selects features its taps do not give."""
-    count = sum(pooled_width(chain, tap) for tap in head.taps)
-    if selected is not None and not bool(((selected >= 0) & (selected < count)).all()):
-        raise ForeignTensorError(f"the head selects features up to {int(selected.max())}; the backbone gives {count}.")
+    """Raises `ForeignTensorError` for a head that selects features that the segments it reads do not give."""
+    if selected is not None:
+        head.head.check_tensors(head, {"head.selected": selected}, chain)
 
 
 def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:

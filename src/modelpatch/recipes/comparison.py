@@ -14,7 +14,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError
 from modelpatch.methods.method import Method
-from modelpatch.methods.registry import COMPARED, make_method
+from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.text import file_name
 from modelpatch.train.evaluation import evaluate_base, harmonic_mean, standard_error
@@ -97,7 +97,7 @@ class Comparison:
 def compare(
     backbone: Backbone,
     data: Task,
-    methods: Sequence[str | Method] = COMPARED,
+    methods: Sequence[str | Method] | None = None,
     *,
     base: Task | None = None,
     seeds: int = 1,
@@ -109,7 +109,8 @@ def compare(
 ) -> Comparison:
     """Fit every method on the task with the same settings and number of steps and put the results in one table.
 
-    `methods` are methods or their spellings (see `make_method`). Each is fitted `seeds` times, from `seed` on. `base` is a
+    `methods` are methods or their spellings (see `make_method`), by default those in `Method.compared`. Each is fitted `seeds`
+    times, from `seed` on. `base` is a
     test set of the backbone's own classes: its accuracy is measured before the first fit and after the last, each of which
     checks the fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose
     library is not installed or whose training fails is left out, with the reason.
@@ -126,7 +127,7 @@ def compare(
     skipped: dict[str, str] = {}
     trained: dict[str, int] = {}
     todo: list[tuple[str, Method, int]] = []
-    for name, method in _by_name(methods).items():
+    for name, method in _by_name(spellings("compared") if methods is None else methods).items():
         try:
             todo.append((name, method, method.count_parameters(backbone)))
         except (MethodNotApplicableError, MissingExtraError) as error:

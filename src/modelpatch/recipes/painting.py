@@ -30,7 +30,9 @@ from modelpatch.data.joining import join_tasks, joint_task
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
-from modelpatch.heads.base import CosineHead, HeadRecord, LinearHead
+from modelpatch.heads.base import HeadRecord
+from modelpatch.heads.cosine import CosineHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.paint import Paint, Start
 from modelpatch.patch.contents import Patch

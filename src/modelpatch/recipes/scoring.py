@@ -16,7 +16,7 @@ from modelpatch.convert.merging import merge
 from modelpatch.data.images import ImageStore
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.scale_bias import recompute_statistics
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.method import Method
+from modelpatch.methods.method import METHODS, Method
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train.distributed import Team
-
-SHAREABLE = {"full-finetune", "subset", "depthwise", "scale-bias"}
 
 
 class SharedWeights:
@@ -36,12 +34,12 @@ class SharedWeights:
     def __init__(self, backbone: Backbone, method: Method) -> None:
         self.backbone, self.method = backbone, method
         owned, parameters = method.blueprint(backbone).owned, dict(backbone.module.named_parameters())
-        members = getattr(method, "methods", (method,))
-        fresh = any(getattr(member, "reinitialize", False) for member in members)
-        if {member.name for member in members} - SHAREABLE or set(owned) - parameters.keys() or fresh:
+        able = all(one.shares_across_tasks and not getattr(one, "reinitialize", False) for one in method.members)
+        if not able or set(owned) - parameters.keys():
+            names = [kind.name for kind in METHODS.values() if kind.shares_across_tasks]
             raise MethodError(
                 f"{method.name} with these options does more than train weights as they are, which is all that tasks can "
-                f"share. Name as shared {', '.join(sorted(SHAREABLE))}, with frozen statistics."
+                f"share. Name as shared {', '.join(names)}, with frozen statistics."
             )
         self._candidates = {name: parameters[name] for name in owned}
         for parameter in self._candidates.values():
@@ -54,7 +52,7 @@ class SharedWeights:
 
         Raises `MethodError` for a private method whose patches would not follow the weights as they move.
         """
-        if getattr(model.head, "reads_base", False):
+        if model.reading.both:
             raise MethodError(f"{private.name}: a siamese head reads the base's own features, which move here.")
         for base, path in model.reweighted.items():
             if _is_fixed(model.get_submodule(path), self.backbone.chain.tensor(base)):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
-from modelpatch.methods.confined import confine
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.method import Method
+from modelpatch.methods.linear_probe import head_alone
+from modelpatch.methods.method import Method, confine
 from modelpatch.select.trials import Trial
 
 
@@ -27,7 +26,7 @@ class Candidate:
     def of(cls, method: Method, blocks: Sequence[str], parent: Candidate | None = None) -> Candidate:
         """The method over these blocks; over none, the linear probe with the method's head rate and optimizer."""
         if not blocks:
-            probe = LinearProbe(head_lr=method.head_lr, optimizer=method.optimizer)
+            probe = head_alone(method)
             return cls(probe.name, (), probe)
         return cls(" + ".join(blocks), tuple(blocks), confine(method, blocks), parent)
 

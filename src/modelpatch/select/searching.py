@@ -21,12 +21,8 @@ from typing import Any
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError, TrainingError
-from modelpatch.methods.composite import Composite
-from modelpatch.methods.confined import Confined, confine
-from modelpatch.methods.delta import DeltaNetwork, stages_of
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.method import Method
-from modelpatch.methods.registry import make_method
+from modelpatch.methods.method import Method, confine
+from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.candidates import Candidate, describe, units
@@ -35,7 +31,6 @@ from modelpatch.select.halving import Effect, score_by_halving
 from modelpatch.select.profiling import Profile, profile_units
 from modelpatch.select.study import Score, Study, open_study
 
-METHODS = ("linear-probe", "scale-bias", "subset", "delta", "lora", "piggyback", "scale-bias+subset")
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
 SMALL = "float16"  # the dtype of patches that must keep a limit of bytes
@@ -107,7 +102,7 @@ class Search:
 def search(
     backbone: Backbone,
     data: Task,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     *,
     max_bytes: int | None = None,
     max_latency: float | None = None,
@@ -119,12 +114,14 @@ def search(
 ) -> Search:
     """Find and train the best patch of at most `max_bytes` that adds at most the share `max_latency` to the base's time.
 
-    At most `tries` proposals are trained; where there are more, a seeded draw leaves some out, but never the linear probe.
+    `methods` are spellings (see `make_method`), by default those in `Method.searched`. At most `tries` proposals are trained;
+    where there are more, a seeded draw leaves some out, but never the linear probe.
     `halving=0` trains all of them to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise.
     For the other options see `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the
     budget.
     """
     budget = Budget(bytes=max_bytes, latency=max_latency)
+    methods = spellings("searched") if methods is None else methods
     if max_bytes is not None:
         options.setdefault("dtype", SMALL)
     for name in methods:
@@ -209,12 +206,11 @@ def propose(
 def _forms(
     backbone: Backbone, spelled: str, sets: Sequence[tuple[str, ...]]
 ) -> Iterator[tuple[str, tuple[str, ...], Method]]:
-    """A method over every set of blocks, or as it is where it changes none; a Δ-network with every number of modules."""
+    """A method over every set of blocks, or as it is where it changes none; one with sizes of its own at each of them."""
     method = make_method(spelled)
     blueprint = method.blueprint(backbone)
-    if isinstance(method, DeltaNetwork):
-        for count in range(1, len(stages_of(backbone)) + 1):
-            yield f"{spelled} with {count} module{'s' if count > 1 else ''}", (), replace(method, modules=count)
+    if sizes := method.sizes(backbone):
+        yield from ((f"{spelled} {label}", (), sized) for label, sized in sizes)
         return
     yield spelled, (), method
     if blueprint.owned or blueprint.grafts:
@@ -224,14 +220,11 @@ def _forms(
 
 def _at_rates(method: Method) -> Iterator[tuple[str, Method]]:
     """The method at several learning rates; several methods in one patch, and the head alone, keep theirs."""
-    if isinstance(method, Composite | LinearProbe):
+    if len(method.members) > 1 or method.trains_head_alone:
         yield "", method
         return
     for rate in RATES:
-        own = method.method if isinstance(method, Confined) else method
-        changed = replace(own, lr=own.lr * rate)
-        scaled = Confined.of(changed, method.blocks) if isinstance(method, Confined) else changed
-        yield f", lr {own.lr * rate:.2g}", scaled
+        yield f", lr {method.lr * rate:.2g}", replace(method, lr=method.lr * rate)
 
 
 def _block_sets(backbone: Backbone, profiled: Profile) -> list[tuple[str, ...]]:
@@ -250,7 +243,7 @@ def _draw(able: list[Candidate], tries: int, seed: int, left_out: dict[str, str]
     if len(able) <= tries:
         return able
     places = list(range(len(able)))
-    kept = {place for place in places if isinstance(able[place].method, LinearProbe)}
+    kept = {place for place in places if able[place].method.trains_head_alone}
     others = [place for place in places if place not in kept]
     kept.update(random.Random(seed).sample(others, max(0, tries - len(kept))))
     left_out.update({able[place].name: f"not drawn among {tries} tries" for place in places if place not in kept})

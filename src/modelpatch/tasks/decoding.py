@@ -15,7 +15,8 @@ from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import TrainingError
-from modelpatch.heads.base import Decoder, HeadRecord, as_map, pooled_axes
+from modelpatch.heads.base import Decoder, HeadRecord
+from modelpatch.heads.reading import as_map, pooled_axes
 
 FINEST = 4  # stride of the finest map, unless all are finer
 HIDDEN = 64  # channels of a decoder's own layers: a fourth of the papers', since they are part of each patch
@@ -70,7 +71,7 @@ def make_decoder(
             f"no segment of {backbone.spec} gives a map whose side divides {pixels} px. Choose another image_size."
         )
     record = HeadRecord(
-        kind=decoding.head,  # type: ignore[arg-type]
+        kind=decoding.head,
         features=sum(one.width for one in chosen),
         outputs=classes,
         taps=tuple(one.segment for one in chosen),

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.heads.base import HeadInput
+from modelpatch.heads.reading import HeadInput
 from modelpatch.tasks.decoding import Decoding, coarsest, fine
 from modelpatch.tasks.drawing import Corners, draw_frames, named_colors, palette
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
@@ -119,7 +119,7 @@ class BoxMeter(Meter):
         wanted = [
             {"boxes": one["boxes"], "labels": one["labels"], "iscrowd": one["difficult"].long()} for one in targets
         ]
-        from modelpatch.heads.detectors import unpack
+        from modelpatch.heads.detector import unpack
 
         self._precision.update([unpack(answer) for answer in answers], wanted)
         self.images += len(answers)
@@ -171,7 +171,7 @@ class Detection(Kind):
 
     def run_head(self, head: nn.Module, read: HeadInput, targets: list[Objects]) -> Tensor:
         """The detector's loss."""
-        from modelpatch.heads.detectors import Detector
+        from modelpatch.heads.detector import Detector
 
         assert isinstance(head, Detector) and isinstance(read, tuple)  # noqa: PT018
         return head.losses(read, targets)

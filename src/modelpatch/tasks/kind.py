@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Framing, ImageSource, Preprocessing, open_image
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
-from modelpatch.heads.base import Decoder, HeadInput
+from modelpatch.heads.base import Decoder
+from modelpatch.heads.reading import HeadInput
 from modelpatch.registry import Registry
 from modelpatch.tasks.decoding import Decoding, make_decoder
 

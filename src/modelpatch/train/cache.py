@@ -100,7 +100,7 @@ def make_prefix(backbone: Backbone, model: PatchedModel, images: int) -> Prefix:
     Folded segments agree with the model's to rounding and take less time; making them takes as long as some hundred images.
     A head that reads inner segments needs the model's own, which keep what they pool.
     """
-    if images < FOLDING or model.taps or backbone.device.type != "cpu":
+    if images < FOLDING or model.reading.inner or backbone.device.type != "cpu":
         return partial(run_prefix, model)
     frozen = FrozenBackbone(backbone, Tuning(channels_last=True, fold=True, piece_bytes=CACHE))
     return torch.no_grad()(frozen.run)

@@ -237,7 +237,7 @@ class SharedInputs:
         images = ImageRows(shared.store, rows)
         if not cache_worthwhile(shared.backbone, model.first):
             return PlainInputs(images, augmentation, shared.seed)
-        if model.taps:  # its head reads more than one boundary
+        if model.reading.inner:  # its head reads more than one boundary
             count = max(shared.views, 1) if augmented else 1
             return CachedInputs(
                 partial(run_prefix, model), images, model.first, augmentation, count, shared.seed, shared.memory

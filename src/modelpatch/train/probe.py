@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelpatch.heads.base import LinearHead
+from modelpatch.heads.linear import LinearHead
 
 STRENGTH = 1e-3
 
