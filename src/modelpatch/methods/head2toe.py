@@ -43,7 +43,6 @@ class Head2Toe(LinearProbe):
     paper: ClassVar[str] = "Evci et al., Head2Toe, ICML 2022"
     order = 1
     compared = ("head2toe",)
-    searched = ()
 
     keep: Share = 0.25
     lasso: NonNegativeFloat = 1e-4

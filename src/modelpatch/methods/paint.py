@@ -57,7 +57,6 @@ class Paint(FullFinetune):
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "Ilharco et al., Patching open-vocabulary models by interpolating weights, NeurIPS 2022"
     order = 11
-    compared = ()
     shares_across_tasks = False
     stands_alone = True
 

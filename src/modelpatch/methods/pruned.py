@@ -46,6 +46,8 @@ class Pruned(Subset):
     """
 
     name: ClassVar[str] = "pruned"
+    order = 5
+    shares_across_tasks = False
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
     scope: Literal["local", "global"] = "local"

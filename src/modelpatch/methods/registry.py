@@ -21,10 +21,12 @@ __all__ = ["METHODS", "make_method", "spellings", "split_outside", "sweep"]
 
 
 def spellings(attribute: str) -> tuple[str, ...]:
-    """The spellings that registered methods list in `compared` or `searched`: single methods from small patches to large, then
-    combinations."""
+    """The spellings that registered methods list in `compared` or `searched`.
+
+    Single methods come first, from small patches to large, then combinations.
+    """
     kinds = sorted(METHODS.values(), key=lambda kind: kind.order)
-    listed = [spelled for kind in kinds for spelled in getattr(kind, attribute)]
+    listed = [spelled for kind in kinds for spelled in vars(kind).get(attribute, ())]
     return tuple(sorted(listed, key=lambda spelled: len(split_outside(spelled, "+"))))
 
 
