@@ -26,7 +26,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 import modelpatch as mp
 from common import mobilenet, report, timed, untrained
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import encode_patch
 from modelpatch.store import Version
 
 Put = Callable[[str, bytes], None]

@@ -65,8 +65,8 @@ NAMES: dict[str, dict[str, str]] = {  # by old place: names and their new places
     },
 }
 MODULES = {  # modules whose paths the documentation named
-    "modelpatch.patch.detectors": "modelpatch.heads.detectors",
-    "modelpatch.patch.heads": "modelpatch.heads.base",
+    "modelpatch.patch.detectors": "modelpatch.heads",
+    "modelpatch.patch.heads": "modelpatch.heads",
 }
 
 Face = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
@@ -110,7 +110,8 @@ class MovedModules:
         """Fill the module with the names of its new place."""
         new = MODULES[module.__name__]
         _warn(module.__name__, new)
-        module.__dict__.update({k: v for k, v in vars(importlib.import_module(new)).items() if not k.startswith("__")})
+        place = importlib.import_module(new)
+        module.__dict__.update({name: getattr(place, name) for name in place.__all__})
 
 
 def _warn(old: str, new: str) -> None:

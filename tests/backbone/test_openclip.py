@@ -16,7 +16,8 @@ from modelpatch.backbone.text_tower import SentenceEncoder, load_text
 from modelpatch.errors import BackboneError, MissingExtraError, PatchError, UnknownBackboneError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.contents import BackboneRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import BackboneRecord
 from tolerance import close
 
 

@@ -13,7 +13,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert import extract
 from modelpatch.convert.calibrate import calibrate
 from modelpatch.errors import TrainingError
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import decode_patch, encode_patch
 
 IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

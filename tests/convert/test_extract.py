@@ -20,8 +20,7 @@ from modelpatch.convert.exporting import state_dict_of
 from modelpatch.convert.extraction import DELTA_CODECS, factorise
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchError
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from tolerance import close
 
 

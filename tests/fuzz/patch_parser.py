@@ -29,7 +29,8 @@ if __name__ == "__main__":
         import modelpatch.patch.file  # noqa: F401
 
 from modelpatch.errors import PatchFileError
-from modelpatch.patch.file import KEY, ZEROS, canonical, decode_patch, encode_patch
+from modelpatch.patch.contents import decode_patch, encode_patch
+from modelpatch.patch.file import KEY, ZEROS, canonical
 
 CORPUS = Path(__file__).with_name("corpus")
 LINE = b"\n-----\n"

@@ -14,8 +14,7 @@ from conftest import draft_patch, make_tiny
 from modelpatch import methods
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_signs, snap_sizes
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import Patch, encode_patch
 
 
 def make_patches() -> dict[str, Patch]:

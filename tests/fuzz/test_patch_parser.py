@@ -18,7 +18,7 @@ import pytest
 from patch_parser import CORPUS, assemble, mutate, read_twice, split, try_input
 
 from modelpatch.patch.codec import PACKED, PLAIN, SIGNS, SIZES
-from modelpatch.patch.file import decode_patch
+from modelpatch.patch.contents import decode_patch
 
 RUNS = int(os.environ.get("MODELPATCH_FUZZ", "3000"))
 SECONDS = 1.0  # for one input

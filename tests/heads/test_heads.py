@@ -17,8 +17,7 @@ from modelpatch.heads.detector import Detector
 from modelpatch.heads.reading import Read
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.blueprint import Blueprint
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
 

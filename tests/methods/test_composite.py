@@ -25,7 +25,7 @@ from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import make_method, split_outside, sweep
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import decode_patch, encode_patch
 from modelpatch.train import fit
 from tolerance import close
 

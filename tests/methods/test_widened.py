@@ -25,8 +25,7 @@ from modelpatch.methods.registry import make_method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import ExtraFilters, ExtraSettings, Widened, WidenedBlock, add_filters
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import fit
 from tolerance import close

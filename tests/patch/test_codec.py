@@ -20,8 +20,7 @@ from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.subset import Subset
 from modelpatch.patch import entropy
 from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, snap_sizes, unpack
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 
 
 @st.composite

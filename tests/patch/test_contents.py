@@ -24,7 +24,8 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import PLAIN
-from modelpatch.patch.contents import BackboneRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.record import TaskRecord
 from tolerance import close

@@ -34,8 +34,8 @@ from modelpatch.errors import (
     UnknownPatchVersionError,
 )
 from modelpatch.patch.codec import PLAIN
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import KEY, VERSION, ZEROS, canonical, decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
+from modelpatch.patch.file import KEY, VERSION, ZEROS, canonical
 from modelpatch.tasks.record import TaskRecord
 
 

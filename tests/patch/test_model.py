@@ -23,8 +23,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import _BUILDERS, Blueprint, Graft, register_graft
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
 

@@ -22,8 +22,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import COMPARED
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.patch.file import encode_patch
-from modelpatch.patch.inspect import Inspection
+from modelpatch.patch.contents import encode_patch
 from modelpatch.recipes.comparison import Comparison, Row
 from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
@@ -108,7 +107,7 @@ def test_an_inspection_says_which_numbers_int8_left_alone(tiny: Backbone) -> Non
 @pytest.mark.parametrize("method", [ScaleBias(), DeltaNetwork(modules=2), Piggyback(), ScaleBias() + Piggyback()])
 def test_the_bytes_of_spans_head_and_header_add_up_to_the_file(tiny: Backbone, method: Method) -> None:
     patch = draft_patch(tiny, method)
-    inspection = Inspection.of(patch, tiny.chain)
+    inspection = patch.inspect(tiny.chain)
     spans = {span.segments: span for span in inspection.spans}
     assert tuple(spans) == patch.blueprint.spans(tiny.chain)
     rest = sum(part.bytes for part in inspection.parts if part.span is None)

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from conftest import draft_patch
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import encode_patch
 from modelpatch.serve import app as application
 from modelpatch.serve import body
 from modelpatch.serve.problems import MEDIA_TYPE, Problem

@@ -23,8 +23,7 @@ from conftest import draft_patch
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.client import Client
 from modelpatch.serve.problems import Problem
 from modelpatch.store.store import Store

@@ -22,8 +22,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.settings import Settings

@@ -21,7 +21,7 @@ from modelpatch.errors import (
     TaggedVersionError,
     UnknownPatchError,
 )
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import encode_patch
 from modelpatch.store.store import Store
 
 TINY = make_tiny()

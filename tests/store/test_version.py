@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import draft_patch, make_tiny
 from modelpatch.errors import DamagedPatchError, InvalidReferenceError
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import encode_patch
 from modelpatch.store.version import NAME, Version, check_name, check_tag, parse_reference
 
 PATCH = replace(

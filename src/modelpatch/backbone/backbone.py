@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,7 @@ from modelpatch.backbone.chain import Chain, build_chain
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.text_tower import TextTower
-from modelpatch.errors import BackboneChangedError, BackboneError, UntraceableBackboneError
-
-if TYPE_CHECKING:
-    from modelpatch.patch.contents import Patch
-    from modelpatch.patch.model import PatchedModel
+from modelpatch.errors import BackboneChangedError, BackboneError, PatchError, UntraceableBackboneError
 
 
 class Backbone:
@@ -27,6 +23,8 @@ class Backbone:
     holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
     `segment_names` are the modules that were named to cut it.
     """
+
+    _build_patched: ClassVar[Callable[[Backbone, Any], Any] | None] = None
 
     def __init__(
         self,
@@ -119,15 +117,20 @@ class Backbone:
         """The base's own logits (B, K) for normalised images (B, C, H, W)."""
         return self.module(images)
 
-    def patched(self, patch: Patch) -> PatchedModel:
-        """The model of a patch's task: a plain `nn.Module` from images (B, C, H, W) to logits.
+    def patched(self, patch: Any) -> Any:
+        """The model of a `Patch`: a `PatchedModel`, which is an ordinary `nn.Module` from images (B, C, H, W) to answers.
 
         Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for one whose tensors do
-        not fit.
+        not fit, `PatchError` for anything else than a patch.
         """
-        from modelpatch.patch.model import PatchedModel  # the one upward step: a convenience on the object users hold
+        if Backbone._build_patched is None:
+            raise PatchError(f"{patch!r:.200} is not a patch. Expected a Patch, such as Patch.load(path).")
+        return Backbone._build_patched(self, patch)
 
-        return PatchedModel(self, patch)
+    @classmethod
+    def register_patched(cls, build: Callable[[Backbone, Any], Any]) -> None:
+        """Register the function or class that makes the model of a patch. `modelpatch.patch` does when it is imported."""
+        cls._build_patched = staticmethod(build)
 
     @torch.no_grad()
     def check_image_size(self, pixels: int) -> None:

@@ -47,8 +47,6 @@ def inspect(
     """
 
     from modelpatch.cli.loading import OWN, backbone_of, find_device
-    from modelpatch.patch.contents import Patch
-    from modelpatch.patch.inspect import Inspection
     from modelpatch.report.plots import plot_inspection
     from modelpatch.report.tables import inspection_table, parts_table, show
 
@@ -66,7 +64,7 @@ def inspect(
     elif backbone is not None or data is not None:
         base = backbone_of(loaded, patch, backbone, arguments, find_device("cpu"))
         chain = base.chain
-    inspection = Inspection.of(loaded, chain)
+    inspection = loaded.inspect(chain)
     show(console, inspection_table(inspection))
     console.print()
     show(console, parts_table(inspection))

@@ -42,7 +42,6 @@ def merge(
 
     from modelpatch.cli.loading import at_alpha
     from modelpatch.convert.merging import merge as run_merge
-    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import inspection_table, show
 
     console = open_console(json)
@@ -78,7 +77,6 @@ def diff(
     """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
 
     from modelpatch.convert.difference import diff as run_diff
-    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import difference_tables, show
 
     console = open_console(json)

@@ -94,7 +94,6 @@ def predict(
     from modelpatch.cli.loading import backbone_of, find_device, naming, read_answering
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import BASE, Engine
-    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import prediction_table, show
     from modelpatch.tasks.kind import kind_of
 

@@ -32,7 +32,8 @@ from modelpatch.convert.checkpoint import match_names, read_checkpoint
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
-from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 

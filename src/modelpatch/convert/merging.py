@@ -24,7 +24,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.changes import resolve
-from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 
 Rule = Literal["sum", "ties", "dare"]

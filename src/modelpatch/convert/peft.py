@@ -40,7 +40,8 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, require_peft, weight_name
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
-from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

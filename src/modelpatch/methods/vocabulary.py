@@ -29,7 +29,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.text_tower import TextTower, load_text
 from modelpatch.errors import BackboneError, DataError
 from modelpatch.heads.cosine import CosineHead
-from modelpatch.patch.contents import MethodRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 
 TEMPLATES = ("a photo of a {}.",)

@@ -2,7 +2,7 @@ from .blueprint import Blueprint as Blueprint
 from .blueprint import Graft as Graft
 from .blueprint import register_graft as register_graft
 from .changes import Reweighting as Reweighting
-from .contents import BackboneRecord as BackboneRecord
-from .contents import MethodRecord as MethodRecord
 from .contents import Patch as Patch
+from .header import BackboneRecord as BackboneRecord
+from .header import MethodRecord as MethodRecord
 from .model import PatchedModel as PatchedModel

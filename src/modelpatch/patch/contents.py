@@ -1,4 +1,4 @@
-"""A patch: what turns a frozen backbone into the model for one task."""
+"""A patch: tensors, a head and a task that turn a frozen backbone into the model for the task."""
 
 from __future__ import annotations
 
@@ -8,106 +8,30 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from torch import Tensor
 
+from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.described import Arguments
-from modelpatch.backbone.fingerprint import Fingerprint, hash_tensors
+from modelpatch.backbone.chain import Chain
+from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.backbone.sources.openclip import NAME as OPENCLIP
 from modelpatch.errors import NotAPatchError, PatchError, WrongBackboneError
 from modelpatch.heads.base import HeadRecord
+from modelpatch.patch import hub
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
+from modelpatch.patch.entropy import MAX_BITS
+from modelpatch.patch.file import VERSION, ZEROS, decode_file, encode_file
+from modelpatch.patch.header import BackboneRecord, Header, MethodRecord
+from modelpatch.patch.inspect import Inspection
 from modelpatch.tasks.record import TaskRecord
-from modelpatch.text import Facts, Text, first_problem
-
-if TYPE_CHECKING:
-    from modelpatch.patch.inspect import Inspection
+from modelpatch.text import first_problem
 
 CHANGES = ("replace/", "mask/", "delta/", "left/", "right/")
-CUSTOM = "custom"  # the method of a patch whose maker named none
-HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
-
-
-class BackboneRecord(BaseModel):
-    """Which frozen network a patch belongs to: how to load it, its content hashes, and its size to compare with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    spec: Text
-    arguments: Arguments = {}
-    fingerprint: Fingerprint
-    parameters: int = Field(gt=0)
-    bytes: int = Field(gt=0)
-
-    @field_validator("spec")
-    @classmethod
-    def _no_path(cls, spec: str) -> str:
-        """No folder of this machine: neither in a file's name nor where timm would look for a model."""
-        kind, separator, name = spec.partition(":")
-        source, _, repository = name.rpartition(":")
-        if kind == "timm" and source:
-            plain = source.lower() in HUBS and not repository.startswith((".", "/"))
-        elif kind == "openclip":
-            plain = OPENCLIP.fullmatch(name) is not None
-        else:
-            plain = Path(name).name == name
-        if not separator or not plain:
-            raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
-        return spec
-
-    @property
-    def hub(self) -> str | None:
-        """The repository that `spec` names if anybody may have put the network there, for a person to decide on."""
-        source, _, repository = self.spec.removeprefix("timm:").partition(":")
-        return repository if source.lower() in HUBS else None
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> BackboneRecord:
-        """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
-        parameters = list(backbone.module.parameters())
-        try:
-            return cls(
-                spec=backbone.spec,
-                arguments=backbone.arguments,
-                fingerprint=backbone.fingerprints,
-                parameters=sum(parameter.numel() for parameter in parameters),
-                bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
-            )
-        except ValidationError as error:
-            raise PatchError(
-                f"no patch file could say how {backbone.spec} was loaded: {first_problem(error)}. Build the network "
-                "yourself and give the module to load_backbone."
-            ) from error
-
-
-class MethodRecord(BaseModel):
-    """The method that made a patch, with every hyperparameter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Text
-    hyperparameters: Facts = {}
-
-    @classmethod
-    def of(cls, method: Any) -> MethodRecord:
-        """The record of a method, of a name, or of training that no method of this library did (None).
-
-        Raises `PatchError` for anything else.
-        """
-        if isinstance(method, MethodRecord):
-            return method
-        if method is None or isinstance(method, str):
-            return cls(name=method or CUSTOM)
-        try:
-            return cls(name=method.name, hyperparameters=method.hyperparameters())
-        except (AttributeError, TypeError) as error:
-            raise PatchError(f"method is {method!r}; expected a method of modelpatch.methods or a name.") from error
 
 
 class HasTask(Protocol):
@@ -178,7 +102,7 @@ class Patch:
 
     @cached_property
     def blueprint(self) -> Blueprint:
-        """What the patched model is built from: the changed tensors' names and the grafts."""
+        """The structure of the patched model: the names of the changed tensors and the grafts."""
         owned = {name.partition("/")[2] for name in self.tensors if name.startswith(CHANGES)}
         return Blueprint(owned=tuple(sorted(owned)), grafts=self.grafts)
 
@@ -196,32 +120,56 @@ class Patch:
             + hash_tensors([(self.backbone.fingerprint.chain + grafts, torch.zeros(0))])[:32]
         )
 
+    @property
+    def header(self) -> Header:
+        """Everything but the tensors, as a patch file has it. Raises `PatchError` for metrics or facts that are not JSON."""
+        try:
+            return Header(
+                version=VERSION,
+                backbone=self.backbone,
+                task=self.task,
+                preprocessing=self.preprocessing,
+                head=self.head,
+                method=self.method,
+                grafts=self.grafts,
+                strength=self.strength,
+                codecs={},
+                metrics=dict(self.metrics),
+                created=dict(self.created),
+                sha256=ZEROS,
+            )
+        except (TypeError, ValueError) as error:
+            raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
+
     @classmethod
     def load(cls, path: str | Path) -> Patch:
         """Read a patch file, checking everything that can be checked without the backbone.
 
         Raises a `PatchFileError` that names what is wrong with the file.
         """
-        from modelpatch.patch.file import read_patch
-
         if not isinstance(path, str | PathLike):
             raise NotAPatchError(f"{path!r} is no path. Expected that of a patch file.")
-        return read_patch(Path(path))
+        try:
+            data = Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
+        return decode_patch(data, str(path))
 
     def save(self, path: str | Path, *, compress: bool = True) -> Path:
         """Write the patch atomically and durably. Returns the path.
 
         Masks are entropy-coded where that is smaller and `constriction` is installed, unless `compress` is False.
         """
-        from modelpatch.patch.file import write_patch
+        write_bytes(Path(path), encode_patch(self, compress))
+        return Path(path)
 
-        return write_patch(self, Path(path), compress)
+    def inspect(self, chain: Chain | None = None) -> Inspection:
+        """Figures of the patch: per span, bytes, hashes and metrics. `print()` them.
 
-    def inspect(self) -> Inspection:
-        """What the patch holds: per span, bytes, hashes and metrics. `print()` it."""
-        from modelpatch.patch.inspect import Inspection
-
-        return Inspection.of(self)
+        A file does not say which segment a tensor belongs to: with the backbone's `chain` every part has its span, without it
+        only added modules have. Raises `ForeignTensorError` for another backbone's chain.
+        """
+        return Inspection.of(self.header, self.tensors, self.int8, self.blueprint, self.content_hash, chain)
 
     def astype(self, dtype: str) -> Patch:
         """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
@@ -287,17 +235,15 @@ class Patch:
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the patch and a model card with its measured figures. Returns the commit's URL."""
-        from modelpatch.store.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, private=private, token=token)
+        """Upload the patch and a model card with its measured figures to the Hugging Face hub. Returns the commit's URL."""
+        card = hub.model_card(self.inspect(), self.task.classes, repo_id)
+        message = f"Add the patch {self.task.name} ({self.method.name})"
+        return hub.upload(encode_patch(self), card, repo_id, message, private=private, token=token)
 
     @classmethod
     def from_pretrained(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Patch:
-        """Download a patch and check it like any file."""
-        from modelpatch.store.hub import from_pretrained
-
-        return from_pretrained(repo_id, revision=revision, token=token)
+        """Download a patch from the Hugging Face hub and check it like any file."""
+        return decode_patch(hub.download(repo_id, revision=revision, token=token), f"{repo_id}/{hub.FILE}")
 
     def __repr__(self) -> str:
         numbers = sum(tensor.numel() for tensor in self.tensors.values())
@@ -321,20 +267,28 @@ def record_task(task: PatchTask) -> TaskRecord:
         raise PatchError(f"{task!r:.200} is not a task. Expected a Task, a TaskRecord or (name, classes).") from error
 
 
-class Header(BaseModel):
-    """The canonical JSON in a patch file's metadata. `sha256` is over the whole file with this field as zeros."""
+def encode_patch(patch: Patch, compress: bool = True) -> bytes:
+    """The bytes of a patch's file. Raises `PatchError` for a patch that no reader would accept."""
+    return encode_file(patch.header, patch.tensors, patch.int8, compress)
 
-    model_config = ConfigDict(extra="forbid")
 
-    version: int
-    backbone: BackboneRecord
-    task: TaskRecord
-    preprocessing: Preprocessing
-    head: HeadRecord
-    method: MethodRecord
-    grafts: tuple[Graft, ...]
-    strength: float = Field(ge=0, le=1)
-    codecs: dict[str, str]
-    metrics: Facts
-    created: Facts
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> Patch:
+    """A patch from a file's bytes; `name` stands for the file in error messages.
+
+    A file of masks may unfold to thousands of times its bytes: `most` bounds how many numbers its masks may have. Readers of
+    untrusted files give the backbone's own number. Raises what `decode_file` does.
+    """
+    header, tensors = decode_file(data, name, most)
+    return Patch(
+        backbone=header.backbone,
+        task=header.task,
+        preprocessing=header.preprocessing,
+        head=header.head,
+        method=header.method,
+        grafts=header.grafts,
+        int8=frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8"),
+        strength=header.strength,
+        tensors=tensors,
+        metrics=header.metrics,
+        created=header.created,
+    )

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import struct
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -24,7 +24,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from modelpatch.atomic import write_bytes
 from modelpatch.errors import (
     DamagedPatchError,
     HostileNameError,
@@ -36,8 +35,8 @@ from modelpatch.errors import (
     UnknownPatchVersionError,
 )
 from modelpatch.patch.codec import pack, unpack
-from modelpatch.patch.contents import Header, Patch
 from modelpatch.patch.entropy import MAX_BITS
+from modelpatch.patch.header import Header
 from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, first_problem
 
 VERSION = 1
@@ -45,35 +44,37 @@ KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
-SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
 
 
-def encode_patch(patch: Patch, compress: bool = True) -> bytes:
-    """The file's bytes. Raises `PatchError` for a patch that no reader would accept."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors.items()}
-    for name, tensor in tensors.items():
+def encode_file(
+    header: Header, tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
+) -> bytes:
+    """The bytes of a file with this header, whose codecs and hash are filled in, and these tensors.
+
+    `int8` names the tensors that are stored as integers. Raises `PatchError` for what no reader would accept.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in plain.items():
         _check_name(name, TENSOR_NAME)
         _check_finite(name, tensor)
     try:
-        stored, codecs = pack(tensors, patch.int8, compress)
+        stored, codecs = pack(plain, int8, compress)
     except ValueError as error:
         raise PatchError(f"the patch cannot be written: {error}.") from error
+    described = header.model_dump() | {"codecs": codecs, "sha256": ZEROS}
+    if not described["head"]["options"]:
+        del described["head"]["options"]  # which earlier versions do not read
     try:
-        header = Header(
-            version=VERSION,
-            backbone=patch.backbone,
-            task=patch.task,
-            preprocessing=patch.preprocessing,
-            head=patch.head,
-            method=patch.method,
-            grafts=patch.grafts,
-            strength=patch.strength,
-            codecs=codecs,
-            metrics=dict(patch.metrics),
-            created=dict(patch.created),
-            sha256=ZEROS,
-        )
-        text = canonical(header.model_dump())
+        text = canonical(described)
     except (TypeError, ValueError) as error:
         raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
     data = bytearray(safetensors.torch.save(stored, {KEY: text}))
@@ -82,38 +83,22 @@ def encode_patch(patch: Patch, compress: bool = True) -> bytes:
     return bytes(data)
 
 
-def write_patch(patch: Patch, path: Path, compress: bool = True) -> Path:
-    """Write a patch file atomically and durably. Returns the path."""
-    write_bytes(path, encode_patch(patch, compress))
-    return path
+def decode_file(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> tuple[Header, dict[str, Tensor]]:
+    """The header and the patch's tensors of a file's bytes; `name` stands for the file in error messages.
 
-
-def read_patch(path: Path) -> Patch:
-    """Read and check a patch file. Raises a `PatchFileError` that names the file and what is wrong with it."""
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
-    return decode_patch(data, str(path))
-
-
-def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> Patch:
-    """A patch from a file's bytes; `name` stands for the file in error messages.
-
-    A file of masks may unfold to thousands of times its bytes: `most` bounds how many numbers its masks may have. Whoever
-    reads files of strangers gives the backbone's own number.
+    `most` bounds how many numbers the masks may have.
 
     Raises `NotAPatchError`, `PatchLengthError`, `UnknownPatchVersionError`, `DamagedPatchError`, `HostileNameError`,
     `NonFiniteTensorError` or `InvalidPatchError`; `MissingExtraError` for entropy-coded masks without `constriction`.
     """
     outer, payload_start = _read_outer(data, name)
-    described = _read_json(outer["__metadata__"][KEY], name)
+    text = outer["__metadata__"][KEY]
+    described = _read_json(text, name)
     version = described.get("version")
     if type(version) is not int or version != VERSION:
         raise UnknownPatchVersionError(
             f"{name} is a patch of format version {version!r}; this library reads version {VERSION}. Upgrade modelpatch."
         )
-    text = outer["__metadata__"][KEY]
     try:
         _check_table(outer, len(data) - payload_start, name)
     except InvalidPatchError:
@@ -122,13 +107,10 @@ def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> 
     _check_hash(data, described, text, name)
     for tensor_name in outer.keys() - {"__metadata__"}:
         _check_name(tensor_name, STORED_NAME, name)
-    header = _validate(text, name)
+    header = _validate(described, name)
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
-    try:
-        stored = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise InvalidPatchError(f"{name}: its table of tensors is not valid: {error}.") from error
+    stored = {key: _tensor(data, payload_start, entry) for key, entry in outer.items() if key != "__metadata__"}
     for tensor_name, tensor in stored.items():
         _check_finite(tensor_name, tensor, name)
     try:
@@ -136,19 +118,7 @@ def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> 
     except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     _check_head(header, tensors, name)
-    return Patch(
-        backbone=header.backbone,
-        task=header.task,
-        preprocessing=header.preprocessing,
-        head=header.head,
-        method=header.method,
-        grafts=header.grafts,
-        int8=frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8"),
-        strength=header.strength,
-        tensors=tensors,
-        metrics=header.metrics,
-        created=header.created,
-    )
+    return header, tensors
 
 
 def canonical(value: Any) -> str:
@@ -220,7 +190,7 @@ def _span(entry: dict[str, Any]) -> tuple[int, int]:
         raise ValueError(f"a side of {str(wrong[0])[:80]!r}")
     if math.prod(max(side, 1) for side in shape) > MAX_SIDES:
         raise ValueError("sides whose product is larger than any tensor")
-    if end - start != math.prod(shape) * SIZES[dtype]:
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError("length and shape disagree")
     return start, end
 
@@ -267,12 +237,28 @@ def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> 
         )
 
 
-def _validate(text: str, name: str) -> Header:
+def _validate(described: dict[str, Any], name: str) -> Header:
     try:
-        return Header.model_validate_json(text, strict=True)
+        return Header.model_validate(_with_tuples(described), strict=True)
     except ValidationError as error:
         kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
         raise kind(f"{name}: the header's {first_problem(error)}.") from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that the header's models have; free facts keep their lists."""
+    if isinstance(value, dict):
+        return {key: item if key in FREE else _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _tensor(data: bytes, payload: int, entry: dict[str, Any]) -> Tensor:
+    """A copy of a tensor of the payload, whose entry was checked."""
+    start, end = entry["data_offsets"]
+    if start == end:
+        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+    piece = bytearray(memoryview(data)[payload + start : payload + end])
+    return torch.frombuffer(piece, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:

@@ -1,23 +1,24 @@
-"""What a patch holds, for people and for scripts."""
+"""Figures of a patch, for people and for scripts: its parts, bytes, hashes and metrics."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modelpatch.backbone.chain import Chain
+from modelpatch.patch.blueprint import Blueprint, Span
 from modelpatch.patch.codec import SCALE, STREAM, WHERE, pack
 from modelpatch.patch.entropy import entropy_bits
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.file import encode_file
+from modelpatch.patch.header import Header
 
-if TYPE_CHECKING:
-    from modelpatch.backbone.chain import Chain
-    from modelpatch.patch.blueprint import Span
-    from modelpatch.patch.contents import Patch
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,38 +109,44 @@ class Inspection:
     created: dict[str, Any]
 
     @classmethod
-    def of(cls, patch: Patch, chain: Chain | None = None) -> Inspection:
-        """What the patch holds. A file does not say which segment a tensor belongs to: with the backbone's `chain` every
-        part has its span, without it only added modules have. Raises `ForeignTensorError` for another backbone's chain.
-        """
-        sizes, codecs = _stored_bytes(patch)
-        parts = _parts(patch, chain, sizes, codecs)
-        data = encode_patch(patch)
+    def of(
+        cls,
+        header: Header,
+        tensors: Tensors,
+        int8: Collection[str],
+        blueprint: Blueprint,
+        content_hash: str,
+        chain: Chain | None = None,
+    ) -> Inspection:
+        """The figures of a patch, see `Patch.inspect`."""
+        sizes, codecs = _stored_bytes(tensors, int8)
+        parts = _parts(tensors, () if chain is None else blueprint.spans(chain), chain, sizes, codecs)
+        data = encode_file(header, tensors, int8)
         tensor_bytes = round(sum(sizes.values()))
         return cls(
-            task=patch.task.name,
-            kind=patch.task.kind,
-            classes=len(patch.task.classes),
-            method=patch.method.name,
-            hyperparameters=dict(patch.method.hyperparameters),
-            backbone=patch.backbone.spec,
-            backbone_parameters=patch.backbone.parameters,
-            backbone_bytes=patch.backbone.bytes,
-            fingerprint=patch.backbone.fingerprint.whole,
-            image_size=patch.preprocessing.image_size,
+            task=header.task.name,
+            kind=header.task.kind,
+            classes=len(header.task.classes),
+            method=header.method.name,
+            hyperparameters=dict(header.method.hyperparameters),
+            backbone=header.backbone.spec,
+            backbone_parameters=header.backbone.parameters,
+            backbone_bytes=header.backbone.bytes,
+            fingerprint=header.backbone.fingerprint.whole,
+            image_size=header.preprocessing.image_size,
             spans=_spans(parts, chain),
             parts=parts,
             header_bytes=len(data) - tensor_bytes,
-            masks=_mask_figures(patch, sizes),
-            strength=patch.strength,
+            masks=_mask_figures(tensors, sizes),
+            strength=header.strength,
             numbers=sum(part.numbers for part in parts),
-            stored=_numbers(patch, codecs),
+            stored=_numbers(tensors, codecs),
             tensor_bytes=tensor_bytes,
             file_bytes=len(data),
             file_sha256=hashlib.sha256(data).hexdigest(),
-            content_hash=patch.content_hash,
-            metrics=dict(patch.metrics),
-            created=dict(patch.created),
+            content_hash=content_hash,
+            metrics=dict(header.metrics),
+            created=dict(header.created),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -161,11 +168,12 @@ class Inspection:
         )
 
 
-def _parts(patch: Patch, chain: Chain | None, sizes: dict[str, float], codecs: dict[str, str]) -> tuple[Part, ...]:
+def _parts(
+    tensors: Tensors, spans: tuple[Span, ...], chain: Chain | None, sizes: dict[str, float], codecs: dict[str, str]
+) -> tuple[Part, ...]:
     """One part a module that holds tensors of the patch, in the order of spans, then of names, the head last."""
-    spans = () if chain is None else patch.blueprint.spans(chain)
     groups: dict[tuple[str, str, Span | None], list[str]] = {}
-    for name in sorted(patch.tensors):  # a file that was read has them in no order
+    for name in sorted(tensors):  # a file that was read has them in no order
         groups.setdefault((*_group(name), _span(name, chain, spans)), []).append(name)
     parts = []
     done, written = 0.0, 0
@@ -176,10 +184,10 @@ def _parts(patch: Patch, chain: Chain | None, sizes: dict[str, float], codecs: d
                 name=name,
                 kind=kind,
                 tensors=len(members),
-                numbers=sum(patch.tensors[member].numel() for member in members),
+                numbers=sum(tensors[member].numel() for member in members),
                 bytes=round(done) - written,  # shares of a stream are rounded so that they add up to it
                 codecs=tuple(sorted({codecs[member].partition(":")[0] for member in members})),
-                kept=_kept([patch.tensors[member] for member in members]) if kind == "mask" else None,
+                kept=_kept([tensors[member] for member in members]) if kind == "mask" else None,
                 span=span,
             )
         )
@@ -187,11 +195,11 @@ def _parts(patch: Patch, chain: Chain | None, sizes: dict[str, float], codecs: d
     return tuple(parts)
 
 
-def _numbers(patch: Patch, codecs: dict[str, str]) -> dict[str, int]:
-    """How many numbers every kind of codec stores, most first."""
+def _numbers(tensors: Tensors, codecs: dict[str, str]) -> dict[str, int]:
+    """The number of values that every kind of codec stores, most first."""
     counts: Counter[str] = Counter()
     for name, codec in codecs.items():
-        counts[codec.partition(":")[0]] += patch.tensors[name].numel()
+        counts[codec.partition(":")[0]] += tensors[name].numel()
     return dict(counts.most_common())
 
 
@@ -220,16 +228,16 @@ def _spans(parts: tuple[Part, ...], chain: Chain | None) -> tuple[SpanFigures, .
     return tuple(figures)
 
 
-def _stored_bytes(patch: Patch) -> tuple[dict[str, float], dict[str, str]]:
+def _stored_bytes(tensors: Tensors, int8: Collection[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Bytes and codec of every tensor in the file."""
-    stored, codecs = pack({name: tensor.detach().cpu() for name, tensor in patch.tensors.items()}, patch.int8)
+    stored, codecs = pack({name: tensor.detach().cpu() for name, tensor in tensors.items()}, int8)
     sizes: dict[str, float] = {}
-    for name in patch.tensors:
+    for name in tensors:
         entries = (name, SCALE + name, WHERE + name)
         sizes[name] = sum(stored[entry].nbytes for entry in entries if entry in stored)
     if STREAM in stored:
         coded = [name for name, codec in codecs.items() if codec.startswith("entropy-")]
-        bounds = {name: entropy_bound(patch.tensors[name]) for name in coded}
+        bounds = {name: entropy_bound(tensors[name]) for name in coded}
         for name in coded:
             share = bounds[name] / sum(bounds.values()) if sum(bounds.values()) else 1 / len(coded)
             sizes[name] += stored[STREAM].nbytes * share
@@ -247,8 +255,8 @@ def _kept(masks: list[Tensor]) -> float:
     return sum(int(mask.count_nonzero()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
 
-def _mask_figures(patch: Patch, sizes: dict[str, float]) -> MaskFigures | None:
-    masks = {name: tensor for name, tensor in patch.tensors.items() if name.startswith("mask/")}
+def _mask_figures(tensors: Tensors, sizes: dict[str, float]) -> MaskFigures | None:
+    masks = {name: tensor for name, tensor in tensors.items() if name.startswith("mask/")}
     weights = sum(mask.numel() for mask in masks.values())
     if not weights:
         return None

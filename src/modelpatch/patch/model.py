@@ -391,6 +391,9 @@ class PatchedModel(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+Backbone.register_patched(PatchedModel)
+
+
 def check_features(chain: Chain, patch: Patch) -> None:
     """Raises `ForeignTensorError` for a head that does not fit the chain: its features, its maps, what it selects."""
     patch.head.head.check_chain(patch.head, chain, patch.preprocessing.image_size)

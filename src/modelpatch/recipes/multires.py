@@ -27,7 +27,8 @@ from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.scale_bias import norm_tensors
-from modelpatch.patch.contents import BackboneRecord, MethodRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import file_name
 from modelpatch.train.distributed import Team

@@ -33,7 +33,8 @@ from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MethodError, TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
-from modelpatch.patch.contents import BackboneRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import BackboneRecord
 from modelpatch.recipes.shared import SharedWeights
 from modelpatch.text import file_name
 from modelpatch.train.checkpoint import Checkpoint, restore_random

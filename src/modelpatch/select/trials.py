@@ -28,8 +28,7 @@ from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.errors import DivergedError, TrainingError
 from modelpatch.methods.method import Method
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.select.folds import Folds
 from modelpatch.tasks.classification import Classification
 from modelpatch.train.fitting import Fit, FitSettings

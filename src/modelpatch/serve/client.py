@@ -21,8 +21,7 @@ from PIL import Image
 
 from modelpatch.backbone.preprocessing import open_image
 from modelpatch.errors import DataError, MissingExtraError, ServeError
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
+from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.problems import Problem
 
 ImageFile = str | Path | bytes | Image.Image

@@ -29,7 +29,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import InvalidPatchError
-from modelpatch.patch.file import decode_patch
+from modelpatch.patch.contents import decode_patch
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings

@@ -29,8 +29,7 @@ from modelpatch.errors import (
     TaggedVersionError,
     UnknownPatchError,
 )
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.store.index import Index
 from modelpatch.store.records import FILE, RECORD, TAG, Records, is_temporary
 from modelpatch.store.storage import open_storage

@@ -38,7 +38,8 @@ from modelpatch.errors import (
 )
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
-from modelpatch.patch.contents import BackboneRecord, Patch
+from modelpatch.patch.contents import Patch
+from modelpatch.patch.header import BackboneRecord
 from modelpatch.tasks.kind import Result, balance, kind_of
 from modelpatch.train.cache import PlainInputs
 from modelpatch.train.checkpoint import Checkpoint, restore_random

@@ -21,9 +21,8 @@ from conftest import draft_patch
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import DamagedPatchError, PatchError
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.patch.contents import Patch
-from modelpatch.patch.file import encode_patch
-from modelpatch.store.hub import FILE
+from modelpatch.patch.contents import Patch, encode_patch
+from modelpatch.patch.hub import FILE
 from tolerance import close
 
 REPO = "someone/flowers"
@@ -212,7 +211,7 @@ def refusal(error: pytest.ExceptionInfo[PatchError]) -> str:
 def test_a_push_without_the_right_token_is_refused_in_one_line(token: str | None, hub: Hub, patch: Patch) -> None:
     with pytest.raises(PatchError) as caught:
         patch.push_to_hub(REPO, token=token)
-    assert f"cannot push draft to {REPO}" in refusal(caught)
+    assert f"cannot push {FILE} to {REPO}" in refusal(caught)
     assert "401" in refusal(caught)
     assert not hub.repos
 

@@ -1,0 +1,85 @@
+"""Patches on the Hugging Face hub: one file and a model card with the figures that were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modelpatch.errors import PatchError
+from modelpatch.patch.inspect import Inspection
+
+FILE = "patch.safetensors"
+
+
+def upload(data: bytes, card: str, repo_id: str, message: str, *, private: bool, token: str | None) -> str:
+    """Create the repository if need be and upload a patch file and its card in one commit. Returns the commit's URL.
+
+    Raises `PatchError` with the hub's own words if it refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(FILE, data), CommitOperationAdd("README.md", card.encode())]
+    with _hub_errors(f"push {FILE} to {repo_id}"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+
+
+def download(repo_id: str, *, revision: str | None, token: str | None) -> bytes:
+    """The bytes of a repository's patch file. Raises `PatchError` if the hub refuses or cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(f"download {FILE} from {repo_id}"):
+        return Path(hf_hub_download(repo_id, FILE, revision=revision, token=token)).read_bytes()
+
+
+@contextmanager
+def _hub_errors(action: str) -> Iterator[None]:
+    """Raise whatever the hub's client raises as a `PatchError`."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PatchError(f"cannot {action}: {first}") from error
+
+
+def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
+    """The repository's README: what the patch is, what was measured, how to use it."""
+    front = {
+        "library_name": "modelpatch",
+        "tags": ["modelpatch", patch.method, patch.kind],
+        "base_model_spec": patch.backbone,
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [f"# {patch.task}", ""]
+    lines += [
+        f"A [modelpatch](https://pypi.org/project/modelpatch/) patch: `{patch.method}` over the frozen backbone "
+        f"`{patch.backbone}`, {patch.classes} classes, {patch.file_bytes:,} bytes.",
+        "",
+        "| measured | value |",
+        "|---|---:|",
+    ]
+    lines += [f"| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in patch.metrics.items()]
+    lines += [
+        "",
+        "```python",
+        "import modelpatch as mp",
+        "",
+        f'patch = mp.Patch.from_pretrained("{repo_id}")',
+        f'backbone = mp.load_backbone("{patch.backbone}")',
+        "model = backbone.patched(patch)",
+        "```",
+        "",
+        f"Base fingerprint `{patch.fingerprint}`; content hash `{patch.content_hash}`.",
+        "",
+        "Classes: " + ", ".join(name.replace("|", "\\|") for name in classes),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
