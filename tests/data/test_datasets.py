@@ -277,6 +277,30 @@ def test_batches_follow_seed_epoch_and_step(make: Any) -> None:
     assert not torch.equal(whole[0], batches_of(images, 2)[0])
 
 
+def test_a_stream_is_shuffled_where_it_is_trained_on_and_begins_anew_where_it_ends() -> None:
+    task = make_task(Stream, length=30)
+    rows = list(torch.arange(30).split(30))
+    ordered, drawn, other = (
+        next(
+            open_images(task.train, PLAIN, GENEROUS, shuffle=shuffle).batches(rows, AUGMENTATIONS["none"], 0, epoch)
+        ).images
+        for shuffle, epoch in ((False, 0), (True, 0), (True, 1))
+    )
+    assert torch.equal(ordered[:6], ordered[24:])
+    assert not torch.equal(ordered, drawn)
+    assert not torch.equal(drawn, other)
+    assert torch.equal(ordered.sum((1, 2, 3)).sort().values, drawn.sum((1, 2, 3)).sort().values)
+
+
+def test_a_stream_of_unknown_length_is_counted_when_that_is_asked_for() -> None:
+    task = make_task(Stream)
+    assert repr(task) == "Task('colors', 3 classes, ? train, ? test)"
+    before = task.train.digest
+    with pytest.warns(TrainingWarning, match="read once to count its images. Give length=N"):
+        assert len(task.train) == 24
+    assert make_task(Stream).train.digest == before
+
+
 def test_random_transforms_of_a_data_set_are_drawn_anew_in_every_epoch() -> None:
     def noisy(image: Image.Image) -> torch.Tensor:
         return (v2.functional.to_image(image).float() / 255 * torch.rand(1)).clamp(0, 1)

@@ -140,19 +140,23 @@ class StreamSplit(Split):
         transform: Transform | None = None,
         workers: int | None = None,
     ) -> None:
-        self.stream, self.form, self.length, self.transform, self.workers = stream, form, length, transform, workers
-        self.targets = None
+        self.stream, self.form, self.transform, self.workers = stream, form, transform, workers
+        self._given, self._length, self.targets = length, length, None
 
     def __len__(self) -> int:
-        if self.length is None:
+        if self._length is None:
             warnings.warn(
                 f"{self.form.source} is a stream of unknown length, and is read once to count its images. Give length=N to "
                 "avoid this.",
                 TrainingWarning,
                 stacklevel=2,
             )
-            self.length = len(self.labels)
-        return self.length
+            self._length = len(self.labels)
+        return self._length
+
+    @property
+    def length(self) -> int | None:
+        return self._length
 
     @property
     def dense(self) -> bool:
@@ -185,7 +189,7 @@ class StreamSplit(Split):
 
     def with_transform(self, transform: Transform | None) -> StreamSplit:
         """The same split with another transform."""
-        return StreamSplit(self.stream, self.form, self.length, transform=transform, workers=self.workers)
+        return StreamSplit(self.stream, self.form, self._given, transform=transform, workers=self.workers)
 
     def open(self, epoch: int) -> Iterator[Sample]:
         """The samples of an epoch in the stream's order. A stream with `set_epoch` is told the epoch."""
@@ -210,11 +214,11 @@ class StreamSplit(Split):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the length where it is known, and of the first 64 samples, decoded.
+        """SHA-256 of the length where it was given, and of the first 64 samples, decoded.
 
         A stream that differs in later samples alone has the same digest.
         """
-        digest = hashlib.sha256(f"{self.form.source} {self.length} {self.form.classes}".encode())
+        digest = hashlib.sha256(f"{self.form.source} {self._given} {self.form.classes}".encode())
         for sample in self.some(SAMPLED):
             digest.update(content(sample))
         return digest.hexdigest()

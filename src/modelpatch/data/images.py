@@ -255,10 +255,13 @@ class ImageStore(ImageStream):
 
 
 class SequentialImages:
-    """The images of a stream, in its order or shuffled within a buffer. Rows are numbers of images, not places."""
+    """The images of a stream, in its order or, with `shuffle`, in that of draws from a buffer.
 
-    def __init__(self, split: StreamSplit, preprocessing: Preprocessing) -> None:
-        self.split, self.preprocessing = split, preprocessing
+    Rows of a batch say how many images it has, not which.
+    """
+
+    def __init__(self, split: StreamSplit, preprocessing: Preprocessing, shuffle: bool = False) -> None:
+        self.split, self.preprocessing, self.shuffle = split, preprocessing, shuffle
         self._finish = ImageStream(split, preprocessing)._finish
 
     def __len__(self) -> int:
@@ -284,9 +287,11 @@ class SequentialImages:
     def batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0
     ) -> Iterator[ImageBatch]:
-        """Batches of the sizes that are given, shuffled, from number `first` on. A stream that ends early begins anew."""
+        """Batches of the sizes that are given, from number `first` on. A stream that ends early begins anew."""
         view = seed, epoch
-        samples = self._shuffled(chain.from_iterable(self._repeat(view)), view)
+        samples: Iterator[Any] = chain.from_iterable(self._repeat(view))
+        if self.shuffle:
+            samples = self._draw(samples, view)
         for _ in islice(samples, sum(map(len, batches[:first]))):
             pass
         for step, rows in enumerate(batches[first:], first):
@@ -320,7 +325,7 @@ class SequentialImages:
                 raise DataError(f"{self.split.form.source} holds no samples.")
             yield chain([first], samples)
 
-    def _shuffled(self, samples: Iterator[Any], view: View) -> Iterator[Any]:
+    def _draw(self, samples: Iterator[Any], view: View) -> Iterator[Any]:
         """The samples in the order of draws from a buffer."""
         generator = np.random.default_rng((*view, 1))
         size = 3 * self.preprocessing.resize_to**2
@@ -335,10 +340,15 @@ class SequentialImages:
 Images = ImageStream | SequentialImages
 
 
-def open_images(split: Split, preprocessing: Preprocessing, memory: int, *, once: bool = False) -> Images:
-    """The images of a split: kept in memory where they fit into `memory` bytes and are read more than `once`."""
+def open_images(
+    split: Split, preprocessing: Preprocessing, memory: int, *, once: bool = False, shuffle: bool = False
+) -> Images:
+    """The images of a split: kept in memory where they fit into `memory` bytes and are read more than `once`.
+
+    `shuffle` is for streams; rows of others are in the order in which they are asked for.
+    """
     if isinstance(split, StreamSplit):
-        return SequentialImages(split, preprocessing)
+        return SequentialImages(split, preprocessing, shuffle)
     size = len(split) * (4 if split.dense else 3) * preprocessing.resize_to**2
     if once or split.changes or size > memory:
         return ImageStream(split, preprocessing)

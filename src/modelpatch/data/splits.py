@@ -46,6 +46,11 @@ class Split:
         return len(self.images)
 
     @property
+    def length(self) -> int | None:
+        """The number of images, None where it is unknown."""
+        return len(self)
+
+    @property
     def labels_known(self) -> bool:
         """True where `labels` are at hand, without reading images."""
         return True

@@ -143,9 +143,11 @@ class Task(RecordCall):
         return replace(self, train=self.train.take(drawn(self.train.labels, count, seed)))
 
     def __repr__(self) -> str:
-        held = "" if self.validation is None else f", {len(self.validation)} validation"
-        counts = f"{len(self.train)} train{held}, {len(self.test)} test"
-        return f"Task({self.task.name!r}, {len(self.classes)} classes, {counts})"
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        counts = [
+            f"{'?' if one.length is None else one.length} {name}" for name, one in splits.items() if one is not None
+        ]
+        return f"Task({self.task.name!r}, {len(self.classes)} classes, {', '.join(counts)})"
 
 
 def load_task(
@@ -225,9 +227,9 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     splits, classes = dict(found.splits), found.classes
     if len(classes) < (least := kind_of(found.kind).fewest_classes):
         raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
-    if "train" not in splits or not len(splits["train"]):
+    if "train" not in splits or splits["train"].length == 0:
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(splits) or 'none'}.")
-    if empty := [split for split, images in splits.items() if not len(images)]:
+    if empty := [split for split, images in splits.items() if images.length == 0]:
         raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = splits["train"]
