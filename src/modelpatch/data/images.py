@@ -289,7 +289,7 @@ class SequentialImages:
     ) -> Iterator[ImageBatch]:
         """Batches of the sizes that are given, from number `first` on. A stream that ends early begins anew."""
         view = seed, epoch
-        samples: Iterator[Any] = chain.from_iterable(self._repeat(view))
+        samples: Iterator[Any] = islice(chain.from_iterable(self._repeat(view)), sum(map(len, batches)))
         if self.shuffle:
             samples = self._draw(samples, view)
         for _ in islice(samples, sum(map(len, batches[:first]))):
@@ -335,6 +335,7 @@ class SequentialImages:
             place = int(generator.integers(places))
             yield buffer[place]
             buffer[place] = sample
+        yield from (buffer[place] for place in generator.permutation(len(buffer)))
 
 
 Images = ImageStream | SequentialImages
