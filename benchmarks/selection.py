@@ -28,8 +28,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.select import profile
-from modelpatch.select.folds import Folds
 from modelpatch.select.greedy import Greedy, select
+from modelpatch.select.trials import Folds
 from modelpatch.train.fitting import FitSettings
 
 PIXELS, BATCH = 128, 32

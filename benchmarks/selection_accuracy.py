@@ -29,10 +29,8 @@ from modelpatch.report.search import plot_curves
 from modelpatch.report.selection import plot_order, plot_profile
 from modelpatch.select import profile
 from modelpatch.select.active import simulate
-from modelpatch.select.candidates import Candidate, describe, units
 from modelpatch.select.greedy import Greedy, select
-from modelpatch.select.halving import best, score_by_halving
-from modelpatch.select.study import open_study
+from modelpatch.select.study import Candidate, best, describe, open_study, score_by_halving, units
 
 TASKS = {"cub80_2010": 96, "gtsrb": 64}  # pixels
 BASELINES = ("linear-probe", "full-finetune")

@@ -10,7 +10,7 @@ import pytest
 from conftest import color_task
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
-from modelpatch.select.folds import HELD_OUT, Folds, stratified_folds
+from modelpatch.select.trials import HELD_OUT, Folds, stratified_folds
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -15,9 +15,8 @@ from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.report.selection import selection_table
-from modelpatch.select.budget import Budget, draft_patch, parse_bytes, parse_latency
+from modelpatch.select.budget import Budget, added_latency, draft_patch, parse_bytes, parse_latency
 from modelpatch.select.greedy import Greedy, Selection, select
-from modelpatch.select.latency import added_latency
 from modelpatch.select.trials import Bench, Outcome, Trial, file_bytes
 
 FAST = {"epochs": 1, "batch_size": 8, "folds": 2}

@@ -19,10 +19,8 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.report.selection import plot_profile
 from modelpatch.select import profile
-from modelpatch.select.candidates import units
-from modelpatch.select.halving import best, rungs
 from modelpatch.select.profiling import Profile
-from modelpatch.select.study import Score
+from modelpatch.select.study import Score, best, rungs, units
 from modelpatch.select.trials import Bench
 
 BLOCKS = ["stage1.0", "stage1.1", "stage2.0", "stage2.1"]

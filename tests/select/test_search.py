@@ -12,14 +12,13 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.registry import spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select import search
-from modelpatch.select.budget import draft_patch
-from modelpatch.select.candidates import Candidate
-from modelpatch.select.latency import PATIENCE, added_latency
+from modelpatch.select.budget import PATIENCE, added_latency, draft_patch
 from modelpatch.select.profiling import profile
-from modelpatch.select.searching import METHODS, Proposal, Search, propose
-from modelpatch.select.study import Score
+from modelpatch.select.searching import Proposal, Search, front, propose
+from modelpatch.select.study import Candidate, Score
 from modelpatch.select.trials import file_bytes
 
 FAST = {"epochs": 3, "batch_size": 8, "tries": 6}
@@ -60,9 +59,7 @@ def test_the_linear_probe_is_always_drawn(tiny: Backbone) -> None:
 
 
 @pytest.mark.parametrize(("calm", "rounds"), [(1, 1), (3, 3), (9, PATIENCE)])
-def test_a_latency_above_its_limit_is_measured_on(
-    tiny: Backbone, monkeypatch: pytest.MonkeyPatch, calm: int, rounds: int
-) -> None:
+def test_a_latency_above_its_limit_is_measured_on(tiny: Backbone, calm: int, rounds: int) -> None:
     """The base takes 1 s, base and patch 2 s beside other work, and 1.1 s from the run `calm` on."""
     calls: list[None] = []
 
@@ -70,9 +67,8 @@ def test_a_latency_above_its_limit_is_measured_on(
         calls.append(None)
         return 1.0 if len(calls) % 2 else (1.1 if len(calls) // 2 >= calm else 2.0)
 
-    monkeypatch.setattr("modelpatch.select.latency._seconds", seconds)
     patch = draft_patch(tiny, color_task().task, LinearProbe(), 16)
-    added = added_latency(tiny, patch, runs=1, limit=0.15)
+    added = added_latency(tiny, patch, runs=1, limit=0.15, timer=seconds)
     assert added == pytest.approx(0.1 if calm <= PATIENCE else 1.0)
     assert len(calls) == 2 * rounds
 
@@ -85,7 +81,7 @@ def test_a_budget_that_nothing_keeps_names_what_comes_closest(tiny: Backbone) ->
 def test_proposals_are_all_different_and_hold_every_number_of_modules(tiny: Backbone) -> None:
     left_out: dict[str, str] = {}
     profiled = profile(tiny, color_task(), epochs=1, batch_size=8)
-    found = list(propose(tiny, METHODS, profiled, left_out))
+    found = list(propose(tiny, spellings("searched"), profiled, left_out))
     known = [json.dumps([one.method.name, one.method.hyperparameters()]) for one in found]
     assert len(set(known)) == len(known)
     changes = [
@@ -114,9 +110,7 @@ def test_the_front_holds_what_nothing_beats() -> None:
     )
     assert good.beats(proposal(0.9, 100, 0.6))
     assert not good.beats(good)
-    result = object.__new__(Search)
-    object.__setattr__(result, "proposals", (good, small, beaten, early))
-    assert result.front == (good, small)
+    assert front((good, small, beaten, early)) == (good, small)
 
 
 def test_a_method_that_does_not_exist_is_refused_before_any_work(tiny: Backbone) -> None:

@@ -42,7 +42,7 @@ def search(
     from modelpatch.methods.registry import split_outside
     from modelpatch.report.search import left_out_table, plot_search, search_table
     from modelpatch.report.tables import percent, show
-    from modelpatch.select.latency import added_latency
+    from modelpatch.select.budget import added_latency
     from modelpatch.select.searching import search as run_search
 
     console = open_console(json)

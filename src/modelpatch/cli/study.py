@@ -44,7 +44,7 @@ class Limits:
     def warn(self, console: Console) -> None:
         """Warn if times are to be measured on a busy machine."""
 
-        from modelpatch.select.latency import is_busy
+        from modelpatch.select.budget import is_busy
 
         if self.max_latency is not None and is_busy():
             tell(
@@ -92,7 +92,6 @@ class Study:
         """Raise `ModelpatchError` for an address without --ray and for an invalid --disk."""
 
         from modelpatch.select.budget import parse_bytes
-        from modelpatch.select.cluster import LOCAL
 
         if not self.ray and self.ray_address != LOCAL:
             raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray. Give both.")

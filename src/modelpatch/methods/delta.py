@@ -165,7 +165,7 @@ def _list(backbone: Backbone, stages: tuple[Stage, ...]) -> str:
 
 
 def layout_of(shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
-    """How an activation of `shape`, without batch axis, is laid out in a network that reads images (C, H, W).
+    """The layout of an activation of `shape`, without batch axis, in a network that reads images (C, H, W).
 
     Of tokens, the largest grid of square patches that they fill is the image; those before it have no position.
     """
@@ -183,7 +183,7 @@ def layout_of(shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
 
 
 def _axis(layout: Layout) -> int:
-    """Where a shape without batch axis has its channels."""
+    """The axis of channels in a shape without batch axis."""
     return 0 if layout.kind == "channels-first" else -1
 
 
@@ -192,7 +192,7 @@ def _axis(layout: Layout) -> int:
 
 @dataclass(frozen=True)
 class DeltaCost:
-    """What `modules` Δ-modules on the last stages add: parameters, and multiply-adds for one image."""
+    """The cost of `modules` Δ-modules on the last stages: parameters, and multiply-adds for one image."""
 
     modules: int
     parameters: int
@@ -222,7 +222,7 @@ def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
 
 @dataclass(frozen=True)
 class SkipWeights:
-    """What λ a stage over the segments `span` gave its `edges` (i, j): `weights` (B, p) for B images.
+    """The λ that a stage over the segments `span` gave its `edges` (i, j): `weights` (B, p) for B images.
 
     `existing` says which of the edges the frozen network has. `moments` (k, 2) are mean and mean square of z_1 ... z_k, as
     they enter their activations, over the same images.

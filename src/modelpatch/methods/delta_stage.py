@@ -30,7 +30,7 @@ Skips = Literal["conditioned", "existing", "all", "learned", "random", "unchange
 
 
 class Layout(BaseModel):
-    """Where an activation keeps its channels and positions.
+    """Axes of an activation: channels and positions.
 
     `tokens` are (B, N, C): `prefix` tokens without a position, then a grid of `height` x `width` of them (for images of
     another size a grid of the same proportions).
@@ -64,7 +64,7 @@ class Layout(BaseModel):
 
 
 class StageSettings(BaseModel):
-    """What a patch file says of one stage: `channels` of its input, `width` of its nodes, and the method's options."""
+    """One stage as a patch file describes it: `channels` of its input, `width` of its nodes, and the method's options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -158,7 +158,7 @@ class RandomWeights(UnitWeights):
 
 
 def make_weights(settings: StageSettings, edges: int) -> nn.Module:
-    """What gives a stage's skips their weights."""
+    """The module that weighs a stage's skips."""
     if settings.skips == "conditioned":
         return DeltaModule(settings.channels, edges, settings.layout)
     if settings.skips in ("all", "unchanged"):

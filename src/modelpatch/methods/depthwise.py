@@ -50,5 +50,5 @@ class Depthwise(Method):
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a module filters every input channel by itself."""
+    """True for a convolution that filters every input channel by itself."""
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1

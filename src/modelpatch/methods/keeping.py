@@ -1,4 +1,4 @@
-"""What keeps a network to its base while it is fine-tuned: PAINT's rivals, whose trade-off is chosen before the training ends.
+"""Losses that keep a network to its base while it is fine-tuned: alternatives to PAINT that choose a trade-off in advance.
 
     Recorder    early stopping: the weights at several moments; and their exponential moving average (EMA)
     L2          strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018

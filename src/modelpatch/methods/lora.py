@@ -115,7 +115,7 @@ def find_layers(backbone: Backbone, segment: Segment, kinds: tuple[type[nn.Modul
 
 
 def is_dense(layer: nn.Module) -> bool:
-    """Whether a layer is linear, or a convolution whose output (B A) x is that of peft's two convolutions A and B.
+    """True for a linear layer, or a convolution whose output (B A) x is that of peft's two convolutions A and B.
 
     Their product joins all channels and has neither holes nor padding other than zeros.
     """
@@ -125,7 +125,7 @@ def is_dense(layer: nn.Module) -> bool:
 
 
 def is_owner(backbone: Backbone, segment: Segment, name: str) -> bool:
-    """Whether no other segment runs the layer too."""
+    """True if no other segment runs the layer."""
     try:
         return backbone.chain.segment_of(weight_name(segment, name)).index == segment.index
     except KeyError:
@@ -133,7 +133,7 @@ def is_owner(backbone: Backbone, segment: Segment, name: str) -> bool:
 
 
 def weight_name(segment: Segment, name: str) -> str:
-    """What the backbone calls the weight of the segment's layer `name`."""
+    """The backbone's name of the weight of the segment's layer `name`."""
     return segment.tensor_names[f"{name}.weight".lstrip(".")]
 
 

@@ -167,7 +167,7 @@ class Method(ABC):
         return any(getattr(member, "statistics", None) == "learned" for member in self.members)
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
-        """What a patch owns and adds in the blocks. Raises `MethodNotApplicableError` where that is nothing."""
+        """Tensors that a patch owns and modules that it adds in the blocks. Raises `MethodNotApplicableError` without any."""
         whole = self.changes(backbone)
         if self.names_blocks or not self.blocks:
             return whole

@@ -31,7 +31,7 @@ from modelpatch.patch.model import PatchedModel
 
 @dataclass(frozen=True)
 class Start:
-    """Where a fine-tuning starts besides the base's weights: a head that stays, weights by the base's names, a keeper."""
+    """Start of a fine-tuning besides the base's weights: a head that stays, weights by the base's names, a keeper."""
 
     head: nn.Module | None = None
     body: Mapping[str, Tensor] = field(default_factory=dict)

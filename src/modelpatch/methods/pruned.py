@@ -136,7 +136,7 @@ class _Prunable:
         self.roots = [name for name in _roots(self.module, self.graph) if self._inner(name)]
 
     def _inner(self, name: str) -> bool:
-        """Whether the module still runs, to an output of the same shape, without a channel of this layer."""
+        """True if the module still runs, to an output of the same shape, without a channel of this layer."""
         trial = copy.deepcopy(self.module)
         try:
             _group(_graph(trial, self.example), trial.get_submodule(name), [0]).prune()

@@ -47,7 +47,7 @@ class SplitBlock(nn.Module):
         return self.before(x)
 
     def join(self, z: Tensor) -> Tensor:
-        """What follows the sum."""
+        """The rest of the block, from the sum on."""
         return self.after(z)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class WholeBlock(nn.Module):
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a block's graph is cut: from `source`, its input, to the node that adds `branch` and `shortcut`."""
+    """The cut of a block's graph: from `source`, its input, to the node that adds `branch` and `shortcut`."""
 
     source: fx.Node
     node: fx.Node
@@ -89,7 +89,7 @@ class _Cut:
 
 @dataclass(frozen=True)
 class Form:
-    """How a block is wired: whether it adds its input, a projection of it, or nothing to what it computes; for a dense
+    """Wiring of a block: it adds its input, a projection of it, or nothing to what it computes; for a dense
     block the names of its layers, each of which reads the list of all features before it."""
 
     shortcut: Shortcut
@@ -107,7 +107,7 @@ def split_block(block: nn.Module) -> SplitBlock | WholeBlock:
 
 
 def form_of(block: nn.Module) -> Form:
-    """How a block is wired; one that torch.fx cannot follow is taken to have no shortcut."""
+    """The wiring of a block; one that torch.fx cannot follow is taken to have no shortcut."""
     try:
         graph = trace_calls(block)
     except UntraceableBackboneError:
@@ -138,7 +138,7 @@ def _dense_layers(graph: fx.Graph, source: fx.Node) -> tuple[str, ...]:
 
 
 def _is_sum(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node adds two tensors that both come from the block's input."""
+    """True if a node adds two tensors that both come from the block's input."""
     functions = node.op == "call_function" and node.target in ADD_FUNCTIONS
     methods = node.op == "call_method" and node.target in ADD_METHODS
     if not (functions or methods) or len(node.args) != 2 or node.kwargs:
@@ -248,7 +248,7 @@ def find_stages(chain: Chain) -> tuple[Stage, ...]:
 
 
 def _continues(stage: Stage, block: Segment, chain: Chain) -> bool:
-    """Whether a block that adds its input follows the stage at once and keeps the shape of its nodes."""
+    """True if a block that adds its input follows the stage at once and keeps the shape of its nodes."""
     same = block.input_shape == block.output_shape == chain[stage.end - 1].output_shape
     return same and not stage.dense and stage.end == block.index
 

@@ -103,7 +103,7 @@ def norm_tensors(segment: Segment, affine: bool, statistics: bool) -> list[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer with parameters or statistics of its own."""
+    """True for a normalisation layer with parameters or statistics of its own."""
     if isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         return True
     own = list(module.parameters(recurse=False))

@@ -41,7 +41,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What turns names into heads for one backbone. `words` says how to write classes whose names are no words."""
+    """Builder of heads from class names for one backbone. `words` gives other words for classes whose names are no words."""
 
     backbone: Backbone
     tower: TextTower

@@ -75,7 +75,7 @@ class Widened(Method):
         return Blueprint(grafts=grafts)
 
     def _settings(self, segment: Segment, image: tuple[int, ...]) -> ExtraSettings | None:
-        """What the filters beside a segment look like; None where none can stand."""
+        """The settings of filters beside a segment; None where none can be added."""
         before, after = segment.input_shape, segment.output_shape
         maps = channels_first(before, image)
         if len(before) != len(after) or maps != channels_first(after, image):
@@ -92,7 +92,7 @@ class Widened(Method):
 
 
 class ExtraSettings(BaseModel):
-    """What a patch file says of the filters beside one block. Without a `kernel` they read channels on the last axis."""
+    """Filters beside one block as a patch file describes them. Without a `kernel` they read channels on the last axis."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

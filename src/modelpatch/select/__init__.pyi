@@ -3,10 +3,10 @@ from .active import Pick as Pick
 from .active import pick as pick
 from .active import simulate as simulate
 from .budget import Budget as Budget
+from .budget import added_latency as added_latency
 from .greedy import Greedy as Greedy
 from .greedy import Selection as Selection
 from .greedy import select as select
-from .latency import added_latency as added_latency
 from .profiling import Profile as Profile
 from .profiling import profile as profile
 from .searching import Search as Search

@@ -1,21 +1,86 @@
-"""Limits that a patch must keep: blocks, bytes of its file, and the time it adds to the base's."""
+"""Limits that a patch must keep: blocks, bytes of its file, and the time it adds to the base's.
+
+    added latency = (t(base and patch) - t(base)) / t(base)          what both share runs once
+
+It is measured by running both in turns on this machine at batch 1. The fastest of many runs of each counts: whatever else the
+machine does makes runs slower, never faster. A limit that seems broken is measured on, up to `PATIENCE` times as long, before
+the patch is given up for it.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
 from modelpatch.errors import TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
-from modelpatch.select.candidates import Candidate
-from modelpatch.select.latency import added_latency
+from modelpatch.select.study import Candidate
 from modelpatch.select.trials import file_bytes
 from modelpatch.tasks.record import TaskRecord
+
+WARM_UP, RUNS, PATIENCE = 5, 31, 4
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds that a function takes, work on a GPU included."""
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def added_latency(
+    backbone: Backbone,
+    patch: Patch,
+    *,
+    batch: int = 1,
+    runs: int = RUNS,
+    limit: float | None = None,
+    tuning: Tuning | None = None,
+    timer: Callable[[Callable[[], object]], float] = seconds_of,
+) -> float:
+    """The share of the base's time that the patch adds, 0 for nothing; the fastest of `runs` runs of each counts.
+
+    Both run at the patch's image size. With a `limit`, a share, up to `PATIENCE` times as many runs are made while the patch
+    seems to break it. `tuning` is how the engine computes; by default with channels last and as it is. `timer` runs
+    a function and returns the seconds that it took.
+    """
+    engine = Engine(backbone, {"patch": patch}, tuning=tuning or Tuning(channels_last=True), budget=2**62)
+    images = torch.randn(batch, *patch.preprocessing.input_size)
+    ways = partial(engine, images, only=["base"]), partial(engine, images)
+    for _ in range(WARM_UP):
+        for way in ways:
+            way()
+    times: list[tuple[float, float]] = []
+    added = 0.0
+    for _ in range(1 if limit is None else PATIENCE):
+        times += [(timer(ways[0]), timer(ways[1])) for _ in range(runs)]
+        alone, together = (min(column) for column in zip(*times, strict=True))
+        added = max(0.0, (together - alone) / alone)
+        if limit is None or added <= limit:
+            break
+    return added
+
+
+def is_busy() -> bool:
+    """True if other work seems to use this machine's cores now, so that measured times cannot be trusted."""
+    try:
+        return os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    except OSError:  # this system counts no load
+        return False
+
 
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -35,7 +100,7 @@ class Budget:
     def why_not(
         self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int, dtype: str = "float32"
     ) -> str | None:
-        """Why no patch of this candidate can keep the budget, known without training it; None if one may."""
+        """The reason that no patch of this candidate can keep the budget, known without training it; None if one may."""
         if self.blocks is not None and len(candidate.blocks) > self.blocks:
             return f"{len(candidate.blocks)} blocks"
         if self.bytes is not None:
@@ -58,7 +123,7 @@ class Budget:
         return self._latencies[key]
 
     def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
-        """What of the budget a trained patch breaks, measured anew; None if it keeps it."""
+        """The limit that a trained patch breaks, measured anew; None if it keeps all."""
         size = file_bytes(patch)
         if self.bytes is not None and size > self.bytes:
             return f"its file has {size:,} bytes of {self.bytes:,}"

@@ -29,9 +29,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.candidates import Candidate, describe, units
-from modelpatch.select.halving import Effect, best, score_by_halving
-from modelpatch.select.study import Score, Study, open_study
+from modelpatch.select.study import Candidate, Effect, Score, Study, best, describe, open_study, score_by_halving, units
 from modelpatch.train import fit
 
 Rule = Literal["paper", "code"]
@@ -64,7 +62,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What Theorem 1 bounds the error by, but for the distance Δ that training moves: sqrt(r') log(kL) / sqrt(m).
+    """The bound of Theorem 1 on the error, but for the distance Δ that training moves: sqrt(r') log(kL) / sqrt(m).
 
     `tuned` is r', the parameters of the k chosen `blocks` (or stages) among L `candidates`, `images` m; `every` is r, those
     of all candidates, for which the bound of full fine-tuning is sqrt(r) / sqrt(m).
@@ -159,7 +157,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Greedy:
-    """How blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages` chooses whole stages.
+    """The rules by which blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages`
+    chooses whole stages.
 
     `ends` compares what was found with no blocks and with all of them; without it the algorithm's own choice is trained.
     """
@@ -307,7 +306,7 @@ class GreedySearch:
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
     def why_not_all(self) -> str | None:
-        """Which limit all blocks break."""
+        """The limit that all blocks together break."""
         return self._why_not(Candidate.of(self.method, self.names))
 
     def ends(self) -> list[tuple[Candidate, Score]]:

@@ -17,9 +17,7 @@ from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
-from modelpatch.select.candidates import Candidate, describe, units
-from modelpatch.select.halving import Effect, best, score_by_halving
-from modelpatch.select.study import Score, Study, open_study
+from modelpatch.select.study import Candidate, Effect, Score, Study, best, describe, open_study, score_by_halving, units
 
 
 @dataclass(frozen=True)

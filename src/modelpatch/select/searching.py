@@ -25,11 +25,9 @@ from modelpatch.methods.method import Method, confine
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.candidates import Candidate, describe, units
 from modelpatch.select.greedy import STUDY_OPTIONS, train_first_within
-from modelpatch.select.halving import Effect, score_by_halving
 from modelpatch.select.profiling import Profile, profile_units
-from modelpatch.select.study import Score, Study, open_study
+from modelpatch.select.study import Candidate, Effect, Score, Study, describe, open_study, score_by_halving, units
 
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
@@ -47,10 +45,16 @@ class Proposal:
     kept: bool
 
     def beats(self, other: Proposal) -> bool:
-        """Whether this one is at least as good in accuracy, bytes and time, and better in one of them."""
+        """True if this one is at least as good in accuracy, bytes and time, and better in one of them."""
         mine = (-self.score.top1, self.score.file_bytes, self.latency)
         theirs = (-other.score.top1, other.score.file_bytes, other.latency)
         return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+
+
+def front(proposals: Sequence[Proposal]) -> tuple[Proposal, ...]:
+    """The fully trained proposals that no other one beats."""
+    kept = [one for one in proposals if one.kept]
+    return tuple(one for one in kept if not any(other.beats(one) for other in kept))
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,7 @@ class Search:
     @property
     def front(self) -> tuple[Proposal, ...]:
         """The fully trained proposals that no other one beats."""
-        kept = [one for one in self.proposals if one.kept]
-        return tuple(one for one in kept if not any(other.beats(one) for other in kept))
+        return front(self.proposals)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -1,10 +1,17 @@
 """Candidates scored by validation: every fold, every seed, in parallel where there are workers, known outcomes reused.
 
-score = mean ± standard error of the accuracies on what each fold holds out
+    score = mean ± standard error of the accuracies on the images that each fold holds out
+
+Successive halving gives few epochs to all candidates and more to the best of them: rung r has epochs / eta^(R - r) of them
+for the best ceil(n / eta^r) candidates of the rung before (Jamieson and Talwalkar: *Non-stochastic Best Arm Identification
+and Hyperparameter Optimization*, 2016). Every rung trains from the start with its own schedule, so that an outcome depends
+on its trial alone.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +21,67 @@ from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
-from modelpatch.errors import TrainingError
-from modelpatch.select.candidates import Candidate
+from modelpatch.errors import MethodError, TrainingError
+from modelpatch.methods.linear_probe import head_alone
+from modelpatch.methods.method import Method, confine
 from modelpatch.select.journal import Journal
-from modelpatch.select.trials import DISK, Bench, Outcome
+from modelpatch.select.trials import DISK, Bench, Outcome, Trial
 from modelpatch.select.workers import Workers, make_workers
 from modelpatch.train.evaluation import standard_error
 from modelpatch.train.fitting import check_settings
 from modelpatch.train.progress import Progress, quiet_progress
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method confined to `blocks`, none for the linear probe. With `parent` its trials start from the parent's patches."""
+
+    name: str
+    blocks: tuple[str, ...]
+    method: Method
+    parent: Candidate | None = None
+
+    @classmethod
+    def of(cls, method: Method, blocks: Sequence[str], parent: Candidate | None = None) -> Candidate:
+        """The method over these blocks; over none, the linear probe with the method's head rate and optimizer."""
+        if not blocks:
+            probe = head_alone(method)
+            return cls(probe.name, (), probe)
+        return cls(" + ".join(blocks), tuple(blocks), confine(method, blocks), parent)
+
+    def trial(self, fold: int, seed: int, epochs: int) -> Trial:
+        """This candidate on one fold."""
+        start = self.parent.trial(fold, seed, epochs) if self.parent else None
+        return Trial(self.method, fold, seed, epochs, start)
+
+
+def units(
+    backbone: Backbone, *, consecutive: int = 1, pairs: bool = False, stages: bool = False
+) -> list[tuple[str, ...]]:
+    """The units that a profile fine-tunes one at a time, by the names of blocks, in the order of the chain.
+
+    Every block; or each run of `consecutive` blocks; or all `pairs`; or the `stages`. Raises `MethodError` for more than one
+    of these, or for runs longer than the chain has blocks.
+    """
+    names = [block.name for block in backbone.chain.blocks]
+    if (consecutive != 1) + pairs + stages > 1:
+        raise MethodError("consecutive, pairs and stages exclude each other. Give one of them.")
+    if not 1 <= consecutive <= len(names):
+        raise MethodError(f"runs of {consecutive} blocks: {backbone.spec} has {len(names)} blocks.")
+    if stages:
+        return [tuple(block.name for block in stage) for stage in backbone.chain.stages]
+    if pairs:
+        return list(itertools.combinations(names, 2))
+    return [tuple(names[start : start + consecutive]) for start in range(len(names) - consecutive + 1)]
+
+
+def describe(backbone: Backbone, blocks: Sequence[str]) -> str:
+    """A short name for some blocks: a run is `first to last`."""
+    names = [block.name for block in backbone.chain.blocks]
+    places = [names.index(block) for block in blocks]
+    if len(blocks) > 2 and places == list(range(places[0], places[-1] + 1)):
+        return f"{blocks[0]} to {blocks[-1]}"
+    return " + ".join(blocks)
 
 
 @dataclass(frozen=True)
@@ -145,3 +205,60 @@ def open_study(
                 raise
             raise KeyboardInterrupt(f"finished trials are in {trials}; the same command goes on from there") from None
     backbone.verify()
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Epochs trained by all trials of a successive halving, and their number without it."""
+
+    epochs: int
+    without: int
+
+    def __str__(self) -> str:
+        if self.epochs < self.without:
+            return f"successive halving: {self.epochs:,} epochs instead of {self.without:,}"
+        return f"successive halving saved nothing: {self.epochs:,} epochs, {self.without:,} without it"
+
+
+def score_by_halving(
+    study: Study, candidates: Sequence[Candidate], eta: int, title: str, epochs: int | None = None
+) -> tuple[list[Score], Effect | None]:
+    """The candidates' scores, each after the epochs of the last rung it reached; with `eta` 0, of full trials for
+    all. `epochs` are those of a full trial, by default the study's.
+
+    Compare scores of different epochs with care: only those that reached the last rung are final. Raises `TrainingError`
+    for an `eta` of 1 or below 0.
+    """
+    if eta == 0:
+        return study.score(candidates, epochs, title), None
+    if eta < 2:
+        raise TrainingError(f"halving={eta} would keep one candidate of {eta}. Give 2 or more, or 0 for no halving.")
+    scores: list[Score | None] = [None] * len(candidates)
+    alive, spent = list(range(len(candidates))), 0
+    repeats = len(study.bench.data) * len(study.seeds)
+    full = epochs or study.epochs
+    for epochs in rungs(full, eta):
+        results = study.score([candidates[number] for number in alive], epochs, f"{title}, {epochs} epochs")
+        for number, result in zip(alive, results, strict=True):
+            scores[number] = result
+        spent += epochs * len(alive) * repeats
+        ranked = sorted(zip(alive, results, strict=True), key=lambda pair: -pair[1].top1)
+        alive = sorted(number for number, _ in ranked[: math.ceil(len(alive) / eta)])
+    found = [score for score in scores if score is not None]
+    return found, Effect(spent, full * len(candidates) * repeats)
+
+
+def rungs(epochs: int, eta: int) -> list[int]:
+    """Epochs of every rung, the last with all of them: 10 and 3 give 1, 3, 10."""
+    result = [epochs]
+    while result[0] >= eta:
+        result.insert(0, result[0] // eta)
+    return result
+
+
+def best(scores: Sequence[Score], allowed: Sequence[bool] | None = None) -> int | None:
+    """The position of the highest score among those trained longest; the first of equals. None where none is left."""
+    able = [n for n, score in enumerate(scores) if score.top1s and (allowed is None or allowed[n])]
+    longest = max((scores[n].epochs for n in able), default=0)
+    able = [n for n in able if scores[n].epochs == longest]
+    return max(able, key=lambda n: (scores[n].top1, -n), default=None)

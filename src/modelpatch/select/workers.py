@@ -1,4 +1,4 @@
-"""Where trials run: in this process, or in several whose death costs one trial.
+"""Workers that run trials: in this process, in several, or on a Ray cluster.
 
 Every worker holds the bench and computes its own activations once. A worker that dies, whatever killed it, is replaced,
 and its trial is tried again; the outcomes are those of one process with as many threads.
@@ -20,6 +20,7 @@ import torch
 
 from modelpatch.errors import ModelpatchError, TrainingError
 from modelpatch.select.trials import Bench, Outcome, Trial
+from modelpatch.train.ray import connected, require_ray
 
 ATTEMPTS = 3  # a trial that kills its worker this often is given up
 
@@ -37,7 +38,7 @@ class Workers(Protocol):
 
 
 class InProcess:
-    """One trial after another, here."""
+    """Runs one trial after another in this process."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -120,7 +121,7 @@ class _Worker:
         theirs.close()
 
     def send(self, trial: Trial) -> bool:
-        """Whether the process was alive to take the trial."""
+        """Send a trial. Returns False if the process is dead."""
         try:
             self.pipe.send(trial)
         except (BrokenPipeError, ConnectionResetError):
@@ -162,11 +163,88 @@ def attempt(bench: Bench, trial: Trial) -> Outcome | Exception:
 
 
 def give_up(attempts: int, why: str) -> None:
-    """Raises `TrainingError` if a trial has killed its worker often enough."""
+    """Raise `TrainingError` if a trial has killed its worker often enough."""
     if attempts >= ATTEMPTS:
         raise TrainingError(
             f"a trial ended its worker {attempts} times ({why}). Where memory runs out, give fewer workers or less memory."
         )
+
+
+class RayWorkers:
+    """`count` actors of `threads` CPUs each on the cluster at `address` (`local` starts one here, `auto` finds a running one).
+
+    What trials need travels with them: images lie in files on this machine or, for data from parquet or the hub, in memory.
+    On several machines those files must be readable under the same paths. Raises `MissingExtraError` without Ray.
+    """
+
+    def __init__(self, bench: Bench, count: int, threads: int, address: str) -> None:
+        require_ray("--ray")
+        self.bench, self.count, self.threads, self.address = bench.for_worker(count), count, threads, address
+        self.actors: list[Any] = []
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        """Raises what a trial raised, and `TrainingError` for a trial that kills its actor again and again."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        waiting, attempts = deque(range(len(trials))), [0] * len(trials)
+        busy: dict[Any, tuple[Any, int]] = {}
+        while waiting or busy:
+            while waiting and len(busy) < self.count:
+                actor, position = self._idle([one for one, _ in busy.values()]), waiting.popleft()
+                attempts[position] += 1
+                busy[actor.run.remote(trials[position])] = actor, position
+            for done in ray.wait(list(busy))[0]:
+                actor, position = busy.pop(done)
+                try:
+                    answer = ray.get(done)
+                except RayActorError as error:
+                    self.actors.remove(actor)
+                    give_up(attempts[position], str(error).strip().splitlines()[-1])
+                    waiting.appendleft(position)
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                yield position, answer
+
+    def _idle(self, busy: list[Any]) -> Any:
+        for actor in self.actors:
+            if actor not in busy:
+                return actor
+        import ray
+
+        kind = ray.remote(num_cpus=self.threads)(Actor)
+        self.actors.append(kind.remote(self._stored, self.threads))
+        return self.actors[-1]
+
+    def __enter__(self) -> RayWorkers:
+        import ray
+
+        self._connection = connected(self.address, self.count * self.threads)
+        self._connection.__enter__()
+        self._stored = ray.put(self.bench)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors.clear()
+        self._connection.__exit__(kind, error, trace)
+
+
+class Actor:
+    """The bench in a process of the cluster."""
+
+    def __init__(self, bench: Bench, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.bench = bench
+
+    def run(self, trial: Trial) -> Outcome | Exception:
+        return attempt(self.bench, trial)
 
 
 def default_threads(workers: int) -> int:
@@ -175,14 +253,12 @@ def default_threads(workers: int) -> int:
 
 
 def make_workers(bench: Bench, workers: int, ray: str | None = None) -> Workers:
-    """In this process for one worker, in processes for more, and on a Ray cluster if its address is given.
+    """Workers in this process for one, in processes for more, and on a Ray cluster if its address is given.
 
     Raises `MissingExtraError` for Ray where it is not installed.
     """
     if workers < 1:
         raise TrainingError(f"the number of workers is {workers}; expected at least 1.")
     if ray is not None:
-        from modelpatch.select.cluster import RayWorkers
-
         return RayWorkers(bench, workers, default_threads(workers), ray)
     return InProcess(bench) if workers == 1 else Processes(bench, workers, default_threads(workers))

@@ -162,7 +162,7 @@ class Kind(ABC):
                 raise TrainingError(f"the loss of {self.name} tasks does not take {option}. Leave it out.")
 
     def count_classes(self, targets: Any, classes: int) -> Tensor:
-        """How often (K,) each class occurs in a batch of targets."""
+        """The number of times (K,) that each class occurs in a batch of targets."""
         raise NotImplementedError
 
     def weigh_images(self, targets: Any, class_weights: Tensor | None = None) -> Tensor:
