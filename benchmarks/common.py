@@ -63,14 +63,6 @@ def untrained(
     return replace(model.to_patch(task, preprocessing=preprocessing, method=method.name), tensors=tensors)
 
 
-def with_head_rate(method: str, rate: float) -> str:
-    """The method's spelling with the learning rate of its head, unless it has one."""
-    if "head_lr" in method:
-        return method
-    name, _, options = method.removesuffix(")").partition("(")
-    return f"{name}({','.join(part for part in (options, f'head_lr={rate}') if part)})"
-
-
 def compare_ways(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every way in paired rounds, after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from modelpatch.backbone.backbone import Backbone
-from modelpatch.methods.delta import DeltaNetwork
-from modelpatch.methods.registry import make_method
-from modelpatch.recipes.painting import Painting, PaintSettings
-from modelpatch.recipes.tradeoff import Accuracy, Point
+from modelpatch import Backbone
+from modelpatch.methods import DeltaNetwork, make_method
+from modelpatch.recipes import Accuracy, Point
 from modelpatch.select import profile
-from modelpatch.train.evaluation import harmonic_mean
 from modelpatch_studies import (
     extensions,
     masks,
@@ -32,6 +29,7 @@ from modelpatch_studies import (
 )
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.data import Sources
+from modelpatch_studies.jobs import top1
 from modelpatch_studies.recipe import Recipe, Scale
 from tests.test_bench import write_images
 
@@ -44,6 +42,12 @@ def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Workbench:
     return Workbench(replace(recipe, scales={"small": scale}), "small", Sources(folder / "data", folder / "cache"))
 
 
+def known(bench: Workbench, found: Mapping[Hashable, object]) -> None:
+    """Give the workbench what fits would find, under the keys that its recipe looks it up by."""
+    for key, value in found.items():
+        bench.once(key, partial(lambda value: value, value))
+
+
 def figures(bench: Workbench) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for part in bench.recipe.jobs(bench):
@@ -51,21 +55,18 @@ def figures(bench: Workbench) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_the_decathlon_is_scored_by_twice_the_errors_of_individual_networks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_decathlon_is_scored_by_twice_the_errors_of_individual_networks(tmp_path: Path) -> None:
     top1s = {piggyback.CLASSIFIER: 10.0, piggyback.MASKS: 80.0, piggyback.NORMS: 100.0, piggyback.INDIVIDUAL: 60.0}
-    monkeypatch.setattr(piggyback, "top1", lambda bench, row, name, seed: top1s[row])
-    scores = {row: score["score"] for row, score in figures(bench_of(piggyback.DECATHLON, tmp_path)).items()}
+    bench = bench_of(piggyback.DECATHLON, tmp_path)
+    known(bench, {("decathlon", row, 0): {"colors": top1 / 100} for row, top1 in top1s.items()})
+    scores = {row: score["score"] for row, score in figures(bench).items()}
     assert scores[piggyback.INDIVIDUAL] == pytest.approx(250)
     assert scores[piggyback.MASKS] == pytest.approx(1000 * (1 - 20 / 80) ** 2)
     assert scores[piggyback.NORMS] == pytest.approx(1000)
     assert scores[piggyback.CLASSIFIER] == 0
 
 
-def test_masks_are_compared_by_the_difficulty_of_their_tasks_and_by_halves_of_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_are_compared_by_the_difficulty_of_their_tasks_and_by_halves_of_the_network(tmp_path: Path) -> None:
     zeros = {
         "colors": [10, 20, 30, 200],
         "others": [30, 20, 10, 0],
@@ -73,10 +74,10 @@ def test_masks_are_compared_by_the_difficulty_of_their_tasks_and_by_halves_of_th
     }  # of 100, 100, 100, 1000 weights
     weights = [100, 100, 100, 1000]
     counts = {name: np.array([found, weights]).T for name, found in zeros.items()}
-    monkeypatch.setattr(masks, "masked_out", lambda bench, name, seed: counts[name])
     accuracies = {"colors": 50.0, "others": 90.0, "more": 20.0}
-    monkeypatch.setattr(masks, "top1", lambda bench, row, name, seed: accuracies[name])
-    table = figures(bench_of(masks.SPARSITY, tmp_path, data=tuple(zeros), options={"depth": 4}))
+    bench = bench_of(masks.SPARSITY, tmp_path, data=tuple(zeros), options={"depth": 4})
+    known(bench, {("classifier", 0): accuracies, **{("masked out", name, 0): counts[name] for name in counts}})
+    table = figures(bench)
     assert table["colors"] == pytest.approx({"1": 10, "2": 20, "3": 30, "4": 20, "all": 20})
     assert table[masks.HARDER]["all"] == pytest.approx((40 / 13 + 20) / 2)  # more and colors
     assert table[masks.EASIER]["all"] == pytest.approx((60 / 13 + 20) / 2)  # others and colors
@@ -112,13 +113,11 @@ def test_chance_is_the_share_of_the_most_frequent_class(tmp_path: Path) -> None:
     assert chance.work() == pytest.approx({"colors": 100 / 3})
 
 
-def test_the_chosen_block_is_best_on_held_out_images_whatever_the_test_images_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chosen_block_is_best_on_held_out_images_whatever_the_test_images_say(tmp_path: Path) -> None:
     found = [(70.0, 65.0), (80.0, 60.0), (75.0, 90.0)]  # held out, test
-    monkeypatch.setattr(subtuning, "_tuned_alone", lambda bench, name, block, seed: found[block])
-    monkeypatch.setattr(subtuning, "_end", lambda bench, row, name, seed: {name: 0.0})
-    table = figures(bench_of(subtuning.PROFILE, tmp_path, options={"blocks": 3}))
+    bench = bench_of(subtuning.PROFILE, tmp_path, steps=1, options={"blocks": 3})
+    known(bench, {("block", "colors", block, 0): pair for block, pair in enumerate(found)})
+    table = figures(bench)
     assert table[subtuning.CHOSEN] == {"colors": 60.0}
     assert [table[row]["colors"] for row in ("block 1", "block 2", subtuning.LAST)] == [65.0, 60.0, 90.0]
 
@@ -126,23 +125,22 @@ def test_the_chosen_block_is_best_on_held_out_images_whatever_the_test_images_sa
 def test_corrupted_tasks_train_and_test_on_different_images_of_the_test_split(tmp_path: Path) -> None:
     bench = bench_of(subtuning.TABLE_2, tmp_path, options={"trained": 6})
     data = bench.task("colors")
-    shifted = subtuning._shifted(bench, "contrast", 0)  # keeps no two pictures alike, and has no randomness
+    shifted = subtuning.shifted(bench, "contrast", 0)  # keeps no two pictures alike, and has no randomness
     assert (len(shifted.train), len(shifted.test)) == (6, len(data.test) - 6)
     pictures = [image.tobytes() for split in (shifted.train, shifted.test) for image in split.images]
     assert len(set(pictures)) == len(data.test)
 
 
-def test_the_curve_is_the_mean_of_all_tasks_and_the_chosen_mixture_one_height(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_curve_is_the_mean_of_all_tasks_and_the_chosen_mixture_one_height(tmp_path: Path) -> None:
     rows = (painting.SUPPORTED, painting.PATCHED, painting.MEAN, painting.CHOSEN)
     curves = {
         "colors": dict(zip(rows, ([1.0, 0.6], [0.2, 1.0], [0.6, 0.8], [0.9, 0.9]), strict=True)),
         "more": dict(zip(rows, ([0.8, 0.4], [0.4, 0.8], [0.6, 0.6], [0.7, 0.7]), strict=True)),
     }
-    monkeypatch.setattr(painting, "_curve", lambda bench, name, seed: curves[name])
     options = {"supported": "others", "alphas": 2}
-    table = figures(bench_of(painting.CURVE, tmp_path, data=("others", "colors", "more"), options=options))
+    bench = bench_of(painting.CURVE, tmp_path, data=("others", "colors", "more"), options=options)
+    bench.latest("curves", 0, lambda: list(curves.values()))
+    table = figures(bench)
     assert table[painting.SUPPORTED] == pytest.approx({"0": 90.0, "1": 50.0})
     assert table[painting.CHOSEN] == pytest.approx({"0": 80.0, "1": 80.0})
 
@@ -157,11 +155,10 @@ def test_each_supported_set_chooses_alpha_on_its_own_held_out_images() -> None:
 
     base = point(0, 0.5, 0.9, 0.9)
     curve = (base, point(0.5, 0.8, 0.9, 0.7), point(1, 0.9, 0.9, 0.2))
-    settings = PaintSettings()
-    one = cast(Painting, SimpleNamespace(settings=settings, base=base, curve=curve))
-    alphas = {kept: painting.choose_for(one, kept).weights[0] for kept in (("firm",), ("weak",), ("firm", "weak"))}
+    choose = partial(painting.choose_for, curve, base, "mean")
+    alphas = {kept: choose(kept).weights[0] for kept in (("firm",), ("weak",), ("firm", "weak"))}
     assert alphas == {("firm",): 1, ("weak",): 0.5, ("firm", "weak"): 0.5}
-    assert painting.choose_for(one, ("weak",)).tasks.keys() == {"new", "firm", "weak"}
+    assert choose(("weak",)).tasks.keys() == {"new", "firm", "weak"}
 
 
 def test_heads_of_means_answer_any_classes_and_know_the_images_they_are_means_of(tmp_path: Path) -> None:
@@ -174,13 +171,12 @@ def test_heads_of_means_answer_any_classes_and_know_the_images_they_are_means_of
     assert float((whole(features).argmax(1).numpy() == data.test.labels).mean()) > 2 / 3
 
 
-def test_patches_that_leave_the_base_alone_keep_its_accuracy_in_the_mean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(patching, "base_top1", lambda bench, name, seed: 80.0)
-    monkeypatch.setattr(patching, "top1", lambda bench, row, name, seed: 40.0)
-    bench = bench_of(patching.TABLE_2, tmp_path, data=("others", "colors"))
-    assert patching.measure(bench, patching.ONE, "colors", 0) == harmonic_mean(80, 40) == pytest.approx(160 / 3)
+def test_patches_that_leave_the_base_alone_keep_its_accuracy_in_the_mean(tmp_path: Path) -> None:
+    options = {"supported": "others", "alphas": 2}
+    bench = bench_of(patching.TABLE_2, tmp_path, data=("others", "colors"), steps=4, options=options)
+    bench.latest("base", 0, lambda: 80.0)
+    own = top1(bench, patching.PROBE, "colors", 0)
+    assert patching.measure(bench, patching.PROBE, "colors", 0) == pytest.approx(2 * 80 * own / (80 + own))
 
 
 def test_the_best_resolution_alone_costs_all_of_itself_and_the_cascade_what_it_saves_less(tmp_path: Path) -> None:
@@ -206,7 +202,7 @@ def test_the_best_of_a_group_of_units_is_that_of_held_out_images(tmp_path: Path)
 
 
 def test_pairs_are_neighbours_or_apart_and_the_best_pair_is_of_all(tmp_path: Path) -> None:
-    groups = units._groups(bench_of(units.PAIRS, tmp_path))
+    groups = units.groups_of(bench_of(units.PAIRS, tmp_path))
     pairs = [set(groups[row]) for row in (units.ADJACENT, units.APART, units.PAIR)]
     assert [len(pair) for pair in pairs] == [7, 21, 28]
     assert pairs[0] | pairs[1] == pairs[2]
@@ -214,33 +210,32 @@ def test_pairs_are_neighbours_or_apart_and_the_best_pair_is_of_all(tmp_path: Pat
     assert not set(groups[units.LAST_TWO]) & set(groups[units.OTHERS])
 
 
-def test_best_rates_are_those_of_held_out_images_on_either_side_of_the_other_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_rates_are_those_of_held_out_images_on_either_side_of_the_other_method(tmp_path: Path) -> None:
     held = {normalisation.BOTH: [10, 20, 50, 30], normalisation.TUNED: [40, 60, 55, 20]}  # best at 0.01 and at 0.003
     test = {normalisation.BOTH: [1, 2, 3, 4], normalisation.TUNED: [5, 6, 7, 8]}
     rates = (0.001, 0.003, 0.01, 0.03)
 
-    def fitted(bench: Workbench, row: str, name: str, rate: float, seed: int) -> tuple[float, float]:
-        return (held[row][rates.index(rate)], test[row][rates.index(rate)]) if rate else (0, 9)
+    def rated(folder: Path) -> dict[str, dict[str, float]]:
+        bench = bench_of(normalisation.RATES, folder, options={"learning_rates": rates})
+        for row in held:
+            figures_of = zip(rates, held[row], test[row], strict=True)
+            known(bench, {("rate", row, "colors", rate, 0): pair for rate, *pair in figures_of})
+        known(bench, {("rate", normalisation.LAST, "colors", 0, 0): (0, 9)})
+        return figures(bench)
 
-    monkeypatch.setattr(normalisation, "_fitted", fitted)
-    table = figures(bench_of(normalisation.RATES, tmp_path, options={"learning_rates": rates}))
+    table = rated(tmp_path)
     assert list(table[normalisation.TUNED].values()) == [5, 6, 7, 8]
     rows = (normalisation.BELOW, normalisation.FROM, normalisation.ABOVE, normalisation.UP_TO, normalisation.LAST)
     assert [set(table[row].values()) for row in rows] == [{6}, {7}, {3}, {2}, {9}]
     held[normalisation.BOTH] = [90, 20, 50, 30]  # the lowest rate is the best: none is below
-    assert set(
-        figures(bench_of(normalisation.RATES, tmp_path / "again", options={"learning_rates": rates}))[
-            normalisation.BELOW
-        ].values()
-    ) == {9}
+    assert set(rated(tmp_path / "again")[normalisation.BELOW].values()) == {9}
 
 
 def test_a_rate_at_which_training_diverges_has_nothing_right(tmp_path: Path) -> None:
     fit = {"batch_size": 12, "image_size": 32, "augment": "none"}
-    bench = bench_of(normalisation.RATES, tmp_path, fit=fit, steps=6)
-    assert normalisation._fitted(bench, normalisation.TUNED, "colors", 1e9, 0) == (0, 0)
+    bench = bench_of(normalisation.RATES, tmp_path, fit=fit, steps=6, options={"learning_rates": (1e9,)})
+    jobs = [job for job in bench.recipe.jobs(bench) if job.row == normalisation.TUNED]
+    assert [job.work() for job in jobs] == [{"1e+09": 0}]
 
 
 def test_a_block_beside_the_base_adds_itself_and_all_that_follows(tmp_path: Path) -> None:
@@ -253,12 +248,10 @@ def test_a_block_beside_the_base_adds_itself_and_all_that_follows(tmp_path: Path
     assert extensions.added_operations(bench, make_method("full-finetune")) == pytest.approx(100)
 
 
-def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(tmp_path: Path) -> None:
     bench = bench_of(extensions.PRUNING, tmp_path)
-    top1s = {"linear-probe": 40.0, "subset": 60.0, "pruned": 70.0}
-    monkeypatch.setattr(bench, "accuracy", lambda backbone, data, method, seed: top1s[method.name])
+    top1s = dict.fromkeys(bench.scale.methods, 70.0) | {extensions.PROBE: 40.0, extensions.WHOLE: 60.0}
+    known(bench, {("top1", row, "colors", 0): top1 for row, top1 in top1s.items()})
     table = figures(bench)
     assert table[extensions.HALFWAY] == {"colors": 50}
     left = [
@@ -271,13 +264,12 @@ def test_pruned_rows_have_fewer_parameters_and_stand_beside_half_the_gain(
     assert extensions.PARAMETERS not in table[extensions.PROBE]
 
 
-def test_the_lowest_skip_is_that_of_each_task_and_none_of_the_last_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lowest_skip_is_that_of_each_task_and_none_of_the_last_stage(tmp_path: Path) -> None:
     tasks = [[{"0→1": 60.0}, {"0→1": 10.0, "0→2": 40.0, "1→2": 70.0}, {"0→1": 5.0}], [{"0→1": 20.0}, *[{}] * 2]]
     tasks[1][1:] = [{"0→1": 30.0, "0→2": 60.0, "1→2": 90.0}, {"0→1": 95.0}]
-    monkeypatch.setattr(skips, "_weights", lambda bench, seed: tasks)
-    table = figures(bench_of(skips.WEIGHTS, tmp_path, options={"depths": (1, 2, 1)}))
+    bench = bench_of(skips.WEIGHTS, tmp_path, options={"depths": (1, 2, 1)})
+    bench.latest("skip weights", 0, lambda: tasks)
+    table = figures(bench)
     assert table["stage 1"] == {"0→1": 40, skips.MEAN: 40}
     assert table["stage 2"] == {"0→1": 20, "0→2": 50, "1→2": 80, skips.MEAN: 50}
     assert table["stage 3"] == {"0→1": 50, skips.MEAN: 50}

@@ -8,5 +8,6 @@ from .multitask import fit_multitask as fit_multitask
 from .painting import Painting as Painting
 from .painting import PaintSettings as PaintSettings
 from .painting import paint as paint
+from .tradeoff import Accuracy as Accuracy
 from .tradeoff import Point as Point
 from .tradeoff import Rule as Rule

@@ -17,9 +17,9 @@ from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import short
 from modelpatch_studies.patching import FOUR
 from modelpatch_studies.piggyback import ADAM, INDIVIDUAL, MASKS, PAPER, SGD
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale, mobilenet
 
-FROZEN = "frozen backbone"
+FROZEN, SCALED = "frozen backbone", "scale and bias"
 METHODS = {FROZEN: "linear-probe(head_lr=0.003)", FOUR: "delta(modules=4,head_lr=0.003)"}
 MEASURED = {"segmentation": "miou", "detection": "map50"}
 
@@ -69,6 +69,15 @@ DENSE = Recipe(
             fit={"image_size": 512, "epochs": 50, "batch_size": 16, "clip": 5.0},
             seeds=3,
         ),
+        "mobilenet": mobilenet(
+            data=("bccd_voc",),
+            methods={
+                FROZEN: "linear-probe(head_lr=0.001)",
+                SCALED: "scale-bias(head_lr=0.001)",
+                FOUR: "delta(modules=4,lr=0.01,start=identity,head_lr=0.001)",
+            },
+            fit={"image_size": 160, "epochs": 8, "batch_size": 8, "clip": 5.0, "decoder": "faster-rcnn"},
+        ),
     },
     claims=(Claim("D10", "Δ-modules are above the frozen backbone", ((FOUR, FROZEN),), "+1.6, +3.4 and +0.8"),),
     jobs=dense_jobs,
@@ -109,6 +118,18 @@ FCN = Recipe(
             },
             fit={**PAPER.fit, "epochs": 15, "image_size": 512, "batch_size": 8, "decoder": "fcn32"},
             seeds=3,
+        ),
+        "mobilenet": mobilenet(
+            data=("camvid",),
+            methods={
+                FROZEN: "linear-probe(head_lr=0.01)",
+                MASKS: "piggyback(norms=trained,lr=0.0003,head_lr=0.01)",
+                SCALED: "scale-bias(lr=0.001,head_lr=0.01)",
+                FOUR: "delta(modules=4,lr=0.03,start=identity,head_lr=0.01)",
+                f"{FOUR} + S/B": "delta(modules=4,lr=0.03,start=identity,head_lr=0.01)+scale-bias(lr=0.001,head_lr=0.01)",
+                INDIVIDUAL: "full-finetune(lr=0.0003,head_lr=0.01)",
+            },
+            fit={"image_size": 128, "epochs": 60, "batch_size": 8, "decoder": "deeplab"},
         ),
     },
     claims=(

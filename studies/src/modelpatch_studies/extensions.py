@@ -23,7 +23,7 @@ from modelpatch.select import added_latency, simulate
 from modelpatch_studies.backbones import untrained_patch
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import names, short
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, mobilenet
 from modelpatch_studies.subtuning import (
     ADAMW,
     BLOCK,
@@ -358,6 +358,14 @@ ACTIVE_LEARNING = Recipe(
             methods={BLOCK: f"subset(blocks=layer2.3,lr=0.001,statistics=learned,{ADAMW})"},
             fit={**PAPER.fit, "epochs": 50},
             options={"labels": (100, 500, 1000, 2500, 5000, 10000)},
+        ),
+        "mobilenet": mobilenet(
+            data=("cifar10_full",),
+            methods={BLOCK: "subset"},
+            fit={"image_size": 64, "epochs": 10},
+            images=2000,
+            tested=2000,
+            options={"labels": (100, 250, 500, 1000)},
         ),
     },
     claims=(Claim("T13", "small margins are above a random draw", ((MARGIN, RANDOM),), "margins above random"),),

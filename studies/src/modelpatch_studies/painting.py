@@ -11,10 +11,12 @@ decay 0.1, batches of 128, 2,000 steps of which 200 warm up, cosine, under heads
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -23,12 +25,12 @@ import torch.nn.functional as F
 
 from modelpatch import Task, paint
 from modelpatch.heads import CosineHead
-from modelpatch.methods import Paint, vocabulary_of
+from modelpatch.methods import Paint, Vocabulary, vocabulary_of
 from modelpatch.recipes import Painting, PaintSettings, Point, Rule
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import names, short
 from modelpatch_studies.made_tasks import split_classes
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale, mobilenet
 
 SUPPORTED, PATCHED, MEAN, CHOSEN = "supported", "patched", "mean of both", "mean of both, alpha chosen"
 JOINT, SEQUENTIAL, PARALLEL, PLAIN = "joint", "sequential", "parallel", "sequential, no interpolation"
@@ -66,6 +68,23 @@ PAPER = Scale(
 )
 
 
+WORDS: Mapping[str, str] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+BY_WORDS = {"supported": "imagenette", "alphas": 11, "heads": "words", "text": "minilm"}
+MOBILENET = mobilenet(
+    data=("imagenette", "gtsrb"),
+    methods={PATCHED: "paint(lr=0.0003)"},
+    fit={"image_size": 96, "epochs": 8},
+    images=400,
+    options=BY_WORDS,
+)
+
+
+def vocabulary(bench: Workbench) -> Vocabulary:
+    """Heads of words from the backbone's own text tower, or from the sentence encoder that the scale names."""
+    text = bench.scale.options.get("text", "own")
+    return vocabulary_of(bench.backbone(), text, words=None if text == "own" else WORDS)
+
+
 def painted(
     bench: Workbench,
     patched: tuple[str, ...],
@@ -80,7 +99,8 @@ def painted(
     method = cast(Paint, bench.method(PATCHED))
     kept = supported or [bench.task(bench.scale.options["supported"])]
     exploration = replace(exploration, steps=bench.scale.options["alphas"])
-    return paint(bench.backbone(), tasks, kept, method=method, exploration=exploration, **settings)
+    heads = vocabulary(bench).head if bench.scale.options.get("heads") == "words" else None
+    return paint(bench.backbone(), tasks, kept, method=method, heads=heads, exploration=exploration, **settings)
 
 
 # the curve --------------------------------------------------------------------------------------------------------------
@@ -122,6 +142,9 @@ CURVE = Recipe(
     scales={
         "small": SMALL,
         "paper": PAPER,
+        "mobilenet": MOBILENET,
+        "mobilenet-digits": replace(MOBILENET, data=("imagenette", "mnist"), images=600),
+        "mobilenet-closed": replace(MOBILENET, options={"supported": "imagenette", "alphas": 11}),
     },
     claims=(
         Claim(
@@ -174,6 +197,9 @@ MODES = Recipe(
     scales={
         "small": replace(SMALL, images=300, tested=250, steps=40, options={"supported": "imagenette", "alphas": 6}),
         "paper": PAPER,
+        "mobilenet": replace(
+            MOBILENET, data=("imagenette", "gtsrb", "mnist", "rsscn7"), fit={"image_size": 64, "epochs": 8}
+        ),
     },
     claims=(
         Claim(
@@ -249,7 +275,7 @@ def open_heads(bench: Workbench, tasks: Sequence[Task], seed: int) -> Callable[[
     Means are of features of unit length over a class's training images; what all of them have in common is taken away.
     """
     if bench.scale.options["heads"] == "words":
-        return vocabulary_of(bench.backbone(), "own").head
+        return vocabulary(bench).head
     reader, means = bench.reader(bench.backbone(), seed), {}
     for data in tasks:
         features, labels = F.normalize(reader.base_features(data.train), dim=1), torch.from_numpy(data.train.labels)
@@ -284,6 +310,7 @@ TRANSFER = Recipe(
             options={"supported": "imagenette", "alphas": 6, "heads": "means"},
         ),
         "paper": replace(PAPER, options={**PAPER.options, "heads": "words"}),
+        "mobilenet": replace(MOBILENET, data=("imagenette", "gtsrb", "mnist", "rsscn7", "dtd10")),
     },
     claims=(
         Claim(
@@ -321,23 +348,24 @@ def _supported(bench: Workbench, row: str, seed: int) -> Figures:
     sources = [bench.task(name) for name in supported]
     paintings = bench.latest("paintings", seed, lambda: [painted(bench, (n,), JOINTLY, seed, sources) for n in patched])
     kept = supported if row == EVERY else (supported[SETS.index(row)],)
-    points = [choose_for(painting, [bench.task(name).task.name for name in kept]) for painting in paintings]
+    tasks = [bench.task(name).task.name for name in kept]
+    points = [choose_for(one.curve, one.base, str(one.settings.rule), tasks) for one in paintings]
     return {
         ALPHA: 100 * statistics.fmean(point.weights[0] for point in points),
         OVERALL: 100 * statistics.fmean(point.combined() for point in points),
     }
 
 
-def choose_for(painting: Painting, supported: Sequence[str]) -> Point:
-    """The point of the curve that the painting's rule chooses if only these tasks are supported."""
+def choose_for(curve: Sequence[Point], base: Point, rule: str, supported: Sequence[str]) -> Point:
+    """The point of the curve, or the base, that the rule chooses if only these tasks are supported."""
 
     def without(point: Point) -> Point:
         tasks = {name: one for name, one in point.tasks.items() if one.role == "patched" or name in supported}
         return replace(point, tasks=tasks)
 
-    seen = [without(point) for point in painting.curve]
-    chosen = Rule.parse(painting.settings.rule).choose(seen, without(painting.base))
-    return painting.base if chosen not in seen else painting.curve[seen.index(chosen)]
+    seen = [without(point) for point in curve]
+    chosen = Rule.parse(rule).choose(seen, without(base))
+    return base if chosen not in seen else curve[seen.index(chosen)]
 
 
 STABLE = Recipe(
@@ -361,6 +389,11 @@ STABLE = Recipe(
             PAPER,
             data=("imagenet", "cifar100", "stl10", *PAPER.data[1:]),
             options={"sets": ("imagenet", "cifar100", "stl10"), "alphas": 11},
+        ),
+        "mobilenet": replace(
+            MOBILENET,
+            data=("imagenette", "caltech101", "dtd10", "gtsrb"),
+            options={**BY_WORDS, "sets": ("imagenette", "caltech101", "dtd10")},
         ),
     },
     claims=(

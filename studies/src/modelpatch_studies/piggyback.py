@@ -22,7 +22,7 @@ from modelpatch_studies.backbones import retrained, untrained
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.decathlon import MAX_ERRORS, decathlon_score
 from modelpatch_studies.jobs import each, short, top1
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale, mobilenet
 
 CLASSIFIER, MASKS, NORMS, INDIVIDUAL = (
     "classifier only",
@@ -117,7 +117,7 @@ def initialisation_jobs(bench: Workbench) -> Iterator[Job]:
     tested = [name for name in bench.scale.data if name != bench.scale.options["other"]]
     for seed in bench.seeds:
         for over in (ITSELF, OTHER, RANDOM):
-            for row in (MASKS, CLASSIFIER):
+            for row in (row for row in bench.scale.methods if row != PRETRAINING):
                 for name in tested:
                     yield Job(f"{row} {over}", (short(name),), seed, partial(_over, bench, row, over, name, seed))
         for name in tested:
@@ -179,6 +179,17 @@ INITIALISATION = Recipe(
                 "other": "places365",
                 "pretraining": {"epochs": 90, "batch_size": 256, "drops": (1 / 3, 2 / 3)},
             },
+        ),
+        "mobilenet": mobilenet(
+            data=("cifar10_full", "gtsrb"),
+            methods={
+                MASKS: "piggyback(lr=0.0003)",
+                NORMS: "piggyback(lr=0.0003,norms=trained)",
+                CLASSIFIER: "linear-probe",
+                PRETRAINING: "full-finetune(lr=0.001,statistics=learned)",
+            },
+            fit={"image_size": 64, "epochs": 10},
+            options={"other": "cifar10_full", "pretraining": {"batch_size": 128}},
         ),
     },
     claims=(

@@ -9,7 +9,7 @@ recipe, scale and seed, so that finished jobs are kept on disk and an interrupte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -51,6 +51,11 @@ class Scale:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def mobilenet(**given: Any) -> Scale:
+    """The third scale of recipes that have one: an ImageNet MobileNetV2 over whole real data sets, three seeds."""
+    return Scale(**{"backbones": ("timm:mobilenetv2_100.ra_in1k",), "seeds": 3, **given})
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Recipe:
     notes: str
     scales: Mapping[str, Scale]
     claims: tuple[Claim, ...]
-    jobs: Callable[..., Iterator[Job]]
+    jobs: Callable[..., Iterable[Job]]
     unit: str = "top-1, %"
     published: Mapping[tuple[str, str], float] = field(default_factory=dict)
     numeric: bool = False

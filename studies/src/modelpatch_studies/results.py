@@ -95,10 +95,12 @@ class Results:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The recipe's claims on these figures."""
+        """The verdicts on the recipe's claims, but for those of rows that this scale does not have."""
         return [
             Verdict(claim, tuple(self._difference(claim, *pair) for pair in claim.pairs))
             for claim in self.recipe.claims
+            if all(row in self.rows for pair in claim.pairs for row in pair)
+            and set(self.columns) >= {*claim.columns, *claim.than}
         ]
 
     def _difference(self, claim: Claim, better: str, worse: str) -> Gap:

@@ -10,8 +10,9 @@ Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from modelpatch import cascade
 from modelpatch.methods import FullFinetune
@@ -19,12 +20,32 @@ from modelpatch.recipes import MultiResolution, fit_multires, fit_multitask
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import short
 from modelpatch_studies.normalisation import RMSPROP, SLIM
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale, mobilenet
 
 PRIVATE, SHARED, INDEPENDENT = "private S/B", "all shared", "independent"
 SHARINGS = {PRIVATE: "private", SHARED: "shared", INDEPENDENT: "independent"}
 MOBILENET = ("timm:mobilenetv2_100.ra_in1k",)
 SEVERAL_SIZES = {name: value for name, value in SLIM.items() if name != "image_size"}
+
+
+def at_real_scales(rows: Iterable[str], **options: Any) -> dict[str, Scale]:
+    """Four tasks over an ImageNet MobileNetV2, a fifth of the images held out."""
+    tasks = {
+        "": ("gtsrb", (32, 48, 64), 0.001, 6, None),
+        "-digits": ("mnist", (32, 48, 64), 0.001, 4, None),
+        "-photos": ("imagenette", (64, 96, 128), 0.0001, 4, None),
+        "-few": ("imagenette", (48, 64, 96), 0.0003, 5, 800),
+    }
+    return {
+        f"mobilenet{more}": mobilenet(
+            data=(name,),
+            methods=dict.fromkeys(rows, f"full-finetune(lr={rate},statistics=learned)"),
+            fit={"epochs": epochs, "validation": 0.2},
+            images=images,
+            options={"resolutions": resolutions, **options},
+        )
+        for more, (name, resolutions, rate, epochs, images) in tasks.items()
+    }
 
 
 def at_resolutions(bench: Workbench, sharing: str, seed: int) -> MultiResolution:
@@ -78,6 +99,7 @@ RESOLUTIONS = Recipe(
             steps=200_000,
             options={"resolutions": (96, 128, 160, 192, 224)},
         ),
+        **at_real_scales(SHARINGS),
     },
     claims=(
         Claim(
@@ -93,12 +115,18 @@ RESOLUTIONS = Recipe(
 
 CASCADE, BEST = "cascade", "best resolution alone"
 TOP1, COST = "top-1", "cost of the best, %"
+RULES: Mapping[str, Mapping[str, Any]] = {CASCADE: {"confidence": "fitted", "caution": 0.0}}
+ALL_RULES: Mapping[str, Mapping[str, Any]] = {
+    CASCADE: {"caution": 0.0},  # thresholds as in the paper
+    f"{CASCADE}, cautious": {},
+    f"{CASCADE}, cautious and fitted": {"confidence": "fitted"},
+}
 
 
 def cascade_jobs(bench: Workbench) -> Iterator[Job]:
     """The cascade and the reference that it is held to."""
     for seed in bench.seeds:
-        for row in (CASCADE, BEST):
+        for row in (*bench.scale.options.get("rules", RULES), BEST):
             yield Job(row, (TOP1, COST), seed, partial(_cascaded, bench, row, seed))
 
 
@@ -106,12 +134,12 @@ def _cascaded(bench: Workbench, row: str, seed: int) -> Figures:
     def build() -> dict[str, Figures]:
         made, data = at_resolutions(bench, PRIVATE, seed), bench.task(bench.scale.data[0])
         named = {f"{pixels} px": patch for pixels, patch in made.patches.items()}
-        result = cascade(made.backbone, named, data, confidence="fitted", caution=0.0, seed=seed)
+        rules = bench.scale.options.get("rules", RULES)
+        found = {row: cascade(made.backbone, named, data, seed=seed, **rule) for row, rule in rules.items()}
+        result = next(iter(found.values()))
         alone = next(single for single in result.singles if single.name == result.reference).test.top1
-        return {
-            CASCADE: {TOP1: 100 * result.test.top1, COST: 100 * (1 - result.saved)},
-            BEST: {TOP1: 100 * alone, COST: 100.0},
-        }
+        rows = {row: {TOP1: 100 * one.test.top1, COST: 100 * (1 - one.saved)} for row, one in found.items()}
+        return {**rows, BEST: {TOP1: 100 * alone, COST: 100.0}}
 
     return bench.latest("cascade", seed, build)[row]
 
@@ -146,6 +174,7 @@ RESOLUTION_CASCADE = Recipe(
             steps=200_000,
             options={"resolutions": (96, 128, 160, 192, 224)},
         ),
+        **at_real_scales([PRIVATE], rules=ALL_RULES),
     },
     claims=(
         Claim("K7", "the cascade costs less than the best resolution", ((BEST, CASCADE),), "-15.2 %", columns=(COST,)),
@@ -222,6 +251,16 @@ TASKS = Recipe(
             steps=200_000,
             options={"shared": f"full-finetune(lr=0.045,{RMSPROP})"},
         ),
+        **{
+            f"mobilenet{more}": mobilenet(
+                data=("imagenette", "gtsrb"),
+                methods={HEADS: "linear-probe", PATCHES: "scale-bias(lr=0.001)", OWN: f"full-finetune(lr={rate})"},
+                fit={"image_size": 64, "epochs": 5},
+                images=1200,
+                options={"shared": f"full-finetune(lr={rate})"},
+            )
+            for more, rate in (("", 0.0003), ("-slow", 0.0001))
+        },
     },
     claims=(
         Claim(

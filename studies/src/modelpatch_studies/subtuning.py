@@ -24,14 +24,14 @@ from modelpatch.select import Greedy, select
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.corruptions import KINDS, corrupted
 from modelpatch_studies.jobs import each, held_and_test, held_out, short, top1
-from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale
+from modelpatch_studies.recipe import Claim, Figures, Job, Recipe, Scale, mobilenet
 
 SETS = ("cifar10", "cifar100", "flowers102", "stanford_cars")
 ADAMW = "weight_decay=0.01"
 SETTINGS = {"batch_size": 256, "image_size": 224, "augment": "standard"}
 PROBE, TUNED, BLOCK = "linear probe", "full fine-tuning", "one block"
 CHOSEN, LAST = "chosen block", "last block"
-SUBTUNING = "SubTuning"
+SUBTUNING, BY_CODE = "SubTuning", "SubTuning, its code's rule"
 SMALL_ENDS = {PROBE: "linear-probe", TUNED: "full-finetune(lr=0.001)"}
 SMALL_BLOCKS = "subset(lr=0.001)"
 PAPER_ENDS = {
@@ -60,9 +60,9 @@ STAGES = {"greedy": {"stages": True}, "folds": 2, "max_blocks": 3}  # a search t
 BY_FOLDS: dict[str, Any] = {"greedy": {}, "folds": 5, "max_blocks": None}
 
 
-def subtuned(bench: Workbench, data: Task, seed: int) -> float:
+def subtuned(bench: Workbench, data: Task, seed: int, **rule: Any) -> float:
     """Top-1 of the blocks that the greedy search chooses, trained on all training images."""
-    greedy = Greedy(**bench.scale.options["greedy"], ends=False)  # the paper compares with no other set
+    greedy = Greedy(**{"ends": False, **bench.scale.options["greedy"], **rule})  # the paper compares with no other set
     how = {name: bench.scale.options[name] for name in ("folds", "max_blocks")}
     settings = bench.settings(data, seed)
     chosen = select(bench.backbone(), data, bench.method(SUBTUNING), greedy=greedy, **how, **settings)
@@ -136,7 +136,9 @@ PROFILE = Recipe(
 
 def few(bench: Workbench, row: str, name: str, seed: int) -> float:
     """Top-1 of a row: a fit, or the greedy search."""
-    return subtuned(bench, bench.task(name), seed) if row == SUBTUNING else top1(bench, row, name, seed)
+    if row not in (SUBTUNING, BY_CODE):
+        return top1(bench, row, name, seed)
+    return subtuned(bench, bench.task(name), seed, **({"rule": "code"} if row == BY_CODE else {}))
 
 
 TABLE_1 = Recipe(
@@ -166,6 +168,19 @@ TABLE_1 = Recipe(
             images=1000,
             options=BY_FOLDS,
         ),
+        **{
+            f"mobilenet{more}": mobilenet(
+                data=(name,),
+                methods={PROBE: "linear-probe", TUNED: "full-finetune", SUBTUNING: "subset", BY_CODE: "subset"},
+                fit={"image_size": pixels, "epochs": 10},
+                images=600,
+                options={"greedy": {"stages": True, "ends": True, **greedy}, "folds": folds, "max_blocks": None},
+            )
+            for more, name, pixels, folds, greedy in (
+                ("", "gtsrb", 64, 3, {}),
+                ("-birds", "cub80_2010", 96, 4, {"halving": 3}),
+            )
+        },
     },
     claims=(
         Claim("T3", "SubTuning is above the linear probe", ((SUBTUNING, PROBE),), "at up to 1,000 images", small=True),
@@ -191,13 +206,13 @@ def corrupted_jobs(bench: Workbench) -> Iterator[Job]:
 
 
 def _on_corrupted(bench: Workbench, row: str, kind: str, seed: int) -> Figures:
-    data = bench.latest("corrupted", (kind, seed), lambda: _shifted(bench, kind, seed))
+    data = bench.latest("corrupted", (kind, seed), lambda: shifted(bench, kind, seed))
     if row == SUBTUNING:
         return {kind: subtuned(bench, data, seed)}
     return {kind: bench.accuracy(bench.backbone(), data, bench.method(row), seed)}
 
 
-def _shifted(bench: Workbench, kind: str, seed: int) -> Task:
+def shifted(bench: Workbench, kind: str, seed: int) -> Task:
     """Corrupted test images as a task of its own: a share to train on, the others to test."""
     name = bench.scale.data[0]
     data = bench.task(name)

@@ -65,12 +65,12 @@ def _pair(bench: Workbench, row: str, name: str, seed: int) -> Figures:
     backbone, data = bench.backbone(), bench.task(name)
     if row in bench.scale.methods:
         return {short(name): bench.accuracy(backbone, data, bench.method(row), seed)}
-    found = bench.once(("winners", name, seed), lambda: winners(bench, data, _groups(bench), seed))
+    found = bench.once(("winners", name, seed), lambda: winners(bench, data, groups_of(bench), seed))
     tune = partial(bench.accuracy, backbone, data, confine(bench.method(BLOCK), found[row]), seed)
     return {short(name): bench.once(("top1", name, seed, found[row]), tune)}
 
 
-def _groups(bench: Workbench) -> dict[str, Sequence[Unit]]:
+def groups_of(bench: Workbench) -> dict[str, Sequence[Unit]]:
     """The units to choose among, by the row."""
     names = [block.name for block in bench.backbone().chain.blocks]
     singles = [(name,) for name in names]
