@@ -16,9 +16,10 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
-from modelpatch import Task, harmonic_mean, paint
+from modelpatch import Task, paint
 from modelpatch.methods import Paint, Vocabulary
 from modelpatch.recipes import Painting, PaintSettings
+from modelpatch.train import harmonic_mean
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import names
 from modelpatch_studies.made_tasks import (
