@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.backbone.sources.torchvision_dense import dense_models
+from modelpatch.backbone.sources.torchvision_dense import DetectorTrunk, dense_models
 from modelpatch.errors import UnknownBackboneError
 from tolerance import close
 
@@ -42,6 +42,6 @@ def test_a_detector_gives_its_trunks_features(name: str) -> None:
 
 
 def test_what_is_none_of_them_is_said() -> None:
-    assert dense_models()["ssd300_vgg16"] == "detection"
+    assert dense_models()["ssd300_vgg16"] is DetectorTrunk
     with pytest.raises(UnknownBackboneError, match="has no model 'maskrcnn_resnet50_fpn' that could be a backbone"):
         load_backbone("torchvision:maskrcnn_resnet50_fpn")

@@ -31,6 +31,7 @@ from modelpatch.errors import BackboneError, DataError
 from modelpatch.heads.cosine import CosineHead
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import MethodRecord
+from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 
 TEMPLATES = ("a photo of a {}.",)
@@ -81,7 +82,7 @@ class Vocabulary:
 
     def relabel(self, patch: Patch, labels: Sequence[str]) -> Patch:
         """The patch with a head for other labels. Raises `DataError` for labels that are no task."""
-        if patch.task.kind != "classification":
+        if not kind_of(patch.task.kind).classifies:
             raise DataError(f"{patch.task.name} is a {patch.task.kind} task; labels name classes of whole images.")
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise DataError(

@@ -86,24 +86,24 @@ def _keep_own(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
         del state[name]
 
 
-def dense_models() -> dict[str, str]:
-    """The kind of each of torchvision's networks that is made one of these."""
+def dense_models() -> dict[str, type[nn.Module]]:
+    """The wrapper of each of torchvision's segmentation and detection networks, by its name."""
     from torchvision.models import detection, list_models, segmentation
 
     segmenters = [name for name in list_models(segmentation) if name.startswith(("fcn_", "deeplabv3_"))]
     detectors = [name for name in list_models(detection) if name.startswith(("fasterrcnn_", "ssd"))]
-    return dict.fromkeys(segmenters, "segmentation") | dict.fromkeys(detectors, "detection")
+    return dict.fromkeys(segmenters, WholeImageSegmenter) | dict.fromkeys(detectors, DetectorTrunk)
 
 
 def build_dense(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
     """One of `dense_models` as a backbone's module. Raises `BackboneError` where torchvision cannot build it."""
     import torchvision
 
-    kind = dense_models()[name]
+    wrapper = dense_models()[name]
     published = torchvision.models.get_model_weights(name).DEFAULT
     given = {"weights": published if pretrained else None, **({} if pretrained else {"weights_backbone": None})}
     if (
-        kind == "segmentation"
+        wrapper is WholeImageSegmenter
         and not pretrained
         and "aux_loss" in inspect.signature(torchvision.models.get_model_builder(name)).parameters
     ):
@@ -112,7 +112,7 @@ def build_dense(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple
         model = torchvision.models.get_model(name, **{**given, **arguments})
     except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
         raise BackboneError(f"torchvision could not build {name!r} with {arguments}: {error}") from error
-    if kind == "segmentation":
+    if wrapper is WholeImageSegmenter:
         transform = published.transforms()
         size = int(transform.resize_size[0])
         seen = Preprocessing(
