@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import write_folder
 from dense import write_masks, write_voc
 from modelpatch.data.sources.base import SOURCES, DataSource, Found, SourceOptions, register_source
+from modelpatch.data.sources.coco import read_annotations
+from modelpatch.data.sources.voc import read_annotation
 from modelpatch.data.splits import Split
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
@@ -61,3 +70,90 @@ def test_a_folder_in_two_layouts_is_read_as_the_kind_that_is_asked_for(tmp_path:
 def test_the_name_of_an_unknown_kind_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="segmentation"):
         load_task(write_folder(tmp_path / "colors"), kind="segmentations")
+
+
+# formats ----------------------------------------------------------------------------------------------------
+
+numbers = st.one_of(st.integers(-5, 40), st.floats(), st.text(max_size=3), st.none())
+objects = st.fixed_dictionaries(
+    {},
+    optional={"image_id": numbers, "category_id": numbers, "bbox": st.lists(numbers, max_size=5), "iscrowd": numbers},
+)
+described = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": st.lists(st.fixed_dictionaries({"id": numbers, "file_name": numbers}), max_size=2),
+        "categories": st.lists(st.fixed_dictionaries({"id": numbers, "name": numbers}), max_size=2),
+        "annotations": st.lists(objects, max_size=3),
+    },
+)
+
+
+@given(st.one_of(described, st.lists(numbers)))
+@settings(max_examples=200)
+def test_annotations_of_coco_are_read_or_refused(content: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train.json"
+        file.write_text(json.dumps(content))
+        try:
+            scenes = read_annotations(file, Path(folder))
+        except DataError as error:
+            assert "train.json" in str(error)  # noqa: PT017
+        else:
+            assert all(
+                right > left and bottom > top for one in scenes for _, (left, top, right, bottom), _ in one.objects
+            )
+
+
+@given(
+    corners=st.lists(
+        st.one_of(st.integers(-3, 60), st.sampled_from(["", "x", "nan", "inf", "1e400"])), min_size=4, max_size=4
+    ),
+    name=st.sampled_from(["cat", "", " "]),
+    difficult=st.sampled_from(["0", "1", "", "yes"]),
+)
+def test_annotations_of_voc_are_read_or_refused(corners: list[Any], name: str, difficult: str) -> None:
+    sides = "".join(
+        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    )
+    text = f"<a><object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object></a>"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "one.xml"
+        file.write_text(text)
+        try:
+            ((found, (left, top, right, bottom), hard),) = read_annotation(file, Path("one.jpg")).objects
+        except DataError as error:
+            assert "one.xml cannot be read" in str(error)  # noqa: PT017
+        else:
+            assert (found, hard) == ("cat", difficult == "1")
+            assert 0 <= left < right <= 60
+            assert 0 <= top < bottom <= 60
+
+
+cells = st.one_of(st.sampled_from(["one.png", "a", "b", "", "train", "test", "val"]), st.text(max_size=4))
+
+
+@given(
+    st.lists(st.sampled_from(["image", "label", "split", "x", ""]), max_size=4),
+    st.lists(st.lists(cells, max_size=5), max_size=4),
+)
+@settings(max_examples=200)
+def test_manifests_are_read_or_refused(columns: list[str], rows: list[list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "one.png").write_bytes(b"never opened")
+        file = Path(folder) / "all.csv"
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([columns, *rows])
+        try:
+            task = load_task(file)
+        except DataError as error:
+            assert "all" in str(error)  # noqa: PT017
+        else:
+            assert len(task.classes) >= 2
+
+
+def test_a_task_is_imported_without_the_libraries_of_its_sources() -> None:
+    heavy = ("torchvision", "timm", "datasets", "pyarrow", "transformers", "sklearn")
+    code = f"import sys, modelpatch.data.task; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
