@@ -17,9 +17,9 @@ def count_of(number: int, thing: str, things: str = "") -> str:
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'scale-bias'?` for a mistyped name, empty where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """` Did you mean 'scale-bias'?` for a mistyped name, empty if no known name is that alike."""
+    close = difflib.get_close_matches(name, list(known), 1, likeness)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import modelpatch
 from modelpatch.errors import ModelpatchError, TrainingWarning
+from modelpatch.text import nearest
 
 USE, TRAIN, CHOOSE, MANY, CONVERT, SERVE = (
     "Use a patch",
@@ -89,6 +90,8 @@ class Verbs(TyperGroup):
         """The verb itself, whose module is imported now, its name and its arguments."""
         if args[0] in MOVED:
             raise ModelpatchError(MOVED[args[0]])
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], VERBS)}")
         name, found, rest = super().resolve_command(ctx, args)
         return name, found and load_verb(str(name)), rest
 

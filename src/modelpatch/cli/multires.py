@@ -53,9 +53,8 @@ def multires(
     """  # fmt: skip
 
     from modelpatch.data.task import load_task
-    from modelpatch.methods.full_finetune import FullFinetune
     from modelpatch.methods.registry import make_method
-    from modelpatch.recipes.multires import SHARINGS
+    from modelpatch.recipes.multires import METHOD, SHARINGS
     from modelpatch.recipes.sharing import compare_sharing
     from modelpatch.report.resolutions import plot_sharing, sharing_table
     from modelpatch.report.tables import show
@@ -68,7 +67,7 @@ def multires(
     pixels = _read_pixels(resolutions)
     if training.image_size is not None:
         raise TrainingError("--image-size is given beside --resolutions. Give the latter alone.")
-    method = make_method(FullFinetune.name, **{"statistics": "learned", **parse_pairs(set_, "--set")})
+    method = make_method(METHOD.name, **{"statistics": METHOD.statistics, **parse_pairs(set_, "--set")})
     settings: dict[str, Any] = training.settings()
     task = load_task(data, seed=training.seed)
     base = network.open()

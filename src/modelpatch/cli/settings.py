@@ -70,7 +70,7 @@ def parse_counts(option: str, text: str) -> list[int]:
 
 
 def spell_setting(name: str, value: str, *, takes_set: bool, takes_fit: bool) -> str:
-    """Advice for a setting that was given as an option: `Write --set lr=0.1`; empty for a name of no setting."""
+    """Advice for a setting that was given as an option: ` Write --set lr=0.1`; empty for a name of no setting."""
     from dataclasses import fields
 
     from modelpatch.methods.registry import METHODS
@@ -80,7 +80,7 @@ def spell_setting(name: str, value: str, *, takes_set: bool, takes_fit: bool) ->
     owners = sorted(spelled for spelled, kind in METHODS.items() if key in {field.name for field in fields(kind)})
     if takes_set and owners:
         known = ", ".join(owners[:3]) + (", ..." if len(owners) > 3 else "")
-        return f"Write --set {key}={value}: it is a hyperparameter of methods ({known})."
+        return f" Write --set {key}={value}: it is a hyperparameter of methods ({known})."
     if takes_fit and key in FitSettings.__dataclass_fields__:
-        return f"Write --fit {key}={value}: it is a setting of fit."
+        return f" Write --fit {key}={value}: it is a setting of fit."
     return ""

@@ -96,6 +96,7 @@ class Study:
         if not self.ray and self.ray_address != LOCAL:
             raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray. Give both.")
         parse_bytes(self.disk)
+        check_file("--trials", self.trials)
 
     def open(self, data: str, network: Network, training: Training, file: PatchFile | None = None) -> OpenStudy:
         """Check everything, read the task and load the backbone: the checks that fail soonest come first."""

@@ -28,6 +28,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from modelpatch.cli.runs import QUIET, Run, load_run, start_run
+from modelpatch.text import nearest
 
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
 COMMON = {
@@ -74,9 +75,9 @@ class Verb(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             name = getattr(error, "option_name", None)
-            if type(error).__name__ == "NoSuchOption" and name and (advice := _advice(self, str(name), given)):
+            if type(error).__name__ == "NoSuchOption" and name:
                 error.possibilities = None  # type: ignore[attr-defined]
-                error.message = f"No such option: {name}. {advice}"  # type: ignore[attr-defined]
+                error.message = f"No such option: {name}.{_advice(self, str(name), given)}"  # type: ignore[attr-defined]
             raise
 
 
@@ -173,9 +174,13 @@ def _in_panel(option: Parameter, title: str) -> Parameter:
 
 
 def _advice(command: Verb, option: str, words: list[str]) -> str:
-    """The spelling of a setting that was given as an option of its own; empty where there is none of that name."""
+    """The nearest option, or the spelling of a setting that was given as an option; empty if there is neither."""
     from modelpatch.cli.settings import spell_setting
 
+    if hint := nearest(
+        option, [spelled for one in command.params for spelled in (*one.opts, *one.secondary_opts)], 0.8
+    ):
+        return hint
     names = {parameter.name for parameter in command.params}
     place = next((number for number, word in enumerate(words) if word.partition("=")[0] == option), len(words))
     inline = words[place].partition("=")[2] if place < len(words) else ""

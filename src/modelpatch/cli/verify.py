@@ -75,7 +75,8 @@ def _check(path: Path, spec: str | None, arguments: dict[str, Any]) -> dict[str,
 def _line(result: dict[str, Any]) -> str:
     path = result["patch"]
     if result["ok"]:
-        return f"{path}: {result['checked']}"
+        more = "; -b own checks that it fits its backbone too" if result["checked"] == "file" else ""
+        return f"{path}: {result['checked']}{more}"
     message = result["message"].removeprefix(f"{path}: ")
     if result["status"] == "unchecked" and result["checked"] == "file":
         return f"{path}: the file is intact, its backbone was not checked: {message}"

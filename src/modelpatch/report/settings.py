@@ -67,7 +67,8 @@ def spell_value(value: Any) -> str:
 def first_line(thing: object) -> str:
     """The first sentence of a docstring, without markup."""
     paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0]
-    return re.split(r"(?<=[.:]) ", " ".join(paragraph.split()).replace("`", ""))[0]
+    sentence = re.split(r"(?<=[.:]) ", " ".join(paragraph.split()).replace("`", ""))[0]
+    return sentence.rstrip(".:")
 
 
 def methods_table(lines: Mapping[str, str]) -> Table:

@@ -123,8 +123,8 @@ def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
 def inspection_table(inspection: Inspection) -> Table:
     """A patch in figures."""
     table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
-    table.add_column("what", overflow="fold", max_width=NAME_WIDTH)
-    table.add_column("value", overflow="fold", min_width=HASH_WIDTH)
+    table.add_column("", overflow="fold", max_width=NAME_WIDTH)
+    table.add_column("", overflow="fold", min_width=HASH_WIDTH)
     settings = ", ".join(f"{name}={value}" for name, value in inspection.hyperparameters.items())
     file_share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
     rows: list[tuple[str, str]] = [
@@ -150,18 +150,21 @@ def inspection_table(inspection: Inspection) -> Table:
 
 
 def fit_table(inspection: Inspection) -> Table:
-    """The outcome of a fit in a few rows, accuracy and bytes last."""
+    """The outcome of a fit in a few rows, the scores and the file last."""
+    from modelpatch.tasks.kind import kind_of
+
     table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
-    share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
+    measured, share = inspection.metrics, f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
     trained = inspection.created.get("trainable_parameters")
     rows = [("method", f"{inspection.method} on {inspection.backbone} at {inspection.image_size} px")]
-    if trained is not None:
-        rows.append(("trained", _figure("trainable_parameters", trained, inspection)))
-    rows += [(name.replace("_", " "), _figure(name, value, inspection)) for name, value in inspection.metrics.items()][
-        :4
-    ]
+    rows += [] if trained is None else [("trained", _figure("trainable_parameters", trained, inspection))]
+    images = f" of {measured['test_images']:,} images" if "test_images" in measured else ""
+    for name, title in kind_of(inspection.kind).metrics.items():
+        if f"test_{name}" in measured:
+            rows.append((f"test {title}", f"{percent(measured[f'test_{name}'])} %{images}"))
+            images = ""
     rows.append(("file", f"{inspection.file_bytes:,} bytes, {share} of the backbone's"))
     for name, value in rows:
         table.add_row(escape(name), escape(value))
@@ -170,7 +173,7 @@ def fit_table(inspection: Inspection) -> Table:
 
 def parts_table(inspection: Inspection) -> Table:
     """The bytes of the file: a row a span with its modules below, the head, the header, and their sum."""
-    table = new_table("what the bytes are")
+    table = new_table("bytes by part")
     table.add_column("part", overflow="fold", min_width=NAME_WIDTH)
     for name in ("numbers", "bytes"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -224,13 +227,13 @@ def difference_tables(difference: Difference, first: str, second: str) -> list[T
     """What two patch files say differently, and the sizes, distance and cosine of their changes, a row a tensor."""
     tables = []
     if difference.facts:
-        facts = new_table("what the files say")
+        facts = new_table("differences of the records")
         for column in ("", first, second):
             facts.add_column(escape(column), overflow="fold")
         for fact in difference.facts:
             facts.add_row(*(escape(cell) for cell in fact))
         tables.append(facts)
-    numbers = new_table("what they change")
+    numbers = new_table("differences of the tensors")
     numbers.add_column("tensor", overflow="fold", min_width=NAME_WIDTH)
     for column in ("numbers", "first", "second", "distance", "cosine"):
         numbers.add_column(column, justify="right", no_wrap=True)
@@ -246,8 +249,8 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
     from modelpatch.tasks.kind import KINDS
 
     table = new_table(task, header=False)
-    table.add_column("what", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
     kind = next(kind for kind in KINDS.values() if kind.metric in figures)
     rows = [(title, percent(figures[name])) for name, title in kind.metrics.items() if name in figures]
     rows.append(("images", str(figures["images"])))
@@ -326,8 +329,8 @@ def _score(metrics: Mapping[str, float]) -> str:
 def version_table(version: Version) -> Table:
     """Everything that a store says of one version."""
     table = new_table(version.name, header=False)
-    table.add_column("what", overflow="fold", max_width=NAME_WIDTH)
-    table.add_column("value", overflow="fold", min_width=HASH_WIDTH)
+    table.add_column("", overflow="fold", max_width=NAME_WIDTH)
+    table.add_column("", overflow="fold", min_width=HASH_WIDTH)
     rows = [
         ("hash", version.hash),
         ("tags", " ".join(version.tags) or "none"),
