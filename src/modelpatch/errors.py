@@ -1,12 +1,12 @@
-"""Every error a user can see, in one tree. Each message says what was given, what was expected and what to do."""
+"""Errors and warnings for users. Each message says what was given, what was expected and what to do."""
 
 from __future__ import annotations
 
 
 class ModelpatchError(Exception):
-    """The root: catch this to catch everything this library raises on purpose.
+    """The base class of all errors that this library raises on purpose.
 
-    `detail` says what happened; `advice`, which may be empty, what to do at the command line or in Python. The text is both.
+    `detail` says what happened, and `advice`, which may be empty, what to do. The message is both.
     """
 
     def __init__(self, detail: str = "", advice: str = "") -> None:
@@ -150,7 +150,7 @@ class UnknownTaskError(ModelpatchError):
 
 
 class BudgetError(ModelpatchError):
-    """What was asked for does not fit into the memory that was allowed."""
+    """A request does not fit into the allowed memory."""
 
 
 class EngineError(ModelpatchError):

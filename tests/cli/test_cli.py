@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import modelpatch
 from conftest import CLASSES, Run, write_folder
@@ -22,7 +23,6 @@ from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.cascading import held_out
 from modelpatch.train import checkpoint, evaluate, fit, harmonic_mean
-from modelpatch.train.fitting import Fit
 
 VERBS = tuple(main.VERBS)
 TINY = "bundled:tiny"
@@ -76,17 +76,17 @@ def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
 ) -> None:
     command = ["fit", folder, "--epochs", 3, "--batch-size", 8, "-m", "linear-probe", "-o"]
     out = tmp_path / "resumed.safetensors"
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "EVERY_SECONDS", 0)
-        step = Fit._step
+    steps: list[object] = []
 
-        def interrupted(self: Fit, *rest: Any) -> None:
-            if self.state.step == 4:
-                raise KeyboardInterrupt
-            step(self, *rest)
+    def interrupt(*given: object) -> None:
+        steps.append(given)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
 
-        patched.setattr(Fit, "_step", interrupted)
-        stopped = run(*command, out)
+    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0)
+    hook = register_optimizer_step_pre_hook(interrupt)
+    stopped = run(*command, out)
+    hook.remove()
     assert stopped.code == 130
     assert "resumes when the same command is given again" in stopped.err
     assert "Traceback" not in stopped.err

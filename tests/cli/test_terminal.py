@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conftest import Run, write_folder
 from modelpatch.backbone.load import load_backbone, save_backbone
@@ -21,7 +22,6 @@ from modelpatch.cli.console import UNSEEN_WIDTH, check_file, open_console
 from modelpatch.cli.demo import suggestions
 from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch
-from modelpatch.train.fitting import Fit
 from modelpatch.train.progress import Progress
 
 CPU = torch.device("cpu")
@@ -331,16 +331,17 @@ def stop(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
 
-def test_an_interruption_speaks_of_resuming_only_where_something_is_kept(
+def test_an_interruption_speaks_of_resuming_only_if_something_is_kept(
     run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelpatch.train.evaluation.evaluate", stop)
-    monkeypatch.setattr(Fit, "_step", stop)
+    hook = register_optimizer_step_pre_hook(stop)
     for command in (["eval", folder, "-p", patches["linear-probe"]], ["fit", folder, "-o", tmp_path / "x.safetensors"]):
         result = run(*command)
         assert result.code == 130
         assert result.err.endswith("interrupted\n")
         assert "resume" not in result.err
+    hook.remove()
 
 
 # the demo's last words --------------------------------------------------------------------------------------

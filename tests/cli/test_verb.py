@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from conftest import Result, Run
 from modelpatch.cli.options import Network, PatchFile, Training
+from modelpatch.cli.runs import write_run
 from modelpatch.cli.study import Limits, Study
-from modelpatch.cli.verb import verb
-from modelpatch.errors import ModelpatchError
+from modelpatch.cli.verb import command, verb
+from modelpatch.errors import ConfigError, ModelpatchError
+from modelpatch.methods.registry import METHODS
+from modelpatch.train.settings import FitSettings
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,116 @@ def test_an_option_is_in_one_group_only() -> None:
 def test_what_cannot_be_is_said_by_the_group_it_is_in(make: object, words: str) -> None:
     with pytest.raises(ModelpatchError, match=words):
         make()  # type: ignore[operator]
+
+
+# panels, files and advice -----------------------------------------------------------------------------------
+
+
+@verb(first="color", panel="Looks", config=True)
+def render(
+    name: Annotated[str, typer.Argument(help="A name.")],
+    size: Size,
+    color: Annotated[str, typer.Option(help="A color.")] = "red",
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag.")] = None,
+    bold: Annotated[bool, typer.Option(help="Bold.")] = False,
+    out: Annotated[Path, typer.Option(help="A folder.")] = Path("."),
+) -> None:
+    """Render it."""
+    typer.echo(f"{name} {size.width}x{size.height} {color} {tag} {bold}")
+    write_run(out)
+
+
+rendering = command(render, "render")
+
+
+def invoke(*arguments: object) -> Any:
+    return rendering.main(list(map(str, arguments)), "render", standalone_mode=False)
+
+
+def test_first_options_lead_and_others_stand_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
+    invoke("--help")
+    shown = capsys.readouterr().out
+    places = [
+        shown.index(text)
+        for text in ("NAME", "Options", "--color", "Looks", "--wide", "Files", "--out", "Run", "--quiet")
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".yaml"])
+def test_a_run_is_given_as_a_file_and_repeated_from_the_one_it_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    given = tmp_path / f"given{suffix}"
+    lines = {"name": "box", "wide": 4, "tag": ["a", "b=1"], "bold": True, "out": str(tmp_path)}
+    equal = "=" if suffix == ".toml" else ":"
+    given.write_text("".join(f"{key} {equal} {json.dumps(value)}\n" for key, value in lines.items()))
+    invoke("--config", given, "--color", "blue")
+    assert capsys.readouterr().out == "box 4x3 blue ['a', 'b=1'] True\n"
+    invoke("--config", tmp_path / "run.yaml")
+    assert capsys.readouterr().out == "box 4x3 blue ['a', 'b=1'] True\n"
+    invoke("crate", "--config", tmp_path / "run.yaml", "--no-bold")
+    assert capsys.readouterr().out == "crate 4x3 blue ['a', 'b=1'] False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("colour: red", "has no option 'colour'. Did you mean 'color'?"),
+        ("verb: fit\n", "is a run of `fit`. Run: modelpatch fit --config"),
+        ("color: [red, blue]", "color is ['red', 'blue']. Expected one value"),
+        ("bold: perhaps", "bold is 'perhaps'. Expected true or false"),
+        ("tag: [[a]]", "tag is [['a']]. Expected a list of values"),
+        ("just words", "holds str. Expected options"),
+        ("a: [", "is not valid YAML or TOML"),
+        ("quiet: true", "has no option 'quiet'"),
+    ],
+)
+def test_a_file_that_is_no_run_of_the_verb_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        invoke("box", "--wide", 4, "--config", tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        invoke("box", "--wide", 4, "--config", tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fit", "x", "--lr", "0.1"), "Write --set lr=0.1"),
+        (("fit", "x", "--label-smoothing=0.2"), "Write --fit label_smoothing=0.2"),
+        (("fit", "x", "--epoch", "3"), "Did you mean '--epochs'?"),
+        (("fits", "x"), "Did you mean 'fit'?"),
+        (("inspect", "--speed"), "No such option: --speed."),
+        (("search", "x", "--trials", "8"), "--trials 8: expected a file"),
+        (("fit", "x", "-m", "scal-bias"), "'scale-bias'"),
+        (("methods", "scal-bias"), "'scale-bias'"),
+        (("fit", "x", "--fit", "label_smothing=1"), "Did you mean 'label_smoothing'?"),
+    ],
+)
+def test_a_slip_is_answered_with_the_nearest_name(run: Run, arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.code in (1, 2)
+    assert words in " ".join(result.err.replace("│", " ").split())
+    assert "Traceback" not in result.err
+
+
+def test_a_quiet_run_prints_its_errors_alone(run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path) -> None:
+    assert run("verify", "-q", *patches.values()) == Result(0, "", "")
+    assert run("eval", folder, "-p", patches["linear-probe"], "-q") == Result(0, "", "")
+    refused = run("verify", "-q", folder / "test" / "red" / "000.png", tmp_path / "missing")
+    assert (refused.code, refused.out) == (1, "")
+    assert run("inspect", patches["linear-probe"]).out != "", "the next command is not quiet"
+
+
+# methods ----------------------------------------------------------------------------------------------------
+
+
+def test_methods_lists_every_method_its_hyperparameters_and_the_settings_of_a_fit(run: Run, tmp_path: Path) -> None:
+    listed = run("methods", "--json", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text()).keys() == set(METHODS)
+    assert all(name in listed.out for name in METHODS)
+    assert {row["name"] for row in json.loads(run("methods", "scale-bias", "--json", "-").out)} >= {"lr", "head_lr"}
+    rows = {row["name"]: row for row in json.loads(run("methods", "--settings", "--json", "-").out)}
+    assert rows.keys() == set(FitSettings.__dataclass_fields__)
+    assert rows["dtype"] == {"name": "dtype", "default": "float32", "values": "float32, float16, bfloat16, int8"}

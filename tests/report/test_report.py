@@ -24,7 +24,6 @@ from modelpatch.methods.registry import COMPARED
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import encode_patch
 from modelpatch.recipes.comparison import Comparison, Row
-from modelpatch.report import plots
 from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
@@ -325,13 +324,15 @@ def test_accuracy_against_bytes_is_drawn_and_stands_in_the_page(base: bool, tmp_
 
 
 def test_no_two_names_overlap_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    place, drawn = plots._place, []
-    monkeypatch.setattr(plots, "_place", lambda axes, *rest: drawn.append(axes) or place(axes, *rest))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **options: drawn.append(figure))
     plot_bytes(large_comparison(), tmp_path / "bytes.png")
-    boxes = [Text.get_window_extent(text) for text in drawn[0].texts]
-    assert [text.get_text() for text in drawn[0].texts] == list(COMPARED)
+    texts = drawn[0].axes[0].texts
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert [text.get_text() for text in texts] == list(COMPARED)
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 

@@ -57,7 +57,7 @@ def find_device(name: str) -> torch.device:
 
 
 def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device) -> Backbone:
-    """The backbone a command line names, on a device. Raises `BackboneError` for a patch that is taken for one."""
+    """Load the backbone that a command line names to a device. Raises `BackboneError`, also for a patch file."""
     from modelpatch.backbone.load import load_backbone
 
     try:
@@ -75,7 +75,7 @@ def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device)
 def open_vocabulary(
     backbone: Backbone, text: str | None, names: Path | None, templates: Sequence[str] | None
 ) -> Vocabulary | None:
-    """What makes heads of words, if --text or the backbone has a text tower; None for closed vocabularies.
+    """The vocabulary that makes heads of words, from --text or the backbone's text tower; None for closed ones.
 
     Raises `MethodError` for words or prompts without a text tower.
     """
@@ -196,7 +196,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _same_source(spec: str, recorded: str) -> bool:
-    """Whether what was recorded about one holds for the other: the same zoo, or a file of the same name."""
+    """True for the same zoo, or a file of the same name: recorded arguments hold for both."""
     kind, _, name = spec.partition(":")
     other, _, other_name = recorded.partition(":")
     return kind == other and (kind in ("timm", "torchvision", "openclip") or Path(name).name == other_name)

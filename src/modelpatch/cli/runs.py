@@ -117,7 +117,7 @@ def _option_value(path: Path, key: str, value: Any, parameter: Any) -> Any:
     elif not isinstance(value, dict | list):
         return _text(value)
     raise ConfigError(
-        f"--config {path}: {key} is {str(value)[:80]!r}. Expected {'a list of values' if listed else 'one value'}."
+        f"--config {path}: {key} is {str(value)[:80]}. Expected {'a list of values' if listed else 'one value'}."
     )
 
 

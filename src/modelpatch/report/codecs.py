@@ -1,4 +1,4 @@
-"""What every codec of an extracted patch keeps of the checkpoint's accuracy, and at how many bytes."""
+"""Accuracy and bytes of an extracted patch under every codec."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ figure img { width: 7rem; image-rendering: pixelated; }
 
 
 class Report:
-    """Sections in the order they are added; all text is escaped."""
+    """A page of sections in the order of their calls; all text is escaped."""
 
     def __init__(self, title: str, lead: str) -> None:
         self.title, self.parts = title, [f"<h1>{escape(title)}</h1>"]
@@ -53,7 +53,7 @@ class Report:
         self.parts.append(f"<p>{escape(text)}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], bad: Collection[int] = ()) -> None:
-        """A table; the first column is the rows' names. The last cells of rows whose numbers are `bad` stand out."""
+        """A table; the first column is the rows' names. Rows whose numbers are in `bad` stand out."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         marks = ["<tr class=failed>" if number in bad else "<tr>" for number in range(len(rows))]
         cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
@@ -65,7 +65,7 @@ class Report:
         self.parts.append(f'<p><img src="{data_url(path.read_bytes())}" alt="{escape(description)}"></p>')
 
     def samples(self, items: Sequence[tuple[bytes, str, str]]) -> None:
-        """Small PNG pictures with the answer given to each and the true one; right and wrong are told by words and marks."""
+        """Add small PNG pictures with their answers and true classes, marked as right or wrong."""
         cells = []
         for png, answer, truth in items:
             caption = f"✓ {answer}" if answer == truth else f"✗ {answer}, not {truth}"

@@ -1,4 +1,4 @@
-"""Names beside points: each gets the nearest place where it covers no point and no other name."""
+"""Place names beside points so that they cover no point and no other name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MARK = 6.0  # half the side of what a point covers
 
 
 def arrange(points: Sequence[Place], sizes: Sequence[Place], frame: Box, marks: Sequence[Place] = ()) -> list[Place]:
-    """Where the middle of every name lies, seen from its point.
+    """The offset of every name's middle from its point.
 
     `sizes` are the names' (width, height); `frame` is what they must not leave and `marks` are more points that they must
     not cover, all in one unit. A line to a name that `is_far` crosses no other name. The most crowded points choose first;
-    the same points give the same places. Where no place is free, the one that covers least is taken.
+    the same points give the same places. If no place is free, the one that covers least is taken.
     """
     taken = [_around(place, (2 * MARK, 2 * MARK)) for place in (*points, *marks)]
     named: list[Box] = []
@@ -43,7 +43,7 @@ def arrange(points: Sequence[Place], sizes: Sequence[Place], frame: Box, marks: 
 
 
 def is_far(offset: Place, size: Place) -> bool:
-    """Whether a name lies so far from its point that a line should join them."""
+    """True if a name lies so far from its point that a line should join them."""
     gap = max(abs(offset[0]) - size[0] / 2, abs(offset[1]) - size[1] / 2)
     return gap > DISTANCES[0]
 

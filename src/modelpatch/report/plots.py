@@ -1,4 +1,4 @@
-"""Pictures, drawn with matplotlib where it is installed."""
+"""Pictures, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def figure(path: Path, width: float, height: float, columns: int = 1, rows: int 
 
 
 def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[str, str]], path: Path) -> None:
-    """Top-1 against a hyperparameter, a line a method: `sweeps` holds the rows' names by method and value."""
+    """Draw top-1 against a hyperparameter, one line per method; `sweeps` has the rows' names by method and value."""
     rows = {row.method: row for row in comparison.rows}
     with figure(path, 7, 4.5) as axes:
         for number, (method, spelled) in enumerate(sweeps.items()):
@@ -96,7 +96,7 @@ def _numbers(values: Iterable[str]) -> list[float]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Bars of top-1 (and the harmonic mean with the base, where measured) beside bars of file bytes (log)."""
+    """Draw bars of top-1, and of the harmonic mean with the base if measured, beside bars of file bytes (log)."""
     rows = comparison.rows
     names = [row.method for row in rows]
     places = list(range(len(rows)))
@@ -121,7 +121,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def plot_bytes(comparison: Comparison, path: Path) -> None:
-    """Top-1 of every method against the bytes of its file (log), and its harmonic mean with the base on a second axis."""
+    """Draw top-1 against file bytes (log), and the harmonic mean with the base on a second axis."""
     rows = comparison.rows
     with figure(path, 9, 5.5) as axes:
         sizes = [row.file_bytes / 1000 for row in rows]
@@ -188,7 +188,7 @@ def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], pa
 
 
 def plot_inspection(inspection: Inspection, path: Path) -> None:
-    """Bytes of every part of a patch, the head last in its own colour; beside them, what share of weights masks take out."""
+    """Draw the bytes of every part of a patch, the head last in its own colour, and beside them the masked shares."""
     parts = sorted(inspection.parts, key=lambda part: part.kind == "head")
     masked = inspection.masks is not None
     with figure(path, 9 + 5 * masked, 1.4 + 0.17 * len(parts), columns=1 + masked) as drawn:

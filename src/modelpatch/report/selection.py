@@ -85,7 +85,7 @@ def _top1(score: Score | None) -> float:
 
 
 def selection_table(selection: Selection) -> Table:
-    """What was chosen and what it scores."""
+    """The choice and its scores."""
     table = new_table(f"{selection.task} on {selection.backbone}", header=False)
     table.add_column("what", overflow="fold")
     table.add_column("value", overflow="fold")
@@ -106,7 +106,7 @@ def selection_table(selection: Selection) -> Table:
 
 
 def _replaced(selection: Selection) -> str:
-    """What greedy choice found, and that an end did better."""
+    """The greedy choice, and the end that scored better."""
     assert selection.replaced is not None
     name, score = selection.replaced
     return f"{name}: {accuracy(score)} %; {_winner(selection)} better on the folds"
@@ -145,7 +145,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
 
 
 def _strength(profile: Profile, row: ProfileRow) -> float:
-    """How strongly a unit is drawn: palely where successive halving left it with fewer epochs."""
+    """The opacity of a unit: pale if successive halving stopped it after fewer epochs."""
     return 1.0 if row.score.epochs == max(one.score.epochs for one in profile.rows) else 0.3
 
 
@@ -169,7 +169,7 @@ def _plot_pairs(profile: Profile, path: Path) -> None:
 
 
 def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
-    """What every unit gains over the linear probe, a row a number of training images; a dot on the best of each row.
+    """Draw the gain of every unit over the linear probe, one row per number of training images, a dot on the best.
 
     Units that halving left early are pale.
     """
@@ -197,9 +197,9 @@ def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
 
 
 def plot_order(selection: Selection, path: Path) -> None:
-    """In which round each block was chosen (SubTuning's Figure 5), and the accuracy of every round.
+    """Draw the round of each chosen block (SubTuning's Figure 5), and the accuracy of every round.
 
-    Where no round took a block, the left picture says so.
+    If no round took a block, the left picture says so.
     """
     with figure(path, 10, 4.5, columns=2) as (left, right):
         blocks = [step.block for step in selection.rounds[0].steps] if selection.rounds else []

@@ -1,4 +1,4 @@
-"""What a Δ-Network learned: the weights of its skips over a task's images, as figures, a table and a picture."""
+"""Weights of the skips of a Δ-Network over a task's images, as figures, a table and a picture."""
 
 from __future__ import annotations
 
@@ -40,14 +40,11 @@ def measure_skips(
 def check_skips(patch: Patch) -> None:
     """Raises `MethodError` for a patch that weighs no skips."""
     if not any(graft.kind == GRAFT for graft in patch.grafts):
-        raise MethodError(
-            f"the patch was made by {patch.method.name}, which weighs no skips; only a patch of the method `delta` does. "
-            "Leave out --data."
-        )
+        raise MethodError(f"the patch was made by {patch.method.name}, which weighs no skips. Leave out --data.")
 
 
 def stage_names(backbone: Backbone, records: Sequence[SkipWeights]) -> list[str]:
-    """What the network calls each stage: its first and last block."""
+    """The names of the first and last block of each stage."""
     ends = [(backbone.chain[start].name, backbone.chain[end - 1].name) for start, end in (r.span for r in records)]
     return [first if first == last else f"{first} to {last}" for first, last in ends]
 

@@ -62,7 +62,7 @@ def percent(share: float | None) -> str:
 
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison as text; columns about the base stand only where it was measured."""
+    """Header and rows of the comparison as text; columns about the base only if it was measured."""
     columns: dict[str, Callable[[Row], str]] = {
         "method": lambda row: row.method,
         "top-1": lambda row: percent(row.top1) + ("" if row.top1_error is None else f" ± {percent(row.top1_error)}"),
@@ -201,7 +201,7 @@ def parts_table(inspection: Inspection) -> Table:
 
 
 def _stored(inspection: Inspection) -> str:
-    """How many numbers are of which type, and why not all are where int8 was asked for."""
+    """The count of numbers of each type, and the reason for float32 beside int8."""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in inspection.stored.items())
     return f"{kinds} (int8 is for matrices; vectors stay float32)" if inspection.stored.keys() > {"int8"} else kinds
 
@@ -224,7 +224,7 @@ def _figure(name: str, value: Any, inspection: Inspection) -> str:
 
 
 def difference_tables(difference: Difference, first: str, second: str) -> list[Table]:
-    """What two patch files say differently, and the sizes, distance and cosine of their changes, a row a tensor."""
+    """Differences of two patch files' records, and the sizes, distance and cosine of their changes, one row per tensor."""
     tables = []
     if difference.facts:
         facts = new_table("differences of the records")
