@@ -37,9 +37,9 @@ from modelpatch.data.task import Task
 from modelpatch.engine import BoundPatch
 from modelpatch.methods.piggyback import weight_names
 from modelpatch.patch.entropy import decode_bits, encode_bits
-from modelpatch.train.fitting import Fit, FitSettings
-from modelpatch.train.logs import RunLog
-from modelpatch.train.progress import quiet_progress
+from modelpatch.train import Callback, Trainer
+from modelpatch.train.fitting import Fit
+from modelpatch.train.settings import FitSettings
 
 PIXELS, BATCH, WARM = 64, 32, 3
 Rows = list[tuple[Any, ...]]
@@ -53,27 +53,25 @@ def load(name: str) -> mp.Backbone:
     )
 
 
-class TimedFit(Fit):
-    """A run whose steps are timed; the loop is the library's own."""
+class StepTimes(Callback):
+    """Seconds from the end of each step to the end of the next one, its batch included."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def on_train_begin(self, trainer: Trainer) -> None:
         self.seconds: list[float] = []
+        self.begin = time.perf_counter()
 
-    def _step(self, *arguments: Any) -> None:
-        begin = time.perf_counter()
-        super()._step(*arguments)
-        self.seconds.append(time.perf_counter() - begin)
-
-    def _make_patch(self, seconds: float) -> Any:
-        return None  # nothing is measured but the steps
+    def on_step_end(self, trainer: Trainer) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self.begin)
+        self.begin = now
 
 
-def our_run(data: Task, backbone: mp.Backbone, method: mp.methods.Method) -> TimedFit:
+def time_steps(data: Task, backbone: mp.Backbone, method: mp.methods.Method) -> list[float]:
+    """Seconds of each step of the library's own loop."""
     settings = FitSettings(epochs=1, batch_size=BATCH, image_size=PIXELS, cache=False, augment="none")
-    run = TimedFit(backbone, data, method, settings, quiet_progress(), RunLog(None), None)
-    run.run()
-    return run
+    run, times = Fit(backbone, data, method, settings), StepTimes()
+    run.make_trainer(run.build(), [times]).train()
+    return times.seconds
 
 
 def hand_steps(data: Task, model: Any, optimizer: torch.optim.Optimizer, backbone: mp.Backbone) -> list[float]:
@@ -102,7 +100,7 @@ def measure_steps(data: Task, rounds: int, names: list[str]) -> Rows:
         for _ in range(rounds):
             model, optimizer = BY_HAND[name](copy.deepcopy(backbone.module), len(data.classes))
             hand += hand_steps(data, model, optimizer, backbone)[WARM:]
-            ours += our_run(data, backbone, mp.methods.make_method(name)).seconds[WARM:]
+            ours += time_steps(data, backbone, mp.methods.make_method(name))[WARM:]
         both = 1e3 * statistics.median(ours), 1e3 * statistics.median(hand)
         rows.append(("step", name, "ms a step", *both, both[0] / both[1], "at most 1.10"))
     return rows
@@ -152,7 +150,7 @@ def measure_memory(data: Task, names: list[str]) -> Rows:
         few = replace(data, train=data.train.take(np.arange(3 * BATCH)))
         activations = _activations(few, backbone)
         with LiveBytes() as live:
-            our_run(few, backbone, mp.methods.Piggyback())
+            time_steps(few, backbone, mp.methods.Piggyback())
         ours = base + live.most - _images(few, backbone)
         with LiveBytes() as live:
             model, optimizer = piggyback(_with_classifier(backbone), len(data.classes))

@@ -11,8 +11,8 @@ import pytest
 from conftest import Run, write_folder
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.multitask import _Run
 from modelpatch.train import checkpoint
+from modelpatch.train.checkpoint import Checkpoint
 
 FAST = ("--epochs", 1, "--batch-size", 8, "--image-size", 32)
 
@@ -54,15 +54,15 @@ def test_an_interrupted_run_resumes_when_the_same_command_is_given_again(
     run: Run, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["multitask", folder, other, "-m", "linear-probe", *FAST, "-o", tmp_path / "out"]
-    save, monkey = _Run._save, monkeypatch
+    save = Checkpoint.save
 
-    def stop(self: _Run, *rest: Any) -> None:
-        save(self, *rest)
+    def stop(self: Checkpoint, state: dict[str, Any]) -> None:
+        save(self, state)
         raise KeyboardInterrupt
 
-    with monkey.context() as patched:
+    with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "EVERY_SECONDS", 0)
-        patched.setattr(_Run, "_save", stop)
+        patched.setattr(Checkpoint, "save", stop)
         stopped = run(*command)
     assert stopped.code == 130
     assert "resumes when the same command is given again" in stopped.err

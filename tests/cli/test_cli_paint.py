@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ import torch
 from conftest import Run, write_folder
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
-from modelpatch.train.fitting import Fit
+from modelpatch.train.batches import Minibatch
+from modelpatch.train.fitting import PatchTrainer
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def test_an_interrupted_run_goes_on_without_training_again_what_was_trained(
     command = ["paint", folder, other, "--supported", kept, "--steps", 2, "--epochs", 1, "--mode", "parallel", "-o"]
     out, straight = tmp_path / "p.safetensors", tmp_path / "straight.safetensors"
     trained: list[str] = []
-    step = Fit._step
+    step = PatchTrainer.train_step
 
-    def recorded(self: Fit, *rest: Any) -> None:
-        trained.append(self.data.task.name)
+    def recorded(self: PatchTrainer, batch: Minibatch) -> torch.Tensor:
+        trained.append("hues" if self.classes == ("p", "q", "r") else "colors")
         if trained[-1] == "hues" and "again" not in trained:
             raise KeyboardInterrupt
-        step(self, *rest)
+        return step(self, batch)
 
-    monkeypatch.setattr(Fit, "_step", recorded)
+    monkeypatch.setattr(PatchTrainer, "train_step", recorded)
     stopped = run(*command, out)
     assert (stopped.code, set(trained)) == (130, {"colors", "hues"})
     assert "the run resumes when the same command is given again" in stopped.err

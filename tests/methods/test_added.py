@@ -22,20 +22,22 @@ from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train import fit
-from modelpatch.train.fitting import Fit, FitSettings
-from modelpatch.train.logs import RunLog
-from modelpatch.train.progress import quiet_progress
+from modelpatch.train import Trainer, fit
+from modelpatch.train.batches import Minibatch
+from modelpatch.train.fitting import Fit
+from modelpatch.train.settings import FitSettings
 
 DATA = color_task(24)
 SETTINGS: dict[str, Any] = {"epochs": 4, "batch_size": 8, "augment": "none", "schedule": "constant", "warmup": 0}
 
 
-def begun(backbone: Backbone, method: Method) -> Fit:
-    run = Fit(backbone, DATA, method, FitSettings(**SETTINGS), quiet_progress(), RunLog(None), None)
-    run.begin()
-    run.train_mode()
-    return run
+def begun(backbone: Backbone, method: Method) -> tuple[PatchedModel, Minibatch]:
+    """A model before its first step, and its first batch."""
+    run = Fit(backbone, DATA, method, FitSettings(**SETTINGS))
+    model = run.build()
+    trainer = run.make_trainer(model)
+    trainer.begin()
+    return model.train(), next(trainer.data.batches(0)).to(run.device)
 
 
 def spread(features: Tensor, batch: Batch) -> Tensor:
@@ -82,23 +84,18 @@ def test_a_loss_can_go_with_a_method_that_trains_the_head_alone(tiny: Backbone) 
 
 
 def test_a_run_that_begins_in_the_middle_is_refused(tiny: Backbone) -> None:
-    first = begun(tiny, with_loss(ScaleBias(), L2(0.1)))
-    method = with_loss(ScaleBias(), L2(0.1))
-    run = Fit(tiny, DATA, method, FitSettings(**SETTINGS), quiet_progress(), RunLog(None), None)
-    run.begin(first.snapshot())
+    def trainer() -> Trainer:
+        run = Fit(tiny, DATA, with_loss(ScaleBias(), L2(0.1)), FitSettings(**SETTINGS))
+        return run.make_trainer(run.build())
+
+    first, second = trainer(), trainer()
+    first.begin()
+    second.begin(first.state_dict())
     with pytest.raises(MethodError, match=r"scale-bias with L2 cannot go on from a checkpoint.*--restart"):
-        next(run.steps(4))
+        second.train()
 
 
 # what they compute ----------------------------------------------------------------------------------------------------
-
-
-def step(run: Fit) -> tuple[Batch, Tensor]:
-    """A batch as the loop makes it, and what is added to its loss."""
-    rows = torch.arange(8)
-    x = run._to_device(run.inputs.batch(rows, 0, 0))
-    batch = Batch(x, run.inputs.start, run._forward(x, run.labels[rows]), run.labels[rows])
-    return batch, torch.as_tensor(run.method.added_loss(run.model, batch))
 
 
 def features_of(model: PatchedModel, batch: Batch) -> Tensor:
@@ -112,9 +109,11 @@ def test_a_function_of_features_logits_and_classes_is_a_loss(tiny: Backbone) -> 
         seen.update(features=features, logits=batch.logits, labels=batch.labels)
         return features.square().mean()
 
-    run = begun(tiny, with_loss(ScaleBias(), Custom(mine, strength=3.0)))
-    batch, added = step(run)
-    assert added.item() == pytest.approx(3 * features_of(run.model, batch).square().mean().item(), rel=1e-5)
+    method = with_loss(ScaleBias(), Custom(mine, strength=3.0))
+    model, given = begun(tiny, method)
+    batch = Batch(given.inputs, given.start, model.run_from(given.inputs, given.start), given.targets)
+    added = torch.as_tensor(method.added_loss(model, batch))
+    assert added.item() == pytest.approx(3 * features_of(model, batch).square().mean().item(), rel=1e-5)
     assert seen["features"].requires_grad
     assert (seen["logits"] is batch.logits, seen["labels"] is batch.labels) == (True, True)
-    assert "mine" in run.method.hyperparameters()["loss"]["loss"]
+    assert "mine" in method.hyperparameters()["loss"]["loss"]

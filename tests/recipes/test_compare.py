@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from modelpatch.recipes import compare
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import evaluate
 from modelpatch.train.evaluation import harmonic_mean
-from modelpatch.train.fitting import Fit
+from modelpatch.train.fitting import Fit, PatchTrainer
 
 
 @pytest.fixture
@@ -106,16 +107,16 @@ def test_a_comparison_goes_on_where_it_was_interrupted(
 ) -> None:
     methods, settings = ["linear-probe", "subset(lr=0.01)"], {"seeds": 2, "epochs": 1}
     fitted: list[str] = []
-    train = Fit._train
+    train = PatchTrainer.train
 
-    def count(self: Fit) -> None:
+    def count(self: PatchTrainer) -> Any:
         if len(fitted) == 3:
             raise KeyboardInterrupt
         fitted.append(self.method.name)
-        train(self)
+        return train(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Fit, "_train", count)
+        patched.setattr(PatchTrainer, "train", count)
         with pytest.raises(KeyboardInterrupt):
             compare(tiny, colors, methods, out=tmp_path, **settings)  # type: ignore[arg-type]
         fitted.clear()
@@ -143,7 +144,7 @@ def test_a_method_that_diverges_costs_its_own_row_only(tiny: Backbone, colors: T
 def test_what_is_asked_wrongly_is_refused_before_any_training(
     tiny: Backbone, colors: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Fit, "run", lambda _: pytest.fail("it trained"))
+    monkeypatch.setattr(Fit, "run", lambda *_: pytest.fail("it trained"))
     with pytest.raises(MethodError, match="'layer9' names no block"):
         compare(tiny, colors, ["linear-probe", "subset(blocks=layer9)"])
     with pytest.raises(TrainingError, match="epochs = 0"):

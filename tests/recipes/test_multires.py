@@ -28,12 +28,13 @@ from modelpatch.errors import (
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.multires import METHOD, Files, MultiResolution, MultiResolutionFit, fit_multires
+from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
 from modelpatch.recipes.sharing import Mean, compare_sharing
 from modelpatch.train import checkpoint, evaluate, fit
-from modelpatch.train.fitting import FitSettings
-from modelpatch.train.logs import RunLog
-from modelpatch.train.progress import quiet_progress
+from modelpatch.train.batches import Minibatch
+from modelpatch.train.fitting import PatchTrainer
+from modelpatch.train.settings import FitSettings
+from modelpatch.train.trainer import Callback, Trainer
 from tolerance import close
 
 SIZES = (16, 24)
@@ -61,7 +62,7 @@ def is_norm(name: str) -> bool:
 
 def run_of(backbone: Backbone, data: Task, sharing: str, sizes: Sequence[int] = SIZES, **settings: Any) -> Any:
     chosen = FitSettings(augment="none", batch_size=8, **settings)
-    return MultiResolutionFit(backbone, data, METHOD, chosen, quiet_progress(), RunLog(None), sizes, sharing)
+    return ResolutionRun(backbone, data, METHOD, chosen, sizes, sharing)
 
 
 def equal(first: Patch, second: Patch) -> bool:
@@ -117,15 +118,20 @@ def test_independent_models_are_those_of_fits_of_their_own(backbone: Backbone, c
     assert result.backbone is backbone
 
 
+class Gradients(Callback):
+    """The gradients of the first step."""
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        self.kept = {id(parameter): parameter.grad.clone() for parameter in trainer.trained}
+
+
 def test_shared_gradients_are_averaged_and_private_ones_are_not(backbone: Backbone, colors: Task) -> None:
     gradients = {}
     for sharing in ("private", "independent"):
         run = run_of(backbone, colors, sharing)
-        run.begin()
-        run.train_mode()
-        run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), run.labels[:8], None)
-        models = [part.model for part in run.parts.values()]
-        gradients[sharing] = [{name: p.grad for name, p in model.trainable()} for model in models]
+        model, gradient = run.build(), Gradients()
+        next(run.make_trainer(model, [gradient]).steps())
+        gradients[sharing] = [{name: gradient.kept[id(p)] for name, p in one.trainable()} for one in model.models]
     own, tied = gradients["independent"], gradients["private"]
     for name, grad in own[0].items():
         mean = (grad + own[1][name]) / 2
@@ -156,9 +162,12 @@ def test_a_private_scale_is_learned_for_every_resolution(backbone: Backbone) -> 
 
 def test_early_stopping_judges_by_the_mean_of_all_resolutions(backbone: Backbone, colors: Task) -> None:
     run = run_of(backbone, colors, "private", epochs=1, validation=0.25)
-    run.train()
-    own = [part._score(*part._held) for part in run.parts.values()]
-    assert run.state.history[0]["validation_top1"] == pytest.approx(statistics.fmean(own))
+    model = run.build()
+    history = run.make_trainer(model).train()
+    labels = torch.from_numpy(run.data.validation.labels)
+    logits = [fit.logits(one, "validation") for fit, one in zip(run.fits.values(), model.models, strict=True)]
+    own = [float((answers.argmax(1) == labels).double().mean()) for answers in logits]
+    assert history[0]["validation_top1"] == pytest.approx(statistics.fmean(own))
 
 
 def test_patches_are_stored_as_asked_and_measured_so(backbone: Backbone, colors: Task) -> None:
@@ -201,14 +210,14 @@ def test_an_interrupted_run_goes_on_to_the_very_same_patches(
     straight = fit_multires(named, colors, (32, 48), **settings)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "EVERY_SECONDS", 0)
-        step = MultiResolutionFit._step
+        step = PatchTrainer.train_step
 
-        def interrupted(self: MultiResolutionFit, *rest: Any) -> None:
-            if self.state.step == 3:
+        def interrupted(self: PatchTrainer, batch: Minibatch) -> torch.Tensor:
+            if self.step == 3:
                 raise KeyboardInterrupt
-            step(self, *rest)
+            return step(self, batch)
 
-        patched.setattr(MultiResolutionFit, "_step", interrupted)
+        patched.setattr(PatchTrainer, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit_multires(named, colors, (32, 48), out=tmp_path, **settings)
     resumed = fit_multires(named, colors, (32, 48), out=tmp_path, **settings)
@@ -293,12 +302,10 @@ def test_a_resolution_that_the_network_refuses_is_named(colors: Task) -> None:
 
 
 def test_the_loss_is_the_mean_of_all_resolutions(backbone: Backbone, colors: Task) -> None:
-    run = run_of(backbone, colors, "private")
-    run.begin()
-    losses = []
+    chosen = FitSettings(augment="none", batch_size=len(colors.train), epochs=1)
+    run = ResolutionRun(backbone, colors, FullFinetune(statistics="frozen"), chosen, SIZES, "private")
+    model, labels = run.build(), torch.from_numpy(colors.train.labels)
     with torch.no_grad():
-        for part in run.parts.values():
-            logits = part.model(part.source.plain("train", torch.arange(8)))
-            losses.append(float(F.cross_entropy(logits, run.labels[:8])))
-    loss = run._backward(torch.arange(8), run.inputs.batch(torch.arange(8), 0, 0), run.labels[:8], None)
-    assert float(loss) == pytest.approx(statistics.fmean(losses), rel=1e-5)
+        images = [next(fit.source.plain("train").batches([torch.arange(24)], 0)).images for fit in run.fits.values()]
+        expected = statistics.fmean(float(F.cross_entropy(model(x), labels)) for x in images)
+    assert run.make_trainer(model).train()[0]["loss"] == pytest.approx(expected, rel=1e-5)

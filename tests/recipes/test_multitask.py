@@ -34,12 +34,15 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.multitask import Multitask, _Run, batch_sizes, fit_multitask, shares
+from modelpatch.patch.model import PatchedModel
+from modelpatch.recipes.multitask import Multitask, batch_sizes, fit_multitask, shares
 from modelpatch.store.store import Store
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import checkpoint, fit
+from modelpatch.train.batches import Minibatch
+from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.evaluation import logits_of
-from modelpatch.train.fitting import Fit
+from modelpatch.train.fitting import Fit, PatchTrainer
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 6, "augment": "none"}
 PRIVATE: tuple[Method, ...] = (
@@ -174,13 +177,13 @@ def check_patches(
     backbone: Backbone, tasks: list[Task], private: Method, monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> None:
     trained: dict[str, Tensor] = {}
-    make = _Run._patch
+    make = Fit.make_patch
 
-    def watch(self: _Run, one: Fit, *rest: Any) -> Patch:
-        trained[one.data.task.name] = one.logits("test")
-        return make(self, one, *rest)
+    def watch(self: Fit, model: PatchedModel, *rest: Any) -> Patch:
+        trained[self.data.task.name] = self.logits(model, "test")
+        return make(self, model, *rest)
 
-    monkeypatch.setattr(_Run, "_patch", watch)
+    monkeypatch.setattr(Fit, "make_patch", watch)
     result = fit_multitask(backbone, tasks, private, **settings)
     for data in tasks:
         patch = result.patches[data.task.name]
@@ -263,13 +266,16 @@ def test_a_later_fit_of_one_task_does_not_take_the_file_for_its_own(tmp_path: Pa
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
     """(task, images, learning rate) of every step."""
     steps: list[tuple[str, int, float]] = []
-    original = Fit._backward
+    original, trainers = PatchTrainer.train_step, []  # type: ignore[var-annotated]
 
-    def record(self: Fit, rows: Tensor, *rest: Any) -> Tensor:
-        steps.append((self.data.task.name, len(rows), self.optimizer.param_groups[0]["lr"]))
-        return original(self, rows, *rest)
+    def record(self: PatchTrainer, batch: Minibatch) -> Tensor:
+        if self not in trainers:
+            trainers.append(self)
+        name = ("first", "second")[trainers.index(self)]
+        steps.append((name, len(batch), self.optimizer.param_groups[0]["lr"]))
+        return original(self, batch)
 
-    monkeypatch.setattr(Fit, "_backward", record)
+    monkeypatch.setattr(PatchTrainer, "train_step", record)
     return steps
 
 
@@ -321,16 +327,16 @@ def test_an_interrupted_run_goes_on_exactly(
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 6}
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0)
-    save, saves = _Run._save, []
+    save, saves = Checkpoint.save, []
 
-    def stop(self: _Run, *rest: Any) -> None:
-        save(self, *rest)
-        saves.append(self.done)
-        if self.done == after:
+    def stop(self: Checkpoint, state: dict[str, Any]) -> None:
+        save(self, state)
+        saves.append(state["done"])
+        if state["done"] == after:
             raise InterruptedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Run, "_save", stop)
+        patched.setattr(Checkpoint, "save", stop)
         with pytest.raises(InterruptedError):
             fit_multitask(backbone, tasks, private, checkpoint=tmp_path / "run", **settings)
     assert saves == list(range(1, after + 1))
@@ -346,7 +352,7 @@ def test_the_state_of_another_run_is_refused(
         raise InterruptedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Run, "_finish", full)
+        patched.setattr(Fit, "make_patch", full)
         with pytest.raises(InterruptedError):
             fit_multitask(backbone, tasks, LinearProbe(), checkpoint=tmp_path, **SETTINGS)
     other: list[tuple[str, dict[str, Any]]] = [
@@ -418,7 +424,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_trained(
     backbone: Backbone, tasks: list[Task], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, kind, words = WRONG[name]
-    monkeypatch.setattr(Fit, "begin", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(PatchTrainer, "begin", lambda *_: pytest.fail("it began"))
     with pytest.raises(kind, match=words):
         call(backbone, tasks)
 

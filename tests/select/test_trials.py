@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dying import Killed
+from torch import Tensor
 
 from conftest import color_task, make_tiny
 from modelpatch.data.task import Task
@@ -24,7 +25,8 @@ from modelpatch.select.journal import Journal
 from modelpatch.select.trials import Bench, Outcome, Trial
 from modelpatch.select.workers import Processes, make_workers
 from modelpatch.train import fit
-from modelpatch.train.fitting import FitSettings
+from modelpatch.train.batches import Inputs
+from modelpatch.train.settings import FitSettings
 
 METHODS: list[Method] = [
     LinearProbe(),
@@ -96,17 +98,22 @@ def test_where_activations_lie_does_not_change_what_is_learned(data: Task, chang
         assert torch.allclose(there.tensors[name], tensor, atol=1e-4), name
 
 
+def seen(inputs: Inputs, rows: Tensor, epoch: int) -> Tensor:
+    """The first batch of an epoch."""
+    return next(inputs.batches([rows], epoch)).images
+
+
 def test_held_out_images_are_seen_without_augmentation(data: Task) -> None:
     shared = Bench(make_tiny(), data, FitSettings(epochs=3, augment="light"), folds=2).shared
     rows = torch.arange(5)
     model = LinearProbe().draft(shared.backbone, 3)
     held = shared.fold(test=rows).inputs(model, "test", augmented=False)
     plain = shared.backbone.chain(shared.store.plain(rows))
-    assert torch.allclose(held.batch(rows, 0, 0), plain, atol=1e-6)
-    assert torch.equal(held.batch(rows, 0, 0), held.batch(rows, 1, 0))
+    assert torch.allclose(seen(held, rows, 0), plain, atol=1e-6)
+    assert torch.equal(seen(held, rows, 0), seen(held, rows, 1))
     train = shared.fold(train=rows).inputs(model, "train", augmented=True)
-    assert not torch.allclose(train.batch(rows, 0, 0), train.batch(rows, 1, 0))
-    assert not torch.allclose(train.batch(rows, 0, 0), plain)
+    assert not torch.allclose(seen(train, rows, 0), seen(train, rows, 1))
+    assert not torch.allclose(seen(train, rows, 0), plain)
 
 
 def test_views_are_few_only_where_they_save_work(data: Task) -> None:
@@ -114,8 +121,8 @@ def test_views_are_few_only_where_they_save_work(data: Task) -> None:
     rows = torch.arange(5)
     for method, repeats in ((LinearProbe(), True), (FullFinetune(), False)):
         train = shared.fold(train=rows).inputs(method.draft(shared.backbone, 3), "train", augmented=True)
-        assert torch.equal(train.batch(rows, 0, 0), train.batch(rows, 3, 0)) == repeats
-        assert not torch.equal(train.batch(rows, 0, 0), train.batch(rows, 1, 0))
+        assert torch.equal(seen(train, rows, 0), seen(train, rows, 3)) == repeats
+        assert not torch.equal(seen(train, rows, 0), seen(train, rows, 1))
 
 
 def test_a_warm_start_goes_on_from_the_parent_s_patch(bench: Bench) -> None:
@@ -124,7 +131,7 @@ def test_a_warm_start_goes_on_from_the_parent_s_patch(bench: Bench) -> None:
     trained = bench._fit(parent)
     trained.run()
     warm = bench._fit(Trial(both, 0, 0, 2))
-    warm.run(bench._start(Trial(both, 0, 0, 2, start=parent)))
+    warm.run(start=bench._start(Trial(both, 0, 0, 2, start=parent)))
     for name, tensor in trained.model.portable_state().items():
         assert torch.allclose(warm.model.portable_state()[name], tensor, atol=1e-6), name
     assert bench.key(Trial(both, 0, 0, 2)) != bench.key(Trial(both, 0, 0, 2, start=parent))

@@ -40,7 +40,7 @@ from modelpatch.recipes.comparison import compare
 from modelpatch.tasks.decoding import find_maps
 from modelpatch.tasks.kind import balance
 from modelpatch.tasks.segmentation import IGNORED, MaskMeter, PixelMask, Segmentation
-from modelpatch.train import evaluate, fit
+from modelpatch.train import Callback, Trainer, evaluate, fit
 from tolerance import close
 
 METHODS: dict[str, Method] = {
@@ -107,23 +107,16 @@ def test_training_learns_the_squares(tiny: Backbone) -> None:
     assert learned["test_pixel_accuracy"] > 0.6
 
 
-def test_an_interrupted_fit_goes_on_to_the_same_patch(
-    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from modelpatch.train.fitting import Fit
-
+def test_an_interrupted_fit_goes_on_to_the_same_patch(tiny: Backbone, tmp_path: Path) -> None:
     whole = fit(tiny, square_task(), ScaleBias(), epochs=3)
-    kept = Fit._end_epoch
 
-    def stop(self: Fit, epoch: int, steps: int) -> None:
-        kept(self, epoch, steps)
-        if epoch == 1:
-            raise KeyboardInterrupt
+    class Stop(Callback):
+        def on_epoch_begin(self, trainer: Trainer) -> None:
+            if trainer.epoch == 2:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(Fit, "_end_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny, square_task(), ScaleBias(), epochs=3, checkpoint=tmp_path / "state")
-    monkeypatch.setattr(Fit, "_end_epoch", kept)
+        fit(tiny, square_task(), ScaleBias(), epochs=3, checkpoint=tmp_path / "state", callbacks=[Stop()])
     again = fit(tiny, square_task(), ScaleBias(), epochs=3, checkpoint=tmp_path / "state")
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.tensors.items())
 

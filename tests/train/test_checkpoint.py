@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import CLASSES, TinyNet, color_task, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
@@ -26,8 +26,9 @@ from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.train import checkpoint as checkpoint_module
 from modelpatch.train import fit
+from modelpatch.train.batches import Minibatch
 from modelpatch.train.checkpoint import Checkpoint
-from modelpatch.train.fitting import Fit
+from modelpatch.train.fitting import Fit, PatchTrainer
 
 METHOD = ScaleBias(statistics="learned")
 SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2}
@@ -39,15 +40,13 @@ import sys, time
 from conftest import color_task, make_tiny
 from modelpatch.methods import ScaleBias
 from modelpatch.train import checkpoint, fit
-from modelpatch.train.fitting import Fit
+from modelpatch.train import Callback
 
 checkpoint.EVERY_SECONDS = 0
-step = Fit._step
-def slow(self, *rest):
-    time.sleep(0.05)
-    step(self, *rest)
-Fit._step = slow
-fit(make_tiny(), color_task(), ScaleBias(statistics="learned"), checkpoint=sys.argv[1], **{SETTINGS!r})
+class Slow(Callback):
+    def on_step_begin(self, trainer):
+        time.sleep(0.05)
+fit(make_tiny(), color_task(), ScaleBias(statistics="learned"), checkpoint=sys.argv[1], callbacks=[Slow()], **{SETTINGS!r})
 """
 
 
@@ -69,15 +68,15 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def count_steps(monkeypatch: pytest.MonkeyPatch, limit: int = 10**9) -> list[int]:
     """A list that grows by the number of every step that is taken; the step after `limit` of them is interrupted."""
     steps: list[int] = []
-    original = Fit._step
+    original = PatchTrainer.train_step
 
-    def step(self: Fit, *rest: Any) -> None:
+    def step(self: PatchTrainer, batch: Minibatch) -> Tensor:
         if len(steps) == limit:
             raise InterruptionError
-        steps.append(self.state.step)
-        original(self, *rest)
+        steps.append(self.step)
+        return original(self, batch)
 
-    monkeypatch.setattr(Fit, "_step", step)
+    monkeypatch.setattr(PatchTrainer, "train_step", step)
     return steps
 
 
@@ -174,9 +173,9 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(
 ) -> None:
     settings: dict[str, Any] = {"epochs": 9, "early_stopping": 1, "checkpoint": tmp_path / "run"}
     scores = iter([0.5, 0.4, 0.9])
-    monkeypatch.setattr(Fit, "_score", lambda *_: next(scores))
+    monkeypatch.setattr(PatchTrainer, "measure", lambda *_: {"top1": next(scores)})
     with monkeypatch.context() as patched:
-        patched.setattr(Fit, "_make_patch", lambda *_: (_ for _ in ()).throw(InterruptionError))
+        patched.setattr(Fit, "make_patch", lambda *_: (_ for _ in ()).throw(InterruptionError))
         with pytest.raises(InterruptionError):
             fit(backbone, color_task(), LinearProbe(), **settings)
     steps = count_steps(monkeypatch)

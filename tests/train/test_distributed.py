@@ -25,7 +25,7 @@ from modelpatch.recipes.multitask import fit_multitask, teams_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import fit
 from modelpatch.train.distributed import Team, joined, restarted
-from modelpatch.train.fitting import Fit
+from modelpatch.train.trainer import Trainer
 
 long = pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1")
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05, "head_lr": 0.1}
@@ -66,7 +66,7 @@ COMPARED = """
 import sys
 from pathlib import Path
 import torch
-from test_processes import run_all
+from test_distributed import run_all
 from modelpatch.cli.main import main
 from modelpatch.train.distributed import joined
 
@@ -83,25 +83,25 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from conftest import color_task, make_tiny
-from test_processes import LEARNED, SETTINGS, SGD, named
+from test_distributed import LEARNED, SETTINGS, SGD, named
 from modelpatch.methods import FullFinetune, ScaleBias
 from modelpatch.train import checkpoint, fit, fit_multitask
-from modelpatch.train.fitting import Fit
+from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.distributed import joined, restarted
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 checkpoint.EVERY_SECONDS = 0
-step = Fit._step
-def dying(self, *rest):
-    step(self, *rest)
+step = PatchTrainer.train_step
+def dying(self, batch):
     killed = folder / f"killed-{kind}"
-    with (folder / f"{kind}-{killed.exists()}").open("a") as file:
-        print(self.state.step, file=file)
-    if self.state.step == 5 and not killed.exists():
+    if self.step == 5 and not killed.exists():
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    with (folder / f"{kind}-{killed.exists()}").open("a") as file:
+        print(self.step + 1, file=file)
+    return step(self, batch)
 if rank == "1":
-    Fit._step = dying
+    PatchTrainer.train_step = dying
 with joined():
     kind, out = "fit", folder / "colors.safetensors"
     state = folder / "training"
@@ -224,17 +224,14 @@ def test_the_parts_of_a_batch_are_the_batch(images: int, count: int) -> None:
 
 
 def test_batch_statistics_of_a_part_are_refused() -> None:
-    with pytest.raises(TrainingError, match="those of 2 parts of a batch are not the batch's"):
-        Fit._check_parts(learning(Team((0, 1), 0)))
-    Fit._check_parts(learning(Team()))
-
-
-def learning(team: Team) -> Fit:
-    """A run in the middle of an epoch in which it learns statistics."""
-    run = object.__new__(Fit)
-    run.team, run.method, run.model = team, LEARNED, LEARNED.draft(make_tiny(), 3)
-    run.model.train()
-    return run
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4) % 3)]
+    for team in (Team(), Team((0, 1), 0)):
+        trainer = Trainer(LEARNED.draft(make_tiny(), 3), batches, steps=1, team=team)
+        if team.alone:
+            trainer.train()
+        else:
+            with pytest.raises(TrainingError, match="those of 2 parts of a batch are not the batch's"):
+                trainer.train()
 
 
 def test_a_process_that_nobody_launched_is_alone() -> None:

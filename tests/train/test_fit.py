@@ -28,8 +28,10 @@ from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import fit
+from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import evaluate, evaluate_module
-from modelpatch.train.fitting import Fit, FitSettings
+from modelpatch.train.fitting import PatchTrainer
+from modelpatch.train.settings import FitSettings
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +79,16 @@ class ToOnePixel(nn.Module):
 
 def test_a_last_image_of_its_own_joins_the_batch_before(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, sizes = load_backbone(ToOnePixel(), preprocessing=small_preprocessing()), []
-    forward = Fit._forward
-    monkeypatch.setattr(Fit, "_forward", lambda self, x, asked: (sizes.append(len(x)), forward(self, x, asked))[1])
+    step = PatchTrainer.train_step
+
+    def record(self: PatchTrainer, batch: Minibatch) -> Tensor:
+        sizes.append(len(batch))
+        return step(self, batch)
+
+    monkeypatch.setattr(PatchTrainer, "train_step", record)
     fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=8)
     assert sizes == [8, 8, 9]
-    with pytest.raises(TrainingError, match="from a batch of 1 at 16 px: a layer has one value a channel"):
+    with pytest.raises(TrainingError, match="from a batch of 1 at this image size: a layer has one value a channel"):
         fit(backbone, color_task(25), ScaleBias(statistics="learned"), epochs=1, batch_size=1)
 
 
@@ -246,7 +253,7 @@ def test_early_stopping_gives_the_tensors_of_the_best_epoch(
     backbone: Backbone, colors: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scores = iter([0.2, 0.9, 0.9, 0.1])
-    monkeypatch.setattr(Fit, "_score", lambda *_: next(scores))
+    monkeypatch.setattr(PatchTrainer, "measure", lambda *_: {"top1": next(scores)})
     stopped = fit(backbone, colors, ScaleBias(), epochs=10, early_stopping=2, log=tmp_path, **STOPPING)
     assert len(read_log(tmp_path)) == 4  # the best one and two more without improvement
     assert stopped.metrics["validation_top1"] == 0.9
@@ -319,7 +326,9 @@ def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: Task,
     fit(backbone, colors, LinearProbe(), epochs=3, log=tmp_path / "run", validation=0.25)
     rows = read_log(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
-    assert set(rows[0]) == {"epoch", "loss", "lr", "validation_top1"}
+    assert list(rows[0]) == [
+        *("epoch", "loss", "validation_loss", "validation_top1", "validation_top5", "lr", "seconds")
+    ]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
     assert events.stat().st_size > 0

@@ -45,7 +45,7 @@ def train(backbone: Backbone, method: Method, frugal: bool) -> dict[str, Tensor]
     optimizer = method.make_optimizer(model, backbone)
     remade = lean.RemadeWeights(model) if frugal else nullcontext
     if frugal:
-        lean.EagerSteps(optimizer)
+        lean.EagerSteps().watch(optimizer)
     images = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for batch in images:
         with remade():
@@ -96,7 +96,7 @@ def test_gradients_are_freed_within_the_backward_pass(backbone: Backbone, monkey
     method = Piggyback()
     model = draft(backbone, method)
     optimizer = method.make_optimizer(model, backbone)
-    lean.EagerSteps(optimizer)
+    lean.EagerSteps().watch(optimizer)
     most = 0
 
     def count(_: Any) -> None:

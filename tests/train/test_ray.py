@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_processes import LEARNED, SETTINGS, SGD, long, named
+from test_distributed import LEARNED, SETTINGS, SGD, long, named
 
 from conftest import color_task, make_tiny
 from modelpatch.errors import MethodError, MissingExtraError, ModelpatchError, TrainingError
@@ -21,7 +21,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multitask import PRIVATE, fit_multitask
 from modelpatch.train import checkpoint as checkpoints
 from modelpatch.train import fit
-from modelpatch.train.fitting import Fit
+from modelpatch.train.batches import Minibatch
+from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.ray import run_on_ray
 
 TWO = [named("first", 24, 0), named("second", 11, 1)]
@@ -29,21 +30,21 @@ TWO = [named("first", 24, 0), named("second", 11, 1)]
 
 def both(folder: Path) -> tuple[Patch, Any]:
     """A fit whose second process dies once in its fifth step, and a run of two tasks."""
-    step, marker, often = Fit._step, folder / "killed", checkpoints.EVERY_SECONDS
+    step, marker, often = PatchTrainer.train_step, folder / "killed", checkpoints.EVERY_SECONDS
     checkpoints.EVERY_SECONDS = 0
 
-    def dying(self: Fit, *rest: Any) -> None:
-        step(self, *rest)
-        if self.state.step == 5 and dist.is_initialized() and dist.get_rank() == 1 and not marker.exists():
+    def dying(self: PatchTrainer, batch: Minibatch) -> torch.Tensor:
+        if self.step == 5 and dist.is_initialized() and dist.get_rank() == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch)
 
-    Fit._step = dying  # type: ignore[method-assign]
+    PatchTrainer.train_step = dying  # type: ignore[method-assign]
     try:
         patch = fit(make_tiny(), color_task(), ScaleBias(**SGD), checkpoint=folder / "training", **SETTINGS)
         return patch, fit_multitask(make_tiny(), TWO, LEARNED, **SETTINGS)
     finally:
-        Fit._step, checkpoints.EVERY_SECONDS = step, often  # type: ignore[method-assign]
+        PatchTrainer.train_step, checkpoints.EVERY_SECONDS = step, often  # type: ignore[method-assign]
 
 
 def refused() -> None:

@@ -12,11 +12,15 @@ What comes out is a backbone with the shared weights and one small patch a resol
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +35,14 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import file_name
+from modelpatch.train.batches import Minibatch, RowBatches
+from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import store_as
-from modelpatch.train.fitting import Fit, FitSettings, State, check_settings
-from modelpatch.train.inputs import Inputs
-from modelpatch.train.logs import RunLog
+from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, read_patch
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings, check_settings
+from modelpatch.train.trainer import Callback
 
 Sharing = Literal["private", "shared", "independent"]
 SHARINGS: tuple[str, ...] = get_args(Sharing)
@@ -130,9 +136,11 @@ def fit_multires(
     if files is not None:
         files.folder.mkdir(parents=True, exist_ok=True)
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
-    with bar, RunLog(log) as run_log:
-        run = MultiResolutionFit(backbone, data, method, chosen, bar, run_log, sorted(resolutions), sharing, files)
-        return run.read() if reuse and run.written else run.run_all()
+    with bar:
+        run = ResolutionRun(backbone, data, method, chosen, resolutions, sharing, files, bar)
+        if reuse and run.written:
+            return run.read()
+        return run.run([ProgressBar(bar), *([MetricLogger(log)] if log is not None else [])])
 
 
 def _check(
@@ -173,21 +181,36 @@ def _spelled(resolutions: Sequence[int]) -> str:
 
 
 class TiedModels(nn.Module):
-    """Models of one structure whose tensors are the same objects, but for those in `private` (names in a patch file)."""
+    """Models of one structure as one, which answers images by their size in pixels.
 
-    def __init__(self, models: Sequence[PatchedModel], private: frozenset[str]) -> None:
+    Their tensors are the same objects, but for those in `private` (names in a patch file). Gradients of private parameters are
+    multiplied by the number of models: in a step over a batch of every resolution they are then as large as in a step of one
+    model alone, while gradients of shared parameters are averaged.
+    """
+
+    def __init__(self, models: Mapping[int, PatchedModel], private: frozenset[str]) -> None:
         super().__init__()
-        self.models = nn.ModuleList(models)
-        first, *others = models
-        self.private = private
+        self.sizes, self.private = tuple(models), private
+        self.models = nn.ModuleList(models.values())
+        first, *others = models.values()
         for model in others:
             for name in model.names.keys() - private:
                 owner, _, leaf = model.names[name].rpartition(".")
                 setattr(model.get_submodule(owner), leaf, _tensor(first, name))
+        for name, parameter in self.trainable():
+            if name in private:
+                parameter.register_hook(partial(torch.mul, len(models)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model_of(images)(images)
+
+    def model_of(self, images: Tensor) -> Any:
+        """Return the model for images of this size."""
+        return self.models[self.sizes.index(images.shape[-1])]
 
     @property
     def reweighted(self) -> Mapping[str, str]:
-        """No weight of these models is made from another."""
+        """Empty: no weight of these models is made from another."""
         return {}
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -198,12 +221,6 @@ class TiedModels(nn.Module):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield name, parameter
-
-    @property
-    def averaged(self) -> list[nn.Parameter]:
-        """The parameters that all models have."""
-        models: Any = self.models
-        return [parameter for name, parameter in models[0].trainable() if name not in self.private]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training may change, shared tensors once, detached."""
@@ -226,24 +243,31 @@ def _tensor(model: PatchedModel, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-class AllResolutions:
-    """A batch of the same images from every one of `inputs`."""
+class ResolutionBatches:
+    """Batches of the same images at every resolution, one after another; all of one resolution first unless `together`."""
 
-    start = 0
+    def __init__(self, sources: Sequence[RowBatches], together: bool) -> None:
+        self.sources, self.together = sources, together
 
-    def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self.inputs = inputs
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
 
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Any:
-        """A list of batches, one a resolution."""
-        return [own.batch(rows, epoch, step) for own in self.inputs]
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
+        """The batches of an epoch, beginning with batch `first`, which is of the smallest resolution."""
+        epochs = [source.batches(epoch, first // len(self.sources)) for source in self.sources]
+        return chain.from_iterable(zip(*epochs, strict=True) if self.together else epochs)
 
 
-class MultiResolutionFit(Fit):
-    """The loop of `fit` over several fits at once, one a resolution, whose models are tied."""
+class ResolutionTrainer(PatchTrainer):
+    """A trainer of tied models."""
 
-    eager = False  # shared gradients are complete only when all resolutions have given theirs
-    model: TiedModels  # type: ignore[assignment]
+    def model_for(self, batch: Minibatch) -> Any:
+        """Return the model of the batch's resolution."""
+        return cast(TiedModels, self.model).model_of(batch.inputs)
+
+
+class ResolutionRun:
+    """One run of `fit_multires`: a `Fit` for each resolution, whose models are tied and trained by one trainer."""
 
     def __init__(
         self,
@@ -251,22 +275,29 @@ class MultiResolutionFit(Fit):
         data: Task,
         method: FullFinetune,
         settings: FitSettings,
-        bar: Progress,
-        log: RunLog,
         resolutions: Sequence[int],
         sharing: str,
         files: Files | None = None,
+        bar: Progress | None = None,
     ) -> None:
-        self.resolutions, self.sharing, self.files = tuple(resolutions), sharing, files
-        super().__init__(backbone, data, method, settings, bar, log, None if files is None else files.checkpoint)
-        seen = self.preprocessing.model_copy(update={"interpolation": "bilinear"})
-        self.parts = {
-            pixels: Fit(backbone, self.data, method, replace(self.settings, image_size=pixels), bar, log, None)
+        self.backbone, self.method, self.sharing, self.files = backbone, method, sharing, files
+        self.resolutions = tuple(sorted(resolutions))
+        self.whole = Fit(backbone, data, method, settings, bar=bar)
+        self.data, self.settings = self.whole.data, self.whole.settings
+        seen = self.whole.preprocessing.model_copy(update={"interpolation": "bilinear"})
+        self.fits = {
+            pixels: Fit(
+                backbone,
+                self.data,
+                method,
+                replace(self.settings, image_size=pixels),
+                preprocessing=seen.with_image_size(pixels),
+                bar=bar,
+            )
             for pixels in self.resolutions
         }
-        for pixels, part in self.parts.items():
-            part.preprocessing = seen.with_image_size(pixels)
-            part.source = part._own_inputs()
+        self.identity = {**self.whole.identity, "resolutions": list(self.resolutions), "sharing": sharing}
+        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def private(self) -> frozenset[str]:
@@ -284,57 +315,37 @@ class MultiResolutionFit(Fit):
 
     # training -----------------------------------------------------------------------------------------------
 
-    def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
-        """A model for each resolution, all alike at first, tied."""
-        for part in self.parts.values():
-            part.draft(start)
-            part.state = State()
-        self.model = TiedModels([part.model for part in self.parts.values()], self.private)
+    def build(self) -> TiedModels:
+        """Return a model for each resolution, all alike at first, tied."""
+        return TiedModels({pixels: fit.build() for pixels, fit in self.fits.items()}, self.private)
 
-    def open_inputs(self) -> None:
-        """The images at every resolution."""
-        for part in self.parts.values():
-            part.open_inputs()
-            part.scaler = self.scaler
-        self.inputs = AllResolutions([part.inputs for part in self.parts.values()])
-        first = self.parts[self.resolutions[0]]
-        self.labels, self._held = first.labels, first._held
-
-    def train_mode(self) -> None:
-        for part in self.parts.values():
-            part.train_mode()
-
-    def _backward(self, rows: Tensor, inputs: Any, targets: Any, weights: Tensor | None) -> Tensor:
-        """Gradients of all resolutions for the same images: private ones as they are, shared ones averaged."""
-        losses = [
-            part._backward(rows, own, targets, weights) for part, own in zip(self.parts.values(), inputs, strict=True)
-        ]
-        for parameter in self.model.averaged:
-            if parameter.grad is not None:
-                parameter.grad /= len(self.parts)
-        return torch.stack(losses).mean()
-
-    def _score(self, inputs: Inputs, labels: Tensor) -> float:
-        """Mean top-1 of all resolutions on what is held out."""
-        held = [(part, part._held) for part in self.parts.values()]
-        return sum(part._score(*own) for part, own in held if own is not None) / len(held)
-
-    def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "resolutions": list(self.resolutions), "sharing": self.sharing}
+    def make_trainer(self, model: TiedModels, callbacks: Sequence[Callback] = ()) -> PatchTrainer:
+        """Return the trainer of tied models: a step sees a batch at every resolution."""
+        pairs: list[tuple[Fit, Any]] = list(zip(self.fits.values(), model.models, strict=True))
+        data = ResolutionBatches([fit.batches(one, "train") for fit, one in pairs], together=True)
+        held = None
+        if self.whole.validates:
+            held = ResolutionBatches([fit.batches(one, "validation") for fit, one in pairs], together=False)
+        events = MethodEvents(self.method, [(one, fit.plain_batches) for fit, one in pairs])
+        return self.whole.train_on(model, data, held, [events, *callbacks], len(pairs), trainer=ResolutionTrainer)
 
     # results ------------------------------------------------------------------------------------------------
 
-    def run_all(self) -> MultiResolution:
+    def run(self, callbacks: Sequence[Callback] = ()) -> MultiResolution:
         """Train, measure and write. The backbone that training began from stays as it was."""
-        seconds = self.train()
-        if self.state.best:
-            self.model.load_state(self.state.best)
-        whole = {pixels: part._make_patch(seconds) for pixels, part in self.parts.items()}
+        record, began = BackboneRecord.of(self.backbone), time.perf_counter()
+        model = self.build()
+        saver = CheckpointSaver(self.files.checkpoint, self.identity) if self.files is not None else None
+        self.make_trainer(model, [*callbacks, *([saver] if saver else [])]).train()
+        seconds = time.perf_counter() - began
+        models, whole = cast(list[PatchedModel], list(model.models)), {}
+        for (pixels, fit), one in zip(self.fits.items(), models, strict=True):
+            whole[pixels] = fit.measure(one, fit.make_patch(one, record, seconds))
         self.backbone.verify()
         shared = self.backbone if self.sharing == "independent" else self._shared(whole[self.resolutions[-1]])
-        trained = dict(self.parts[self.resolutions[0]].model.trainable())
+        trained = dict(models[0].trainable())
         own = sum(trained[name].numel() for name in trained.keys() & self.private if not name.startswith("head."))
-        total = sum(parameter.numel() for _, parameter in self.model.trainable())
+        total = sum(parameter.numel() for _, parameter in model.trainable())
         facts = {"run": self.digest, "trainable_parameters": own, "parameters": total}
         record = BackboneRecord.of(shared)
         patches = {pixels: self._own(patch, record, facts) for pixels, patch in whole.items()}
@@ -344,7 +355,8 @@ class MultiResolutionFit(Fit):
         if self.files is not None:
             for pixels, patch in patches.items():
                 patch.save(self.files.patch(pixels))
-        self.finish()
+        if saver is not None:
+            saver.clear()
         return MultiResolution(self.sharing, shared, patches)
 
     def _own(self, patch: Patch, backbone: BackboneRecord, facts: Mapping[str, Any]) -> Patch:
@@ -388,7 +400,7 @@ class MultiResolutionFit(Fit):
 
     @property
     def written(self) -> bool:
-        """Whether there are files for all results."""
+        """True where there are files for all results."""
         if self.files is None:
             return False
         patches = [self.files.patch(pixels).exists() for pixels in self.resolutions]
@@ -399,8 +411,8 @@ class MultiResolutionFit(Fit):
         assert self.files is not None
         shared = self.backbone
         if self.sharing != "independent":
-            shared = load_backbone(f"file:{self.files.backbone}").to(self.device)
-        patches = {pixels: self.finished(self.files.patch(pixels)) for pixels in self.resolutions}
+            shared = load_backbone(f"file:{self.files.backbone}").to(self.backbone.device)
+        patches = {pixels: read_patch(self.files.patch(pixels), self.digest) for pixels in self.resolutions}
         for patch in patches.values():
             patch.check_backbone(shared)
         return MultiResolution(self.sharing, shared, patches)

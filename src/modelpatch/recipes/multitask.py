@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -37,13 +36,14 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
 from modelpatch.recipes.shared import SharedWeights
 from modelpatch.text import file_name
-from modelpatch.train.checkpoint import Checkpoint, restore_random
+from modelpatch.train.callbacks import MetricLogger
+from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import evaluate_classes, store_as
 from modelpatch.train.fitting import Fit
-from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
+from modelpatch.train.trainer import Trainer
 
 Sampling = Literal["equal", "proportional"]
 BACKBONE = "backbone.safetensors"
@@ -148,9 +148,8 @@ def fit_multitask(
     files = None if out is None else task_files(Path(out), [task.task.name for task in tasks])
     team = Team.everyone()
     bar = Progress(f"{len(tasks)} tasks") if progress and team.leads else quiet_progress()
-    with bar, ExitStack() as logs:
-        run = _Run(backbone, tasks, private, shared, sampling, weights or {}, chosen, bar, checkpoint, team)
-        run.open_logs(log, logs)
+    with bar:
+        run = _Run(backbone, tasks, private, shared, sampling, weights or {}, chosen, bar, checkpoint, team, log)
         result = run.run(f"module:{type(backbone.module).__name__}" if out is None else f"file:{BACKBONE}")
         if team.leads:
             if out is not None and files is not None:
@@ -180,7 +179,9 @@ class _Run:
         bar: Progress,
         checkpoint: str | Path | None,
         team: Team,
+        log: str | Path | None = None,
     ) -> None:
+        self.log = log
         self.base, self.private, self.settings, self.bar, self.team = backbone, private, settings, bar, team
         self.copy = backbone.around(copy.deepcopy(backbone.module))
         self.shared = SharedWeights(self.copy, shared)
@@ -189,16 +190,7 @@ class _Run:
         self.shares = shares(names, weights, sizes if sampling == "proportional" else [1] * len(tasks))
         teams = teams_of(team, len(tasks))
         self.fits = {
-            name: Fit(
-                self.copy,
-                task,
-                private,
-                replace(settings, batch_size=size, cache=False),
-                bar,
-                RunLog(None),
-                None,
-                team=own,
-            )
+            name: Fit(self.copy, task, private, replace(settings, batch_size=size, cache=False), bar=bar, team=own)
             for name, task, size, own in zip(names, tasks, sizes, teams, strict=True)
         }
         self.served = {name: fit for name, fit in self.fits.items() if team.rank in fit.team.ranks}
@@ -213,29 +205,29 @@ class _Run:
         self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
         self.facts = {"shared": shared.name, "sampling": sampling, "shares": self.shares, "rounds": self.rounds}
 
-    def open_logs(self, folder: str | Path | None, stack: ExitStack) -> None:
-        """A log for every task whose team this process leads."""
-        for name, fit in self.served.items():
-            if folder is not None and fit.team.leads:
-                fit.log = stack.enter_context(RunLog(Path(folder) / file_name(name)))
+    def _trainer(self, name: str, fit: Fit) -> Trainer:
+        """The trainer of a task, with a log where this process leads its team."""
+        logs = [MetricLogger(Path(self.log) / file_name(name))] if self.log is not None and fit.team.leads else []
+        return fit.make_trainer(self.models[name], logs, self.rounds)
 
     def run(self, spec: str) -> Multitask:
         """Train; the result's backbone is called `spec`."""
         began = time.perf_counter()
         saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
-        for name, fit in self.served.items():
-            fit.begin(saved["tasks"][name] if saved else None)
-            self.shared.join(fit.model, self.private, self.shares[name])
+        self.models = {name: fit.build() for name, fit in self.served.items()}
+        self.trainers = {name: self._trainer(name, fit) for name, fit in self.served.items()}
+        for name, trainer in self.trainers.items():
+            trainer.begin(saved["tasks"][name] if saved else None)
+            self.shared.join(self.models[name], self.private, self.shares[name])
         self.shared.begin(self.private)
         if saved is not None:
             self.shared.restore(saved["shared"])
             self.done = saved["done"]
-            restore_random(saved)
         self._train()
         return self._finish(spec, time.perf_counter() - began)
 
     def _train(self) -> None:
-        steps = [fit.steps(self.rounds) for fit in self.served.values()]
+        steps = [trainer.steps() for trainer in self.trainers.values()]
         with self.bar.task("training", self.rounds, self.done) as advance:
             while self.done < self.rounds:
                 for step in steps:
@@ -245,10 +237,12 @@ class _Run:
                 advance(1)
                 if self.checkpoint and self.team.follow(self.checkpoint.due() or self.done == self.rounds):
                     self._save(self.checkpoint)
+        for step in steps:
+            next(step, None)  # the end of the training
 
     def _save(self, checkpoint: Checkpoint) -> None:
         """All tasks' state in one file, so that it is of one moment."""
-        own = {name: fit.snapshot() for name, fit in self.served.items() if fit.team.leads}
+        own = {name: self.trainers[name].state_dict() for name, fit in self.served.items() if fit.team.leads}
         tasks = {name: state for part in self.team.collect(own) for name, state in part.items()}
         if self.team.leads:
             checkpoint.save({"tasks": tasks, "shared": self.shared.snapshot(), "done": self.done})
@@ -258,15 +252,19 @@ class _Run:
         trained = self.copy.around(self.copy.module, spec, plain)
         trained.about = {}  # facts of the base, such as its accuracy, are not this one's
         record = BackboneRecord.of(trained)
-        own = {name: self._patch(fit, trained, record, seconds) for name, fit in self.served.items() if fit.team.leads}
+        own = {
+            name: self._patch(name, fit, trained, record, seconds)
+            for name, fit in self.served.items()
+            if fit.team.leads
+        }
         patches = {name: patch for part in self.team.collect(own) for name, patch in part.items()}
         self.base.verify()
         count = sum(weight.numel() for weight in self.shared.weights.values())
         return Multitask(trained, {name: patches[name] for name in self.fits}, count, round(seconds, 2))
 
-    def _patch(self, fit: Fit, trained: Backbone, record: BackboneRecord, seconds: float) -> Patch:
+    def _patch(self, name: str, fit: Fit, trained: Backbone, record: BackboneRecord, seconds: float) -> Patch:
         """The task's patch, measured on the backbone as it will be loaded."""
-        made = fit.make_patch(record, seconds)
+        made = fit.make_patch(self.models[name], record, seconds)
         facts = {**self.facts, "with": list(self.fits), "epochs": round(self.rounds / fit.per_epoch, 3)}
         # no fit of this task alone may take the file for its own
         made = replace(made, created={**made.created, "multitask": facts, "run": f"multitask {fit.digest}"})

@@ -35,7 +35,6 @@ from modelpatch.select.trials import DISK, share_images
 from modelpatch.train.evaluation import logits_of, standard_error
 from modelpatch.train.fitting import Fit, FitSettings, check_settings
 from modelpatch.train.inputs import SharedImages
-from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
 
 STRATEGIES = ("margin", "random")
@@ -211,10 +210,7 @@ class _Simulation:
             replace(self.data, train=self.data.train.take(labelled), validation=None),
             self.method,
             replace(self.settings, seed=seed),
-            quiet_progress(),
-            RunLog(None),
-            None,
-            self.shared.fold(**{name: torch.from_numpy(part) for name, part in rows.items()}),
+            source=self.shared.fold(**{name: torch.from_numpy(part) for name, part in rows.items()}),
         )
         top1 = fit.run().metrics["test_top1"]
         if not more:
@@ -222,5 +218,5 @@ class _Simulation:
         if strategy == "random":
             generator = np.random.default_rng([seed, len(labelled)])
             return LabelRound(top1, sorted(generator.choice(pool, more, replace=False).tolist()))
-        order = margins(fit.logits("pool")).argsort(stable=True)[:more]
+        order = margins(fit.logits(fit.model, "pool")).argsort(stable=True)[:more]
         return LabelRound(top1, sorted(pool[order.numpy()].tolist()))

@@ -34,7 +34,6 @@ from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
 from modelpatch.train.fitting import Fit, FitSettings
 from modelpatch.train.inputs import SharedImages
-from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
@@ -203,7 +202,7 @@ class Bench:
         begin = time.perf_counter()
         try:
             fit = self._fit(trial)
-            patch = fit.run(self._start(trial)).astype(self.settings.dtype)
+            patch = fit.run(start=self._start(trial)).astype(self.settings.dtype)
         except DivergedError as error:
             return Outcome(None, 0, time.perf_counter() - begin, str(error))
         return Outcome(patch.metrics["test_top1"], file_bytes(patch), time.perf_counter() - begin)
@@ -215,10 +214,7 @@ class Bench:
             self.data[trial.fold],
             trial.method,
             replace(self.settings, seed=trial.seed, epochs=round(trial.epochs * self.more[trial.fold])),
-            quiet_progress(),
-            RunLog(None),
-            None,
-            self.shared.fold(train=rows[0], test=rows[1]),
+            source=self.shared.fold(train=rows[0], test=rows[1]),
         )
 
     def _start(self, trial: Trial) -> Mapping[str, Tensor] | None:
@@ -228,7 +224,7 @@ class Bench:
         key = self.key(trial.start)
         if key not in self._states:
             fit = self._fit(trial.start)
-            fit.run(self._start(trial.start))
+            fit.run(start=self._start(trial.start))
             self._states[key] = {name: tensor.clone() for name, tensor in fit.model.portable_state().items()}
         return self._states[key]
 

@@ -1,5 +1,14 @@
+from .batches import BatchSource as BatchSource
+from .batches import Minibatch as Minibatch
+from .callbacks import CheckpointSaver as CheckpointSaver
+from .callbacks import EarlyStopping as EarlyStopping
+from .callbacks import MetricLogger as MetricLogger
+from .callbacks import ProgressBar as ProgressBar
+from .callbacks import WeightAverage as WeightAverage
 from .evaluation import evaluate as evaluate
 from .evaluation import harmonic_mean as harmonic_mean
 from .evaluation import store_as as store_as
 from .fitting import fit as fit
 from .settings import FitSettings as FitSettings
+from .trainer import Callback as Callback
+from .trainer import Trainer as Trainer

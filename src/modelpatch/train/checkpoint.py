@@ -17,7 +17,7 @@ EVERY_SECONDS = 60.0
 
 
 class Checkpoint:
-    """The state of one run in a folder. `identity` is what must be equal for the run to be continued."""
+    """The state of one run in a folder. `identity` must be equal for the run to be continued."""
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = Path(folder), identity
@@ -25,25 +25,17 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
+        """True when a minute has passed since the last save."""
         return time.monotonic() - self._saved >= EVERY_SECONDS
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the saved state; the torch random state is kept beside it."""
+        """Replace the saved state."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"cannot make the checkpoint folder {self.folder}: {error.strerror}.") from error
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "identity": self.identity,
-                "random": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all(),
-                **state,
-            },
-            buffer,
-        )
+        torch.save({"identity": self.identity, **state}, buffer)
         write_bytes(self.file, buffer.getvalue())
         self._saved = time.monotonic()
 
@@ -69,19 +61,12 @@ class Checkpoint:
     def clear(self) -> None:
         """Remove the folder's state: the run is finished."""
         self.file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        if self.folder.exists() and not any(self.folder.iterdir()):
             shutil.rmtree(self.folder)
 
 
-def restore_random(saved: dict[str, Any]) -> None:
-    """Go on with torch's random numbers as they were when `Checkpoint.save` wrote the state."""
-    torch.set_rng_state(saved["random"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-
-
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words: `other images`, `epochs = 10 instead of 3`."""
+    """List the differences between two identities in words: `other images`, `epochs = 10 instead of 3`."""
     words = []
     for key in sorted(saved.keys() | wanted.keys()):
         before, now = saved.get(key), wanted.get(key)

@@ -1,10 +1,10 @@
-"""Train a patch: one loop for every method.
+"""Train a patch with any method: check, build the model and its inputs, run the trainer, measure.
 
     images -> [frozen prefix, cached] -> patched spans and frozen rest -> head -> the loss of the task's kind
 
-The backbone is hashed before and after; a fit that would move it fails. Every random choice follows `seed`, and each
+The backbone is hashed before and after; a fit that would change it fails. Every random choice follows `seed`, and each
 batch's order and augmentation follow (seed, epoch, step) alone, so that a run killed at any moment resumes from its last
-checkpoint to the very same patch.
+checkpoint to the same patch.
 """
 
 from __future__ import annotations
@@ -13,50 +13,48 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 import modelpatch
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import Augmentation, choose_augmentation
 from modelpatch.data.images import pieces
 from modelpatch.data.task import Task
-from modelpatch.errors import (
-    CheckpointMismatchError,
-    DataError,
-    DivergedError,
-    MethodError,
-    TrainingError,
-    TrainingWarning,
-)
+from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, TrainingWarning
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
-from modelpatch.tasks.kind import Result, balance, kind_of
-from modelpatch.train.cache import PlainInputs
-from modelpatch.train.checkpoint import Checkpoint, restore_random
+from modelpatch.patch.model import PatchedModel
+from modelpatch.tasks.kind import Kind, balance, kind_of
+from modelpatch.train.batches import BatchSource, Minibatch, RowBatches, cut_rows
+from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as
-from modelpatch.train.inputs import Inputs, InputSource, OwnInputs
+from modelpatch.train.inputs import InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
-from modelpatch.train.logs import RunLog
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.settings import FitSettings, check_settings
+from modelpatch.train.settings import FitOptions, FitSettings, check_options, check_settings
+from modelpatch.train.trainer import Callback, Figures, Trainer
 
-__all__ = ["Fit", "FitSettings", "check_settings", "fit"]
+NO_OPTIONS = FitOptions()
+HELD = 64  # images of a batch that is measured
 
 
 def fit(
     backbone: Backbone,
-    data: Task,
+    data: Task | tuple[Any, Any],
     method: Method | str,
     *,
     out: str | Path | None = None,
@@ -64,66 +62,90 @@ def fit(
     checkpoint: str | Path | None = None,
     log: str | Path | None = None,
     progress: bool = False,
+    callbacks: Sequence[Callback] = (),
+    optimizer: Any = None,
+    scheduler: Any = None,
+    schedule_every: Any = None,
+    loss: Any = None,
+    transform: Any = None,
+    accumulate: int = 1,
+    monitor: str | None = None,
+    ema: float | None = None,
+    checkpoint_activations: bool = False,
     **settings: Any,
 ) -> Patch:
     """Train a patch of `method` (or of its spelling, see `make_method`) for the task and measure it on the test images.
 
-    `settings` are the fields of `FitSettings`. `out` names the patch's file; with `reuse` a file that the very same run
-    wrote earlier is read instead. `checkpoint` names a folder in which training state is kept every minute and every
-    epoch and from which an interrupted run resumes exactly; it is emptied once the patch is made and its file, if any,
-    written. `log` names a folder for `metrics.csv` and, where TensorBoard is installed, its event file. `progress` draws a
-    bar on a terminal. Where `torch.distributed` was started, its processes cut every batch among them and all return the
-    patch that one alone would have trained, but for rounding; the first writes the files.
+    `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings`. `out`
+    names the patch's file; with `reuse` a file that the very same run wrote earlier is read instead. `checkpoint` names a
+    folder in which training state is kept every minute and every epoch and from which an interrupted run resumes exactly; it
+    is emptied once the patch is made and its file, if any, written. `log` names a folder for `metrics.csv`, a row an epoch,
+    and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
+
+    `optimizer` is a class or a function from the method's parameter groups to an optimizer, `scheduler` a function from it to
+    a scheduler, stepped `schedule_every` epoch or step, in place of the settings' schedule; `loss` a function of (outputs,
+    targets) in place of the kind's; `transform` a torchvision transform in place of the augmentation. `accumulate` batches
+    make a step. `monitor` names the figure by which the best epoch is chosen, such as "validation_loss". `ema` is the decay
+    of an average of the weights. `checkpoint_activations` saves memory and takes longer. For everything else give `callbacks`,
+    or use `Trainer`.
+
+    With `torch.distributed` started, its processes share every batch and all return the patch that one alone would
+    have trained, but for rounding; the first writes the files.
 
     Returns the patch with its measured test accuracy in `metrics`. Raises `MethodError`, `MethodNotApplicableError`,
     `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
     chosen = check_settings(settings)
+    options = check_options(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule_every=schedule_every,
+        loss=loss,
+        transform=transform,
+        accumulate=accumulate,
+        monitor=monitor,
+        ema=ema,
+        checkpoint_activations=checkpoint_activations,
+    )
+    backbone, task, method = check_parts(backbone, data, method)
+    team = Team.everyone()
+    bar = Progress(f"{method.name} on {task.task.name}") if progress and team.leads else quiet_progress()
+    with bar:
+        run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team)
+        if out is not None and team.follow(reuse and Path(out).exists()):
+            return read_patch(Path(out), run.digest)
+        saver = CheckpointSaver(checkpoint, run.identity) if checkpoint else None
+        logger = [MetricLogger(log)] if log is not None and team.leads else []
+        patch = run.run([*callbacks, *logger, *([saver] if saver else [])])
+        if chosen.dtype != "float32":
+            patch = store_as(backbone, patch, task, chosen.dtype)
+        if team.leads:
+            if out is not None:
+                patch.save(out)
+            if saver is not None:
+                saver.clear()
+        team.follow(None)  # no process continues before the files are written
+    return patch
+
+
+def check_parts(backbone: Any, data: Any, method: Any) -> tuple[Backbone, Task, Method]:
+    """Return the three parts of a fit, a method's spelling read. Raises the error of what is none of them."""
     if not isinstance(backbone, Backbone):
         raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
+    if isinstance(data, tuple):
+        data = Task.from_datasets(*data)
     if not isinstance(data, Task):
         raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
     if isinstance(method, str):
         method = make_method(method)
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
-    team = Team.everyone()
-    bar = Progress(f"{method.name} on {data.task.name}") if progress and team.leads else quiet_progress()
-    with bar, RunLog(log if team.leads else None) as run_log:
-        run = Fit(backbone, data, method, chosen, bar, run_log, checkpoint, team=team)
-        if out is not None and team.follow(reuse and Path(out).exists()):
-            return run.finished(Path(out))
-        patch = run.run()
-        if chosen.dtype != "float32":
-            patch = store_as(backbone, patch, data, chosen.dtype)
-        if team.leads:
-            if out is not None:
-                patch.save(out)
-            run.finish()
-        team.follow(None)  # nobody goes on before the files are as they will be
-    return patch
-
-
-@dataclass
-class State:
-    """Where the loop stands: steps done, the best epoch so far and the history of epochs."""
-
-    step: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_score: float = -1.0
-    stale: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    loss_sum: float = 0.0
+    return backbone, data, method
 
 
 class Fit:
-    """One run of `fit`, in the order in which things happen.
-
-    `eager` runs may use gradients before all of them are complete.
-    """
-
-    eager = True
+    """One fit, checked and ready to run: its data, preprocessing, objective and identity."""
 
     def __init__(
         self,
@@ -131,103 +153,29 @@ class Fit:
         data: Task,
         method: Method,
         settings: FitSettings,
-        bar: Progress,
-        log: RunLog,
-        checkpoint: str | Path | None,
+        *,
+        options: FitOptions = NO_OPTIONS,
+        preprocessing: Preprocessing | None = None,
         source: InputSource | None = None,
+        bar: Progress | None = None,
         team: Team = ALONE,
     ) -> None:
-        self.backbone, self.method, self.settings, self.bar, self.log = backbone, method, settings, bar, log
-        self.team = team
+        self.backbone, self.method, self.options, self.team = backbone, method, options, team
+        self.bar = bar or quiet_progress()
         if settings.early_stopping and data.validation is None and not settings.validation:
-            self.settings = settings = replace(settings, validation=0.1)
+            settings = replace(settings, validation=0.1)
+        self.settings = settings
+        data = data.with_transform(options.transform)
         self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
         self.kind = kind_of(data.task.kind)
         self.kind.check_libraries()
         self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
-        self.preprocessing = settings.seen(backbone.preprocessing, data.task.kind)
+        self.preprocessing = preprocessing or settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
-        self.record = BackboneRecord.of(backbone)
-        self.identity = self._identity()
-        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        self.checkpoint = Checkpoint(checkpoint, self.identity) if checkpoint else None
         self.device = backbone.device
-        self.source = source or self._own_inputs()
-
-    def run(self, start: Mapping[str, Tensor] | None = None) -> Patch:
-        """Train from the base, or from what `start` holds of the model's state (see `PatchedModel.start_from`)."""
-        patch = self._make_patch(self.train(start))
-        self.backbone.verify()
-        return patch
-
-    def train(self, start: Mapping[str, Tensor] | None = None) -> float:
-        """Train the model, or go on from the checkpoint, until all epochs are done. Returns the seconds it took."""
-        began = time.perf_counter()
-        saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
-        self.begin(saved, start)
-        if saved is not None:
-            restore_random(saved)
-        self._train()
-        return time.perf_counter() - began
-
-    def begin(self, saved: Mapping[str, Any] | None = None, start: Mapping[str, Tensor] | None = None) -> None:
-        """Everything before the first step, or before the next one of a run whose `snapshot` was `saved`."""
-        self.draft(start)
-        self.optimizer = self.method.make_optimizer(self.model, self.backbone)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype() == torch.float16)
-        whole = self.settings.clip or self.scaler.is_enabled() or not self.team.alone  # needs all gradients at once
-        if self.eager and not whole:
-            EagerSteps(self.optimizer)
-        self.state = State()
-        if saved is None:
-            self.log.begin()
-            self.method.prepare(self.model, self._plain_batches)
-        else:
-            self._restore(saved)
-        self.open_inputs()
-
-    def draft(self, start: Mapping[str, Tensor] | None = None) -> None:
-        """The model before the first step; all that is random in it follows the seed."""
-        torch.manual_seed(self.settings.seed)
-        settings, classes = self.settings, len(self.data.classes)
-        decoder = self.kind.make_head(
-            self.backbone, classes, self.preprocessing.image_size, settings.decoder, settings.taps
-        )
-        self.model = self.method.draft(self.backbone, classes, decoder).to(self.device)
-        self.source.lend(self.model)
-        if start is not None:
-            self.model.start_from(start)
-        self.remade = RemadeWeights(self.model)
-
-    def open_inputs(self) -> None:
-        """What the model is trained on, and what is held out for it."""
-        self.labels = self.source.labels("train")
-        self.inputs = self.source.inputs(self.model, "train", augmented=True)
-        self._held = self._held_out()
-
-    def finished(self, path: Path) -> Patch:
-        """The patch of this run from its file. Raises `CheckpointMismatchError` for one of another run."""
-        patch = Patch.load(path)
-        if patch.created.get("run") != self.digest:
-            raise CheckpointMismatchError(
-                f"{path} is of a run with another backbone, method, settings or images. Name another "
-                "place, or replace it: --force, or --restart for what an interrupted run left."
-            )
-        return patch
-
-    def finish(self) -> None:
-        """Forget the training state: the patch is where it should be."""
-        if self.checkpoint:
-            self.checkpoint.clear()
-
-    # inputs -------------------------------------------------------------------------------------------------
-
-    def _own_inputs(self) -> OwnInputs:
-        settings = self.settings
-        return OwnInputs(
-            self.backbone,
+        self.source = source or OwnInputs(
+            backbone,
             self.data,
             self.preprocessing,
             self.augmentation,
@@ -237,198 +185,192 @@ class Fit:
             cache=settings.cache,
             bar=self.bar,
         )
-
-    def _plain_batches(self) -> Iterator[Tensor]:
-        order = self._order(0)
-        for rows in order.split(max(self.settings.batch_size, 64)):
-            yield self._to_device(self.source.plain("train", rows))
-
-    def _held_out(self) -> tuple[Inputs, Tensor] | None:
-        if self.data.validation is None or not (self.settings.early_stopping or self.settings.validation):
-            return None
-        return self.source.inputs(self.model, "validation", augmented=False), self.source.labels("validation")
-
-    def _batches(self, epoch: int) -> list[Tensor]:
-        """The epoch's rows, batch by batch; a last image of its own joins the batch before, for layers that need two."""
-        order, size = self._order(epoch), self.settings.batch_size
-        batches = list(order.split(size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches[-2:] = [order[-size - 1 :]]
-        return batches
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.data.train), generator=generator)
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True)
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-    # the loop -----------------------------------------------------------------------------------------------
-
-    def _train(self) -> None:
-        total = self.per_epoch * self.settings.epochs
-        with self.bar.task("training", total, self.state.step) as advance:
-            for _ in self.steps(total):
-                advance(1)
+        if options.monitor and not self.validates:
+            raise TrainingError(
+                f"monitor={options.monitor!r} chooses among epochs. Give validation= or early_stopping= too."
+            )
+        self.identity = self._identity()
+        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def per_epoch(self) -> int:
         """The number of batches in an epoch."""
-        return len(self._batches(0))
+        return len(cut_rows(len(self.data.train), self.settings.batch_size, self.settings.seed))
 
-    def steps(self, total: int) -> Iterator[None]:
-        """Takes the steps up to `total`, or until stopped early: yields after each of them, with its epoch ended if it was
-        the last."""
-        per_epoch, weights = self.per_epoch, self._class_weights()
-        if warning := self.method.warn(sum(self.settings.factor(step, total) for step in range(total))):
+    def run(self, callbacks: Sequence[Callback] = (), start: Mapping[str, Tensor] | None = None) -> Patch:
+        """Train from the base, or from `start` (see `PatchedModel.start_from`), and measure on the test images."""
+        record, began = BackboneRecord.of(self.backbone), time.perf_counter()
+        self.model = self.build(start)
+        self.trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
+        self.trainer.train()
+        patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
+        best = {
+            one.monitor: one.best_value for one in self.trainer.callbacks if isinstance(one, EarlyStopping) and one.best
+        }
+        self.backbone.verify()
+        return patch.with_metrics(**best)
+
+    def build(self, start: Mapping[str, Tensor] | None = None) -> PatchedModel:
+        """Return the model before the first step; all that is random in it follows the seed."""
+        torch.manual_seed(self.settings.seed)
+        settings, classes = self.settings, len(self.data.classes)
+        decoder = self.kind.make_head(
+            self.backbone, classes, self.preprocessing.image_size, settings.decoder, settings.taps
+        )
+        model = self.method.draft(self.backbone, classes, decoder).to(self.device)
+        self.source.prepare(model)
+        if start is not None:
+            model.start_from(start)
+        return model
+
+    def make_trainer(
+        self, model: PatchedModel, callbacks: Sequence[Callback] = (), steps: int | None = None
+    ) -> PatchTrainer:
+        """Return the trainer of a model that `build` made, for the settings' epochs or a number of `steps`."""
+        events = MethodEvents(self.method, [(model, self.plain_batches)])
+        data = self.batches(model, "train")
+        held = self.batches(model, "validation") if self.validates else None
+        return self.train_on(model, data, held, [events, *callbacks], self.options.accumulate, steps)
+
+    def train_on(
+        self,
+        model: Any,
+        data: Any,
+        validation: Any,
+        callbacks: Sequence[Callback],
+        accumulate: int,
+        steps: int | None = None,
+        trainer: type[PatchTrainer] | None = None,
+    ) -> PatchTrainer:
+        """Return a trainer under the settings for a model, or several as one, with batches of its own."""
+        settings, options, method = self.settings, self.options, self.method
+        own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if self.validates else []
+        if options.ema is not None:
+            own.append(WeightAverage(options.ema))
+        whole = settings.clip or accumulate > 1 or options.optimizer or any(map(reads_gradients, callbacks))
+        if self.team.alone and not whole:
+            own.append(EagerSteps())
+        total = steps or -(-len(data) // accumulate) * settings.epochs
+        self.warn(total)
+        return (trainer or PatchTrainer)(
+            model,
+            data,
+            kind=self.kind,
+            classes=self.data.classes,
+            method=method,
+            class_weights=self.weigh_classes(),
+            label_smoothing=settings.label_smoothing,
+            loss=options.loss,
+            optimizer=options.optimizer or (lambda _: method.make_optimizer(model, self.backbone)),
+            groups=method.parameter_groups(model, self.backbone),
+            scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
+            schedule_every=options.schedule_every or (None if options.scheduler else "step"),
+            steps=steps,
+            epochs=settings.epochs,
+            accumulate=accumulate,
+            clip=settings.clip,
+            validation=validation,
+            monitor=options.monitor or (f"validation_{self.data.task.metric}" if self.validates else None),
+            precision=settings.precision,
+            checkpoint_activations=options.checkpoint_activations,
+            seed=settings.seed,
+            callbacks=[*own, *callbacks],
+            team=self.team,
+        )
+
+    @property
+    def validates(self) -> bool:
+        """True where images are held out to choose the best epoch."""
+        return self.data.validation is not None and bool(self.settings.early_stopping or self.settings.validation)
+
+    def warn(self, total: int) -> None:
+        """Warn of rates that are too high or too low for a number of steps."""
+        reach = sum(self.settings.factor(step, total) for step in range(total))
+        if warning := self.method.warn(reach):
             warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
         if self.method.head_lr > self.kind.head_rate:
             rate = f"head_lr={self.method.head_lr:g}, the rate for linear heads. Set head_lr=0.001"
             text = f"the head of a {self.kind.name} task learns little at {rate}."
             warnings.warn(text, TrainingWarning, stacklevel=6)
-        patience = self.settings.early_stopping or total
-        batches: list[Tensor] = []
-        while self.state.step < total and self.state.stale < patience:
-            epoch, number = divmod(self.state.step, per_epoch)
-            if not batches:
-                batches = self._batches(epoch)
-                self.train_mode()
-                self._check_parts()
-            self._step(batches[number], epoch, number, total, weights)
-            if number + 1 == per_epoch or self.state.step == total:
-                self._end_epoch(epoch, number + 1)
-                batches = []
-            elif self.checkpoint and self.checkpoint.due():
-                self._save()
-            yield
 
-    def _step(self, rows: Tensor, epoch: int, number: int, total: int, weights: Tensor | None) -> None:
-        self.method.before_step(self.model, self.state.step, total)
-        factor = self.settings.factor(self.state.step, total)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        targets = self._targets(self.inputs, self.labels, rows, epoch, number)
-        loss = self._backward(rows, self.inputs.batch(rows, epoch, number), targets, weights)
-        self.team.add_up_gradients((p for group in self.optimizer.param_groups for p in group["params"]), loss)
-        if self.settings.clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.state.loss_sum += loss.item()
-        self.state.step += 1
+    # data ---------------------------------------------------------------------------------------------------------
 
-    def train_mode(self) -> None:
-        """Put what the patch trains into train mode, everything frozen into eval mode."""
-        self.model.train()
+    def batches(self, model: PatchedModel, split: str) -> RowBatches:
+        """Return a split's batches for a model: training images shuffled and augmented, others as they are."""
+        training = split == "train"
+        inputs = self.source.inputs(model, split, augmented=training)
+        size = self.settings.batch_size if training else self._piece if inputs.start == 0 else HELD
+        return RowBatches(inputs, self.source.count(split), size, seed=self.settings.seed, shuffle=training)
 
-    def _backward(self, rows: Tensor, inputs: Tensor, targets: Any, weights: Tensor | None) -> Tensor:
-        """Gradients of this process's part of the batch, and its loss, both times the part's share of the batch."""
-        part = self.team.part(len(rows))
-        targets = self.kind.move(targets, self.device)
-        counts = self.kind.weigh_images(targets, weights)
-        share = float(counts[part].sum() / counts.sum().clamp(min=1e-12))
-        if not share:
-            return torch.zeros((), device=self.device)
-        x, own = self._to_device(inputs[part]), targets[part]
-        answers = self._forward(x, own)
-        loss = self.kind.loss(answers, own, weights, self.settings.label_smoothing)
-        added = self.method.added_loss(self.model, Batch(x, self.inputs.start, answers, own))
-        self.scaler.scale(share * (loss + added)).backward()
-        return share * loss.detach()
+    @property
+    def _piece(self) -> int:
+        """Images whose activations stay in a processor's caches; on other devices, `HELD`."""
+        size = self.preprocessing.image_size
+        return len(pieces(torch.empty(HELD, 1, size, size, device=self.device))[0])
 
-    def _check_parts(self) -> None:
-        if not self.team.alone and self.model.uses_batch_statistics:
-            raise TrainingError(
-                f"{self.method.name} learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not "
-                "the batch's. Set statistics='frozen' or 'recomputed', or start no more processes than tasks."
-            )
-
-    def _forward(self, inputs: Tensor, targets: Any) -> Any:
-        try:
-            with self._autocast(), self.remade() if self.model.reweighted else nullcontext():
-                read = self.model.head_input(inputs, self.inputs.start)
-                return self.kind.run_head(self.model.head, read, targets)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise TrainingError(
-                f"batch statistics cannot be learned from a batch of {len(inputs)} at {self.preprocessing.image_size} px: a "
-                "layer has one value a channel. Raise batch_size or image_size, or freeze the statistics."
-            ) from error
-
-    def _end_epoch(self, epoch: int, steps: int) -> None:
-        row = {"epoch": epoch + 1, "loss": self.state.loss_sum / steps, "lr": self.optimizer.param_groups[0]["lr"]}
-        if not torch.isfinite(torch.tensor(row["loss"])):
-            raise DivergedError(
-                f"the loss is {row['loss']} in epoch {epoch + 1} at lr {self.method.lr}, head_lr {self.method.head_lr}. "
-                "Lower them, or set clip=1."
-            )
-        self.state.loss_sum = 0.0
-        if self._held is not None:
-            row[f"validation_{self.data.task.metric}"] = score = self._score(*self._held)
-            if score > self.state.best_score:
-                self.state.best_score, self.state.stale = score, 0
-                self.state.best = {name: tensor.clone() for name, tensor in self.model.state().items()}
-            else:
-                self.state.stale += 1
-        self.state.history.append(row)
-        self.log.write(row)
-        self.bar.note("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        self._save()
-
-    def _score(self, inputs: Inputs, labels: Tensor) -> float:
-        return self._evaluate(inputs, labels).score
-
-    def _evaluate(self, inputs: Inputs, labels: Tensor) -> Result:
-        found = self._answers(inputs, len(labels))
-        batches = ((answers, self._targets(inputs, labels, rows, 0, step)) for rows, step, answers in found)
-        return self.kind.measure(self.data.classes, batches)
+    def plain_batches(self) -> Iterator[Tensor]:
+        """Yield the training images, not augmented, in random order."""
+        rows = cut_rows(self.source.count("train"), max(self.settings.batch_size, HELD), self.settings.seed)
+        for images, _ in self.source.plain("train").batches(rows, 0):
+            yield Minibatch(images, ()).to(self.device).inputs
 
     @torch.no_grad()
-    def _answers(self, inputs: Inputs, count: int) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """The model's answers for plain images, batch by batch, on the CPU."""
-        self.model.eval()
-        for step, rows in enumerate(torch.arange(count).split(64)):
-            x = self._to_device(inputs.batch(rows, 0, step))
-            parts = pieces(x) if inputs.start == 0 else (x,)
-            yield rows, step, torch.cat([self.model.run_from(part, inputs.start).float().cpu() for part in parts])
+    def answers(self, model: PatchedModel, split: str) -> Iterator[tuple[Tensor, Any]]:
+        """Yield a model's outputs for a split's plain images and their targets, batch by batch, on the CPU."""
+        model.eval()
+        for batch in self.batches(model, split).batches(0):
+            x = Minibatch(batch.inputs, ()).to(self.device).inputs
+            yield model.run_from(x, batch.start).float().cpu(), batch.targets
 
-    def logits(self, split: str) -> Tensor:
-        """The trained model's logits (N, K) for a split's plain images, on the CPU."""
-        inputs = self.source.inputs(self.model, split, augmented=False)
-        return torch.cat([answers for *_, answers in self._answers(inputs, len(self.source.labels(split)))])
+    def logits(self, model: PatchedModel, split: str) -> Tensor:
+        """Return a model's logits (N, K) for a split's plain images, on the CPU."""
+        return torch.cat([answers for answers, _ in self.answers(model, split)])
 
-    def _class_weights(self) -> Tensor | None:
+    def measure(self, model: PatchedModel, patch: Patch) -> Patch:
+        """Return the patch of a model with its figures on the test images."""
+        figures = self.kind.measure(self.data.classes, self.answers(model, "test")).figures
+        return patch.with_metrics(**{f"test_{name}": value for name, value in figures.items()})
+
+    def weigh_classes(self) -> Tensor | None:
+        """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
         if self.settings.class_weights == "none":
             return None
         counts = torch.zeros(len(self.data.classes), dtype=torch.long)
-        for rows in torch.arange(len(self.labels)).split(64):
-            counts += self.kind.count_classes(self._targets(self.inputs, self.labels, rows), len(counts))
+        if self.data.train.dense:
+            rows = cut_rows(self.source.count("train"), HELD, None)
+            for _, targets in self.source.plain("train").batches(rows, 0):
+                counts += self.kind.count_classes(targets, len(counts))
+        else:
+            counts += self.kind.count_classes(self.source.labels("train"), len(counts))
         return balance(counts).to(self.device)
 
-    def _targets(self, inputs: Inputs, labels: Tensor, rows: Tensor, *view: int) -> Any:
-        """The targets of the batch that `inputs.batch` gives for a view, or of plain images without one."""
-        if not (self.kind.dense and isinstance(inputs, PlainInputs)):
-            return labels[rows]
-        return inputs.targets(rows, *view) if view else inputs.plain_targets(rows)
+    # the patch ----------------------------------------------------------------------------------------------------
 
-    def _dtype(self) -> torch.dtype:
-        if self.settings.precision != "auto":
-            return getattr(torch, self.settings.precision)
-        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self._dtype()
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
-
-    # state --------------------------------------------------------------------------------------------------
+    def make_patch(self, model: PatchedModel, backbone: BackboneRecord, seconds: float) -> Patch:
+        """Return a trained model as a patch of a backbone, not measured."""
+        patch = model.to_patch(
+            self.data.task,
+            preprocessing=self.preprocessing,
+            method=self.method,
+            created={
+                "modelpatch": modelpatch.__version__,
+                "torch": torch.__version__,
+                "date": datetime.now(UTC).date().isoformat(),
+                "seconds": round(seconds, 2),
+                "device": self.device.type,
+                "train_images": len(self.data.train),
+                "trainable_parameters": self.method.count_parameters(model),
+                "augmentation": self.augmentation.name,
+                "settings": asdict(self.settings),
+                **self.options.described,
+                "data": dict(self.data.facts),
+                "run": self.digest,
+            },
+        )
+        return replace(patch, backbone=backbone)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued, or a patch's file to be of this run."""
+        """Everything that must be equal for a checkpoint to be continued, or a patch's file to be of this run."""
         return {
             "backbone": self.backbone.fingerprint,
             "task": self.data.task.model_dump(mode="json"),
@@ -437,51 +379,98 @@ class Fit:
             "method": self.method.name,
             "hyperparameters": self.method.hyperparameters(),
             "settings": asdict(self.settings),
+            **self.options.described,
         }
 
-    def snapshot(self) -> dict[str, Any]:
-        """What an interrupted run goes on from, but for torch's random state."""
-        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        return {"model": self.model.state(), **parts, "state": asdict(self.state)}
 
-    def _save(self) -> None:
-        if self.checkpoint and self.team.leads:
-            self.checkpoint.save(self.snapshot())
+class PatchTrainer(Trainer):
+    """A trainer of patches: the loss of the task's kind, and what the method adds to it."""
 
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        self.model.load_state(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.state = State(**saved["state"])
+    def __init__(
+        self,
+        model: Any,
+        data: BatchSource,
+        *,
+        kind: Kind,
+        classes: Sequence[str],
+        method: Method,
+        class_weights: Tensor | None,
+        label_smoothing: float,
+        loss: Any = None,
+        **arguments: Any,
+    ) -> None:
+        own = partial(kind.loss, class_weights=class_weights, label_smoothing=label_smoothing)
+        super().__init__(model, data, loss or own, **arguments)
+        self.kind, self.classes, self.method, self.class_weights = kind, classes, method, class_weights
+        self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
 
-    def _make_patch(self, seconds: float) -> Patch:
-        if self.state.best:
-            self.model.load_state(self.state.best)
-        patch = self.make_patch(self.record, seconds)
-        result = self._evaluate(self.source.inputs(self.model, "test", augmented=False), self.source.labels("test"))
-        metrics: dict[str, Any] = {f"test_{name}": value for name, value in result.figures.items()}
-        if self.state.best:
-            metrics[f"validation_{self.data.task.metric}"] = self.state.best_score
-        return patch.with_metrics(**metrics)
+    def model_for(self, batch: Minibatch) -> Any:
+        """Return the patched model that answers a batch."""
+        return self.model
 
-    def make_patch(self, backbone: BackboneRecord, seconds: float) -> Patch:
-        """What the model has become as a patch of this backbone, not measured."""
-        patch = self.model.to_patch(
-            self.data.task, preprocessing=self.preprocessing, method=self.method, created=self._facts(seconds)
+    def train_step(self, batch: Minibatch) -> Tensor:
+        """Return the loss of the task and of the method."""
+        model, targets = self.model_for(batch), self.kind.move(batch.targets, self.device)
+        try:
+            with self.autocast(), self.remade():
+                output = self.kind.run_head(model.head, model.head_input(batch.inputs, batch.start), targets)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"batch statistics cannot be learned from a batch of {len(batch)} at this image size: a layer has one "
+                "value a channel. Raise batch_size or image_size, or freeze the statistics."
+            ) from error
+        added = self.method.added_loss(model, Batch(batch.inputs, batch.start, output, targets))
+        return self.loss(output, targets) + added
+
+    def validation_step(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
+        """Return the outputs, and the loss of the task."""
+        model = self.model_for(batch)
+        read, targets = model.head_input(batch.inputs, batch.start), self.kind.move(batch.targets, self.device)
+        outputs = model.head(read)
+        own = type(self.kind).run_head is not Kind.run_head
+        loss = self.loss(self.kind.run_head(model.head, read, targets) if own else outputs, targets)
+        return outputs.float(), loss
+
+    def weigh(self, batch: Minibatch) -> Tensor:
+        """Return how much each image counts in the kind's loss."""
+        return self.kind.weigh_images(self.kind.move(batch.targets, self.device), self.class_weights)
+
+    def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
+        """Return the figures of the task's kind."""
+        figures = self.kind.measure(self.classes, answers).figures
+        return {name: value for name, value in figures.items() if name in self.kind.metrics}
+
+
+class MethodEvents(Callback):
+    """The work of a method on its models, each with a function that yields batches of plain training images."""
+
+    def __init__(self, method: Method, models: Sequence[tuple[PatchedModel, Any]]) -> None:
+        self.method, self.models = method, models
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Prepare the models of a run that begins."""
+        for model, batches in () if trainer.resumed else self.models:
+            self.method.prepare(model, batches)
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Work of the method before a step, such as pruning once."""
+        for model, _ in self.models:
+            self.method.before_step(model, trainer.step, trainer.total or 0)
+
+
+def reads_gradients(callback: Callback) -> bool:
+    """True for a callback that reads all gradients of a step."""
+    return type(callback).on_gradients is not Callback.on_gradients
+
+
+def read_patch(path: Path, digest: str) -> Patch:
+    """Read the patch of a run from its file. Raises `CheckpointMismatchError` for one of another run."""
+    patch = Patch.load(path)
+    if patch.created.get("run") != digest:
+        raise CheckpointMismatchError(
+            f"{path} is of a run with another backbone, method, settings or images. Name another "
+            "place, or replace it: --force, or --restart for what an interrupted run left."
         )
-        return replace(patch, backbone=backbone)
-
-    def _facts(self, seconds: float) -> dict[str, Any]:
-        return {
-            "modelpatch": modelpatch.__version__,
-            "torch": torch.__version__,
-            "date": datetime.now(UTC).date().isoformat(),
-            "seconds": round(seconds, 2),
-            "device": self.device.type,
-            "train_images": len(self.data.train),
-            "trainable_parameters": self.method.count_parameters(self.backbone),
-            "augmentation": self.augmentation.name,
-            "settings": asdict(self.settings),
-            "data": dict(self.data.facts),
-            "run": self.digest,
-        }
+    return patch

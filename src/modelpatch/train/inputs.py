@@ -1,9 +1,9 @@
-"""Where a fit's batches come from: images decoded for it alone, or shared with other fits on the same images.
+"""Inputs of a fit: images decoded for it alone, or shared with other fits on the same images.
 
-    images -> [frozen segments, computed once for every image] -> inputs of segment `start` -> what is trained
+    images -> [frozen segments, computed once for every image] -> inputs of segment `start` -> trained segments
 
-`OwnInputs` caches what lies before one model's first span. `SharedImages` computes the activations before every block in
-one pass and lends them to many fits: those of a selection differ in what they train, and in which rows they train on.
+`OwnInputs` caches the output of the segments before one model's first span. `SharedImages` computes the activations before
+every block in one pass, for many fits: those of a selection train different parts, on different rows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from modelpatch.data.images import (
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
+from modelpatch.train.batches import Inputs
 from modelpatch.train.cache import (
     BATCH,
     CachedInputs,
@@ -48,24 +49,23 @@ from modelpatch.train.progress import Progress, quiet_progress
 NO_AUGMENTATION = AUGMENTATIONS["none"]
 
 
-class Inputs(Protocol):
-    """Where the loop's batches come from: `batch` gives the inputs of segment `start` for some rows."""
-
-    start: int
-
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor: ...
-
-
 class InputSource(Protocol):
-    """The images of a fit by split: their labels, plain batches of them, and what a model goes on from."""
+    """The images of a fit by split."""
 
-    def labels(self, split: str) -> Tensor: ...
+    def count(self, split: str) -> int:
+        """Return the number of images."""
 
-    def plain(self, split: str, rows: Tensor) -> Tensor: ...
+    def labels(self, split: str) -> Tensor:
+        """Return the class indices (N,), int64."""
 
-    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs: ...
+    def plain(self, split: str) -> Inputs:
+        """Return the images as inputs, not augmented."""
 
-    def lend(self, model: PatchedModel) -> None: ...
+    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
+        """Return inputs of a segment of the model before its first span, or of its head."""
+
+    def prepare(self, model: PatchedModel) -> None:
+        """Replace frozen segments of the model by equal ones that take less time."""
 
 
 class OwnInputs:
@@ -89,16 +89,23 @@ class OwnInputs:
         self.bar = bar or quiet_progress()
         self._opened: dict[tuple[str, bool], Images] = {}
 
+    def count(self, split: str) -> int:
+        """Return the number of images of a split."""
+        return len(getattr(self.data, split))
+
     def labels(self, split: str) -> Tensor:
+        """Return the class indices (N,) of a split."""
         return torch.from_numpy(getattr(self.data, split).labels)
 
-    def plain(self, split: str, rows: Tensor) -> Tensor:
-        return self._open(split, False).plain(rows)
+    def plain(self, split: str) -> Inputs:
+        """Return a split's images, not augmented."""
+        return PlainInputs(self._open(split, False), NO_AUGMENTATION, self.seed)
 
-    def lend(self, model: PatchedModel) -> None:
-        """Nothing: the model runs its own frozen segments."""
+    def prepare(self, model: PatchedModel) -> None:
+        """Leave the model its own segments."""
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
+        """Return a split's images, or cached activations before the model's first span where that saves work."""
         first, augmentation = model.first, self.augmentation if augmented else NO_AUGMENTATION
         images: Split = getattr(self.data, split)
         if images.dense or not self.cache or not cache_worthwhile(self.backbone, first):
@@ -124,13 +131,13 @@ class OwnInputs:
 
 
 class SharedImages:
-    """Images that many fits of one backbone train on: seen and decoded once, activations before blocks computed once.
+    """Images that many fits of one backbone train on: decoded once, activations before blocks computed once.
 
     `views` augmented views of every image and the plain one are made once, so that all fits see the same; unless `cache` is
     False, their activations before every block are kept as well, from the last block to the first, since late ones are
-    small and save most, as long as they fit into `memory` bytes in memory and `disk` bytes in temporary files. A model
-    goes on from the last boundary before its first span. One that trains almost from the images on, so that a cache would
-    save nothing, sees new views of them in every epoch, as in a fit alone.
+    small and save most, as long as they fit into `memory` bytes in memory and `disk` bytes in temporary files. The inputs of a
+    model are those of the last boundary before its first span. A model that trains almost from the images on, for which a
+    cache would save nothing, sees new views in every epoch, as in a fit alone.
     """
 
     def __init__(
@@ -173,7 +180,7 @@ class SharedImages:
         return self._activations
 
     def before(self, segment: int) -> int:
-        """The boundary that a model goes on from whose first span begins at `segment`."""
+        """Return the last kept boundary at or before `segment`."""
         return max(boundary for boundary in self.activations if boundary <= segment)
 
     @torch.no_grad()
@@ -196,7 +203,7 @@ class SharedImages:
         return kept
 
     def _allocate(self, views: int, count: int) -> dict[int, Tensor]:
-        """Room for the images, and for the boundaries that the budgets allow."""
+        """Allocate the images, and the boundaries that the budgets allow."""
         shapes = output_shapes(self.backbone, self.store.preprocessing.input_size)
         memory, disk = self.memory, self.disk
         kept: dict[int, Tensor] = {}
@@ -217,20 +224,27 @@ class SharedInputs:
     def __init__(self, shared: SharedImages, rows: dict[str, Tensor]) -> None:
         self.shared, self.rows = shared, rows
 
+    def count(self, split: str) -> int:
+        """Return the number of rows of a split."""
+        return len(self.rows[split])
+
     def labels(self, split: str) -> Tensor:
+        """Return the class indices (N,) of a split."""
         return self.shared.store.labels[self.rows[split]]
 
-    def plain(self, split: str, rows: Tensor) -> Tensor:
-        return self.shared.store.plain(self.rows[split][rows])
+    def plain(self, split: str) -> Inputs:
+        """Return a split's images, not augmented."""
+        return PlainInputs(ImageRows(self.shared.store, self.rows[split]), NO_AUGMENTATION, self.shared.seed)
 
-    def lend(self, model: PatchedModel) -> None:
-        """Let the model run frozen segments whose normalisation is folded, shared by all fits."""
+    def prepare(self, model: PatchedModel) -> None:
+        """Replace frozen segments by ones whose normalisation is folded, shared by all fits."""
         spans = dict(model.spans)
         for number, start in enumerate(model.starts):
             if start not in spans and start >= model.first:
                 model.parts[number] = self.shared.folded(start)
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
+        """Return shared activations before the model's first span, or the images where a cache saves no work."""
         shared, rows = self.shared, self.rows[split]
         augmented = augmented and shared.views > 0
         augmentation = shared.augmentation if augmented else NO_AUGMENTATION
@@ -274,16 +288,13 @@ class BoundaryInputs:
 
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
         """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
-        for step, batch in enumerate(rows[first:], first):
-            yield ImageBatch(self.batch(batch, epoch, step), self.labels[batch])
-
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
-        """Inputs of segment `start` for these rows, from the epoch's view."""
-        return self.values[self.views[epoch % len(self.views)], self.rows[rows]]
+        values = self.values[self.views[epoch % len(self.views)]]
+        for batch in rows[first:]:
+            yield ImageBatch(values[self.rows[batch]], self.labels[batch])
 
 
 def chain_boundaries(backbone: Backbone) -> list[int]:
-    """Where a cache saves work, the last first: before the head, and before every block."""
+    """Return the segments before which a cache saves work, the last first: the head's input, and every block."""
     starts = [len(backbone.chain), *(block.index for block in reversed(backbone.chain.blocks))]
     return [start for start in starts if cache_worthwhile(backbone, start)]
 

@@ -1,9 +1,9 @@
-"""Training many numbers in little memory, with the very same steps.
+"""Training in little memory, with the same steps.
 
-    weights    made by a patch from frozen ones (W ⊙ m) are not kept for the backward pass but made again there
+    weights    made by a patch from frozen ones (W ⊙ m) are not kept for the backward pass but computed again there
     gradients  are used as soon as some of them are complete, and freed
 
-A Piggyback run so holds the scores and Adam's two moments, 12 bytes a weight, besides the backbone and the activations.
+A Piggyback run holds the scores and Adam's two moments, 12 bytes a weight, besides the backbone and the activations.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.patch.model import PatchedModel
+from modelpatch.train.trainer import Callback, Trainer
 
 SHARE = 32  # a step is taken with at least this part of all gradients
 LEAST = 2**20  # bytes
 
 
 class RemadeWeights:
-    """Call it for a context around forward passes. What reweightings make in it is freed, and made again when needed."""
+    """Call it for a context around forward passes: reweighted weights made in it are freed, and computed again when needed."""
 
     def __init__(self, model: PatchedModel) -> None:
         self._made: dict[int, tuple[weakref.ref[Tensor], nn.Module, Tensor]] = {}
@@ -48,13 +49,19 @@ class RemadeWeights:
             return module.forward(weight).as_strided(*geometry)
 
 
-class EagerSteps:
-    """Takes an optimizer's steps within the backward pass, whenever enough gradients are complete.
+class EagerSteps(Callback):
+    """Take the optimizer's steps within the backward pass, whenever enough gradients are complete.
 
-    What is left is the usual `step` after it. For optimizers that treat every tensor on its own, as all of ours do.
+    The usual step after it uses the rest. For optimizers that treat every tensor on its own, as those of methods do.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Begin, unless gradients are scaled."""
+        if not trainer.scaler.is_enabled():
+            self.watch(trainer.optimizer)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Register a hook for every gradient of an optimizer."""
         self.optimizer, self._pending = optimizer, 0
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.limit = max(LEAST, sum(parameter.nbytes for parameter in parameters) // SHARE)

@@ -1,17 +1,21 @@
-"""How a patch is trained, whatever the method: the settings of a fit, checked wherever they are given."""
+"""The settings of a fit, plain values, and its options, objects from Python; both are checked wherever they are given."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AugmentName
 from modelpatch.errors import TrainingError
 from modelpatch.tasks.kind import kind_of
+from modelpatch.train.arguments import Every, check_limits, name_of
 
 
 def _split_names(given: Any) -> Any:
@@ -63,7 +67,7 @@ class FitSettings:
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
     def seen(self, preprocessing: Preprocessing, kind: str) -> Preprocessing:
-        """How a task's images are seen: as the backbone's own, at the size and in the framing that are set."""
+        """Return the preprocessing of a task's images: the backbone's own, at the size and in the framing that are set."""
         framing = self.framing if self.framing != "auto" else kind_of(kind).framing
         seen = preprocessing.with_image_size(self.image_size)
         return seen if framing is None else seen.model_copy(update={"framing": framing})
@@ -84,6 +88,48 @@ class FitSettings:
         if self.schedule == "exponential":
             return 0.98 ** (done * self.epochs / 2.5)
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Options of `fit` that stand in place of a setting, or add to it (see `fit`)."""
+
+    optimizer: Callable[..., Optimizer] | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    schedule_every: Every | None = None
+    loss: Callable[..., Any] | None = None
+    transform: Callable[..., Any] | None = None
+    accumulate: int = 1
+    monitor: str | None = None
+    ema: float | None = None
+    checkpoint_activations: bool = False
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Plain values of the options that are set, for the identity of a run."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {
+            name: value for name, value in given.items() if value != type(self).__dataclass_fields__[name].default
+        }
+        plain = {n: v if isinstance(v, bool | int | float | str) else name_of(v) for n, v in changed.items()}
+        return {"options": plain} if plain else {}
+
+
+def check_options(**options: Any) -> FitOptions:
+    """Return the options. Raises `TrainingError` for one that cannot be used."""
+    for name, kind in (("optimizer", Optimizer), ("scheduler", LRScheduler)):
+        given = options[name]
+        if isinstance(given, kind):
+            raise TrainingError(
+                f"{name} is an instance of {type(given).__name__}, but fit builds the model whose parameters it would hold. "
+                "Give its class or a function, or train with modelpatch.train.Trainer."
+            )
+    for name in ("optimizer", "scheduler", "loss", "transform"):
+        if options[name] is not None and not callable(options[name]):
+            hint = " A method's own is set by name: ScaleBias(optimizer='sgd')." if name == "optimizer" else ""
+            raise TrainingError(f"{name} is {options[name]!r}; expected a function or class.{hint}")
+    check_limits(accumulate=options["accumulate"])
+    return FitOptions(**options)
 
 
 def check_settings(values: dict[str, Any]) -> FitSettings:

@@ -1,0 +1,239 @@
+"""Callbacks of the training loop: early stopping, an average of the weights, a log, checkpoints, a progress bar.
+
+    trainer = Trainer(model, loader, validation=held_out, callbacks=[EarlyStopping(patience=3), MetricLogger("log/")])
+
+One of your own overrides the events of `Callback` that it needs, and reads the trainer: `model`, `optimizer`, `epoch`, `step`,
+`history` and `row`, the figures of the epoch that ended. `trainer.stop()` ends the run after the epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modelpatch.errors import TrainingError
+from modelpatch.train.arguments import name_of
+from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.logs import RunLog
+from modelpatch.train.progress import Progress
+from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
+
+
+class EarlyStopping(Callback):
+    """Keep the weights of the best epoch, and stop after `patience` epochs without a better one (None: never).
+
+    `monitor` names a figure of the epochs, the trainer's `monitor` by default; `mode` says which is better, where "auto" is
+    "min" for losses and "max" for others. The best weights are restored at the end.
+    """
+
+    def __init__(
+        self, patience: int | None = None, monitor: str | None = None, mode: Literal["auto", "min", "max"] = "auto"
+    ) -> None:
+        if patience is not None and patience < 1:
+            raise TrainingError(
+                f"patience = {patience!r} is not valid; expected a number of epochs from 1 on, or None."
+            )
+        if mode not in ("auto", "min", "max"):
+            raise TrainingError(f"mode = {mode!r} is not valid; expected auto, min or max.")
+        self.patience, self.monitor, self.mode = patience, monitor, mode
+        self.best: dict[str, Tensor] = {}
+        self.best_value, self.stale = float("nan"), 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Choose the figure. Raises `TrainingError` for one of images that are not given."""
+        self.monitor = self.monitor or trainer.monitor
+        if self.monitor.startswith("validation_") and trainer.validation is None:
+            raise TrainingError(f"{self.monitor} cannot be monitored without validation images. Give validation=.")
+        if self.mode == "auto":
+            self.mode = "min" if "loss" in self.monitor else "max"
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Keep the weights where the figure is the best so far."""
+        value = trainer.figure(name=self.monitor)
+        if not self.best or (value < self.best_value if self.mode == "min" else value > self.best_value):
+            self.best_value, self.stale = value, 0
+            self.best = {name: tensor.clone() for name, tensor in get_state(trainer.model).items()}
+        else:
+            self.stale += 1
+        if self.patience is not None and self.stale >= self.patience:
+            trainer.stop()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Restore the best weights."""
+        if self.best:
+            load_state(trainer.model, self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best weights so far, their figure, and the number of epochs since."""
+        return {"best": self.best, "best_value": self.best_value, "stale": self.stale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.best, self.best_value, self.stale = dict(state["best"]), state["best_value"], state["stale"]
+
+
+class WeightAverage(Callback):
+    """An exponential moving average (EMA) of the weights: evaluated in their place, and what the model has in the end.
+
+    average <- decay average + (1 - decay) weights         after every step
+    """
+
+    order: ClassVar[int] = 1
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 < decay < 1:
+            raise TrainingError(f"the decay of a weight average is {decay!r}; expected a number between 0 and 1.")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Start from the weights as they are."""
+        self.average = self.average or _copied(trainer.model)
+
+    @torch.no_grad()
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Move the average towards the weights; integers are copied."""
+        state = get_state(trainer.model)
+        moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.average[n] for n in moving], [state[n] for n in moving], 1 - self.decay)
+        for name in state.keys() - set(moving):
+            self.average[name].copy_(state[name])
+
+    def on_validation_begin(self, trainer: Trainer) -> None:
+        """Put the average in place of the weights."""
+        self._trained = _copied(trainer.model)
+        load_state(trainer.model, self.average)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Put the weights back."""
+        if self._trained:
+            load_state(trainer.model, self._trained)
+        self._trained = {}
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Leave the average in the model."""
+        load_state(trainer.model, self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average."""
+        return {"average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; the tensors move to the model's device with the next `on_train_begin`."""
+        self.average = dict(state["average"])
+
+
+class CheckpointSaver(Callback):
+    """Save the training state in `folder` after every epoch and every minute, and resume from it where it is found.
+
+    The run then continues exactly. `identity` is what must be equal, by default the shapes of the model's parameters and the
+    trainer's arguments. The state of a run that ended stays until `clear()`.
+    """
+
+    order: ClassVar[int] = 2
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
+        self.folder, self.identity = folder, identity
+        self._checkpoint: Checkpoint | None = None
+
+    def saved_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
+        """The state that an interrupted run left. Raises `CheckpointMismatchError` for another run's."""
+        self._checkpoint = Checkpoint(self.folder, self.identity or describe_run(trainer))
+        return trainer.team.follow(self._checkpoint.load() if trainer.team.leads else None)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Save once a minute."""
+        if self._checkpoint is not None and self._checkpoint.due():
+            self._save(trainer)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Save after every epoch."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._checkpoint is not None and trainer.team.leads:
+            self._checkpoint.save(trainer.state_dict())
+
+    def clear(self) -> None:
+        """Remove the state: the run is finished and its result is where it should be."""
+        if self._checkpoint is not None:
+            self._checkpoint.clear()
+
+
+class MetricLogger(Callback):
+    """Write each epoch's figures to `metrics.csv` in a folder, and to TensorBoard where it is installed."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.log = RunLog(folder)
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Begin the file with the epochs that are done, if the run was interrupted."""
+        self.log.begin(trainer.history)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Append the epoch's row."""
+        self.log.write(trainer.row)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close the files."""
+        self.log.close()
+
+    def on_exception(self, trainer: Trainer) -> None:
+        """Close the files."""
+        self.log.close()
+
+
+class ProgressBar(Callback):
+    """A bar on a terminal with the figures of the last epoch below it; `progress` shares the bars of a longer run."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress, self._stack, self._shared = progress or Progress("training"), ExitStack(), progress is not None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Show the bar."""
+        if not self._shared:
+            self._stack.enter_context(self.progress)
+        self._advance = self._stack.enter_context(self.progress.task("training", trainer.total or 0, trainer.step))
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Move it by a step."""
+        self._advance(1)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Show the epoch's figures."""
+        self.progress.note("  ".join(f"{name} {value:.4g}" for name, value in trainer.row.items()))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Remove the bar."""
+        self._stack.close()
+
+    def on_exception(self, trainer: Trainer) -> None:
+        """Remove the bar."""
+        self._stack.close()
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """Return what must be equal for a trainer to resume from another one's state."""
+    shapes = {name: list(tensor.shape) for name, tensor in get_state(trainer.model).items()}
+    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    names = {"model": trainer.model, "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+    numbers = ("epochs", "total", "per_epoch", "accumulate", "clip", "seed")
+    return {
+        **{name: type(value).__name__ for name, value in names.items()},
+        **{name: getattr(trainer, name) for name in numbers},
+        "loss": name_of(trainer.loss),
+        "tensors": digest,
+        "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
+    }
+
+
+def _copied(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in get_state(model).items()}
