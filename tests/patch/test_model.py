@@ -22,7 +22,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.blueprint import _BUILDERS, Blueprint, Graft, register_graft
+from modelpatch.patch.blueprint import GRAFTS, Blueprint, Graft, register_graft
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
@@ -60,7 +60,7 @@ class Shift(nn.Module):
 def shift() -> Iterator[str]:
     register_graft("test-shift")(Shift)
     yield "test-shift"
-    del _BUILDERS["test-shift"]
+    del GRAFTS._registered["test-shift"]
 
 
 def grafted(backbone: Backbone, *grafts: Graft, **tensors: Tensor) -> Patch:

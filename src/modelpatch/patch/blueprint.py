@@ -1,4 +1,4 @@
-"""Which parts of a backbone a patch stands in for: the tensors it owns and the modules it adds.
+"""The structure of a patch: the tensors of the backbone that it owns and the modules that it adds.
 
 A blueprint is all that is needed to build the patched model, in training and at inference alike. A *span* `[i, j)` is
 a run of segments that the patch replaces by a variant; where a patch only owns tensors, every segment that holds one is
@@ -15,11 +15,14 @@ from torch import nn
 
 from modelpatch.backbone.chain import Chain
 from modelpatch.errors import ForeignTensorError, UnknownGraftError
+from modelpatch.registry import Registry
 from modelpatch.text import Facts
 
 Span = tuple[int, int]
 GraftBuilder = Callable[..., nn.Module]
-_BUILDERS: dict[str, GraftBuilder] = {}
+GRAFTS = Registry[GraftBuilder](
+    "kind of added modules", "modelpatch.grafts", folder="modelpatch.methods", error=UnknownGraftError
+)
 _WHOLE: set[str] = set()  # kinds whose effect has no share
 
 
@@ -41,7 +44,8 @@ class Graft(BaseModel):
 
     @property
     def interpolates(self) -> bool:
-        """Whether the added modules have an effect at a strength between 0 and 1."""
+        """True if the added modules have an effect at a strength between 0 and 1. Raises `UnknownGraftError`."""
+        GRAFTS.find(self.kind)
         return self.kind not in _WHOLE
 
     def apply(self, variant: nn.Module) -> nn.Module:
@@ -49,11 +53,9 @@ class Graft(BaseModel):
 
         Raises `UnknownGraftError` for a kind that is not registered, `ForeignTensorError` for arguments that do not fit.
         """
-        if self.kind not in _BUILDERS:
-            known = ", ".join(sorted(_BUILDERS)) or "none"
-            raise UnknownGraftError(f"the patch adds modules of kind {self.kind!r}; this installation knows: {known}.")
+        builder = GRAFTS.find(self.kind)
         try:
-            return _BUILDERS[self.kind](variant, **self.arguments)
+            return builder(variant, **self.arguments)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ForeignTensorError(
                 f"the modules of kind {self.kind!r} do not fit segments [{self.start}, {self.end}): {error}."
@@ -63,13 +65,13 @@ class Graft(BaseModel):
 def register_graft(kind: str, *, interpolates: bool = True) -> Callable[[GraftBuilder], GraftBuilder]:
     """Register a builder `(variant, **arguments) -> module` under a name that patch files can hold.
 
-    `interpolates=False` says that the modules work as trained only, at no lower strength.
+    `interpolates=False` says that the modules work as trained only, at no lower strength. Other distributions also list
+    their builders as entry points of the group `modelpatch.grafts`, so that their patches can be loaded in a new process.
     """
 
     def register(builder: GraftBuilder) -> GraftBuilder:
-        _BUILDERS[kind] = builder
         _WHOLE.update([] if interpolates else [kind])
-        return builder
+        return GRAFTS.register(kind)(builder)
 
     return register
 
