@@ -59,7 +59,8 @@ NAMES: dict[str, dict[str, str]] = {  # by old place: names and their new places
             for name in ("Comparison", "MultiResolution", "Multitask", "PaintSettings", "Painting")
         },
         **{name: f"recipes.{name}" for name in ("compare", "fit_multires", "fit_multitask", "paint")},
-        **{name: f"tasks.{name}" for name in ("Detection", "Evaluation", "Result", "Segmentation")},
+        **{name: f"tasks.{name}" for name in ("Evaluation", "Result")},
+        **{name: f"tasks.{name}Result" for name in ("Detection", "Segmentation")},
         **{name: f"data.{name}" for name in ("Split", "join_tasks", "load_task")},
         "TaskData": "data.Task",
     },
