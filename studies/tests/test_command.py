@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from conftest import Run, write_folder
 from modelpatch_studies import registry
 from modelpatch_studies.normalisation import TABLE_6
-from modelpatch_studies.registry import RECIPES
+from modelpatch_studies.registry import RECIPES, choose
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -78,3 +81,19 @@ def test_what_cannot_begin_is_one_line(
     assert problem in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+COMMANDS = sorted(
+    (page.name, line.partition("#")[0].strip())
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "studies" / "README.md"]
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.startswith("modelpatch-studies run")
+)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_documented_command_names_a_paper_a_table_and_a_scale(page: str, command: str) -> None:
+    words = shlex.split(command)[2:]
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options.keys() <= {"--table", "--scale", "--data", "--out", "--seeds", "--device"}, page
+    assert choose(words[0], options.get("--table"), options.get("--scale", "small"))

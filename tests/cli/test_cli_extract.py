@@ -79,8 +79,8 @@ def test_extract_names_classes_or_numbers_them(run: Run, checkpoint: Path, tmp_p
 
 def test_extract_says_in_one_line_what_is_wrong(run: Run, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     for options, problem in (
-        (["--finetuned", tmp_path / "none.pth"], "there is no checkpoint"),
-        (["--finetuned", checkpoint, "--codec", "zip"], "no codec"),
+        (["--finetuned", tmp_path / "none.pth"], "does not exist. Expected a safetensors file"),
+        (["--finetuned", checkpoint, "--codec", "zip"], "unknown codec"),
         (["--finetuned", checkpoint, "--classes", "a,a"], "names nothing, or something twice"),
         (["--finetuned", checkpoint, "--classes", "a,b,c", "--data", folder], "Give one of them"),
     ):

@@ -61,7 +61,7 @@ def test_the_same_images_give_the_same_scales(tiny: Backbone) -> None:
 
 def test_what_has_no_signs_is_refused(tiny: Backbone) -> None:
     patch = draft_patch(tiny)
-    with pytest.raises(TrainingError, match="no signs"):
+    with pytest.raises(TrainingError, match="no scales"):
         calibrate(tiny, patch, tiny.module, batches)
-    with pytest.raises(TrainingError, match="0 steps"):
+    with pytest.raises(TrainingError, match="steps=0"):
         calibrate(tiny, patch, tiny.module, batches, steps=0)

@@ -119,7 +119,7 @@ def test_options_that_make_no_sense_are_refused(tiny: Backbone, options: dict[st
 
 
 def test_what_cannot_be_added_up_is_refused(tiny: Backbone) -> None:
-    with pytest.raises(PatchError, match="nothing to merge"):
+    with pytest.raises(PatchError, match="no patches were given"):
         merge(tiny, [])
     with pytest.raises(PatchError, match="adds modules"):
         merge(tiny, [draft_patch(tiny, DeltaNetwork())])

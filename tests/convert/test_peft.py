@@ -204,7 +204,7 @@ def test_an_option_that_a_patch_does_not_compute_is_refused_by_name(
     tiny: Backbone, folder: Path, option: str, value: Any
 ) -> None:
     edit_config(folder, **{option: value})
-    with pytest.raises(InvalidPatchError, match=f"does not compute {option}="):
+    with pytest.raises(InvalidPatchError, match=f"does not support {option}="):
         import_peft(folder, tiny, TASK)
 
 

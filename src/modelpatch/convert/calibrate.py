@@ -1,9 +1,9 @@
-"""Learn the few sizes that a lossy patch stores beside its bits, so that it answers as the checkpoint it came from.
+"""Fit the scales of a lossy patch so that its outputs match those of the checkpoint it was extracted from.
 
     min_s  mean over images |logits(W + s sign(delta)) - logits(checkpoint)|² / variance of the checkpoint's logits
 
-Signs stay, and which numbers have the larger size. The sizes s, one or two an output channel, and the vectors (norm layers'
-scale and bias, biases) are trained for a few hundred steps of Adam on unlabelled training images. Liu et al., *BitDelta*
+Signs and the choice of a scale per number stay fixed. The scales s, one or two an output channel, and the vectors (scale and
+bias of norm layers, biases) are trained for a few hundred steps of Adam on unlabelled training images. Liu et al., *BitDelta*
 (2024), section 3.1, scale distillation.
 """
 
@@ -34,10 +34,9 @@ def calibrate(
     rate: float = RATE,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Patch:
-    """The patch with better sizes. `batches(epoch)` yields normalised images (B, C, H, W) of the task in random order.
+    """The patch with fitted scales. `batches(epoch)` yields normalised images (B, C, H, W) of the task in random order.
 
-    Nothing else of the patch changes, neither which tensors nor how they are stored. Raises `TrainingError` for a patch
-    without such sizes, and below one step.
+    Tensors keep their names and types. Raises `TrainingError` for a patch without scales, and below one step.
     """
     student = backbone.patched(patch)
     device = backbone.device
@@ -46,9 +45,11 @@ def calibrate(
     signs = {name: torch.where(patch.tensors[name] < 0, -1.0, 1.0).to(device) for name in first}
     places = {name: _places(patch.tensors[name].to(device), sizes) for name, sizes in first.items()}
     if steps < 1:
-        raise TrainingError(f"{steps} steps calibrate nothing; expected at least 1.")
+        raise TrainingError(f"steps={steps} is too few. Expected at least 1.")
     if not signs:
-        raise TrainingError(f"the patch of {patch.task.name} stores no signs whose sizes could be calibrated.")
+        raise TrainingError(
+            f"the patch of {patch.task.name} has no scales to calibrate. Expected the codec sign or two-bit."
+        )
     frozen = {name: tensor.detach() for segment in backbone.chain for name, tensor in segment.named_tensors()}
     logs = {name: torch.zeros_like(scale).requires_grad_(True) for name, scale in first.items()}
     vectors = {
@@ -93,5 +94,5 @@ def calibrate(
 
 
 def _places(delta: Tensor, sizes: Tensor) -> Tensor:
-    """Which of its channel's sizes (C, k) every number of `delta` has, (C, N)."""
+    """Indices (C, N) into the scales (C, k) of each channel, for every number of `delta`."""
     return (delta.flatten(1).abs() == sizes[:, -1:]).long() * (sizes.shape[1] - 1)

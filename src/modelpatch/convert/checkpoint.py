@@ -1,6 +1,6 @@
-"""Weights that users already have: a fine-tuned checkpoint read as plain tensors, by the backbone's names.
+"""Read fine-tuned checkpoints as plain tensors, by the backbone's names.
 
-Nothing is unpickled but tensors: a `.pth` file is read with `weights_only=True`.
+Only tensors are unpickled: a `.pth` file is read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import PatchError
 
-HOLDERS = ("state_dict", "model_state_dict", "model")  # where training scripts keep the tensors of a .pth file
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # what wrappers put before the names
+HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of the tensors in .pth files of training scripts
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that wrappers add to names
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or `.pth` file by their names; half precision is widened to float32, exactly.
 
-    Raises `PatchError` for a file that cannot be read, is no dictionary of tensors, or needs more than tensors to be read.
+    Raises `PatchError` for a file that cannot be read, is no dictionary of tensors, or holds other objects than tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise PatchError(f"there is no checkpoint {path}. Expected a safetensors file or a .pth of tensors.")
+        raise PatchError(f"{path} does not exist. Expected a safetensors file or a .pth of tensors.")
     try:
         if path.suffix == ".safetensors":
             loaded: Any = safetensors.torch.load_file(path)
@@ -54,9 +54,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def match_names(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the backbone's names: what wrappers put before all of them is taken off.
+    """A checkpoint's tensors by the backbone's names, without prefixes that wrappers add.
 
-    Raises `PatchError` where tensors of the backbone's chain are missing, or there are others than the network's.
+    Raises `PatchError` for missing tensors of the backbone's chain and for tensors that the network does not have.
     """
     own = backbone.module.state_dict().keys()
     while not own & tensors.keys():
@@ -75,7 +75,7 @@ def match_names(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, 
     foreign = sorted(name for name in tensors.keys() - own if head is None or not name.startswith(head))
     if foreign:
         raise PatchError(
-            f"{backbone.spec} has no place for {len(foreign)} tensors of the checkpoint: {', '.join(foreign[:3])}. Expected "
+            f"{backbone.spec} does not have {len(foreign)} tensors of the checkpoint: {', '.join(foreign[:3])}. Expected "
             "the state_dict() of the same architecture."
         )
     return dict(tensors)

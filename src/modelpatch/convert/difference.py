@@ -1,9 +1,9 @@
-"""Where two patches of one backbone differ, and by how much: their changes of every weight, side by side.
+"""Compare two patches of one backbone: the distance between their changes of every weight.
 
     distance = |delta_a - delta_b|        cosine = delta_a . delta_b / (|delta_a| |delta_b|)
 
-Whatever a patch stores (replaced weights, masks, differences, factors), its change of a weight is W' - W. Modules that a
-patch adds, and heads, are compared by their own numbers.
+The change of a weight is W' - W, whether the patch stores a replaced weight, a mask, a difference or factors. Added modules
+and heads are compared by their own tensors.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the two compute the same."""
+        """True if the two patches compute the same."""
         return all(row.distance == 0 for row in self.rows) and not any(what == "head" for what, *_ in self.facts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Difference:
 
 
 def diff(backbone: Backbone, first: Patch, second: Patch) -> Difference:
-    """What differs between two patches. Raises `WrongBackboneError` unless both are of this backbone."""
+    """Compare two patches. Raises `WrongBackboneError` unless both are of this backbone."""
     changes = [_numbers(backbone, patch) for patch in (first, second)]
     rows = []
     for name in sorted(changes[0].keys() | changes[1].keys()):

@@ -1,10 +1,10 @@
-"""A patched model as an ordinary one, for runtimes that know nothing of patches.
+"""Export a patched model for other runtimes.
 
     safetensors    the state dict that the network's own library loads (timm, torchvision): weights changed, head in place
     torch-export   a program of torch.export with a free batch size: `torch.export.load(path).module()(images)`
     onnx           an ONNX graph, input `images` (B, 3, H, W) float32 normalised, output `logits` (B, K)
 
-What is written stands alone: no patch, no backbone, and no trace of the strength at which it was made.
+The file is complete: neither the patch nor the backbone is needed to run it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Pat
     `WrongBackboneError` and `ForeignTensorError` for a patch of another backbone.
     """
     if form not in FORMATS:
-        raise PatchError(f"there is no format {form!r}. Expected one of: {', '.join(FORMATS)}.")
+        raise PatchError(f"unknown format {form!r}. Expected one of: {', '.join(FORMATS)}.")
     writer = {"safetensors": _as_state_dict, "torch-export": _as_program, "onnx": _as_onnx}[form]
     write_bytes(Path(path), writer(backbone, patch))
     return Path(path)
@@ -77,7 +77,7 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
 
 
 def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
-    """With the metadata by which `load_backbone("file:...")` builds the network, where timm's name for it is known."""
+    """A state dict; its metadata let `load_backbone("file:...")` build the network if timm knows it by name."""
     metadata = {"format": "pt", "classes": json.dumps(patch.task.classes)}
     architecture = backbone.architecture
     if architecture:
@@ -141,7 +141,7 @@ def _trace(model: nn.Module, patch: Patch) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _reported(tool: str, patch: Patch) -> Iterator[None]:
-    """The exporter's chatter is kept back; what it cannot do becomes one `PatchError`."""
+    """Silence the exporter's logs and turn its errors into one `PatchError`."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -170,7 +170,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether all answers are equal and no logit differs by 1e-3 or more."""
+        """True if all answers are equal and no logit differs by 1e-3 or more."""
         return self.equal_answers == self.images and self.max_difference < 1e-3
 
 

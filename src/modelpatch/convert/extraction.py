@@ -1,4 +1,4 @@
-"""A patch out of a fine-tuned checkpoint: the tensors that differ from the base's, as exact or as small as wanted.
+"""Extract a patch from a fine-tuned checkpoint: the tensors that differ from the base's, exact or compressed.
 
     codec             a tensor W' that differs from the base's W          the head
     exact             replace: W', float32                                float32
@@ -9,11 +9,11 @@
     low-rank          left right, the best approximation of delta of      8 bits
                       a rank r, 16 bits; int8 where that is smaller
 
-Vectors (norm layers, biases) have too few numbers to be worth less than 16 bits: every lossy codec but `bfloat16` stores their
-differences as float16. A difference is smaller than the weight, so that the same bits lose less of it.
+Differences of vectors (norm layers, biases) are stored as float16 by every lossy codec but `bfloat16`: they take few bytes. A
+difference is smaller than the weight, so that the same number of bits has a smaller rounding error.
 
 `sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
-a matrix; `train/calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
+a matrix; `calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
 matrix (output channels, all else).
 """
 
@@ -52,18 +52,18 @@ def extract(
     classes: Sequence[str] = (),
     image_size: int | None = None,
 ) -> Patch:
-    """The patch that turns `backbone` into a fine-tuned checkpoint of the same architecture.
+    """Extract the patch that turns `backbone` into a fine-tuned checkpoint of the same architecture.
 
-    `finetuned` is a safetensors or `.pth` file, or a state dict. Only floating tensors that differ are stored, as `codec`
-    says (see the module's table); integer buffers, which count batches and change no answer, are left out. The
-    checkpoint's classifier becomes the patch's head, whose outputs are called `classes` (by default their numbers).
-    `rank` is that of `low-rank`. With `exact` the patched model has the checkpoint's tensors, bit for bit.
+    `finetuned` is a safetensors or `.pth` file, or a state dict. Only floating-point tensors that differ are stored, with the
+    `codec` (see the module's table); counters of batches are left out. The checkpoint's classifier becomes the patch's head
+    with outputs named `classes` (default: "0", "1", ...). `rank` is that of `low-rank`.
+    With `exact` the patched model has the checkpoint's tensors, bit for bit.
 
-    Raises `PatchError` for what is no checkpoint of this architecture, `NonFiniteTensorError` when a difference that 16 bits
-    cannot hold is written.
+    Raises `PatchError` for a checkpoint of another architecture, `NonFiniteTensorError` for a difference outside the range of
+    its 16-bit type.
     """
     if codec not in DELTA_CODECS:
-        raise PatchError(f"there is no codec {codec!r}. Expected one of: {', '.join(DELTA_CODECS)}.")
+        raise PatchError(f"unknown codec {codec!r}. Expected one of: {', '.join(DELTA_CODECS)}.")
     if rank < 1:
         raise PatchError(f"the rank is {rank}; expected at least 1.")
     state = finetuned if isinstance(finetuned, Mapping) else read_checkpoint(finetuned)
@@ -97,7 +97,7 @@ def extract(
 
 
 def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(base's, checkpoint's) values of the chain's floating tensors that differ, float32 on the CPU, by name.
+    """Floating-point tensors of the chain that differ, as (base, checkpoint) pairs of float32 on the CPU, by name.
 
     Raises `PatchError` for a shape that differs, and for other integer tensors than counters of batches.
     """
@@ -114,14 +114,14 @@ def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, t
                 )
             if not before.is_floating_point():
                 if not name.endswith("num_batches_tracked") and not torch.equal(before, after.to(before.dtype)):
-                    raise PatchError(f"the integer tensor {name} differs from the base's; no patch can hold that.")
+                    raise PatchError(f"the integer tensor {name} differs from the base's. Expected an equal one.")
             elif not torch.equal(before.float(), after.float()):
                 changed[name] = before.float(), after.float()
     return changed
 
 
 def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight (K, D) and bias (K,) of the checkpoint's classifier. Raises `PatchError` where it is no linear layer."""
+    """Weight (K, D) and bias (K,) of the checkpoint's classifier. Raises `PatchError` if it is not a linear layer."""
     if backbone.classifier is None or f"{backbone.classifier}.weight" not in state:
         raise PatchError(
             f"the checkpoint has no classifier {backbone.classifier or '(the backbone names none)'}. Load the backbone with "
@@ -141,7 +141,7 @@ def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Ten
 def _store(
     tensors: dict[str, Tensor], int8: set[str], name: str, before: Tensor, after: Tensor, codec: str, rank: int
 ) -> None:
-    """Put one changed tensor into the patch's as the codec says."""
+    """Store a changed tensor with the codec."""
     if codec == "exact":
         tensors[f"replace/{name}"] = after
         return
@@ -163,7 +163,7 @@ def _store(
 
 
 def _store_plain(tensors: dict[str, Tensor], int8: set[str], name: str, tensor: Tensor, codec: str) -> None:
-    """Put a tensor of the head into the patch's: it has no base's to differ from."""
+    """Store a tensor of the head, which has no counterpart in the base, with the codec."""
     if codec in ("float16", "bfloat16"):
         tensors[name] = tensor.to(getattr(torch, codec))
     elif codec == "exact" or tensor.ndim < 2:

@@ -35,15 +35,15 @@ Change = dict[str, Tensor]
 
 
 def change_of(backbone: Backbone, patch: Patch) -> Change:
-    """What a patch adds to the backbone's tensors at its strength, float32 on the CPU, by their names.
+    """Differences that a patch adds to the backbone's tensors at its strength, float32 on the CPU, by name.
 
-    Raises `PatchError` for a patch that adds modules, which is no addition to a weight.
+    Raises `PatchError` for a patch that adds modules.
     """
     patch.check_backbone(backbone)
     if patch.grafts:
         raise PatchError(
-            f"the {patch.method.name} patch of {patch.task.name} adds modules ({patch.grafts[0].kind}); only changed weights "
-            "can be added up."
+            f"the {patch.method.name} patch of {patch.task.name} adds modules ({patch.grafts[0].kind}). Expected "
+            "patches of changed weights alone."
         )
     resolved = resolve(patch.tensors, backbone.chain, patch.strength)
     names = [name for name in resolved if name.startswith("replace/")]
@@ -66,17 +66,17 @@ def merge(
     seed: int = 0,
     head: int | Literal["all"] = 0,
 ) -> Patch:
-    """One patch whose body is that of all `patches` together, by the `rule` of the module's table.
+    """Merge the bodies of patches into one patch, by the `rule` (see the module's table).
 
     `weights` are the a_i, by default 1 / n each, and 1 each for `ties`, which takes a mean itself. `head` is the number of the
     patch whose head, task and preprocessing the merged one has, or `all`: the classes of all patches side by side, named
-    `TASK: CLASS` where two tasks have a class of one name. `seed` makes what `dare` drops.
+    `TASK: CLASS` where two tasks have a class of one name. `seed` is that of the random choice of `dare`.
 
     Raises `PatchError` for patches that cannot be added up and for options that make no sense, `WrongBackboneError`,
     `ForeignTensorError`.
     """
     if not patches:
-        raise PatchError("there is nothing to merge: give at least one patch.")
+        raise PatchError("no patches were given. Expected at least one.")
     _check_options(len(patches), weights, rule, density, drop, head)
     default = 1.0 if rule == "ties" else 1 / len(patches)
     factors = list(weights) if weights is not None else [default] * len(patches)

@@ -6,7 +6,7 @@
                                          base_model.model.<classifier>.weight     (classes, features), and .bias
 
 `PeftModel.from_pretrained(base, FOLDER)` gives a patch's logits for a `base` whose classifier has the task's size, and
-an imported folder gives the logits of that model. What of PEFT's options a patch does not compute is refused by name.
+an imported folder gives the logits of that model. Options of PEFT that a patch does not support are refused by name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave
 
 
 class AdapterConfig(BaseModel):
-    """What `adapter_config.json` says that a patch can be made of; all else must be inactive (`check_supported`)."""
+    """The options of `adapter_config.json` that a patch supports; all others must be off (see `check_supported`)."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -118,10 +118,10 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
 def import_peft(
     folder: str | Path, backbone: Backbone, task: TaskRecord, *, preprocessing: Preprocessing | None = None
 ) -> Patch:
-    """A patch from a PEFT folder with a LoRA adapter of `backbone`, `preprocessing` being how the task's images are seen.
+    """Read a PEFT folder with a LoRA adapter of `backbone` as a patch; `preprocessing` is that of the task's images.
 
-    A folder without a trained classifier gets the backbone's own as its head. Which base an adapter was trained on is
-    known, and checked, for folders written by `export_peft` only. Raises `NotAPatchError` for files that cannot be read and
+    Without a trained classifier in the folder the head is the backbone's own. Only folders written by `export_peft` record
+    the base they belong to, which is checked then. Raises `NotAPatchError` for files that cannot be read and
     for pickles, `InvalidPatchError` naming the option that a patch does not compute, `ForeignTensorError` for
     layers, names or shapes that do not fit, `NonFiniteTensorError`, and `MissingExtraError` without peft.
     """
@@ -157,11 +157,11 @@ def import_peft(
     return patch
 
 
-# what PEFT means ------------------------------------------------------------------------------------------------
+# PEFT's own choices ------------------------------------------------------------------------------------------------
 
 
 def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
-    """The layers of the backbone that PEFT itself would adapt, found by letting it adapt a structural clone."""
+    """Names of the layers that PEFT itself adapts, found by adapting a structural clone."""
     peft = require_peft("PEFT's folder format")
     fields = config.model_dump(include=set(AdapterConfig.model_fields) - {"peft_type"}, exclude_none=True)
     clone = clone_module(backbone.module)
@@ -173,13 +173,13 @@ def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
 
 
 def check_supported(config: AdapterConfig, folder: Path) -> None:
-    """Raises `InvalidPatchError` naming an option that changes what the adapter computes and that a patch does not."""
+    """Raise `InvalidPatchError` for an option that changes the adapter's output and that a patch does not support."""
     defaults = require_peft("PEFT's folder format").LoraConfig().to_dict()
     for name, value in (config.model_extra or {}).items():
         harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
         if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
             raise InvalidPatchError(
-                f"{folder / CONFIG}: a patch does not compute {name}={value!r}. Expected plain LoRA: one rank "
+                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected plain LoRA: one rank "
                 "and one alpha, no biases. Train the adapter without that option."
             )
 
@@ -191,7 +191,7 @@ def _read_config(folder: Path) -> AdapterConfig:
     try:
         config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
     except OSError as error:
-        raise NotAPatchError(f"{folder} is no PEFT folder: {CONFIG} cannot be read ({error.strerror}).") from error
+        raise NotAPatchError(f"{folder} is not a PEFT folder: {CONFIG} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = first["loc"][0] if first["loc"] else "the whole"
@@ -269,13 +269,13 @@ def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) ->
 
 
 def _layer_names(backbone: Backbone, graft: Graft) -> dict[str, str]:
-    """What the graft's segment calls its layers -> what the backbone calls them."""
+    """Names of the graft's layers in the backbone, by their names in its segment."""
     segment = backbone.chain[graft.start]
     return {name: weight_name(segment, name).removesuffix(".weight") for name in graft.arguments["layers"]}
 
 
 def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
-    """The names of the updates' tensors in a patch file -> their keys in PEFT's file."""
+    """Keys in PEFT's file of the updates' tensors, by their names in a patch file."""
     keys: dict[str, str] = {}
     for graft in grafts:
         for name, layer in _layer_names(backbone, graft).items():
@@ -286,7 +286,7 @@ def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
 
 
 def _only_updates(patch: Patch) -> tuple[Graft, ...]:
-    """The patch's grafts. Raises `PatchError` where the patch is more, or less, than low-rank updates and a head."""
+    """The patch's grafts. Raises `PatchError` unless it consists of low-rank updates and a linear head."""
     kinds = {graft.kind for graft in patch.grafts} | ({"replace"} if patch.blueprint.owned else set())
     kinds |= {f"{patch.head.kind} head"} - {"linear head"}
     if kinds != {GRAFT}:
@@ -298,7 +298,7 @@ def _only_updates(patch: Patch) -> tuple[Graft, ...]:
 
 
 def _classifier(backbone: Backbone) -> str:
-    """The name of the backbone's classifier, where it is what a patch's head is: a linear layer with a bias, run last."""
+    """The name of the backbone's classifier. Raises `PatchError` unless it is a linear layer with a bias, run last."""
     name = backbone.classifier
     layer = backbone.module.get_submodule(name) if name else None
     if name is None or not isinstance(layer, nn.Linear) or layer.bias is None or backbone.chain.head is not layer:

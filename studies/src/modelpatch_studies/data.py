@@ -1,4 +1,4 @@
-"""Where a recipe's data sets lie: folders as they are, archives unpacked once beside the results; and how they are read."""
+"""Data sets of recipes: folders are read in place, archives are unpacked once beside the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sources:
     cache: Path
 
     def has(self, name: str) -> bool:
-        """Whether the data set is there. What names its own source (`bundled:digits`, `hf:NAME`) always is."""
+        """True if the data set exists; names with a source of their own (`bundled:digits`, `hf:NAME`) always do."""
         return ":" in name or (self.folder / name).is_dir() or self._archive(name).is_file()
 
     def check(self, wanted: Mapping[str, Iterable[str]]) -> None:
@@ -48,7 +48,7 @@ class Sources:
             )
 
     def find(self, name: str) -> str:
-        """What `load_task` reads. Raises `DataError` for a data set that is not there or an archive that cannot be read."""
+        """The argument of `load_task`. Raises `DataError` for a missing data set or an unreadable archive."""
         if ":" in name:
             return name
         if (self.folder / name).is_dir():

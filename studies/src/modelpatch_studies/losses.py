@@ -169,7 +169,7 @@ class Adversary(FeatureLoss):
 
     @abstractmethod
     def others(self, model: PatchedModel, count: int) -> Tensor:
-        """What the features are told apart from: unit vectors (count, D)."""
+        """Unit vectors (count, D) that the discriminator tells from the features."""
 
 
 @dataclass

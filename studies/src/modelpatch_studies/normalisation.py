@@ -1,4 +1,4 @@
-"""What scale, bias, statistics of normalisation layers and depthwise filters do alone.
+"""Patches of scale, bias and statistics of normalisation layers, and of depthwise filters.
 
     transfer         over pretrained weights: patches of one kind and several, with the last layer and without training it
     section-5.1      over random weights that stay: the last layer, with a scale and bias of every channel, and those alone

@@ -75,13 +75,13 @@ def overview(outcomes: Sequence[Results]) -> list[list[str]]:
 
 
 def doubts(outcome: Results) -> list[str]:
-    """What is known of the claims that fail at the small scale, a sentence or a few each."""
+    """Likely reasons for the claims that fail at the small scale."""
     failed = [verdict.claim for verdict in outcome.verdicts if outcome.scale == "small" and not verdict.holds]
     return [f"{claim.name} does not hold here. {claim.doubt}" for claim in failed if claim.doubt]
 
 
 def settings_line(outcome: Results) -> str:
-    """What the figures were made with, in a line."""
+    """The settings that made the figures, in a line."""
     scale = outcome.recipe.scales[outcome.scale]
     counts = ", ".join(f"{name} {train}/{test}" for name, (train, test) in outcome.facts["images"].items())
     given = ", ".join(f"{name} {value}" for name, value in scale.fit.items())

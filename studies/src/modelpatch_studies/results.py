@@ -1,4 +1,4 @@
-"""What came of a recipe: figures by row, column and seed, their means and standard errors, and which claims hold."""
+"""Results of a recipe: figures by row, column and seed, their means and standard errors, and verdicts on its claims."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Mean:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the row `better` is above the row `worse`, on the mean of columns, or how much further than on others;
-    `cells` of `of` columns are so alone."""
+    """The difference of the rows `better` and `worse` on the mean of columns, less that on a claim's other columns;
+    `cells` of `of` columns alone reach the claim's margin."""
 
     better: str
     worse: str
@@ -121,7 +121,7 @@ class Results:
         return Gap(better, worse, mean, count, len(columns))
 
     def is_known(self, claim: Claim) -> bool:
-        """Whether the claim is known to hold at this scale."""
+        """True if the claim is known to hold at this scale."""
         return claim.small or self.scale == "paper"
 
     def as_dict(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ Weights = list[dict[str, float]]  # mean λ in percent of every skip, stage by s
 
 
 def _weights(bench: Workbench, seed: int) -> list[Weights]:
-    """What Δ-modules of each task give the skips over its test images."""
+    """Mean weights of the skips over each task's test images."""
 
     def measure(name: str) -> Weights:
         data, backbone = bench.task(name), bench.backbone()

@@ -159,7 +159,7 @@ def _with_host(bench: Workbench, host: str, kind: str, name: str, percent: int, 
 
 
 def keepers(bench: Workbench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Keeper]]:
-    """What makes each host's loss, at usual strengths."""
+    """Makers of each host's loss, at usual strengths."""
     reader = bench.reader(backbone, seed)
 
     def delta() -> Keeper:
