@@ -33,6 +33,9 @@ def test_export_of_weights_is_a_backbone_again(run: Run, patches: dict[str, Path
 def test_export_says_in_one_line_what_is_wrong(
     run: Run, patches: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
-    for options, problem in ((["-f", "tflite"], "unknown format"), (["--data", folder], "--data checks the format onnx")):
+    for options, problem in (
+        (["-f", "tflite"], "unknown format"),
+        (["--data", folder], "--data checks the format onnx"),
+    ):
         result = run("export", patches["scale-bias"], "-o", tmp_path / "x", *options)
         assert (result.code, problem in result.err) == (1, True)
