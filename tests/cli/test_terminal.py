@@ -369,3 +369,19 @@ def test_an_image_is_decoded_once_for_patches_that_see_alike(
     options_ = [option for path in patches.values() for option in ("-p", path)]
     assert run("predict", image, *options_, "--base").code == 0
     assert opened == [image]
+
+
+def test_an_unforeseen_error_is_one_line_unless_the_traceback_is_asked_for(
+    run: Run, patches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("modelpatch.patch.contents.Patch.load", fail)
+    result = run("inspect", patches["linear-probe"])
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ZeroDivisionError: by zero. ")
+    assert len(result.err.splitlines()) == 1
+    monkeypatch.setenv("MODELPATCH_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("inspect", patches["linear-probe"])

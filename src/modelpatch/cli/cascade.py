@@ -66,7 +66,6 @@ def cascade(
 
     Writes a small file beside the patches that eval and predict take like a patch (Streeter, 2018).
     """
-
     from modelpatch.cli.loading import backbone_of, find_device, fitted_seed
     from modelpatch.data.task import load_task
     from modelpatch.engine.cascade import is_cascade

@@ -61,7 +61,6 @@ def compare(
 
     With --out, an interrupted comparison continues when the same command is given again.
     """
-
     from modelpatch.data.task import load_task
     from modelpatch.methods.registry import COMPARED, make_method, split_outside
     from modelpatch.recipes.comparison import compare as run_compare
@@ -108,7 +107,6 @@ def compare(
 
 def _sweeps(names: list[str], key: str, values: list[str], console: Console) -> dict[str, dict[str, str]]:
     """The spellings of every method that has the key, at each value. Raises `MethodError` if none has it."""
-
     from modelpatch.methods.registry import sweep as make_sweep
 
     sweeps: dict[str, dict[str, str]] = {}
@@ -127,7 +125,6 @@ def _sweeps(names: list[str], key: str, values: list[str], console: Console) -> 
 
 def _read_sweep(text: str | None) -> tuple[str, list[str]]:
     """The key and the values of --sweep; none of either without it. Raises `MethodError`."""
-
     from modelpatch.methods.registry import split_outside
 
     if text is None:

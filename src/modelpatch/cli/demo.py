@@ -41,7 +41,6 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Train patches with every method on real handwritten digits, show that the base is unchanged, write a report."""
-
     from modelpatch.backbone.load import load_backbone
     from modelpatch.data.task import load_task
     from modelpatch.methods.registry import METHODS, make_method

@@ -37,7 +37,6 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Measure a patch or a cascade on the test images of its task, with the metrics of its kind of task."""
-
     from modelpatch.cli.loading import backbone_of, find_device, load_own, naming, read_answering
     from modelpatch.data.joining import accuracy_by_task
     from modelpatch.data.task import load_task

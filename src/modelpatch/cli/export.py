@@ -37,7 +37,6 @@ def export(
     json: JsonOption = None,
 ) -> None:
     """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph."""
-
     import torch
 
     from modelpatch.cli.loading import at_alpha, backbone_of, naming

@@ -67,7 +67,6 @@ def extract(
 
     With --data every codec is measured, and the patch of --codec written with its accuracy.
     """
-
     from modelpatch.cli.loading import find_device, open_backbone
     from modelpatch.convert.checkpoint import read_checkpoint
     from modelpatch.convert.extraction import DELTA_CODECS

@@ -58,7 +58,6 @@ def fit(
 
     An interrupted run resumes exactly when the same command is given again. Under torchrun, processes share the batches.
     """
-
     from modelpatch.methods.registry import make_method
     from modelpatch.report.tables import fit_table, show
     from modelpatch.train.distributed import joined

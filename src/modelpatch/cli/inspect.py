@@ -45,8 +45,8 @@ def inspect(
 
     With `--backbone own` parts are grouped by the segments of the patch's network, which is built without its weights.
     """
-
     from modelpatch.cli.loading import OWN, backbone_of, find_device
+    from modelpatch.patch.contents import Patch
     from modelpatch.report.plots import plot_inspection
     from modelpatch.report.tables import inspection_table, parts_table, show
 
@@ -92,7 +92,6 @@ def inspect(
 
 def _measure_skips(patch: Patch, backbone: Backbone, data: str) -> tuple[list[SkipWeights], list[str], int]:
     """The weights of the skips on the test images, the names of their stages, and the number of images."""
-
     from modelpatch.data.task import load_task
     from modelpatch.report.skips import measure_skips, stage_names
     from modelpatch.train.progress import Progress
@@ -105,7 +104,6 @@ def _measure_skips(patch: Patch, backbone: Backbone, data: str) -> tuple[list[Sk
 
 def _structure(patch: Patch, path: Path, arguments: dict[str, Any]) -> Chain | None:
     """The chain of the patch's own backbone, without downloading its weights; None if it cannot be built."""
-
     from modelpatch.cli.loading import find_device, locate, open_backbone
 
     try:

@@ -66,7 +66,6 @@ def label(
 
     With --simulate, accuracy against the number of labels is measured on DATA, for choice by margin and at random.
     """
-
     from PIL import Image
 
     from modelpatch.cli.loading import backbone_of, find_device, naming, open_backbone
@@ -149,7 +148,6 @@ def label(
 
 def _check_readable(images: list[Path]) -> None:
     """Raise `DataError` if no image can be read, before anything is trained."""
-
     from modelpatch.backbone.preprocessing import open_image
 
     problem = ""
@@ -164,7 +162,6 @@ def _check_readable(images: list[Path]) -> None:
 
 def _without_unreadable(images: list[Path], console: Console) -> list[Path]:
     """The images that can be read; the others are printed."""
-
     from modelpatch.backbone.preprocessing import open_image
 
     problems: dict[Path, str] = {}

@@ -133,7 +133,7 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main() -> None:
-    """Run the command line; a `ModelpatchError` becomes one line on standard error."""
+    """Run the command line; an error becomes one line on standard error."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
@@ -143,6 +143,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away (`modelpatch ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        if os.environ.get("MODELPATCH_TRACEBACK"):
+            raise
+        detail = f"{type(error).__name__}: {error}".rstrip(": ")
+        _say("red", "error", f"{detail}. This was not foreseen; MODELPATCH_TRACEBACK=1 shows where it happened.")
+        sys.exit(1)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:

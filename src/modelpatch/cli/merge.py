@@ -39,9 +39,9 @@ def merge(
     json: JsonOption = None,
 ) -> None:
     """Combine the bodies of several patches of one backbone into one patch."""
-
     from modelpatch.cli.loading import at_alpha
     from modelpatch.convert.merging import merge as run_merge
+    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import inspection_table, show
 
     console = open_console(json)
@@ -75,8 +75,8 @@ def diff(
     json: JsonOption = None,
 ) -> None:
     """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
-
     from modelpatch.convert.difference import diff as run_diff
+    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import difference_tables, show
 
     console = open_console(json)

@@ -85,7 +85,6 @@ def paint(
     The patch keeps the whole change; alpha is its strength, which can be set later without training. An interrupted run
     continues when the same command is given again.
     """
-
     from modelpatch.cli.loading import open_vocabulary
     from modelpatch.data.joining import joint_task
     from modelpatch.data.task import load_task
@@ -169,7 +168,6 @@ def paint(
 
 def _baselines(text: str | None, tasks: int) -> list[str]:
     """The requested baselines. Raises `TrainingError` for unknown ones and for several tasks."""
-
     from modelpatch.recipes.frontier import BASELINES
 
     if text is None:

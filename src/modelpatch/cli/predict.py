@@ -89,11 +89,11 @@ def predict(
 
     An unreadable image gets an error in its row; the others are answered and the exit status is 1.
     """
-
     from modelpatch.backbone.tuning import Tuning
     from modelpatch.cli.loading import backbone_of, find_device, naming, read_answering
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import BASE, Engine
+    from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import prediction_table, show
     from modelpatch.tasks.kind import kind_of
 
@@ -150,7 +150,6 @@ def _relabel(
     template: list[str] | None,
 ) -> Patch:
     """The patch with a head for `labels`, made as recorded in its file except for the options given."""
-
     from modelpatch.backbone.text_tower import PACKAGES
     from modelpatch.cli.loading import open_vocabulary
 
@@ -170,7 +169,6 @@ def _relabel(
 
 def gather_images(paths: list[Path]) -> list[Path]:
     """Image files in the given order; folders are searched. Raises `DataError` if there are none."""
-
     from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
 
     files: list[Path] = []
@@ -188,7 +186,6 @@ def gather_images(paths: list[Path]) -> list[Path]:
 
 def _names(patches: Mapping[Path, Patch | Cascade]) -> dict[str, Path]:
     """Files by task name, by file name if two tasks have the same name, and by path if these are equal too."""
-
     from modelpatch.engine.engine import BASE
 
     tasks = [patch.task.name for patch in patches.values()]
@@ -222,7 +219,6 @@ def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int, folder: P
 
 def _explain(engine: Engine, files: list[Path], tasks: list[str], console: Console, plot: Path | None) -> Row:
     """Print the plan for one batch and what its steps took; the same as facts for JSON."""
-
     from modelpatch.engine.describe import describe_step
     from modelpatch.report.tables import show, timing_table
 

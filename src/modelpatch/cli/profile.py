@@ -39,7 +39,6 @@ def profile(
 
     The test images are not read. An interrupted profile goes on when the same command is given again.
     """
-
     from modelpatch.methods.registry import make_method
     from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
     from modelpatch.report.tables import show

@@ -38,7 +38,6 @@ def search(
 
     An interrupted search goes on when the same command is given again.
     """
-
     from modelpatch.methods.registry import split_outside
     from modelpatch.report.search import left_out_table, plot_search, search_table
     from modelpatch.report.tables import percent, show

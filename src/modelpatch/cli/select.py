@@ -48,7 +48,6 @@ def select(
 
     An interrupted selection goes on when the same command is given again.
     """
-
     from modelpatch.methods.registry import make_method
     from modelpatch.report.selection import plot_order, round_table, selection_table
     from modelpatch.report.tables import show

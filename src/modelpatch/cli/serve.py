@@ -57,7 +57,6 @@ def serve(
 
     The page is at /, the routes are described at /openapi.json. Ctrl-C or SIGTERM finishes what runs, then stops.
     """
-
     import torch
 
     from modelpatch.cli.loading import find_device, open_backbone
@@ -113,7 +112,6 @@ def serve(
 
 def _read_cascades(files: list[Path]) -> dict[str, Cascade]:
     """Cascades by their tasks' names. Raises `ServeError` for two of one task and for the backbone's name."""
-
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import BASE
 

@@ -44,7 +44,6 @@ def list_versions(
     json: JsonOption = None,
 ) -> None:
     """List all versions, or those of one name, the oldest first."""
-
     from modelpatch.report.tables import show, versions_table
 
     console = open_console(json)
@@ -66,7 +65,6 @@ def add(
     tag: Annotated[list[str] | None, typer.Option(help="A tag for it, by default latest; may be repeated.")] = None,
 ) -> None:
     """Check a patch file and publish it; the first one makes the store."""
-
     from modelpatch.store.store import Store
 
     version = Store(store).publish(name, patch, tags=tag or ("latest",))
@@ -76,7 +74,6 @@ def add(
 @store.command("show")
 def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonOption = None) -> None:
     """Show one version."""
-
     from modelpatch.report.tables import show, version_table
 
     console = open_console(json)
@@ -135,7 +132,6 @@ def remove(
 @store.command("verify")
 def verify(store: StoreArgument, json: JsonOption = None) -> None:
     """Check every byte of a store and print what is wrong. Exit status 1 if anything is."""
-
     from modelpatch.train.progress import Progress
 
     console = open_console(json)
@@ -175,7 +171,6 @@ def push(store: StoreArgument, other: TargetArgument, references: ReferencesArgu
 
     NAME alone is NAME@latest. A version given by its hash is copied without a tag; `store tag` adds one.
     """
-
     from modelpatch.store.store import Store
 
     _copy(open_store(store), Store(other), references)
@@ -184,7 +179,6 @@ def push(store: StoreArgument, other: TargetArgument, references: ReferencesArgu
 @store.command("pull")
 def pull(store: NewStoreArgument, other: SourceArgument, references: ReferencesArgument) -> None:
     """Copy versions from OTHER to STORE, with the same tags."""
-
     from modelpatch.store.store import Store
 
     _copy(open_store(other), Store(store), references)
@@ -192,7 +186,6 @@ def pull(store: NewStoreArgument, other: SourceArgument, references: ReferencesA
 
 def open_store(url: str) -> Store:
     """Open a store to read from it. Raises `StoreError` if nothing is there."""
-
     from modelpatch.store.store import Store
 
     opened = Store(url)

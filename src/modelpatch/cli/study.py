@@ -43,7 +43,6 @@ class Limits:
 
     def warn(self, console: Console) -> None:
         """Warn if times are to be measured on a busy machine."""
-
         from modelpatch.select.budget import is_busy
 
         if self.max_latency is not None and is_busy():
@@ -54,7 +53,6 @@ class Limits:
 
     def read(self) -> dict[str, Any]:
         """The limits as numbers, for `select` and `search`."""
-
         from modelpatch.select.budget import parse_bytes, parse_latency
 
         return {
@@ -90,7 +88,6 @@ class Study:
 
     def __post_init__(self) -> None:
         """Raise `ModelpatchError` for an address without --ray and for an invalid --disk."""
-
         from modelpatch.select.budget import parse_bytes
 
         if not self.ray and self.ray_address != LOCAL:
@@ -100,7 +97,6 @@ class Study:
 
     def open(self, data: str, network: Network, training: Training, file: PatchFile | None = None) -> OpenStudy:
         """Check everything, read the task and load the backbone: the checks that fail soonest come first."""
-
         from modelpatch.data.task import load_task
         from modelpatch.select.budget import parse_bytes
 

@@ -35,7 +35,6 @@ def verify(
 
     A file is intact, refused, or unchecked if its backbone cannot be loaded. Exit status 1 unless all are intact.
     """
-
     from rich.markup import escape
 
     console = open_console(json, soft_wrap=True, highlight=False)
@@ -52,7 +51,6 @@ def verify(
 
 def _check(path: Path, spec: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The result of one file, as written to the JSON."""
-
     from modelpatch.cli.loading import backbone_of, find_device
     from modelpatch.patch.contents import Patch
 

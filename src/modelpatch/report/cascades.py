@@ -18,10 +18,12 @@ def cascade_table(result: CascadeResult) -> Table:
         f"{percent(result.saved)} % fewer multiply-adds on test images than {result.reference}, the best patch on held-out "
         "images; thresholds fit the held-out images, so the test figures are the ones to report"
     )
-    table = new_table("cascade", caption)
-    table.add_column("", overflow="fold")
-    for column in ("pixels", "held-out\ntop-1", "held-out\nM mult-adds", "test\ntop-1", "test\nM mult-adds"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table(
+        "cascade",
+        caption,
+        texts=("",),
+        figures=("pixels", "held-out\ntop-1", "held-out\nM mult-adds", "test\ntop-1", "test\nM mult-adds"),
+    )
     for single in result.singles:
         mark = " (reference)" if single.name == result.reference else ""
         cells = (*_cells(single.validation), *_cells(single.test))
@@ -32,10 +34,7 @@ def cascade_table(result: CascadeResult) -> Table:
 
 def stages_table(result: CascadeResult) -> Table:
     """The stages in order: from which confidence each answers, and what share of the images that is."""
-    table = new_table("stages")
-    table.add_column("patch", overflow="fold")
-    for column in ("answers from", "held-out %", "test %"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("stages", texts=("patch",), figures=("answers from", "held-out %", "test %"))
     shares = zip(result.validation.answered, result.test.answered, strict=True)
     for name, confidence, (held, test) in zip(result.order, result.cascade.confidences, shares, strict=True):
         threshold = "what is left" if confidence.threshold is None else f"{confidence.threshold:.4g}"

@@ -147,7 +147,6 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
 
 def _place(axes: Any, names: list[Any], marks: list[tuple[float, float]]) -> None:
     """Move annotations so that they cover neither each other nor points; `marks` are more points, in pixels."""
-
     from matplotlib.text import Text
 
     from modelpatch.report.labels import arrange

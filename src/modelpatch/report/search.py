@@ -27,10 +27,12 @@ def search_table(search: Search) -> Table:
     front = {id(one) for one in search.front}
     notes = [str(search.effect)] if search.effect else []
     notes += [f"given up: {reason}" for reason in search.dropped]
-    table = new_table(f"{search.task} on {search.backbone}", "\n".join(notes))
-    table.add_column("proposal", overflow="fold", min_width=NAME_WIDTH)
-    for name in ("held-out\ntop-1", "file\nbytes", "added\ntime, %", "epochs", "Pareto"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(
+        f"{search.task} on {search.backbone}",
+        "\n".join(notes),
+        texts=("proposal",),
+        figures=("held-out\ntop-1", "file\nbytes", "added\ntime, %", "epochs", "Pareto"),
+    )
     for one in search.proposals[:SHOWN]:
         bold = "[b]{}[/b]" if one.candidate is search.chosen else "{}"
         figures = (f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}", str(one.score.epochs))

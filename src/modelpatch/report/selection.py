@@ -27,10 +27,12 @@ def profile_table(profile: Profile) -> Table:
     notes = [f"{name} left out: {why}" for name, why in profile.skipped.items()]
     notes += [f"{row.name} failed: {row.score.failure}" for row in profile.rows if row.score.failure]
     notes += [str(profile.effect)] if profile.effect else []
-    table = new_table(f"{profile.task} on {profile.backbone}: {profile.method} by {profile.kind}", "\n".join(notes))
-    table.add_column("trained", overflow="fold", min_width=NAME_WIDTH)
-    for name in ("held-out\ntop-1", "parameters", "file\nbytes", "epochs", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(
+        f"{profile.task} on {profile.backbone}: {profile.method} by {profile.kind}",
+        "\n".join(notes),
+        texts=("trained",),
+        figures=("held-out\ntop-1", "parameters", "file\nbytes", "epochs", "seconds"),
+    )
     for row in profile.rows:
         bold = "[b]{}[/b]" if row is profile.best else "{}"
         table.add_row(
@@ -64,10 +66,12 @@ def round_table(one: Round, task: str) -> Table:
     """A row a candidate, the best first; those that a limit leaves out say which."""
     taken = "taken" if one.accepted else "not taken: it does not improve enough"
     caption = "no candidate keeps the limits" if one.best is None else f"{one.steps[one.best].block}: {taken}"
-    table = new_table(f"{task}, round {one.number}", "\n".join([caption, *([str(one.effect)] if one.effect else [])]))
-    table.add_column("block", overflow="fold", min_width=NAME_WIDTH)
-    for name in ("held-out\ntop-1", "file\nbytes", "epochs", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(
+        f"{task}, round {one.number}",
+        "\n".join([caption, *([str(one.effect)] if one.effect else [])]),
+        texts=("block",),
+        figures=("held-out\ntop-1", "file\nbytes", "epochs", "seconds"),
+    )
     table.add_column("left out", overflow="fold")
     order = sorted(range(len(one.steps)), key=lambda n: (n != one.best, -_top1(one.steps[n].score)))
     for n in order:

@@ -17,7 +17,7 @@ from modelpatch.methods.delta import SkipWeights, skip_weights
 from modelpatch.methods.delta_stage import GRAFT
 from modelpatch.patch.contents import Patch
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
-from modelpatch.report.tables import NAME_WIDTH, new_table
+from modelpatch.report.tables import new_table
 
 MEMORY = 2 * 2**30
 MAX_LABELS = 60
@@ -51,10 +51,7 @@ def stage_names(backbone: Backbone, records: Sequence[SkipWeights]) -> list[str]
 
 def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     """Mean and spread of every weight over the images."""
-    table = new_table("weights of the skips")
-    table.add_column("stage", overflow="fold", min_width=NAME_WIDTH)
-    for figure_name in ("skip", "in the base", "mean λ", "deviation"):
-        table.add_column(figure_name, no_wrap=True)
+    table = new_table("weights of the skips", texts=("stage",), figures=("skip", "in the base", "mean λ", "deviation"))
     for record, name in zip(records, names, strict=True):
         for edge in record.as_dict()["edges"]:
             arrow, base = f"{edge['from']} → {edge['to']}", "1" if edge["existing"] else "0"
@@ -64,10 +61,12 @@ def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
 
 def variances_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     """The variance of every node's sum, and how much it is of the node before: about 2 where skips pile up."""
-    table = new_table("variance of the nodes", "of z before its activation, over all images, channels and places")
-    table.add_column("stage", overflow="fold", min_width=NAME_WIDTH)
-    for figure_name in ("node", "variance", "times the last"):
-        table.add_column(figure_name, no_wrap=True)
+    table = new_table(
+        "variance of the nodes",
+        "of z before its activation, over all images, channels and places",
+        texts=("stage",),
+        figures=("node", "variance", "times the last"),
+    )
     for record, name in zip(records, names, strict=True):
         before = None
         for node, variance in enumerate(record.variances, 1):

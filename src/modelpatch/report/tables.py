@@ -41,9 +41,11 @@ def show(console: Console, table: Table) -> None:
     console.out(re.sub(" +$", "", captured.get(), flags=re.MULTILINE), end="", highlight=False)
 
 
-def new_table(title: str, caption: str = "", header: bool = True) -> Table:
-    """A light table: it leaves a narrow terminal to the figures."""
-    return Table(
+def new_table(
+    title: str, caption: str = "", header: bool = True, texts: Sequence[str] = (), figures: Sequence[str] = ()
+) -> Table:
+    """A light table that leaves a narrow terminal to the figures: columns of texts wrap, columns of figures do not."""
+    table = Table(
         title=escape(title),
         caption=escape(caption) or None,
         show_header=header,
@@ -54,6 +56,11 @@ def new_table(title: str, caption: str = "", header: bool = True) -> Table:
         title_justify="left",
         caption_justify="left",
     )
+    for name in texts:
+        table.add_column(name, overflow="fold", min_width=NAME_WIDTH)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def percent(share: float | None) -> str:
@@ -107,10 +114,12 @@ def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
     figures = result.as_dict()
     shared, whole, numbers = (figures[name] for name in ("shared_parameters", "backbone_parameters", "numbers"))
     caption = f"{shared:,} of {whole:,} parameters are shared, {numbers:,} numbers in all"
-    table = new_table(f"{count_of(len(result.patches), 'task')} on {result.backbone.spec}", caption)
-    table.add_column("task", overflow="fold", min_width=NAME_WIDTH)
-    for column in ("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table(
+        f"{count_of(len(result.patches), 'task')} on {result.backbone.spec}",
+        caption,
+        texts=("task",),
+        figures=("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"),
+    )
     for name, patch in result.patches.items():
         row = figures["tasks"][name]
         counts = (row["private_numbers"], row["head_numbers"], sizes[name])
@@ -173,10 +182,7 @@ def fit_table(inspection: Inspection) -> Table:
 
 def parts_table(inspection: Inspection) -> Table:
     """The bytes of the file: a row a span with its modules below, the head, the header, and their sum."""
-    table = new_table("bytes by part")
-    table.add_column("part", overflow="fold", min_width=NAME_WIDTH)
-    for name in ("numbers", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("bytes by part", texts=("part",), figures=("numbers", "bytes"))
     table.add_column("stored as", overflow="fold")
     masked = inspection.masks is not None
     if masked:
@@ -289,7 +295,6 @@ def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) ->
 
 def timing_table(timings: Sequence[Timing]) -> Table:
     """One row a step of a plan: what it does, what it took and its share of the whole."""
-
     from modelpatch.engine.describe import describe_step
 
     table = new_table("")
