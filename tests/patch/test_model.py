@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import TinyNet, draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.engine.resident import BoundPatch, skeleton_for
+from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, ModelpatchError, PatchError, UnknownGraftError, WrongBackboneError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.linear_probe import LinearProbe
@@ -119,14 +119,14 @@ def test_a_patch_with_nothing_but_a_head_starts_after_the_chain(tiny: Backbone) 
     assert model.first == len(tiny.chain)
 
 
-def test_patches_of_one_structure_and_any_head_width_share_one_skeleton(tiny: Backbone, images: Tensor) -> None:
+def test_patches_of_one_structure_and_any_head_width_share_one_template(tiny: Backbone, images: Tensor) -> None:
     patches = [draft_patch(tiny, ScaleBias(), classes=2 + seed, seed=seed) for seed in range(4)]
     expected = [tiny.patched(patch)(images) for patch in patches]
     bound = [BoundPatch(tiny, patch) for patch in patches]
-    assert len({id(skeleton_for(tiny, patch)) for patch in patches}) == 1
+    assert len({id(one.structure) for one in bound}) == 1
     for _ in range(2):  # a call must not leave its numbers behind for the next
         assert all(close(b(images), logits) for b, logits in zip(bound, expected, strict=True))
-    assert skeleton_for(tiny, draft_patch(tiny)) is not skeleton_for(tiny, patches[0])
+    assert BoundPatch(tiny, draft_patch(tiny)).structure is not bound[0].structure
 
 
 def test_a_bound_patch_costs_its_own_numbers_in_float32_on_whole_cache_lines(tiny: Backbone) -> None:
@@ -380,10 +380,10 @@ def test_a_graft_whose_arguments_do_not_fit_the_backbone_is_refused(
         bind(tiny, patch)
 
 
-def test_two_backbones_do_not_share_a_skeleton() -> None:
+def test_two_backbones_do_not_share_a_template() -> None:
     first, second = make_tiny(0), make_tiny(0)
     patch = draft_patch(first)
-    assert skeleton_for(first, patch) is not skeleton_for(second, patch)
+    assert BoundPatch(first, patch).structure is not BoundPatch(second, patch).structure
 
 
 # a loop of the user's own ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import draft_patch, make_tiny
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
+from modelpatch.engine.template import Templates
 from modelpatch.errors import DamagedPatchError, InvalidPatchError
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.packnet import PackNet
@@ -253,8 +254,8 @@ def test_a_mask_and_a_difference_of_every_weight_are_staged_and_masks_of_more_ar
     backbone = make_tiny()
     patch = sparse(draft_patch(backbone, PackNet()))
     assert {name.partition("/")[0] for name in patch.tensors} >= {"mask", "delta"}
-    assert stage(backbone, encode_patch(patch), "packed").nbytes > 0
+    assert stage(Templates(backbone), encode_patch(patch), "packed").nbytes > 0
     many = draft_patch(backbone, Piggyback())
     bomb = {f"mask/layer{number}.weight": torch.ones(64, 64, dtype=torch.bool) for number in range(9)}
     with pytest.raises(InvalidPatchError, match="packed numbers; at most"):
-        stage(backbone, encode_patch(replace(many, tensors={**many.tensors, **bomb})), "bomb")
+        stage(Templates(backbone), encode_patch(replace(many, tensors={**many.tensors, **bomb})), "bomb")

@@ -10,3 +10,4 @@ from .resident import BoundPart as BoundPart
 from .resident import BoundPatch as BoundPatch
 from .rounds import Routed as Routed
 from .stream import Answers as Answers
+from .template import Templates as Templates

@@ -34,6 +34,7 @@ from modelpatch.engine.residency import Residency
 from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
+from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, UnknownTaskError
 
 BASE = "base"
@@ -81,6 +82,7 @@ class Engine:
         self._base_bytes = sum(tensor.nbytes for tensor in tensors)
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
         self.eager = eager
+        self.templates = Templates(backbone)
         self._frozen = FrozenBackbone(backbone, self.tuning)
         self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
         self._pinned: set[str] = set()
@@ -202,10 +204,10 @@ class Engine:
                 f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
             )
         if (cascade := read_cascade(patch)) is not None:
-            return bind_cascade(self.backbone, self._segments, name, cascade)
+            return bind_cascade(self.templates, self._segments, name, cascade)
         if isinstance(patch, list | tuple):
-            return bind_options(self.backbone, self._segments, name, patch)
-        return bind_one(self.backbone, self._segments, name, cast(AnyPatch, patch))
+            return bind_options(self.templates, self._segments, name, patch)
+        return bind_one(self.templates, self._segments, name, cast(AnyPatch, patch))
 
     def _forget(self, old: EngineTask) -> None:
         """Drop the programs and modules that only a task that is gone used."""
@@ -476,14 +478,17 @@ class Engine:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the backbone, its frozen copies, all patches' numbers, variants' own modules, and joined heads."""
+        """Bytes of the backbone and its frozen copies, of all patches' tensors, of the templates that compute with them, of
+        variants' own modules, and of joined heads."""
         bound = [patch for task in self._tasks.values() for patch in task.patches]
+        structures = {id(patch.structure): patch.structure for patch in bound}
         with self._lock:
             joined = sum(heads.nbytes for heads in self._joined.values())
         return {
             "backbone": self._base_bytes,
             "frozen": self._frozen.nbytes,
             "patches": sum(patch.nbytes for patch in bound),
+            "templates": sum(structure.nbytes for structure in structures.values()),
             "variants": self.residency.nbytes,
             "joined heads": joined,
         }

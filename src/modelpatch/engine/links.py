@@ -63,8 +63,8 @@ class PartLink:
 
     @property
     def macs(self) -> int:
-        return self.part.shelf.macs
+        return self.part.macs
 
     @property
     def nbytes(self) -> int:
-        return self.part.shelf.nbytes
+        return self.part.template.nbytes

@@ -141,7 +141,7 @@ class Residency:
 
     def _begin(self, part: BoundPart, variant: _Variant, before: int) -> None:
         """Have the variant's module made in the background, if that helps and there is room; see `_make_room`."""
-        helps = not self.tuning.plain or bool(part.numbers.made)
+        helps = not self.tuning.plain or part.made_bytes > 0
         idle = variant.module is None and variant.making is None and not variant.refused
         if helps and idle and self._make_room(part, variant, before):
             variant.making = self._maker.submit(self._make, part, variant)
@@ -176,7 +176,7 @@ class Residency:
             made = part.make()
             module = made
             if not self.tuning.plain:
-                module = freeze(made, sample(part.shelf.input_shape, part.numbers.flat.device), self.tuning)
+                module = freeze(made, sample(part.template.input_shape, part.tensors.flat.device), self.tuning)
         finally:
             with self._lock:
                 variant.making, variant.refused = None, module is None
@@ -191,5 +191,5 @@ class Residency:
 def cost(part: BoundPart, tuning: Tuning) -> int:
     """Bytes of the variant as a module of its own, beyond what the patch and the backbone hold."""
     if not tuning.plain:
-        return part.shelf.nbytes
-    return sum(weight.weight.nbytes for weight in part.numbers.made.values())
+        return part.template.nbytes
+    return part.made_bytes

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.plan import Rows
 from modelpatch.engine.task import EngineTask, Stage, bind_one, cost, count_alike, fresh
+from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError
 
 Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Mapping[Hashable, Tensor]], dict[str, Tensor]]
@@ -33,9 +33,9 @@ class Routed:
     stages: Tensor
 
 
-def bind_cascade(backbone: Backbone, segments: Sequence[SegmentLink], name: str, cascade: Cascade) -> EngineTask:
+def bind_cascade(templates: Templates, segments: Sequence[SegmentLink], name: str, cascade: Cascade) -> EngineTask:
     """A cascade as a task. Raises what binding its patches raises."""
-    bound = [bind_one(backbone, segments, name, patch) for patch in cascade.patches]
+    bound = [bind_one(templates, segments, name, patch) for patch in cascade.patches]
     shared = [reuse(bound[:number], task) for number, task in enumerate(bound)]
     turns: list[EngineTask] = []
     for number, (task, (_, links)) in enumerate(zip(bound, shared, strict=True)):

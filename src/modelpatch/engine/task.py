@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.plan import Link, Member
 from modelpatch.engine.resident import BoundPart, BoundPatch
+from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
 from modelpatch.heads.reading import reads_maps
@@ -115,10 +115,11 @@ def fresh(task: EngineTask, **changes: Any) -> EngineTask:
     return replace(task, serial=next(_SERIAL), **changes)
 
 
-def bind_one(backbone: Backbone, segments: Sequence[SegmentLink], name: str, patch: AnyPatch) -> EngineTask:
+def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, patch: AnyPatch) -> EngineTask:
     """A patch as a task. Raises `WrongBackboneError` for one that is bound elsewhere, and what reading and binding raise."""
+    backbone = templates.backbone
     if not isinstance(patch, BoundPatch):
-        patch = BoundPatch(backbone, patch if isinstance(patch, Patch) else Patch.load(patch))
+        patch = BoundPatch(backbone, patch if isinstance(patch, Patch) else Patch.load(patch), templates)
     if patch.backbone is not backbone:
         raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {backbone.spec}.")
     variants = {part.span[0]: part for part in patch.parts}
@@ -149,12 +150,12 @@ def bind_one(backbone: Backbone, segments: Sequence[SegmentLink], name: str, pat
 
 
 def bind_options(
-    backbone: Backbone, segments: Sequence[SegmentLink], name: str, patches: Sequence[AnyPatch]
+    templates: Templates, segments: Sequence[SegmentLink], name: str, patches: Sequence[AnyPatch]
 ) -> EngineTask:
     """Several patches of one task, the cheapest first; without being told which, the last answers. Raises `EngineError`."""
     if not patches:
         raise EngineError(f"{name!r} has no patches; expected one or more.")
-    options = [bind_one(backbone, segments, name, patch) for patch in patches]
+    options = [bind_one(templates, segments, name, patch) for patch in patches]
     if other := [option for option in options if option.kind != options[0].kind]:
         raise EngineError(
             f"{name!r} has patches for {options[0].kind} and for {other[0].kind}. Give them names of their own."

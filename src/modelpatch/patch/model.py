@@ -58,7 +58,7 @@ class PatchedModel(nn.Module):
         check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False).to(backbone.device)
-        self._try_grafts(patch.blueprint, backbone)
+        self.try_grafts(patch.blueprint, backbone)
 
     @classmethod
     def draft(
@@ -108,7 +108,7 @@ class PatchedModel(nn.Module):
         self.reading = reading
 
     @torch.no_grad()
-    def _try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
+    def try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
         """Run every span with added modules once, on zeros.
 
         Raises `ForeignTensorError` where it fails, or answers in another shape than the backbone's own segments.

@@ -374,7 +374,7 @@ class Service:
             raise Problem("invalid-request", f"A patch cannot be named {name!r}, which is {what}.")
         loop = asyncio.get_running_loop()
         try:
-            bound = await loop.run_in_executor(self._decoders, stage, self.backbone, data, name)
+            bound = await loop.run_in_executor(self._decoders, stage, self.engine.templates, data, name)
         except Exception as error:
             raise problem_of(error, patch=name) from error
         version = await self.catalogue.change(lambda: self.store.publish(name, data, tags), patch=name)

@@ -23,10 +23,10 @@ from contextlib import asynccontextmanager
 
 import torch
 
-from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import sample
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
+from modelpatch.engine.template import Templates
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import InvalidPatchError
 from modelpatch.patch.contents import decode_patch
@@ -41,13 +41,14 @@ MOMENT = 1.0
 MOST = 65_536  # failures and sizes that are remembered
 
 
-def stage(backbone: Backbone, data: bytes, name: str) -> BoundPatch:
+def stage(templates: Templates, data: bytes, name: str) -> BoundPatch:
     """A patch file's bytes as a bound patch that has answered a trial image with finite numbers.
 
     Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
     """
-    numbers = sum(parameter.numel() for parameter in backbone.module.parameters())
-    bound = BoundPatch(backbone, decode_patch(data, name, most=2 * numbers))  # a mask and a difference of every weight
+    backbone = templates.backbone
+    most = 2 * sum(parameter.numel() for parameter in backbone.module.parameters())  # a mask and a difference of each
+    bound = BoundPatch(backbone, decode_patch(data, name, most=most), templates)
     for part in bound.parts:
         _ = part.key  # hashed here, not in the event loop
     size = bound.preprocessing.input_size
@@ -293,7 +294,7 @@ class Shelf:
             )
         except Exception as error:
             raise _Unread from error
-        return stage(self.engine.backbone, data, label(version))
+        return stage(self.engine.templates, data, label(version))
 
     # room ---------------------------------------------------------------------------------------------------
 
