@@ -35,8 +35,8 @@ from torch import Tensor, nn
 import modelpatch as mp
 from common import compare_ways, machine, mobilenet, ratio, report, timed, untrained
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine import BoundPatch, measure
-from modelpatch.engine.plan import Run, make_plan
+from modelpatch.engine import BoundPatch, make_plan, measure
+from modelpatch.engine.steps import RunStep
 
 TASKS, CLASSES = 8, 43
 Rows = list[tuple[Any, ...]]
@@ -110,7 +110,7 @@ def floor(engine: mp.Engine, x: Tensor, names: list[str]) -> float:
     streams = {stream: x for _, stream, _ in plan.roots}
     total = 0.0
     for step in plan.steps:
-        if isinstance(step, Run):
+        if isinstance(step, RunStep):
             y = streams[step.inputs[0].stream]
             for link in step.links:
                 module = engine._module(link)

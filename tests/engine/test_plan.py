@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpatch.engine.plan import Answer, Member, Plan, Pool, Rows, Run, Take, make_plan, reads
+from modelpatch.engine.plan import Plan, PlannedTask, make_plan
+from modelpatch.engine.steps import HeadStep, PoolStep, Rows, RunStep, Take, reads
 
 LENGTH = 5
 
@@ -44,7 +45,7 @@ def path(*own: tuple[int, int, str]) -> tuple[FakeLink, ...]:
 
 
 def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
-    """Run the plan on histories: what every member's head reads is (row, history) a row."""
+    """RunStep the plan on histories: what every member's head reads is (row, history) a row."""
     streams: dict[int, list[tuple[int, tuple[Hashable, ...]]]] = {
         stream: [(row, (root,)) for row in rows] for root, stream, rows in plan.roots
     }
@@ -55,12 +56,12 @@ def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
         return whole if one.places is None else [whole[place] for place in one.places]
 
     for step in plan.steps:
-        if isinstance(step, Run):
+        if isinstance(step, RunStep):
             for one, output, size in zip(step.inputs, step.outputs, step.sizes, strict=True):
                 keys = tuple((link.span, link.key) for link in step.links)
                 streams[output] = [(row, (*history, *keys)) for row, history in take(one)]
                 assert len(streams[output]) == size
-        elif isinstance(step, Pool):
+        elif isinstance(step, PoolStep):
             streams[step.output] = [(row, (*history, "pooled", step.tap)) for row, history in streams[step.stream]]
         else:
             for member, takes in zip(step.members, step.takes, strict=True):
@@ -76,7 +77,7 @@ def simulate(plan: Plan) -> dict[str, list[tuple[int, tuple[Hashable, ...]]]]:
     return answers
 
 
-def expected(member: Member, rows: Rows) -> list[tuple[int, tuple[Hashable, ...]]]:
+def expected(member: PlannedTask, rows: Rows) -> list[tuple[int, tuple[Hashable, ...]]]:
     seen: list[Hashable] = []
     for path in (member.path, *([member.beside] if member.beside else [])):
         history: tuple[Hashable, ...] = (member.root,)
@@ -89,7 +90,7 @@ def expected(member: Member, rows: Rows) -> list[tuple[int, tuple[Hashable, ...]
 
 
 @st.composite
-def members(draw: st.DrawFn) -> tuple[list[Member], list[Rows]]:
+def members(draw: st.DrawFn) -> tuple[list[PlannedTask], list[Rows]]:
     """Members with random spans, numbers, roots, taps, and rows of a batch of four."""
     made, rows = [], []
     for number in range(draw(st.integers(1, 6))):
@@ -104,14 +105,16 @@ def members(draw: st.DrawFn) -> tuple[list[Member], list[Rows]]:
         ends = [link.span[1] - 1 for link in links]
         taps = tuple(sorted(draw(st.sets(st.sampled_from(ends), max_size=2))))
         beside = BASE if not taps and draw(st.booleans()) else ()
-        made.append(Member(f"task {number}", links, root, root, taps=taps, linear=draw(st.booleans()), beside=beside))
+        made.append(
+            PlannedTask(f"task {number}", links, root, root, taps=taps, linear=draw(st.booleans()), beside=beside)
+        )
         rows.append(tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))))
     return made, rows
 
 
 @given(members(), st.sampled_from(["always", "never", "few"]))
 def test_a_plan_computes_what_each_member_would_compute_alone_and_nothing_twice(
-    drawn: tuple[list[Member], list[Rows]], merging: str
+    drawn: tuple[list[PlannedTask], list[Rows]], merging: str
 ) -> None:
     pays = {"always": lambda *_: True, "never": lambda *_: False, "few": lambda _, sizes: sum(sizes) < 5}[merging]
     plan = make_plan(*drawn, pays)
@@ -124,27 +127,27 @@ def test_a_plan_computes_what_each_member_would_compute_alone_and_nothing_twice(
         assert all(len(run.inputs) == 1 for run in plan.runs)
 
 
-def whole(*members: Member, rows: int = 2, pays: bool = True) -> Plan:
+def whole(*members: PlannedTask, rows: int = 2, pays: bool = True) -> Plan:
     return make_plan(members, [tuple(range(rows))] * len(members), lambda *_: pays)
 
 
 def test_patches_that_share_everything_but_the_head_are_one_run_and_one_product() -> None:
-    plan = whole(Member("a", BASE), Member("b", BASE), Member("c", BASE))
+    plan = whole(PlannedTask("a", BASE), PlannedTask("b", BASE), PlannedTask("c", BASE))
     run, answer = plan.steps
-    assert isinstance(run, Run)
-    assert isinstance(answer, Answer)
+    assert isinstance(run, RunStep)
+    assert isinstance(answer, HeadStep)
     assert [link.key for link in run.links] == [link.key for link in BASE]
     assert answer.members == ("a", "b", "c")
     assert plan.shared == pytest.approx(2 / 3)
 
 
 def test_heads_that_are_not_linear_answer_one_by_one() -> None:
-    plan = whole(Member("a", BASE, linear=False), Member("b", BASE), Member("c", BASE))
-    assert sorted(step.members for step in plan.steps if isinstance(step, Answer)) == [("a",), ("b", "c")]
+    plan = whole(PlannedTask("a", BASE, linear=False), PlannedTask("b", BASE), PlannedTask("c", BASE))
+    assert sorted(step.members for step in plan.steps if isinstance(step, HeadStep)) == [("a",), ("b", "c")]
 
 
 def test_streams_fork_at_the_first_variant_and_meet_again_after_the_last() -> None:
-    plan = whole(Member("base", BASE), Member("patch", path((2, 3, "own"))))
+    plan = whole(PlannedTask("base", BASE), PlannedTask("patch", path((2, 3, "own"))))
     runs = list(plan.runs)
     assert [[link.key for link in run.links] for run in runs[:1]] == [["base 0", "base 1"]]
     assert {run.links[0].key for run in runs[1:3]} == {"base 2", "own"}
@@ -155,28 +158,28 @@ def test_streams_fork_at_the_first_variant_and_meet_again_after_the_last() -> No
 
 
 def test_streams_of_different_roots_share_nothing_and_are_not_concatenated_at_another_resolution() -> None:
-    plan = whole(Member("a", BASE, root=1, shape=64), Member("b", BASE, root=2, shape=96))
+    plan = whole(PlannedTask("a", BASE, root=1, shape=64), PlannedTask("b", BASE, root=2, shape=96))
     assert plan.shared == 0
     assert all(len(run.inputs) == 1 for run in plan.runs)
-    same_size = whole(Member("a", BASE, root=1, shape=64), Member("b", BASE, root=2, shape=64))
+    same_size = whole(PlannedTask("a", BASE, root=1, shape=64), PlannedTask("b", BASE, root=2, shape=64))
     assert same_size.shared == 0
     assert [len(run.inputs) for run in same_size.runs] == [2]
 
 
 def test_identical_variants_are_one() -> None:
-    plan = whole(*(Member(name, path((1, 3, "same"))) for name in "abc"))
+    plan = whole(*(PlannedTask(name, path((1, 3, "same"))) for name in "abc"))
     assert [len(run.inputs) for run in plan.runs] == [1]
 
 
 def test_streams_are_followed_to_their_end_before_the_next_so_that_few_are_alive() -> None:
-    fork = [Member(str(number), path((0, 1, f"own {number}"))) for number in range(8)]
+    fork = [PlannedTask(str(number), path((0, 1, f"own {number}"))) for number in range(8)]
     apart = whole(*fork, pays=False)
     assert apart.activation_bytes == 2 * BASE[0].output_bytes
     assert whole(*fork).activation_bytes == 2 * (8 * 2 * BASE[0].output_bytes)  # what a run reads and what it makes
 
 
 def test_rows_are_taken_where_streams_fork() -> None:
-    plan = make_plan([Member("a", BASE), Member("b", path((4, 5, "own")))], [(0, 2), (1, 2)])
+    plan = make_plan([PlannedTask("a", BASE), PlannedTask("b", path((4, 5, "own")))], [(0, 2), (1, 2)])
     runs = {run.links[-1].key: run for run in plan.runs}
     assert plan.roots[0][2] == (0, 1, 2)
     assert runs["base 4"].inputs[0].places == (0, 2)
@@ -184,14 +187,14 @@ def test_rows_are_taken_where_streams_fork() -> None:
 
 
 def test_a_plan_frees_each_stream_with_its_last_reader() -> None:
-    plan = whole(Member("a", BASE, taps=(1, 3)), Member("b", path((2, 3, "own"))))
+    plan = whole(PlannedTask("a", BASE, taps=(1, 3)), PlannedTask("b", path((2, 3, "own"))))
     for index, step in enumerate(plan.steps):
         assert set(step.frees) <= set(reads(step))
         assert all(not set(step.frees) & set(reads(later)) for later in plan.steps[index + 1 :])
 
 
 def test_a_plan_prints_its_tree_and_draws_it(tmp_path: object) -> None:
-    plan = whole(Member("base", BASE), Member("flowers", path((2, 3, "own"))))
+    plan = whole(PlannedTask("base", BASE), PlannedTask("flowers", path((2, 3, "own"))))
     text = str(plan)
     assert "2 tasks, up to 2 images each" in text
     assert "its own" in text
@@ -209,6 +212,6 @@ def sequence(plan: Plan) -> Sequence[str]:
 
 
 def test_pooled_outputs_are_computed_once_for_all_heads_that_read_them() -> None:
-    plan = whole(Member("a", BASE, taps=(1, 4)), Member("b", BASE, taps=(1,)))
-    assert sequence(plan).count("Pool") == 2
-    assert sequence(plan).count("Answer") == 2
+    plan = whole(PlannedTask("a", BASE, taps=(1, 4)), PlannedTask("b", BASE, taps=(1,)))
+    assert sequence(plan).count("PoolStep") == 2
+    assert sequence(plan).count("HeadStep") == 2

@@ -19,8 +19,8 @@ from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
-from modelpatch.engine.plan import Answer
 from modelpatch.engine.resident import BoundPatch
+from modelpatch.engine.steps import HeadStep
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
@@ -174,7 +174,7 @@ def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted)
     engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=Tuning())
     logits = fitted.backbone.patched(fitted.patch)(fitted.images)
     answers = engine(fitted.images)
-    joined = any(isinstance(step, Answer) and len(step.members) > 1 for step in engine.plan.steps)
+    joined = any(isinstance(step, HeadStep) and len(step.members) > 1 for step in engine.plan.steps)
     for answer, alone in ((answers["patch"], logits), (answers["base"], fitted.before)):
         assert torch.allclose(answer, alone, rtol=0, atol=1e-6 * float(alone.abs().max()) if joined else 0)
     rows = ["patch", "base", "patch"]

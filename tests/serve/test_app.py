@@ -341,7 +341,7 @@ def test_removing_one_name_keeps_what_another_has_resident(server: Serving, imag
         assert listed["flowers"]
         assert "copy" not in listed
         client.remove("flowers")
-        assert not server.service.shelf.sizes
+        assert not server.service.cache.sizes
 
 
 def test_an_upload_that_is_no_good_changes_nothing(server: Serving) -> None:

@@ -17,7 +17,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.serve.batcher import Batcher, Row
+from modelpatch.serve.batcher import Batcher, QueuedImage
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.settings import Settings
@@ -44,8 +44,8 @@ def with_batcher(
     asyncio.run(main())
 
 
-def row(place: int, *tasks: str, top: int = 4) -> Row:
-    return Row({KIND: CROPS[place]}, tuple(sorted(tasks)), top)
+def row(place: int, *tasks: str, top: int = 4) -> QueuedImage:
+    return QueuedImage({KIND: CROPS[place]}, tuple(sorted(tasks)), top)
 
 
 def test_rows_of_different_requests_get_their_own_answers_from_few_batches() -> None:

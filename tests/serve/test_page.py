@@ -62,7 +62,7 @@ def test_a_sample_is_answered_by_every_task_and_the_plan_is_drawn(page: Any, ser
     page.locator(".card li").first.wait_for()
     assert page.locator(".card").count() == len(drafts()) + 1
     page.locator("#plan svg rect").first.wait_for()
-    shared = server.service.engine.plan_for(1, ["base", *server.service.shelf.sizes]).shared
+    shared = server.service.engine.plan_for(1, ["base", *server.service.cache.sizes]).shared
     assert page.locator("#saved").inner_text() == f"{100 * shared:.0f} % of the work is saved"
     page.get_by_label("Ask birds", exact=True).click()
     page.locator(".card").nth(len(drafts())).wait_for(state="detached")

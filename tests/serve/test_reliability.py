@@ -91,7 +91,7 @@ def test_bad_loads_under_traffic_hurt_nobody(tmp_path: Path) -> None:
     statuses: Counter[int] = Counter()
     with serving(store, cache_bytes=room) as server, server.client(retries=0) as client:
         client.predict([picture()], list(good))
-        healthy = set(server.service.shelf.sizes)
+        healthy = set(server.service.cache.sizes)
         with Traffic(server, list(good)) as traffic:
             for number in range(count):
                 with pytest.raises(Problem) as refusal:
@@ -99,7 +99,7 @@ def test_bad_loads_under_traffic_hurt_nobody(tmp_path: Path) -> None:
                 statuses[refusal.value.status] += 1
             wait_until(lambda: len(traffic.answers) > 5)
         assert not traffic.failures
-        assert set(server.service.shelf.sizes) == healthy
+        assert set(server.service.cache.sizes) == healthy
         assert server.service.metrics.evictions._value.get() == 0
     assert statuses.keys() <= {404, 409, 422}
     assert statuses[409] == count // 4
@@ -155,7 +155,7 @@ def test_a_small_cache_under_many_patches_and_clients_never_mixes_them_up(tmp_pa
                 for name in names[part::clients]:
                     found = client.predict([image], [name], top=1)[0][name]
                     wrong += not close(found[0][1], truth[name])
-                    if server.service.shelf.nbytes > most:
+                    if server.service.cache.nbytes > most:
                         over.append(name)
             return wrong
 

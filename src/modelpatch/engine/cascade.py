@@ -1,4 +1,4 @@
-"""A cascade: patches of one task in turns, each answering the images it is sure of.
+"""Early-exit cascades: patches of one task in order, each answering the images it is sure of.
 
     image -> patch 1, sure? -> its answer
                no -> patch 2, sure? -> its answer
@@ -39,9 +39,9 @@ Weights = tuple[float, float, float]
 
 
 class Confidence(BaseModel):
-    """How sure a patch is: `weights` of the largest probability, the entropy and the gap between the two largest.
+    """The confidence of a patch: `weights` of the largest probability, the entropy and the gap between the two largest.
 
-    It answers where the sum reaches `threshold`, and whatever is left where that is None.
+    The patch answers images whose sum reaches `threshold`; all that are left if that is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -54,14 +54,14 @@ class Confidence(BaseModel):
         return features(logits) @ torch.tensor(self.weights, dtype=torch.float64, device=logits.device)
 
     def sure(self, logits: Tensor) -> Tensor:
-        """Which rows (B,) of logits (B, K) the patch answers, bool."""
+        """The rows (B,) of logits (B, K) that the patch answers, bool."""
         if self.threshold is None:
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         return self.score(logits) >= self.threshold
 
 
 def features(logits: Tensor) -> Tensor:
-    """What confidence is made of (B, 3), float64: the largest probability, the entropy in nats, the gap to the second."""
+    """The terms of a confidence (B, 3), float64: the largest probability, the entropy in nats, the gap to the second."""
     shares = logits.double().softmax(1)
     best = shares.topk(min(2, shares.shape[1]), dim=1).values
     gap = best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0.0)
@@ -100,7 +100,7 @@ class CascadeRecord(BaseModel):
     sha256: Hash
 
     def digest(self) -> str:
-        """What `sha256` must be."""
+        """The value that `sha256` must have."""
         return hashlib.sha256(canonical(self.model_dump(mode="json", exclude={"sha256"})).encode()).hexdigest()
 
 
@@ -108,7 +108,7 @@ class CascadeRecord(BaseModel):
 class Cascade:
     """Patches of one task over one backbone in the order in which they are asked, with the confidence each needs to answer.
 
-    The last one answers what is left. `metrics` are what was measured, `created` the facts of its making.
+    The last one answers all that are left. `metrics` are measured figures, `created` the facts of its making.
     Raises `CascadeError` for patches that answer different questions or belong to different backbones.
     """
 
@@ -125,7 +125,9 @@ class Cascade:
         check_one_task(self.patches)
         last = [confidence.threshold is None for confidence in self.confidences]
         if last != [False] * (len(last) - 1) + [True]:
-            raise CascadeError("every stage but the last needs a threshold, and the last answers whatever is left.")
+            raise CascadeError(
+                "every stage but the last needs a threshold, and the last, which answers all images that are left, has none."
+            )
 
     @property
     def task(self) -> TaskRecord:
@@ -243,7 +245,7 @@ def check_one_task(patches: Sequence[Patch]) -> None:
 
 
 def is_cascade(path: str | Path) -> bool:
-    """Whether a path is that of a cascade's file, by its name; patches end in `.safetensors`."""
+    """Return True for the name of a cascade's file; patches end in `.safetensors`."""
     return Path(path).suffix == SUFFIX
 
 

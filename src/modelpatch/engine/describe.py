@@ -1,21 +1,20 @@
-"""A plan for people: a tree of streams as text, as facts and as a picture."""
+"""A plan's steps for people: a tree of streams as text, as facts for JSON and as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpatch.engine.plan import Answer, Plan, Pool, Run, Step, reads, run_flops
+from modelpatch.engine.steps import HeadStep, PoolStep, Roots, RunStep, Step, reads, run_flops
 from modelpatch.errors import MissingExtraError, ModelpatchError
-from modelpatch.text import count_of
 
 
 @dataclass(frozen=True)
 class Branch:
     """A run as one of its streams sees it: `stream` is what it makes, `others` the streams it is concatenated with."""
 
-    run: Run
+    run: RunStep
     place: int
 
     @property
@@ -48,42 +47,35 @@ class Branch:
         return first.name if first is last else f"{first.name} ... {last.name}"
 
 
-def branches(plan: Plan) -> dict[int, list[Branch]]:
+def branches(steps: Sequence[Step]) -> dict[int, list[Branch]]:
     """The ways on from every stream."""
     ways: dict[int, list[Branch]] = {}
-    for run in plan.runs:
+    for run in (step for step in steps if isinstance(step, RunStep)):
         for place in range(len(run.outputs)):
             branch = Branch(run, place)
             ways.setdefault(branch.source, []).append(branch)
     return ways
 
 
-def answers(plan: Plan) -> dict[int, list[str]]:
+def answers(steps: Sequence[Step]) -> dict[int, list[str]]:
     """The tasks whose heads read every stream, pooled or as it is."""
-    pooled = {step.output: step.stream for step in plan.steps if isinstance(step, Pool)}
+    pooled = {step.output: step.stream for step in steps if isinstance(step, PoolStep)}
     found: dict[int, list[str]] = {}
-    for step in plan.steps:
-        if isinstance(step, Answer):
+    for step in steps:
+        if isinstance(step, HeadStep):
             for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
                 names = found.setdefault(stream, [])
                 names += [name for name in step.members if name not in names]
     return found
 
 
-def describe(plan: Plan) -> str:
-    """The tree of streams with the operations of every run, and the sums."""
-    images = max((len(rows) for rows in plan.rows), default=0)
-    lines = [
-        f"{count_of(len(plan.members), 'task')}, up to {images} images each: {_flops(plan.flops)} instead of "
-        f"{_flops(plan.separate_flops)} one after another ({plan.shared:.0%} shared); "
-        f"{plan.bytes / 1e6:.1f} MB of weights and activations"
-    ]
-    ways, heads = branches(plan), answers(plan)
-    for root, stream, rows in plan.roots:
+def outline(roots: Roots, steps: Sequence[Step]) -> Iterator[str]:
+    """The lines of the tree of streams with the operations of every run."""
+    ways, heads = branches(steps), answers(steps)
+    for root, stream, rows in roots:
         size = getattr(root, "image_size", None)
-        lines.append(f"{len(rows)} images" + (f" at {size} px" if size else ""))
-        lines += _below(stream, ways, heads, "")
-    return "\n".join(lines)
+        yield f"{len(rows)} images" + (f" at {size} px" if size else "")
+        yield from _below(stream, ways, heads, "")
 
 
 def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str]], indent: str) -> Iterator[str]:
@@ -91,7 +83,7 @@ def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str
     for number, entry in enumerate(entries):
         corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
         if isinstance(entry, Branch):
-            facts = [f"{entry.rows} rows", _flops(entry.flops)]
+            facts = [f"{entry.rows} rows", flops_text(entry.flops)]
             facts += ["its own"] if entry.own else []
             facts += [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
             yield f"{indent}{corner}s{entry.stream}  {entry.name}  ({', '.join(facts)})"
@@ -100,9 +92,9 @@ def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str
             yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
 
 
-def tree(plan: Plan) -> list[dict[str, Any]]:
+def tree(roots: Roots, steps: Sequence[Step]) -> list[dict[str, Any]]:
     """The tree of streams as nested facts for JSON: a node an image size, below it one a run, with its tasks."""
-    ways, heads = branches(plan), answers(plan)
+    ways, heads = branches(steps), answers(steps)
 
     def below(stream: int) -> list[dict[str, Any]]:
         return [
@@ -126,29 +118,30 @@ def tree(plan: Plan) -> list[dict[str, Any]]:
             "tasks": heads.get(stream, []),
             "children": below(stream),
         }
-        for root, stream, rows in plan.roots
+        for root, stream, rows in roots
     ]
 
 
 def describe_step(step: Step) -> str:
     """One line on what a step does."""
-    if isinstance(step, Run):
+    if isinstance(step, RunStep):
         name = Branch(step, 0).name
         together = f", {len(step.outputs)} streams concatenated" if len(step.outputs) > 1 else ""
         return f"{name} -> {', '.join(f's{stream}' for stream in step.outputs)} ({sum(step.sizes)} rows{together})"
-    if isinstance(step, Pool):
+    if isinstance(step, PoolStep):
         return f"pool s{step.stream}"
     return f"{'heads' if len(step.members) > 1 else 'head'} {', '.join(step.members)}"
 
 
-def _flops(flops: float) -> str:
+def flops_text(flops: float) -> str:
+    """Operations with a unit: `1.23 GFLOP`."""
     for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if flops >= size:
             return f"{flops / size:.2f} {unit}"
     return f"{flops:,.0f} FLOP"
 
 
-def draw(plan: Plan, path: str) -> None:
+def draw(roots: Roots, steps: Sequence[Step], path: str, title: str) -> None:
     """Streams from left to right along the chain, a lane a task; what a patch owns is coloured.
 
     Raises `MissingExtraError` without matplotlib, `ModelpatchError` for a path that cannot be written.
@@ -157,12 +150,12 @@ def draw(plan: Plan, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots", "drawing a plan") from error
-    ways, heads = branches(plan), answers(plan)
+    ways, heads = branches(steps), answers(steps)
     lanes: dict[int, float] = {}
     labels: list[tuple[float, str]] = []
-    for _, stream, _ in plan.roots:
+    for _, stream, _ in roots:
         _place(stream, ways, heads, lanes, labels)
-    length = max((link.span[1] for run in plan.runs for link in run.links), default=1)
+    length = max((link.span[1] for step in steps if isinstance(step, RunStep) for link in step.links), default=1)
     figure = Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
     axes = figure.subplots()
     for source, found in ways.items():
@@ -180,8 +173,7 @@ def draw(plan: Plan, path: str) -> None:
         xlim=(-0.2, length + 4),
         xlabel="segment of the chain",
         yticks=[],
-        title=f"{_flops(plan.flops)} instead of {_flops(plan.separate_flops)}: {plan.shared:.0%} shared\n"
-        "blue: the backbone's, orange: a patch's own, dotted: concatenated",
+        title=f"{title}\nblue: the backbone's, orange: a patch's own, dotted: concatenated",
     )
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)

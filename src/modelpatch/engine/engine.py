@@ -1,4 +1,4 @@
-"""The engine: many patches of one backbone on the same images, at the cost of what differs between them.
+"""The engine: many patches of one backbone on the same images; what they share is computed once.
 
     engine = Engine(backbone, {"flowers": patch, "birds": "birds.safetensors"})
     engine(images)                                    {"base": (B, K0), "flowers": (B, K1), "birds": (B, K2)}
@@ -28,10 +28,11 @@ from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
 from modelpatch.engine.links import PartLink, SegmentLink
 from modelpatch.engine.measuring import least_seconds, measure
-from modelpatch.engine.plan import Link, Plan, Rows, make_plan
+from modelpatch.engine.plan import Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
+from modelpatch.engine.steps import Link, Rows
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.engine.template import Templates
@@ -47,11 +48,11 @@ class Engine:
     `patches` are patches, bound or not, or paths of their files, by the name of the task; or several of one task in a list,
     of which calls choose by `resolution` or `latency`; or cascades. "base" is the backbone's own answer and is always there.
     `tuning` pins how the engine computes; by default it is measured now, and `print(engine.tuning)` reports it. `budget` are
-    the bytes for variants as modules of their own, beyond the patches' numbers and the backbone (by default twice the
+    the bytes for variants as modules of their own, beyond the patches' tensors and the backbone (by default twice the
     backbone's bytes); `eager` makes them when a patch is added instead of when it is used. `bfloat16` lets the measurement
     choose 16-bit arithmetic, which moves logits by about a hundredth.
 
-    Raises what `BoundPatch` raises for patches that do not fit, `EngineError` for names that cannot be.
+    Raises the errors of `BoundPatch` for patches that do not fit, `EngineError` for names that cannot be used.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Engine:
         return tuple(self._tasks)
 
     def classes(self, task: str) -> tuple[str, ...]:
-        """What the logits of a task stand for; empty where the base does not say."""
+        """The names of a task's outputs; empty for a base without names."""
         return self._find(self._tasks, task).classes
 
     def kind(self, task: str) -> str:
@@ -114,11 +115,11 @@ class Engine:
         return self._find(self._tasks, task).kind
 
     def preprocessing(self, task: str) -> Preprocessing:
-        """How the images of a task are seen; of several patches or a cascade, by the last one."""
+        """The preprocessing of a task's images; of several patches or a cascade, that of the last one."""
         return self._find(self._tasks, task).preprocessing
 
     def preprocessings(self, task: str) -> tuple[Preprocessing, ...]:
-        """All the ways in which a call sees the images of a task: several for a cascade over several resolutions."""
+        """All preprocessings of a task's images: several for a cascade over several resolutions."""
         return self._find(self._tasks, task).kinds
 
     def resolutions(self, task: str) -> tuple[int, ...]:
@@ -165,7 +166,7 @@ class Engine:
             self.residency.make(task.parts)
 
     def remove(self, name: str) -> None:
-        """Forget a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
+        """Remove a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
         if name == BASE:
             raise EngineError('"base" is the backbone itself and cannot be removed.')
         with self._lock:
@@ -183,7 +184,7 @@ class Engine:
         self.residency.make(task.parts)
 
     def unpin(self, name: str) -> None:
-        """Let a task's variants be evicted again."""
+        """Allow a task's variants to be evicted again."""
         with self._lock:
             task = self._find(self._tasks, name)
             if name in self._pinned:
@@ -470,7 +471,7 @@ class Engine:
         return self._frozen.module(link.span[0])
 
     def _pays(self, link: Link, sizes: Sequence[int]) -> bool:
-        """Whether reading the weights once saves more than copying the streams costs: few rows, many weights."""
+        """Return True if reading the weights once saves more than copying the streams costs: few rows, many weights."""
         rows = max(sizes)
         return rows <= self.tuning.merge_rows and link.nbytes > rows * link.output_bytes
 

@@ -1,4 +1,4 @@
-"""What an engine may be given as images, checked: a batch, batches by preprocessing, or files and pictures."""
+"""Checks of the images that an engine is given: a batch, batches by preprocessing, or files and pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
 def make_batches(images: Images, kinds: Mapping[str, Preprocessing], device: torch.device) -> dict[Hashable, Tensor]:
     """The images by root, on the device: one for a batch that is given (None), else one for every preprocessing.
 
-    `kinds` are the preprocessings of the tasks that ask. Raises `EngineError` for what is no images or fits no task.
+    `kinds` are the preprocessings of the tasks that ask. Raises `EngineError` for anything but images, and for images that do not
+    fit a task.
     """
     if isinstance(images, Tensor):
         check_batch(images, "images")
@@ -52,7 +53,7 @@ def read(sources: Sequence[ImageSource], kinds: Iterable[Preprocessing]) -> dict
 
 
 def check_sources(sources: object) -> None:
-    """Raises `EngineError` for what is not a sequence of files and pictures."""
+    """Raises `EngineError` for anything but a sequence of files and pictures."""
     single = isinstance(sources, str | Path | bytes | Image.Image | np.ndarray)
     if single or not isinstance(sources, Sequence):
         given = f"one {type(sources).__name__}" if single else f"a {type(sources).__name__}"
@@ -86,12 +87,12 @@ def _check_alike(kinds: Mapping[str, Preprocessing]) -> None:
 
 
 def count_rows(batches: Mapping[Hashable, Tensor]) -> int:
-    """How many images there are."""
+    """The number of images."""
     return len(next(iter(batches.values()))) if batches else 0
 
 
 def check_names(given: Iterable[str] | None, option: str) -> list[str] | None:
-    """The names in a list; a single text is taken for a mistake."""
+    """The names in a list. Raises `EngineError` for a single text, which is most likely a mistake."""
     if isinstance(given, str):
         raise EngineError(f"{option}={given!r} is one text; expected a list of task names: {option}=[{given!r}].")
     if given is not None and not isinstance(given, Iterable):

@@ -1,7 +1,7 @@
-"""Which settings are faster on this machine: the backbone timed with and without each, in turns, the others being on.
+"""The settings that are faster on this machine: the backbone is timed with and without each, alternately, the others being on.
 
-Settings help one another (folded convolutions are fast on channels-last images), so all are on at first, and what makes
-nothing faster is switched off. Times are the least of all turns: whatever else a machine does only adds to them.
+Settings depend on one another (folded convolutions are fast on channels-last images), so all are on at first, and those that
+make nothing faster are switched off. The least of all times counts: other work on the machine only adds to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import FrozenBackbone, sample
 from modelpatch.backbone.tuning import CACHE, Tuning, lay
 
-NOTICEABLE = 1.02  # what is not at least this much faster stays off
+NOTICEABLE = 1.02  # a setting that is not at least this much faster stays off
 MOST_PAIRS = 15
 
 
@@ -86,7 +86,7 @@ def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tupl
 
 
 def least_seconds(work: Callable[[], object], device: torch.device, runs: int = 15) -> float:
-    """The least time of `runs` runs, after two that do not count: whatever else a machine does only adds to it."""
+    """The least time of `runs` runs, after two that do not count."""
     for _ in range(2):
         work()
     return min(_seconds(lambda _: work(), torch.empty(0, device=device)) for _ in range(runs))
@@ -94,7 +94,7 @@ def least_seconds(work: Callable[[], object], device: torch.device, runs: int = 
 
 @torch.inference_mode()
 def _ratio(ways: Sequence[Callable[[Tensor], object]], x: Tensor, seconds: float) -> float:
-    """How many times faster the second way is: the least times of paired runs, as many as fit, after one that compiles."""
+    """The speedup of the second way: the least times of paired runs, as many as fit, after one that compiles."""
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     for way in ways:

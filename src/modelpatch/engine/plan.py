@@ -6,8 +6,8 @@
 
 A *stream* is one activation on its way through the chain; two patches with the same history are one stream. A step runs
 a stretch of modules on one or several streams; where several meet the same module, they are concatenated along the
-batch axis if that pays, and split again after it (SubTuning, section on inference). What is computed is then exactly the
-set of distinct (history, module) pairs, each on the rows that somebody asked for.
+batch axis if that pays, and split again after it (SubTuning, section on inference). What is computed is then the set
+of distinct (history, module) pairs, each on the rows that a task wants.
 
 `make_plan` is a pure function of what the patches are made of: it runs nothing and knows no tensor.
 """
@@ -16,53 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Protocol
 
-Rows = tuple[int, ...]  # of the batch, in order
-
-
-class Link(Protocol):
-    """One module of a patch's path: it stands for the segments `[span[0], span[1])`."""
-
-    @property
-    def span(self) -> tuple[int, int]: ...
-
-    @property
-    def key(self) -> str:
-        """Equal for links that compute the same."""
-        ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def own(self) -> bool:
-        """Whether it is a patch's own variant, not the backbone's segment."""
-        ...
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds an image."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors it reads."""
-        ...
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of its output for an image."""
-        ...
-
+from modelpatch.engine.describe import draw, flops_text, outline
+from modelpatch.engine.steps import HeadStep, Link, PoolStep, Roots, Rows, RunStep, Step, Take, reads, run_flops, writes
+from modelpatch.text import count_of
 
 Pays = Callable[[Link, Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
-class Member:
-    """A task as the plan sees it: the links that cover the chain, and what its head reads.
+class PlannedTask:
+    """A task in a plan: the links that cover the chain, and the reads of its head.
 
     Members of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
     how many pixels that is for one of the backbone's own, by which operations and bytes grow. A head that reads the end of a
@@ -94,58 +58,13 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Take:
-    """Rows of a stream, as places in it; None takes them all."""
-
-    stream: int
-    places: Rows | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Run links one after another on the concatenated `inputs`; every input has its own output stream.
-
-    `sizes` are the rows of the inputs, `scale` their pixels over the backbone's own.
-    """
-
-    links: tuple[Link, ...]
-    inputs: tuple[Take, ...]
-    outputs: tuple[int, ...]
-    sizes: tuple[int, ...]
-    scale: float = 1.0
-    frees: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Pool the output of segment `tap` for heads that read it."""
-
-    tap: int
-    stream: int
-    output: int
-    frees: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The heads of `members`. Each reads its `takes`; several members are linear heads that read one stream."""
-
-    members: tuple[str, ...]
-    takes: tuple[tuple[Take, ...], ...]
-    frees: tuple[int, ...] = ()
-
-
-Step = Run | Pool | Answer
-
-
-@dataclass(frozen=True)
 class Plan:
     """Steps in order. `roots` are the streams of the images, by what they are seen through; `streams` counts all."""
 
     steps: tuple[Step, ...]
-    roots: tuple[tuple[Hashable, int, Rows], ...]
+    roots: Roots
     streams: int
-    members: tuple[Member, ...]
+    members: tuple[PlannedTask, ...]
     rows: tuple[Rows, ...]
 
     @property
@@ -160,7 +79,7 @@ class Plan:
 
     @property
     def separate_flops(self) -> int:
-        """What the members would cost one after another, each alone."""
+        """The operations of the members one after another, each alone."""
         return sum(_operations([member], [rows]) for member, rows in zip(self.members, self.rows, strict=True))
 
     @property
@@ -180,7 +99,7 @@ class Plan:
         held: dict[int, int] = {}
         peak = 0
         for step in self.steps:
-            if isinstance(step, Run):
+            if isinstance(step, RunStep):
                 outputs = zip(step.outputs, step.sizes, strict=True)
                 held |= {stream: round(rows * step.scale) * step.links[-1].output_bytes for stream, rows in outputs}
             peak = max(peak, sum(held.values()))
@@ -189,22 +108,28 @@ class Plan:
         return peak
 
     @property
-    def runs(self) -> Iterator[Run]:
-        return (step for step in self.steps if isinstance(step, Run))
+    def runs(self) -> Iterator[RunStep]:
+        return (step for step in self.steps if isinstance(step, RunStep))
 
     def __str__(self) -> str:
-        from modelpatch.engine.describe import describe
-
-        return describe(self)
+        images = max((len(rows) for rows in self.rows), default=0)
+        title = (
+            f"{count_of(len(self.members), 'task')}, up to {images} images each: {self._saving}; {self.bytes / 1e6:.1f} MB of "
+            "weights and activations"
+        )
+        return "\n".join([title, *outline(self.roots, self.steps)])
 
     def draw(self, path: str) -> None:
         """Draw the plan as a tree of streams into a picture (.png, .svg, .pdf). Needs matplotlib."""
-        from modelpatch.engine.describe import draw
+        draw(self.roots, self.steps, path, self._saving)
 
-        draw(self, path)
+    @property
+    def _saving(self) -> str:
+        separate = flops_text(self.separate_flops)
+        return f"{flops_text(self.flops)} instead of {separate} one after another ({self.shared:.0%} shared)"
 
 
-def _operations(members: Sequence[Member], rows: Sequence[Rows]) -> int:
+def _operations(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> int:
     wanted: dict[tuple[Hashable, ...], tuple[int, float, set[int]]] = {}
     for member, own in zip(members, rows, strict=True):
         for walk in member.walks:
@@ -213,11 +138,6 @@ def _operations(members: Sequence[Member], rows: Sequence[Rows]) -> int:
                 history = (*history, (link.span, link.key))
                 wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(own)
     return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
-
-
-def run_flops(run: Run, place: int) -> int:
-    """Floating point operations of a run on one of its inputs."""
-    return sum(round(2 * link.macs * run.sizes[place] * run.scale) for link in run.links)
 
 
 # making -----------------------------------------------------------------------------------------------------
@@ -240,7 +160,7 @@ class _Stream:
         return self.link.span[1] if self.link else 0
 
     def places(self, rows: set[int]) -> Rows | None:
-        """Where `rows` lie in this stream's own; None for all of them."""
+        """The places of `rows` in this stream's own; None for all of them."""
         if len(rows) == len(self.rows):
             return None
         own = {row: place for place, row in enumerate(sorted(self.rows))}
@@ -248,11 +168,11 @@ class _Stream:
 
 
 def always(link: Link, rows: Sequence[int]) -> bool:
-    """Concatenate wherever streams meet."""
+    """Return True: concatenate all streams that meet."""
     return True
 
 
-def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = always) -> Plan:
+def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays = always) -> Plan:
     """The plan for `members`, each on its `rows` of the batch.
 
     `pays(link, sizes)` says whether streams of these numbers of rows are to be concatenated where they meet `link`.
@@ -261,11 +181,11 @@ def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = alwa
     roots: dict[Hashable, _Stream] = {}
     read: list[list[_Stream]] = []
 
-    def new(parent: _Stream | None, link: Link | None, member: Member) -> _Stream:
+    def new(parent: _Stream | None, link: Link | None, member: PlannedTask) -> _Stream:
         streams.append(_Stream(len(streams), parent, link, member.shape, member.scale))
         return streams[-1]
 
-    def walk(member: Member, links: tuple[Link, ...], wanted: Rows) -> list[_Stream]:
+    def walk(member: PlannedTask, links: tuple[Link, ...], wanted: Rows) -> list[_Stream]:
         """Follow links from the member's root. The streams that its head reads: the tapped ones, else the last."""
         stream = roots.setdefault(member.root, roots.get(member.root) or new(None, None, member))
         stream.rows.update(wanted)
@@ -284,7 +204,7 @@ def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = alwa
     kept = {stream.number for ends in read for stream in ends}
     runs = _fuse(_meet(streams, pays), kept)
     steps = _schedule(runs, list(_answers(members, rows, read, len(streams))))
-    pools = sum(isinstance(step, Pool) for step in steps)
+    pools = sum(isinstance(step, PoolStep) for step in steps)
     return Plan(
         _free(steps),
         tuple((root, stream.number, tuple(sorted(stream.rows))) for root, stream in roots.items()),
@@ -294,7 +214,7 @@ def make_plan(members: Sequence[Member], rows: Sequence[Rows], pays: Pays = alwa
     )
 
 
-def _meet(streams: list[_Stream], pays: Pays) -> list[Run]:
+def _meet(streams: list[_Stream], pays: Pays) -> list[RunStep]:
     """A run for every link that streams go on by, one for several streams where that pays."""
     groups: dict[Hashable, list[_Stream]] = {}
     for stream in streams:
@@ -309,22 +229,22 @@ def _meet(streams: list[_Stream], pays: Pays) -> list[Run]:
     return sorted(runs, key=lambda run: run.links[0].span)
 
 
-def _run(link: Link, streams: list[_Stream]) -> Run:
+def _run(link: Link, streams: list[_Stream]) -> RunStep:
     inputs = []
     for stream in streams:
         assert stream.parent is not None
         inputs.append(Take(stream.parent.number, stream.parent.places(stream.rows)))
     numbers = tuple(stream.number for stream in streams)
-    return Run((link,), tuple(inputs), numbers, tuple(len(stream.rows) for stream in streams), streams[0].scale)
+    return RunStep((link,), tuple(inputs), numbers, tuple(len(stream.rows) for stream in streams), streams[0].scale)
 
 
-def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:
+def _fuse(runs: list[RunStep], tapped: set[int]) -> list[RunStep]:
     """Join a run with the one that reads all of its outputs and nothing else, unless a head reads them too."""
     readers: dict[int, int] = {}
     for run in runs:
         for take in run.inputs:
             readers[take.stream] = readers.get(take.stream, 0) + 1
-    fused: list[Run] = []
+    fused: list[RunStep] = []
     ending: dict[tuple[int, ...], int] = {}  # the output streams of a fused run -> its place
     for run in runs:
         inputs = tuple(take.stream for take in run.inputs)
@@ -332,7 +252,7 @@ def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:
         plain = all(take.places is None and readers[take.stream] == 1 for take in run.inputs)
         if place is not None and plain and not tapped.intersection(inputs):
             before = fused[place]
-            fused[place] = Run((*before.links, *run.links), before.inputs, run.outputs, run.sizes, run.scale)
+            fused[place] = RunStep((*before.links, *run.links), before.inputs, run.outputs, run.sizes, run.scale)
         else:
             place = len(fused)
             fused.append(run)
@@ -341,7 +261,7 @@ def _fuse(runs: list[Run], tapped: set[int]) -> list[Run]:
 
 
 def _answers(
-    members: Sequence[Member], rows: Sequence[Rows], read: list[list[_Stream]], numbers: int
+    members: Sequence[PlannedTask], rows: Sequence[Rows], read: list[list[_Stream]], numbers: int
 ) -> Iterator[Step]:
     """The pools and the heads: linear ones that read the same stream are one."""
     pools: dict[int, int] = {}
@@ -356,33 +276,18 @@ def _answers(
             for stream in streams:
                 if stream.number not in pools:
                     pools[stream.number] = numbers + len(pools)
-                    yield Pool(stream.end - 1, stream.number, pools[stream.number])
+                    yield PoolStep(stream.end - 1, stream.number, pools[stream.number])
         takes = [Take(pools.get(s.number, s.number) if pooled else s.number, s.places(wanted)) for s in streams]
-        yield Answer((member.name,), (tuple(takes),))
+        yield HeadStep((member.name,), (tuple(takes),))
     for stream_number, indices in together.items():
         end = read[indices[0]][0]
-        yield Answer(
+        yield HeadStep(
             tuple(members[index].name for index in indices),
             tuple((Take(stream_number, end.places(set(rows[index]))),) for index in indices),
         )
 
 
-def reads(step: Step) -> tuple[int, ...]:
-    """The streams a step reads."""
-    if isinstance(step, Pool):
-        return (step.stream,)
-    takes = step.inputs if isinstance(step, Run) else chain.from_iterable(step.takes)
-    return tuple(dict.fromkeys(take.stream for take in takes))
-
-
-def writes(step: Step) -> tuple[int, ...]:
-    """The streams a step makes."""
-    if isinstance(step, Run):
-        return step.outputs
-    return (step.output,) if isinstance(step, Pool) else ()
-
-
-def _schedule(runs: list[Run], answers: list[Step]) -> list[Step]:
+def _schedule(runs: list[RunStep], answers: list[Step]) -> list[Step]:
     """Depth first: a step runs as soon as its streams are there, the latest ones first, so that few are alive at once."""
     steps: list[Step] = [*runs, *answers]
     makers = {stream: index for index, step in enumerate(steps) for stream in writes(step)}
@@ -401,12 +306,12 @@ def _schedule(runs: list[Run], answers: list[Step]) -> list[Step]:
             waiting[follower].discard(index)
             if not waiting[follower]:
                 released.append(follower)
-        ready += sorted(released, key=lambda i: isinstance(steps[i], Run), reverse=True)
+        ready += sorted(released, key=lambda i: isinstance(steps[i], RunStep), reverse=True)
     return order
 
 
 def _free(steps: list[Step]) -> tuple[Step, ...]:
-    """Every step with the streams that nobody reads after it."""
+    """Every step with the streams that no step reads after it."""
     last = {stream: index for index, step in enumerate(steps) for stream in reads(step)}
     frees: dict[int, list[int]] = {}
     for stream, index in last.items():

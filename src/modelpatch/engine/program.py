@@ -1,4 +1,4 @@
-"""A plan with its modules: what a call of the engine runs."""
+"""A plan with its modules, which a call of the engine runs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
-from modelpatch.engine.plan import Answer, Link, Plan, Pool, Run, Step, Take
-from modelpatch.heads.reading import pool, read_taps, reads_maps
+from modelpatch.engine.plan import Plan
+from modelpatch.engine.steps import HeadStep, Link, PoolStep, RunStep, Step, Take
+from modelpatch.heads.base import pool, read_taps, reads_maps
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a step took, in seconds."""
+    """A step and the seconds it took."""
 
     step: Step
     seconds: float
 
 
 class Program:
-    """Runs a plan. `modules` says what runs a link now, `heads` are the members' heads and `join` makes several of them one,
+    """Runs a plan. `modules` gives the module of a link, `heads` are the members' heads and `join` makes several of them one,
     `axes` say how segments are pooled, `serials` which tasks it belongs to."""
 
     def __init__(
@@ -43,7 +44,7 @@ class Program:
         self._joined = {
             step.members: join(tuple(heads[name] for name in step.members))
             for step in plan.steps
-            if isinstance(step, Answer)
+            if isinstance(step, HeadStep)
             and len(step.members) > 1
             and all(takes[0].places is None for takes in step.takes)
         }
@@ -58,9 +59,9 @@ class Program:
         answers: dict[str, Tensor] = {}
         for step in self.plan.steps:
             start = time.perf_counter()
-            if isinstance(step, Run):
+            if isinstance(step, RunStep):
                 self._run(step, streams)
-            elif isinstance(step, Pool):
+            elif isinstance(step, PoolStep):
                 streams[step.output] = pool(_read(streams, step.stream).float(), self._axes[step.tap])
             else:
                 answers |= self._answer(step, streams)
@@ -70,7 +71,7 @@ class Program:
                 timings.append(Timing(step, _now(images) - start))
         return answers
 
-    def _run(self, step: Run, streams: list[Tensor | None]) -> None:
+    def _run(self, step: RunStep, streams: list[Tensor | None]) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
         sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
@@ -80,7 +81,7 @@ class Program:
         for stream, out in zip(step.outputs, outputs, strict=True):
             streams[stream] = out
 
-    def _answer(self, step: Answer, streams: list[Tensor | None]) -> dict[str, Tensor]:
+    def _answer(self, step: HeadStep, streams: list[Tensor | None]) -> dict[str, Tensor]:
         if step.members in self._joined:
             features = _read(streams, step.takes[0][0].stream).float().flatten(1)
             return dict(zip(step.members, self._joined[step.members](features), strict=True))

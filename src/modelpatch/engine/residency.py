@@ -1,10 +1,9 @@
-"""Which variants are modules of their own, under a byte budget.
+"""The variants that have modules of their own, under a byte budget.
 
-A variant always works: its patch lends its numbers to a shared module. One that is used often is faster as a module of
-its own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes
-longer than many calls. So a variant lends at first; from its `OFTEN`th use on its module is made in the background, if the
-budget has room. Room is given to the least recently used last, and only to a variant that was used more recently than
-the one it would displace, so that many variants taking turns do not throw one another out.
+A variant works without one: its tensors are bound to a template. A variant that is used often is faster as a module of its
+own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes longer than
+many calls. So a module is made in the background from a variant's `OFTEN`th use on, if the budget has room. It may take the
+place of modules that were used less recently, so that many variants used alternately do not evict one another.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ OFTEN = 3
 
 @dataclass
 class _Variant:
-    """What is known of one variant: how many tasks have it and pin it, when and how often it was used, and its module."""
+    """The state of one variant: the tasks that have it and pin it, its last use and number of uses, and its module."""
 
     users: int = 0
     pins: int = 0
@@ -41,7 +40,7 @@ class _Variant:
 
 
 class Residency:
-    """Modules of variants by their keys. `budget` is in bytes; what is being made counts. Thread-safe."""
+    """Modules of variants by their keys. `budget` is in bytes; modules in the making count. Thread-safe."""
 
     def __init__(self, budget: int, tuning: Tuning) -> None:
         self.budget, self.tuning = budget, tuning
@@ -59,13 +58,13 @@ class Residency:
             return sum(variant.nbytes for variant in self._held.values())
 
     def retain(self, parts: Iterable[BoundPart]) -> None:
-        """One more task has these variants."""
+        """Count one more task for these variants."""
         with self._lock:
             for part in parts:
                 self._known.setdefault(part.key, _Variant()).users += 1
 
     def release(self, parts: Iterable[BoundPart]) -> None:
-        """One task fewer has these variants; those that none has are forgotten."""
+        """Count one task fewer for these variants; those without a task are forgotten."""
         with self._lock:
             for part in parts:
                 variant = self._known[part.key]
@@ -75,11 +74,11 @@ class Residency:
                     self._held.pop(part.key, None)
 
     def module(self, part: BoundPart) -> Module:
-        """What runs the variant now: its own module where there is one, else the part that lends."""
+        """The module that runs the variant now: its own if there is one, else the part over its template."""
         with self._lock:
             variant = self._known.get(part.key)
             if variant is None:  # a call that began before its task was removed
-                return self._lender(part)
+                return self._bound(part)
             self._clock += 1
             before, variant.used = variant.used, self._clock
             variant.uses += 1
@@ -89,7 +88,7 @@ class Residency:
                 return variant.module
             if variant.uses >= OFTEN:
                 self._begin(part, variant, before)
-        return self._lender(part)
+        return self._bound(part)
 
     def make(self, parts: Iterable[BoundPart]) -> None:
         """Make the variants' modules and wait for them, as far as tasks still have them and the budget has room."""
@@ -136,7 +135,7 @@ class Residency:
         for future in waiting:
             future.result()
 
-    def _lender(self, part: BoundPart) -> Module:
+    def _bound(self, part: BoundPart) -> Module:
         return casting(part, self.tuning, torch.float32)
 
     def _begin(self, part: BoundPart, variant: _Variant, before: int) -> None:
@@ -147,9 +146,9 @@ class Residency:
             variant.making = self._maker.submit(self._make, part, variant)
 
     def _make_room(self, part: BoundPart, variant: _Variant, before: int) -> bool:
-        """Reserve the variant's bytes, evicting what was last used before the moment `before`; False if that is too little.
+        """Reserve the variant's bytes, evicting modules last used before the moment `before`; False if that is too little.
 
-        What is being made is evicted as well: it finds its reservation gone when it is ready.
+        Modules in the making are evicted as well: they find their reservation gone when they are ready.
         """
         needed = cost(part, self.tuning)
         if needed > self.budget:

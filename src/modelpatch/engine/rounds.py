@@ -1,10 +1,10 @@
 """Cascades in an engine: rounds in which each stage sees the rows that no stage before it was sure of.
 
-    round 0     every task, and the first stage of every cascade, in one plan; what later stages go on from is kept
+    round 0     every task, and the first stage of every cascade, in one plan; activations for later stages are kept
     round n     the stages n of all cascades in one plan, each on the rows that are left
 
-A stage goes on from the longest prefix it shares with a stage before it, where both see images alike: what the two compute
-alike is computed once. Rows leave as soon as a stage is sure of them.
+A stage starts from the longest prefix that it shares with a stage before it, if both have the same preprocessing, so that it
+is computed once. Rows leave as soon as a stage is sure of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.links import SegmentLink
-from modelpatch.engine.plan import Rows
-from modelpatch.engine.task import EngineTask, Stage, bind_one, cost, count_alike, fresh
+from modelpatch.engine.steps import Rows
+from modelpatch.engine.task import CascadeStage, EngineTask, bind_one, cost, count_alike, fresh
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError
 
@@ -55,7 +55,7 @@ def bind_cascade(templates: Templates, segments: Sequence[SegmentLink], name: st
             for later, (source, links) in enumerate(shared)
             if source == number
         }
-        stages.append(Stage(turn, shared[number][0], keeps, confidence))
+        stages.append(CascadeStage(turn, shared[number][0], keeps, confidence))
     options = tuple(fresh(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
     last = bound[-1]
     return EngineTask(
@@ -68,9 +68,9 @@ def _kept(name: str, stage: int) -> str:
 
 
 def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, int]:
-    """Which of the tasks that ran earlier leaves most of this one's work done, and how many of its links; (None, 0) for none.
+    """The number of the earlier task that shares most links with this one, and how many; (None, 0) for none.
 
-    A siamese head, which reads the base's features as well, starts anew; so does what pools segments before the fork. At
+    A task whose head reads the base's features as well starts anew; so does one whose head pools segments before the fork. At
     least one link is left to run.
     """
     best: tuple[int | None, int] = (None, 0)
@@ -99,7 +99,7 @@ def stage_costs(tasks: Sequence[EngineTask]) -> list[float]:
 
 
 class _Walk:
-    """One cascade on its way through its stages. `left` are places in `rows` that wait for an answer."""
+    """The state of one cascade between rounds. `left` are places in `rows` without an answer yet."""
 
     def __init__(self, task: EngineTask, rows: Rows) -> None:
         self.task, self.rows = task, torch.tensor(rows, dtype=torch.long)
@@ -109,7 +109,7 @@ class _Walk:
         self.kept: dict[int, Tensor] = {}
 
     def take(self, number: int, found: Mapping[str, Tensor]) -> None:
-        """Stage `number` has answered: keep what it is sure of, and what later stages go on from."""
+        """Keep the answers of stage `number` that it is sure of, and the activations that later stages need."""
         stage, logits = self.task.stages[number], found[self.task.name]
         sure = stage.confidence.sure(logits)
         if self.logits is None:
@@ -122,7 +122,7 @@ class _Walk:
         self.kept = {later: kept[~sure] for later, kept in self.kept.items() if later > number}
 
     def images(self, number: int, batches: Mapping[Hashable, Tensor]) -> Tensor:
-        """What stage `number` runs on: the rows that are left of the images, or of what was kept for it."""
+        """The input of stage `number`: the rows that are left of the images, or of the activations kept for it."""
         stage = self.task.stages[number]
         if stage.source is not None:
             return self.kept.pop(number)
@@ -160,7 +160,7 @@ def run_rounds(
     return {task.name: routed[task.name] for task in tasks}
 
 
-def _running(stage: Stage) -> list[EngineTask]:
+def _running(stage: CascadeStage) -> list[EngineTask]:
     return [stage.task, *stage.keeps.values()]
 
 

@@ -1,7 +1,7 @@
-"""What an engine knows by a name: the backbone, a patch, several patches of one task, or a cascade of them.
+"""The tasks of an engine: the backbone, a patch, several patches of one task, or a cascade of them.
 
-`EngineTask.bind` makes one of what users give. Several patches are `options`, the cheapest first; of a cascade they are run
-in rounds, see `rounds.py`.
+`bind_one` and `bind_options` make one of patches. Several patches are `options`, the cheapest first; of a cascade they run in
+rounds, see `rounds.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import nn
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
 from modelpatch.engine.links import PartLink, SegmentLink
-from modelpatch.engine.plan import Link, Member
+from modelpatch.engine.plan import PlannedTask
 from modelpatch.engine.resident import BoundPart, BoundPatch
+from modelpatch.engine.steps import Link
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
@@ -34,7 +35,7 @@ _SERIAL = count()
 
 @dataclass(frozen=True, eq=False)
 class EngineTask:
-    """A task with everything that runs it. `serial` is never used twice.
+    """A task with all that runs it. `serial` is never used twice.
 
     `path` are the links that cover the chain, or what is left of it after the activations that `root` stands for; without a
     `root` it begins at the images as `preprocessing` sees them.
@@ -51,12 +52,12 @@ class EngineTask:
     bound: BoundPatch | None = None
     root: Hashable = None
     options: tuple[EngineTask, ...] = ()
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[CascadeStage, ...] = ()
     serial: int = field(default_factory=lambda: next(_SERIAL))
 
     @property
     def parts(self) -> tuple[BoundPart, ...]:
-        """The variants of the task's own."""
+        """The variants of the task's patches."""
         own = () if self.bound is None else self.bound.parts
         return (*own, *(part for option in self.options for part in option.parts))
 
@@ -68,13 +69,13 @@ class EngineTask:
 
     @property
     def serials(self) -> frozenset[int]:
-        """Its own, and those of everything that runs for it."""
+        """Its own serial, and those of all tasks that run for it."""
         parts = [part for stage in self.stages for part in (stage.task, *stage.keeps.values())]
         return frozenset(one.serial for one in (self, *self.options, *parts))
 
     @property
     def kinds(self) -> tuple[Preprocessing, ...]:
-        """How a call sees its images: in one way, or for a cascade in that of every stage."""
+        """The preprocessings of its images: one, or for a cascade that of every stage."""
         return (
             tuple(dict.fromkeys(option.preprocessing for option in self.options))
             if self.stages
@@ -83,23 +84,25 @@ class EngineTask:
 
     @property
     def whole(self) -> tuple[EngineTask, ...]:
-        """What runs for an image that no stage but the last is sure of, each under a name of its own."""
+        """The tasks that run for an image that only the last stage is sure of, each under a name of its own."""
         return self.options if self.stages else (self,)
 
-    def member(self, shape: tuple[int, int] | None, own: int) -> Member:
-        """As the plan sees it: one batch of `shape` (height, width), or None for images as the task sees them; the
+    def member(self, shape: tuple[int, int] | None, own: int) -> PlannedTask:
+        """The task for a plan: one batch of `shape` (height, width), or None for images as the task sees them; the
         backbone's own are `own` x `own`."""
         linear = type(self.head) in (nn.Linear, LinearHead)
         root = self.root if self.root is not None else None if shape else self.preprocessing
         height, width = shape or (self.preprocessing.image_size,) * 2
         scale = height * width / own**2
         pooled = not reads_maps(self.head)
-        return Member(self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside, pooled)
+        return PlannedTask(
+            self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside, pooled
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A patch's turn in a cascade: what runs, on images or on the activations that stage `source` kept for it.
+class CascadeStage:
+    """A patch in a cascade: the task that runs, on images or on the activations that stage `source` kept for it.
 
     `keeps` are the prefixes whose outputs later stages go on from, by those stages' numbers.
     """
@@ -152,7 +155,7 @@ def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, p
 def bind_options(
     templates: Templates, segments: Sequence[SegmentLink], name: str, patches: Sequence[AnyPatch]
 ) -> EngineTask:
-    """Several patches of one task, the cheapest first; without being told which, the last answers. Raises `EngineError`."""
+    """Several patches of one task, the cheapest first; without a choice the last answers. Raises `EngineError`."""
     if not patches:
         raise EngineError(f"{name!r} has no patches; expected one or more.")
     options = [bind_one(templates, segments, name, patch) for patch in patches]
@@ -181,14 +184,14 @@ def cost(task: EngineTask, done: int = 0) -> float:
 
 
 def count_alike(first: Sequence[Link], second: Sequence[Link]) -> int:
-    """How many links at their beginning compute the same."""
+    """The number of links at their beginning that compute the same."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: (pair[0].span, pair[0].key) == (pair[1].span, pair[1].key), pairs))
 
 
 @dataclass(frozen=True)
 class Wish:
-    """Which of several patches of a task is to answer: that of `resolution` pixels, or the most costly that takes at most
+    """The choice among several patches of a task: that of `resolution` pixels, or the most costly that takes at most
     `latency` seconds for one image. Raises `EngineError` for both at once, or what is no such number."""
 
     resolution: int | None = None
@@ -204,7 +207,7 @@ class Wish:
                 raise EngineError(f"{name}={value!r}; expected a number of {unit} above 0.")
 
     def pick(self, tasks: Sequence[EngineTask], measured: Callable[[EngineTask], float]) -> list[EngineTask]:
-        """What is to run for each task. Raises `EngineError` where no task has a choice, or none of its patches will do."""
+        """The task to run for each. Raises `EngineError` if no task has a choice, or none of its patches fits."""
         if self != ANY and not any(task.options and not task.stages for task in tasks):
             raise EngineError(
                 "resolution and latency choose among several patches of a task, and none of the tasks has several. Add them "
@@ -234,7 +237,7 @@ ANY = Wish()
 
 
 def read_cascade(given: object) -> Cascade | None:
-    """The cascade that is given, or named by its file; None for what is none."""
+    """The cascade that is given, or named by its file; None for anything else."""
     if isinstance(given, Cascade):
         return given
     return Cascade.load(given) if isinstance(given, str | Path) and is_cascade(given) else None

@@ -183,14 +183,14 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FlatLayout:
     """The places of a patch's tensors in a flat tensor, part after part, the head last."""
 
     entries: Mapping[int, tuple[Entry, ...]]
     size: int
 
     @classmethod
-    def of(cls, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> Layout:
+    def of(cls, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> FlatLayout:
         entries, offset = {}, 0
         for part in (*range(parts), HEAD):
             held = []
@@ -232,7 +232,7 @@ class Structure:
         self.templates = tuple(self._template(backbone, patch, model, number) for number in range(len(model.spans)))
         self.taps: Mapping[int, tuple[int, ...]] = model.taps
         self.reads_base = model.reads_base
-        self._layouts: dict[tuple[HeadRecord, frozenset[str]], Layout] = {}
+        self._layouts: dict[tuple[HeadRecord, frozenset[str]], FlatLayout] = {}
 
     def _template(self, backbone: Backbone, patch: Patch, model: PatchedModel, number: int) -> Template:
         start, end = model.spans[number]
@@ -251,12 +251,12 @@ class Structure:
         """The number of the part that a tensor of a patch file belongs to, `HEAD` for the head."""
         return self._owners.get(name, HEAD)
 
-    def layout(self, head: HeadRecord, left_out: Collection[str]) -> Layout:
+    def layout(self, head: HeadRecord, left_out: Collection[str]) -> FlatLayout:
         """The layout of a patch's tensors without those `left_out`: one for all patches with such a head."""
         key = head, frozenset(left_out)
         if key not in self._layouts:
             shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in left_out}
-            self._layouts[key] = Layout.of(shapes, self.owner, len(self.templates))
+            self._layouts[key] = FlatLayout.of(shapes, self.owner, len(self.templates))
         return self._layouts[key]
 
 

@@ -1,9 +1,9 @@
-"""How many cores a thread computes with.
+"""The number of cores that a thread computes with.
 
-Every thread that computes keeps helpers of its own. As soon as a process has more computing threads and helpers than cores,
-OpenMP lets all of them sleep between any two layers, and they wake up late, which can take longer than the layers. So one
-thread of a process computes with all cores, and what else computes has one. PyTorch's own number does not see to that: a
-thread whose first work is a convolution starts with as many as there are cores.
+Every thread that computes has OpenMP workers of its own. As soon as a process has more computing threads and workers than
+cores, all of them sleep between any two layers, and wake up late, which can take longer than the layers. So one thread of a
+process computes with all cores, and any other with one. PyTorch's setting alone is not enough: a thread whose first work is a
+convolution starts with as many workers as there are cores.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _CHANGING = threading.Lock()
 
 
 def compute_with(threads: int) -> None:
-    """Let the calling thread compute with so many, and all others go on as they are.
+    """Set the number of cores of the calling thread alone.
 
-    PyTorch sets the number of the calling thread together with the one that new threads start with; the second is put back.
+    PyTorch sets it together with the number that new threads start with; the second is put back.
     """
     with _CHANGING:
         others = torch.get_num_threads()
@@ -30,5 +30,5 @@ def compute_with(threads: int) -> None:
 
 
 def computing_pool(threads: int, name: str, workers: int = 1) -> ThreadPoolExecutor:
-    """Worker threads that each compute with so many."""
+    """A pool of `workers` threads that each compute with `threads` cores."""
     return ThreadPoolExecutor(workers, name, initializer=compute_with, initargs=(threads,))

@@ -1,4 +1,4 @@
-"""The HTTP routes over a service: what comes in is read within limits, what goes out is JSON, problems are problem+json."""
+"""The HTTP routes over a service: requests are read within limits, answers are JSON, errors are problem+json."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ admin = APIRouter(dependencies=[Depends(check_token), Depends(TOKEN)], tags=["ad
     tags=["answers"],
 )
 async def predict(request: Request) -> Response:
-    """What patches say of images. As one image's file with `tasks` and `top` in the address, as a multipart form with several
-    files, or as JSON with the images in base64."""
+    """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
+    files, or JSON with the images in base64."""
     service = service_of(request)
     async with service.turn():
         asked, images = await read_question(request, service.settings)
@@ -118,7 +118,7 @@ async def plan(
     ] = None,
     images: Annotated[int, Query(ge=1, le=1024)] = 1,
 ) -> Response:
-    """What tasks share in one pass: the tree of streams, and the share of the work that is saved."""
+    """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
     service = service_of(request)
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     async with service.turn():

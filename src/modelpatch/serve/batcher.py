@@ -4,8 +4,8 @@
     request 2: image, {signs}           ├─ queue ─ [as many as are there, at most `batch`] ─ engine.answer ─ each its own
     request 3: image, {flowers, birds} ─┘
 
-Nothing waits for company: a free engine takes what is there, and while it computes the next batch gathers by itself. Rows
-are ordered by what they ask for, so that batches of one composition share one compiled plan.
+No image waits for others: a free engine takes all that are there, and the next batch gathers while it computes. Images are
+ordered by their tasks, so that batches of one composition share one plan.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Said = Any  # what the task's kind reduces an answer to
 
 
 @dataclass(eq=False)
-class Row:
+class QueuedImage:
     """One image: its crops by preprocessing, the engine's tasks it asks for, and how many answers of each."""
 
     crops: Mapping[Preprocessing, Tensor]
@@ -50,7 +50,7 @@ class Batcher:
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, threads: int | None = None) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
-        self._waiting: list[Row] = []
+        self._waiting: list[QueuedImage] = []
         self._arrived = asyncio.Event()
         self._thread = computing_pool(threads or torch.get_num_threads(), "modelpatch-engine")
         self._shares: dict[tuple[tuple[tuple[str, ...], int], ...], float] = {}
@@ -60,8 +60,8 @@ class Batcher:
         """Run the backbone once."""
         await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.engine, image, only=[BASE]))
 
-    async def answer(self, rows: Sequence[Row]) -> list[dict[str, Said]]:
-        """What every row's tasks say. Raises `Problem`, 429 where the queue is full."""
+    async def answer(self, rows: Sequence[QueuedImage]) -> list[dict[str, Said]]:
+        """The answers of every image by task. Raises `Problem`, 429 if the queue is full."""
         if len(self._waiting) + len(rows) > self.settings.queue:
             raise Problem(
                 "too-busy",
@@ -75,7 +75,7 @@ class Batcher:
         return await asyncio.gather(*(row.answer for row in rows))
 
     async def stop(self) -> None:
-        """End the thread; whatever still waits is told."""
+        """End the thread; images that still wait get a problem."""
         self._work.cancel()
         for row in self._waiting:
             if not row.answer.done():
@@ -104,7 +104,7 @@ class Batcher:
                 else:
                     row.answer.set_result(result)
 
-    def _answers(self, batch: list[Row]) -> list[dict[str, Said] | Problem]:
+    def _answers(self, batch: list[QueuedImage]) -> list[dict[str, Said] | Problem]:
         """In the engine's thread. A batch that fails is tried image by image, so that no row spoils another's."""
         try:
             return list(self._compute(batch))
@@ -116,7 +116,7 @@ class Batcher:
         return [self._answers([row])[0] for row in batch]
 
     @torch.inference_mode()
-    def _compute(self, batch: list[Row]) -> list[dict[str, Said]]:
+    def _compute(self, batch: list[QueuedImage]) -> list[dict[str, Said]]:
         order = sorted(range(len(batch)), key=lambda place: batch[place].tasks)
         rows = [batch[place] for place in order]
         wanted: dict[str, list[int]] = {}
@@ -129,7 +129,7 @@ class Batcher:
         for task, places in wanted.items():
             own = logits[task].float()
             if not own.isfinite().all():
-                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", patch=task)
+                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", about=task)
             reduced = kind_of(self.engine.kind(task)).reduce(own, max(rows[place].top for place in places))
             for place, one in zip(places, reduced, strict=True):
                 found[place][task] = one
@@ -138,7 +138,7 @@ class Batcher:
             answers[place] = found_here
         return answers
 
-    def _measure(self, rows: Sequence[Row], wanted: Mapping[str, Sequence[int]]) -> None:
+    def _measure(self, rows: Sequence[QueuedImage], wanted: Mapping[str, Sequence[int]]) -> None:
         """The share of work that is saved, computed once a composition."""
         key = tuple(sorted(Counter(row.tasks for row in rows).items()))
         if key not in self._shares:
@@ -149,8 +149,8 @@ class Batcher:
         self.metrics.shared.observe(self._shares[key])
 
 
-def _stack(rows: Sequence[Row]) -> dict[Preprocessing, Tensor]:
-    """Normalised batches (B, 3, S, S) by preprocessing; rows that no task sees that way are zeros, and nobody reads them."""
+def _stack(rows: Sequence[QueuedImage]) -> dict[Preprocessing, Tensor]:
+    """Normalised batches (B, 3, S, S) by preprocessing; images that no task sees that way are zeros, which are not read."""
     kinds = dict.fromkeys(kind for row in rows for kind in row.crops)
     return {
         kind: kind.normalize(

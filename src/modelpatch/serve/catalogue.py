@@ -1,11 +1,13 @@
-"""What a store says, remembered for a moment: requests come by the thousand, and a store may be far away."""
+"""References to versions as the store has them, remembered for a moment: requests come by the thousand, a store may be far."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from modelpatch.engine.threads import computing_pool
@@ -13,22 +15,61 @@ from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.store.store import Store
 from modelpatch.store.version import LATEST, Version
 
+LOG = logging.getLogger("modelpatch.serve")
 T = TypeVar("T")
 MOST = 4096  # references that are remembered
 THREADS = 4
 
 
-class Catalogue:
-    """References to versions as the store has them, at most `refresh` seconds old. For one event loop.
+@dataclass(frozen=True)
+class Target:
+    """A task that a request names, resolved once; everything from the cache to the answer is handed this.
 
-    Threads of its own read the store, so that slow loads keep nobody from asking; those who ask the same at once wait for one
-    answer. Its own changes are seen at once, other writers' within `refresh`.
+    `name` is the request's, `key` the engine's and `identity` the hash that answers report; `version` is the store's, None
+    for tasks of the server's own: the backbone and cascades.
     """
 
-    def __init__(self, store: Store, refresh: float) -> None:
-        self.store, self.refresh = store, refresh
+    name: str
+    key: str
+    identity: str
+    version: Version | None = None
+
+    @property
+    def label(self) -> str:
+        """The name that problems show: `flowers@9f2c01ab34cd`."""
+        return self.name if self.version is None else str(self.version)
+
+
+class Catalogue:
+    """The tasks that requests may name: the server's `own` and the store's, at most `refresh` seconds old.
+
+    For one event loop. Threads of its own read the store, so that slow loads keep nobody from asking; those who ask the same
+    at once wait for one answer. Its own changes are seen at once, other writers' within `refresh`.
+    """
+
+    def __init__(self, store: Store, refresh: float, own: Mapping[str, Target]) -> None:
+        self.store, self.refresh, self.own = store, refresh, own
         self._known: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
         self._threads = computing_pool(1, "modelpatch-store", THREADS)
+
+    async def find(self, names: Sequence[str]) -> tuple[list[Target], dict[str, Problem]]:
+        """The targets of names, each once, and by name the problem of those that have none. Raises `Problem` if none has."""
+        refused: dict[str, Problem] = {}
+
+        async def one(name: str) -> Target | None:
+            if name in self.own:
+                return self.own[name]
+            try:
+                version = await self.resolve(name)
+            except Problem as problem:
+                refused[name] = problem
+                return None
+            return Target(name, version.hash, version.hash, version)
+
+        found = [target for target in await asyncio.gather(*map(one, dict.fromkeys(names))) if target is not None]
+        if not found and refused:
+            raise next(refused[name] for name in names if name in refused)
+        return found, refused
 
     async def resolve(self, reference: str) -> Version:
         """The version a reference names now. Raises `Problem`, 404 where there is none."""
@@ -46,29 +87,35 @@ class Catalogue:
 
         return await self._ask("", find)
 
+    async def latest(self) -> Sequence[Version]:
+        """The patches that a request without names is answered by: those with a version tagged latest."""
+        return [version for version in await self.list() if LATEST in version.tags]
+
     async def versions(self, name: str) -> Sequence[Version]:
         """All versions of one name. Raises `Problem`, 404 where there are none."""
         return await self._ask(f"{name}@*", lambda: self.store.versions(name), patch=name)
 
     def read(self, version: Version) -> bytes:
-        """The bytes of a version, from any thread. Raises `FileNotFoundError` if it is gone, else `Problem`."""
+        """The bytes of a version, from any thread. Raises `Problem`, 404 if it is gone."""
         try:
             return self.store.read(version)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            advice = "GET /v1/patches lists those there are."
+            raise Problem("unknown-patch", f"{version} is gone from the store.", advice) from error
         except Exception as error:
-            raise self._problem(error) from error
+            raise _told(error) from error
 
     async def change(self, work: Callable[[], T], **facts: Any) -> T:
         """Write to the store, and forget what was remembered. Raises `Problem`."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except Exception as error:
-            raise self._problem(error, **facts) from error
+            raise _told(error, **facts) from error
         finally:
             self._known.clear()
 
     def close(self) -> None:
+        """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _ask(self, key: str, work: Callable[[], T], **facts: Any) -> T:
@@ -83,10 +130,13 @@ class Catalogue:
         try:
             return await asyncio.shield(answer)
         except Exception as error:
-            raise self._problem(error, **facts) from error
+            raise _told(error, **facts) from error
 
-    def _problem(self, error: Exception, **facts: Any) -> Problem:
-        """The error as a problem that does not tell strangers where the store is."""
-        problem = problem_of(error, **facts)
-        problem.detail = problem.detail.replace(self.store.url, "the store")
-        return problem
+
+def _told(error: Exception, **facts: Any) -> Problem:
+    """The error as a problem. The place of a store that fails is for the server's log, not for whoever asks."""
+    problem = problem_of(error, **facts)
+    if problem.kind == "store-unreachable":
+        LOG.warning("%s", error)
+        problem.detail = "The store cannot be read or written."
+    return problem

@@ -1,4 +1,4 @@
-"""A client for the server: the same words, Python values.
+"""A client for the server.
 
 client = Client("http://127.0.0.1:8000")
 client.predict(["photo.jpg"], tasks=["flowers", "birds"])      [{"flowers": [("rose", 0.93), ...], "birds": [...]}]
@@ -36,7 +36,7 @@ class Client:
     """A server at `url`. `token` is for admin verbs. Questions are asked again up to `retries` times where the server is busy
     or the connection breaks; admin verbs are not. Safe to share between threads.
 
-    Methods raise `Problem` with what the server said, `ServeError` where it cannot be reached.
+    Methods raise `Problem` with the server's message, `ServeError` if it cannot be reached.
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
@@ -85,7 +85,7 @@ class Client:
         per_image: Sequence[str] | None = None,
         top: int = 3,
     ) -> dict[str, Any]:
-        """`predict` with all that the server says: versions, indices, patches that were left out."""
+        """The whole answer behind `predict`: versions, indices, patches that were left out."""
         if isinstance(images, str | Path | bytes | Image.Image) or isinstance(tasks, str) or isinstance(per_image, str):
             raise ServeError("images, tasks and per_image are lists: predict(['photo.jpg'], tasks=['flowers']).")
         if not images:
@@ -119,7 +119,7 @@ class Client:
         return list(self._send("GET", f"/v1/patches/{_name(name)}", again=True)["versions"])
 
     def plan(self, tasks: Sequence[str] | None = None, images: int = 1) -> dict[str, Any]:
-        """What tasks share in one pass."""
+        """The work that tasks share in one pass, see `GET /v1/plan`."""
         chosen = {} if tasks is None else {"tasks": ",".join(tasks)}
         return self._send("GET", "/v1/plan", again=True, params={"images": images, **chosen})
 
@@ -137,7 +137,7 @@ class Client:
         self._send("DELETE", f"/v1/patches/{_name(reference)}")
 
     def ready(self) -> bool:
-        """Whether the server answers and is ready."""
+        """Return True if the server answers and is ready."""
         try:
             return bool(self._http.request("GET", f"{self.url}/readyz").status == 200)
         except self._broken:

@@ -1,4 +1,4 @@
-"""Images from strangers: formats on a list, pixels counted before they are decoded, anything else a clear refusal."""
+"""Images of requests: formats on a list, pixels counted before they are decoded, a clear error for anything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
     """An encoded image as every preprocessing sees it.
 
     Only the first frame of an animation is read. Raises `Problem`: 413 for more than `pixels`, in the file or as resized,
-    422 for what is no image of a known format.
+    422 for anything but an image of a known format.
     """
     wanted = list(dict.fromkeys(kinds))
     if not data:

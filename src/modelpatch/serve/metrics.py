@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Counters of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where the workers of one server add up th
 
 
 def forget(process: int) -> None:
-    """A worker has ended: what it had resident is no more. What it counted stays."""
+    """Remove the gauges of a worker that ended; its counters stay."""
     if FOLDER in os.environ:
         mark_process_dead(process)
 

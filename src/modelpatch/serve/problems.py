@@ -50,16 +50,29 @@ TITLES = {
 
 
 class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
-    """What a server answers instead of a result; the client raises the same. `kind` is a key of `TITLES`.
+    """The answer of a server instead of a result; the client raises the same. `kind` is a key of `TITLES`.
 
     `detail` says what was given and expected, `advice` what to do; `facts` are further members, such as the patch's name.
+    `about` is the engine's key of the task that is at fault; a server's own, not sent.
     """
 
     def __init__(
-        self, kind: str, detail: str, advice: str = "", *, retry_after: float | None = None, **facts: Any
+        self,
+        kind: str,
+        detail: str,
+        advice: str = "",
+        *,
+        retry_after: float | None = None,
+        about: str | None = None,
+        **facts: Any,
     ) -> None:
         super().__init__(detail, advice)
-        self.kind, self.retry_after, self.facts = kind, retry_after, facts
+        self.kind, self.retry_after, self.about, self.facts = kind, retry_after, about, facts
+
+    def named(self, patch: str) -> Problem:
+        """The problem with the name of the patch that it is about."""
+        facts = {**self.facts, "patch": patch}
+        return Problem(self.kind, self.detail, self.advice, retry_after=self.retry_after, about=self.about, **facts)
 
     @property
     def status(self) -> int:
@@ -67,7 +80,7 @@ class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
 
     @property
     def headers(self) -> dict[str, str]:
-        """What HTTP says in headers of its own."""
+        """Headers that HTTP has for this kind of problem."""
         named = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after is not None else {}
         return {**named, "WWW-Authenticate": 'Bearer realm="modelpatch"'} if self.kind == "no-token" else named
 
@@ -91,8 +104,14 @@ class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
         )
 
 
-def problem_of(error: BaseException, **facts: Any) -> Problem:
-    """Any error as a problem; one that nobody foresaw is `failed` and does not show its words."""
+def problem_of(error: BaseException, *, about: str | None = None, **facts: Any) -> Problem:
+    """Any error as a problem, `about` a task; one that was not foreseen is `failed` and does not show its text."""
+    problem = _translate(error, facts)
+    problem.about = problem.about or about
+    return problem
+
+
+def _translate(error: BaseException, facts: Mapping[str, Any]) -> Problem:
     if isinstance(error, Problem):
         return error
     said = str(error)

@@ -1,8 +1,8 @@
 """HTTP as uvicorn reads it, within bounds: a head that has no end, in bytes or in seconds, costs nothing.
 
 The parser keeps an unfinished line whole and copies it with every piece that arrives, so a line without end would stop the
-event loop; and it waits for the first byte for ever. So bytes are counted that finish nothing (an endless line, chunk
-extension or trailer), and those of all lines of a head; and whoever does not finish a head in time is hung up on.
+event loop; and it waits for the first byte for ever. So bytes that finish nothing are counted (an endless line, chunk
+extension or trailer), and those of all lines of a head; and connections whose head is not complete in time are closed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._wait()
 
     def send_400_response(self, msg: str) -> None:
-        """What cannot be parsed, or is too large, as a problem; the connection ends."""
+        """Answer a request that cannot be parsed, or is too large, with a problem, and close the connection."""
         if max(self._lines, self._unfinished) > HEAD_BYTES:
             self._refuse(
                 Problem(

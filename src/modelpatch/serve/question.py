@@ -1,4 +1,4 @@
-"""What a request asks: one image's file with words in the address, a multipart form of several, or JSON with base64."""
+"""Requests for answers: one image's file with options in the address, a multipart form of several, or JSON with base64."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ QUESTION: dict[str, Any] = {
 
 
 async def read_question(request: Request, settings: Settings) -> tuple[PredictRequest, list[bytes]]:
-    """What is asked, and the image files it is asked about. Raises `Problem`, 400, 408, 413, 415 or 422."""
+    """The request's options, and its image files. Raises `Problem`, 400, 408, 413, 415 or 422."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     limit = settings.body_bytes
     if kind.startswith("image/") or kind == OCTETS:

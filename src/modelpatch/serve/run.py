@@ -1,4 +1,4 @@
-"""How a server is started: everything is checked and loaded once, then workers serve."""
+"""Start a server: everything is checked and loaded once, then workers serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, with examples: what OpenAPI shows."""
+"""The bodies of requests and answers, with examples, as OpenAPI shows them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class BoxAnswer(BaseModel):
 
 
 class TaskAnswer(BaseModel):
-    """What one patch says of one image. `version` is the SHA-256 of the patch file, of the base its fingerprint.
+    """The answer of one task for one image. `version` is the SHA-256 of the patch file, of the base its fingerprint.
 
     A segmentation has `areas`, the largest first, and an `overlay` instead of guesses; a detection `boxes` from a probability
     of 0.5 on, the surest first, and the image's width and height.
@@ -97,7 +97,7 @@ class ProblemBody(BaseModel):
 
 
 class ImageAnswers(BaseModel):
-    """What the tasks say of one image, by the names that were asked for."""
+    """The answers for one image, by the names that were asked for."""
 
     answers: dict[str, TaskAnswer]
 
@@ -190,7 +190,7 @@ class PlanNode(BaseModel):
 
 
 class PlanAnswer(BaseModel):
-    """What tasks share: `shared` is the part of the separate operations that running them together saves.
+    """The work that tasks share: `shared` is the part of the separate operations that running them together saves.
 
     `refused` names tasks that could not be loaded, and why.
     """
@@ -208,7 +208,7 @@ class PlanAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server lives, or is ready."""
+    """The state of the server."""
 
     status: str
 

@@ -1,4 +1,4 @@
-"""What a server allows: every limit in one place, checked when it starts."""
+"""The limits of a server in one place, checked when it starts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Limits of a server. Sizes are in bytes, times in seconds; what is waiting, resident or running counts a worker.
+    """Limits of a server. Sizes are in bytes, times in seconds; waiting images, resident patches and running requests count
+    in each worker.
 
     | setting | what it limits |
     |---|---|
     | token | admin verbs need it; None turns them off |
-    | cache_bytes | numbers of the patches that are resident; those being loaded, at most `loaders`, come on top |
+    | cache_bytes | tensors of the patches that are resident; those being loaded, at most `loaders`, come on top |
     | deadline | a request, from its first byte to its answer |
     | requests | predictions and plans at once; more get 429 |
     | queue | images that wait for the engine; more get 429 |

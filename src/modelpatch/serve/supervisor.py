@@ -1,4 +1,4 @@
-"""One listening socket, worker processes that share it, and a parent that does nothing but replace the dead.
+"""One listening socket, worker processes that share it, and a parent that replaces workers that end.
 
     parent: imports, loads the backbone, binds and listens ── fork ── worker 1: engine, event loop, requests
             waits for children                             └─ fork ── worker 2: ...
@@ -44,7 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def rehearse(work: Callable[[], T]) -> T:
-    """The result of `work`, done in a child so that this process stays without threads. Raises what it raises."""
+    """Run `work` in a child, so that this process stays without threads, and return its result. Raises its errors."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
 
@@ -114,7 +114,7 @@ class Supervisor:
             self._start()
 
     def _served(self, child: int) -> bool:
-        """Whether it said that it was ready."""
+        """Return True if the worker said that it was ready."""
         with suppress(BlockingIOError):
             while said := os.read(self._told, 4 * 1024):
                 self._serving |= {number for (number,) in struct.iter_unpack("<i", said)}
@@ -158,7 +158,7 @@ class Supervisor:
             os._exit(status)
 
     def _tell(self) -> None:
-        """In the child: say that it serves."""
+        """In the child: tell the parent that it serves."""
         os.write(self._telling, struct.pack("<i", os.getpid()))
 
     def _watch(self) -> None:

@@ -1,3 +1,3 @@
-from .store import Problem as Problem
+from .store import Fault as Fault
 from .store import Store as Store
 from .version import Version as Version

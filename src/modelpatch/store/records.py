@@ -1,4 +1,4 @@
-"""The files of a store, which alone say what is in it.
+"""The files of a store, which alone define its content.
 
     patches/NAME/HASH.safetensors   a patch file, as it was published; HASH is its SHA-256
     patches/NAME/HASH.json          its record: with it the version exists
@@ -35,7 +35,7 @@ class Records:
         return {name for name in self.storage.names(PATCHES) if NAME.fullmatch(name)}
 
     def tag(self, name: str, tag: str) -> str:
-        """The hash that a tag names. Raises `FileNotFoundError`, or `DamagedPatchError` for a file that holds no hash."""
+        """The hash that a tag names. Raises `FileNotFoundError`, or `DamagedPatchError` for a file without a hash."""
         data = self.storage.read(self.path(name, tag + TAG))
         hash = data.decode("ascii", "replace").strip()
         if not HASH.fullmatch(hash):
@@ -53,7 +53,7 @@ class Records:
         return found
 
     def tagged(self, name: str) -> set[str]:
-        """The hashes that tags name. Raises `DamagedPatchError` for a tag of which nobody knows what it names."""
+        """The hashes that tags name. Raises `DamagedPatchError` for a tag that cannot be read."""
         found = set()
         for tag in self._tag_names(name):
             with suppress(FileNotFoundError):
@@ -122,7 +122,7 @@ class Records:
         self.storage.delete(self.path(name, file))
 
     def is_whole(self, name: str, hash: str) -> bool:
-        """Whether both files of a version are there."""
+        """Return True if both files of a version are there."""
         return all(self.storage.exists(self.path(name, hash + suffix)) for suffix in (RECORD, FILE))
 
     def path(self, name: str, file: str = "") -> str:
@@ -134,5 +134,5 @@ def _hashes(files: Iterable[str], suffix: str) -> set[str]:
 
 
 def is_temporary(file: str) -> bool:
-    """Whether a file is one that `modelpatch.atomic` writes before it renames it."""
+    """Return True for a file that `modelpatch.atomic` writes before it renames it."""
     return file.startswith(".") and file.endswith(".tmp")

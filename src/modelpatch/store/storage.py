@@ -1,4 +1,4 @@
-"""Files under one place, whatever it is made of: a folder, or anything `fsspec` reaches (memory, s3, gs, hf).
+"""Files under one place: a folder, or a place that `fsspec` reaches (memory, s3, gs, hf).
 
 Only four things are asked of a place, and object stores give them as well as folders do: a file is written whole or not at
 all, a file that was written is read at once, files are listed by folder, and files are deleted. No rename, no lock, no
@@ -30,7 +30,7 @@ TRIES = 10
 
 
 class Storage(ABC):
-    """Files by paths such as `patches/flowers/latest.tag`. Whatever fails raises `StoreError` with the place and the reason.
+    """Files by paths such as `patches/flowers/latest.tag`. Failures raise `StoreError` with the place and the reason.
 
     Paths are made of checked names; an implementation still refuses what would lead out of the place.
     """
@@ -51,11 +51,11 @@ class Storage(ABC):
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Return True if there is such a file."""
 
     @abstractmethod
     def is_there(self) -> bool:
-        """Whether the place itself is there: a folder, even an empty one; in an object store anything below the prefix."""
+        """Return True if the place is there: a folder, even an empty one; in an object store any file below the prefix."""
 
     @abstractmethod
     def names(self, folder: str) -> set[str]:
@@ -67,7 +67,7 @@ class Storage(ABC):
 
     @abstractmethod
     def age(self, path: str) -> float:
-        """Seconds since the file was written; 0 where nobody knows, and where there is none."""
+        """Seconds since the file was written; 0 where that is not known, and where there is no such file."""
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """The results of `function` in the order of the items."""
@@ -251,7 +251,7 @@ class Objects(Storage):
 
 
 class _Errors:
-    """Turns whatever a file system raises into one clear error, but for files that are not there."""
+    """Turn the errors of a file system into a `StoreError`, but for files that are not there."""
 
     def __init__(self, action: str, path: str) -> None:
         self.action, self.path = action, path

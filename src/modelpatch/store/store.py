@@ -1,4 +1,4 @@
-"""A store: patches by name, version and tag, in a folder or wherever `fsspec` reaches.
+"""A store: patches by name, version and tag, in a folder or a place that `fsspec` reaches.
 
     publish(name, patch)     bytes, then record, then tags: a version is visible once all of it is there
     load(name@tag)           tag -> hash -> bytes, checked by the hash and by the patch reader
@@ -42,8 +42,8 @@ PUBLISH = "Publish the patch again."
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something in a store that would make an answer wrong: where, and what to do."""
+class Fault:
+    """A fault in a store that would make an answer wrong: the place, and what to do."""
 
     where: str
     what: str
@@ -53,7 +53,7 @@ class Problem:
 
 
 Versions = list[Version]  # `list` is one of the store's own words
-Problems = list[Problem]
+Faults = list[Fault]
 
 
 class Store:
@@ -71,11 +71,11 @@ class Store:
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """The folder or URL of the store."""
         return self._storage.url
 
     def exists(self) -> bool:
-        """Whether anything is there. Nothing needs to be: what publishes first makes the store."""
+        """Return True if there is a store already. Publishing makes one."""
         return self._storage.is_there()
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Store:
         """Add a patch, the bytes of a patch file or its path, and let `tags` name it. Returns the version.
 
         The bytes are read back as a patch before anything is written. The same bytes under the same name are the same version,
-        whose files are written anew. Raises a `PatchFileError` for what is no intact patch.
+        whose files are written anew. Raises a `PatchFileError` for anything but an intact patch.
         """
         check_name(name)
         tags = tuple(dict.fromkeys(map(check_tag, (tags,) if isinstance(tags, str) else tags)))
@@ -107,7 +107,7 @@ class Store:
             self._records.write_tag(name, tag, found.hash)
             if not self._records.is_whole(name, found.hash):  # it was removed meanwhile
                 self._records.delete(name, tag + TAG)
-                raise UnknownPatchError(f"{found} is not in {self.url} any more: it was removed.")
+                raise UnknownPatchError(f"{found} is not in the store any more: it was removed.")
         return replace(found, tags=tuple(sorted({*found.tags, tag})))
 
     def untag(self, name: str, tag: str) -> None:
@@ -137,7 +137,7 @@ class Store:
         """Remove every version that no tag names; with `dry_run` nothing. Returns those versions.
 
         Files that writers left who died more than an hour ago go as well. Raises `DamagedPatchError` for a tag that cannot be
-        read, since nobody knows what it names: nothing of that name is removed then.
+        read, since its version is not known: nothing of that name is removed then.
         """
         removed = []
         for name, files in sorted(self._records.files().items()):
@@ -199,17 +199,17 @@ class Store:
         version, data = self._read(reference)
         return decode_patch(data, str(version))
 
-    def verify(self, advance: Callable[[int], None] = lambda count: None) -> Problems:
-        """Read everything and say what is wrong: files that are damaged or missing, tags that name nothing, a wrong index.
+    def verify(self, advance: Callable[[int], None] = lambda count: None) -> Faults:
+        """Read everything and return the faults: files that are damaged or missing, tags that name nothing, a wrong index.
 
         `advance` is told how many names are done. What writers that died left behind is no problem; `collect` removes it.
         """
-        problems: Problems = []
+        problems: Faults = []
         for name, files in sorted(self._records.files().items()):
             problems += self._verify(name, set(files))
             advance(1)
         if not problems and self.list() != self._records.scan() != self.list():  # unless others write just now
-            problems.append(Problem("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
+            problems.append(Fault("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
         return problems
 
     # between stores ---------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Store:
     # ------------------------------------------------------------------------------------------------------------
 
     def _read(self, reference: Version | str) -> tuple[Version, bytes]:
-        """What a reference names, and its bytes."""
+        """The version that a reference names, and its bytes."""
         for attempt in range(TRIES):
             version = self.resolve(reference) if isinstance(reference, str) else reference
             try:
@@ -295,8 +295,8 @@ class Store:
             if left and self._storage.age(self._records.path(name, file)) > LEFTOVER:
                 self._records.delete(name, file)
 
-    def _verify(self, name: str, files: set[str]) -> Problems:
-        problems: Problems = []
+    def _verify(self, name: str, files: set[str]) -> Faults:
+        problems: Faults = []
         tags = {}
         for file in sorted(files):
             where = self._records.path(name, file)
@@ -310,16 +310,16 @@ class Store:
                     written = Version.of(name, data, decode_patch(data, str(recorded)))
                     if replace(written, created=recorded.created) != recorded:
                         problems.append(
-                            Problem(where, "the record is not that of the patch. Delete it and publish again.")
+                            Fault(where, "the record is not that of the patch. Delete it and publish again.")
                         )
             except (ModelpatchError, FileNotFoundError) as error:
                 if not isinstance(error, FileNotFoundError | UnknownPatchError):  # those were removed just now
-                    problems.append(Problem(where, str(error)))
+                    problems.append(Fault(where, str(error)))
         present = self._records.hashes(name)
         for file, hash in tags.items():
             if hash not in present and self._hash_or_none(name, file.removesuffix(TAG)) == hash:
                 what = f"it names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
-                problems.append(Problem(self._records.path(name, file), what))
+                problems.append(Fault(self._records.path(name, file), what))
         return problems
 
     def _hash_or_none(self, name: str, tag: str) -> str | None:
@@ -352,14 +352,14 @@ class Store:
         if not hashes:
             return self._unknown_name(name)
         known = f"its tags: {', '.join(sorted(tags)) or 'none'}; its versions: {len(hashes)}"
-        return UnknownPatchError(f"{self.url} has {name}, but no {name}@{rest[:64]}; {known}.")
+        return UnknownPatchError(f"the store has {name}, but no {name}@{rest[:64]}; {known}.")
 
     def _unknown_name(self, name: str) -> UnknownPatchError:
         alike = sorted(other for other in self._records.names() if other[0] == name[0])[:NEAR]
         near = [other for other in difflib.get_close_matches(name, alike) if other != name]
         guess = f" Did you mean {' or '.join(near)}?" if near else ""
         return UnknownPatchError(
-            f"there is no patch {name!r} in {self.url}.{guess}", "" if near else "See `modelpatch store ls`."
+            f"there is no patch {name!r} in the store.{guess}", "" if near else "See `modelpatch store ls`."
         )
 
     def __repr__(self) -> str:

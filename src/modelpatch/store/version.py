@@ -1,4 +1,4 @@
-"""A version of a patch in a store: what it is called, and what its record says of it.
+"""A version of a patch in a store: its names and its record.
 
     flowers                 the version that the tag `latest` names
     flowers@prod            the version that the tag `prod` names

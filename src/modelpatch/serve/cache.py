@@ -1,15 +1,15 @@
-"""Which patches are resident: loaded when asked for, within a budget of bytes.
+"""The patches in memory: loaded when a request asks for them, within a budget of bytes.
 
     ask ── resident? ── yes ───────────────────────────────────────────────────────┐
              no                                                                    │
-             └─ load, once for all who ask:  read ─ validate ─ bind ─ try ─ enter ─┴─ lease ─ answer ─ release
+             └─ load, once for all who ask:  read ─ validate ─ bind ─ try ─ enter ─┴─ hold ─ answer ─ let go
                                                any failure: remembered, and nothing else changes
 
-Nothing leaves before its successor has proven itself, and never what a request has on lease. A request first claims the
-bytes of all patches it needs, in the order of arrival, and only then waits for loads: requests that hold some patches and
-wait for others cannot block each other. A patch is known by the hash of its file, so a new version is a new patch, and an
-answer is always that of one version. One file may be in the store under several names: bytes that cannot be read are the
-fault of that name's copy, everything else is the fault of the bytes.
+A patch is evicted only once another has been loaded and tried in its place, and never while a request holds it. A request
+first claims the bytes of all patches it needs, in the order of arrival, and only then waits for loads: requests that hold some
+patches and wait for others cannot block each other. A patch is known by the hash of its file, so a new version is a new patch,
+and an answer is always that of one version. One file may be in the store under several names: bytes that cannot be read are a
+fault of that name's copy, everything else is a fault of the bytes.
 """
 
 from __future__ import annotations
@@ -41,37 +41,28 @@ MOMENT = 1.0
 MOST = 65_536  # failures and sizes that are remembered
 
 
-def stage(templates: Templates, data: bytes, name: str) -> BoundPatch:
+def load(templates: Templates, data: bytes) -> BoundPatch:
     """A patch file's bytes as a bound patch that has answered a trial image with finite numbers.
 
     Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
     """
     backbone = templates.backbone
     most = 2 * sum(parameter.numel() for parameter in backbone.module.parameters())  # a mask and a difference of each
-    bound = BoundPatch(backbone, decode_patch(data, name, most=most), templates)
+    bound = BoundPatch(backbone, decode_patch(data, "the patch", most=most), templates)
     for part in bound.parts:
         _ = part.key  # hashed here, not in the event loop
     size = bound.preprocessing.input_size
     with torch.inference_mode():
         logits = bound(sample(size, backbone.device)[:1])
     if not logits.isfinite().all():
-        raise InvalidPatchError(f"{name} answers a trial image with numbers that are not finite. Train it again.")
+        raise InvalidPatchError("The patch answers a trial image with numbers that are not finite. Train it again.")
     return bound
 
 
-class _Unread(Exception):  # noqa: N818 (internal)
-    """The bytes of a version could not be read; the cause says why."""
+class PatchCache:
+    """The patches that an engine has, named there by the hashes of their files. For one event loop.
 
-
-def label(version: Version) -> str:
-    """What problems call a version."""
-    return f"{version.name}@{version.hash[:12]}"
-
-
-class Shelf:
-    """The resident patches of an engine, whose tasks are named by the patches' hashes. For one event loop.
-
-    `read` gives the bytes of a version; it is called in threads.
+    `read` gives the bytes of a version and raises `Problem`; it is called in threads. Problems are `about` a hash.
     """
 
     def __init__(self, engine: Engine, read: Callable[[Version], bytes], settings: Settings, metrics: Metrics) -> None:
@@ -91,18 +82,11 @@ class Shelf:
         return sum(self.sizes.values())
 
     def failure(self, version: Version) -> Problem | None:
-        """Why a version is refused, while that is remembered."""
+        """The problem for which a version is refused, while that is remembered."""
         for name in (None, version.name):
             until, problem = self._failed.get((version.hash, name), (0.0, None))
             if problem is not None and until > time.monotonic():
-                told = problem.detail.replace(problem.facts["patch"], label(version))
-                return Problem(
-                    problem.kind,
-                    told,
-                    problem.advice,
-                    retry_after=problem.retry_after,
-                    **{**problem.facts, "patch": label(version)},
-                )
+                return problem
         return None
 
     def size(self, version: Version) -> int:
@@ -110,11 +94,8 @@ class Shelf:
         return self._learned.get(version.hash, version.nbytes)
 
     @asynccontextmanager
-    async def lease(self, versions: Sequence[Version]) -> AsyncIterator[None]:
-        """The versions are resident inside. Raises `Problem` where one cannot be, before anything is loaded if known.
-
-        What is about one version has its `label` as the fact `patch`.
-        """
+    async def hold(self, versions: Sequence[Version]) -> AsyncIterator[None]:
+        """Keep the versions resident inside. Raises `Problem` where one cannot be, before anything is loaded if known."""
         copies: dict[str, list[Version]] = {}
         for version in versions:
             copies.setdefault(version.hash, []).append(version)
@@ -140,14 +121,14 @@ class Shelf:
                 self._freed.notify_all()
 
     async def enter(self, version: Version, bound: BoundPatch) -> None:
-        """Make a staged patch resident if there is room that nobody uses."""
+        """Make a patch that was loaded already resident if there is room beside those in use."""
         size = self._learn(version, bound)
         self._forget(version)
         if version.hash not in self.sizes and self._make_room(size):
             self._put(version.hash, bound)
 
     def drop(self, versions: Sequence[Version], kept: Collection[str]) -> None:
-        """Let go of patches that were removed from the store, but for those on lease; they leave when others need room.
+        """Evict patches that were removed from the store, but for those that requests hold; they leave when others need room.
 
         So do those whose hashes are `kept`, as other names have the same bytes.
         """
@@ -170,7 +151,7 @@ class Shelf:
         return size
 
     def _fits(self, versions: Sequence[Version]) -> bool:
-        """Whether all fit beside what is claimed; what is claimed already costs nothing."""
+        """Return True if all fit beside the claimed patches; those claimed already cost nothing."""
         new = [version for version in versions if not self._claims[version.hash]]
         claimed = sum(self._learned.get(key, 0) for key in self._claims)
         return not new or claimed + sum(map(self.size, new)) <= self.settings.cache_bytes
@@ -207,7 +188,7 @@ class Shelf:
                 "too-large",
                 f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
                 "Start the server with a larger --cache.",
-                patch=label(version),
+                about=version.hash,
             )
 
     def _take(self, versions: Sequence[Version]) -> None:
@@ -218,7 +199,7 @@ class Shelf:
             del self._learned[next(key for key in self._learned if not self._claims[key])]
 
     def _admit(self) -> None:
-        """Let in those who wait, in their order, as far as there is room."""
+        """Claim for requests that wait, in their order, as far as there is room."""
         while self._queue and (self._queue[0][1].done() or self._fits(self._queue[0][0])):
             versions, turn = self._queue.popleft()
             if not turn.done():
@@ -251,11 +232,10 @@ class Shelf:
         key = version.hash
         start = time.perf_counter()
         try:
-            bound = await asyncio.get_running_loop().run_in_executor(self._threads, self._stage, version)
+            bound = await asyncio.get_running_loop().run_in_executor(self._threads, self._read_and_load, version)
         except Exception as error:
-            unread = isinstance(error, _Unread)
-            problem = problem_of(error.__cause__ or error if unread else error)
-            problem.facts["patch"] = label(version)
+            unread = isinstance(error, Problem)  # this copy of the bytes is at fault, not the bytes
+            problem = problem_of(error, about=key)
             if problem.kind == "failed":
                 LOG.exception("loading %s failed", version)
             lasting = MOMENT if problem.kind in PASSING else self.settings.remember
@@ -268,7 +248,7 @@ class Shelf:
         self.metrics.load_seconds.observe(time.perf_counter() - start)
         size = self._learn(version, bound)
         self._check_size(version)
-        while not self._make_room(size):  # it turned out larger than its file, and all others are on lease
+        while not self._make_room(size):  # it turned out larger than its file, and requests hold all others
             if not self._claims[key]:
                 return
             await self._wait()
@@ -283,23 +263,13 @@ class Shelf:
                     "no-room", "Running requests use all patches that are resident.", "Try again.", retry_after=1
                 ) from None
 
-    def _stage(self, version: Version) -> BoundPatch:
-        try:
-            data = self.read(version)
-        except FileNotFoundError:
-            raise _Unread from Problem(
-                "unknown-patch",
-                f"{version} is gone from the store.",
-                "GET /v1/patches lists those there are.",
-            )
-        except Exception as error:
-            raise _Unread from error
-        return stage(self.engine.templates, data, label(version))
+    def _read_and_load(self, version: Version) -> BoundPatch:
+        return load(self.engine.templates, self.read(version))
 
     # room ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, needed: int) -> bool:
-        """Evict the least recently used that nobody has on lease; False, and nothing evicted, if that is too little."""
+        """Evict the least recently used that no request holds; False, and nothing evicted, if that is too little."""
         free, victims = self.settings.cache_bytes - self.nbytes, []
         for key, size in self.sizes.items():
             if free >= needed:

@@ -18,16 +18,16 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.engine.template import Templates
-from modelpatch.errors import DamagedPatchError, InvalidPatchError
+from modelpatch.errors import DamagedPatchError, InvalidPatchError, UnknownPatchError
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch, encode_patch
+from modelpatch.serve.cache import PatchCache, load
 from modelpatch.serve.metrics import Metrics
-from modelpatch.serve.problems import Problem
+from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.shelf import Shelf, stage
 from modelpatch.store.version import Version
 
 
@@ -53,7 +53,7 @@ class Reader:
         time.sleep(self.seconds)
         found = self.files[version.hash]
         if isinstance(found, Exception):
-            raise found
+            raise problem_of(found)
         return found
 
 
@@ -64,17 +64,17 @@ def drafts(count: int) -> list[Patch]:
     return [draft_patch(BACKBONE, ScaleBias(), seed=seed) for seed in range(count)]
 
 
-def on_shelf(reader: Reader, work: Callable[[Shelf], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def with_cache(reader: Reader, work: Callable[[PatchCache], Coroutine[Any, Any, None]], **settings: Any) -> None:
     async def main() -> None:
-        shelf = Shelf(Engine(BACKBONE, tuning=Tuning()), reader, Settings(**settings), Metrics())
-        await work(shelf)
-        shelf.close()
+        cache = PatchCache(Engine(BACKBONE, tuning=Tuning()), reader, Settings(**settings), Metrics())
+        await work(cache)
+        cache.close()
 
     asyncio.run(main())
 
 
 def bytes_of(patch: Patch) -> int:
-    """What a patch costs on the shelf: its file or its numbers, whichever is more."""
+    """What a patch costs on the cache: its file or its numbers, whichever is more."""
     return max(len(encode_patch(patch)), BoundPatch(BACKBONE, patch).nbytes)
 
 
@@ -82,30 +82,30 @@ def test_a_hundred_requests_for_a_cold_patch_are_one_load() -> None:
     reader = Reader(0.1)
     version = reader.add("flowers", drafts(1)[0])
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         async def one() -> None:
-            async with shelf.lease([version]):
-                assert version.hash in shelf.engine
+            async with cache.hold([version]):
+                assert version.hash in cache.engine
 
         await asyncio.gather(*(one() for _ in range(100)))
         assert reader.reads[version.hash] == 1
 
-    on_shelf(reader, work)
+    with_cache(reader, work)
 
 
 def test_cold_patches_do_not_wait_for_one_another() -> None:
     reader = Reader(together=4)  # which ends only if all four are being read at the same time
     versions = [reader.add(f"task{number}", patch) for number, patch in enumerate(drafts(4))]
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         async def one(version: Version) -> None:
-            async with shelf.lease([version]):
-                assert version.hash in shelf.engine
+            async with cache.hold([version]):
+                assert version.hash in cache.engine
 
         await asyncio.gather(*map(one, versions))
         assert all(reader.reads[version.hash] == 1 for version in versions)
 
-    on_shelf(reader, work)
+    with_cache(reader, work)
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged", "backbone", "shapes", "store"])
@@ -116,7 +116,7 @@ def test_what_cannot_be_loaded_takes_nothing_with_it_and_is_remembered(fault: st
     stranger = draft_patch(make_tiny(seed=1), LinearProbe())
     whole = encode_patch(other)
     wrong = {
-        "missing": FileNotFoundError("gone"),
+        "missing": UnknownPatchError("bad is gone from the store"),
         "damaged": whole[:-1] + bytes([whole[-1] ^ 1]),
         "backbone": encode_patch(stranger),
         "shapes": DamagedPatchError("its bytes are not those that were published"),
@@ -125,35 +125,35 @@ def test_what_cannot_be_loaded_takes_nothing_with_it_and_is_remembered(fault: st
     bad = reader.add("bad", other, wrong)
     status = {"missing": 404, "damaged": 422, "backbone": 409, "shapes": 422, "store": 503}[fault]
 
-    async def work(shelf: Shelf) -> None:
-        async with shelf.lease([healthy]):
+    async def work(cache: PatchCache) -> None:
+        async with cache.hold([healthy]):
             pass
         for _ in range(5):
             with pytest.raises(Problem) as refusal:
-                async with shelf.lease([bad]):
+                async with cache.hold([bad]):
                     pass
             assert refusal.value.status == status
-            assert "bad" in refusal.value.facts["patch"]
+            assert refusal.value.about == bad.hash
         assert reader.reads[bad.hash] == 1
-        assert list(shelf.sizes) == [healthy.hash]
+        assert list(cache.sizes) == [healthy.hash]
 
-    on_shelf(reader, work, cache_bytes=bytes_of(good))
+    with_cache(reader, work, cache_bytes=bytes_of(good))
 
 
 def test_a_patch_that_failed_is_tried_again_after_a_while() -> None:
     reader = Reader()
-    version = reader.add("late", drafts(1)[0], FileNotFoundError("not yet"))
+    version = reader.add("late", drafts(1)[0], UnknownPatchError("gone"))
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         with pytest.raises(Problem, match="gone"):
-            async with shelf.lease([version]):
+            async with cache.hold([version]):
                 pass
         reader.add("late", drafts(1)[0])
         await asyncio.sleep(0.15)
-        async with shelf.lease([version]):
-            assert version.hash in shelf.engine
+        async with cache.hold([version]):
+            assert version.hash in cache.engine
 
-    on_shelf(reader, work, remember=0.1)
+    with_cache(reader, work, remember=0.1)
 
 
 def test_the_least_recently_used_leaves_and_never_what_is_on_lease() -> None:
@@ -161,15 +161,15 @@ def test_the_least_recently_used_leaves_and_never_what_is_on_lease() -> None:
     patches = drafts(4)
     versions = [reader.add(f"task{number}", patch) for number, patch in enumerate(patches)]
 
-    async def work(shelf: Shelf) -> None:
-        async with shelf.lease([versions[0]]):
+    async def work(cache: PatchCache) -> None:
+        async with cache.hold([versions[0]]):
             for version in versions[1:]:
-                async with shelf.lease([version]):
-                    assert shelf.nbytes <= shelf.settings.cache_bytes
-                    assert versions[0].hash in shelf.engine
-        assert list(shelf.sizes) == [versions[0].hash, versions[3].hash]
+                async with cache.hold([version]):
+                    assert cache.nbytes <= cache.settings.cache_bytes
+                    assert versions[0].hash in cache.engine
+        assert list(cache.sizes) == [versions[0].hash, versions[3].hash]
 
-    on_shelf(reader, work, cache_bytes=2 * bytes_of(patches[0]))
+    with_cache(reader, work, cache_bytes=2 * bytes_of(patches[0]))
 
 
 def test_requests_for_several_patches_never_block_each_other() -> None:
@@ -177,15 +177,15 @@ def test_requests_for_several_patches_never_block_each_other() -> None:
     patches = drafts(6)
     versions = [reader.add(f"task{number}", patch) for number, patch in enumerate(patches)]
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         async def one(number: int) -> None:
-            async with shelf.lease([versions[number % 6], versions[(number * 5 + 1) % 6], versions[(number + 2) % 6]]):
-                assert shelf.nbytes <= shelf.settings.cache_bytes
+            async with cache.hold([versions[number % 6], versions[(number * 5 + 1) % 6], versions[(number + 2) % 6]]):
+                assert cache.nbytes <= cache.settings.cache_bytes
                 await asyncio.sleep(0.001)
 
         await asyncio.wait_for(asyncio.gather(*map(one, range(60))), 30)
 
-    on_shelf(reader, work, cache_bytes=3 * bytes_of(patches[0]))
+    with_cache(reader, work, cache_bytes=3 * bytes_of(patches[0]))
 
 
 def test_one_that_gives_up_while_it_waits_leaves_its_place_to_others() -> None:
@@ -193,35 +193,35 @@ def test_one_that_gives_up_while_it_waits_leaves_its_place_to_others() -> None:
     patches = drafts(3)
     versions = [reader.add(f"task{number}", patch) for number, patch in enumerate(patches)]
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         async def ask(version: Version) -> None:
-            async with shelf.lease([version]):
+            async with cache.hold([version]):
                 pass
 
-        async with shelf.lease([versions[0]]):
+        async with cache.hold([versions[0]]):
             waiting = [asyncio.create_task(ask(version)) for version in versions[1:]]
             await asyncio.sleep(0.01)
             waiting[0].cancel()
         await asyncio.wait_for(waiting[1], 10)
-        assert versions[2].hash in shelf.engine
-        assert not shelf._claims
-        assert not shelf._queue
+        assert versions[2].hash in cache.engine
+        assert not cache._claims
+        assert not cache._queue
 
-    on_shelf(reader, work, cache_bytes=bytes_of(patches[0]))
+    with_cache(reader, work, cache_bytes=bytes_of(patches[0]))
 
 
 def test_more_than_fits_at_all_is_refused_before_anything_is_loaded() -> None:
     reader = Reader()
     versions = [reader.add(f"task{number}", patch) for number, patch in enumerate(drafts(3))]
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         with pytest.raises(Problem) as refusal:
-            async with shelf.lease(versions):
+            async with cache.hold(versions):
                 pass
         assert refusal.value.status == 413
         assert not reader.reads
 
-    on_shelf(reader, work, cache_bytes=versions[0].nbytes)
+    with_cache(reader, work, cache_bytes=versions[0].nbytes)
 
 
 def test_a_patch_that_answers_nonsense_is_refused() -> None:
@@ -231,12 +231,12 @@ def test_a_patch_that_answers_nonsense_is_refused() -> None:
     assert any(not torch.equal(tensors[name], t) for name, t in patch.tensors.items())
     version = reader.add("nan", replace(patch, tensors=tensors))
 
-    async def work(shelf: Shelf) -> None:
+    async def work(cache: PatchCache) -> None:
         with pytest.raises(Problem, match="not finite"):
-            async with shelf.lease([version]):
+            async with cache.hold([version]):
                 pass
 
-    on_shelf(reader, work)
+    with_cache(reader, work)
 
 
 def sparse(patch: Patch) -> Patch:
@@ -250,12 +250,12 @@ def sparse(patch: Patch) -> Patch:
     return replace(patch, tensors=tensors)
 
 
-def test_a_mask_and_a_difference_of_every_weight_are_staged_and_masks_of_more_are_refused() -> None:
+def test_a_mask_and_a_difference_of_every_weight_are_loaded_and_masks_of_more_are_refused() -> None:
     backbone = make_tiny()
     patch = sparse(draft_patch(backbone, PackNet()))
     assert {name.partition("/")[0] for name in patch.tensors} >= {"mask", "delta"}
-    assert stage(Templates(backbone), encode_patch(patch), "packed").nbytes > 0
+    assert load(Templates(backbone), encode_patch(patch)).nbytes > 0
     many = draft_patch(backbone, Piggyback())
     bomb = {f"mask/layer{number}.weight": torch.ones(64, 64, dtype=torch.bool) for number in range(9)}
     with pytest.raises(InvalidPatchError, match="packed numbers; at most"):
-        stage(Templates(backbone), encode_patch(replace(many, tensors={**many.tensors, **bomb})), "bomb")
+        load(Templates(backbone), encode_patch(replace(many, tensors={**many.tensors, **bomb})))
