@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from modelpatch.engine.plan import Plan, PlannedTask, make_plan
 from modelpatch.engine.steps import HeadStep, PoolStep, Rows, RunStep, Take, reads
+from modelpatch.heads.reading import Read
 
 LENGTH = 5
 
@@ -31,6 +32,10 @@ class FakeLink:
 
 
 BASE = tuple(FakeLink((at, at + 1), f"base {at}", macs=at + 1) for at in range(LENGTH))
+
+
+def pooled(*segments: int) -> tuple[Read, ...]:
+    return tuple(Read(segment, "pooled") for segment in segments)
 
 
 def path(*own: tuple[int, int, str]) -> tuple[FakeLink, ...]:
@@ -83,9 +88,9 @@ def expected(member: PlannedTask, rows: Rows) -> list[tuple[int, tuple[Hashable,
         history: tuple[Hashable, ...] = (member.root,)
         for link in path:
             history = (*history, (link.span, link.key))
-            if link.span[1] - 1 in member.taps:
+            if Read(link.span[1] - 1, "pooled") in member.reads:
                 seen += [*history, "pooled", link.span[1] - 1]
-        seen += [] if member.taps else history
+        seen += [] if any(read.form == "pooled" for read in member.reads) else history
     return [(row, tuple(seen)) for row in rows]
 
 
@@ -105,8 +110,10 @@ def members(draw: st.DrawFn) -> tuple[list[PlannedTask], list[Rows]]:
         ends = [link.span[1] - 1 for link in links]
         taps = tuple(sorted(draw(st.sets(st.sampled_from(ends), max_size=2))))
         beside = BASE if not taps and draw(st.booleans()) else ()
+        last = Read(LENGTH - 1)
+        inputs = pooled(*taps) or ((last, replace(last, of="base")) if beside else ())
         made.append(
-            PlannedTask(f"task {number}", links, root, root, taps=taps, linear=draw(st.booleans()), beside=beside)
+            PlannedTask(f"task {number}", links, root, root, reads=inputs, linear=draw(st.booleans()), beside=beside)
         )
         rows.append(tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))))
     return made, rows
@@ -187,7 +194,7 @@ def test_rows_are_taken_where_streams_fork() -> None:
 
 
 def test_a_plan_frees_each_stream_with_its_last_reader() -> None:
-    plan = whole(PlannedTask("a", BASE, taps=(1, 3)), PlannedTask("b", path((2, 3, "own"))))
+    plan = whole(PlannedTask("a", BASE, reads=pooled(1, 3)), PlannedTask("b", path((2, 3, "own"))))
     for index, step in enumerate(plan.steps):
         assert set(step.frees) <= set(reads(step))
         assert all(not set(step.frees) & set(reads(later)) for later in plan.steps[index + 1 :])
@@ -212,6 +219,6 @@ def sequence(plan: Plan) -> Sequence[str]:
 
 
 def test_pooled_outputs_are_computed_once_for_all_heads_that_read_them() -> None:
-    plan = whole(PlannedTask("a", BASE, taps=(1, 4)), PlannedTask("b", BASE, taps=(1,)))
+    plan = whole(PlannedTask("a", BASE, reads=pooled(1, 4)), PlannedTask("b", BASE, reads=pooled(1)))
     assert sequence(plan).count("PoolStep") == 2
     assert sequence(plan).count("HeadStep") == 2

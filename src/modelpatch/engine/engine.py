@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast, overload
 from weakref import WeakValueDictionary
 
@@ -37,6 +38,7 @@ from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, UnknownTaskError
+from modelpatch.heads.reading import pooled_axes
 
 BASE = "base"
 PROGRAMS = 128
@@ -431,9 +433,9 @@ class Engine:
         program = Program(
             make_plan(members, rows, self._pays),
             self._module,
-            {task.name: task.head for task in tasks},
+            {task.name: (task.head, task.reading) for task in tasks},
             self._join,
-            {tap: axes for task in tasks for tap, axes in task.taps.items()},
+            partial(pooled_axes, self.backbone.chain),
             self.tuning,
             frozenset(task.serial for task in tasks),
         )

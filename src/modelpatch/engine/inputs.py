@@ -19,8 +19,8 @@ Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
 def make_batches(images: Images, kinds: Mapping[str, Preprocessing], device: torch.device) -> dict[Hashable, Tensor]:
     """The images by root, on the device: one for a batch that is given (None), else one for every preprocessing.
 
-    `kinds` are the preprocessings of the tasks that ask. Raises `EngineError` for anything but images, and for images that do not
-    fit a task.
+    `kinds` are the preprocessings of the tasks that ask. Raises `EngineError` for anything but images, and for images
+    that do not fit a task.
     """
     if isinstance(images, Tensor):
         check_batch(images, "images")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from modelpatch.engine.describe import draw, flops_text, outline
 from modelpatch.engine.steps import HeadStep, Link, PoolStep, Roots, Rows, RunStep, Step, Take, reads, run_flops, writes
+from modelpatch.heads.reading import Read, Stream
 from modelpatch.text import count_of
 
 Pays = Callable[[Link, Sequence[int]], bool]
@@ -28,11 +29,10 @@ Pays = Callable[[Link, Sequence[int]], bool]
 class PlannedTask:
     """A task in a plan: the links that cover the chain, and the reads of its head.
 
-    Members of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
-    how many pixels that is for one of the backbone's own, by which operations and bytes grow. A head that reads the end of a
-    second path as well, a siamese one, has it in `beside`. `taps` are
-    the segments whose outputs the head reads, `pooled` or as maps; without them it reads the last output. Heads that are
-    `linear` can be one matrix product.
+    Tasks of one `root` see the same pixels; those of one `shape` have activations that may be concatenated, and `scale` is
+    their number of pixels over the backbone's own, by which operations and bytes grow. A head without `reads` reads the last
+    output of the `path`; reads of the base follow `beside`, the base's own links. Heads that are `linear` can be one matrix
+    product.
     """
 
     name: str
@@ -40,21 +40,24 @@ class PlannedTask:
     root: Hashable = None
     shape: Hashable = None
     scale: float = 1.0
-    taps: tuple[int, ...] = ()
+    reads: tuple[Read, ...] = ()
     linear: bool = True
     beside: tuple[Link, ...] = ()
-    pooled: bool = True
 
     @property
-    def needed(self) -> tuple[Link, ...]:
-        """The links up to what the head reads last."""
-        end = max(self.taps) + 1 if self.taps else self.path[-1].span[1]
-        return tuple(link for link in self.path if link.span[1] <= end)
+    def inputs(self) -> tuple[Read, ...]:
+        """The reads of the head, at least one."""
+        return self.reads or (Read(self.path[-1].span[1] - 1),)
+
+    def needed(self, stream: Stream = "patch") -> tuple[Link, ...]:
+        """The links up to the last segment that the head reads of a stream."""
+        end = max((read.segment + 1 for read in self.inputs if read.of == stream), default=0)
+        return tuple(link for link in (self.path if stream == "patch" else self.beside) if link.span[1] <= end)
 
     @property
     def walks(self) -> tuple[tuple[Link, ...], ...]:
-        """The links whose last outputs the head reads: its own and those beside."""
-        return (self.needed, self.beside) if self.beside else (self.needed,)
+        """The links of the streams that the head reads."""
+        return self.needed("patch"), self.needed("base")
 
 
 @dataclass(frozen=True)
@@ -185,22 +188,22 @@ def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays =
         streams.append(_Stream(len(streams), parent, link, member.shape, member.scale))
         return streams[-1]
 
-    def walk(member: PlannedTask, links: tuple[Link, ...], wanted: Rows) -> list[_Stream]:
-        """Follow links from the member's root. The streams that its head reads: the tapped ones, else the last."""
+    def walk(member: PlannedTask, links: tuple[Link, ...], wanted: Rows) -> dict[int, _Stream]:
+        """The streams along links from the member's root, by the last segment of each."""
         stream = roots.setdefault(member.root, roots.get(member.root) or new(None, None, member))
         stream.rows.update(wanted)
-        passed = []
+        passed = {}
         for link in links:
             turn = (link.span, link.key)
             stream.children.setdefault(turn, stream.children.get(turn) or new(stream, link, member))
             stream = stream.children[turn]
             stream.rows.update(wanted)
-            if stream.end - 1 in member.taps:
-                passed.append(stream)
-        return passed if member.taps else [stream]
+            passed[stream.end - 1] = stream
+        return passed
 
     for member, wanted in zip(members, rows, strict=True):
-        read.append([stream for links in member.walks for stream in walk(member, links, wanted)])
+        own, base = (walk(member, links, wanted) if links else {} for links in member.walks)
+        read.append([(own if one.of == "patch" else base)[one.segment] for one in member.inputs])
     kept = {stream.number for ends in read for stream in ends}
     runs = _fuse(_meet(streams, pays), kept)
     steps = _schedule(runs, list(_answers(members, rows, read, len(streams))))
@@ -268,16 +271,18 @@ def _answers(
     together: dict[int, list[int]] = {}
     for index, member in enumerate(members):
         streams, wanted = read[index], set(rows[index])
-        if not member.taps and not member.beside and member.linear:
+        if member.linear and len(streams) == 1 and member.inputs[0].form == "features":
             together.setdefault(streams[0].number, []).append(index)
             continue
-        pooled = bool(member.taps) and member.pooled
-        if pooled:
-            for stream in streams:
-                if stream.number not in pools:
-                    pools[stream.number] = numbers + len(pools)
-                    yield PoolStep(stream.end - 1, stream.number, pools[stream.number])
-        takes = [Take(pools.get(s.number, s.number) if pooled else s.number, s.places(wanted)) for s in streams]
+        takes = []
+        for one, stream in zip(member.inputs, streams, strict=True):
+            number = stream.number
+            if one.form == "pooled":
+                if number not in pools:
+                    pools[number] = numbers + len(pools)
+                    yield PoolStep(stream.end - 1, number, pools[number])
+                number = pools[number]
+            takes.append(Take(number, stream.places(wanted)))
         yield HeadStep((member.name,), (tuple(takes),))
     for stream_number, indices in together.items():
         end = read[indices[0]][0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.steps import HeadStep, Link, PoolStep, RunStep, Step, Take
-from modelpatch.heads.base import pool, read_taps, reads_maps
+from modelpatch.heads.reading import Reading, pool
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,26 @@ class Timing:
 
 
 class Program:
-    """Runs a plan. `modules` gives the module of a link, `heads` are the members' heads and `join` makes several of them one,
-    `axes` say how segments are pooled, `serials` which tasks it belongs to."""
+    """Run a plan.
+
+    `modules` gives the module of a link, `heads` are the members' heads with their reads, and `join` makes several heads one.
+    `axes` gives the axes over which a segment is pooled, `serials` are the tasks that the program belongs to.
+    """
 
     def __init__(
         self,
         plan: Plan,
         modules: Callable[[Link], Module],
-        heads: Mapping[str, nn.Module],
+        heads: Mapping[str, tuple[nn.Module, Reading | None]],
         join: Callable[[tuple[nn.Module, ...]], JoinedHeads],
-        axes: Mapping[int, tuple[int, ...]],
+        axes: Callable[[int], tuple[int, ...]],
         tuning: Tuning,
         serials: frozenset[int],
     ) -> None:
         self.plan, self._modules, self._heads, self._axes, self._tuning = plan, modules, heads, axes, tuning
         self.serials = serials
-        self._taps = {member.name: member.taps for member in plan.members}
         self._joined = {
-            step.members: join(tuple(heads[name] for name in step.members))
+            step.members: join(tuple(heads[name][0] for name in step.members))
             for step in plan.steps
             if isinstance(step, HeadStep)
             and len(step.members) > 1
@@ -62,7 +64,7 @@ class Program:
             if isinstance(step, RunStep):
                 self._run(step, streams)
             elif isinstance(step, PoolStep):
-                streams[step.output] = pool(_read(streams, step.stream).float(), self._axes[step.tap])
+                streams[step.output] = pool(_read(streams, step.stream).float(), self._axes(step.tap))
             else:
                 answers |= self._answer(step, streams)
             for stream in step.frees:
@@ -88,11 +90,8 @@ class Program:
         answers = {}
         for name, takes in zip(step.members, step.takes, strict=True):
             inputs = [_take(streams, take).float() for take in takes]
-            if reads_maps(self._heads[name]):
-                axes = [self._axes[tap] for tap in self._taps[name]]
-                answers[name] = self._heads[name](read_taps(self._heads[name], inputs, axes))
-                continue
-            answers[name] = self._heads[name](inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1))
+            head, reading = self._heads[name]
+            answers[name] = head(inputs[0] if reading is None else reading.join(inputs, pooled=True))
         return answers
 
 

@@ -1,9 +1,9 @@
 """The variants that have modules of their own, under a byte budget.
 
 A variant works without one: its tensors are bound to a template. A variant that is used often is faster as a module of its
-own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes longer than
-many calls. So a module is made in the background from a variant's `OFTEN`th use on, if the budget has room. It may take the
-place of modules that were used less recently, so that many variants used alternately do not evict one another.
+own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes
+longer than many calls. So a module is made in the background from a variant's `OFTEN`th use on, if the budget has room. It may
+take the place of modules that were used less recently, so that many variants used alternately do not evict one another.
 """
 
 from __future__ import annotations

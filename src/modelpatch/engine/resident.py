@@ -9,17 +9,16 @@ BoundPatch: tensors in one flat tensor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.tuning import Module
 from modelpatch.engine.template import HEAD, PartTensors, Structure, Template, Templates
 from modelpatch.errors import WrongBackboneError
-from modelpatch.heads.base import HeadInput, HeadRecord, read_taps, reads_maps
+from modelpatch.heads.base import HeadRecord
+from modelpatch.heads.reading import ChainPart, Reading
 from modelpatch.patch.blueprint import Span
 from modelpatch.patch.changes import MADE, StoredWeight, resolve
 from modelpatch.patch.contents import Patch
@@ -30,9 +29,7 @@ class BoundPatch:
     """A patch bound to a backbone. Calls are thread-safe.
 
     Patches with the same `templates`, by default all of a backbone outside engines, share the modules that compute with them.
-    `parts` are the variants of its spans in order, `head` the module that answers, `taps` the segments whose outputs the head
-    reads, pooled or as maps, with the axes of each that are positions; empty where it reads the chain's features, and beside
-    them the base's if `reads_base`.
+    `parts` are the variants of its spans in order, `head` the module that answers and `reading` its reads of the chain.
     Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for tensors that do not fit.
     """
 
@@ -42,8 +39,7 @@ class BoundPatch:
             raise WrongBackboneError(f"the templates belong to another backbone than {backbone.spec}.")
         self.structure = structure = templates.structure(patch)
         self.backbone, self.task, self.preprocessing = backbone, patch.task, patch.preprocessing
-        self.taps: Mapping[int, tuple[int, ...]] = structure.taps
-        self.reads_base = structure.reads_base
+        self.reading: Reading = structure.reading
         *parts, head = self._load(structure, patch)
         self.parts = tuple(BoundPart(template, own) for template, own in zip(structure.templates, parts, strict=True))
         self.head = _build_head(patch.head, head)
@@ -62,7 +58,7 @@ class BoundPatch:
         whole = {name: t.to(device) for name, t in values.items() if not t.is_floating_point()}
         layout = structure.layout(patch.head, made.keys() | whole.keys())
         flat = layout.fill(values, device)
-        self.nbytes = sum(held.nbytes for held in (flat, *whole.values(), *made.values()))
+        self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
         return [
             PartTensors(
                 flat,
@@ -77,24 +73,20 @@ class BoundPatch:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The task's answer, logits (B, K) for classes, for images (B, C, H, W) that are normalised by `preprocessing`."""
-        features = self._features(images, {part.span[0]: part for part in self.parts}, self.taps)
-        if self.reads_base:
-            beside = self._features(images, {}, {})
-            assert isinstance(features, Tensor) and isinstance(beside, Tensor)  # noqa: PT018
-            features = torch.cat([features, beside], 1)
-        return self.head(features)
+        return self.head(self.reading.run(self._chain, images))
 
-    def _features(self, x: Tensor, parts: Mapping[int, BoundPart], taps: Mapping[int, tuple[int, ...]]) -> HeadInput:
-        """The output of the chain with these variants, or of its `taps` as the head reads them."""
-        tapped: list[tuple[Tensor, tuple[int, ...]]] = []
-        index, end = 0, len(self.backbone.chain)
-        while index < end and not (reads_maps(self.head) and len(tapped) == len(taps)):
-            module: Module = parts[index] if index in parts else self.templates.segment(index)
-            x = module(x)
-            index = parts[index].span[1] if index in parts else index + 1
-            if index - 1 in taps:
-                tapped.append((x, taps[index - 1]))
-        return read_taps(self.head, *zip(*tapped, strict=True)) if taps else x
+    @cached_property
+    def _chain(self) -> list[ChainPart]:
+        variants = {part.span[0]: part for part in self.parts}
+        found: list[ChainPart] = []
+        while (at := found[-1].end if found else 0) < len(self.backbone.chain):
+            if at in variants:
+                start, end = variants[at].span
+                base = nn.Sequential(*map(self.templates.segment, range(start, end))) if self.reading.both else None
+                found.append(ChainPart(start, end, variants[at], base))
+            else:
+                found.append(ChainPart(at, at + 1, self.templates.segment(at)))
+        return found
 
 
 def _build_head(record: HeadRecord, tensors: PartTensors) -> nn.Module:

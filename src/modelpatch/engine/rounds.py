@@ -49,7 +49,7 @@ def bind_cascade(templates: Templates, segments: Sequence[SegmentLink], name: st
                 name=_kept(name, later),
                 path=bound[number].path[begun:links],
                 head=nn.Identity(),
-                taps={},
+                reading=None,
                 beside=(),
             )
             for later, (source, links) in enumerate(shared)
@@ -77,9 +77,9 @@ def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, 
     for number, other in enumerate(earlier):
         if other.preprocessing != task.preprocessing or task.beside:
             continue
-        limit = min(task.taps, default=task.path[-1].span[1])
+        limit = min(read.segment for read in task.member(None, 1).inputs)
         open_links = [link for link in task.path[:-1] if link.span[1] <= limit]
-        alike = count_alike(other.member(None, 1).needed, open_links)
+        alike = count_alike(other.member(None, 1).needed(), open_links)
         if alike > best[1]:
             best = number, alike
     return best

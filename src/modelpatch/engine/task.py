@@ -24,7 +24,7 @@ from modelpatch.engine.steps import Link
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.heads.reading import reads_maps
+from modelpatch.heads.reading import Reading
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.classification import Classification
 
@@ -46,7 +46,7 @@ class EngineTask:
     classes: tuple[str, ...]
     head: nn.Module
     path: tuple[Link, ...]
-    taps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    reading: Reading | None = None
     kind: str = Classification.name
     beside: tuple[Link, ...] = ()
     bound: BoundPatch | None = None
@@ -94,10 +94,8 @@ class EngineTask:
         root = self.root if self.root is not None else None if shape else self.preprocessing
         height, width = shape or (self.preprocessing.image_size,) * 2
         scale = height * width / own**2
-        pooled = not reads_maps(self.head)
-        return PlannedTask(
-            self.name, self.path, root, (height, width), scale, tuple(self.taps), linear, self.beside, pooled
-        )
+        reads = self.reading.reads if self.reading is not None else ()
+        return PlannedTask(self.name, self.path, root, (height, width), scale, reads, linear, self.beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +134,7 @@ def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, p
         else:
             path.append(segments[at])
             at += 1
-    beside = tuple(segments) if patch.reads_base else ()
+    beside = tuple(segments) if patch.reading.both else ()
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
     return EngineTask(
@@ -145,7 +143,7 @@ def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, p
         patch.task.classes,
         patch.head,
         tuple(path),
-        patch.taps,
+        patch.reading,
         patch.task.kind,
         beside,
         patch,
@@ -179,8 +177,8 @@ def cost(task: EngineTask, done: int = 0) -> float:
     """Multiply-adds of an image, its head left out, in those of the backbone's own resolution times the pixels; without its
     first `done` links. What a siamese head reads of the base counts from where it leaves the task's own path."""
     member = task.member(None, 1)
-    beside = task.beside[count_alike(member.needed, task.beside) :]
-    return sum(link.macs for link in (*member.needed[done:], *beside)) * member.scale
+    own, base = member.walks
+    return sum(link.macs for link in (*own[done:], *base[count_alike(own, base) :])) * member.scale
 
 
 def count_alike(first: Sequence[Link], second: Sequence[Link]) -> int:

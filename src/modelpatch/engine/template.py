@@ -230,8 +230,7 @@ class Structure:
         self.shapes = {name: shape for name, shape in model.shapes().items() if not name.startswith("head.")}
         self._owners = {name: places[int(model.names[name].split(".")[1])] for name in self.shapes}
         self.templates = tuple(self._template(backbone, patch, model, number) for number in range(len(model.spans)))
-        self.taps: Mapping[int, tuple[int, ...]] = model.taps
-        self.reads_base = model.reads_base
+        self.reading = model.reading
         self._layouts: dict[tuple[HeadRecord, frozenset[str]], FlatLayout] = {}
 
     def _template(self, backbone: Backbone, patch: Patch, model: PatchedModel, number: int) -> Template:
@@ -283,7 +282,7 @@ class Templates:
     def structure(self, patch: Patch) -> Structure:
         """The structure of a patch. Raises `WrongBackboneError` for a patch of another backbone, or as `Structure` does."""
         patch.check_backbone(self.backbone)
-        key = f"{self.backbone.device} {patch.blueprint.model_dump_json()} {patch.head.kind} {patch.head.taps}"
+        key = f"{self.backbone.device} {patch.blueprint.model_dump_json()} {patch.head.reads}"
         found = self._structures.get(key)
         if found is None:
             made = Structure(self.backbone, patch)

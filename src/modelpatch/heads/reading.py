@@ -118,10 +118,15 @@ class Reading:
         """The head's input from the input `x` of segment `start`."""
         return self.join(run_chain(parts, x, self.reads, start))
 
-    def join(self, outputs: Sequence[Tensor]) -> HeadInput:
-        """The head's input from the outputs of its reads: their forms side by side, or a tuple of maps."""
-        pairs = zip(self.reads, outputs, self._axes, strict=True)
-        formed = tuple(shape_output(read.form, x, axes) for read, x, axes in pairs)
+    def join(self, outputs: Sequence[Tensor], pooled: bool = False) -> HeadInput:
+        """The head's input from the outputs of its reads: their forms side by side, or a tuple of maps.
+
+        `pooled` says that those which are read so are pooled already.
+        """
+        formed = tuple(
+            x if pooled and read.form == "pooled" else shape_output(read.form, x, axes)
+            for read, x, axes in zip(self.reads, outputs, self._axes, strict=True)
+        )
         if self.maps:
             return formed
         return formed[0] if len(formed) == 1 else torch.cat(formed, 1)
@@ -161,15 +166,3 @@ def pooled_width(chain: Chain, segment: int) -> int:
     """Channels of a segment's output."""
     shape = chain[segment].output_shape
     return shape[0] if pooled_axes(chain, segment) == (2, 3) else shape[-1]
-
-
-def reads_maps(head: nn.Module) -> bool:
-    """Whether a head is a decoder."""
-    return any(read.form == "map" for read in getattr(head, "reads", ()))
-
-
-def read_taps(head: nn.Module, outputs: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> HeadInput:
-    """The input of a head from the outputs of the segments that it reads: maps, or all of them pooled side by side."""
-    if reads_maps(head):
-        return tuple(as_map(x, axes) for x, axes in zip(outputs, positions, strict=True))
-    return torch.cat([pool(x, axes) for x, axes in zip(outputs, positions, strict=True)], 1)

@@ -22,7 +22,7 @@ from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import ForeignTensorError, PatchError
 from modelpatch.heads.base import Head, HeadRecord
-from modelpatch.heads.reading import ChainPart, HeadInput, Read, Reading, pooled_axes, run_chain
+from modelpatch.heads.reading import ChainPart, HeadInput, Read, Reading, run_chain
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.changes import Reweighting, resolve, set_strength
 from modelpatch.patch.contents import Patch, PatchTask
@@ -273,17 +273,6 @@ class PatchedModel(nn.Module):
 
     def _recomputes(self, start: int) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled() and start >= self.first
-
-    @property
-    def taps(self) -> dict[int, tuple[int, ...]]:
-        return {
-            segment: pooled_axes(self.backbone.chain, segment)
-            for segment in (self.reading.segments if self.reading.inner else ())
-        }
-
-    @property
-    def reads_base(self) -> bool:
-        return self.reading.both
 
     @property
     def end(self) -> int:
