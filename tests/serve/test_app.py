@@ -500,5 +500,5 @@ def test_the_stores_place_is_not_told_where_a_patch_cannot_be_read(store: Store,
     file.mkdir()  # reading it is an error of the file system's
     with serving(store) as server, httpx.Client(base_url=server.url) as http:
         problem = refused(http.post("/v1/predict", files=files(image), data={"tasks": "birds"}), 503)
-        assert "the store" in problem["detail"]
+        assert problem["detail"] == "The store cannot be read or written."
         assert store.url not in json.dumps(problem)

@@ -111,10 +111,11 @@ def test_a_version_without_a_tag_is_named_by_its_hash(store: Store) -> None:
     assert store.resolve(f"flowers@{version.hash[:8]}") == store.resolve(other.reference)  # a tag comes first
 
 
-def test_a_hash_that_begins_two_versions_names_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_that_begins_two_versions_names_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
     store.publish("flowers", PATCHES[0])
-    hashes = {"0" * 64, "0" * 8 + "1" * 56}
-    monkeypatch.setattr(store._records, "hashes", lambda *_: hashes)
+    for hash in ("0" * 64, "0" * 8 + "1" * 56):  # records of files that nobody could find
+        (tmp_path / "patches" / "flowers" / f"{hash}.json").write_bytes(b"{}")
     with pytest.raises(UnknownPatchError, match="no single version: 0000000000000000, 0000000011111111 begin so"):
         store.resolve("flowers@00000000")
 

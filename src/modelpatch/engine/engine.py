@@ -27,11 +27,12 @@ from modelpatch.backbone.frozen import FrozenBackbone, sample
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
-from modelpatch.engine.links import PartLink, SegmentLink
+from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.measuring import least_seconds, measure
 from modelpatch.engine.plan import Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
+from modelpatch.engine.resident import BoundPart
 from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
 from modelpatch.engine.steps import Link, Rows
 from modelpatch.engine.stream import Answers, Sources, stream
@@ -81,11 +82,9 @@ class Engine:
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
         self.backbone = backbone
         self.tuning = measure(backbone, bfloat16=bfloat16) if tuning is None else tuning
-        tensors = (*backbone.module.parameters(), *backbone.module.buffers())
-        self._base_bytes = sum(tensor.nbytes for tensor in tensors)
+        self._base_bytes = sum(t.nbytes for t in (*backbone.module.parameters(), *backbone.module.buffers()))
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
-        self.eager = eager
-        self.templates = Templates(backbone)
+        self.eager, self.templates = eager, Templates(backbone)
         self._frozen = FrozenBackbone(backbone, self.tuning)
         self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
         self._pinned: set[str] = set()
@@ -110,28 +109,28 @@ class Engine:
 
     def classes(self, task: str) -> tuple[str, ...]:
         """The names of a task's outputs; empty for a base without names."""
-        return self._find(self._tasks, task).classes
+        return self._find(task).classes
 
     def kind(self, task: str) -> str:
         """The kind of a task: `modelpatch.tasks.kind_of` of it tells the meaning of its answers."""
-        return self._find(self._tasks, task).kind
+        return self._find(task).kind
 
     def preprocessing(self, task: str) -> Preprocessing:
         """The preprocessing of a task's images; of several patches or a cascade, that of the last one."""
-        return self._find(self._tasks, task).preprocessing
+        return self._find(task).preprocessing
 
     def preprocessings(self, task: str) -> tuple[Preprocessing, ...]:
         """All preprocessings of a task's images: several for a cascade over several resolutions."""
-        return self._find(self._tasks, task).kinds
+        return self._find(task).kinds
 
     def resolutions(self, task: str) -> tuple[int, ...]:
         """The pixels of a task's patches, the cheapest patch first."""
-        found = self._find(self._tasks, task)
+        found = self._find(task)
         return tuple(option.preprocessing.image_size for option in found.options or (found,))
 
     def latencies(self, task: str) -> tuple[float, ...]:
         """Seconds that each of a task's patches takes for one image here, measured once, in the order of `resolutions`."""
-        found = self._find(self._tasks, task)
+        found = self._find(task)
         return tuple(self._measured(option) for option in found.options or (found,))
 
     def stage_costs(self, tasks: Sequence[str]) -> list[float]:
@@ -140,7 +139,7 @@ class Engine:
         Heads are left out. Each task is one patch.
         """
         area = self.backbone.preprocessing.image_size**2
-        return [macs / area for macs in stage_costs([self._find(self._tasks, name) for name in tasks])]
+        return [macs / area for macs in stage_costs([self._find(name) for name in tasks])]
 
     def add(self, name: str, patch: Given) -> None:
         """Add a patch, several of one task, or a cascade under a new name. Raises `EngineError` for a name that is taken; see
@@ -161,7 +160,7 @@ class Engine:
         """
         task = self._bind(name, patch)
         with self._lock:
-            old = self._find(self._tasks, name)
+            old = self._find(name)
             self._enter(task)
             self._forget(old)
         if self.eager:
@@ -172,14 +171,14 @@ class Engine:
         if name == BASE:
             raise EngineError('"base" is the backbone itself and cannot be removed.')
         with self._lock:
-            old = self._find(self._tasks, name)
+            old = self._find(name)
             self._tasks = {other: task for other, task in self._tasks.items() if other != name}
             self._forget(old)
 
     def pin(self, name: str) -> None:
         """Make a task's variants now and keep them within the budget. Raises `BudgetError` where there is no room."""
         with self._lock:
-            task = self._find(self._tasks, name)
+            task = self._find(name)
             if name not in self._pinned:
                 self.residency.pin(task.parts)
                 self._pinned.add(name)
@@ -188,7 +187,7 @@ class Engine:
     def unpin(self, name: str) -> None:
         """Allow a task's variants to be evicted again."""
         with self._lock:
-            task = self._find(self._tasks, name)
+            task = self._find(name)
             if name in self._pinned:
                 self._pinned.discard(name)
                 self.residency.unpin(task.parts)
@@ -221,11 +220,8 @@ class Engine:
             self.residency.unpin(old.parts)
         self.residency.release(old.parts)
 
-    @staticmethod
-    def _find(tasks: Mapping[str, EngineTask], name: str) -> EngineTask:
-        if name not in tasks:
-            raise UnknownTaskError(f"there is no task {name!r}. Known tasks: {', '.join(tasks)}.")
-        return tasks[name]
+    def _find(self, name: str) -> EngineTask:
+        return self._choose([name])[0]
 
     # running ------------------------------------------------------------------------------------------------
 
@@ -272,13 +268,13 @@ class Engine:
         if tasks is not None:
             if only is not None:
                 raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
-            return self._rows(self._tasks, images, check_names(tasks, "tasks") or [], wish)
-        chosen = self._pick(self._choose(self._tasks, only), wish)
+            return self._rows(images, check_names(tasks, "tasks") or [], wish)
+        chosen = self._pick(self._choose(only), wish)
         return {name: routed.logits for name, routed in self._route(chosen, images).items()}
 
     def route(self, images: Images, only: Iterable[str] | None = None) -> dict[str, Routed]:
         """Logits by task as a call gives them, and which stage of a cascade answered each row."""
-        return self._route(self._pick(self._choose(self._tasks, only)), images)
+        return self._route(self._pick(self._choose(only)), images)
 
     def _route(self, chosen: Sequence[EngineTask], images: Images) -> dict[str, Routed]:
         batches = self._batches(chosen, images)
@@ -303,26 +299,16 @@ class Engine:
             self._seconds[task.serial] = least_seconds(lambda: self._run([task], [(0,)], batches), self.backbone.device)
         return self._seconds[task.serial]
 
-    def _rows(
-        self,
-        now: Mapping[str, EngineTask],
-        images: Images,
-        tasks: Sequence[str],
-        wish: Wish,
-    ) -> list[Tensor]:
+    def _rows(self, images: Images, tasks: Sequence[str], wish: Wish) -> list[Tensor]:
         wanted: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
             wanted.setdefault(name, []).append(row)
-        chosen = self._pick([self._find(now, name) for name in wanted], wish)
+        chosen = self._pick(self._choose(wanted), wish)
         batches = self._batches(chosen, images)
         if len(tasks) != count_rows(batches):
             raise EngineError(f"{count_rows(batches)} images and {len(tasks)} tasks; expected one task an image.")
-        if not tasks:
-            return []
-        rows = [tuple(wanted[task.name]) for task in chosen]
-        answers = run_rounds(chosen, rows, batches, self._run)
-        pairs = ((own, answers[name].logits) for name, own in wanted.items())
-        placed = {row: logits for own, answer in pairs for row, logits in zip(own, answer, strict=True)}
+        answers = self._answer(chosen, wanted, batches)
+        placed = {row: one for name, own in wanted.items() for row, one in zip(own, answers[name], strict=True)}
         return [placed[row] for row in range(len(tasks))]
 
     def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -330,16 +316,20 @@ class Engine:
 
         `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
         """
-        now = self._tasks
-        chosen = self._pick([self._find(now, name) for name in rows])
+        chosen = self._pick(self._choose(rows))
         batches = self._batches(chosen, images)
         count = count_rows(batches)
         for name, own in rows.items():
             if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
                 raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
-        if not rows:
+        return self._answer(chosen, rows, batches)
+
+    def _answer(
+        self, tasks: Sequence[EngineTask], rows: Mapping[str, Sequence[int]], batches: Mapping[Hashable, Tensor]
+    ) -> dict[str, Tensor]:
+        if not tasks:
             return {}
-        routed = run_rounds(chosen, [tuple(own) for own in rows.values()], batches, self._run)
+        routed = run_rounds(tasks, [tuple(rows[task.name]) for task in tasks], batches, self._run)
         return {name: one.logits for name, one in routed.items()}
 
     def read(
@@ -353,7 +343,7 @@ class Engine:
         """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`.
 
         `resolution` and `latency` choose among several patches of a task as a call does."""
-        chosen = self._pick(self._choose(self._tasks, only), Wish(resolution, latency))
+        chosen = self._pick(self._choose(only), Wish(resolution, latency))
         return read(sources, [kind for task in chosen for kind in task.kinds])
 
     def stream(
@@ -371,7 +361,7 @@ class Engine:
         decodes in this one. The tasks are those of this moment: one that is removed meanwhile ends the stream with
         `UnknownTaskError`. Raises `EngineError` for what is none of these.
         """
-        tasks = {task.name: task.kinds for task in self._choose(self._tasks, only)}
+        tasks = {task.name: task.kinds for task in self._choose(only)}
         kinds = [kind for own in tasks.values() for kind in own]
         return stream(lambda images: self(images, only=tasks), kinds, sources, batch_size, workers)
 
@@ -379,7 +369,7 @@ class Engine:
         """The plan for these images and what each of its steps took, after a first run that does not count.
 
         Of a cascade all stages run: what an image takes that none but the last is sure of."""
-        chosen = self._whole(self._choose(self._tasks, only))
+        chosen = self._whole(self._choose(only))
         batches = self._batches(chosen, images)
         rows = tuple(range(count_rows(batches)))
         program = self._program(chosen, [rows] * len(chosen), batches)
@@ -397,19 +387,22 @@ class Engine:
         """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`; or for the
         rows of each task, as `answer` takes them. All stages of a cascade are in it."""
         if isinstance(rows, Mapping):
-            pairs = [(one, tuple(rows[task.name])) for task in self._choose(self._tasks, rows) for one in task.whole]
+            pairs = [(one, tuple(rows[task.name])) for task in self._choose(rows) for one in task.whole]
             return self._program([one for one, _ in pairs], [own for _, own in pairs], None).plan
         if type(rows) is not int or rows < 0:
             raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
-        chosen = self._whole(self._choose(self._tasks, only))
+        chosen = self._whole(self._choose(only))
         return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
 
     def _whole(self, tasks: Sequence[EngineTask]) -> list[EngineTask]:
         return [one for task in self._pick(tasks) for one in task.whole]
 
-    def _choose(self, now: Mapping[str, EngineTask], only: Iterable[str] | None) -> list[EngineTask]:
-        names = check_names(only, "only")
-        return [self._find(now, name) for name in (now if names is None else dict.fromkeys(names))]
+    def _choose(self, only: Iterable[str] | None) -> list[EngineTask]:
+        """The tasks of these names, or all, as they are at this moment. Raises `UnknownTaskError`."""
+        now, names = self._tasks, check_names(only, "only")
+        if unknown := [name for name in names or () if name not in now]:
+            raise UnknownTaskError(f"there is no task {unknown[0]!r}. Known tasks: {', '.join(now)}.")
+        return [now[name] for name in (now if names is None else dict.fromkeys(names))]
 
     def _batches(self, tasks: Sequence[EngineTask], images: Images) -> dict[Hashable, Tensor]:
         if isinstance(images, Tensor):
@@ -468,8 +461,8 @@ class Engine:
         return joined
 
     def _module(self, link: Link) -> Module:
-        if isinstance(link, PartLink):
-            return self.residency.module(link.part)
+        if isinstance(link, BoundPart):
+            return self.residency.module(link)
         return self._frozen.module(link.span[0])
 
     def _pays(self, link: Link, sizes: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""The links of an engine's plans: the backbone's own segments and the variants of bound patches."""
+"""The backbone's own segments as links of a plan; the variants of bound patches are links too, see `resident.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 
 from modelpatch.backbone.chain import Segment
-from modelpatch.engine.resident import BoundPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,32 +38,3 @@ class SegmentLink:
     @property
     def output_bytes(self) -> int:
         return 4 * prod(self.segment.output_shape)
-
-
-@dataclass(frozen=True, eq=False)
-class PartLink:
-    """A patch's variant of a span."""
-
-    part: BoundPart
-    output_bytes: int
-    own: bool = True
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return self.part.span
-
-    @property
-    def key(self) -> str:
-        return self.part.key
-
-    @property
-    def name(self) -> str:
-        return self.part.name
-
-    @property
-    def macs(self) -> int:
-        return self.part.macs
-
-    @property
-    def nbytes(self) -> int:
-        return self.part.template.nbytes

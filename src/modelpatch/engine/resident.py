@@ -97,7 +97,9 @@ def _build_head(record: HeadRecord, tensors: PartTensors) -> nn.Module:
 
 
 class BoundPart:
-    """One variant of a bound patch: it stands in for the segments `[span[0], span[1])`."""
+    """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`."""
+
+    own = True
 
     def __init__(self, template: Template, tensors: PartTensors) -> None:
         self.template, self.tensors = template, tensors
@@ -109,6 +111,14 @@ class BoundPart:
     @property
     def name(self) -> str:
         return self.template.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.template.nbytes
+
+    @property
+    def output_bytes(self) -> int:
+        return self.template.output_bytes
 
     @cached_property
     def key(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
-from modelpatch.engine.links import PartLink, SegmentLink
+from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.plan import PlannedTask
 from modelpatch.engine.resident import BoundPart, BoundPatch
 from modelpatch.engine.steps import Link
@@ -128,9 +127,8 @@ def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, p
     at = 0
     while at < len(segments):
         if at in variants:
-            end = variants[at].span[1]
-            path.append(PartLink(variants[at], 4 * prod(backbone.chain[end - 1].output_shape)))
-            at = end
+            path.append(variants[at])
+            at = variants[at].span[1]
         else:
             path.append(segments[at])
             at += 1

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Template:
         first, last = segments[0], segments[-1]
         self.span = (first.index, last.index + 1)
         self.name = first.name if first is last else f"{first.name} to {last.name}"
-        self.input_shape = first.input_shape
+        self.input_shape, self.output_bytes = first.input_shape, 4 * prod(last.output_shape)
         self.structure = structure
         self.nbytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         self._module, self._names = module, dict(names)

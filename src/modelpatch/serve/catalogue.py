@@ -22,7 +22,7 @@ THREADS = 4
 
 
 @dataclass(frozen=True)
-class Target:
+class ServedTask:
     """A task that a request names, resolved once; everything from the cache to the answer is handed this.
 
     `name` is the request's, `key` the engine's and `identity` the hash that answers report; `version` is the store's, None
@@ -47,16 +47,16 @@ class Catalogue:
     at once wait for one answer. Its own changes are seen at once, other writers' within `refresh`.
     """
 
-    def __init__(self, store: Store, refresh: float, own: Mapping[str, Target]) -> None:
+    def __init__(self, store: Store, refresh: float, own: Mapping[str, ServedTask]) -> None:
         self.store, self.refresh, self.own = store, refresh, own
         self._known: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
         self._threads = computing_pool(1, "modelpatch-store", THREADS)
 
-    async def find(self, names: Sequence[str]) -> tuple[list[Target], dict[str, Problem]]:
+    async def find(self, names: Sequence[str]) -> tuple[list[ServedTask], dict[str, Problem]]:
         """The targets of names, each once, and by name the problem of those that have none. Raises `Problem` if none has."""
         refused: dict[str, Problem] = {}
 
-        async def one(name: str) -> Target | None:
+        async def one(name: str) -> ServedTask | None:
             if name in self.own:
                 return self.own[name]
             try:
@@ -64,7 +64,7 @@ class Catalogue:
             except Problem as problem:
                 refused[name] = problem
                 return None
-            return Target(name, version.hash, version.hash, version)
+            return ServedTask(name, version.hash, version.hash, version)
 
         found = [target for target in await asyncio.gather(*map(one, dict.fromkeys(names))) if target is not None]
         if not found and refused:

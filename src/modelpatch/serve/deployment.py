@@ -101,7 +101,7 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
     def build() -> Any:
         import torch
 
-        from modelpatch.engine import measure
+        from modelpatch.engine.measuring import measure
         from modelpatch.engine.threads import computing_pool
         from modelpatch.serve.app import create_app
         from modelpatch.serve.service import Service

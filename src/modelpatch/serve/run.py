@@ -14,8 +14,8 @@ import torch
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine import measure
 from modelpatch.engine.cascade import Cascade
+from modelpatch.engine.measuring import measure
 from modelpatch.errors import MissingExtraError, ServeError
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.supervisor import Supervisor, bind, rehearse

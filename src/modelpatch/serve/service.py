@@ -18,7 +18,7 @@ from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.batcher import Batcher, QueuedImage, Said
 from modelpatch.serve.cache import PatchCache, load
-from modelpatch.serve.catalogue import Catalogue, Target
+from modelpatch.serve.catalogue import Catalogue, ServedTask
 from modelpatch.serve.images import Decoded, decode
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
@@ -50,8 +50,8 @@ class Service:
     ) -> None:
         self.store, self.backbone, self.settings, self.threads = store, backbone, settings, threads
         cascades = cascades or {}
-        self.own = {BASE: Target(BASE, BASE, backbone.fingerprint)} | {
-            name: Target(name, f"cascade {name}", cascade.content_hash) for name, cascade in cascades.items()
+        self.own = {BASE: ServedTask(BASE, BASE, backbone.fingerprint)} | {
+            name: ServedTask(name, f"cascade {name}", cascade.content_hash) for name, cascade in cascades.items()
         }
         given = {self.own[name].key: cascade for name, cascade in cascades.items()}
         self.engine = Engine(backbone, given, tuning=tuning or Tuning())
@@ -116,7 +116,7 @@ class Service:
         answers: list[dict[str, Answer]] = [{} for _ in images]
         for group in self._groups(targets):
 
-            async def answer_group(left: list[Target]) -> list[dict[str, Answer]]:
+            async def answer_group(left: list[ServedTask]) -> list[dict[str, Answer]]:
                 chosen = (
                     [left] * len(images) if per_image is None else [[t for t in left if t.name == n] for n in per_image]
                 )
@@ -160,9 +160,9 @@ class Service:
             )
         return names
 
-    def _groups(self, targets: Sequence[Target]) -> list[list[Target]]:
+    def _groups(self, targets: Sequence[ServedTask]) -> list[list[ServedTask]]:
         """The targets in as few passes as their number and the bytes that stay resident allow."""
-        groups: list[list[Target]] = []
+        groups: list[list[ServedTask]] = []
         held: dict[str, int] = {}
         for target in targets:
             size = 0 if target.version is None else self.cache.size(target.version)
@@ -175,7 +175,10 @@ class Service:
         return groups
 
     async def _while_held(
-        self, targets: Sequence[Target], refused: dict[str, Problem], work: Callable[[list[Target]], Awaitable[T]]
+        self,
+        targets: Sequence[ServedTask],
+        refused: dict[str, Problem],
+        work: Callable[[list[ServedTask]], Awaitable[T]],
     ) -> T | None:
         """The result of `work` on the targets while the engine has them, again without those that a problem is about.
 
@@ -195,7 +198,7 @@ class Service:
         return None
 
     async def _answer(
-        self, images: Sequence[bytes], wanted: Sequence[Sequence[Target]], top: int
+        self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]], top: int
     ) -> list[dict[str, Answer]]:
         """The answers of every image by name, each for its own targets."""
         decoded = await self._decode(images, wanted)
@@ -210,7 +213,7 @@ class Service:
             return tell()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, tell)  # pictures take a while
 
-    async def _decode(self, images: Sequence[bytes], wanted: Sequence[Sequence[Target]]) -> list[Decoded]:
+    async def _decode(self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]]) -> list[Decoded]:
         """Every image as its targets see it; a damaged one is found even where none of them is asked about it."""
         loop = asyncio.get_running_loop()
         jobs = [
@@ -234,14 +237,14 @@ class Service:
 
     def _tell(
         self,
-        wanted: Sequence[Sequence[Target]],
+        wanted: Sequence[Sequence[ServedTask]],
         said: Sequence[Mapping[str, Said]],
         sizes: Sequence[tuple[int, int]],
         top: int,
     ) -> list[dict[str, Answer]]:
         """The answers of every image by name, as JSON."""
 
-        def tell(target: Target, one: Said, size: tuple[int, int]) -> Answer:
+        def tell(target: ServedTask, one: Said, size: tuple[int, int]) -> Answer:
             view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=size)
             answer = kind_of(self.engine.kind(target.key)).to_json(one, view, top)
             return {"version": target.identity, "top": [], **answer}
@@ -263,7 +266,7 @@ class Service:
         _expect_some(targets, refused)
         return {"backbone": self._backbone(), "images": images, **(found or {}), "refused": _bodies(refused)}
 
-    async def _plan(self, images: int, targets: Sequence[Target]) -> dict[str, Any]:
+    async def _plan(self, images: int, targets: Sequence[ServedTask]) -> dict[str, Any]:
         named: dict[str, list[str]] = {}
         for target in targets:
             named.setdefault(target.key, []).append(target.name)
@@ -356,7 +359,7 @@ class Service:
         self.cache.drop(gone, kept={version.hash for version in await self.catalogue.list()})
 
 
-def _expect_some(targets: Collection[Target], refused: Mapping[str, Problem]) -> None:
+def _expect_some(targets: Collection[ServedTask], refused: Mapping[str, Problem]) -> None:
     """Raises the first problem if all targets were refused."""
     if all(target.name in refused for target in targets):
         raise next(iter(refused.values()))

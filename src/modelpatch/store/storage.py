@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,8 +167,8 @@ class Folder(Storage):
             raise StoreError(f"{self.root / path} leads out of the store, to {real}. Remove that link.")
         return Path(real)
 
-    def _errors(self, action: str, path: str) -> _Errors:
-        return _Errors(action, str(self.root / path))
+    def _errors(self, action: str, path: str) -> AbstractContextManager[None]:
+        return _errors(action, str(self.root / path))
 
 
 class Objects(Storage):
@@ -246,19 +247,17 @@ class Objects(Storage):
     def _place(self, path: str) -> str:
         return f"{self.root}/{path}"
 
-    def _errors(self, action: str, path: str) -> _Errors:
-        return _Errors(action, f"{self.url.rstrip('/')}/{path}")
+    def _errors(self, action: str, path: str) -> AbstractContextManager[None]:
+        return _errors(action, f"{self.url.rstrip('/')}/{path}")
 
 
-class _Errors:
+@contextmanager
+def _errors(action: str, path: str) -> Iterator[None]:
     """Turn the errors of a file system into a `StoreError`, but for files that are not there."""
-
-    def __init__(self, action: str, path: str) -> None:
-        self.action, self.path = action, path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, FileNotFoundError | ModelpatchError):
-            said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-            raise StoreError(f"cannot {self.action} {self.path}: {said.splitlines()[0][:300]}") from error
+    try:
+        yield
+    except (FileNotFoundError, ModelpatchError):
+        raise
+    except Exception as error:
+        said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise StoreError(f"cannot {action} {path}: {said.splitlines()[0][:300]}") from error
