@@ -50,7 +50,8 @@ NAMES: dict[str, dict[str, str]] = {  # by old place: names and their new places
         **{name: f"heads.{name}" for name in HEADS},
         **{name: f"convert.{name}" for name in ("DELTA_CODECS", "diff", "extract", "merge")},
         **{name: f"engine.{name}" for name in ("BoundPart", "BoundPatch", "Cascade", "Confidence")},
-        **{name: f"store.{name}" for name in ("Problem", "Store", "Version")},
+        **{name: f"store.{name}" for name in ("Store", "Version")},
+        "Problem": "store.Fault",
         "Task": "tasks.TaskRecord",
     },
     "modelpatch.train": {

@@ -2,11 +2,11 @@
 
     image -> patch 1, sure? -> its answer
                no -> patch 2, sure? -> its answer
-                       no -> ... -> the last patch answers whatever is left
+                       no -> ... -> the last patch answers all that are left
 
 Streeter: *Approximation Algorithms for Cascading Prediction Models* (ICML 2018). A patch is sure where its confidence, a
 weighted sum of what its class probabilities look like, reaches the stage's threshold. On disk a cascade is a small JSON
-file beside its patches: it names them, says by hash what each of them computes, and has a hash over all it says itself.
+file beside its patches: it has their names, a hash of what each computes, and a hash over its own content.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def _read(path: Path) -> CascadeRecord:
         digest = record.digest()
     except ValidationError as error:
         raise CascadeFileError(f"{path} is no cascade: {first_problem(error)}.") from error
-    except (ValueError, RecursionError) as error:  # numbers that are none, nesting without end
+    except (ValueError, RecursionError) as error:  # invalid numbers, endless nesting
         raise CascadeFileError(f"{path} is no cascade: {str(error)[:200]}.") from error
     if digest != record.sha256:
-        raise CascadeFileError(f"{path} is damaged: what it says is not what was written. Make the cascade anew.")
+        raise CascadeFileError(f"{path} is damaged: its content is not what was written. Make the cascade anew.")
     return record

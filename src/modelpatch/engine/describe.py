@@ -12,48 +12,23 @@ from modelpatch.errors import MissingExtraError, ModelpatchError
 
 @dataclass(frozen=True)
 class Branch:
-    """A run as one of its streams sees it: `stream` is what it makes, `others` the streams it is concatenated with."""
+    """A run on one of its streams: `stream` is its output, `others` are the streams it is concatenated with."""
 
     run: RunStep
-    place: int
-
-    @property
-    def stream(self) -> int:
-        return self.run.outputs[self.place]
-
-    @property
-    def source(self) -> int:
-        return self.run.inputs[self.place].stream
-
-    @property
-    def rows(self) -> int:
-        return self.run.sizes[self.place]
-
-    @property
-    def flops(self) -> int:
-        return run_flops(self.run, self.place)
-
-    @property
-    def own(self) -> bool:
-        return any(link.own for link in self.run.links)
-
-    @property
-    def others(self) -> tuple[int, ...]:
-        return tuple(stream for stream in self.run.outputs if stream != self.stream)
-
-    @property
-    def name(self) -> str:
-        first, last = self.run.links[0], self.run.links[-1]
-        return first.name if first is last else f"{first.name} ... {last.name}"
+    stream: int
+    rows: int
+    flops: int
+    others: tuple[int, ...]
 
 
 def branches(steps: Sequence[Step]) -> dict[int, list[Branch]]:
-    """The ways on from every stream."""
+    """The runs that read every stream."""
     ways: dict[int, list[Branch]] = {}
     for run in (step for step in steps if isinstance(step, RunStep)):
-        for place in range(len(run.outputs)):
-            branch = Branch(run, place)
-            ways.setdefault(branch.source, []).append(branch)
+        for place, (source, stream) in enumerate(zip(run.inputs, run.outputs, strict=True)):
+            others = tuple(other for other in run.outputs if other != stream)
+            branch = Branch(run, stream, run.sizes[place], run_flops(run, place), others)
+            ways.setdefault(source.stream, []).append(branch)
     return ways
 
 
@@ -84,9 +59,9 @@ def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str
         corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
         if isinstance(entry, Branch):
             facts = [f"{entry.rows} rows", flops_text(entry.flops)]
-            facts += ["its own"] if entry.own else []
+            facts += ["its own"] if entry.run.own else []
             facts += [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
-            yield f"{indent}{corner}s{entry.stream}  {entry.name}  ({', '.join(facts)})"
+            yield f"{indent}{corner}s{entry.stream}  {entry.run.name}  ({', '.join(facts)})"
             yield from _below(entry.stream, ways, heads, indent + bar)
         else:
             yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
@@ -99,10 +74,10 @@ def tree(roots: Roots, steps: Sequence[Step]) -> list[dict[str, Any]]:
     def below(stream: int) -> list[dict[str, Any]]:
         return [
             {
-                "name": branch.name,
+                "name": branch.run.name,
                 "images": branch.rows,
                 "flops": branch.flops,
-                "own": branch.own,
+                "own": branch.run.own,
                 "tasks": heads.get(branch.stream, []),
                 "children": below(branch.stream),
             }
@@ -125,7 +100,7 @@ def tree(roots: Roots, steps: Sequence[Step]) -> list[dict[str, Any]]:
 def describe_step(step: Step) -> str:
     """One line on what a step does."""
     if isinstance(step, RunStep):
-        name = Branch(step, 0).name
+        name = step.name
         together = f", {len(step.outputs)} streams concatenated" if len(step.outputs) > 1 else ""
         return f"{name} -> {', '.join(f's{stream}' for stream in step.outputs)} ({sum(step.sizes)} rows{together})"
     if isinstance(step, PoolStep):
@@ -163,7 +138,7 @@ def draw(roots: Roots, steps: Sequence[Step], path: str, title: str) -> None:
             start, end = branch.run.links[0].span[0], branch.run.links[-1].span[1]
             lane = lanes[branch.stream]
             axes.plot([start, start], [lanes[source], lane], color="0.6", linewidth=1, zorder=1)
-            colour = "tab:orange" if branch.own else "tab:blue"
+            colour = "tab:orange" if branch.run.own else "tab:blue"
             axes.barh(lane, end - start - 0.1, left=start + 0.05, height=0.6, color=colour, zorder=2)
             for other in branch.others:
                 axes.plot([start + 0.3] * 2, [lane, lanes[other]], color="black", linestyle=":", zorder=3)

@@ -178,7 +178,7 @@ def always(link: Link, rows: Sequence[int]) -> bool:
 def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays = always) -> Plan:
     """The plan for `members`, each on its `rows` of the batch.
 
-    `pays(link, sizes)` says whether streams of these numbers of rows are to be concatenated where they meet `link`.
+    `pays(link, sizes)` returns True if streams of these numbers of rows are to be concatenated where they meet `link`.
     """
     streams: list[_Stream] = []
     roots: dict[Hashable, _Stream] = {}

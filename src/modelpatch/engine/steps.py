@@ -67,6 +67,17 @@ class RunStep:
     scale: float = 1.0
     frees: tuple[int, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The names of its first and last link."""
+        first, last = self.links[0], self.links[-1]
+        return first.name if first is last else f"{first.name} ... {last.name}"
+
+    @property
+    def own(self) -> bool:
+        """True if one of the links is a patch's."""
+        return any(link.own for link in self.links)
+
 
 @dataclass(frozen=True)
 class PoolStep:

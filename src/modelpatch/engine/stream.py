@@ -55,7 +55,7 @@ class _Crops(Dataset[tuple[int, Decoded]]):
     def _item(self, place: int) -> Any:
         try:
             return self.sources[place]
-        except Exception as error:  # whatever a data set of somebody else's raises
+        except Exception as error:  # a data set may raise any error
             raise DataError(f"item {place} of the data set cannot be read: {error!r}.") from error
 
 

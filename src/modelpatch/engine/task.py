@@ -101,7 +101,7 @@ class EngineTask:
 class CascadeStage:
     """A patch in a cascade: the task that runs, on images or on the activations that stage `source` kept for it.
 
-    `keeps` are the prefixes whose outputs later stages go on from, by those stages' numbers.
+    `keeps` are the prefixes whose outputs later stages start from, by the numbers of those stages.
     """
 
     task: EngineTask

@@ -68,7 +68,7 @@ class PartTensors:
 
 
 class Template:
-    """The module of one span, to which parts of one structure bind their tensors in turn. Thread-safe.
+    """The module of one span, to which parts of one structure bind their tensors one at a time. Thread-safe.
 
     `names` map a tensor's name in a patch file to its name in the module.
     """
@@ -292,7 +292,7 @@ class Templates:
         return found
 
     def segment(self, index: int) -> nn.Module:
-        """Segment `index` of the backbone in eval mode, whatever becomes of the backbone's own module."""
+        """Segment `index` of the backbone in eval mode, independent of the mode of the backbone's own module."""
         with self._lock:
             if index not in self._frozen:
                 self._frozen[index] = clone_module(self.backbone.chain[index].module)

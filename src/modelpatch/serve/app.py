@@ -69,7 +69,7 @@ ADMIN = ("no-token", "wrong-token", "unknown-patch", "store-unreachable")
 
 
 async def check_token(request: Request) -> None:
-    """Lets through whoever has the server's token. Raises `Problem`, 401 or 403."""
+    """Check that the request has the server's token. Raises `Problem`, 401 or 403."""
     token = service_of(request).settings.token
     if token is None:
         raise Problem("admin-off", "This server was started without a token.", "Start it with --token.")
@@ -77,7 +77,9 @@ async def check_token(request: Request) -> None:
     if scheme.lower() != "bearer" or not given:
         raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
     if not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
-        raise Problem("wrong-token", "The token is another than the server's.", "Ask whoever started the server.")
+        raise Problem(
+            "wrong-token", "The token is another than the server's.", "Use the token that the server was started with."
+        )
 
 
 def service_of(request: Request) -> Service:
@@ -105,7 +107,7 @@ async def predict(request: Request) -> Response:
     """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
     files, or JSON with the images in base64."""
     service = service_of(request)
-    async with service.turn():
+    async with service.admit():
         asked, images = await read_question(request, service.settings)
         return JSONResponse(await service.predict(images, asked.tasks, asked.per_image, asked.top))
 
@@ -121,7 +123,7 @@ async def plan(
     """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
     service = service_of(request)
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
-    async with service.turn():
+    async with service.admit():
         return JSONResponse(await service.plan(names, images))
 
 
@@ -163,7 +165,7 @@ async def publish(
 ) -> Response:
     """Publish a patch file as the newest version. It is checked against the backbone first, and resident at once."""
     service = service_of(request)
-    async with service.turn():
+    async with service.admit():
         data = await read_body(request, service.settings.patch_bytes)
         return JSONResponse(await service.publish(name, data, tag or ["latest"]), 201)
 
@@ -274,7 +276,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 class Counting:
-    """Counts requests by their route, so that what strangers make up adds no labels."""
+    """Count requests by their route, so that made-up paths add no labels."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.counts = app, service.metrics

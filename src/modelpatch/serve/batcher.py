@@ -129,7 +129,7 @@ class Batcher:
         for task, places in wanted.items():
             own = logits[task].float()
             if not own.isfinite().all():
-                raise Problem("damaged-patch", "The patch answers with numbers that are not finite.", about=task)
+                raise Problem("damaged-patch", "The patch answers with values that are not finite.", about=task)
             reduced = kind_of(self.engine.kind(task)).reduce(own, max(rows[place].top for place in places))
             for place, one in zip(places, reduced, strict=True):
                 found[place][task] = one

@@ -1,4 +1,4 @@
-"""Bodies of requests, read within limits: bytes are counted as they arrive, whatever the headers say."""
+"""Bodies of requests, read within limits: bytes are counted as they arrive, independent of the headers."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ MOST = 65_536  # failures and sizes that are remembered
 
 
 def load(templates: Templates, data: bytes) -> BoundPatch:
-    """A patch file's bytes as a bound patch that has answered a trial image with finite numbers.
+    """Bind a patch file's bytes and try the patch on an image.
 
-    Raises what reading and binding raise, and `InvalidPatchError` for numbers that are not finite.
+    Raises the errors of reading and binding, and `InvalidPatchError` for values that are not finite.
     """
     backbone = templates.backbone
     most = 2 * sum(parameter.numel() for parameter in backbone.module.parameters())  # a mask and a difference of each
@@ -55,7 +55,7 @@ def load(templates: Templates, data: bytes) -> BoundPatch:
     with torch.inference_mode():
         logits = bound(sample(size, backbone.device)[:1])
     if not logits.isfinite().all():
-        raise InvalidPatchError("The patch answers a trial image with numbers that are not finite. Train it again.")
+        raise InvalidPatchError("The patch answers a trial image with values that are not finite. Train it again.")
     return bound
 
 
@@ -90,7 +90,7 @@ class PatchCache:
         return None
 
     def size(self, version: Version) -> int:
-        """Bytes a version takes: those of its file, and once it was bound those of its numbers if they are more."""
+        """Bytes a version takes: those of its file, and once it was bound those of its tensors if they are more."""
         return self._learned.get(version.hash, version.nbytes)
 
     @asynccontextmanager

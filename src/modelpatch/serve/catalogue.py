@@ -43,8 +43,8 @@ class ServedTask:
 class Catalogue:
     """The tasks that requests may name: the server's `own` and the store's, at most `refresh` seconds old.
 
-    For one event loop. Threads of its own read the store, so that slow loads keep nobody from asking; those who ask the same
-    at once wait for one answer. Its own changes are seen at once, other writers' within `refresh`.
+    For one event loop. Threads of its own read the store, so that slow loads do not block lookups; equal
+    lookups at the same time wait for one answer. Its own changes are seen at once, other writers' within `refresh`.
     """
 
     def __init__(self, store: Store, refresh: float, own: Mapping[str, ServedTask]) -> None:
@@ -122,7 +122,7 @@ class Catalogue:
         until, answer = self._known.get(key, (0.0, None))
         if answer is None or (until < time.monotonic() and answer.done()):
             answer = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(self._threads, work))
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whoever still waits
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # mark an exception as seen
             self._known[key] = (time.monotonic() + self.refresh, answer)
             self._known.move_to_end(key)
             while len(self._known) > MOST:
@@ -134,7 +134,7 @@ class Catalogue:
 
 
 def _told(error: Exception, **facts: Any) -> Problem:
-    """The error as a problem. The place of a store that fails is for the server's log, not for whoever asks."""
+    """The error as a problem. The place of a store that fails is written to the server's log only."""
     problem = problem_of(error, **facts)
     if problem.kind == "store-unreachable":
         LOG.warning("%s", error)

@@ -1,8 +1,8 @@
 """The same server as replicas on Ray Serve: Ray places requests, every replica keeps its own cache.
 
 A request's header `serve_multiplexed_model_id` names its patch, and Ray sends it where that patch was answered before. Only
-that hint is Ray's: loading, the budget, single flight and what happens to a patch that fails stay with each replica's shelf,
-so a failing load takes nothing from its neighbours. A hint that Ray forgets costs nothing either.
+that hint is Ray's: loading, the budget and failures stay with each replica's cache, so a failing load does not affect other
+patches. A hint that Ray forgets costs nothing either.
 
     this process: check, start Ray, deploy ── waits for SIGTERM ── delete the application, so that replicas finish
                                                                    what runs; end Serve; end Ray, if it is ours
@@ -51,7 +51,7 @@ def deploy(
 ) -> None:
     """Run replicas until SIGTERM or Ctrl-C, on the Ray cluster that `RAY_ADDRESS` names or on one of this machine.
 
-    Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start, and whatever is wrong with the store or
+    Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start, and the errors of the store or
     the backbone before anything is started.
     """
     if importlib.util.find_spec("ray") is None:
@@ -66,7 +66,7 @@ def deploy(
         from ray import serve  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("ray[serve]", "ray", "--ray") from error
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's is 15: whatever else runs here would come before requests
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's is 15: other processes would run before requests
     threads = max(1, (os.cpu_count() or 1) // replicas)
     own: dict[str, Any] = {"num_cpus": threads * replicas, "include_dashboard": False} if address == LOCAL else {}
     try:
@@ -168,7 +168,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _stop(seconds: float, last: bool) -> None:
-    """End what was started: let replicas finish what runs, then end Ray if it is ours (`last`), else Serve if nobody uses it.
+    """End what was started: let replicas finish what runs, then end Ray if it is ours (`last`), else Serve if it is not used.
 
     If that takes longer than `seconds`, this process ends on the spot, and a Ray of its own with it.
     """

@@ -46,7 +46,7 @@ def check_store(url: str, settings: Settings) -> None:
     store = Store(url)
     if settings.token is None and not store.exists():
         raise ServeError(
-            f"there is no store at {url}, and without a token nobody can publish to it here.",
+            f"there is no store at {url}, and without a token no patch can be published to it here.",
             f"`modelpatch store add {url} NAME FILE` makes one.",
         )
     store.list()
@@ -102,7 +102,7 @@ def serve_forever(
             try:
                 run_worker(url, backbone.to(device), settings, tuning, opened, threads, ready, cascades)
             finally:
-                if os.getppid() != parent:  # it was killed, so nobody else clears up
+                if os.getppid() != parent:  # it was killed, so the folder is still there
                     shutil.rmtree(folder, ignore_errors=True)
 
         Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()

@@ -130,7 +130,7 @@ class Prediction(BaseModel):
 
 
 class PatchInfo(BaseModel):
-    """A version of a patch. `fits` says whether it belongs to this server's backbone, `problem` why it last failed to load."""
+    """A version of a patch. `fits` is True if it belongs to this server's backbone, `problem` is its last failure to load."""
 
     name: str
     version: str

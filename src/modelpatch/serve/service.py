@@ -36,7 +36,7 @@ class Service:
 
     `cascades` are tasks of the server's own, by name; they are always resident. `threads` compute each batch (PyTorch's
     number by default); a server gives the engine all it has, and sets PyTorch's number to 1 for what decodes and loads.
-    Raises `Problem` for whatever cannot be answered.
+    Raises `Problem` for requests that cannot be answered.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Service:
     # answering ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """A place among the requests that are answered at once, until the deadline. Raises `Problem`, 429 or 503."""
+    async def admit(self) -> AsyncIterator[None]:
+        """Take a place among the requests that run at once, until the deadline. Raises `Problem`, 429 or 503."""
         if self._running >= self.settings.requests:
             raise Problem(
                 "too-busy",

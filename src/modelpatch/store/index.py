@@ -1,15 +1,15 @@
 """The index of a store: one table of all versions, so that a listing reads a few files and not all of them.
 
     index/GENERATION-TOKEN.table    all versions as they were when the table was made; never changed
-    index/NAME@TOKEN.begun          somebody is changing the files of NAME
-    index/NAME@TOKEN.done           somebody has changed them since
+    index/NAME@TOKEN.begun          a writer is changing the files of NAME
+    index/NAME@TOKEN.done           a writer has changed them since
 
-It is a cache: the files of the names are the truth, and whatever is wrong with the index costs time, never a version. A
+It is a cache: the files of the names are the truth, and a damaged index costs time, never a version. A
 listing takes the table, reads the files of the names that are marked, and now and then makes a new table of both.
 
 Why many writers need no lock. A mark stands before the first file changes and stays until a table that was made after the
 change is there; `.begun` becomes `.done`, and only `.done` is cleared away. A new table is written before the old one is
-deleted, and the old one before the marks; so whoever reads a table, and finds after reading it that it is still the only one,
+deleted, and the old one before the marks; so a reader of a table, which finds after reading it that it is still the only one,
 has also seen every mark that it lacks. Two tables at once are two that were made without knowledge of each other; none, that
 the index is lost. In both cases a table is made from all files.
 """
@@ -74,13 +74,13 @@ class Index:
                 return self.rebuild()
             after = self.storage.names(INDEX)
             if versions is None or _tables(after) != tables:
-                continue  # somebody made a new table
+                continue  # a writer made a new table
             marks = [mark for mark in before | after if MARK.fullmatch(mark)]
             return self._mended(tables[0], versions, marks) if marks else list(versions)
         return self.records.scan()
 
     def rebuild(self) -> list[Version]:
-        """Make the table from all files, whatever the index holds, and return what is in it."""
+        """Make the table from all files, independent of what the index holds, and return its versions."""
         entries = self.storage.names(INDEX)
         versions = self.records.scan()
         self._replace(_tables(entries), versions, [entry for entry in entries if MARK.fullmatch(entry)])
@@ -170,7 +170,7 @@ def _unpack(data: bytes) -> list[Version]:
         _check_printable({key for figures in metrics for key in figures}.union(columns["created"]))
         figures = {type(value) for figures in metrics for value in figures.values()}
         if not figures <= {int, float} or set(map(type, columns["nbytes"])) - {int}:
-            raise ValueError("figures that are no numbers")
+            raise ValueError("metrics that are not numbers")
         rows = zip(*(columns[name] for name in _FIELDS), strict=True)
         return [Version(*row) for row in rows]
     except (KeyError, TypeError, IndexError, AttributeError) as error:

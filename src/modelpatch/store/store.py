@@ -6,8 +6,8 @@
 
 Versions are named by their content and never change, as in a container registry (OCI image layout) or in git; tags are
 small files that are replaced whole. So a reader sees the old version or the new one, and writers need no lock: those that
-publish the same bytes write the same files, and of those that move one tag the last one wins. Whoever removes a version
-looks at the tags again afterwards, and whoever sets a tag looks at the version again: of two that meet, one makes it good.
+publish the same bytes write the same files, and of those that move one tag the last one wins. After a removal the
+tags are read again, and after setting a tag the version: of two writers that meet, one repairs the store.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Store:
             except FileNotFoundError:
                 if hash == rest:
                     raise self._unknown_version(name, rest) from None
-                time.sleep(PAUSE * attempt)  # the tag has moved on, or somebody is putting the version back
+                time.sleep(PAUSE * attempt)  # the tag has moved on, or a writer is putting the version back
         what = f"{name}@{rest} names the version {hash[:12]}, which is not there"
         raise DamagedPatchError(f"{what}.", "Publish it again, or move the tag.")
 
