@@ -17,10 +17,10 @@ from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.batcher import Batcher, QueuedImage, Said
-from modelpatch.serve.cache import PatchCache, load
 from modelpatch.serve.catalogue import Catalogue, ServedTask
 from modelpatch.serve.images import Decoded, decode
 from modelpatch.serve.metrics import Metrics
+from modelpatch.serve.patch_cache import PatchCache, load
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
 from modelpatch.store.store import Store

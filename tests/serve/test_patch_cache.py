@@ -24,8 +24,8 @@ from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch, encode_patch
-from modelpatch.serve.cache import PatchCache, load
 from modelpatch.serve.metrics import Metrics
+from modelpatch.serve.patch_cache import PatchCache, load
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
 from modelpatch.store.version import Version
