@@ -231,7 +231,6 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         **{name: getattr(trainer, name) for name in numbers},
         "loss": name_of(trainer.loss),
         "tensors": digest,
-        "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
     }
 
 
