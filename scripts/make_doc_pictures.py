@@ -32,7 +32,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 COMMAND = (sys.executable, "-m", "modelpatch")
-FIT = "fit bundled:digits --method scale-bias --epochs 8 --batch-size 64 --fit validation=0.2 --log runs/digits"
+FIT = "fit bundled:digits --method scale-bias --epochs 6 --batch-size 64 --fit validation=0.2 --log runs/digits"
 WIDTH = 100  # columns of a terminal
 
 

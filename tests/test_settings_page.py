@@ -11,10 +11,11 @@ import pytest
 
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import METHODS
-from modelpatch.train.settings import FitSettings
+from modelpatch.train.settings import FitOptions, FitSettings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
-FIT, _, METHOD = PAGE.partition("\n## Hyperparameters\n")
+BEFORE, _, METHOD = PAGE.partition("\n## Hyperparameters\n")
+FIT, _, PYTHON = BEFORE.partition("\n## Options in Python\n")
 COMMON = {field.name: field.default for field in dataclasses.fields(Method)}
 RATES = ("lr", "weight_decay", "optimizer")
 
@@ -41,6 +42,11 @@ def spell(value: Any) -> str:
 def test_every_setting_of_a_fit_is_listed_with_its_default() -> None:
     listed = {cells[0].strip("`"): cells[1] for cells in rows(FIT, 4)}
     assert listed == {field.name: spell(field.default) for field in dataclasses.fields(FitSettings)}
+
+
+def test_every_option_of_a_fit_in_python_is_listed_with_its_default() -> None:
+    listed = {cells[0].strip("`"): cells[1] for cells in rows(PYTHON, 3)}
+    assert listed == {field.name: spell(field.default) for field in dataclasses.fields(FitOptions)}
 
 
 def test_hyperparameters_of_all_methods_are_listed() -> None:
