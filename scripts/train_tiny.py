@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.backbone.files import save_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.task import load_task
 from modelpatch.train.evaluation import evaluate_base

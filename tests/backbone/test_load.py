@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -17,7 +19,9 @@ from torch import nn
 
 from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import METADATA_KEY, load_backbone, save_backbone
+from modelpatch.backbone.files import METADATA_KEY, save_backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.sources.base import SOURCES, BackboneSource, BuiltNetwork, register_source
 from modelpatch.errors import BackboneError, UnknownBackboneError, UntraceableBackboneError
 from tolerance import close
 
@@ -85,9 +89,9 @@ def test_torchvision_networks_bring_their_published_preprocessing() -> None:
 @pytest.mark.parametrize(
     ("spec", "hint"),
     [
-        ("resnet18", "Expected timm:NAME"),
-        ("nonsense:resnet18", "Expected timm:NAME"),
-        ("timm:", "Expected timm:NAME"),
+        ("resnet18", r"Expected bundled:NAME, .*timm:NAME"),
+        ("nonsense:resnet18", r"Expected bundled:NAME, .*timm:NAME"),
+        ("timm:", r"Expected bundled:NAME, .*timm:NAME"),
         ("timm:resnet1888", "Similar: .*resnet1"),
         ("timm:qqqqqqqqqq", "list_models"),
         ("torchvision:resnet1888", "list_models"),
@@ -104,7 +108,7 @@ def test_a_spec_that_names_nothing_says_what_would(spec: str, hint: str) -> None
 
 @pytest.mark.parametrize("spec", [1, None, b"timm:resnet18", nn.Identity, ""])
 def test_a_spec_that_is_no_text_says_what_would(spec: Any) -> None:
-    with pytest.raises(UnknownBackboneError, match=r"is not a backbone\. Expected timm:NAME"):
+    with pytest.raises(UnknownBackboneError, match=r"is not a backbone\. Expected bundled:NAME, .*timm:NAME"):
         load_backbone(spec)
 
 
@@ -380,3 +384,27 @@ def test_the_real_mobilenet_knows_real_photographs(real_backbone: Backbone) -> N
             image = preprocessing(tar.extractfile(members[wnid]).read())
             right += int(real_backbone(image).argmax()) == label
     assert right / len(chosen) > 0.5
+
+
+def test_a_source_of_another_distribution_is_found_by_its_name(tmp_path: Path) -> None:
+    @register_source("shop")
+    class Shop(BackboneSource):
+        def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
+            preprocessing = small_preprocessing()
+            return BuiltNetwork(module=TinyNet(**arguments), preprocessing=preprocessing, about={"name": name})
+
+    try:
+        backbone = load_backbone("shop:shoes", pretrained=False, seed=3, classes=4)
+        assert backbone.about == {"name": "shoes"}
+        assert backbone.arguments == {"classes": 4, "pretrained": False, "seed": 3}
+        again = load_backbone(backbone.spec, **backbone.arguments)
+        assert again.fingerprint == backbone.fingerprint
+        assert load_backbone("shop:shoes", classes=4).arguments == {"classes": 4}
+    finally:
+        del SOURCES._registered["shop"]
+
+
+def test_no_library_of_networks_is_imported_before_it_is_used() -> None:
+    code = "import sys, modelpatch.backbone.load, modelpatch.patch; print({'timm', 'torchvision'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

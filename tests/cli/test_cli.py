@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import modelpatch
 from conftest import CLASSES, Run, write_folder
-from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.backbone.files import save_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.cli import main
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError

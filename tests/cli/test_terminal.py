@@ -16,7 +16,8 @@ from rich.console import Console
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conftest import Run, write_folder
-from modelpatch.backbone.load import load_backbone, save_backbone
+from modelpatch.backbone.files import save_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.cli import loading
 from modelpatch.cli.console import UNSEEN_WIDTH, check_file, open_console
 from modelpatch.cli.demo import suggestions

@@ -2,10 +2,10 @@ from .backbone import Backbone as Backbone
 from .chain import Chain as Chain
 from .chain import Segment as Segment
 from .clone import clone_module as clone_module
+from .files import check_writable as check_writable
+from .files import save_backbone as save_backbone
 from .fingerprint import Fingerprint as Fingerprint
-from .load import check_writable as check_writable
 from .load import load_backbone as load_backbone
-from .load import save_backbone as save_backbone
 from .preprocessing import Preprocessing as Preprocessing
 from .preprocessing import open_image as open_image
 from .tuning import Tuning as Tuning

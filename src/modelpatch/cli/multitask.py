@@ -73,7 +73,7 @@ def multitask(
     The tasks share the weights that --shared names; each task trains the weights of --private alone. An interrupted run
     resumes exactly when the same command is given again. Under torchrun, processes share the tasks.
     """
-    from modelpatch.backbone.load import check_writable
+    from modelpatch.backbone.files import check_writable
     from modelpatch.data.task import load_task
     from modelpatch.methods.registry import make_method
     from modelpatch.recipes.multitask import (

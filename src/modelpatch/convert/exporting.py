@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import METADATA_KEY
+from modelpatch.backbone.files import METADATA_KEY
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch

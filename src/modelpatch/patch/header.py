@@ -11,15 +11,15 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.described import Arguments
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.backbone.sources.openclip import NAME as OPENCLIP
+from modelpatch.backbone.sources.base import SOURCES
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.blueprint import Graft
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import Facts, Text, first_problem
 
+MODULE = "module"  # the kind of a network that was given as a module
 CUSTOM = "custom"  # the method of a patch whose maker named none
-HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
 
 
 class BackboneRecord(BaseModel):
@@ -38,13 +38,8 @@ class BackboneRecord(BaseModel):
     def _no_path(cls, spec: str) -> str:
         """No folder of this machine: neither in a file's name nor where timm would look for a model."""
         kind, separator, name = spec.partition(":")
-        source, _, repository = name.rpartition(":")
-        if kind == "timm" and source:
-            plain = source.lower() in HUBS and not repository.startswith((".", "/"))
-        elif kind == "openclip":
-            plain = OPENCLIP.fullmatch(name) is not None
-        else:
-            plain = Path(name).name == name
+        source = SOURCES.get(kind) if kind != MODULE else None
+        plain = Path(name).name == name if source is None else source().is_portable(name)
         if not separator or not plain:
             raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
         return spec
@@ -52,8 +47,9 @@ class BackboneRecord(BaseModel):
     @property
     def hub(self) -> str | None:
         """The repository that `spec` names if anybody may have put the network there, for a person to decide on."""
-        source, _, repository = self.spec.removeprefix("timm:").partition(":")
-        return repository if source.lower() in HUBS else None
+        kind, _, name = self.spec.partition(":")
+        source = SOURCES.get(kind) if kind != MODULE else None
+        return None if source is None else source().find_repository(name)
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneRecord:

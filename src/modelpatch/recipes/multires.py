@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import check_writable, load_backbone, save_backbone
+from modelpatch.backbone.files import check_writable, save_backbone
+from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.methods.full_finetune import FullFinetune

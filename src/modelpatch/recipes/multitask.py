@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import Any, Literal, get_args
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.load import check_writable, save_backbone
+from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, MethodError, TrainingError
 from modelpatch.methods.method import Method

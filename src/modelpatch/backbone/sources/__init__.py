@@ -1,1 +1,1 @@
-"""Sources of backbones, one file a source."""
+"""Sources of backbones, one file a source; `base.py` has their interface and registry."""

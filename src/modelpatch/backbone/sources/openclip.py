@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.text_tower import ClipText
 from modelpatch.errors import BackboneError, MissingExtraError, UnknownBackboneError
 
@@ -49,47 +50,54 @@ class ImageTower(nn.Module):
         return pooled if visual.proj is None else pooled @ visual.proj
 
 
-def build_openclip(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing, ClipText]:
-    """The image tower, how it sees images, and the text tower.
+@register_source("openclip")
+class OpenClipSource(BackboneSource):
+    """open_clip's image towers."""
 
-    Raises `MissingExtraError` without open_clip, `UnknownBackboneError` for a name or tag it does not list: a tag that is a
-    path would be read as a pickle. `BackboneError` where it cannot be built.
-    """
-    try:
-        import open_clip
-    except ImportError:
-        raise MissingExtraError("open_clip_torch", "clip", f"The backbone openclip:{name}") from None
-    match = NAME.fullmatch(name)
-    if match is None or match[1] not in open_clip.list_models():
-        raise UnknownBackboneError(
-            f"open_clip has no model {name!r}. Expected openclip:NAME/TAG, see open_clip.list_models()."
+    def is_portable(self, name: str) -> bool:
+        return NAME.fullmatch(name) is not None
+
+    def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
+        """The image tower with its preprocessing and the text tower.
+
+        Raises `MissingExtraError` without open_clip, `UnknownBackboneError` for a name or tag that it does not list (a tag
+        that is a path would be read as a pickle), `BackboneError` where the network cannot be built.
+        """
+        try:
+            import open_clip
+        except ImportError:
+            raise MissingExtraError("open_clip_torch", "clip", f"The backbone openclip:{name}") from None
+        match = NAME.fullmatch(name)
+        if match is None or match[1] not in open_clip.list_models():
+            raise UnknownBackboneError(
+                f"open_clip has no model {name!r}. Expected openclip:NAME/TAG, see open_clip.list_models()."
+            )
+        tags = open_clip.list_pretrained_tags_by_model(match[1])
+        if pretrained and match[2] not in tags:
+            raise UnknownBackboneError(
+                f"open_clip has no weights {match[2]!r} of {match[1]}. It has: {', '.join(tags[:8]) or 'none'}. "
+                "Random weights: pretrained=False."
+            )
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            model = open_clip.create_model(match[1], pretrained=match[2] if pretrained else None, **arguments)
+            tokenizer = open_clip.get_tokenizer(match[1])
+        except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
+            raise BackboneError(f"open_clip could not build {name!r} with {arguments}: {error}") from error
+        finally:
+            logging.disable(level)
+        config = open_clip.get_model_preprocess_cfg(model)
+        size = config.get("size", 224)
+        pixels = size if isinstance(size, int) else size[0]
+        preprocessing = Preprocessing(
+            input_size=(3, pixels, pixels),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config.get("interpolation", "bicubic"),
+            crop_pct=1.0,
         )
-    tags = open_clip.list_pretrained_tags_by_model(match[1])
-    if pretrained and match[2] not in tags:
-        raise UnknownBackboneError(
-            f"open_clip has no weights {match[2]!r} of {match[1]}. It has: {', '.join(tags[:8]) or 'none'}. Random weights: "
-            "pretrained=False."
-        )
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        model = open_clip.create_model(match[1], pretrained=match[2] if pretrained else None, **arguments)
-        tokenizer = open_clip.get_tokenizer(match[1])
-    except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
-        raise BackboneError(f"open_clip could not build {name!r} with {arguments}: {error}") from error
-    finally:
-        logging.disable(level)
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config.get("size", 224)
-    pixels = size if isinstance(size, int) else size[0]
-    preprocessing = Preprocessing(
-        input_size=(3, pixels, pixels),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config.get("interpolation", "bicubic"),
-        crop_pct=1.0,
-    )
-    visual = model.visual
-    model.visual = nn.Identity()  # the text tower does not hold the image tower
-    with torch.no_grad():
-        return ImageTower(visual), preprocessing, ClipText(model, tokenizer)
+        visual = model.visual
+        model.visual = nn.Identity()  # the text tower does not hold the image tower
+        with torch.no_grad():
+            return BuiltNetwork(module=ImageTower(visual), preprocessing=preprocessing, text=ClipText(model, tokenizer))

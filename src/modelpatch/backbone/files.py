@@ -1,0 +1,118 @@
+"""Backbone files: safetensors weights whose metadata names the architecture, its arguments and the preprocessing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from modelpatch.atomic import write_bytes
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.described import Described
+from modelpatch.errors import BackboneError, UnknownBackboneError
+
+METADATA_KEY = "modelpatch_backbone"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; half-precision weights are widened to float32, exactly."""
+    try:
+        if not path.is_file():
+            raise UnknownBackboneError(
+                f"there is no file {path}. Expected a safetensors file with a backbone's weights."
+            )
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"{str(path)[:300]} is not a readable safetensors file: {str(error)[:300]}") from error
+    half = (torch.float16, torch.bfloat16)
+    return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}, metadata
+
+
+def describe(metadata: dict[str, str], path: Path) -> Described:
+    """The description of the network in our own metadata, or in plain keys. Raises `BackboneError` for what cannot be one."""
+    if METADATA_KEY in metadata:
+        return Described.parse(metadata[METADATA_KEY], path)
+    if "architecture" not in metadata:
+        raise BackboneError(
+            f"{path} does not say which architecture it holds: its metadata has {sorted(metadata) or 'no keys'}. Expected "
+            f"`architecture`, or write it with save_backbone, or load_backbone('timm:NAME', weights={str(path)!r})."
+        )
+    try:
+        return Described.parse(json.dumps(_read_plain(dict(metadata))), path)
+    except ValueError as error:
+        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error}.") from error
+
+
+def _read_plain(metadata: dict[str, str]) -> dict[str, Any]:
+    """Plain keys as the fields of `Described`. Raises ValueError for words where numbers are expected."""
+    numbers = {"num_classes": int, "pad_type": str, "bn_eps": float, "global_pool": str}
+    seen = {"crop_pct": float, "interpolation": str}
+    lists = {"mean": float, "std": float, "input_size": int}
+    preprocessing: dict[str, Any] = {key: kind(metadata.pop(key)) for key, kind in seen.items() if key in metadata}
+    for key, kind in lists.items():
+        if key in metadata:
+            preprocessing[key] = [kind(value) for value in metadata.pop(key).split(",")]
+    return {
+        "architecture": metadata.pop("architecture"),
+        "arguments": {key: kind(metadata.pop(key)) for key, kind in numbers.items() if key in metadata},
+        "preprocessing": preprocessing,
+        "classes": [],
+        "about": metadata,
+    }
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load a state dict. Raises `BackboneError` for tensors that do not fit the module or are not finite."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise BackboneError(
+            f"the tensors of {source} do not fit {type(module).__name__}: {' '.join(lines[1:3])}"
+        ) from error
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BackboneError(f"the tensor {name} of {source} holds NaN or infinity. Fetch or train it again.")
+
+
+def check_writable(backbone: Backbone) -> str:
+    """The architecture's name, for `save_backbone`. Raises `BackboneError` for a network that a file could not name."""
+    if backbone.architecture is None or backbone.spec.startswith("openclip:"):
+        raise BackboneError(
+            f"{backbone.spec} cannot be written as a backbone file, which names an architecture of timm and its arguments. "
+            "Leave `out` away and keep the result's backbone, or start from timm:NAME."
+        )
+    return backbone.architecture
+
+
+def save_backbone(backbone: Backbone, path: str | Path, architecture: str, half: bool = False, **about: Any) -> None:
+    """Write a backbone as a file that `load_backbone("file:PATH")` reads.
+
+    `architecture` is timm's name and `backbone.arguments` its arguments; `half=True` stores float16. `about` is kept
+    as facts (accuracy, data, licence). The write is atomic. Raises `BackboneError` for what no reader would accept.
+    """
+    described = {
+        "architecture": architecture,
+        "arguments": {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")},
+        "preprocessing": backbone.preprocessing.model_dump(mode="json"),
+        "classes": list(backbone.classes),
+        "about": {**backbone.about, **about},
+    }
+    tensors = {
+        name: value.half() if half and value.is_floating_point() else value.contiguous()
+        for name, value in backbone.module.state_dict().items()
+    }
+    try:
+        text = json.dumps(described, sort_keys=True)
+        data = save(tensors, {METADATA_KEY: text, "format": "pt"})
+    except (TypeError, ValueError, RuntimeError) as error:  # a fact that is no JSON, tensors that share memory
+        raise BackboneError(f"{backbone.spec} cannot be written to {path}: {error}") from error
+    Described.parse(text, path)
+    write_bytes(Path(path), data)

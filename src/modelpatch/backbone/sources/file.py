@@ -1,0 +1,43 @@
+"""`file:PATH`: a safetensors file whose metadata names an architecture of timm, arguments and preprocessing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modelpatch.backbone.files import describe, load_state, read_tensors
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
+from modelpatch.backbone.sources.timm import TimmSource
+from modelpatch.errors import BackboneError
+
+
+@register_source("file")
+class FileSource(BackboneSource):
+    """Files as `save_backbone` writes them."""
+
+    holds_weights = True
+
+    def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
+        return build_file(Path(name), f"file:{Path(name).name}", arguments)
+
+
+def build_file(path: Path, spec: str, arguments: dict[str, Any]) -> BuiltNetwork:
+    """The network of a file, recorded as `spec`. Raises `BackboneError` for a file that describes none."""
+    tensors, metadata = read_tensors(path)
+    described = describe(metadata, path)
+    recorded = described.preprocessing.model_dump(exclude_unset=True) if described.preprocessing else {}
+    arguments = {**described.arguments, **arguments}
+    built = TimmSource().build(described.architecture, False, arguments)
+    load_state(built.module, tensors, str(path))
+    outputs = getattr(built.module, "num_classes", None)
+    if described.classes and len(described.classes) != outputs:
+        raise BackboneError(f"{path} names {len(described.classes)} classes for the {outputs} outputs of its network.")
+    return BuiltNetwork(
+        module=built.module,
+        preprocessing=Preprocessing(**{**built.preprocessing.model_dump(), **recorded}),
+        spec=spec,
+        arguments=arguments,
+        classes=described.classes,
+        about=described.about,
+    )
