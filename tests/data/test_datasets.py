@@ -31,6 +31,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.train.evaluation import evaluate
 from modelpatch.train.fitting import fit
+from modelpatch.train.trainer import Callback
 
 PLAIN = Preprocessing(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.8)
 GENEROUS = 2**30
@@ -353,6 +354,56 @@ def test_a_fit_on_a_data_set_is_the_fit_on_its_images(kind: str, method: Any, ti
     assert all(torch.allclose(known.tensors[name], tensor, atol=1e-5) for name, tensor in read.tensors.items())
     assert read.metrics == known.metrics
     assert evaluate(tiny, read, make_task(MAPS[kind])).score == read.metrics["test_top1"]
+
+
+@pytest.mark.parametrize("method", [LinearProbe(), ScaleBias(lr=0.01)], ids=["cached", "plain"])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_fit_on_a_stream_follows_its_seed_and_is_measured(kind: str, method: Any, tiny: Backbone) -> None:
+    first, again = (
+        fit(
+            tiny,
+            make_task(STREAMS[kind], length=24, validation=Pairs(color_task().test)),
+            method,
+            epochs=2,
+            early_stopping=2,
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(first.tensors[name], tensor) for name, tensor in again.tensors.items())
+    assert first.metrics == again.metrics
+    assert evaluate(tiny, first, color_task()).score == first.metrics["test_top1"]
+
+
+def test_a_stream_is_learned(tiny: Backbone) -> None:
+    data = color_task(96)
+    task = Task.from_datasets(Stream(data.train), Pairs(data.test), classes=CLASSES, length=96)
+    assert fit(tiny, task, LinearProbe(head_lr=0.1), epochs=10, batch_size=16).metrics["test_top1"] > 0.8
+
+
+@pytest.mark.parametrize("method", [LinearProbe(), ScaleBias()], ids=["cached", "plain"])
+def test_images_beyond_the_memory_are_streamed_to_the_same_patch(method: Any, tiny: Backbone) -> None:
+    kept, streamed = (fit(tiny, color_task(), method, epochs=2, batch_size=8, memory=memory) for memory in (2**30, 1))
+    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in streamed.tensors.items())
+
+
+@pytest.mark.parametrize("make", [Pairs, Stream])
+def test_an_interrupted_fit_with_random_transforms_goes_on_to_the_same_patch(
+    make: Any, tiny: Backbone, tmp_path: Path
+) -> None:
+    class Interruption(Callback):
+        def on_step_end(self, trainer: Any) -> None:
+            if trainer.step == 4:
+                raise KeyboardInterrupt
+
+    def train(callbacks: list[Callback], **options: Any) -> Any:
+        task = make_task(make, length=24, transform=v2.RandomAffine(20, (0.1, 0.1)))
+        return fit(tiny, task, ScaleBias(lr=0.01), epochs=2, batch_size=8, callbacks=callbacks, **options)
+
+    whole = train([])
+    with pytest.raises(KeyboardInterrupt):
+        train([Interruption()], checkpoint=tmp_path / "state")
+    resumed = train([], checkpoint=tmp_path / "state")
+    assert all(torch.equal(whole.tensors[name], tensor) for name, tensor in resumed.tensors.items())
 
 
 def test_dense_targets_come_from_data_sets(tiny: Backbone) -> None:

@@ -87,10 +87,18 @@ def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageSto
 
 def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:
     plain = PlainInputs(store, AUGMENTATIONS["light"], seed=0)
-    rows = torch.arange(8)
+    first, again, other = (next(plain.batches([torch.arange(8)], epoch)).images for epoch in (1, 1, 2))
     assert plain.start == 0
-    assert torch.equal(plain.batch(rows, 1, 2), plain.batch(rows, 1, 2))
-    assert not torch.equal(plain.batch(rows, 1, 2), plain.batch(rows, 2, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_batches_of_cached_outputs_come_with_their_labels(tiny: Backbone, store: ImageStore) -> None:
+    cached = CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["none"], 1, 0, GENEROUS)
+    rows = list(torch.arange(70).flip(0).split(32))
+    for number, (inputs, labels) in enumerate(cached.batches(rows, 0, first=1), 1):
+        assert torch.equal(inputs, cached.batch(rows[number], 0, number))
+        assert torch.equal(labels, store.labels[rows[number]])
 
 
 def test_the_share_of_the_prefix_grows_from_nothing_to_all(tiny: Backbone) -> None:

@@ -239,6 +239,9 @@ class ImageStore(ImageStream):
         if view is not None and self.split.changes:
             yield from super().read(batches, view)
             return
+        if self.ready.all():
+            yield from map(self._kept, batches)
+            return
         seen, missing = self.ready.clone(), []
         for rows in batches:
             missing.append(rows[~seen[rows]].unique())
@@ -251,7 +254,10 @@ class ImageStore(ImageStream):
                 for row, target in zip(new.tolist(), pixels.targets, strict=True):
                     self._targets[row] = target
                 self.ready[new] = True
-            yield Pixels(self.pixels[rows], [self._targets[row] for row in rows.tolist()], self._target_type)
+            yield self._kept(rows)
+
+    def _kept(self, rows: Tensor) -> Pixels:
+        return Pixels(self.pixels[rows], [self._targets[row] for row in rows.tolist()], self._target_type)
 
 
 class SequentialImages:
@@ -271,18 +277,6 @@ class SequentialImages:
     def labels(self) -> Tensor:
         """Class indices, int64 (N,), from one reading of the stream."""
         return torch.from_numpy(self.split.labels)
-
-    def plain(self, rows: Tensor) -> Tensor:
-        """Raise `DataError`: a stream has no rows."""
-        return torch.from_numpy(np.asarray(self.split.take(rows.numpy()).labels))
-
-    def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor:
-        """Raise `DataError`: a stream has no rows."""
-        return self.plain(rows)
-
-    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any:
-        """Raise `DataError`: a stream has no rows."""
-        return self.plain(rows)
 
     def batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0

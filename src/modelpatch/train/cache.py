@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import FrozenBackbone
 from modelpatch.backbone.tuning import CACHE, Tuning
-from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation
+from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import ImageBatch, Images, allocate, pieces
 from modelpatch.patch.model import PatchedModel
 
@@ -38,18 +37,6 @@ class PlainInputs:
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
         """Inputs of segment `start` and targets for the rows of every batch from number `first` on, read ahead."""
         return self.store.batches(rows, self.augmentation, self.seed, epoch, first)
-
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
-        """Inputs of segment `start` for these rows."""
-        return self.store.augmented(rows, self.augmentation, (self.seed, epoch, step))
-
-    def targets(self, rows: Tensor, epoch: int, step: int) -> Any:
-        """The targets of that batch."""
-        return self.store.targets(rows, self.augmentation, (self.seed, epoch, step))
-
-    def plain_targets(self, rows: Tensor) -> Any:
-        """The targets of these rows, not augmented."""
-        return self.store.targets(rows, AUGMENTATIONS["none"], ())
 
 
 class CachedInputs:

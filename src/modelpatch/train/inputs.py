@@ -120,10 +120,11 @@ class OwnInputs:
     def _open(self, split: str, augmented: bool, once: bool = False) -> Images:
         """The images of a split, the same ones for every reader if they are kept."""
         images: Split = getattr(self.data, split)
-        augmented = augmented and images.augments
+        augmented = augmented and images.changes
         if (split, augmented) not in self._opened:
             images = images if augmented else images.with_transform(None)
-            opened = open_images(images, self.preprocessing, self.memory, once=once or split == "test")
+            once_read = once or split == "test"
+            opened = open_images(images, self.preprocessing, self.memory, once=once_read, shuffle=augmented)
             if once:
                 return opened
             self._opened[split, augmented] = opened
