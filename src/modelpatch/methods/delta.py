@@ -27,7 +27,7 @@ from modelpatch.backbone.chain import channels_first, count_macs
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
 from modelpatch.methods.method import Method, Optimizer, register_method
-from modelpatch.methods.residual import Edge, ResidualStage, find_stages
+from modelpatch.methods.residual import Edge, SkipStage, find_stages
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.model import PatchedModel
 
@@ -97,7 +97,7 @@ class DeltaNetwork(Method):
         counts = range(1, len(stages_of(backbone)) + 1)
         return [(f"with {count} module{'s' if count > 1 else ''}", replace(self, modules=count)) for count in counts]
 
-    def _choose(self, backbone: Backbone) -> tuple[ResidualStage, ...]:
+    def _choose(self, backbone: Backbone) -> tuple[SkipStage, ...]:
         found = stages_of(backbone)
         if not self.stages:
             if self.modules == "all":
@@ -111,7 +111,7 @@ class DeltaNetwork(Method):
         chosen = {stage for name in self.stages for stage in _find(backbone, found, name)}
         return tuple(stage for stage in found if stage in chosen)
 
-    def _graft(self, backbone: Backbone, stage: ResidualStage) -> Graft:
+    def _graft(self, backbone: Backbone, stage: SkipStage) -> Graft:
         shape, output = (backbone.chain[stage.start].input_shape, backbone.chain[stage.end - 1].output_shape)
         layout = layout_of(shape, backbone.input_size)
         channels, width = shape[_axis(layout)], output[_axis(layout)]
@@ -128,7 +128,7 @@ class DeltaNetwork(Method):
 # stages -----------------------------------------------------------------------------------------------------
 
 
-def stages_of(backbone: Backbone) -> tuple[ResidualStage, ...]:
+def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
     """The stages of a backbone that have skips. Raises `MethodNotApplicableError` if there are none."""
     found = find_stages(backbone.chain)
     if not found:
@@ -139,7 +139,7 @@ def stages_of(backbone: Backbone) -> tuple[ResidualStage, ...]:
     return found
 
 
-def _find(backbone: Backbone, stages: tuple[ResidualStage, ...], name: str) -> list[ResidualStage]:
+def _find(backbone: Backbone, stages: tuple[SkipStage, ...], name: str) -> list[SkipStage]:
     """The stages a name means. Raises `MethodError` for a name that means none."""
     names = [[segment.name for segment in backbone.chain[stage.start : stage.end]] for stage in stages]
     found = [
@@ -158,7 +158,7 @@ def _find(backbone: Backbone, stages: tuple[ResidualStage, ...], name: str) -> l
     return found
 
 
-def _list(backbone: Backbone, stages: tuple[ResidualStage, ...]) -> str:
+def _list(backbone: Backbone, stages: tuple[SkipStage, ...]) -> str:
     names = [(backbone.chain[stage.start].name, backbone.chain[stage.end - 1].name) for stage in stages]
     spans = [first if first == last else f"{first} to {last}" for first, last in names]
     return ", ".join(f"stage{number} ({span})" for number, span in enumerate(spans))

@@ -204,7 +204,7 @@ def _part(block: nn.Module, source: fx.Node, results: Sequence[fx.Node]) -> fx.G
 
 
 @dataclass(frozen=True)
-class ResidualStage:
+class SkipStage:
     """A run of segments `[start, end)` whose blocks' outputs n_1 ... n_k have one shape, so that skips can join them.
 
     `first` is 0 where the shortcut of the first block gives a node n_0, else 1. In a `dense` stage the nodes are the
@@ -232,33 +232,33 @@ def skip_edges(first: int, depth: int) -> tuple[Edge, ...]:
     return tuple((i, j) for j in range(first + 1, depth + 1) for i in range(first, j))
 
 
-def find_stages(chain: Chain) -> tuple[ResidualStage, ...]:
+def find_stages(chain: Chain) -> tuple[SkipStage, ...]:
     """The stages of a chain that have at least one skip, in order; none for networks without shortcuts (VGG)."""
-    stages: list[ResidualStage] = []
+    stages: list[SkipStage] = []
     for block in chain.blocks:
         form = form_of(block.module) if len(block.output_shape) > 1 else Form("none")
         if stages and form.shortcut == "identity" and _continues(stages[-1], block, chain):
             stages[-1] = replace(stages[-1], end=block.index + 1, depth=stages[-1].depth + 1)
         elif form.layers:
-            stages.append(ResidualStage(block.index, block.index + 1, first=0, depth=len(form.layers), dense=True))
+            stages.append(SkipStage(block.index, block.index + 1, first=0, depth=len(form.layers), dense=True))
         else:
-            stages.append(ResidualStage(block.index, block.index + 1, first=int(form.shortcut == "none"), depth=1))
+            stages.append(SkipStage(block.index, block.index + 1, first=int(form.shortcut == "none"), depth=1))
     divided = [part for stage in stages for part in _divide(stage, chain)]
     return tuple(stage for stage in divided if stage.edges)
 
 
-def _continues(stage: ResidualStage, block: Segment, chain: Chain) -> bool:
+def _continues(stage: SkipStage, block: Segment, chain: Chain) -> bool:
     """True if a block that adds its input follows the stage at once and keeps the shape of its nodes."""
     same = block.input_shape == block.output_shape == chain[stage.end - 1].output_shape
     return same and not stage.dense and stage.end == block.index
 
 
-def _divide(stage: ResidualStage, chain: Chain) -> list[ResidualStage]:
+def _divide(stage: SkipStage, chain: Chain) -> list[SkipStage]:
     """A run of transformer blocks in equal parts; other stages as they are."""
     if len(chain[stage.start].output_shape) != 2:
         return [stage]
     bounds = sorted({stage.start + round(part * stage.depth / GROUPS) for part in range(GROUPS + 1)})
     return [
-        ResidualStage(start, end, first=stage.first if start == stage.start else 0, depth=end - start)
+        SkipStage(start, end, first=stage.first if start == stage.start else 0, depth=end - start)
         for start, end in itertools.pairwise(bounds)
     ]
