@@ -83,7 +83,7 @@ def main() -> None:
                 backbone, task, "scale-bias", epochs=arguments.epochs, batch_size=BATCH, image_size=PIXELS, seed=seed
             ),
         }
-        rows.append((seed, *(100 * mp.evaluate(backbone, patch, task).top1 for patch in patches.values())))
+        rows.append((seed, *(100 * mp.evaluate(backbone, patch, task).score for patch in patches.values())))
     rows.append(("mean", *(sum(row[column] for row in rows) / len(rows) for column in (1, 2))))
     title = f"gtsrb, {len(task.train)} images, {PIXELS} px, {arguments.epochs} epochs: test top-1 in percent"
     report(title, ("seed", "own loop", "fit"), rows, arguments.json)

@@ -30,7 +30,7 @@ from modelpatch.data.task import Task
 from modelpatch.select import profile
 from modelpatch.select.greedy import Greedy, select
 from modelpatch.select.trials import Folds
-from modelpatch.train.fitting import FitSettings
+from modelpatch.train.settings import FitSettings
 
 PIXELS, BATCH = 128, 32
 

@@ -78,8 +78,8 @@ def test_the_margins_of_a_simulation_are_those_of_its_patch_on_the_pool() -> Non
     from modelpatch.select.active import LabelRound
     from modelpatch.select.journal import Journal
     from modelpatch.train import fit
-    from modelpatch.train.fitting import FitSettings
     from modelpatch.train.progress import quiet_progress
+    from modelpatch.train.settings import FitSettings
 
     settings = FitSettings(epochs=1, batch_size=8, augment="none")
     run = _Simulation(backbone, data, LinearProbe(), (12, 20), settings, Journal(LabelRound), 2**30, quiet_progress())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train import fit
+from modelpatch.train import Callback, Trainer, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import evaluate, evaluate_module
 from modelpatch.train.fitting import PatchTrainer
@@ -311,6 +312,97 @@ class Careless(LinearProbe):
 def test_a_fit_that_moves_the_backbone_fails(tiny: Backbone, colors: Task) -> None:
     with pytest.raises(BackboneChangedError, match=r"have changed since it was loaded, in: stem\.0"):
         fit(tiny, colors, Careless(), epochs=1)
+
+
+# parts of one's own -----------------------------------------------------------------------------------------
+
+
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.seen.append(trainer.lr)
+
+
+def test_an_optimizer_gets_the_rates_of_the_method(backbone: Backbone, colors: Task) -> None:
+    plain = {"epochs": 2, "schedule": "constant", "warmup": 0.0, "augment": "none"}
+    given = fit(backbone, colors, Subset(lr=0.02), optimizer=torch.optim.AdamW, **plain)  # type: ignore[arg-type]
+    own = fit(backbone, colors, Subset(lr=0.02), **plain)  # type: ignore[arg-type]
+    assert all(torch.allclose(given.tensors[name], tensor, atol=1e-5) for name, tensor in own.tensors.items())
+    assert given.created["options"] == {"optimizer": "AdamW"}
+    assert "options" not in own.created
+
+
+def test_a_scheduler_stands_in_place_of_the_schedule(backbone: Backbone, colors: Task) -> None:
+    scheduler, rates = partial(torch.optim.lr_scheduler.StepLR, step_size=1), Rates()
+    fit(backbone, colors, LinearProbe(head_lr=1.0), epochs=3, batch_size=12, scheduler=scheduler, callbacks=[rates])
+    assert rates.seen == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_loss_and_accumulation_reach_the_steps(backbone: Backbone, colors: Task) -> None:
+    smooth = partial(torch.nn.functional.cross_entropy, label_smoothing=0.1)
+    options: dict[str, Any] = {"epochs": 2, "augment": "none"}
+    given = fit(backbone, colors, LinearProbe(), batch_size=24, loss=smooth, **options)
+    setting = fit(backbone, colors, LinearProbe(), batch_size=24, label_smoothing=0.1, **options)
+    parts = fit(backbone, colors, LinearProbe(), batch_size=6, accumulate=4, label_smoothing=0.1, **options)
+    assert equal(given, setting)
+    assert all(torch.allclose(parts.tensors[name], tensor, atol=1e-4) for name, tensor in given.tensors.items())
+
+
+def test_the_best_epoch_is_that_of_the_monitored_figure(
+    backbone: Backbone, colors: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = iter([(3.0, 0.9), (1.0, 0.2), (2.0, 0.5)])
+
+    def evaluate(self: Trainer, data: Any) -> dict[str, float]:
+        return dict(zip(("loss", "top1"), next(history), strict=True))
+
+    monkeypatch.setattr(PatchTrainer, "evaluate", evaluate)
+    patch = fit(backbone, colors, LinearProbe(), epochs=3, validation=0.25, monitor="validation_loss")
+    assert patch.metrics["validation_loss"] == 1.0
+    assert "validation_top1" not in patch.metrics
+
+
+def test_an_average_of_the_weights_is_the_patch(backbone: Backbone, colors: Task) -> None:
+    plain = fit(backbone, colors, LinearProbe(), epochs=2)
+    mean = fit(backbone, colors, LinearProbe(), epochs=2, ema=0.9)
+    assert not equal(plain, mean)
+    assert mean.metrics["test_top1"] == evaluate(backbone, mean, colors).top1
+
+
+def test_a_transform_and_a_pair_of_data_sets(backbone: Backbone) -> None:
+    seen = []
+
+    def transform(image: Any) -> Any:
+        seen.append(image)
+        return image
+
+    pairs = [(np.full((16, 16, 3), 80 * (number % 3), np.uint8), number % 3) for number in range(12)]
+    patch = fit(backbone, (pairs, pairs), LinearProbe(), epochs=1, transform=transform)
+    assert len(patch.task.classes) == 3
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)}, "is an instance of SGD, but fit builds"),
+        ({"optimizer": "sgd"}, r"optimizer is 'sgd'; expected a function or class.*ScaleBias\(optimizer='sgd'\)"),
+        ({"loss": "mse"}, "loss is 'mse'; expected a function"),
+        ({"accumulate": 0}, "accumulate = 0 is not valid"),
+        ({"monitor": "validation_loss"}, "Give validation= or early_stopping="),
+        ({"ema": 2.0}, "expected a number between 0 and 1"),
+        ({"callbacks": [Rates]}, "Rates is a class"),
+    ],
+)
+def test_parts_that_cannot_be_used_are_refused(
+    backbone: Backbone, colors: Task, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        fit(backbone, colors, LinearProbe(), epochs=1, **given)
 
 
 # logs -------------------------------------------------------------------------------------------------------

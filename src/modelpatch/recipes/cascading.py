@@ -237,7 +237,7 @@ class Costs:
         self._known: dict[tuple[str, ...], float] = {}
 
     def __call__(self, name: str, before: Sequence[str] = ()) -> float:
-        """What `name` adds after the patches `before`."""
+        """Return the multiply-adds of `name` after the patches `before`."""
         key = (*before, name)
         if key not in self._known:
             self._known[key] = self._engine.stage_costs([self._keys[one] for one in key])[-1]
@@ -318,7 +318,7 @@ def run(
     labels: Tensor,
     costs: Callable[[str, Sequence[str]], float],
 ) -> Figures:
-    """What a cascade of these stages answers and costs, from its patches' logits (N, K)."""
+    """Return the accuracy and cost of a cascade of these stages, from its patches' logits (N, K)."""
     stages = torch.full((len(labels),), -1)
     for number, (name, confidence) in enumerate(zip(order, confidences, strict=True)):
         stages[(stages < 0) & confidence.sure(logits[name])] = number

@@ -18,7 +18,8 @@ from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.text import file_name
 from modelpatch.train.evaluation import evaluate_base, harmonic_mean, standard_error
-from modelpatch.train.fitting import check_settings, fit
+from modelpatch.train.fitting import fit
+from modelpatch.train.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
 
 
 def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
-    """Where a run keeps its patch and its training state, from which it goes on if they are to be reused."""
+    """Return the options of `fit` that name a run's file and training state."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{file_name(name)}.safetensors"
     checkpoint = folder / f"{out.name}.training"

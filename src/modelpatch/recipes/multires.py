@@ -69,24 +69,24 @@ class MultiResolution:
 
     @property
     def parameters(self) -> int:
-        """What was trained for all resolutions together, each number once."""
+        """The number of trained parameters of all resolutions together, each once."""
         return next(iter(self.patches.values())).created["parameters"]
 
     @property
     def seconds(self) -> float:
-        """What training all of them took."""
+        """Seconds of the training of all of them."""
         return next(iter(self.patches.values())).created["seconds"]
 
     @property
     def file_bytes(self) -> int:
-        """What is shipped: all patches, and the shared weights where there are any."""
+        """Bytes of all patches, and of the shared weights where there are any."""
         state = self.backbone.module.state_dict().values() if self.sharing != "independent" else ()
         return sum(tensor.nbytes for tensor in state) + sum(p.inspect().file_bytes for p in self.patches.values())
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run's results lie: `stem.safetensors` is the backbone, `stem-96px.safetensors` a patch."""
+    """Files of a run's results: `stem.safetensors` is the backbone, `stem-96px.safetensors` a patch."""
 
     folder: Path
     stem: str
@@ -361,7 +361,7 @@ class ResolutionRun:
         return MultiResolution(self.sharing, shared, patches)
 
     def _own(self, patch: Patch, backbone: BackboneRecord, facts: Mapping[str, Any]) -> Patch:
-        """What a resolution has of its own, and the head, over the backbone with the rest."""
+        """Return the patch of a resolution's private tensors and the head, over the backbone with the rest."""
         hyperparameters = {"sharing": self.sharing, "resolutions": list(self.resolutions)}
         return replace(
             patch,

@@ -297,7 +297,7 @@ def batch_sizes(tasks: Sequence[Task], size: int, sampling: Sampling) -> list[in
 
 
 def shares(names: Sequence[str], weights: Mapping[str, float], sizes: Sequence[int]) -> dict[str, float]:
-    """How much of the shared gradient is every task's; they add up to 1. Raises `TrainingError` for impossible weights."""
+    """Return every task's share of the shared gradient, 1 together. Raises `TrainingError` for impossible weights."""
     if not isinstance(weights, Mapping):
         raise TrainingError(f"the weights are {weights!r}; expected a number by task: {{{names[0]!r}: 2}}.")
     if unknown := sorted(weights.keys() - set(names)):

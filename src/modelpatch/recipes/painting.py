@@ -40,8 +40,9 @@ from modelpatch.recipes.scoring import Norms, ScoredTask, Scorer, mixed, with_st
 from modelpatch.recipes.tradeoff import Point, Role, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
 from modelpatch.tasks.classification import Classification
 from modelpatch.train.evaluation import own_classes
-from modelpatch.train.fitting import check_settings, fit
+from modelpatch.train.fitting import fit
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import check_settings
 
 Mode = Literal["joint", "sequential", "parallel"]
 Mixing = Literal["scalar", "search", "exhaustive"]
@@ -51,7 +52,7 @@ HeadMaker = Callable[[Sequence[str]], nn.Module]  # class names to a head that n
 
 @dataclass(frozen=True, kw_only=True)
 class PaintSettings:
-    """How a trade-off is explored.
+    """Settings of the search for a trade-off.
 
     `mode` and `mixing` as in the module's table: of parallel patches, `scalar` gives all the same alpha / n, `exhaustive`
     tries a grid of every alpha_i (up to 3 tasks), `search` lets a seeded black-box optimiser try `trials` of them. `rule` (see
@@ -99,7 +100,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Painting:
-    """What PAINT found. `base` is the unpatched model, `curve` all mixtures that were tried, `chosen` one of them or the base.
+    """Result of PAINT. `base` is the unpatched model, `curve` all mixtures that were tried, `chosen` one of them or the base.
 
     `distance` is equation 1 on the curve; `cka` (of features of held-out images) and `cosine` (of weights) compare the base
     with the mixture of most change. `patch` holds the whole change at the chosen strength, and a head for all patched tasks.
@@ -235,7 +236,7 @@ class Painter:
         return patch, [replace(task, head=one.to(self.backbone.device)) for task, one in zip(tasks, heads, strict=True)]
 
     def _place(self, keeper: Keeper | None) -> dict[str, Any]:
-        """Where the next fine-tuning is kept, as options of `fit`."""
+        """Return the options of `fit` that name the next fine-tuning's file and training state."""
         if self.checkpoint is None or keeper is not None:
             return {}
         self.trained += 1

@@ -2,8 +2,8 @@
 
     dL/dW = sum_t s_t dL_t/dW          s_t the share of task t, adding up to 1
 
-Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1* (ICLR 2019), section 4.3. The models read the same bytes; what
-their backward passes say is collected here as it comes, and one step is taken when every task has spoken.
+Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1* (ICLR 2019), section 4.3. The models read the same bytes; the
+gradients of all tasks are added up here, and one step is taken when every task has taken its own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from modelpatch.train.distributed import Team
 
 
 class SharedWeights:
-    """The weights of `backbone`, a copy that nobody else reads, which `method` would train in a patch.
+    """The weights of `backbone`, a copy, which `method` would train in a patch.
 
-    Its rates, weight decay and optimizer are the shared weights'; what it says of heads is for no one. Raises `MethodError`
+    Its rates, weight decay and optimizer are the shared weights'; its settings of heads are not used. Raises `MethodError`
     for a method that trains anything but weights as they are: masks, added modules and statistics belong to a task.
     """
 
@@ -48,7 +48,7 @@ class SharedWeights:
         self.origins: Mapping[str, Graft] = {}  # none of them was added
 
     def join(self, model: PatchedModel, private: Method, share: float) -> None:
-        """Let the model's backward passes speak for its task. Call it before the first step, for all tasks.
+        """Register gradient hooks on the shared weights of a task's model. Call it before the first step, for all tasks.
 
         Raises `MethodError` for a private method whose patches would not follow the weights as they move.
         """
@@ -100,7 +100,7 @@ class SharedWeights:
         self.optimizer.zero_grad(set_to_none=True)
 
     def snapshot(self) -> dict[str, Any]:
-        """What an interrupted run goes on from."""
+        """Return the state that an interrupted run resumes from."""
         return {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -115,7 +115,7 @@ class SharedWeights:
 
 
 def _is_fixed(module: nn.Module, weight: Tensor) -> bool:
-    """Whether what a reweighting makes does not depend on the weight it is given."""
+    """Return True for a reweighting whose result does not depend on the given weight."""
     assert isinstance(module, Reweighting)
     given = weight.detach().requires_grad_()
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What resolutions gain from numbers of their own: `private`, `shared` and `independent` side by side, over several seeds."""
+"""Comparison of `private`, `shared` and `independent` weights of several resolutions, over several seeds."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a point is chosen: the highest `mean` or `harmonic` mean of supported and patched accuracy, or with `drop` the
+    """Rule to choose a point: the highest `mean` or `harmonic` mean of supported and patched accuracy, or with `drop` the
     highest patched accuracy among points whose supported accuracy is at most `points` percent below the base's."""
 
     kind: Literal["mean", "harmonic", "drop"] = "mean"

@@ -33,9 +33,10 @@ from modelpatch.patch.contents import Patch
 from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, share_images
 from modelpatch.train.evaluation import logits_of, standard_error
-from modelpatch.train.fitting import Fit, FitSettings, check_settings
+from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings, check_settings
 
 STRATEGIES = ("margin", "random")
 

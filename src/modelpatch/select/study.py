@@ -28,8 +28,8 @@ from modelpatch.select.journal import Journal
 from modelpatch.select.trials import DISK, Bench, Outcome, Trial
 from modelpatch.select.workers import Workers, make_workers
 from modelpatch.train.evaluation import standard_error
-from modelpatch.train.fitting import check_settings
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import check_settings
 
 
 @dataclass(frozen=True)

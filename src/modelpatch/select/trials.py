@@ -32,9 +32,10 @@ from modelpatch.errors import DataError, DivergedError, TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
-from modelpatch.train.fitting import Fit, FitSettings
+from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
 

@@ -108,8 +108,9 @@ class LoaderBatches:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
         """The batches of an epoch, beginning with batch `first`."""
-        parts = [getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
-        for part in (self.loader, *parts):
+        parts: list[Any] = [self.loader]
+        parts += [getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
             if isinstance(generator := getattr(part, "generator", None), torch.Generator):

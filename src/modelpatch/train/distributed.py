@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them: every batch is cut, what the parts say is added up.
+"""Several processes that train together, as torchrun starts them: batches are cut into parts, gradients added up.
 
     batch     [ process 0 | process 1 | ... ]          every process sees the whole batch's augmentation, and keeps its part
     gradient  sum_r share_r g_r                        g_r of the mean loss over part r, share_r the part's share of the batch
@@ -51,7 +51,7 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the team's first."""
+        """True for the team's first process."""
         return self.rank == self.ranks[0]
 
     def part(self, count: int) -> slice:
@@ -100,7 +100,7 @@ ALONE = Team()
 
 
 def is_lonely() -> bool:
-    """Whether torchrun started this process among others with which it is not connected."""
+    """Return True where torchrun started this process among others with which it is not connected."""
     return not dist.is_initialized() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -131,5 +131,5 @@ def process_group(**meeting: Any) -> Iterator[Team]:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process in place of one that died."""
+    """Return True where torchrun started this process in place of one that died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -70,7 +70,7 @@ def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Callable[[in
 
 
 def facts_of(patch: Patch) -> Mapping[str, Any]:
-    """What the file says of the data it was fitted on; nothing where it does not."""
+    """Return the recorded facts of the data that a patch was fitted on, empty without any."""
     said = patch.created.get("data")
     return said if isinstance(said, dict) else {}
 
@@ -109,7 +109,7 @@ def evaluate_base(backbone: Backbone, data: Task, preprocessing: Preprocessing |
 
 
 def own_classes(backbone: Backbone, classes: tuple[str, ...]) -> Tensor | None:
-    """Which outputs (K,) of the base's own head are these classes, by name; None where it does not name them all."""
+    """Return the outputs (K,) of the base's own head for these classes, by name; None where it does not name them all."""
     names = backbone.classes or _imagenet_ids(_outputs(backbone), classes)
     return torch.tensor([names.index(name) for name in classes]) if names and set(classes) <= set(names) else None
 

@@ -38,6 +38,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
+from modelpatch.train.arguments import check_callbacks
 from modelpatch.train.batches import BatchSource, Minibatch, RowBatches, cut_rows
 from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
 from modelpatch.train.distributed import ALONE, Team
@@ -108,6 +109,7 @@ def fit(
         ema=ema,
         checkpoint_activations=checkpoint_activations,
     )
+    callbacks = check_callbacks(callbacks, Callback)
     backbone, task, method = check_parts(backbone, data, method)
     team = Team.everyone()
     bar = Progress(f"{method.name} on {task.task.name}") if progress and team.leads else quiet_progress()
@@ -205,7 +207,9 @@ class Fit:
         self.trainer.train()
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
         best = {
-            one.monitor: one.best_value for one in self.trainer.callbacks if isinstance(one, EarlyStopping) and one.best
+            str(one.monitor): one.best_value
+            for one in self.trainer.callbacks
+            if isinstance(one, EarlyStopping) and one.best
         }
         self.backbone.verify()
         return patch.with_metrics(**best)

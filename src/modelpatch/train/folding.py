@@ -52,7 +52,7 @@ def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
 
 
 def _after(norm: nn.Module) -> nn.Module:
-    """What is left of a normalisation layer: timm's hold an activation as well."""
+    """Return the rest of a folded normalisation layer: timm's hold an activation as well."""
     return nn.Sequential(*(child for child in norm.children()))
 
 

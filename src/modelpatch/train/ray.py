@@ -67,7 +67,7 @@ def _check_answers(address: str) -> None:
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: str = LOCAL) -> T:
-    """What `work` returns in the first of `count` actors, each with `threads` cores, which all call it as one team.
+    """Call `work` as one team in `count` actors, each with `threads` cores, and return the first one's result.
 
     `work`, such as `partial(fit, backbone, data, ...)`, travels to them; files that it names must be readable, and its
     folders writable, under the same paths on all machines. Raises what it raises, `MissingExtraError` without Ray, and
@@ -79,7 +79,7 @@ def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: 
 
     with connected(address, count * threads):
         stored = ray.put(work)
-        kind: Any = ray.remote(num_cpus=threads)(Member)
+        kind: Any = ray.remote(num_cpus=threads)(RayProcess)
         for _ in range(STARTS):
             actors = [kind.remote(threads, Path.cwd()) for _ in range(count)]
             try:
@@ -93,7 +93,7 @@ def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: 
 
 
 def _result(actors: list[Any], work: Any) -> Any:
-    """What the first actor returns. Raises what the work raised, and Ray's own error as soon as any actor has died."""
+    """Return the first actor's result. Raises what the work raised, and Ray's own error as soon as any actor has died."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -113,15 +113,15 @@ def _result(actors: list[Any], work: Any) -> Any:
     return answers[0]
 
 
-class Member:
-    """What runs on the cluster: one process of the team."""
+class RayProcess:
+    """One process of the team, on the cluster."""
 
     def __init__(self, threads: int, folder: Path) -> None:
         torch.set_num_threads(threads)
         os.chdir(folder)
 
     def place(self) -> str:
-        """Where the team can meet: HOST:PORT of this machine."""
+        """Return an address for the team to meet at: HOST:PORT of this machine."""
         import ray
 
         with socket.socket() as free:

@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """How a patch is trained, whatever the method.
+    """Settings of a training run, whatever the method.
 
     `image_size` in pixels (None: the backbone's). `views` augmented views of each image are cached where a prefix is
     cached; `cache=False` computes the prefix in every epoch. `memory` is the budget in bytes for decoded images and for
@@ -73,7 +73,7 @@ class FitSettings:
         return seen if framing is None else seen.model_copy(update={"framing": framing})
 
     def factor(self, step: int, total: int) -> float:
-        """What the learning rates are multiplied by at a step: a linear warm-up, then the schedule.
+        """Return the factor of the learning rates at a step: a linear warm-up, then the schedule.
 
         `step` drops to a tenth after each share of the steps in `drops`; `exponential` to 0.98 every 2.5 epochs.
         """
@@ -129,6 +129,8 @@ def check_options(**options: Any) -> FitOptions:
             hint = " A method's own is set by name: ScaleBias(optimizer='sgd')." if name == "optimizer" else ""
             raise TrainingError(f"{name} is {options[name]!r}; expected a function or class.{hint}")
     check_limits(accumulate=options["accumulate"])
+    if options["ema"] is not None and not 0 < options["ema"] < 1:
+        raise TrainingError(f"ema = {options['ema']!r} is not valid; expected a number between 0 and 1.")
     return FitOptions(**options)
 
 
