@@ -387,7 +387,7 @@ def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, .
 
 
 def channels_first(shape: tuple[int, ...], image: tuple[int, ...]) -> bool:
-    """Whether an activation has the axes (C, H, W), and not (H, W, C) or those of tokens."""
+    """True if an activation has the axes (C, H, W), and not (H, W, C) or those of tokens."""
     return len(shape) == 3 and spatial_size(shape, image) == shape[1:]
 
 

@@ -1,4 +1,4 @@
-"""What a file may say about a frozen network, its own or the one it belongs to; checked before anything is built.
+"""Descriptions of frozen networks in files, checked before anything is built.
 
 Files come from strangers. One may name an architecture of the zoo and plain values for its constructor. It may not make
 the constructor read other files or addresses, nor set what `load_backbone` keeps for its caller.
@@ -50,7 +50,7 @@ Architecture = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", ma
 
 
 class Described(BaseModel):
-    """What a backbone's own file says of it: timm's name of the architecture, how to build it, how it sees images.
+    """A backbone's own description in its file: timm's name of the architecture, its arguments and its preprocessing.
 
     `classes` name the outputs of its own head, if they have names; `about` holds facts that nothing here relies on.
     """

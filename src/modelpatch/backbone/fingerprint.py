@@ -16,7 +16,7 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Fingerprint(BaseModel):
-    """What a backbone is, by content. Two backbones with the same `chain` give every patch the same features.
+    """Content hashes of a backbone. Two backbones with the same `chain` give every patch the same features.
 
     `segments` holds one hash per segment of the chain, `head` that of the base's own classifier; `chain` hashes the
     segments in order and `whole` the chain and the head.

@@ -82,7 +82,7 @@ class FrozenBackbone:
         self._lock = threading.Lock()
 
     def module(self, index: int) -> Module:
-        """What runs segment `index`."""
+        """The module that runs segment `index`."""
         module = self._modules.get(index)
         if module is None:
             with self._lock:

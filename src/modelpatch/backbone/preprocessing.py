@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".w
 
 
 class Preprocessing(BaseModel):
-    """How a backbone sees an image. `input_size` is (channels, height, width), in pixels, square.
+    """The preprocessing of a backbone's images. `input_size` is (channels, height, width), in pixels, square.
 
     With the framing `crop` an image is resized so that its shorter side is `resize_to` = floor(size / crop_pct) pixels and its
     centre is cropped to `input_size`; `stretch` resizes the whole image to `input_size`, so that nothing of it is lost. Its
@@ -101,7 +101,7 @@ class Preprocessing(BaseModel):
         return image.crop((left, top, left + side, top + side))
 
     def framed_area(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What the network sees of an image of this size: (left, top, width, height) in the image's own pixels."""
+        """The part of an image of this size that the network sees: (left, top, width, height) in the image's own pixels."""
         if self.framing == "stretch":
             return 0.0, 0.0, float(width), float(height)
         side = min(width, height) * self.image_size / self.resize_to
@@ -141,7 +141,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def image_bytes(source: ImageSource) -> bytes:
-    """What identifies an image: the bytes of its file, or of its pixels in memory. Raises `DataError`."""
+    """The identity of an image: the bytes of its file, or of its pixels in memory. Raises `DataError`."""
     if isinstance(source, str | Path):
         try:
             return Path(source).read_bytes()

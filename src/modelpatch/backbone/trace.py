@@ -106,7 +106,7 @@ class _Tracer(_ThreadTracer):
 
 
 def opens(module: nn.Module) -> bool:
-    """Whether tracing looks inside a module of this structure (see the module docstring)."""
+    """True if tracing looks inside a module of this structure (see the module docstring)."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
         return True
     if type(module).__module__.startswith("torch.nn."):

@@ -1,4 +1,4 @@
-"""How frozen segments compute on this machine: chosen by the engine's measurement, reported, pinned by whoever wants to.
+"""Settings of the computation of frozen segments: chosen by the engine's measurement, reported, or set by the user.
 
 | setting | what it changes |
 |---|---|
@@ -45,7 +45,7 @@ class Tuning:
 
     @property
     def plain(self) -> bool:
-        """Whether modules run as they are."""
+        """True if modules run as they are."""
         return not (self.channels_last or self.fold or self.bfloat16 or self.compile)
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from modelpatch.heads.reading import ChainPart, Reading
 from modelpatch.patch.blueprint import Span
 from modelpatch.patch.changes import MADE, StoredWeight, resolve
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import check_features, check_fit, check_selection
+from modelpatch.patch.model import check_fit, check_head
 
 
 class BoundPatch:
@@ -53,8 +53,7 @@ class BoundPatch:
         plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
         values = resolve(plain, chain, patch.strength)
         check_fit({n: s for n, s in {**structure.shapes, **patch.head.shapes()}.items() if n not in made}, values)
-        check_features(chain, patch)
-        check_selection(patch.tensors.get("head.selected"), chain, patch.head)
+        check_head(chain, patch)
         whole = {name: t.to(device) for name, t in values.items() if not t.is_floating_point()}
         layout = structure.layout(patch.head, made.keys() | whole.keys())
         flat = layout.fill(values, device)

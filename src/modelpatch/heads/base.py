@@ -68,7 +68,7 @@ class HeadRecord(BaseModel):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """What the head reads."""
+        """The inputs of the head."""
         return self.head.list_reads(self)
 
     def build(self) -> Head:
@@ -102,12 +102,12 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
-        """What a head with this record reads: by default the features at the end of the chain."""
+        """The inputs of a head with this record: by default the features at the end of the chain."""
         return (Read(),)
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """What the head reads."""
+        """The inputs of the head."""
         return self.record.reads
 
     def stored(self) -> dict[str, Tensor]:

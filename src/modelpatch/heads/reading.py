@@ -101,17 +101,17 @@ class Reading:
 
     @property
     def both(self) -> bool:
-        """Whether the base's own features are read beside the patch's."""
+        """True if the base's own features are read beside the patch's."""
         return any(read.of == "base" for read in self.reads)
 
     @property
     def maps(self) -> bool:
-        """Whether the head is a decoder, which reads maps."""
+        """True if the head is a decoder, which reads maps."""
         return any(read.form == "map" for read in self.reads)
 
     @property
     def inner(self) -> bool:
-        """Whether outputs are read in other forms than as features."""
+        """True if outputs are read in other forms than as features."""
         return any(read.form != "features" for read in self.reads)
 
     def run(self, parts: Sequence[ChainPart], x: Tensor, start: int = 0) -> HeadInput:

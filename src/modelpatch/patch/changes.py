@@ -42,7 +42,7 @@ class Reweighting(nn.Module, ABC):
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """What the patch stores, under `mask` (bool or int8, the weight's shape) and `delta` (float32)."""
+        """The tensors that the patch stores, under `mask` (bool or int8, the weight's shape) and `delta` (float32)."""
 
 
 def resolve(tensors: Mapping[str, Tensor], chain: Chain, strength: float) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class StoredWeight:
 
 
 def is_sparse(delta: Tensor | None) -> bool:
-    """Whether a difference is mostly zero, so that its places and values are fewer than its numbers."""
+    """True if a difference is mostly zero, so that its places and values are fewer than its numbers."""
     return delta is not None and 2 * int(delta.count_nonzero()) < delta.numel()
 
 

@@ -1,4 +1,4 @@
-"""How a patch's tensors become the tensors of its file and come back, value for value.
+"""Codecs: a patch's tensors to the tensors of its file and back, value for value.
 
     kind                        a tensor in memory                stored as
     float32 float16 bfloat16    that dtype                        itself

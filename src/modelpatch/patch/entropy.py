@@ -48,7 +48,7 @@ def encode_bits(bits: NDArray[np.bool_]) -> bytes:
 
 
 def decode_bits(data: bytes, most: int = MAX_BITS) -> NDArray[np.bool_]:
-    """What `encode_bits` was given, if that is at most so many bits.
+    """The bits that `encode_bits` was given, at most `most` of them.
 
     Raises ValueError for bytes it did not make, `MissingExtraError` without constriction.
     """
@@ -87,7 +87,7 @@ def _densities() -> NDArray[np.float64]:
 
 
 def _stored() -> NDArray[np.bool_]:
-    """Which levels are stored as they are."""
+    """The levels that are stored as they are."""
     density = _densities()
     return np.minimum(density, 1 - density) >= EVEN
 

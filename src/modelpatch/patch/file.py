@@ -182,7 +182,7 @@ def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
 
 
 def _span(entry: dict[str, Any]) -> tuple[int, int]:
-    """Where a tensor's bytes lie. Raises ValueError, TypeError or KeyError for an entry that says nothing sensible."""
+    """Start and end of a tensor's bytes. Raises ValueError, TypeError or KeyError for an entry that says nothing sensible."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(entry) != 3 or not isinstance(shape, list) or type(start) is not int or type(end) is not int:
         raise ValueError("expected a dtype, a shape and two offsets")
@@ -213,7 +213,7 @@ def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) ->
 
 
 def _hash_position(data: bytes | bytearray, digest: Any) -> int:
-    """Where the 64 digits stand, or -1; the JSON is a string inside JSON, so its quotes are escaped.
+    """The position of the 64 digits, or -1; the JSON is a string inside JSON, so its quotes are escaped.
 
     The last occurrence in the header is the file's own: what follows it in the canonical order holds free text only.
     """

@@ -23,7 +23,7 @@ CUSTOM = "custom"  # the method of a patch whose maker named none
 
 
 class BackboneRecord(BaseModel):
-    """Which frozen network a patch belongs to: how to load it, its content hashes, and its size to compare with."""
+    """The frozen network of a patch: its specification and arguments, its content hashes and its size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

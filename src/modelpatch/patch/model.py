@@ -1,6 +1,6 @@
 """A patch on its backbone as a module of its own: a plain `nn.Module` whose frozen parameters are the backbone's bytes.
 
-`bound.py` has the light record for patches that are used by the hundred.
+`engine/resident.py` has the light form for patches that are used by the hundred.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class PatchedModel(nn.Module):
         patch.check_backbone(backbone)
         self.preprocessing, self._strength = patch.preprocessing, patch.strength
         self._build(backbone, patch.blueprint, patch.head.build(), {})
-        check_features(backbone.chain, patch)
+        check_head(backbone.chain, patch)
         self._load(resolve(patch.tensors, backbone.chain, patch.strength))
-        check_selection(patch.tensors.get("head.selected"), backbone.chain, patch.head)
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False).to(backbone.device)
         self.try_grafts(patch.blueprint, backbone)
@@ -194,7 +193,7 @@ class PatchedModel(nn.Module):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether a BatchNorm layer is in train mode."""
+        """True if a BatchNorm layer is in train mode."""
         return any(module.training for module in self.modules() if isinstance(module, _BatchNorm))
 
     def owned_norms(self) -> list[_BatchNorm]:
@@ -250,7 +249,7 @@ class PatchedModel(nn.Module):
         return self.head(self.head_input(x, start))
 
     def head_input(self, x: Tensor, start: int) -> HeadInput:
-        """What the head reads, from the input `x` of segment `start`; at the end of the chain `x` itself."""
+        """The head's input, from the input `x` of segment `start`; at the end of the chain `x` itself."""
         return x if start == self.end else self.reading.run(self.chain_parts(), x, start)
 
     @torch.no_grad()
@@ -383,15 +382,11 @@ class PatchedModel(nn.Module):
 Backbone.register_patched(PatchedModel)
 
 
-def check_features(chain: Chain, patch: Patch) -> None:
-    """Raises `ForeignTensorError` for a head that does not fit the chain: its features, its maps, what it selects."""
-    patch.head.head.check_chain(patch.head, chain, patch.preprocessing.image_size)
-
-
-def check_selection(selected: Tensor | None, chain: Chain, head: HeadRecord) -> None:
-    """Raises `ForeignTensorError` for a head that selects features that the segments it reads do not give."""
-    if selected is not None:
-        head.head.check_tensors(head, {"head.selected": selected}, chain)
+def check_head(chain: Chain, patch: Patch) -> None:
+    """Raises `ForeignTensorError` for a head that does not fit the chain: its features, its maps or its tensors' values."""
+    head = patch.head.head
+    head.check_chain(patch.head, chain, patch.preprocessing.image_size)
+    head.check_tensors(patch.head, patch.tensors, chain)
 
 
 def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
