@@ -31,8 +31,15 @@ from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.fitting import Fit, PatchTrainer
 
 METHOD = ScaleBias(statistics="learned")
-SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2}
-STEPS = 6 * 24 // 4
+SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2, "ema": 0.9, "validation": 0.25}
+
+
+def halve(optimizer: Any) -> Any:
+    """A scheduler of one's own, in place of the schedule."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+STEPS = 6 * 5  # batches of 4 of 18 images
 KILL_AFTER = 8  # in the middle of the second epoch
 
 VICTIM = f"""
@@ -41,12 +48,14 @@ from conftest import color_task, make_tiny
 from modelpatch.methods import ScaleBias
 from modelpatch.train import checkpoint, fit
 from modelpatch.train import Callback
+from test_checkpoint import halve
 
 checkpoint.EVERY_SECONDS = 0
 class Slow(Callback):
     def on_step_begin(self, trainer):
         time.sleep(0.05)
-fit(make_tiny(), color_task(), ScaleBias(statistics="learned"), checkpoint=sys.argv[1], callbacks=[Slow()], **{SETTINGS!r})
+fit(make_tiny(), color_task(), ScaleBias(statistics="learned"), checkpoint=sys.argv[1], callbacks=[Slow()],
+    scheduler=halve, **{SETTINGS!r})
 """
 
 
@@ -102,7 +111,8 @@ def test_a_killed_process_resumes_to_the_same_patch(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "training"
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     victim = subprocess.Popen([sys.executable, "-c", VICTIM, str(folder)], env={**os.environ, "PYTHONPATH": paths})
     try:
         deadline = time.monotonic() + 120
@@ -118,9 +128,9 @@ def test_a_killed_process_resumes_to_the_same_patch(
     done = saved_steps(folder)
     assert KILL_AFTER <= done < STEPS
     steps = count_steps(monkeypatch)
-    resumed = fit(backbone, color_task(), METHOD, checkpoint=folder, **SETTINGS)
+    resumed = fit(backbone, color_task(), METHOD, checkpoint=folder, scheduler=halve, **SETTINGS)
     assert steps == list(range(done, STEPS))
-    assert_equal(resumed, fit(backbone, color_task(), METHOD, **SETTINGS))
+    assert_equal(resumed, fit(backbone, color_task(), METHOD, scheduler=halve, **SETTINGS))
     assert not folder.exists()
 
 

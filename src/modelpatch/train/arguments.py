@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,10 +83,12 @@ def steps_every(scheduler: Any, every: Every | None) -> Every:
 
 
 def name_of(given: Any) -> str:
-    """The name of a class, function, partial or object that tells it from others of its kind."""
-    if isinstance(given, Iterable) and not isinstance(given, str | nn.Module):
-        return repr([name_of(one) for one in given])
-    return getattr(given, "__qualname__", None) or repr(given)
+    """Return a name of a class, function, partial or object that is the same in another process."""
+    if isinstance(given, partial):
+        options = [*map(name_of, given.args), *(f"{key}={name_of(value)}" for key, value in given.keywords.items())]
+        return f"{name_of(given.func)}({', '.join(options)})"
+    text = getattr(given, "__qualname__", None) or repr(given)
+    return type(given).__qualname__ if " at 0x" in text else text
 
 
 def check_model(model: Any, loss: Any) -> None:
