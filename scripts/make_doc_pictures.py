@@ -2,6 +2,7 @@
 
     curve      docs/learning-curve.png   losses, accuracy and learning rate of a fit's log
     terminal   docs/terminal.svg         that fit, as a terminal shows it
+    help       docs/terminal-help.svg    all commands
     confusion  docs/confusion.png        the confusion matrix of its patch, with counts
     page       docs/server-page.png      the page of the server, three patches answering for one generated scene
 
@@ -31,7 +32,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-COMMAND = (sys.executable, "-m", "modelpatch")
+COMMAND = (str(Path(sys.executable).with_name("modelpatch")),)  # of the environment that runs this
 FIT = "fit bundled:digits --method scale-bias --epochs 6 --batch-size 64 --fit validation=0.2 --log runs/digits"
 WIDTH = 100  # columns of a terminal
 
@@ -102,12 +103,12 @@ def train_scenes(folder: Path) -> Path:
     store = mp.Store(folder / "patches")
     for name, patch in names["patches"].items():
         store.publish(name, patch)
-    scenes = sorted((names["root"] / "cars" / "images" / "test").iterdir())
-    from PIL import Image
+    from PIL import Image, ImageStat
 
-    scene = folder / "scene.png"
-    Image.open(scenes[1]).resize((480, 480)).save(scene)
-    return scene
+    scenes = [Image.open(path) for path in sorted((names["root"] / "cars" / "images" / "test").iterdir())]
+    brightest = max(scenes, key=lambda scene: sum(ImageStat.Stat(scene).mean))
+    brightest.resize((480, 480)).save(folder / "scene.png")
+    return folder / "scene.png"
 
 
 def draw_page(folder: Path) -> None:
@@ -130,7 +131,7 @@ def draw_page(folder: Path) -> None:
         with sync_playwright() as started:
             chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
             browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1180, "height": 900})
+            page = browser.new_page(viewport={"width": 1480, "height": 1000})
             page.goto(url)
             page.locator("#patches tr").first.wait_for()
             page.locator("#all").click()
@@ -138,11 +139,15 @@ def draw_page(folder: Path) -> None:
             page.locator("#answers .card").nth(3).wait_for()
             page.locator("#share:visible").wait_for()
             time.sleep(1)  # the answers move into place
-            page.screenshot(path=DOCS / "server-page.png")
+            shot = page.screenshot()
             browser.close()
     finally:
         server.terminate()
         server.wait()
+    from PIL import Image
+
+    small = Image.open(io.BytesIO(shot)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(DOCS / "server-page.png", optimize=True)
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
@@ -158,14 +163,20 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     sys.exit(f"{url} did not answer in two minutes")
 
 
+def draw_help(folder: Path) -> None:
+    """The commands of modelpatch."""
+    save_terminal([("modelpatch -h", run(folder, "-h"))], DOCS / "terminal-help.svg", "modelpatch -h")
+
+
 FROM_FIT = {"curve": draw_curve, "terminal": draw_terminal, "confusion": draw_confusion}
+OTHERS = {"help": draw_help, "page": draw_page}
 
 
 def main(chosen: list[str]) -> None:
     """Draw the named pictures, all of them by default."""
-    if unknown := set(chosen) - {*FROM_FIT, "page"}:
-        sys.exit(f"there is no picture {', '.join(sorted(unknown))}. Expected: {', '.join([*FROM_FIT, 'page'])}.")
-    names = chosen or [*FROM_FIT, "page"]
+    if unknown := set(chosen) - FROM_FIT.keys() - OTHERS.keys():
+        sys.exit(f"there is no picture {', '.join(sorted(unknown))}. Expected: {', '.join([*FROM_FIT, *OTHERS])}.")
+    names = chosen or [*FROM_FIT, *OTHERS]
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         if any(name in FROM_FIT for name in names):
@@ -173,8 +184,9 @@ def main(chosen: list[str]) -> None:
             for name in names:
                 if name in FROM_FIT:
                     FROM_FIT[name](folder, printed)
-        if "page" in names:
-            draw_page(folder)
+        for name in names:
+            if name in OTHERS:
+                OTHERS[name](folder)
 
 
 if __name__ == "__main__":
