@@ -131,7 +131,7 @@ def draw_page(folder: Path) -> None:
         with sync_playwright() as started:
             chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
             browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1480, "height": 1000})
+            page = browser.new_page(viewport={"width": 1180, "height": 1240})
             page.goto(url)
             page.locator("#patches tr").first.wait_for()
             page.locator("#all").click()
