@@ -21,6 +21,8 @@ pytest.importorskip("material")
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+from test_structure import FLOORS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = tuple(sorted(path.parent.name for path in Path(modelpatch.__file__).parent.glob("*/__init__.pyi")))
 
@@ -76,3 +78,9 @@ def test_a_link_that_leads_nowhere_is_a_warning(tmp_path: Path, warnings: list[s
 def test_the_overview_names_all_that_the_package_gives() -> None:
     text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
     assert not {name for name in modelpatch.__all__ if f"[`{name}`]" not in text} - {"__version__"}
+
+
+def test_the_picture_of_the_house_has_every_floor_in_its_order() -> None:
+    picture = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
+    places = [picture.index(f">{folder}<") for floor in FLOORS[1:] for folder in floor]
+    assert places == sorted(places, reverse=True)
