@@ -22,7 +22,7 @@ from dense import box_task, square_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing, open_image
 from modelpatch.data.augmentation import AUGMENTATIONS, choose_augmentation
-from modelpatch.data.images import ImageStore, ImageStream, SequentialImages, open_images
+from modelpatch.data.images import Images, ImageStore, SequentialImages, open_images
 from modelpatch.data.samples import name_classes, to_image, to_label
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, load_task
@@ -124,7 +124,7 @@ def test_a_data_set_is_the_images_and_labels_that_it_holds(kind: str) -> None:
     rows = torch.arange(24)
     expected = ImageStore(known.train, PLAIN, GENEROUS)
     assert torch.equal(ImageStore(read.train, PLAIN, GENEROUS).plain(rows), expected.plain(rows))
-    assert torch.equal(ImageStream(read.train, PLAIN).labels, expected.labels)
+    assert torch.equal(Images(read.train, PLAIN).labels, expected.labels)
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -236,7 +236,7 @@ def test_an_error_in_a_data_set_names_the_sample() -> None:
     for workers in (0, 2):
         task.train.workers = workers
         with pytest.raises(DataError, match=r"^Broken, sample 17 cannot be read: RuntimeError\('no such file'\)"):
-            list(ImageStream(task.train, PLAIN).plain_batches(8))
+            list(Images(task.train, PLAIN).plain_batches(8))
 
 
 def test_a_stream_has_no_rows() -> None:
@@ -264,7 +264,7 @@ def batches_of(images: Any, epoch: int, first: int = 0) -> list[torch.Tensor]:
 def test_a_stream_of_rows_gives_the_batches_of_a_store(workers: int) -> None:
     data = color_task().train
     data.workers = workers
-    stored, streamed = batches_of(ImageStore(data, PLAIN, GENEROUS), 1), batches_of(ImageStream(data, PLAIN), 1)
+    stored, streamed = batches_of(ImageStore(data, PLAIN, GENEROUS), 1), batches_of(Images(data, PLAIN), 1)
     assert all(torch.equal(a, b) for a, b in zip(stored, streamed, strict=True))
 
 
@@ -311,8 +311,8 @@ def test_random_transforms_of_a_data_set_are_drawn_anew_in_every_epoch() -> None
     assert choose_augmentation("auto", plain).name == "light"
     assert choose_augmentation("auto", random).name == "none"
     images = open_images(random, PLAIN, GENEROUS)
-    assert isinstance(images, ImageStream) and not isinstance(images, ImageStore)  # noqa: PT018
-    first, second = (images.augmented(torch.arange(4), AUGMENTATIONS["none"], (0, epoch, 0)) for epoch in (0, 1))
+    assert type(images) is Images
+    first, second = (images.batch(torch.arange(4), AUGMENTATIONS["none"], (0, epoch, 0)).images for epoch in (0, 1))
     assert not torch.equal(first, second)
     assert torch.equal(images.plain(torch.arange(4)), images.plain(torch.arange(4)))
 
@@ -340,7 +340,7 @@ def test_a_transform_moves_masks_and_boxes_with_the_image(make: Callable[[int], 
 def test_a_transform_that_fails_is_named() -> None:
     task = color_task().with_transform(lambda image: 1 / 0)
     with pytest.raises(DataError, match=r"the transform failed on an image of \(.*ZeroDivisionError"):
-        open_images(task.train, PLAIN, GENEROUS).augmented(torch.arange(2), AUGMENTATIONS["none"], (0, 0, 0))
+        open_images(task.train, PLAIN, GENEROUS).batch(torch.arange(2), AUGMENTATIONS["none"], (0, 0, 0))
 
 
 # training ---------------------------------------------------------------------------------------------------

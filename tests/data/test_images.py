@@ -96,12 +96,12 @@ def test_a_flip_mirrors_some_images_and_leaves_the_others() -> None:
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_views_follow_the_seed_and_stay_in_the_range_of_pixels(name: str) -> None:
     images, rows = store(), torch.arange(24)
-    views = images.augmented(rows, AUGMENTATIONS[name], (0, 1, 2))
+    views = images.batch(rows, AUGMENTATIONS[name], (0, 1, 2)).images
     assert views.shape == (24, 3, 16, 16)
-    assert torch.equal(views, images.augmented(rows, AUGMENTATIONS[name], (0, 1, 2)))
+    assert torch.equal(views, images.batch(rows, AUGMENTATIONS[name], (0, 1, 2)).images)
     assert views.min() >= -1 - 1e-5  # mean and deviation are 0.5: values in [0, 255] become [-1, 1]
     assert views.max() <= 1 + 1e-5
-    other = images.augmented(rows, AUGMENTATIONS[name], (0, 1, 3))
+    other = images.batch(rows, AUGMENTATIONS[name], (0, 1, 3)).images
     assert torch.equal(views, other) == (name == "none")
 
 

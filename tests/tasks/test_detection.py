@@ -123,7 +123,7 @@ def test_boxes_move_with_their_image() -> None:
     rows = torch.arange(8)
     compared = 0
     for name, seed in (("none", ()), ("light", (1, 2)), ("standard", (3, 4))):
-        shown, placed = (store.targets(rows, AUGMENTATIONS[name], seed) for store in stores)
+        shown, placed = (store.batch(rows, AUGMENTATIONS[name], seed).targets for store in stores)
         for mask, target in zip(shown, placed, strict=True):
             for box in target["boxes"]:
                 inside = [int(v) for v in (box + torch.tensor([1.5, 1.5, -1.5, -1.5])).round()]
@@ -140,9 +140,11 @@ def test_answers_come_back_to_the_pixels_of_the_image(framing: str) -> None:
     corners = np.array([[20.0, 4.0, 40.0, 28.0]])
     boxes_in = Boxes(corners, np.zeros(1, np.int64), np.zeros(1, bool))
     picture = Image.new("RGB", (64, 32))
-    target = ImageStore(Split([picture], np.zeros(1, np.int64), [boxes_in]), seen, 2**20).targets(
-        torch.arange(1), AUGMENTATIONS["none"], ()
-    )[0]
+    target = (
+        ImageStore(Split([picture], np.zeros(1, np.int64), [boxes_in]), seen, 2**20)
+        .batch(torch.arange(1), AUGMENTATIONS["none"], ())
+        .targets[0]
+    )
     answer = torch.zeros(2, 6)
     answer[0] = torch.cat([target["boxes"][0], torch.tensor([0.9, 0.0])])
     (box,) = find_boxes(answer, View(("a",), seen, picture))

@@ -134,15 +134,15 @@ def test_a_mask_moves_with_its_image() -> None:
     store = ImageStore(split, seen, 2**20)
     rows = torch.arange(6)
     assert torch.equal(
-        store.plain(rows)[:, 0].mul(255 / 100).round().long(), store.targets(rows, AUGMENTATIONS["none"], ())
+        store.plain(rows)[:, 0].mul(255 / 100).round().long(), store.batch(rows, AUGMENTATIONS["none"], ()).targets
     )
     for name in ("light", "standard"):
-        views = store.augmented(rows, AUGMENTATIONS[name], (0, 1, 2))[:, 0] * 255 / 100
-        targets = store.targets(rows, AUGMENTATIONS[name], (0, 1, 2))
+        views = store.batch(rows, AUGMENTATIONS[name], (0, 1, 2)).images[:, 0] * 255 / 100
+        targets = store.batch(rows, AUGMENTATIONS[name], (0, 1, 2)).targets
         inside = (views - views.round()).abs() < 1e-3
         assert inside.float().mean() > 0.5
         assert ((views.round().long() == targets) | ~inside).float().mean() > 0.98
-        assert not torch.equal(targets, store.targets(rows, AUGMENTATIONS[name], (0, 2, 2)))
+        assert not torch.equal(targets, store.batch(rows, AUGMENTATIONS[name], (0, 2, 2)).targets)
 
 
 @pytest.mark.parametrize("framing", ["crop", "stretch"])
@@ -210,7 +210,7 @@ def test_the_loss_is_the_mean_over_pixels_that_have_a_class() -> None:
 def test_balanced_weights_count_pixels() -> None:
     data = square_task(8)
     store = ImageStore(data.train, small_preprocessing(), 2**20)
-    masks = store.targets(torch.arange(len(store)), AUGMENTATIONS["none"], ())
+    masks = store.batch(torch.arange(len(store)), AUGMENTATIONS["none"], ()).targets
     weights = balance(Segmentation().count_classes(masks, 3))
     values = np.concatenate([np.asarray(target.source).ravel() for target in data.train.targets or ()])  # type: ignore[union-attr]
     counts = np.bincount(values[values != IGNORED], minlength=3)
@@ -307,8 +307,10 @@ def test_voc_masks_are_palette_pictures(tmp_path: Path) -> None:
     assert data.classes[0] == "background"
     assert data.classes[15] == "person"
     assert (len(data.train), len(data.test), data.validation) == (2, 1, None)
-    mask = ImageStore(data.test, small_preprocessing().model_copy(update={"framing": "stretch"}), 2**20).targets(
-        torch.arange(1), AUGMENTATIONS["none"], ()
+    mask = (
+        ImageStore(data.test, small_preprocessing().model_copy(update={"framing": "stretch"}), 2**20)
+        .batch(torch.arange(1), AUGMENTATIONS["none"], ())
+        .targets
     )
     assert set(mask.unique().tolist()) <= {15, IGNORED}
 
@@ -333,7 +335,7 @@ def test_a_data_set_of_the_hub_with_two_pictures_is_a_segmentation(tmp_path: Pat
     data = load_task(f"hf:{folder}", classes=SHADES)
     assert (data.task.kind, data.classes, len(data.train)) == ("segmentation", SHADES, 4)
     store = ImageStore(data.train, small_preprocessing(), 2**20)
-    found = store.targets(torch.arange(4), AUGMENTATIONS["none"], ()).numpy()
+    found = store.batch(torch.arange(4), AUGMENTATIONS["none"], ()).targets.numpy()
     assert np.array_equal(found, np.stack([mask for _, mask in scenes]))
 
 

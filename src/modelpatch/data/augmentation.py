@@ -1,8 +1,9 @@
 """Random views of images: the library's own, a whole batch at a time, and a user's transform, one image at a time.
 
 The library's own views cut a crop from every image of a batch on its own, stretch it and flip it, in one `grid_sample`.
-torchvision's transforms draw one crop for a whole batch, and one image at a time they take many times as long; they are
-applied to single images where a user gives them, with masks and boxes as tv_tensors.
+torchvision's transforms draw one crop for a whole batch, so they are applied to single images where a user gives them, with
+masks and boxes as tv_tensors. For 32 images on one thread the batch took 1.2 ms at 32 px, 4.9 at 64 px and 55.5 at 224 px;
+torchvision, image by image, 6.3, 8.1 and 23.9 ms: the batch is faster for small images and slower for large ones.
 """
 
 from __future__ import annotations

@@ -7,17 +7,17 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 
 from modelpatch.backbone.preprocessing import open_image
-from modelpatch.data.samples import LABEL_KEYS, SampleForm, split_item, to_label
+from modelpatch.data.samples import LABEL_KEYS, SampleForm, to_label
 from modelpatch.data.seeding import seeded
-from modelpatch.data.splits import Sample, Split, Transform
+from modelpatch.data.splits import Lazy, Sample, Split
 from modelpatch.errors import DataError, TrainingWarning
 from modelpatch.tasks.targets import Target
 
@@ -25,13 +25,36 @@ SAMPLED = 64  # images that a digest is made of
 PROBED = 8  # images that are read twice to find random transforms
 
 
-class DatasetSplit(Split):
-    """Rows of a data set with random access, torch's or another.
-
-    Labels that the data set does not list are read once, when they are first asked for.
-    """
+class FormedSplit(Split):
+    """Items of a data set, each made a sample by a `SampleForm`."""
 
     reads_in_threads = False
+
+    def __init__(self, dataset: Any, form: SampleForm, size: int | None, workers: int | None) -> None:
+        self.dataset, self.form, self.dense, self.size, self.workers = dataset, form, form.dense, size, workers
+        self.transform = self.targets = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the number of samples that was given, the labels that a data set lists, and 64 samples, decoded.
+
+        Data that differs in other samples alone has the same digest. Random transforms are seeded.
+        """
+        digest = hashlib.sha256(f"{self.form.source} {self.size} {self.form.classes}".encode())
+        if self.labels_known and not self.is_stream:
+            digest.update(self.labels.tobytes())
+        with seeded(0):
+            for sample in self.some(SAMPLED):
+                digest.update(content(sample))
+        return digest.hexdigest()
+
+
+class DatasetSplit(FormedSplit):
+    """Rows of a data set with random access, torch's or another.
+
+    Labels that the data set does not list are read once, when they are first asked for. `changes` says that its images differ
+    from one reading to the next; where it is None, some are read twice to find out.
+    """
 
     def __init__(
         self,
@@ -40,32 +63,19 @@ class DatasetSplit(Split):
         rows: np.ndarray | None = None,
         labels: np.ndarray | None = None,
         *,
-        transform: Transform | None = None,
         workers: int | None = None,
         changes: bool | None = None,
     ) -> None:
-        self.dataset, self.form, self.transform, self.workers = dataset, form, transform, workers
         self.rows = np.arange(len(dataset)) if rows is None else rows
-        if labels is not None:
-            self.labels = labels
-        self.images = ReadImages(self)
-        self.targets = ReadTargets(self) if form.dense else None
+        super().__init__(dataset, form, len(self.rows), workers)
+        if labels is not None or form.dense:
+            self.labels = np.zeros(len(self), dtype=np.int64) if labels is None else labels
+        self.images = Lazy(range(len(self)), partial(self._read, 0))
+        self.targets = Lazy(range(len(self)), partial(self._read, 1)) if form.dense else None
         self.own_changes = self._find_changes() if changes is None else changes
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def labels_known(self) -> bool:
-        return self.form.dense or "labels" in self.__dict__
-
-    @property
-    def changes(self) -> bool:
-        return self.own_changes or self.transform is not None
-
-    @property
-    def augments(self) -> bool:
-        return self.changes
 
     def sample(self, row: int) -> Sample:
         """The image of a row with its class index or target. Raises `DataError` for a sample that is none."""
@@ -81,40 +91,21 @@ class DatasetSplit(Split):
     @cached_property
     def labels(self) -> np.ndarray:  # type: ignore[override]
         """Class indices, int64 (N,), from one reading of all samples; zeros for dense tasks."""
-        if self.form.dense:
-            return np.zeros(len(self), dtype=np.int64)
-        loader = DataLoader(LabelReader(self), batch_size=64, num_workers=count_workers(self), collate_fn=list)
+        chosen, workers = Subset(self.dataset, self.rows.tolist()), count_workers(self)
+        loader = DataLoader(chosen, batch_size=64, num_workers=workers, collate_fn=self.form.read_labels)
         return np.array([label for batch in loader for label in batch], dtype=np.int64)
 
     def take(self, rows: np.ndarray) -> DatasetSplit:
         """The rows with these indices."""
-        labels = self.labels[rows] if self.labels_known else None
-        return self._copy(self.rows[rows], labels, self.transform)
+        labels, options = self.labels[rows] if self.labels_known else None, {"changes": self.own_changes}
+        split = DatasetSplit(self.dataset, self.form, self.rows[rows], labels, workers=self.workers, **options)
+        return split.with_transform(self.transform)
 
-    def with_transform(self, transform: Transform | None) -> DatasetSplit:
-        """The same split with another transform."""
-        return self._copy(self.rows, self.labels if self.labels_known else None, transform)
-
-    def _copy(self, rows: np.ndarray, labels: np.ndarray | None, transform: Transform | None) -> DatasetSplit:
-        options: dict[str, Any] = {"transform": transform, "workers": self.workers, "changes": self.own_changes}
-        return DatasetSplit(self.dataset, self.form, rows, labels, **options)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the number of samples, the labels where they are known, and 64 samples spread over all, decoded.
-
-        A data set that differs in other images alone has the same digest. Random transforms are seeded.
-        """
-        digest = hashlib.sha256(f"{self.form.source} {len(self)} {self.form.classes}".encode())
-        if self.labels_known:
-            digest.update(self.labels.tobytes())
-        with seeded(0):
-            for sample in self.some(SAMPLED):
-                digest.update(content(sample))
-        return digest.hexdigest()
+    def _read(self, part: int, row: int) -> Any:
+        with seeded(0, row):
+            return self.sample(row)[part]
 
     def _find_changes(self) -> bool:
-        """True where images differ between two readings: the data set has random transforms of its own."""
         readings = []
         for number in (0, 1):
             with seeded(number):
@@ -122,26 +113,17 @@ class DatasetSplit(Split):
         return readings[0] != readings[1]
 
 
-class StreamSplit(Split):
+class StreamSplit(FormedSplit):
     """Samples of a stream, which is read from its beginning in every epoch.
 
-    An epoch has `length` images; a stream of unknown length is read once to count them when the number is asked for.
+    An epoch has `size` images; a stream of unknown length is read once to count them when the number is asked for.
     """
 
     is_stream = True
-    reads_in_threads = False
 
-    def __init__(
-        self,
-        stream: Iterable[Any],
-        form: SampleForm,
-        length: int | None = None,
-        *,
-        transform: Transform | None = None,
-        workers: int | None = None,
-    ) -> None:
-        self.stream, self.form, self.transform, self.workers = stream, form, transform, workers
-        self._given, self._length, self.targets = length, length, None
+    def __init__(self, stream: Iterable[Any], form: SampleForm, size: int | None, *, workers: int | None) -> None:
+        super().__init__(stream, form, size, workers)
+        self._length = size
 
     def __len__(self) -> int:
         if self._length is None:
@@ -159,166 +141,66 @@ class StreamSplit(Split):
         return self._length
 
     @property
-    def dense(self) -> bool:
-        return self.form.dense
-
-    @property
-    def changes(self) -> bool:
-        return True
-
-    @property
-    def labels_known(self) -> bool:
-        return "labels" in self.__dict__
-
-    @property
     def images(self) -> Sequence[Any]:  # type: ignore[override]
-        raise self._refuse("its images by number")
+        return self.sample(0)
 
     def take(self, rows: np.ndarray) -> Split:
         """Raise `DataError`: a stream has no rows."""
-        raise self._refuse("some of its images")
+        return self.sample(rows)
 
-    def sample(self, row: int) -> Sample:
+    def sample(self, row: Any) -> Any:
         """Raise `DataError`: a stream has no rows."""
-        raise self._refuse("its images by number")
+        raise DataError(
+            f"{self.form.source} is a stream, and this needs its images by number. Use fit and evaluate, with "
+            "validation=... for held-out images, or give a Dataset with random access."
+        )
 
     def some(self, count: int) -> Iterator[Sample]:
         """The first samples of the stream."""
         with seeded(0):
             yield from list(islice(self.open(0), count))
 
-    def with_transform(self, transform: Transform | None) -> StreamSplit:
-        """The same split with another transform."""
-        return StreamSplit(self.stream, self.form, self._given, transform=transform, workers=self.workers)
-
     def open(self, epoch: int) -> Iterator[Sample]:
         """The samples of an epoch in the stream's order. A stream with `set_epoch` is told the epoch."""
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
-        for number, item in enumerate(islice(iter(self.stream), self.length)):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        for number, item in enumerate(islice(iter(self.dataset), self.length)):
             yield self.form.read(item, number)
 
     @cached_property
     def labels(self) -> np.ndarray:  # type: ignore[override]
         """Class indices, int64 (N,), from one reading of the stream."""
-        select = getattr(self.stream, "select_columns", None)
-        items: Iterable[Any] = self.stream
-        if select is not None and isinstance(getattr(self.stream, "features", None), dict):
-            column = next((key for key in LABEL_KEYS if key in self.stream.features), None)  # type: ignore[attr-defined]
-            if column is not None:
-                items = ({"image": None, **item} for item in select([column]))
-        labels = [
-            0 if self.form.dense else self.form.read_label(split_item(item)[1]) for item in islice(items, self.length)
-        ]
-        return np.array(labels, dtype=np.int64)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the length where it was given, and of the first 64 samples, decoded.
-
-        A stream that differs in later samples alone has the same digest.
-        """
-        digest = hashlib.sha256(f"{self.form.source} {self._given} {self.form.classes}".encode())
-        for sample in self.some(SAMPLED):
-            digest.update(content(sample))
-        return digest.hexdigest()
-
-    def _refuse(self, wish: str) -> DataError:
-        return DataError(
-            f"{self.form.source} is a stream, and this needs {wish}. Use fit and evaluate, with validation=... for held-out "
-            "images, or give a Dataset with random access."
-        )
+        features, items = getattr(self.dataset, "features", None), self.dataset
+        column = next((key for key in LABEL_KEYS if key in features), None) if isinstance(features, dict) else None
+        if column is not None and hasattr(self.dataset, "select_columns"):  # images are not decoded
+            items = ({"image": None, **item} for item in self.dataset.select_columns([column]))
+        return np.array(self.form.read_labels(islice(items, self.length)), dtype=np.int64)
 
 
-class JoinedSplit(Split):
-    """The rows of several splits, one after another, with labels of their own."""
+class JoinedSamples:
+    """The samples of several splits, one after another, with labels of their own."""
 
-    def __init__(self, parts: Sequence[Split], labels: np.ndarray, rows: np.ndarray | None = None) -> None:
-        self.parts, self.labels = parts, labels
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.rows = np.arange(int(self.ends[-1])) if rows is None else rows
-        self.transform, self.workers = parts[0].transform, parts[0].workers
-        self.images, self.targets = ReadImages(self), None
-        self.reads_in_threads = all(part.reads_in_threads for part in parts)
+    def __init__(self, parts: Sequence[Split], labels: np.ndarray) -> None:
+        self.parts, self.labels, self.ends = parts, labels, np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
-    @property
-    def changes(self) -> bool:
-        return any(part.changes for part in self.parts)
-
-    @property
-    def augments(self) -> bool:
-        return self.parts[0].augments
-
-    def sample(self, row: int) -> Sample:
-        """The image of a row with its class index."""
-        place = int(self.rows[row])
-        part = int(np.searchsorted(self.ends, place, side="right"))
-        return self.parts[part].sample(place - int(self.ends[part - 1] if part else 0))[0], int(self.labels[row])
-
-    def take(self, rows: np.ndarray) -> JoinedSplit:
-        """The rows with these indices."""
-        return JoinedSplit(self.parts, self.labels[rows], self.rows[rows])
-
-    def with_transform(self, transform: Transform | None) -> JoinedSplit:
-        """The same split with another transform."""
-        return JoinedSplit([part.with_transform(transform) for part in self.parts], self.labels, self.rows)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the digests of its parts, the rows and the labels."""
-        digest = hashlib.sha256("".join(part.digest for part in self.parts).encode())
-        digest.update(self.rows.tobytes() + self.labels.tobytes())
-        return digest.hexdigest()
+    def __getitem__(self, row: int) -> Sample:
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        return self.parts[part].sample(row - int(self.ends[part - 1] if part else 0))[0], int(self.labels[row])
 
 
 def join_splits(parts: Sequence[Split], labels: np.ndarray | None = None) -> Split:
-    """The images of several splits as one, with their labels or other ones."""
-    labels = np.concatenate([part.labels for part in parts]) if labels is None else labels
-    if any(type(part) is not Split for part in parts):
-        return JoinedSplit(parts, labels)
-    images = [image for part in parts for image in part.images]
-    return Split(images, labels, transform=parts[0].transform, workers=parts[0].workers)
-
-
-class ReadImages(Sequence[Any]):
-    """The images of a split, each read when it is asked for."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self._read(range(len(self))[row])
-
-    def _read(self, row: int) -> Any:
-        with seeded(0, row):
-            return self.split.sample(row)[0]
-
-
-class ReadTargets(ReadImages):
-    """The targets of a split, each read when it is asked for."""
-
-    def _read(self, row: int) -> Any:
-        with seeded(0, row):
-            return self.split.sample(row)[1]
-
-
-class LabelReader(Dataset[int]):
-    """The class index of every sample."""
-
-    def __init__(self, split: DatasetSplit) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, row: int) -> int:
-        return self.split.form.read_label(split_item(self.split.dataset[int(self.split.rows[row])])[1])
+    """The images of several splits as one, with their labels or other ones, and the first one's transform."""
+    labels, workers = np.concatenate([part.labels for part in parts]) if labels is None else labels, parts[0].workers
+    if all(type(part) is Split for part in parts):
+        images = [image for part in parts for image in part.images]
+        return Split(images, labels, transform=parts[0].transform, workers=workers)
+    form = SampleForm("joined images", tuple(map(str, range(int(labels.max(initial=-1)) + 1))))
+    changes = any(part.own_changes for part in parts)
+    split = DatasetSplit(JoinedSamples(parts, labels), form, labels=labels, workers=workers, changes=changes)
+    return split.with_transform(parts[0].transform)
 
 
 def content(sample: Sample) -> bytes:
@@ -335,7 +217,6 @@ def count_workers(split: Split) -> int:
         return 0
     if split.workers is not None:
         return split.workers
-    if split.is_stream:
-        shards = getattr(getattr(split, "stream", None), "num_shards", 1)
-        return min(4, os.cpu_count() or 1, shards)
+    if isinstance(split, StreamSplit):
+        return min(4, os.cpu_count() or 1, getattr(split.dataset, "num_shards", 1))
     return min(4, os.cpu_count() or 1) if len(split) >= 1000 else 0

@@ -2,8 +2,8 @@
 
     split ─ decode, frame: uint8 (R, R) ─ random view or centre crop ─ normalise ─ batch
 
-`ImageStore` keeps decoded images, and decodes each when it is first asked for. `ImageStream` keeps none and reads batches
-ahead in other processes, `SequentialImages` the same from a stream, which has no rows. `open_images` chooses.
+`Images` keeps none and reads batches ahead in threads or other processes. `ImageStore` keeps decoded images, and decodes each
+when it is first asked for; `SequentialImages` reads a stream, which has no rows. `open_images` chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,8 @@ BUFFER = 2**27  # bytes of images among which a stream is shuffled
 MOST_BUFFERED = 1000
 AHEAD = 2  # batches that threads decode in advance
 View = tuple[int, int]  # seed and epoch of random transforms
+Decoded = tuple[Tensor, Any, type[Target] | None]  # uint8 (3, R, R), a class index or framed target, its type
+NO_AUGMENTATION = AUGMENTATIONS["none"]
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory: int) -> Tensor:
@@ -47,26 +49,20 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     descriptor, path = tempfile.mkstemp(prefix="modelpatch-", suffix=".cache")
     try:
-        _reserve(descriptor, size)
-        flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    finally:
-        os.close(descriptor)
-        os.unlink(path)  # the mapping keeps the bytes; a killed process leaves nothing behind
-    return flat.view(dtype).view(shape)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Make a file `size` bytes long, with room on the disk for all of them where the system can promise it."""
-    try:
-        if hasattr(os, "posix_fallocate"):
+        if hasattr(os, "posix_fallocate"):  # promises room on the disk
             os.posix_fallocate(descriptor, 0, size)
         else:
             os.truncate(descriptor, size)
+        flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     except OSError as error:
         raise TrainingError(
             f"the cache needs {size / 1e9:.2f} GB in {tempfile.gettempdir()}: {error.strerror}. Point TMPDIR to a larger "
             "disk, raise memory, lower views, or set cache=False."
         ) from error
+    finally:
+        os.close(descriptor)
+        os.unlink(path)  # the mapping keeps the bytes; a killed process leaves nothing behind
+    return flat.view(dtype).view(shape)
 
 
 def pieces(images: Tensor) -> tuple[Tensor, ...]:
@@ -94,28 +90,31 @@ class ImageBatch(NamedTuple):
     targets: Any
 
 
-class Reader:
-    """The decoding of samples: framing, and the transform of views."""
+class Reader(Dataset[Any]):
+    """The decoding of samples: framing, and the transform of views. Its items, for a DataLoader, are batches by their rows."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, view: View | None) -> None:
         self.split, self.view = split, view
         self.transform = split.transform if view is not None else None
         # a transform makes the view itself: nothing is cut from its edges
         self.preprocessing = preprocessing.model_copy(update={"crop_pct": 1.0}) if self.transform else preprocessing
+        # random transforms share one state of random numbers
+        self.threaded = split.reads_in_threads and self.transform is None
 
-    @property
-    def threaded(self) -> bool:
-        """True where several threads may read at once: random transforms share one state of random numbers."""
-        return self.split.reads_in_threads and self.transform is None
+    def __getitem__(self, rows: Tensor) -> Pixels | DataError:
+        try:
+            return collate(list(map(self.read, rows.tolist())))
+        except DataError as error:  # a DataLoader would wrap it in a traceback
+            return error
 
-    def read(self, row: int) -> tuple[Tensor, Any, type[Target] | None]:
+    def read(self, row: int) -> Decoded:
         """The decoded image of a row, with its class index or framed target."""
         if self.threaded:
             return self.decode(self.split.sample(row))
         with seeded(*(self.view or (0,)), row):
             return self.decode(self.split.sample(row))
 
-    def decode(self, sample: Sample) -> tuple[Tensor, Any, type[Target] | None]:
+    def decode(self, sample: Sample) -> Decoded:
         """The decoded image of a sample, with its class index or framed target."""
         picture, target = open_image(sample[0]), sample[1]
         if self.transform is not None:
@@ -125,17 +124,29 @@ class Reader:
         return self.preprocessing.decode(picture), target, None
 
 
-def collate(read: Sequence[tuple[Tensor, Any, type[Target] | None]]) -> Pixels:
+class StreamReader(Reader, IterableDataset[Any]):
+    """Lists of decoded samples of a stream, for a DataLoader."""
+
+    def __iter__(self) -> Iterator[Any]:
+        assert isinstance(self.split, StreamSplit)
+        try:
+            samples = map(self.decode, self.split.open(self.view[1] if self.view else 0))
+            while part := list(islice(samples, 16)):
+                yield part
+        except DataError as error:
+            yield error
+
+
+def collate(read: Sequence[Decoded]) -> Pixels:
     """Decoded images as a batch."""
     return Pixels(torch.stack([image for image, *_ in read]), [target for _, target, _ in read], read[0][2])
 
 
-class ImageStream:
-    """The images of a split with random access, read when they are asked for and not kept."""
+class Images:
+    """The images of a split, read when they are asked for and not kept."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing) -> None:
         self.split, self.preprocessing = split, preprocessing
-        self._last: tuple[Any, Pixels] | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -147,35 +158,30 @@ class ImageStream:
 
     def plain(self, rows: Tensor) -> Tensor:
         """Normalised images of these rows (B, 3, S, S), not augmented."""
-        return self._finish(self._one(rows, None), AUGMENTATIONS["none"], (), None).images
+        return self.batch(rows, NO_AUGMENTATION, ()).images
 
-    def augmented(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Tensor:
-        """Normalised random views of these rows (B, 3, S, S), which follow the seed (seed, epoch, step)."""
-        view = seed[:2] if len(seed) >= 2 else None
-        return self._finish(self._one(rows, view), augmentation, seed, view).images  # type: ignore[arg-type]
-
-    def targets(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> Any:
-        """The targets that belong to `augmented` of the same arguments, or to `plain` for no seed."""
-        view = seed[:2] if len(seed) >= 2 else None
-        return self._finish(self._one(rows, view), augmentation, seed, view).targets  # type: ignore[arg-type]
+    def batch(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> ImageBatch:
+        """Random views of these rows, which follow the seed (seed, epoch, step); with no seed, transforms are left out."""
+        view = (seed[0], seed[1]) if seed else None
+        return self._finish(next(iter(self.read([rows], view))), augmentation, seed, view)
 
     def batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0
     ) -> Iterator[ImageBatch]:
         """Random views of the rows of every batch from number `first` on, read ahead."""
         view = seed, epoch
-        for step, pixels in enumerate(self.read(batches[first:], view), first):
+        for step, pixels in enumerate(self.read(batches, view, first), first):
             yield self._finish(pixels, augmentation, (seed, epoch, step), view)
 
     def plain_batches(self, size: int = PLAIN_BATCH) -> Iterator[ImageBatch]:
         """All images in order, not augmented, read ahead."""
-        for pixels in self.read(torch.arange(len(self)).split(size), None):
-            yield self._finish(pixels, AUGMENTATIONS["none"], (), None)
+        for pixels in self.read_all(size):
+            yield self._finish(pixels, NO_AUGMENTATION, (), None)
 
     def views(self, count: int, augmentation: Augmentation, seed: int) -> Iterator[tuple[int, Tensor, ImageBatch]]:
         """`count` random views of all images, batch by batch: (view, rows, batch). View k is that of epoch k.
 
-        Each image is decoded once, unless random transforms change it from one view to the next.
+        Each image is decoded once, unless random transforms change it from one view to the next, or it comes from a stream.
         """
         batches = torch.arange(len(self)).split(PLAIN_BATCH)
         for group in [[view] for view in range(count)] if self.split.changes else [list(range(count))]:
@@ -183,24 +189,17 @@ class ImageStream:
                 for view in group:
                     yield view, batches[step], self._finish(pixels, augmentation, (seed, view, step), (seed, view))
 
-    def read(self, batches: Sequence[Tensor], view: View | None) -> Iterator[Pixels]:
-        """The decoded images of every batch of rows. Long sequences are read ahead, in processes or threads."""
-        reader = Reader(self.split, self.preprocessing, view)
+    def read_all(self, size: int) -> Iterator[Pixels]:
+        """All decoded images in order, in batches of a size."""
+        return self.read(torch.arange(len(self)).split(size), None)
+
+    def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
+        """The decoded images of every batch of rows from number `first` on, read ahead in processes or threads if many."""
+        reader, batches = Reader(self.split, self.preprocessing, view), batches[first:]
         workers = count_workers(self.split) if len(batches) > 1 else 0
         if workers:
-            yield from load(RowReader(reader), workers, sampler=batches)
-        elif reader.threaded:
-            yield from _read_in_threads(reader, batches)
-        else:
-            for rows in batches:
-                yield collate([reader.read(row) for row in rows.tolist()])
-
-    def _one(self, rows: Tensor, view: View | None) -> Pixels:
-        """One batch; the last one is kept for the targets that are asked for beside its images."""
-        key = rows.tolist(), view if self.split.changes else None
-        if self._last is None or self._last[0] != key:
-            self._last = key, next(iter(self.read([rows], view)))
-        return self._last[1]
+            return load(reader, workers, sampler=batches)
+        return _read_in_threads(reader, batches) if reader.threaded else _raising(map(reader.__getitem__, batches))
 
     def _finish(
         self, pixels: Pixels, augmentation: Augmentation, seed: tuple[int, ...], view: View | None
@@ -219,7 +218,7 @@ class ImageStream:
         return ImageBatch(seen.normalize(images), pixels.target_type.batch(pixels.targets, seen, matrices))
 
 
-class ImageStore(ImageStream):
+class ImageStore(Images):
     """The images of a split, decoded to uint8 (N, 3, R, R) when first asked for and kept, and their targets beside them.
 
     At most `memory` bytes are kept in memory; beyond that they are in a temporary file. Images that random transforms change
@@ -234,13 +233,11 @@ class ImageStore(ImageStream):
         self._targets: list[Any] = [None] * len(split)
         self._target_type: type[Target] | None = None
 
-    def read(self, batches: Sequence[Tensor], view: View | None) -> Iterator[Pixels]:
-        """The decoded images of every batch of rows; those that are not kept yet are read ahead."""
+    def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
+        """The decoded images of every batch of rows from number `first` on; those that are not kept yet are read ahead."""
+        batches = batches[first:]
         if view is not None and self.split.changes:
             yield from super().read(batches, view)
-            return
-        if self.ready.all():
-            yield from map(self._kept, batches)
             return
         seen, missing = self.ready.clone(), []
         for rows in batches:
@@ -254,73 +251,48 @@ class ImageStore(ImageStream):
                 for row, target in zip(new.tolist(), pixels.targets, strict=True):
                     self._targets[row] = target
                 self.ready[new] = True
-            yield self._kept(rows)
-
-    def _kept(self, rows: Tensor) -> Pixels:
-        return Pixels(self.pixels[rows], [self._targets[row] for row in rows.tolist()], self._target_type)
+            yield Pixels(self.pixels[rows], [self._targets[row] for row in rows.tolist()], self._target_type)
 
 
-class SequentialImages:
+class SequentialImages(Images):
     """The images of a stream, in its order or, with `shuffle`, in that of draws from a buffer.
 
     Rows of a batch say how many images it has, not which.
     """
 
     def __init__(self, split: StreamSplit, preprocessing: Preprocessing, shuffle: bool = False) -> None:
-        self.split, self.preprocessing, self.shuffle = split, preprocessing, shuffle
-        self._finish = ImageStream(split, preprocessing)._finish
+        super().__init__(split, preprocessing)
+        self.shuffle = shuffle
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    @property
-    def labels(self) -> Tensor:
-        """Class indices, int64 (N,), from one reading of the stream."""
-        return torch.from_numpy(self.split.labels)
-
-    def batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0
-    ) -> Iterator[ImageBatch]:
-        """Batches of the sizes that are given, from number `first` on. A stream that ends early begins anew."""
-        view = seed, epoch
-        samples: Iterator[Any] = islice(chain.from_iterable(self._repeat(view)), sum(map(len, batches)))
-        if self.shuffle:
-            samples = self._draw(samples, view)
-        for _ in islice(samples, sum(map(len, batches[:first]))):
-            pass
-        for step, rows in enumerate(batches[first:], first):
-            pixels = collate(list(islice(samples, len(rows))))
-            yield self._finish(pixels, augmentation, (seed, epoch, step), view)
-
-    def views(self, count: int, augmentation: Augmentation, seed: int) -> Iterator[tuple[int, Tensor, ImageBatch]]:
-        """`count` random views of all images, batch by batch: (view, rows, batch). The stream is read once a view."""
-        for view in range(count):
-            samples = chain.from_iterable(self._repeat((seed, view)))
-            for step, rows in enumerate(torch.arange(len(self)).split(PLAIN_BATCH)):
-                pixels = collate(list(islice(samples, len(rows))))
-                yield view, rows, self._finish(pixels, augmentation, (seed, view, step), (seed, view))
-
-    def plain_batches(self, size: int = PLAIN_BATCH) -> Iterator[ImageBatch]:
-        """All images in the stream's order, not augmented."""
+    def read_all(self, size: int) -> Iterator[Pixels]:
+        """All decoded images in the stream's order, in batches of a size."""
         samples = self._open(None)
         while read := list(islice(samples, size)):
-            yield self._finish(collate(read), AUGMENTATIONS["none"], (), None)
+            yield collate(read)
 
-    def _open(self, view: View | None) -> Iterator[Any]:
-        reader = StreamReader(Reader(self.split, self.preprocessing, view))
-        for part in load(reader, count_workers(self.split), seed=(*(view or (0,)), 0)):
-            yield from part
+    def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
+        """Batches of the sizes that are given, from number `first` on. A stream that ends early begins anew."""
+        samples: Iterator[Decoded] = islice(self._repeat(view), sum(map(len, batches)))
+        if self.shuffle:
+            samples = self._draw(samples, view or (0, 0))
+        for _ in islice(samples, sum(map(len, batches[:first]))):
+            pass
+        for rows in batches[first:]:
+            yield collate(list(islice(samples, len(rows))))
 
-    def _repeat(self, view: View) -> Iterator[Iterator[Any]]:
+    def _open(self, view: View | None) -> Iterator[Decoded]:
+        reader = StreamReader(self.split, self.preprocessing, view)
+        return chain.from_iterable(load(reader, count_workers(self.split), seed=(*(view or (0,)), 0)))
+
+    def _repeat(self, view: View | None) -> Iterator[Decoded]:
         while True:
             samples = self._open(view)
             first = next(samples, None)
             if first is None:
-                raise DataError(f"{self.split.form.source} holds no samples.")
-            yield chain([first], samples)
+                raise DataError(f"{self.split.form.source} holds no samples.")  # type: ignore[attr-defined]
+            yield from chain([first], samples)
 
-    def _draw(self, samples: Iterator[Any], view: View) -> Iterator[Any]:
-        """The samples in the order of draws from a buffer."""
+    def _draw(self, samples: Iterator[Decoded], view: View) -> Iterator[Decoded]:
         generator = np.random.default_rng((*view, 1))
         size = 3 * self.preprocessing.resize_to**2
         places = max(min(MOST_BUFFERED, BUFFER // size, len(self)), 1)
@@ -330,9 +302,6 @@ class SequentialImages:
             yield buffer[place]
             buffer[place] = sample
         yield from (buffer[place] for place in generator.permutation(len(buffer)))
-
-
-Images = ImageStream | SequentialImages
 
 
 def open_images(
@@ -346,38 +315,8 @@ def open_images(
         return SequentialImages(split, preprocessing, shuffle)
     size = len(split) * (4 if split.dense else 3) * preprocessing.resize_to**2
     if once or split.changes or size > memory:
-        return ImageStream(split, preprocessing)
+        return Images(split, preprocessing)
     return ImageStore(split, preprocessing, memory)
-
-
-class RowReader(Dataset[Any]):
-    """Batches of decoded images by their rows, for a DataLoader."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, rows: Any) -> Any:
-        try:
-            return collate([self.reader.read(row) for row in rows.tolist()])
-        except DataError as error:  # a DataLoader would wrap it in a traceback
-            return error
-
-
-class StreamReader(IterableDataset[Any]):
-    """Lists of decoded samples of a stream, for a DataLoader."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __iter__(self) -> Iterator[Any]:
-        split, view = self.reader.split, self.reader.view
-        assert isinstance(split, StreamSplit)
-        try:
-            samples = map(self.reader.decode, split.open(view[1] if view else 0))
-            while part := list(islice(samples, 16)):
-                yield part
-        except DataError as error:
-            yield error
 
 
 def load(dataset: Any, workers: int, seed: tuple[int, ...] = (0,), **options: Any) -> Iterator[Any]:
@@ -385,22 +324,23 @@ def load(dataset: Any, workers: int, seed: tuple[int, ...] = (0,), **options: An
     loader = DataLoader(
         dataset, batch_size=None, num_workers=workers, collate_fn=_keep, generator=make_generator(seed), **options
     )
-    items: Iterator[Any] = iter(loader)
-    if not workers:
-        items = _iterate_seeded(items, seed)
-    for item in items:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    return _raising(iter(loader) if workers else _iterate_seeded(iter(loader), seed))
 
 
 def _keep(item: Any) -> Any:
     return item
 
 
+def _raising(items: Iterator[Any]) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
 def _iterate_seeded(items: Iterator[Any], seed: tuple[int, ...]) -> Iterator[Any]:
     """The items of an iterator whose random numbers follow the seed and the number of the item alone."""
-    for number in range(2**62):
+    for number in count():
         with seeded(*seed, number):
             try:
                 item = next(items)

@@ -36,25 +36,25 @@ def join_tasks(tasks: Sequence[Task]) -> Task:
         raise DataError(
             f"tasks that are joined need names of their own; these are {', '.join(names)}. Rename a folder."
         )
-    held = [task.validation for task in tasks if task.validation is not None]
-    if len(held) not in (0, len(tasks)):
-        lacking = ", ".join(task.task.name for task in tasks if task.validation is None)
+    lacking = [name for name, task in zip(names, tasks, strict=True) if task.validation is None]
+    if 0 < len(lacking) < len(tasks):
         raise DataError(
-            f"only some of the tasks have validation images; {lacking} has none. Use `with_validation` on it."
+            f"only some of the tasks have validation images; {', '.join(lacking)} has none. Use `with_validation` on it."
         )
+    starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
+
+    def together(parts: Sequence[Split]) -> Split:
+        return join_splits(
+            parts, np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
+        )
+
     return Task(
         joint_task([task.task for task in tasks]),
-        _together([task.train for task in tasks], tasks),
-        _together([task.test for task in tasks], tasks),
-        _together(held, tasks) if held else None,
+        together([task.train for task in tasks]),
+        together([task.test for task in tasks]),
+        None if lacking else together([task.validation for task in tasks if task.validation is not None]),
         {"joined": {task.task.name: len(task.classes) for task in tasks}},
     )
-
-
-def _together(parts: Sequence[Split], tasks: Sequence[Task]) -> Split:
-    starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
-    labels = np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
-    return join_splits(parts, labels)
 
 
 def joint_task(tasks: Sequence[TaskRecord]) -> TaskRecord:

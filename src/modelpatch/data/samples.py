@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,9 @@ class SampleForm:
 
     def read(self, item: Any, place: object) -> tuple[ImageSource, Target | int]:
         """The image and the class index or target of an item. Raises `DataError` that names the place."""
-        try:
+        with naming(self.source, place):
             image, target = split_item(item)
             return to_image(image), self.read_target(target)
-        except DataError as error:
-            raise DataError(f"{self.source}, sample {place}: {error}") from error
 
     def read_target(self, value: Any) -> Target | int:
         """The class index, mask or boxes that a label stands for."""
@@ -60,24 +59,35 @@ class SampleForm:
             return self.read_label(value)
         if self.table is not None:
             return PixelMask(to_mask(value), self.table)
-        boxes = to_boxes(value)
-        if len(boxes.labels) and not 0 <= boxes.labels.min() <= boxes.labels.max() < len(self.classes):
-            raise DataError(f"boxes have labels up to {boxes.labels.max()}; expected 0 to {len(self.classes) - 1}.")
+        boxes, last = to_boxes(value), len(self.classes) - 1
+        if wrong := [label for label in boxes.labels.tolist() if not 0 <= label <= last]:
+            raise DataError(f"a box has the label {wrong[0]}; expected 0 to {last}.")
         return boxes
 
     def read_label(self, value: Any) -> int:
         """The class index of a label."""
         label = to_label(value)
-        names = self.names if isinstance(label, int) and self.names is not None else self.classes
         if isinstance(label, int):
+            names = self.names or self.classes
             if not 0 <= label < len(names):
                 raise DataError(f"the label is {label}; expected 0 to {len(names) - 1} for {len(names)} classes.")
-            if names is self.classes:
-                return label
             label = names[label]
         if label not in self.classes:
             raise DataError(f"the label is {label!r}; expected one of: {', '.join(self.classes)[:300]}.")
         return self.classes.index(label)
+
+    def read_labels(self, items: Iterable[Any]) -> list[int]:
+        """The class index of every item, 0 where targets are dense."""
+        return [0 if self.dense else self.read_label(split_item(item)[1]) for item in items]
+
+
+@contextmanager
+def naming(source: str, place: object) -> Iterator[None]:
+    """Add the place of a sample to a `DataError`."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}, sample {place}: {error}") from error
 
 
 def split_item(item: Any) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Split:
 
     is_stream = False
     reads_in_threads = True
+    own_changes = False  # True where two readings of an image differ without a transform
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class Split:
         transform: Transform | None = None,
         workers: int | None = None,
     ) -> None:
-        self.images, self.labels, self.targets = images, labels, targets
+        self.images, self.labels, self.targets, self.dense = images, labels, targets, targets is not None
         self.transform, self.workers = transform, workers
 
     def __len__(self) -> int:
@@ -53,22 +55,17 @@ class Split:
     @property
     def labels_known(self) -> bool:
         """True where `labels` are at hand, without reading images."""
-        return True
-
-    @property
-    def dense(self) -> bool:
-        """True where images have targets in place of class indices."""
-        return self.targets is not None
+        return "labels" in self.__dict__
 
     @property
     def changes(self) -> bool:
         """True where an image of the training set may differ from one reading to the next."""
-        return self.transform is not None
+        return self.is_stream or self.augments
 
     @property
     def augments(self) -> bool:
         """True where random transforms make views of the images already."""
-        return self.transform is not None
+        return self.own_changes or self.transform is not None
 
     def sample(self, row: int) -> Sample:
         """The image of a row with its class index or target."""
@@ -84,9 +81,11 @@ class Split:
         images = [self.images[row] for row in rows]
         return Split(images, self.labels[rows], targets, transform=self.transform, workers=self.workers)
 
-    def with_transform(self, transform: Transform | None) -> Split:
+    def with_transform(self, transform: Transform | None) -> Self:
         """The same split with another transform."""
-        return Split(self.images, self.labels, self.targets, transform=transform, workers=self.workers)
+        split = copy(self)
+        split.transform = transform
+        return split
 
     @cached_property
     def digest(self) -> str:
@@ -97,6 +96,20 @@ class Split:
         for target in self.targets or ():
             digest.update(hashlib.sha256(target.content()).digest())
         return digest.hexdigest()
+
+
+class Lazy(Sequence[Any]):
+    """The values of a sequence, each converted when it is asked for."""
+
+    def __init__(self, values: Any, convert: Callable[[Any], Any]) -> None:
+        self.values, self.convert = values, convert
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, row: Any) -> Any:
+        rows = range(len(self))[row]
+        return [self[one] for one in rows] if isinstance(rows, range) else self.convert(self.values[rows])
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

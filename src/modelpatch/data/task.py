@@ -1,15 +1,13 @@
 """Tasks with their images, from whatever source they come.
 
-| source            | contents                                                          | file                 |
-|-------------------|-------------------------------------------------------------------|----------------------|
-| a folder          | class folders, with or without `train/`, `test/` and `val/`             | `sources/folders.py`   |
-| a folder, a file  | manifests in CSV or parquet                                       | `sources/manifests.py` |
-| a folder          | images with masks                                                 | `sources/masks.py`     |
-| a folder          | Pascal VOC                                                        | `sources/voc.py`       |
-| a folder          | COCO                                                              | `sources/coco.py`      |
-| `hf:NAME`           | a data set of the Hugging Face hub, or a local one                | `sources/hub.py`       |
-| `bundled:digits`    | scikit-learn's 1,797 real 8 x 8 images of handwritten digits      | `sources/digits.py`    |
-| an object         | torch and Hugging Face data sets, streams and DataLoaders         | `sources/datasets.py`  |
+| source            | contents                                                      | file                   |
+|-------------------|---------------------------------------------------------------|------------------------|
+| a folder          | class folders, with or without `train/`, `test/` and `val/`   | `sources/folders.py`   |
+| a folder, a file  | manifests in CSV or parquet                                   | `sources/manifests.py` |
+| a folder          | images with masks; Pascal VOC; COCO                           | `sources/masks.py` ... |
+| `hf:NAME`         | a data set of the Hugging Face hub, or a local one            | `sources/hub.py`       |
+| `bundled:digits`  | scikit-learn's 1,797 real 8 x 8 images of handwritten digits  | `sources/digits.py`    |
+| an object         | torch and Hugging Face data sets, streams and DataLoaders     | `sources/datasets.py`  |
 
 A seeded stratified test split is cut from the training images of a source that has none.
 """
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from modelpatch.data.sources.base import Found, SourceOptions, check_found, find_source
+from modelpatch.data.sources.base import Found, SourceOptions, read_source
 from modelpatch.data.sources.datasets import describe, is_dataset, read_datasets
 from modelpatch.data.splits import Split, Transform, check_seed, drawn, split_facts, split_seed, stratified
 from modelpatch.errors import DataError
@@ -144,9 +142,8 @@ class Task(RecordCall):
 
     def __repr__(self) -> str:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        counts = [
-            f"{'?' if one.length is None else one.length} {name}" for name, one in splits.items() if one is not None
-        ]
+        sizes = {name: split.length for name, split in splits.items() if split is not None}
+        counts = [f"{'?' if size is None else size} {name}" for name, size in sizes.items()]
         return f"Task({self.task.name!r}, {len(self.classes)} classes, {', '.join(counts)})"
 
 
@@ -186,11 +183,10 @@ def load_task(
     else:
         text = str(source)
         try:
-            reader = find_source(source, options)
-            found, stem = reader.read(source, options), reader.name_of(source)
+            path = Path(source).expanduser()
+            found, stem = read_source(path if path.exists() else source, options)
         except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
             raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
-        check_found(found, options, text)
     data = _assemble(found, name or stem, text, seed if hold_out else None)
     return replace(data, facts={**data.facts, **options.facts}).with_transform(transform)
 
@@ -229,8 +225,6 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
         raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
     if "train" not in splits or splits["train"].length == 0:
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(splits) or 'none'}.")
-    if empty := [split for split, images in splits.items() if images.length == 0]:
-        raise DataError(f"{source}: its split {empty[0]!r} holds no images. Fill it or remove it.")
     facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
     train = splits["train"]
     if "test" not in splits and seed is not None:
@@ -240,14 +234,18 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
         train, splits["test"] = train.take(keep), train.take(held)
         facts |= split_facts(TEST_FRACTION, seed)
     splits.setdefault("test", train)
-    known = {split: images.labels for split, images in splits.items() if images.labels_known and not images.dense}
-    for split, labels in known.items():
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise DataError(f"{source}: its split {split!r} has images without a label. Leave it out, or label them.")
-    if train.labels_known and "test" in known:
-        unseen = set(np.unique(known["test"])) - set(np.unique(train.labels))
-        if unseen:
-            raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
+    known: dict[str, set[int]] = {}
+    for split, images in splits.items():
+        if images.length == 0:
+            raise DataError(f"{source}: its split {split!r} holds no images. Fill it or remove it.")
+        if images.labels_known and not images.dense:
+            known[split] = set(np.unique(images.labels).tolist())
+            if min(known[split]) < 0 or max(known[split]) >= len(classes):
+                raise DataError(
+                    f"{source}: its split {split!r} has images without a label. Leave it out, or label them."
+                )
+    if train.labels_known and (unseen := known.get("test", set()) - set(train.labels.tolist())):
+        raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
         task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes))
     except ValidationError as error:

@@ -152,7 +152,7 @@ class Detection(Kind):
     name: ClassVar[str] = "detection"
     metrics: ClassVar[Mapping[str, str]] = {"map": "mAP 0.5:0.95", "map50": "mAP 0.5"}
     per_class = "AP 0.5:0.95"
-    dense = True
+    target = Boxes
     draws = True
     framing = "stretch"
     decoders: ClassVar[Mapping[str, Decoding]] = {

@@ -30,6 +30,7 @@ from modelpatch.heads.base import Decoder
 from modelpatch.heads.reading import HeadInput
 from modelpatch.registry import Registry
 from modelpatch.tasks.decoding import Decoding, make_decoder
+from modelpatch.tasks.targets import Target
 
 Facts = dict[str, Any]
 EXTRA = "dense"  # installs the libraries of `Kind.libraries`
@@ -106,19 +107,19 @@ class Kind(ABC):
     """A kind of task. Instances have no state; `kind_of` returns the one of a name.
 
     `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
-    `dense` targets belong to places in the image: they move with each augmented view, so that nothing is cached, and
-    `draws` says that answers are shown as pictures. `framing` is how images become squares where no setting says so, None as
-    the backbone's own. `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades,
-    selection, PAINT and distillation need. `decoders` are the heads that a setting may choose, the default first; without
-    any, the method makes the head. `head_rate` is the largest learning rate at which the kind's heads learn. `libraries`
-    are needed to measure an answer (extra `dense`). `weighs_classes` and `smooths_labels` say which options its loss takes.
+    `target` is the type of targets that belong to places in the image, None where they are class indices. `draws` says that
+    answers are shown as pictures. `framing` is how images become squares where no setting says so, None as the backbone's own.
+    `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades, selection, PAINT and
+    distillation need. `decoders` are the heads that a setting may choose, the default first; without any, the method makes the
+    head. `head_rate` is the largest learning rate at which the kind's heads learn. `libraries` are needed to measure an answer
+    (extra `dense`). `weighs_classes` and `smooths_labels` say which options its loss takes.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[Mapping[str, str]]
     per_class: ClassVar[str] = ""  # title of the figure that each class has
     fewest_classes: ClassVar[int] = 1
-    dense: ClassVar[bool] = False
+    target: ClassVar[type[Target] | None] = None
     draws: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     framing: ClassVar[Framing | None] = None
@@ -132,6 +133,11 @@ class Kind(ABC):
     def metric(self) -> str:
         """The figure that decides which of two patches is better."""
         return next(iter(self.metrics))
+
+    @property
+    def dense(self) -> bool:
+        """True where targets belong to places in the image: they move with each augmented view, so that nothing is cached."""
+        return self.target is not None
 
     # training -----------------------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class Segmentation(Kind):
     name: ClassVar[str] = "segmentation"
     metrics: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
     per_class = "IoU"
-    dense = True
+    target = PixelMask
     draws = True
     framing = "stretch"
     decoders: ClassVar[Mapping[str, Decoding]] = {

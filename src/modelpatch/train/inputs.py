@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation
+from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import (
+    NO_AUGMENTATION,
     ImageBatch,
     Images,
     ImageStore,
-    ImageStream,
     Pixels,
     View,
     allocate,
@@ -45,8 +45,6 @@ from modelpatch.train.cache import (
 )
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.progress import Progress, quiet_progress
-
-NO_AUGMENTATION = AUGMENTATIONS["none"]
 
 
 class InputSource(Protocol):
@@ -192,7 +190,9 @@ class SharedImages:
             for view in range(views):
                 augmentation = self.augmentation if view < self.views else NO_AUGMENTATION
                 for step, rows in enumerate(torch.arange(count).split(BATCH)):
-                    images = self.store.augmented(rows, augmentation, (self.seed, view, step)).to(self.backbone.device)
+                    images = self.store.batch(rows, augmentation, (self.seed, view, step)).images.to(
+                        self.backbone.device
+                    )
                     done = 0
                     for x in pieces(images.contiguous(memory_format=torch.channels_last)):
                         chosen, at = rows[done : done + len(x)], 0
@@ -262,7 +262,7 @@ class SharedInputs:
         return BoundaryInputs(start, shared.activations[start], rows, views, images.labels)
 
 
-class ImageRows(ImageStream):
+class ImageRows(Images):
     """Some rows of a store, numbered from 0."""
 
     def __init__(self, store: ImageStore, rows: Tensor) -> None:
@@ -276,9 +276,9 @@ class ImageRows(ImageStream):
     def labels(self) -> Tensor:
         return self.store.labels[self.rows]
 
-    def read(self, batches: Sequence[Tensor], view: View | None) -> Iterator[Pixels]:
-        """The decoded images of every batch of rows."""
-        return self.store.read([self.rows[rows] for rows in batches], view)
+    def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
+        """The decoded images of every batch of rows from number `first` on."""
+        return self.store.read([self.rows[rows] for rows in batches[first:]], view)
 
 
 class BoundaryInputs:

@@ -23,6 +23,7 @@ from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
 from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.targets import Target
 
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 LARGEST_VALUE = 255  # of a mask
@@ -53,6 +54,18 @@ class SourceOptions:
         if self.ignore is not None and (type(self.ignore) is not int or not 0 <= self.ignore <= LARGEST_VALUE):
             raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {LARGEST_VALUE}.")
 
+    def class_names(self, folder: Path) -> Sequence[str] | None:
+        """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
+        if isinstance(self.classes, tuple):
+            return self.classes
+        file = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
+        lines = file.read_text(encoding="utf-8").splitlines() if file is not None else ()
+        return [line.strip() for line in lines if line.strip()] if file is not None else None
+
+    def allow(self, target: type[Target]) -> bool:
+        """Return True where no kind was asked for, or one of these targets."""
+        return self.kind is None or kind_of(self.kind).target is target
+
     @property
     def facts(self) -> dict[str, Any]:
         """The options that were set, for a patch file to record how its data was read."""
@@ -81,8 +94,9 @@ class DataSource(ABC):
 
     def name_of(self, source: Any) -> str:
         """The name of the task where the user gives none."""
-        path = Path(source).expanduser().resolve()
-        return path.stem if path.is_file() else path.name
+        path = Path(source).resolve()
+        name = path.stem if path.is_file() else path.name
+        return name if path.exists() else name.rpartition(":")[2]  # hf:NAME
 
 
 SOURCES = Registry[type[DataSource]](
@@ -91,30 +105,28 @@ SOURCES = Registry[type[DataSource]](
 register_source = SOURCES.register
 
 
-def find_source(given: Any, options: SourceOptions) -> DataSource:
-    """The source that reads what was given. Raises `DataError` where none or several do."""
+def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
+    """The contents of what was given, and its name. Raises `DataError` where no source reads it, or several do."""
     accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
     if not accepting:
         raise DataError(
             f"{str(given)[:200]} is neither a folder of images nor a .csv or .parquet manifest. Expected one of these, "
             "hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
         )
+    unread = f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these."
     fitting = [source for source in accepting if None in (options.kind, source.kind) or source.kind == options.kind]
     if not fitting:
-        raise DataError(f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these.")
+        raise DataError(unread)
     chosen = [source for source in fitting if not source.general] or fitting
     if len(chosen) > 1:
         kinds = " or ".join(f"kind={source.kind!r}" for source in chosen)
         raise DataError(f"{given} is in more than one layout. Choose {kinds} (--kind).")
-    return chosen[0]
-
-
-def check_found(found: Found, options: SourceOptions, given: Any) -> None:
-    """Raise `DataError` for a task of another kind, and for options that have no meaning for it."""
+    found = chosen[0].read(given, options)
     if options.kind not in (None, found.kind):
-        raise DataError(f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these.")
+        raise DataError(unread)
     if options.facts and not found.names_from_user:
         raise DataError(f"{given} names its classes itself; classes and ignore are for the values of masks.")
+    return found, chosen[0].name_of(given)
 
 
 def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
@@ -129,16 +141,8 @@ def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
     return splits
 
 
-def list_classes(path: Path, options: SourceOptions) -> Sequence[str] | None:
-    """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
-    if isinstance(options.classes, tuple):
-        return options.classes
-    for name in CLASS_FILES:
-        if (path / name).is_file():
-            return [line.strip() for line in (path / name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return None
-
-
-def is_folder(source: Any) -> bool:
-    """Return True for the path of a folder."""
-    return isinstance(source, str | Path) and Path(source).expanduser().is_dir()
+def find_file(places: Sequence[Path], missing: str) -> Path:
+    """The first of the files that exists. Raises `DataError` with what is missing where none does."""
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    raise DataError(f"{missing}. Expected one in: {', '.join(dict.fromkeys(str(place.parent) for place in places))}.")

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    is_folder,
-    list_classes,
-    register_source,
-)
+from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, find_file, register_source
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
@@ -30,12 +21,12 @@ class Coco(DataSource):
     kind = Detection.name
 
     def accepts(self, source: Any) -> bool:
-        return is_folder(source) and bool(_find_annotations(Path(source).expanduser()))
+        return Path(source).is_dir() and bool(_find_annotations(Path(source)))
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
+        path = Path(source)
         scenes = {split: read_annotations(file, path) for split, file in _find_annotations(path).items()}
-        return make_detection(scenes, list_classes(path, options), str(path))
+        return make_detection(scenes, options.class_names(path), str(path))
 
 
 def _find_annotations(path: Path) -> dict[str, Path]:
@@ -68,11 +59,8 @@ def read_annotations(path: Path, folder: Path) -> list[Scene]:
         raise DataError(f"{path} cannot be read as annotations of COCO: {error!r}.") from error
     split = path.stem.removeprefix("instances_")
     places = [folder / "images" / split, folder / split, folder / "images", folder]
-    return [Scene(_find_image(places, name, path), objects.get(number, [])) for number, name in images.items()]
-
-
-def _find_image(places: Sequence[Path], name: str, named_by: Path) -> Path:
-    file = next((place / name for place in places if (place / name).is_file()), None)
-    if file is None:
-        raise DataError(f"{named_by}: there is no image {name[:200]!r} in {', '.join(map(str, places))}.")
-    return file
+    files = {
+        number: find_file([place / name for place in places], f"{path}: there is no image {name[:200]!r}")
+        for number, name in images.items()
+    }
+    return [Scene(file, objects.get(number, [])) for number, file in files.items()]

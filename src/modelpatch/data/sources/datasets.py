@@ -13,25 +13,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils import data as torch_data
 
 from modelpatch.data.dataset_splits import DatasetSplit, StreamSplit
-from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, split_item, to_label
+from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, naming, split_item, to_label
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources.base import SPLITS, Found, SourceOptions
 from modelpatch.data.sources.hub import find_columns, read_tables
@@ -39,7 +30,7 @@ from modelpatch.data.sources.masks import read_classes
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError, TrainingWarning
 from modelpatch.tasks.kind import kind_of
-from modelpatch.tasks.segmentation import Segmentation
+from modelpatch.tasks.segmentation import PixelMask
 
 EXPECTED = (
     "expected a torch Dataset, IterableDataset or DataLoader of (image, label), or a data set of `datasets`. A folder or file "
@@ -51,12 +42,12 @@ def is_dataset(source: Any) -> bool:
     """Return True for a data set object, or a mapping of some by split."""
     if isinstance(source, Mapping):
         return bool(source) and all(is_dataset(one) for one in source.values())
-    return isinstance(source, Dataset | DataLoader) or _is_hub(source)
+    return isinstance(source, torch_data.Dataset | torch_data.DataLoader) or _is_hub(source)
 
 
 def describe(source: Any) -> str:
     """A name for a data set: its builder's, its folder's, or its class."""
-    source = source.dataset if isinstance(source, DataLoader | Subset) else source
+    source = source.dataset if isinstance(source, torch_data.DataLoader | torch_data.Subset) else source
     root = getattr(source, "root", None)
     named = getattr(source, "builder_name", None) or (str(root).rstrip("/").rsplit("/", 1)[-1] if root else None)
     return str(named or type(source).__name__)
@@ -69,23 +60,24 @@ def read_datasets(splits: Mapping[str, Any], options: SourceOptions, workers: in
     splits = {SPLITS[split]: one for split, one in splits.items()}
     if "train" not in splits:
         raise DataError(f"there is no training split, only {', '.join(splits)}. Give one named train.")
+    source = describe(splits["train"])
     if _are_tables(splits.values()):
-        found = read_tables(splits, options, describe(splits["train"]))
-        return _with_names(found, options, workers)
+        return _with_names(read_tables(splits, options, source), options, workers)
     opened = {split: _open(one) for split, one in splits.items()}
-    first = _first_target(opened["train"], describe(splits["train"]))
-    kind = options.kind or find_kind(first)
-    classes, table = _find_classes(opened["train"], splits["train"], kind, options)
+    train = opened["train"][0]
+    kind = options.kind or find_kind(_first_target(train, source))
+    classes, table = _find_classes(train, source, kind, options)
     made: dict[str, Split] = {}
     for split, (data, default) in opened.items():
         form = SampleForm(describe(splits[split]), classes, _own_names(data, classes), kind_of(kind).dense, table)
         count = default if workers is None else workers
         if _is_stream(data):
-            size = length if split == "train" and length is not None else _length(data)
-            made[split] = StreamSplit(data, form, size, workers=count)
+            size = length if split == "train" and length is not None else length_hint(data, -1)
+            made[split] = StreamSplit(data, form, size if size >= 0 else None, workers=count)
         else:
             made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
-        _check_first(made[split])
+        with seeded(0):  # a sample that cannot be read is an error before anything is trained
+            next(made[split].some(1), None)
     return Found(kind, made, classes, names_from_user=True)
 
 
@@ -118,19 +110,15 @@ def _with_names(found: Found, options: SourceOptions, workers: int | None) -> Fo
 
 def _open(source: Any) -> tuple[Any, int | None]:
     """The data set or stream to read, and its number of workers. Raises `DataError` for other objects."""
-    if isinstance(source, DataLoader):
-        usual = (
-            source.collate_fn is default_collate
-            and type(source.batch_sampler) is BatchSampler
-            and (
-                type(source.sampler) is SequentialSampler
-                or (type(source.sampler) is RandomSampler and not source.sampler.replacement)
-            )
-        )
-        if usual and not isinstance(source.dataset, IterableDataset):
+    if isinstance(source, torch_data.DataLoader):
+        sampler, batches = source.sampler, type(source.batch_sampler) is torch_data.BatchSampler
+        drawn = type(sampler) is torch_data.RandomSampler and not sampler.replacement
+        whole = drawn or type(sampler) is torch_data.SequentialSampler
+        usual = source.collate_fn is torch_data.default_collate and batches and whole
+        if usual and not isinstance(source.dataset, torch_data.IterableDataset):
             return source.dataset, source.num_workers or None
         return UnbatchedLoader(source), 0
-    if isinstance(source, IterableDataset) or (_is_hub(source) and not hasattr(source, "__len__")):
+    if isinstance(source, torch_data.IterableDataset) or (_is_hub(source) and not hasattr(source, "__len__")):
         return source, None
     if isinstance(source, type):
         raise DataError(f"{source.__name__} is a class; expected an instance, such as {source.__name__}(...).")
@@ -142,7 +130,7 @@ def _open(source: Any) -> tuple[Any, int | None]:
 class UnbatchedLoader:
     """The samples of a DataLoader's batches, one by one."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: torch_data.DataLoader[Any]) -> None:
         self.loader, self.dataset = loader, loader.dataset
 
     def __len__(self) -> int:
@@ -162,59 +150,37 @@ class UnbatchedLoader:
 
 
 def _is_stream(data: Any) -> bool:
-    return not hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
+    return not hasattr(data, "__getitem__") or isinstance(data, torch_data.IterableDataset)
 
 
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def _items(data: Any) -> Iterable[Any]:
+    return data if _is_stream(data) else (data[row] for row in range(len(data)))
 
 
-def _first_target(opened: tuple[Any, int | None], source: str) -> Any:
-    data, _ = opened
-    try:
-        with seeded(0):
-            item = next(iter(data)) if _is_stream(data) else data[0]
-    except (StopIteration, IndexError) as error:
-        raise DataError(f"{source} holds no samples.") from error
-    try:
-        return split_item(item)[1]
-    except DataError as error:
-        raise DataError(f"{source}, sample 0: {error}") from error
-
-
-def _check_first(split: Split) -> None:
-    """Raise `DataError` where the first sample cannot be read, before anything is trained."""
+def _first_target(data: Any, source: str) -> Any:
     with seeded(0):
-        if isinstance(split, StreamSplit):
-            next(split.open(0), None)
-        elif len(split):
-            split.sample(0)
+        items = list(islice(_items(data), 1))
+    if not items:
+        raise DataError(f"{source} holds no samples.")
+    with naming(source, 0):
+        return split_item(items[0])[1]
 
 
 def _find_classes(
-    opened: tuple[Any, int | None], given: Any, kind: str, options: SourceOptions
+    data: Any, source: str, kind: str, options: SourceOptions
 ) -> tuple[tuple[str, ...], np.ndarray | None]:
     """The class names, and the table of mask values for masks."""
-    data, source = opened[0], describe(given)
     names = options.classes
     if isinstance(names, int):
         names = tuple(map(str, range(names)))
     names = names or _names_of(data)
-    if kind == Segmentation.name:
-        if names is None:
-            raise DataError(f"{source} names no classes for the values of its masks. Give classes=[...].")
+    if names is None and kind_of(kind).dense:
+        raise DataError(f"{source} names no classes for its masks or boxes. Give classes=[...].")
+    if kind_of(kind).target is PixelMask:
         classes, table = read_classes((), options, names, source)
         return tuple(classes), table
-    if names is None and kind_of(kind).dense:
-        raise DataError(f"{source} names no classes for the labels of its boxes. Give classes=[...].")
     if names is None:
-        labels = _listed(data)
-        if labels is None:
-            labels = _read_labels(data)
-        names = name_classes(labels)
+        names = name_classes(_listed(data) or [to_label(split_item(item)[1]) for item in _items(data)])
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         warnings.warn(
             f"{source} names no classes; its labels make {len(names)} of them: {shown}. Name them with classes=[...].",
@@ -226,9 +192,9 @@ def _find_classes(
 
 def _names_of(data: Any) -> tuple[str, ...] | None:
     """The class names that a data set lists, through subsets and concatenations."""
-    if isinstance(data, Subset | UnbatchedLoader):
+    if isinstance(data, torch_data.Subset | UnbatchedLoader):
         return _names_of(data.dataset)
-    if isinstance(data, ConcatDataset):
+    if isinstance(data, torch_data.ConcatDataset):
         found = {_names_of(part) for part in data.datasets}
         return found.pop() if len(found) == 1 else None
     if isinstance(features := getattr(data, "features", None), Mapping):
@@ -247,13 +213,13 @@ def _own_names(data: Any, classes: tuple[str, ...]) -> tuple[str, ...] | None:
 
 def _listed(data: Any) -> Sequence[int | str] | None:
     """The labels that a data set lists without reading images; None for one that does not."""
-    if isinstance(data, Subset):
+    if isinstance(data, torch_data.Subset):
         whole = _listed(data.dataset)
         return None if whole is None else [whole[index] for index in data.indices]
-    if isinstance(data, ConcatDataset):
+    if isinstance(data, torch_data.ConcatDataset):
         parts = [_listed(part) for part in data.datasets]
         return None if None in parts else [label for part in parts if part is not None for label in part]
-    if isinstance(data, TensorDataset):
+    if isinstance(data, torch_data.TensorDataset):
         labels: Any = data.tensors[1] if len(data.tensors) > 1 else None
     elif _is_hub(data) and hasattr(data, "column_names") and hasattr(data, "__getitem__"):
         column = next((key for key in LABEL_KEYS if key in data.column_names), None)
@@ -271,12 +237,6 @@ def _listed(data: Any) -> Sequence[int | str] | None:
         return None
 
 
-def _read_labels(data: Any) -> list[int | str]:
-    """All labels of a data set, from one reading of it."""
-    items = data if _is_stream(data) else (data[row] for row in range(len(data)))
-    return [to_label(split_item(item)[1]) for item in items]
-
-
 def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
     """The class indices that a data set lists, where the first, middle and last sample agree with them."""
     listed = None if form.dense else _listed(data)
@@ -284,10 +244,8 @@ def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
         return None
     labels = np.zeros(len(listed), dtype=np.int64)
     for row, label in enumerate(listed):
-        try:
+        with naming(form.source, row):
             labels[row] = form.read_label(label)
-        except DataError as error:
-            raise DataError(f"{form.source}, sample {row}: {error}") from error
     for row in {0, len(labels) // 2, len(labels) - 1}:
         with seeded(0, row):
             if form.read(data[row], row)[1] != labels[row]:

@@ -30,6 +30,3 @@ class Digits(DataSource):
         images = np.round(bunch.images / 16 * 255).astype(np.uint8)
         split = Split(list(images), bunch.target.astype(np.int64))
         return Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])
-
-    def name_of(self, source: Any) -> str:
-        return "digits"

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from modelpatch.backbone.preprocessing import find_images
-from modelpatch.data.sources.base import DataSource, Found, SourceOptions, is_folder, named_splits, register_source
-from modelpatch.data.sources.manifests import find_manifests
-from modelpatch.data.splits import Split
+from modelpatch.data.sources.base import DataSource, Found, SourceOptions, named_splits, register_source
+from modelpatch.data.sources.manifests import find_manifests, make_classification
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 
@@ -23,10 +20,10 @@ class ClassFolders(DataSource):
     general = True
 
     def accepts(self, source: Any) -> bool:
-        return is_folder(source) and not find_manifests(Path(source).expanduser())
+        return Path(source).is_dir() and not find_manifests(Path(source))
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
+        path = Path(source)
         folders = named_splits([folder for folder in sorted(path.iterdir()) if folder.is_dir()])
         if folders and "train" not in folders:
             raise DataError(
@@ -43,8 +40,7 @@ class ClassFolders(DataSource):
                 f"{path} holds no class folders with images. Expected {path.name}/train/CLASS/*.jpg or "
                 f"{path.name}/CLASS/*.jpg."
             )
-        splits = {}
-        for split, own in files.items():
-            pairs = [(file, index) for index, name in enumerate(classes) for file in own.get(name, ())]
-            splits[split] = Split([file for file, _ in pairs], np.array([index for _, index in pairs], dtype=np.int64))
-        return Found(Classification.name, splits, classes)
+        members = {
+            split: [(file, name) for name in classes for file in own.get(name, ())] for split, own in files.items()
+        }
+        return make_classification(members, classes)

@@ -7,6 +7,7 @@ of `bbox` and `category` a detection task. Images are decoded when they are aske
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, register_source
 from modelpatch.data.sources.masks import make_segmentation
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
-from modelpatch.data.splits import Split
+from modelpatch.data.splits import Lazy, Split
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.tasks.classification import Classification
-from modelpatch.tasks.detection import Detection
-from modelpatch.tasks.segmentation import Segmentation
+from modelpatch.tasks.detection import Boxes
+from modelpatch.tasks.segmentation import PixelMask
 
 PREFIX = "hf:"
 FIRST_PICTURES = ("image", "img", "pixel_values")
@@ -44,20 +45,19 @@ class Hub(DataSource):
             raise DataError(f"{source} cannot be loaded: {error}") from error
         return read_tables(loaded, options, source)
 
-    def name_of(self, source: Any) -> str:
-        return str(source).removeprefix(PREFIX).rsplit("/", 1)[-1]
-
 
 def read_tables(loaded: Mapping[str, Any], options: SourceOptions, source: str) -> Found:
     """Tables of `datasets` by split as a task."""
     tables = {SPLITS[split]: table for split, table in loaded.items() if split in SPLITS}
     features = next(iter(tables.values())).features if tables else {}
     pictures, label = find_columns(features)
-    if pictures and "objects" in features and options.kind in (None, Detection.name):
+    if pictures and "objects" in features and options.allow(Boxes):
         return _read_boxes(tables, pictures[0], source)
-    if len(pictures) == 2 and label is None and options.kind in (None, Segmentation.name):
+    if len(pictures) == 2 and label is None and options.allow(PixelMask):
         first, second = sorted(pictures, key=lambda column: column not in FIRST_PICTURES)
-        pairs = {split: (EncodedImages(table, first), EncodedImages(table, second)) for split, table in tables.items()}
+        pairs = {
+            split: (encoded_images(table, first), encoded_images(table, second)) for split, table in tables.items()
+        }
         names = options.classes if isinstance(options.classes, tuple) else None
         return make_segmentation(pairs, options, names, source)
     splits, classes = {}, []
@@ -66,7 +66,7 @@ def read_tables(loaded: Mapping[str, Any], options: SourceOptions, source: str) 
         if not pictures or label is None:
             raise DataError(f"{source} has no image column and class label; it has: {', '.join(table.features)}.")
         classes = list(table.features[label].names)
-        splits[split] = Split(EncodedImages(table, pictures[0]), np.array(table[label], dtype=np.int64))
+        splits[split] = Split(encoded_images(table, pictures[0]), np.array(table[label], dtype=np.int64))
     return Found(Classification.name, splits, classes)
 
 
@@ -79,20 +79,15 @@ def find_columns(features: Mapping[str, Any]) -> tuple[list[str], str | None]:
     return pictures, labels[0] if labels else None
 
 
-class EncodedImages(Sequence[ImageSource]):
+def encoded_images(table: Any, column: str) -> Sequence[ImageSource]:
     """The encoded images of a table's column, read when they are asked for."""
+    import datasets
 
-    def __init__(self, table: Any, column: str) -> None:
-        import datasets
+    return Lazy(table.cast_column(column, datasets.Image(decode=False)), partial(_cell, column))
 
-        self.table, self.column = table.cast_column(column, datasets.Image(decode=False)), column
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, row: Any) -> Any:
-        value = self.table[int(row)][self.column]
-        return value.get("bytes") or Path(value["path"])
+def _cell(column: str, row: Mapping[str, Any]) -> ImageSource:
+    return row[column].get("bytes") or Path(row[column]["path"])
 
 
 def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> Found:
@@ -103,20 +98,13 @@ def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> Found:
         for split, table in tables.items():
             feature = table.features["objects"]
             inner = getattr(feature, "feature", feature)
-            inner = inner[0] if isinstance(inner, list) else inner
-            category = inner["category"]
+            category = (inner[0] if isinstance(inner, list) else inner)["category"]
             names = list(getattr(category, "feature", category).names)
             scenes[split] = []
-            for image, row in zip(EncodedImages(table, picture), table["objects"], strict=True):
-                boxes, labels = (
-                    (row["bbox"], row["category"])
-                    if isinstance(row, dict)
-                    else ([one["bbox"] for one in row], [one["category"] for one in row])
-                )
-                objects = [
-                    (names[label], check_corners((x, y, x + w, y + h)), False)
-                    for (x, y, w, h), label in zip(boxes, labels, strict=True)
-                ]
+            for image, row in zip(encoded_images(table, picture), table["objects"], strict=True):
+                one = row if isinstance(row, dict) else {key: [own[key] for own in row] for key in ("bbox", "category")}
+                pairs = zip(one["bbox"], one["category"], strict=True)
+                objects = [(names[label], check_corners((x, y, x + w, y + h)), False) for (x, y, w, h), label in pairs]
                 scenes[split].append(Scene(image, objects))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(

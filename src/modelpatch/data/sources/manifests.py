@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,7 @@ import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import order_name
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    is_folder,
-    named_splits,
-    register_source,
-)
+from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, named_splits, register_source
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
@@ -50,69 +43,54 @@ class Manifests(DataSource):
     general = True
 
     def accepts(self, source: Any) -> bool:
-        if is_folder(source):
-            return bool(find_manifests(Path(source).expanduser()))
-        return (
-            isinstance(source, str | Path) and Path(source).suffix in MANIFESTS and Path(source).expanduser().is_file()
-        )
+        path = Path(source)
+        return bool(find_manifests(path)) if path.is_dir() else path.suffix in MANIFESTS and path.is_file()
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
-        if path.is_file():
-            rows = _read_manifest(path, path.parent)
-        else:
-            rows = [row for split, file in find_manifests(path).items() for row in _read_manifest(file, path, split)]
-        if not rows:
+        path, members = Path(source), defaultdict[str, list[tuple[ImageSource, str]]](list)
+        folder, files = (path.parent, {None: path}) if path.is_file() else (path, find_manifests(path))
+        for given, file in files.items():
+            for split, image, label in _read_manifest(file, folder, given):
+                members[split].append((image, label))
+        if not members:
             raise DataError(f"{path} has no rows.")
-        classes = sorted({row.label for row in rows}, key=order_name)
-        index = {name: number for number, name in enumerate(classes)}
-        members: dict[str, list[ManifestRow]] = {}
-        for row in rows:
-            members.setdefault(row.split, []).append(row)
-        splits = {
-            split: Split([row.image for row in own], np.array([index[row.label] for row in own], dtype=np.int64))
-            for split, own in members.items()
-        }
-        return Found(Classification.name, splits, classes)
+        labels = {label for rows in members.values() for _, label in rows}
+        return make_classification(members, sorted(labels, key=order_name))
 
 
-@dataclass(frozen=True)
-class ManifestRow:
-    """One line of a manifest, checked."""
+def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
+    """The task of images with the names of their classes, by split."""
+    index = {name: number for number, name in enumerate(names)}
+    splits = {
+        split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
+        for split, pairs in members.items()
+    }
+    return Found(Classification.name, splits, names)
 
-    image: ImageSource
-    label: str
-    split: str
 
-
-def _read_manifest(path: Path, folder: Path, split: str | None = None) -> list[ManifestRow]:
-    """The rows of a manifest whose images lie in `folder`, all of one `split` or each of its own.
-
-    Raises `DataError` that names the file and the row.
-    """
+def _read_manifest(path: Path, folder: Path, split: str | None) -> Iterator[tuple[str, ImageSource, str]]:
+    """The split, image in `folder` and label of every row. Raises `DataError` that names the file and the row."""
     columns, rows = _read_columns(path)
-    image = next((column for column in IMAGE_COLUMNS if column in columns), None)
-    label = next((column for column in LABEL_COLUMNS if column in columns), None)
+    image, label = (next((one for one in known if one in columns), None) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
     if image is None or label is None:
         raise DataError(
             f"{path} has the columns {', '.join(columns) or '(none)'}. Expected one of {', '.join(IMAGE_COLUMNS)} and one "
             f"of {', '.join(LABEL_COLUMNS)}."
         )
-    result = []
-    for number, row in enumerate(rows):
-        place = f"{path}, row {number + 1}"
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
         if None in row:
             raise DataError(
                 f"{place}: it has more cells than the {len(columns)} columns. Quote cells that hold commas."
             )
         for column in (image, label):
-            if _is_missing(row[column]):
+            value = row[column]
+            if value is None or value != value or (isinstance(value, str) and not value.strip()):
                 raise DataError(f"{place}: it has no {column}.")
         name = split or str(row.get("split") or "train")
         if name not in SPLITS:
             raise DataError(f"{place}: split {name!r} is none of {', '.join(SPLITS)}.")
-        result.append(ManifestRow(_image_source(row[image], folder, place), str(row[label]), SPLITS[name]))
-    return result
+        yield SPLITS[name], _image_source(row[image], folder, place), str(row[label])
 
 
 def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
@@ -142,12 +120,7 @@ def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """The names of classes by column, as `datasets` writes them into a parquet file."""
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    described = {column: features.get(column, {}).get("names") for column in LABEL_COLUMNS}
-    return {column: names for column, names in described.items() if names}
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return {column: names for column in LABEL_COLUMNS if (names := features.get(column, {}).get("names"))}
 
 
 def _image_source(value: Any, folder: Path, place: str) -> ImageSource:

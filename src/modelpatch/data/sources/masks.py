@@ -7,22 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource, find_images
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    is_folder,
-    list_classes,
-    register_source,
-)
-from modelpatch.data.splits import Split
+from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, register_source
+from modelpatch.data.splits import Lazy, Split
 from modelpatch.errors import DataError, TrainingWarning
 from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask, Segmentation, read_values
 
@@ -37,13 +30,13 @@ class MaskFolders(DataSource):
     kind = Segmentation.name
 
     def accepts(self, source: Any) -> bool:
-        roots = _roots(Path(source).expanduser()) if is_folder(source) else {}
+        roots = _roots(Path(source)) if Path(source).is_dir() else {}
         return bool(roots) and all((root / "images").is_dir() and _mask_folder(root) for root in roots.values())
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
+        path = Path(source)
         pairs = {split: _pair_up(root / "images", _mask_folder(root)) for split, root in _roots(path).items()}
-        return make_segmentation(pairs, options, list_classes(path, options), str(path))
+        return make_segmentation(pairs, options, options.class_names(path), str(path))
 
 
 def _roots(path: Path) -> dict[str, Path]:
@@ -68,30 +61,16 @@ def _pair_up(images: Path, masks: Path | None) -> Pairs:
     return files, [by_stem[stem] for stem in stems]
 
 
-class LazyMasks(Sequence[PixelMask]):
-    """Masks whose pictures are fetched when they are asked for."""
-
-    def __init__(self, sources: Sequence[ImageSource], table: np.ndarray) -> None:
-        self.sources, self.table = sources, table
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, row: Any) -> Any:
-        return PixelMask(self.sources[row], self.table)
-
-
 def make_segmentation(
     pairs: Mapping[str, Pairs], options: SourceOptions, names: Sequence[str] | None, source: str
 ) -> Found:
     """A task whose classes are `names`, but for the value to ignore; without names, the values in the training masks."""
-    for _, masks in pairs.values():
-        files = [mask for mask in masks if isinstance(mask, Path)] if isinstance(masks, list) else []
-        if missing := [file for file in files if not file.is_file()]:
-            raise DataError(f"{source}: there is no mask {missing[0]}.")
+    for mask in (mask for _, masks in pairs.values() if isinstance(masks, list) for mask in masks):
+        if isinstance(mask, Path) and not mask.is_file():
+            raise DataError(f"{source}: there is no mask {mask}.")
     classes, table = read_classes(pairs.get("train", ((), ()))[1], options, names, source)
     splits = {
-        split: Split(images, np.zeros(len(images), dtype=np.int64), LazyMasks(masks, table))
+        split: Split(images, np.zeros(len(images), dtype=np.int64), Lazy(masks, partial(PixelMask, table=table)))
         for split, (images, masks) in pairs.items()
     }
     return Found(Segmentation.name, splits, classes, names_from_user=True)

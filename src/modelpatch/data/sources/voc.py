@@ -11,15 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    is_folder,
-    list_classes,
-    register_source,
-)
+from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, find_file, register_source
 from modelpatch.data.sources.masks import make_segmentation
 from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
 from modelpatch.errors import DataError
@@ -34,10 +26,10 @@ class VocMasks(DataSource):
     kind = Segmentation.name
 
     def accepts(self, source: Any) -> bool:
-        return is_folder(source) and (Path(source).expanduser() / "SegmentationClass").is_dir()
+        return (Path(source) / "SegmentationClass").is_dir()
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
+        path = Path(source)
         pairs = {
             split: (
                 [_find_image(path / "JPEGImages", stem) for stem in stems],
@@ -45,7 +37,7 @@ class VocMasks(DataSource):
             )
             for split, stems in _list_stems(path / "ImageSets" / "Segmentation").items()
         }
-        return make_segmentation(pairs, options, list_classes(path, options) or _voc_classes(), str(path))
+        return make_segmentation(pairs, options, options.class_names(path) or _voc_classes(), str(path))
 
 
 @register_source("voc")
@@ -55,11 +47,10 @@ class VocBoxes(DataSource):
     kind = Detection.name
 
     def accepts(self, source: Any) -> bool:
-        path = Path(source).expanduser() if is_folder(source) else None
-        return path is not None and (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir()
+        return all((Path(source) / name).is_dir() for name in ("Annotations", "JPEGImages"))
 
     def read(self, source: Any, options: SourceOptions) -> Found:
-        path = Path(source).expanduser()
+        path = Path(source)
         scenes = {
             split: [
                 read_annotation(path / "Annotations" / f"{stem}.xml", _find_image(path / "JPEGImages", stem))
@@ -67,7 +58,7 @@ class VocBoxes(DataSource):
             ]
             for split, stems in _list_stems(path / "ImageSets" / "Main").items()
         }
-        return make_detection(scenes, list_classes(path, options), str(path))
+        return make_detection(scenes, options.class_names(path), str(path))
 
 
 def read_annotation(path: Path, image: Path) -> Scene:
@@ -108,11 +99,8 @@ def _list_stems(folder: Path) -> dict[str, list[str]]:
 
 
 def _find_image(folder: Path, stem: str) -> Path:
-    suffixes = (".jpg", *sorted(IMAGE_SUFFIXES))
-    file = next((folder / (stem + suffix) for suffix in suffixes if (folder / (stem + suffix)).is_file()), None)
-    if file is None:
-        raise DataError(f"{folder} has no image {stem!r}, which a list of images names.")
-    return file
+    files = [folder / (stem + suffix) for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
+    return find_file(files, f"{folder} has no image {stem!r}, which a list of images names")
 
 
 def _voc_classes() -> Sequence[str]:
