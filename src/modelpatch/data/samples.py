@@ -71,6 +71,8 @@ class SampleForm:
             names = self.names or self.classes
             if not 0 <= label < len(names):
                 raise DataError(f"the label is {label}; expected 0 to {len(names) - 1} for {len(names)} classes.")
+            if self.names is None:
+                return label
             label = names[label]
         if label not in self.classes:
             raise DataError(f"the label is {label!r}; expected one of: {', '.join(self.classes)[:300]}.")

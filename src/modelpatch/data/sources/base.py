@@ -58,9 +58,10 @@ class SourceOptions:
         """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
         if isinstance(self.classes, tuple):
             return self.classes
-        file = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
-        lines = file.read_text(encoding="utf-8").splitlines() if file is not None else ()
-        return [line.strip() for line in lines if line.strip()] if file is not None else None
+        for file in (folder / name for name in CLASS_FILES):
+            if file.is_file():
+                return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return None
 
     def allow(self, target: type[Target]) -> bool:
         """Return True where no kind was asked for, or one of these targets."""
