@@ -51,6 +51,11 @@ def first_problem(error: ValidationError) -> str:
     return f"{where} is not valid: {' '.join(first['msg'].split())[:400]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 Facts = Annotated[dict[str, Any], AfterValidator(check_facts)]
 Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
 _NAME = r"(head\.|(replace|mask|delta|left|right)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"

@@ -117,5 +117,5 @@ def test_a_module_that_is_no_network_over_images_is_refused_in_one_line(
 
 
 def test_a_script_is_refused() -> None:
-    with pytest.raises(UntraceableBackboneError, match="Give the module it was made from"):
+    with pytest.raises(UntraceableBackboneError, match="Give the module it came from"):
         load_backbone(torch.jit.script(make_tiny().module), preprocessing=small_preprocessing())

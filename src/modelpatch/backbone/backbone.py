@@ -13,6 +13,7 @@ from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.text_tower import TextTower
 from modelpatch.errors import BackboneChangedError, BackboneError, PatchError, UntraceableBackboneError
+from modelpatch.text import first_line
 
 
 class Backbone:
@@ -39,9 +40,7 @@ class Backbone:
         text: TextTower | None = None,
     ) -> None:
         if isinstance(module, torch.jit.ScriptModule):
-            raise UntraceableBackboneError(
-                f"{spec} is a script, which cannot be cut. Give the module it was made from."
-            )
+            raise UntraceableBackboneError(f"{spec} is a script, which cannot be cut. Give the module it came from.")
         self.module = module.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.spec = spec
@@ -61,25 +60,15 @@ class Backbone:
             self.chain: Chain = build_chain(self.module, example, self.classifier, self.segment_names)
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise BackboneError(
-                f"{self.spec} does not run on images of shape {self.input_size}: {_first_line(error)}. Expected a float32 "
+                f"{self.spec} does not run on images of shape {self.input_size}: {first_line(error)}. Expected a float32 "
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
 
-    def around(
-        self, module: nn.Module, spec: str | None = None, arguments: Mapping[str, Any] | None = None
-    ) -> Backbone:
+    def around(self, module: nn.Module, spec: str = "", arguments: Mapping[str, Any] | None = None) -> Backbone:
         """A backbone like this one around another module of the same structure, hashed and cut anew."""
-        return Backbone(
-            module,
-            self.preprocessing,
-            self.spec if spec is None else spec,
-            self.arguments if arguments is None else arguments,
-            self.classifier,
-            self.segment_names,
-            self.classes,
-            self.about,
-            self.text,
-        )
+        spec, arguments = spec or self.spec, self.arguments if arguments is None else arguments
+        same = self.classifier, self.segment_names, self.classes, self.about, self.text
+        return Backbone(module, self.preprocessing, spec, arguments, *same)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -146,7 +135,7 @@ class Backbone:
             width = self.chain(image).shape[-1]
             reason = f"it gives {width} features instead of {self.chain.feature_dim}"
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError) as error:
-            width, reason = None, _first_line(error)
+            width, reason = None, first_line(error)
         if width != self.chain.feature_dim:
             raise BackboneError(
                 f"{self.spec} takes no images of {pixels} x {pixels} pixels ({reason}); it was loaded for "
@@ -169,7 +158,3 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({self.spec!r}, {self.chain!r}, fingerprint {self.fingerprint[:12]})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

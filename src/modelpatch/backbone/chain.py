@@ -25,6 +25,9 @@ from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.trace import closable, has_children, trace
 from modelpatch.errors import BackboneError, UntraceableBackboneError
 
+Parts = list[tuple[str, nn.Module]]
+NAME_PARTS = "Name its parts in order instead: load_backbone(module, segments=['stem', 'stage1', ...], classifier='fc')"
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -145,21 +148,19 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
     _check_names(module, [*segments, *([classifier] if classifier else [])])
     with torch.no_grad():
         if segments:
+            parts = [(name, module.get_submodule(name)) for name in segments]
             try:
-                chain = _named_chain(module, example, classifier, segments)
-                _check(chain, module, example, classifier)
+                return _listed_chain(parts, module, example, classifier)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise UntraceableBackboneError(
                     f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
                 ) from error
-            return chain
         try:
-            chain = _traced_chain(module, example, classifier)
-            _check(chain, module, example, classifier)
+            return _check(_traced_chain(module, example, classifier), module, example, classifier)
         except UntraceableBackboneError as error:
-            chain = _coarse_chain(module, example, classifier, error)
-            _check(chain, module, example, classifier)
-        return chain
+            if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
+                raise UntraceableBackboneError(f"{error}. {NAME_PARTS}") from error
+            return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
 
 
 def _check_names(module: nn.Module, names: Sequence[str]) -> None:
@@ -172,11 +173,8 @@ def _check_names(module: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-# traced -----------------------------------------------------------------------------------------------------
-
-
 def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
-    ancestors = set() if classifier is None else {classifier[:i] for i, c in enumerate(classifier) if c == "."}
+    ancestors = {classifier[:i] for i, c in enumerate(classifier) if c == "."} if classifier else set()
     closed: set[type[nn.Module]] = set()
     while True:
         graph, scopes = trace(module, ancestors, closed)
@@ -199,7 +197,7 @@ def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) ->
         raise UntraceableBackboneError(f"{type(module).__name__} has nothing before its classifier {classifier!r}")
     head_nodes = links.nodes[end:]
     source = next(node for node in graph.nodes if node.op == "placeholder")
-    parts: list[tuple[str, nn.Module]] = []
+    parts: Parts = []
     shapes = [tuple(example.shape[1:])]
     for nodes in runs:
         parts.append(_part(nodes, module, source))
@@ -211,13 +209,12 @@ def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) ->
 
 def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
     """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive."""
-    values: dict[fx.Node, Any] = {}
+    interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=graph)
+    values: dict[fx.Node, Any] = interpreter.env
     versions: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = example
-        elif node.op != "output":
-            values[node] = _run_node(node, module, values)
+        if node.op != "output":
+            values[node] = example if node.op == "placeholder" else interpreter.run_node(node)
             versions[node] = getattr(values[node], "_version", 0)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     position = {node: index for index, node in enumerate(nodes)}
@@ -234,23 +231,6 @@ def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
             cuts.append(index)
     written = {cut for cut in cuts if values[nodes[cut]]._version != versions[nodes[cut]]}
     return _Links(nodes, values, cuts, written)
-
-
-def _run_node(node: fx.Node, module: nn.Module, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
-    if node.op == "get_attr":
-        return _attribute(module, str(node.target))
-    if node.op == "call_module":
-        return module.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
 
 
 def _is_batch(value: Any, example: Tensor) -> bool:
@@ -289,11 +269,8 @@ def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str
     return name, fx.GraphModule(module, graph, class_name="Segment")
 
 
-# coarse and named -------------------------------------------------------------------------------------------
-
-
 class PooledFeatures(nn.Module):
-    """A timm model without its classifier, as one module."""
+    """A timm model without its classifier as one module: nothing can be cached or shared, but everything works."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -304,32 +281,12 @@ class PooledFeatures(nn.Module):
         return model.forward_head(model.forward_features(x), pre_logits=True)
 
 
-def _coarse_chain(
-    module: nn.Module, example: Tensor, classifier: str | None, reason: UntraceableBackboneError
-) -> Chain:
-    """One segment, for networks with timm's interface: nothing can be cached or shared, but everything works."""
-    if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
-        raise UntraceableBackboneError(
-            f"{reason}. Name its parts in order instead: load_backbone(module, segments=['stem', 'stage1', ...], "
-            "classifier='fc')"
-        ) from reason
-    parts: list[tuple[str, nn.Module]] = [("network", PooledFeatures(module))]
+def _listed_chain(parts: Parts, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
     head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    return _assemble(parts, head, module, _run_shapes(parts, example))
+    return _check(_assemble(parts, head, module, _run_shapes(parts, example)), module, example, classifier)
 
 
-def _named_chain(module: nn.Module, example: Tensor, classifier: str | None, names: Sequence[str]) -> Chain:
-    parts = [(name, module.get_submodule(name)) for name in names]
-    head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    return _assemble(parts, head, module, _run_shapes(parts, example))
-
-
-# assembling -------------------------------------------------------------------------------------------------
-
-
-def _assemble(
-    parts: list[tuple[str, nn.Module]], head: nn.Module, module: nn.Module, shapes: list[tuple[int, ...]]
-) -> Chain:
+def _assemble(parts: Parts, head: nn.Module, module: nn.Module, shapes: list[tuple[int, ...]]) -> Chain:
     """`shapes` are those of the image and of every part's output, without the batch axis."""
     if len(shapes[-1]) != 1:
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
@@ -369,13 +326,8 @@ def _count_weights(module: nn.Module) -> int:
 
 
 def _number_stages(blocks: list[int], shapes: Sequence[tuple[int, ...]]) -> dict[int, int]:
-    stages: dict[int, int] = {}
-    stage, previous = -1, None
-    for index in blocks:
-        resolution = spatial_size(shapes[index + 1], shapes[0])
-        stage += resolution != previous
-        stages[index], previous = stage, resolution
-    return stages
+    runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
+    return {index: stage for stage, (_, run) in enumerate(runs) for index in run}
 
 
 def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
@@ -391,7 +343,7 @@ def channels_first(shape: tuple[int, ...], image: tuple[int, ...]) -> bool:
     return len(shape) == 3 and spatial_size(shape, image) == shape[1:]
 
 
-def _run_shapes(parts: list[tuple[str, nn.Module]], example: Tensor) -> list[tuple[int, ...]]:
+def _run_shapes(parts: Parts, example: Tensor) -> list[tuple[int, ...]]:
     shapes, x, versions = [tuple(example.shape[1:])], example, list[tuple[Tensor, int]]()
     for name, part in parts:
         x = part(x)
@@ -414,14 +366,13 @@ def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> None:
-    """The chain and its head must give the network's own output, bit for bit, and it must be finite."""
+def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
+    """The chain, if it and its head give the network's own output, bit for bit, and that is finite."""
     probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
     expected = module(probe) if classifier else module(probe).flatten(1)
     if not torch.isfinite(expected).all():
         raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
     if not torch.equal(chain.head(chain(probe)), expected):
-        raise UntraceableBackboneError(
-            f"the {len(chain)} segments found in {type(module).__name__} do not reproduce it. Name its parts in order: "
-            "load_backbone(module, segments=['stem', 'stage1', ...], classifier='fc')"
-        )
+        found = f"the {len(chain)} segments found in {type(module).__name__}"
+        raise UntraceableBackboneError(f"{found} do not reproduce it. {NAME_PARTS}")
+    return chain

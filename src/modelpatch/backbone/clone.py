@@ -43,8 +43,6 @@ def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
     return clone
 
 
-def _refuse_copying(
-    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
-) -> None:
+def _refuse_copying(module: nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *rest: Any) -> None:
     if not metadata.get("assign_to_params_buffers", False):
         raise ModelpatchError("this module shares the backbone's bytes: load_state_dict needs assign=True.")

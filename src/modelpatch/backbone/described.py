@@ -40,9 +40,7 @@ def _check_plain(name: str, value: Any) -> None:
         check_printable(value)
     elif not (value is None or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)):
         given = f"{type(value).__name__} {str(value)[:80]!r}"
-        raise ValueError(
-            f"{name} = {given} is no plain value: expected numbers up to {MAX_NUMBER:,}, short words, lists"
-        )
+        raise ValueError(f"{name} = {given} is no plain value: expected numbers to {MAX_NUMBER:,}, short words, lists")
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(check_arguments)]

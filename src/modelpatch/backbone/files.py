@@ -23,16 +23,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; half-precision weights are widened to float32, exactly."""
     try:
         if not path.is_file():
-            raise UnknownBackboneError(
-                f"there is no file {path}. Expected a safetensors file with a backbone's weights."
-            )
+            raise UnknownBackboneError(f"there is no file {path}. Expected a safetensors file of a backbone's weights.")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{str(path)[:300]} is not a readable safetensors file: {str(error)[:300]}") from error
-    half = (torch.float16, torch.bfloat16)
-    return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}, metadata
+    return {name: widen(value) for name, value in tensors.items()}, metadata
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision as float32, exactly; other tensors as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def describe(metadata: dict[str, str], path: Path) -> Described:
@@ -73,10 +75,8 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise BackboneError(
-            f"the tensors of {source} do not fit {type(module).__name__}: {' '.join(lines[1:3])}"
-        ) from error
+        reason = " ".join(str(error).splitlines()[1:3])
+        raise BackboneError(f"the tensors of {source} do not fit {type(module).__name__}: {reason}") from error
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise BackboneError(f"the tensor {name} of {source} holds NaN or infinity. Fetch or train it again.")

@@ -19,6 +19,7 @@ from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.errors import BackboneError
+from modelpatch.text import first_line
 
 
 @torch.inference_mode(False)
@@ -55,10 +56,9 @@ def _compile(module: nn.Module, example: Tensor, tuning: Tuning) -> Module:
         compiled = torch.compile(module, backend=tuning.compile, dynamic=True)
         compiled(example)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"torch.compile with the backend {tuning.compile!r} fails here: {reason}. Its default, inductor, needs a C++ "
-            'compiler. Leave compile="" to trace instead.'
+            f"torch.compile with the backend {tuning.compile!r} fails here: {first_line(error)}. Its default, inductor, needs "
+            'a C++ compiler. Leave compile="" to trace instead.'
         ) from error
     return casting(compiled, tuning)
 

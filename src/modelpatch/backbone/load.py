@@ -14,7 +14,7 @@ Each source is a file of `sources/`; other distributions register theirs (see `s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +59,14 @@ def load_backbone(
     Raises `UnknownBackboneError` for a spec that names nothing, `BackboneError` for weights that do not fit and for
     options that are not what they should be, `UntraceableBackboneError` for a network that cannot be cut.
     """
-    _check_options(
-        pretrained=pretrained,
-        weights=weights,
-        preprocessing=preprocessing,
-        classifier=classifier,
-        segments=segments,
-        seed=seed,
-    )
+    _check_options(pretrained, weights, preprocessing, classifier, segments, seed)
     if isinstance(spec, nn.Module):
         if arguments or weights is not None or not pretrained:
             raise BackboneError(
                 f"{type(spec).__name__} is built already: pretrained=False, weights=... and arguments of a constructor "
                 f"({', '.join(arguments) or 'none given'}) do not apply to it. Build the module as you want it."
             )
-        recorded: dict[str, Any] = {}
+        recorded: Mapping[str, Any] = {}
         name = f"module:{type(spec).__name__}"
         built = BuiltNetwork(module=spec, preprocessing=preprocessing or preprocessing_of(spec))
     else:
@@ -81,17 +74,9 @@ def load_backbone(
         built, recorded = _build(spec, pretrained, weights, seed, arguments)
     if built.text is None:
         classifier = classifier or find_classifier(built.module)
-    return Backbone(
-        built.module,
-        preprocessing or built.preprocessing,
-        built.spec or name,
-        recorded if built.arguments is None else built.arguments,
-        classifier,
-        segments,
-        built.classes,
-        built.about,
-        built.text,
-    )
+    seen, recorded = preprocessing or built.preprocessing, recorded if built.arguments is None else built.arguments
+    facts = built.classes, built.about, built.text
+    return Backbone(built.module, seen, built.spec or name, recorded, classifier, segments, *facts)
 
 
 def _build(
@@ -117,14 +102,11 @@ def _build(
     return built, arguments if published or weights is not None else {**arguments, "pretrained": False, "seed": seed}
 
 
-def _check_options(**given: Any) -> None:
-    for name, (kind, expected) in OPTIONS.items():
-        if not isinstance(given[name], kind):
-            raise BackboneError(f"{name} is {given[name]!r}; expected {expected}.")
-    if not all(isinstance(name, str) for name in given["segments"]):
-        raise BackboneError(f"segments is {given['segments']!r}; expected {OPTIONS['segments'][1]}.")
-    if not 0 <= given["seed"] < 2**63:
-        raise BackboneError(f"seed is {given['seed']}; expected {OPTIONS['seed'][1]}.")
+def _check_options(*given: Any) -> None:
+    for (name, (kind, expected)), value in zip(OPTIONS.items(), given, strict=True):
+        fits = isinstance(value, kind) and (name != "seed" or 0 <= value < 2**63)
+        if not fits or (name == "segments" and not all(isinstance(one, str) for one in value)):
+            raise BackboneError(f"{name} is {value!r}; expected {expected}.")
 
 
 def find_classifier(module: nn.Module) -> str | None:

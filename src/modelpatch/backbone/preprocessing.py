@@ -72,9 +72,7 @@ class Preprocessing(BaseModel):
         if pixels is None:
             return self
         if type(pixels) is not int or not 0 < pixels <= MAX_PIXELS:
-            raise BackboneError(
-                f"the image size is {pixels!r}; expected a whole number of pixels from 1 to {MAX_PIXELS}."
-            )
+            raise BackboneError(f"the image size is {pixels!r}; expected a whole number from 1 to {MAX_PIXELS}.")
         return self.model_copy(update={"input_size": (3, pixels, pixels)})
 
     def decode(self, source: ImageSource) -> Tensor:
@@ -126,13 +124,8 @@ class Preprocessing(BaseModel):
     def from_timm(cls, config: dict[str, Any]) -> Preprocessing:
         """From the configuration of a timm model (`timm.data.resolve_model_data_config`)."""
         size = int(config["input_size"][-1])
-        return cls(
-            input_size=(3, size, size),
-            mean=config["mean"],
-            std=config["std"],
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-        )
+        own = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+        return cls(input_size=(3, size, size), **own)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -103,9 +103,7 @@ def load_text(spec: str, own: TextTower | None = None) -> TextTower:
             raise UnknownBackboneError(f"{folder} is no folder of a sentence encoder: it has no config.json.")
         return SentenceEncoder(folder, f"folder:{folder.name}")
     if spec not in PACKAGES:
-        raise UnknownBackboneError(
-            f"there is no text tower {spec!r}. Expected {', '.join(PACKAGES)}, folder:PATH or {OWN}."
-        )
+        raise UnknownBackboneError(f"no text tower {spec!r}. Expected {', '.join(PACKAGES)}, folder:PATH or {OWN}.")
     module, package = PACKAGES[spec]
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:

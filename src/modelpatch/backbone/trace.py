@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from modelpatch.errors import UntraceableBackboneError
+from modelpatch.text import first_line
 
 ROOT = "module"
 LOCK = threading.Lock()  # torch.fx replaces `nn.Module.__call__` while it traces: one trace at a time
@@ -31,21 +32,17 @@ class _ThreadTracer(fx.Tracer):
         super().__init__()
         self.thread = threading.get_ident()
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return self.call_own(m, forward, args, kwargs)
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        own = threading.get_ident() == self.thread
+        return self.call_own(m, forward, args, kwargs) if own else forward(*args, **kwargs)
 
-    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """A call by the thread that traces."""
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        own = threading.get_ident() == self.thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
 
 
 class _OneInput(nn.Module):
@@ -72,20 +69,16 @@ class Scope:
     calls: int = 0
 
 
-@dataclass(eq=False)
 class _Tracer(_ThreadTracer):
-    closed: set[type[nn.Module]] = field(default_factory=set)
-    always_open: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
+    def __init__(self, closed: set[type[nn.Module]], always_open: set[str]) -> None:
         super().__init__()
+        self.closed, self.always_open = closed, always_open
         self.stack: list[Scope] = []
         self.scopes: list[Scope] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name == ROOT or module_qualified_name in self.always_open:
-            return False
-        return type(m) in self.closed or not opens(m)
+        opened = module_qualified_name == ROOT or module_qualified_name in self.always_open
+        return not opened and (type(m) in self.closed or not opens(m))
 
     def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_leaf_module(m, self.path_of_module(m)):
@@ -131,19 +124,13 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
     while True:
         tracer = _Tracer(closed=closed, always_open={f"{ROOT}.{name}" for name in always_open})
         try:
-            with LOCK:
-                graph = tracer.trace(_OneInput(module))
-        except Exception as error:  # whatever a network's Python does with a proxy instead of a tensor
+            graph = _run(tracer, module)
+        except UntraceableBackboneError:
             culprits = [scope.kind for scope in tracer.stack if closable(scope.kind)]
             if len(tracer.stack) <= 1 or not culprits or culprits[-1] in closed or culprits[-1] is type(module):
-                raise UntraceableBackboneError(
-                    f"{type(module).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]})"
-                ) from error
+                raise
             closed.add(culprits[-1])
             continue
-        for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                node.target = node.target.removeprefix(f"{ROOT}.")
         return graph, [scope for scope in tracer.scopes if scope is not tracer.scopes[-1]]
 
 
@@ -168,17 +155,20 @@ def trace_calls(module: nn.Module) -> fx.Graph:
     A segment that calls a block with more than its input is looked through. Targets are names within `module`.
     Raises `UntraceableBackboneError` where torch.fx cannot follow its Python.
     """
-    calls = (
-        [node for node in module.graph.nodes if node.op == "call_module"] if isinstance(module, fx.GraphModule) else []
-    )
-    blocks = [str(node.target) for node in calls if has_children(module.get_submodule(str(node.target)))]
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    targets = [str(node.target) for node in nodes if node.op == "call_module"]
+    blocks = [name for name in targets if has_children(module.get_submodule(name))]
+    return _run(_CallTracer({ROOT, *(f"{ROOT}.{name}" for name in blocks)}), module)
+
+
+def _run(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    """The graph, with the names of the module's own tensors and modules. Raises `UntraceableBackboneError`."""
     try:
         with LOCK:
-            graph = _CallTracer({ROOT, *(f"{ROOT}.{name}" for name in blocks)}).trace(_OneInput(module))
+            graph = tracer.trace(_OneInput(module))
     except Exception as error:  # whatever a network's Python does with a proxy instead of a tensor
-        raise UntraceableBackboneError(
-            f"{type(module).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]})"
-        ) from error
+        reason = f"cannot be traced by torch.fx ({first_line(error)})"
+        raise UntraceableBackboneError(f"{type(module).__name__} {reason}") from error
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(f"{ROOT}.")

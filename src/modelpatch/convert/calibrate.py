@@ -47,9 +47,7 @@ def calibrate(
     if steps < 1:
         raise TrainingError(f"steps={steps} is too few. Expected at least 1.")
     if not signs:
-        raise TrainingError(
-            f"the patch of {patch.task.name} has no scales to calibrate. Expected the codec sign or two-bit."
-        )
+        raise TrainingError(f"the patch of {patch.task.name} has no scales. Expected the codec sign or two-bit.")
     frozen = {name: tensor.detach() for segment in backbone.chain for name, tensor in segment.named_tensors()}
     logs = {name: torch.zeros_like(scale).requires_grad_(True) for name, scale in first.items()}
     vectors = {

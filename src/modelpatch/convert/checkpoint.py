@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.files import widen
 from modelpatch.errors import PatchError
 
 HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of the tensors in .pth files of training scripts
@@ -45,12 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             loaded = loaded[holder]
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise PatchError(f"{path} holds no tensors by name. Expected a state_dict().")
-    half = (torch.float16, torch.bfloat16)
-    return {
-        str(name): value.detach().float() if value.dtype in half else value.detach()
-        for name, value in loaded.items()
-        if isinstance(value, Tensor)
-    }
+    return {str(name): widen(value.detach()) for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def match_names(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

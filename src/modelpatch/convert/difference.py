@@ -61,7 +61,7 @@ class Difference:
 
 def diff(backbone: Backbone, first: Patch, second: Patch) -> Difference:
     """Compare two patches. Raises `WrongBackboneError` unless both are of this backbone."""
-    changes = [_numbers(backbone, patch) for patch in (first, second)]
+    changes = [compute_changes(backbone, patch) for patch in (first, second)]
     rows = []
     for name in sorted(changes[0].keys() | changes[1].keys()):
         given = [change.get(name) for change in changes]
@@ -74,15 +74,14 @@ def diff(backbone: Backbone, first: Patch, second: Patch) -> Difference:
     return Difference(_facts(first, second), tuple(rows), total)
 
 
-def _numbers(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
-    """The patch's changes by the backbone's names of the weights, and its other numbers by theirs in the file."""
+def compute_changes(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
+    """W' - W at the patch's strength, float32 on the CPU, by the backbone's names; other tensors by theirs in the file."""
     patch.check_backbone(backbone)
-    frozen = {name: tensor for segment in backbone.chain for name, tensor in segment.named_tensors()}
     numbers = {}
     for name, tensor in resolve(patch.tensors, backbone.chain, patch.strength).items():
         base = name.removeprefix("replace/")
         change = tensor.float().cpu()
-        numbers[base] = change - frozen[base].detach().cpu() if base != name else change
+        numbers[base] = change - backbone.chain.tensor(base).detach().cpu() if base != name else change
     return numbers
 
 

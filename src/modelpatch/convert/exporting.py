@@ -30,7 +30,7 @@ from modelpatch.backbone.files import METADATA_KEY
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import PatchedModel
+from modelpatch.text import first_line
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -58,16 +58,13 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
     """
     patch.check_backbone(backbone)
     classifier = backbone.classifier and backbone.module.get_submodule(backbone.classifier)
-    if patch.grafts or patch.head.kind != "linear" or not isinstance(classifier, nn.Linear):
-        reason = (
-            f"adds modules ({patch.grafts[0].kind})"
-            if patch.grafts
-            else f"has a {patch.head.kind} head"
-            if patch.head.kind != "linear"
-            else "has a head that the network has no linear layer for"
-        )
+    reasons = [f"adds modules ({graft.kind})" for graft in patch.grafts]
+    reasons += [f"has a {patch.head.kind} head"] if patch.head.kind != "linear" else []
+    if not isinstance(classifier, nn.Linear):
+        reasons.append("has a head that the network has no linear layer for")
+    if reasons:
         raise PatchError(
-            f"the patch {reason}, which a state dict of {backbone.spec} cannot hold. Use the format torch-export or onnx."
+            f"the patch {reasons[0]}, which a state dict of {backbone.spec} cannot hold. Use the format torch-export or onnx."
         )
     state = {name: tensor.detach().cpu().clone() for name, tensor in backbone.module.state_dict().items()}
     for name, tensor in resolve(patch.tensors, backbone.chain, patch.strength).items():
@@ -97,7 +94,7 @@ def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
 def _as_program(backbone: Backbone, patch: Patch) -> bytes:
     stream = io.BytesIO()
     with _reported("torch.export", patch):
-        torch.export.save(_trace(_on_cpu(backbone, patch), patch), stream)
+        torch.export.save(_trace(backbone, patch), stream)
     return stream.getvalue()
 
 
@@ -108,14 +105,9 @@ def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "The format onnx") from None
     with _reported("torch.onnx", patch), tempfile.TemporaryDirectory() as folder:
-        program = torch.onnx.export(
-            _trace(_on_cpu(backbone, patch), patch),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-        )
+        options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
+        options |= {"input_names": ["images"], "output_names": ["logits"]}
+        program = torch.onnx.export(_trace(backbone, patch), **options)
         assert program is not None
         file = Path(folder) / "model.onnx"
         program.save(str(file))
@@ -129,13 +121,9 @@ def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
     return model.SerializeToString()
 
 
-def _on_cpu(backbone: Backbone, patch: Patch) -> PatchedModel:
-    return backbone.patched(patch).cpu()
-
-
-def _trace(model: nn.Module, patch: Patch) -> torch.export.ExportedProgram:
+def _trace(backbone: Backbone, patch: Patch) -> torch.export.ExportedProgram:
     """The model as a program over images of the patch's size, in batches of any size."""
-    example = torch.zeros(2, *patch.preprocessing.input_size)
+    model, example = backbone.patched(patch).cpu(), torch.zeros(2, *patch.preprocessing.input_size)
     return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
@@ -149,15 +137,10 @@ def _reported(tool: str, patch: Patch) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PatchError(
-            f"{tool} cannot trace the {patch.method.name} patch of {patch.task.name}: {first[:300]}"
-        ) from error
+        reason = first_line(error)[:300]
+        raise PatchError(f"{tool} cannot trace the {patch.method.name} patch of {patch.task.name}: {reason}") from error
     finally:
         logging.disable(level)
-
-
-# checking -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -85,15 +85,9 @@ def extract(
     except ValidationError as error:
         raise PatchError(f"the task's or its classes' names cannot be used: {first_problem(error)}.") from error
     used = {"codec": codec, **({"rank": rank} if codec == "low-rank" else {})}
-    return Patch.of(
-        backbone,
-        task,
-        HeadRecord(features=features, outputs=outputs),
-        tensors,
-        int8=int8,
-        preprocessing=backbone.preprocessing.with_image_size(image_size),
-        method=MethodRecord(name=METHOD, hyperparameters=used),
-    )
+    method = MethodRecord(name=METHOD, hyperparameters=used)
+    seen, record = backbone.preprocessing.with_image_size(image_size), HeadRecord(features=features, outputs=outputs)
+    return Patch.of(backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method)
 
 
 def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -141,7 +135,6 @@ def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Ten
 def _store(
     tensors: dict[str, Tensor], int8: set[str], name: str, before: Tensor, after: Tensor, codec: str, rank: int
 ) -> None:
-    """Store a changed tensor with the codec."""
     if codec == "exact":
         tensors[f"replace/{name}"] = after
         return
@@ -150,10 +143,8 @@ def _store(
         tensors[f"delta/{name}"] = delta.bfloat16()
     elif codec == "float16" or delta.ndim < 2 or delta[0].numel() < 2:
         tensors[f"delta/{name}"] = delta.half()
-    elif codec == "sign":
-        tensors[f"delta/{name}"] = snap_signs(delta)
-    elif codec == "two-bit":
-        tensors[f"delta/{name}"] = snap_sizes(delta)
+    elif codec in ("sign", "two-bit"):
+        tensors[f"delta/{name}"] = snap_signs(delta) if codec == "sign" else snap_sizes(delta)
     elif codec == "low-rank" and 2 * rank * (len(delta) + delta[0].numel()) < delta.numel():
         left, right = factorise(delta, rank)
         tensors |= {f"left/{name}": left.half(), f"right/{name}": right.half()}

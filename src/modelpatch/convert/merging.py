@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.convert.difference import compute_changes
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
-from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.record import TaskRecord
@@ -39,20 +39,13 @@ def change_of(backbone: Backbone, patch: Patch) -> Change:
 
     Raises `PatchError` for a patch that adds modules.
     """
-    patch.check_backbone(backbone)
     if patch.grafts:
         raise PatchError(
             f"the {patch.method.name} patch of {patch.task.name} adds modules ({patch.grafts[0].kind}). Expected "
             "patches of changed weights alone."
         )
-    resolved = resolve(patch.tensors, backbone.chain, patch.strength)
-    names = [name for name in resolved if name.startswith("replace/")]
-    frozen = {name: tensor for segment in backbone.chain for name, tensor in segment.named_tensors()}
-    return {
-        name.removeprefix("replace/"): resolved[name].float().cpu()
-        - frozen[name.removeprefix("replace/")].detach().cpu()
-        for name in names
-    }
+    changes = compute_changes(backbone, patch)
+    return {name: change for name, change in changes.items() if not name.startswith("head.")}
 
 
 def merge(
@@ -90,17 +83,10 @@ def merge(
     task, record, tensors = _join_heads(patches) if head == "all" else (start.task, start.head, _head(start))
     used: dict[str, Any] = {"rule": rule, "weights": factors, "tasks": [patch.task.name for patch in patches]}
     used |= {"ties": {"density": density}, "dare": {"drop": drop, "seed": seed}}.get(rule, {})
-    return replace(
-        start,
-        task=task,
-        head=record,
-        method=MethodRecord(name=METHOD, hyperparameters=used),
-        tensors={**tensors, **{f"delta/{name}": delta for name, delta in merged.items() if delta.any()}},
-        int8=frozenset(),
-        strength=1.0,
-        metrics={},
-        created={},
-    )
+    method = MethodRecord(name=METHOD, hyperparameters=used)
+    tensors |= {f"delta/{name}": delta for name, delta in merged.items() if delta.any()}
+    made = replace(start, task=task, head=record, method=method, tensors=tensors)
+    return replace(made, int8=frozenset(), strength=1.0, metrics={}, created={})
 
 
 def add(changes: Sequence[Mapping[str, Tensor]]) -> Change:
@@ -144,19 +130,13 @@ def _head(patch: Patch) -> dict[str, Tensor]:
 
 
 def _join_heads(patches: Sequence[Patch]) -> tuple[TaskRecord, HeadRecord, dict[str, Tensor]]:
-    """The heads of all patches as one over all their classes."""
     first = patches[0]
     kinds = {(patch.head.kind, patch.head.features, patch.preprocessing) for patch in patches}
     if len(kinds) > 1 or first.head.taps:
-        raise PatchError(
-            "heads of different kinds, widths or preprocessings cannot stand side by side. Name one with head."
-        )
+        raise PatchError("heads of different kinds, widths or preprocessings cannot be joined. Name one with head.")
     names = [name for patch in patches for name in patch.task.classes]
-    classes = [
-        f"{patch.task.name}: {name}" if names.count(name) > 1 else name
-        for patch in patches
-        for name in patch.task.classes
-    ]
+    pairs = [(patch.task.name, name) for patch in patches for name in patch.task.classes]
+    classes = [f"{task}: {name}" if names.count(name) > 1 else name for task, name in pairs]
     if len(set(classes)) < len(classes):
         raise PatchError("two of the patches answer the same classes of one task. Name one of their heads with head.")
     parts = {name: torch.cat([patch.tensors[name].float() for patch in patches]) for name in _head(first)}

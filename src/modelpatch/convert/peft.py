@@ -100,9 +100,8 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
     )
     if _targeted(config, backbone) != set(layers):
         raise PatchError(f"PEFT would not adapt the layers of this patch in {backbone.spec}. Keep it as a patch file.")
-    tensors = {key: patch.tensors[name].detach().cpu().contiguous() for name, key in _keys(backbone, grafts).items()}
-    for leaf in ("weight", "bias"):
-        tensors[f"{PREFIX}{classifier}.{leaf}"] = patch.tensors[f"head.{leaf}"].detach().cpu().contiguous()
+    keys = _keys(backbone, grafts) | _head_keys(classifier)
+    tensors = {key: patch.tensors[name].detach().cpu().contiguous() for name, key in keys.items()}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +131,7 @@ def import_peft(
     grafts = _make_grafts(_targeted(config, backbone), config, backbone)
     keys = _keys(backbone, grafts)
     own_head = not any(classifier.endswith(name) for name in config.modules_to_save or ())
-    if not own_head:
-        keys |= {f"head.{leaf}": f"{PREFIX}{classifier}.{leaf}" for leaf in ("weight", "bias")}
+    keys |= {} if own_head else _head_keys(classifier)
     _check_names(set(keys.values()), set(tensors), folder)
     named = {name: tensors[key] for name, key in keys.items()}
     if own_head:
@@ -141,23 +139,13 @@ def import_peft(
         named |= {f"head.{leaf}": tensor.detach().clone() for leaf, tensor in head.items()}
     outputs = len(named["head.weight"])
     if outputs != len(task.classes):
-        raise ForeignTensorError(
-            f"the classifier of {folder} has {outputs} outputs; the task {task.name!r} has {len(task.classes)} classes."
-        )
-    patch = Patch.of(
-        backbone,
-        task,
-        HeadRecord(features=backbone.chain.feature_dim, outputs=outputs),
-        named,
-        grafts=grafts,
-        preprocessing=preprocessing,
-        method=MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha}),
-    )
+        given = f"the classifier of {folder} has {outputs} outputs"
+        raise ForeignTensorError(f"{given}; the task {task.name!r} has {len(task.classes)} classes.")
+    record = HeadRecord(features=backbone.chain.feature_dim, outputs=outputs)
+    method = MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha})
+    patch = Patch.of(backbone, task, record, named, grafts=grafts, preprocessing=preprocessing, method=method)
     backbone.patched(patch)  # checks every shape
     return patch
-
-
-# PEFT's own choices ------------------------------------------------------------------------------------------------
 
 
 def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
@@ -184,9 +172,6 @@ def check_supported(config: AdapterConfig, folder: Path) -> None:
             )
 
 
-# reading --------------------------------------------------------------------------------------------------------
-
-
 def _read_config(folder: Path) -> AdapterConfig:
     try:
         config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
@@ -195,9 +180,8 @@ def _read_config(folder: Path) -> AdapterConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = first["loc"][0] if first["loc"] else "the whole"
-        raise InvalidPatchError(
-            f"{folder / CONFIG}: {where} = {first['input']!r} is not valid: {first['msg']}."
-        ) from error
+        given = f"{where} = {first['input']!r}"
+        raise InvalidPatchError(f"{folder / CONFIG}: {given} is not valid: {first['msg']}.") from error
     except (ValueError, RecursionError) as error:
         raise NotAPatchError(f"{folder / CONFIG} is not valid JSON: {error}.") from error
     check_supported(config, folder)
@@ -224,9 +208,7 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
         )
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
-            raise InvalidPatchError(
-                f"{path}: {name} is stored as {tensor.dtype}. Expected one of: {', '.join(FLOATS)}."
-            )
+            raise InvalidPatchError(f"{path}: {name} is stored as {tensor.dtype}. Expected one of {', '.join(FLOATS)}.")
         if not torch.isfinite(tensor).all():
             raise NonFiniteTensorError(f"{path}: tensor {name} holds NaN or infinity.")
     return tensors
@@ -234,17 +216,13 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
 
 def _check_names(expected: set[str], given: set[str], folder: Path) -> None:
     if missing := sorted(expected - given):
-        raise ForeignTensorError(
-            f"{folder / WEIGHTS} lacks {len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}."
-        )
+        names = f"{len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}"
+        raise ForeignTensorError(f"{folder / WEIGHTS} lacks {names}.")
     if foreign := sorted(given - expected):
         raise ForeignTensorError(
             f"{folder / WEIGHTS} holds {len(foreign)} tensors that are no update of a layer named in {CONFIG} and not the "
             f"classifier's: {', '.join(foreign[:3])}."
         )
-
-
-# names ----------------------------------------------------------------------------------------------------------
 
 
 def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
@@ -283,6 +261,10 @@ def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
                 local = f"{name}.{part}.{ADAPTER}.weight".lstrip(".")
                 keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.{part}.weight"
     return keys
+
+
+def _head_keys(classifier: str) -> dict[str, str]:
+    return {f"head.{leaf}": f"{PREFIX}{classifier}.{leaf}" for leaf in ("weight", "bias")}
 
 
 def _only_updates(patch: Patch) -> tuple[Graft, ...]:

@@ -139,6 +139,18 @@ class Head(nn.Module, ABC):
         return
 
 
+class DenseHead(nn.Linear, Head):
+    """A head of one linear layer."""
+
+    @classmethod
+    def build(cls, record: HeadRecord) -> Head:
+        return cls(record.features, record.outputs)
+
+    @property
+    def record(self) -> HeadRecord:
+        return HeadRecord(kind=self.kind, features=self.in_features, outputs=self.out_features)
+
+
 class DraftHead(Head):
     """A head that is stored as another kind than the one that is trained."""
 
@@ -212,6 +224,4 @@ class Decoder(Head):
                 f"the {record.kind} head reads maps of {record.widths} channels; the backbone gives {widths}."
             )
         if pixels % record.strides[0]:
-            raise ForeignTensorError(
-                f"images of {pixels} px are no multiple of the head's stride, {record.strides[0]}."
-            )
+            raise ForeignTensorError(f"images of {pixels} px are no multiple of the head's stride {record.strides[0]}.")

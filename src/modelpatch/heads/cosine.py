@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modelpatch.heads.base import Head, HeadRecord, register_head
+from modelpatch.heads.base import DenseHead, register_head
 
 
 @register_head("cosine")
-class CosineHead(nn.Linear, Head):
+class CosineHead(DenseHead):
     """Features (B, D) to logits (B, K). The rows of W are directions times a scale."""
 
     def __init__(self, features: int, outputs: int) -> None:
@@ -19,11 +19,3 @@ class CosineHead(nn.Linear, Head):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(nn.functional.normalize(input.flatten(1), dim=1))
-
-    @classmethod
-    def build(cls, record: HeadRecord) -> CosineHead:
-        return cls(record.features, record.outputs)
-
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(kind="cosine", features=self.in_features, outputs=self.out_features)

@@ -21,8 +21,6 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def to_pixels(scores: Tensor, stride: int) -> Tensor:
     """Scores enlarged to pixels: bilinear and fixed, like the last layer of an FCN."""
-    return (
-        F.interpolate(scores, scale_factor=float(stride), mode="bilinear", align_corners=False)
-        if stride > 1
-        else scores
-    )
+    if stride == 1:
+        return scores
+    return F.interpolate(scores, scale_factor=float(stride), mode="bilinear", align_corners=False)

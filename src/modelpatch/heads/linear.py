@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from modelpatch.heads.base import Head, HeadRecord, register_head
+from modelpatch.heads.base import DenseHead, register_head
 
 
 @register_head("linear")
-class LinearHead(nn.Linear, Head):
+class LinearHead(DenseHead):
     """Features (B, D) to logits (B, K)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.flatten(1))
-
-    @classmethod
-    def build(cls, record: HeadRecord) -> LinearHead:
-        return cls(record.features, record.outputs)
-
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(features=self.in_features, outputs=self.out_features)

@@ -89,7 +89,7 @@ class Reading:
                 raise ForeignTensorError(f"the head reads segment {read.segment}; the backbone has {count}.")
             if any(start <= read.segment % count < end - 1 for start, end in spans):
                 raise ForeignTensorError(
-                    f"the head reads segment {read.segment}, inside a run of segments that the patch replaces as one."
+                    f"the head reads segment {read.segment}, inside a run of segments the patch replaces."
                 )
         self.reads = tuple(replace(read, segment=read.segment % count) for read in reads)
         self._axes = tuple(pooled_axes(chain, read.segment) for read in self.reads)
@@ -123,20 +123,12 @@ class Reading:
 
         `pooled` says that those which are read so are pooled already.
         """
-        formed = tuple(
-            x if pooled and read.form == "pooled" else shape_output(read.form, x, axes)
-            for read, x, axes in zip(self.reads, outputs, self._axes, strict=True)
-        )
+        shaped = {"features": lambda x, _: x, "pooled": (lambda x, _: x) if pooled else pool, "map": as_map}
+        reads = zip(self.reads, outputs, self._axes, strict=True)
+        formed = tuple(shaped[read.form](x, axes) for read, x, axes in reads)
         if self.maps:
             return formed
         return formed[0] if len(formed) == 1 else torch.cat(formed, 1)
-
-
-def shape_output(form: Form, x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """A segment's output (B, ...) in the form that a head reads; its axes `positions` are no channels."""
-    if form == "pooled":
-        return pool(x, positions)
-    return as_map(x, positions) if form == "map" else x
 
 
 def pool(x: Tensor, positions: tuple[int, ...]) -> Tensor:

@@ -51,6 +51,4 @@ class SelectedHead(nn.Linear, Head):
     def check_tensors(cls, record: HeadRecord, tensors: Mapping[str, Tensor], chain: Chain) -> None:
         selected, count = tensors.get("head.selected"), sum(pooled_width(chain, tap) for tap in record.taps)
         if selected is not None and not bool(((selected >= 0) & (selected < count)).all()):
-            raise ForeignTensorError(
-                f"the head selects features up to {int(selected.max())}; the backbone gives {count}."
-            )
+            raise ForeignTensorError(f"the head selects features up to {selected.max()}; the backbone gives {count}.")

@@ -6,6 +6,7 @@ since they are part of every patch, and normalised in groups, which needs no bat
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -52,10 +53,9 @@ class SSDLiteHead(Detector):
         outputs, anchors, _ = self._outputs(maps)
         asked, matched = count_background(targets), []
         for own, target in zip(anchors, asked, strict=True):
-            if len(target["boxes"]):
-                matched.append(self.ssd.proposal_matcher(box_iou(target["boxes"], own)))
-            else:
-                matched.append(torch.full((len(own),), -1, dtype=torch.int64, device=own.device))
+            none = torch.full((len(own),), -1, dtype=torch.int64, device=own.device)
+            boxes = target["boxes"]
+            matched.append(self.ssd.proposal_matcher(box_iou(boxes, own)) if len(boxes) else none)
         losses = self.ssd.compute_loss(asked, outputs, anchors, matched)
         return torch.stack(list(losses.values())).sum()
 
@@ -69,14 +69,8 @@ class SSDLiteHead(Detector):
 
 def _halve(inputs: int, outputs: int) -> nn.Sequential:
     """A map of half the side."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        group_norm(outputs),
-        nn.ReLU6(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, 2, 1, groups=outputs, bias=False),
-        group_norm(outputs),
-        nn.ReLU6(inplace=True),
-        nn.Conv2d(outputs, outputs, 1, bias=False),
-        group_norm(outputs),
-        nn.ReLU6(inplace=True),
-    )
+    narrow = nn.Conv2d(inputs, outputs, 1, bias=False)
+    depthwise = nn.Conv2d(outputs, outputs, 3, 2, 1, groups=outputs, bias=False)
+    mix = nn.Conv2d(outputs, outputs, 1, bias=False)
+    layers = [(conv, group_norm(outputs), nn.ReLU6(inplace=True)) for conv in (narrow, depthwise, mix)]
+    return nn.Sequential(*itertools.chain(*layers))

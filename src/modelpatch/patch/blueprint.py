@@ -95,9 +95,7 @@ class Blueprint(BaseModel):
             try:
                 index = chain.segment_of(name).index
             except KeyError:
-                raise ForeignTensorError(
-                    f"the patch replaces {name!r}, which no single segment of the backbone's chain holds."
-                ) from None
+                raise ForeignTensorError(f"the patch replaces {name!r}, which no single segment holds.") from None
             if not any(start <= index < end for start, end in starts.items()):
                 starts[index] = index + 1
         spans = tuple(sorted(starts.items()))

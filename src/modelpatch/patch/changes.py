@@ -53,9 +53,8 @@ def resolve(tensors: Mapping[str, Tensor], chain: Chain, strength: float) -> dic
     """
     values: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        kind, _, base = name.partition("/")
-        if kind == "replace":
-            start = _frozen(chain, base, tensor).cpu()
+        if name.startswith("replace/"):
+            start = _frozen(chain, name.removeprefix("replace/"), tensor).cpu()
             values[name] = tensor if strength == 1 else torch.lerp(start, tensor.float(), strength)
     for base in made_weights(tensors):
         weight, mask, delta = _parts(tensors, chain, base, strength)
@@ -93,10 +92,7 @@ def _product(left: Tensor | None, right: Tensor | None, chain: Chain, name: str)
     """left (C, r) times right (r, N) in the shape of the weight, (C, ...) with N numbers a channel, float32."""
     if left is None or right is None:
         raise ForeignTensorError(f"the patch holds one of the factors left/{name} and right/{name} without the other.")
-    try:
-        weight = chain.tensor(name)
-    except KeyError:
-        weight = left
+    weight = _frozen(chain, name)
     shape = (len(weight), max(weight[:1].numel(), 1)) if weight.ndim else (1, 1)
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0] or (len(left), right.shape[1]) != shape:
         raise ForeignTensorError(
@@ -113,15 +109,13 @@ def set_strength(model: nn.Module, strength: float) -> None:
             module.strength = float(strength)  # type: ignore[assignment]
 
 
-def _frozen(chain: Chain, name: str, like: Tensor) -> Tensor:
+def _frozen(chain: Chain, name: str, like: Tensor | None = None) -> Tensor:
     """The backbone's tensor. Raises `ForeignTensorError` if there is none of that name and shape."""
     try:
         weight = chain.tensor(name)
     except KeyError:
-        raise ForeignTensorError(
-            f"the patch changes {name!r}, which no segment of the backbone's chain holds."
-        ) from None
-    if weight.shape != like.shape:
+        raise ForeignTensorError(f"the patch changes {name!r}, which no segment of the backbone holds.") from None
+    if like is not None and weight.shape != like.shape:
         given, expected = tuple(like.shape), tuple(weight.shape)
         raise ForeignTensorError(f"the patch's tensor for {name} has shape {given}; the backbone expects {expected}.")
     return weight.detach()

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,17 +36,122 @@ STREAM, SCALE, WHERE = "masks", "scale/", "bits/"
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLAIN = {**FLOATS, "int32": torch.int32}
 STORAGE = (*FLOATS, "int8")  # what floating tensors can be stored as
-PACKED = ("bits", "trits", "sparse")
-SIGNS, SIZES = "signs", "sizes"
-CODEC = re.compile(
-    rf"({'|'.join(PLAIN)}|int8)|((?:entropy-)?(?:{'|'.join(PACKED)})|{SIGNS}|{SIZES}):([0-9]{{1,9}}(?:x[0-9]{{1,9}}){{0,7}})"
-)
+CODEC = re.compile(r"(entropy-)?([a-z0-9]+)(?::([0-9]{1,9}(?:x[0-9]{1,9}){0,7}))?")
 Bits = NDArray[np.bool_]
+Planes = tuple[Bits, ...]  # flat, one bit a number; a second coded plane counts where the first is set
+Packed = tuple[dict[str, Tensor], dict[str, str]]
+Take = Callable[[str, torch.dtype], Tensor]  # an entry of the file by its name
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to store the tensors that `fits` accepts, if no kind before it does.
+
+    `pack` gives a tensor's entries by the prefixes of its name, and its bits: `planes` of every number, which lie in the entry
+    `where` + NAME or, if they can be `coded`, with those of others. `unpack` raises ValueError for entries of no tensor.
+    """
+
+    fits: Callable[[str, Tensor], object]
+    pack: Callable[[Tensor], tuple[dict[str, Tensor], Planes]]
+    unpack: Callable[[str, tuple[int, ...], Planes, Take], Tensor]
+    planes: int = 0
+    where: str = ""
+    coded: bool = False
+
+
+def _pack_int8(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+    scale = channel_scale(tensor)
+    return {"": (tensor / _per_channel(scale, tensor)).round().to(torch.int8), SCALE: scale}, ()
+
+
+def _unpack_int8(name: str, shape: tuple[int, ...], planes: Planes, take: Take) -> Tensor:
+    tensor, scale = take(name, torch.int8), take(SCALE + name, torch.float32)
+    if tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
+        raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
+    values = tensor.float() * _per_channel(scale, tensor)
+    if not torch.equal(channel_scale(values), scale):  # they may be infinite, or others when they are written again
+        raise ValueError(f"tensor {name} has scales that are not those of its numbers")
+    return values
+
+
+def _pack_mask(mask: Tensor) -> tuple[dict[str, Tensor], Planes]:
+    values = mask.reshape(-1).numpy()
+    return {}, (values != 0, values > 0)[: 1 if mask.dtype == torch.bool else 2]
+
+
+def _unpack_mask(name: str, shape: tuple[int, ...], planes: Planes, take: Take) -> Tensor:
+    kept, *positive = planes
+    mask = np.where(kept, np.where(positive[0], 1, -1), 0).astype(np.int8) if positive else kept
+    return torch.from_numpy(mask).view(shape)
+
+
+def _pack_sparse(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+    return {"": tensor[tensor != 0]}, (tensor.reshape(-1).numpy() != 0,)
+
+
+def _unpack_sparse(name: str, shape: tuple[int, ...], planes: Planes, take: Take) -> Tensor:
+    places, values = torch.from_numpy(planes[0]), take(name, torch.float32)
+    if values.shape != (int(places.sum()),):
+        raise ValueError(f"tensor {name} has {tuple(values.shape)} values for {int(places.sum())} places")
+    return torch.zeros(math.prod(shape)).masked_scatter(places, values).view(shape)
+
+
+def _pack_sizes(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+    sizes = sizes_of(tensor)
+    assert sizes is not None
+    planes = (tensor < 0, tensor.abs() == _per_channel(sizes[:, -1], tensor))[: sizes.shape[1]]
+    return {SCALE: sizes.squeeze(1).contiguous()}, tuple(plane.reshape(-1).numpy() for plane in planes)
+
+
+def _unpack_sizes(name: str, shape: tuple[int, ...], planes: Planes, take: Take) -> Tensor:
+    if len(shape) < 2:
+        raise ValueError(f"tensor {name} of shape {shape} has no channels with signs")
+    scale = take(SCALE + name, torch.float32)
+    fits = scale.shape == (shape[0], 2)[: len(planes)]
+    sizes = scale.view(shape[0], len(planes)) if fits else scale
+    if not fits or not (sizes >= 0).all() or not (sizes.diff(dim=1) >= 0).all():
+        raise ValueError(
+            f"tensor {name} of shape {shape} has scales of shape {tuple(scale.shape)}, below 0 or not in order"
+        )
+    negative, *large = (torch.from_numpy(plane).view(shape) for plane in planes)
+    chosen = _per_channel(sizes[:, 0], negative)
+    if large:
+        chosen = torch.where(large[0], _per_channel(sizes[:, 1], negative), chosen)
+    return torch.where(negative, -chosen, chosen) + 0.0
+
+
+def _has_sizes(name: str, tensor: Tensor, count: int) -> bool:
+    sizes = sizes_of(tensor) if name.startswith("delta/") else None
+    return sizes is not None and sizes.shape[1] == count
+
+
+def _is_sparse(name: str, tensor: Tensor) -> bool:
+    difference = name.startswith("delta/") and tensor.dtype == torch.float32
+    return difference and 2 * int(tensor.count_nonzero()) < tensor.numel()
+
+
+def _plain(dtype: torch.dtype) -> Kind:
+    return Kind(
+        lambda _, tensor: tensor.dtype == dtype,
+        lambda tensor: ({"": tensor}, ()),
+        lambda name, shape, planes, take: take(name, dtype),
+    )
+
+
+KINDS = {
+    "signs": Kind(partial(_has_sizes, count=1), _pack_sizes, _unpack_sizes, planes=1),
+    "sparse": Kind(_is_sparse, _pack_sparse, _unpack_sparse, planes=1, where=WHERE, coded=True),
+    "sizes": Kind(partial(_has_sizes, count=2), _pack_sizes, _unpack_sizes, planes=2),
+    "bits": Kind(lambda _, mask: mask.dtype == torch.bool, _pack_mask, _unpack_mask, planes=1, coded=True),
+    "trits": Kind(lambda _, mask: mask.dtype == torch.int8, _pack_mask, _unpack_mask, planes=2, coded=True),
+    "int8": Kind(lambda *_: False, _pack_int8, _unpack_int8),  # where it is asked for
+    **{name: _plain(dtype) for name, dtype in PLAIN.items()},
+}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A kind and, for what is packed, the shape of the tensor in memory."""
+    """The name of a kind and, for what is packed, the shape of the tensor in memory."""
 
     kind: str
     shape: tuple[int, ...] = ()
@@ -58,35 +164,21 @@ class Codec:
     def parse(cls, text: str) -> Codec:
         """Raises ValueError for a text that is no codec."""
         match = CODEC.fullmatch(text)
-        if match is None:
+        kind = KINDS.get(match[2]) if match else None
+        if not match or not kind or bool(match[3]) != bool(kind.planes) or (match[1] and not kind.coded):
             raise ValueError(f"{text[:80]!r} is no codec")
-        if match[1]:
-            return cls(match[1])
-        return cls(match[2].removeprefix("entropy-"), tuple(map(int, match[3].split("x"))), match[2][:8] == "entropy-")
+        return cls(match[2], tuple(map(int, match[3].split("x"))) if match[3] else (), bool(match[1]))
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, int8: bool = False) -> Codec:
         """The codec of a tensor in memory. Raises ValueError where none can hold it."""
-        if int8:
-            if tensor.dtype != torch.float32 or tensor.ndim < 2:
-                raise ValueError(
-                    f"{name} has dtype {tensor.dtype} and {tensor.ndim} axes; int8 stores float32 matrices"
-                )
-            return cls("int8")
-        shape = tuple(tensor.shape)
-        sizes = sizes_of(tensor) if name.startswith("delta/") else None
-        if sizes is not None and sizes.shape[1] == 1:
-            return cls(SIGNS, shape)
-        if name.startswith("delta/") and tensor.dtype == torch.float32 and 2 * tensor.count_nonzero() < tensor.numel():
-            return cls("sparse", shape)
-        if sizes is not None:
-            return cls(SIZES, shape)
-        if tensor.dtype in (torch.bool, torch.int8):
-            return cls("bits" if tensor.dtype == torch.bool else "trits", shape)
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in PLAIN:
-            raise ValueError(f"{name} has dtype {kind}; a patch holds {', '.join(PLAIN)}, bool and int8")
-        return cls(kind)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if int8 and (dtype != "float32" or tensor.ndim < 2):
+            raise ValueError(f"{name} has dtype {dtype} and {tensor.ndim} axes; int8 stores float32 matrices")
+        kind = "int8" if int8 else next((kind for kind, one in KINDS.items() if one.fits(name, tensor)), None)
+        if kind is None:
+            raise ValueError(f"{name} has dtype {dtype}; a patch holds {', '.join(PLAIN)}, bool and int8")
+        return cls(kind, tuple(tensor.shape) if KINDS[kind].planes else ())
 
     @property
     def numbers(self) -> int:
@@ -94,55 +186,31 @@ class Codec:
 
     @property
     def planes(self) -> int:
-        return 2 if self.kind in ("trits", SIZES) else 1
+        return KINDS[self.kind].planes
 
 
-@dataclass
-class _Packing:
-    """A tensor on its way into the file: planes of bits, of which the second counts only where the first is set."""
-
-    codec: Codec
-    entry: str  # where its bits lie if they are not entropy-coded
-    planes: tuple[Bits, ...]
-
-
-def pack(
-    tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def pack(tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True) -> Packed:
     """The file's tensors and the codec of every patch tensor.
 
     `int8` names the tensors stored as integers. Bits are entropy-coded if that is allowed, available and smaller.
     Raises ValueError for a tensor that no codec can hold.
     """
+    codecs = {name: Codec.of(name, tensor, name in int8) for name, tensor in sorted(tensors.items())}
+    kinds = {name: KINDS[codec.kind] for name, codec in codecs.items()}
     stored: dict[str, Tensor] = {}
-    codecs: dict[str, Codec] = {}
-    packings: dict[str, _Packing] = {}
-    for name, tensor in sorted(tensors.items()):
-        codec = codecs[name] = Codec.of(name, tensor, name in int8)
-        if codec.kind == "int8":
-            scale = stored[SCALE + name] = channel_scale(tensor)
-            stored[name] = (tensor / _per_channel(scale, tensor)).round().to(torch.int8)
-        elif codec.kind in (SIGNS, SIZES):
-            sizes = sizes_of(tensor)
-            assert sizes is not None
-            planes = [tensor < 0, tensor.abs() == _per_channel(sizes[:, -1], tensor)][: codec.planes]
-            stored[SCALE + name] = sizes if codec.kind == SIZES else sizes[:, 0].contiguous()
-            bits = [np.packbits(plane.reshape(-1).numpy()) for plane in planes]
-            stored[name] = torch.from_numpy(np.concatenate(bits))
-        elif codec.kind == "sparse":
-            packings[name] = _Packing(codec, WHERE + name, _planes(tensor)[:1])
-            stored[name] = tensor[tensor != 0]
-        elif codec.kind in PACKED:
-            packings[name] = _Packing(codec, name, _planes(tensor))
-        else:
-            stored[name] = tensor
-    packed = {p.entry: np.concatenate([np.packbits(plane) for plane in p.planes]) for p in packings.values()}
-    stream = _encode(packings) if compress and packings else None
-    if stream is not None and len(stream) < sum(len(data) for data in packed.values()):
+    planes: dict[str, Planes] = {}
+    for name, kind in kinds.items():
+        entries, planes[name] = kind.pack(tensors[name])
+        stored |= {prefix + name: entry for prefix, entry in entries.items()}
+    packed = {name: np.concatenate([np.packbits(plane) for plane in bits]) for name, bits in planes.items() if bits}
+    masks = {name: planes[name] for name in packed if kinds[name].coded}
+    stream = _encode(masks) if compress and masks else None
+    if stream is not None and len(stream) < sum(len(packed[name]) for name in masks):
         stored[STREAM] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
-        codecs |= {name: Codec(p.codec.kind, p.codec.shape, coded=True) for name, p in packings.items()}
-    else:
-        stored |= {entry: torch.from_numpy(data) for entry, data in packed.items()}
+        codecs |= {name: replace(codecs[name], coded=True) for name in masks}
+    for name, data in packed.items():
+        if not codecs[name].coded:
+            stored[kinds[name].where + name] = torch.from_numpy(data)
     return stored, {name: str(codec) for name, codec in codecs.items()}
 
 
@@ -151,75 +219,38 @@ def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str], most: int = 
 
     Packed numbers unfold to many times their bytes: files that say they hold more than `most` of them are refused first.
     """
-    reader = _Reader(dict(stored))
+    left = dict(stored)
+
+    def take(entry: str, dtype: torch.dtype) -> Tensor:
+        if entry not in left:
+            raise ValueError(f"tensor {entry} is missing")
+        tensor = left.pop(entry)
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensor {entry} is stored as {tensor.dtype}, expected {dtype}")
+        return tensor
+
     parsed = {name: Codec.parse(text) for name, text in sorted(codecs.items())}
     numbers = sum(codec.numbers for codec in parsed.values() if codec.shape)
     if numbers > most:
         raise ValueError(f"{numbers:,} packed numbers; at most {most:,} are read here")
     coded = {name: codec for name, codec in parsed.items() if codec.coded}
-    planes = _decode(reader.take(STREAM, torch.uint8), coded) if coded else {}
+    planes = _decode(take(STREAM, torch.uint8), coded) if coded else {}
     tensors = {}
     for name, codec in parsed.items():
-        if codec.kind in PLAIN:
-            tensors[name] = reader.take(name, PLAIN[codec.kind])
-        elif codec.kind == "int8":
-            tensors[name] = reader.take_int8(name)
-        elif codec.kind in (SIGNS, SIZES):
-            tensors[name] = reader.take_sizes(name, codec)
-        else:
-            if not codec.coded:
-                planes[name] = reader.take_bits(WHERE + name if codec.kind == "sparse" else name, codec)
-            values = reader.take(name, torch.float32) if codec.kind == "sparse" else None
-            tensors[name] = _assemble(name, codec, planes.pop(name), values)
-    if reader.left:
-        raise ValueError(f"no codec describes tensor {sorted(reader.left)[0]!r}")
+        kind = KINDS[codec.kind]
+        if kind.planes and not codec.coded:
+            planes[name] = _unpack_bits(take(kind.where + name, torch.uint8), kind.where + name, codec)
+        tensors[name] = kind.unpack(name, codec.shape, planes.pop(name, ()), take)
+    if left:
+        raise ValueError(f"no codec describes tensor {sorted(left)[0]!r}")
     return tensors
 
 
-@dataclass
-class _Reader:
-    """The file's tensors; each is taken once."""
-
-    left: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, name: str, dtype: torch.dtype) -> Tensor:
-        if name not in self.left:
-            raise ValueError(f"tensor {name} is missing")
-        tensor = self.left.pop(name)
-        if tensor.dtype != dtype:
-            raise ValueError(f"tensor {name} is stored as {tensor.dtype}, expected {dtype}")
-        return tensor
-
-    def take_int8(self, name: str) -> Tensor:
-        tensor, scale = self.take(name, torch.int8), self.take(SCALE + name, torch.float32)
-        if tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
-            raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} has scales of shape {tuple(scale.shape)}")
-        values = tensor.float() * _per_channel(scale, tensor)
-        if not torch.equal(channel_scale(values), scale):  # they may be infinite, or others when they are written again
-            raise ValueError(f"tensor {name} has scales that are not those of its numbers")
-        return values
-
-    def take_sizes(self, name: str, codec: Codec) -> Tensor:
-        if len(codec.shape) < 2:
-            raise ValueError(f"tensor {name} of shape {codec.shape} has no channels with signs")
-        negative, *large = self.take_bits(name, codec)
-        scale = self.take(SCALE + name, torch.float32)
-        if scale.shape != (codec.shape[:1] if codec.kind == SIGNS else (codec.shape[0], 2)) or not _rising(scale):
-            raise ValueError(
-                f"tensor {name} of shape {codec.shape} has scales of shape {tuple(scale.shape)}, below 0 or not in order"
-            )
-        signs = torch.from_numpy(np.where(negative, np.float32(-1), np.float32(1))).view(codec.shape)
-        sizes = _per_channel(scale.view(codec.shape[0], -1)[:, 0], signs)
-        if large:
-            sizes = torch.where(torch.from_numpy(large[0]).view(codec.shape), _per_channel(scale[:, 1], signs), sizes)
-        return signs * sizes + 0.0
-
-    def take_bits(self, entry: str, codec: Codec) -> tuple[Bits, ...]:
-        tensor = self.take(entry, torch.uint8)
-        if tensor.shape != (codec.planes * -(-codec.numbers // 8),):
-            raise ValueError(f"tensor {entry} does not hold {codec.planes} bits for each of {codec.numbers} numbers")
-        planes = np.split(tensor.numpy(), codec.planes)
-        return tuple(np.unpackbits(plane, count=codec.numbers).view(np.bool_) for plane in planes)
+def _unpack_bits(tensor: Tensor, entry: str, codec: Codec) -> Planes:
+    if tensor.shape != (codec.planes * -(-codec.numbers // 8),):
+        raise ValueError(f"tensor {entry} does not hold {codec.planes} bits for each of {codec.numbers} numbers")
+    planes = np.split(tensor.numpy(), codec.planes)
+    return tuple(np.unpackbits(plane, count=codec.numbers).view(np.bool_) for plane in planes)
 
 
 def snap_int8(tensor: Tensor) -> Tensor:
@@ -273,10 +304,6 @@ def sizes_of(tensor: Tensor) -> Tensor | None:
     return ends if few and tensor.numel() > 2 * len(tensor) else None
 
 
-def _rising(scale: Tensor) -> bool:
-    return bool((scale >= 0).all() and (scale.view(len(scale), -1).diff(dim=1) >= 0).all())
-
-
 def channel_scale(tensor: Tensor) -> Tensor:
     """max |w| / 127 of every channel (C,), rounded up to 16 bits of mantissa: an integer times it is exact in float32,
     so that a tensor read from a file gives the same file again."""
@@ -288,38 +315,17 @@ def _per_channel(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
-def _planes(tensor: Tensor) -> tuple[Bits, ...]:
-    """Flat planes of bits: not zero and, for ternary masks, positive."""
-    values = tensor.reshape(-1).numpy()
-    return (values != 0, values > 0) if tensor.dtype == torch.int8 else (values != 0,)
-
-
-def _assemble(name: str, codec: Codec, planes: tuple[Bits, ...], values: Tensor | None) -> Tensor:
-    where = planes[0]
-    if codec.kind == "bits":
-        return torch.from_numpy(where).view(codec.shape)
-    if codec.kind == "trits":
-        return torch.from_numpy(np.where(where, np.where(planes[1], 1, -1), 0).astype(np.int8)).view(codec.shape)
-    assert values is not None
-    if values.shape != (int(where.sum()),):
-        raise ValueError(f"tensor {name} has {tuple(values.shape)} values for {int(where.sum())} places")
-    dense = torch.zeros(codec.numbers)
-    dense[torch.from_numpy(where)] = values
-    return dense.view(codec.shape)
-
-
-def _encode(packings: Mapping[str, _Packing]) -> bytes | None:
+def _encode(planes: Mapping[str, Planes]) -> bytes | None:
     """One stream: all first planes, then the second ones where the first are set. None without `constriction`."""
-    bits = [packing.planes[0] for packing in packings.values()]
-    bits += [packing.planes[1][packing.planes[0]] for packing in packings.values() if packing.codec.planes == 2]
+    bits = [first for first, *_ in planes.values()]
+    bits += [second[first] for first, *rest in planes.values() for second in rest]
     try:
         return encode_bits(np.concatenate(bits))
     except MissingExtraError:
         return None
 
 
-def _decode(stream: Tensor, codecs: Mapping[str, Codec]) -> dict[str, tuple[Bits, ...]]:
-    """The planes of every entropy-coded tensor."""
+def _decode(stream: Tensor, codecs: Mapping[str, Codec]) -> dict[str, Planes]:
     bits = decode_bits(stream.numpy().tobytes(), sum(codec.planes * codec.numbers for codec in codecs.values()))
     at = 0
 
@@ -330,7 +336,7 @@ def _decode(stream: Tensor, codecs: Mapping[str, Codec]) -> dict[str, tuple[Bits
             raise ValueError(f"the stream {STREAM!r} ends before the last mask")
         return bits[at - count : at]
 
-    planes: dict[str, tuple[Bits, ...]] = {name: (take(codec.numbers),) for name, codec in codecs.items()}
+    planes: dict[str, Planes] = {name: (take(codec.numbers),) for name, codec in codecs.items()}
     for name, codec in codecs.items():
         if codec.planes == 2:
             where = planes[name][0]

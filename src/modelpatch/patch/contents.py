@@ -23,6 +23,7 @@ from modelpatch.errors import NotAPatchError, PatchError, WrongBackboneError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch import hub
 from modelpatch.patch.blueprint import Blueprint, Graft
+from modelpatch.patch.changes import MADE
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.entropy import MAX_BITS
 from modelpatch.patch.file import VERSION, ZEROS, decode_file, encode_file
@@ -31,7 +32,8 @@ from modelpatch.patch.inspect import Inspection
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
-CHANGES = ("replace/", "mask/", "delta/", "left/", "right/")
+CHANGES = ("replace/", *MADE)
+SHARED = ("backbone", "task", "preprocessing", "head", "method", "grafts", "strength", "metrics", "created")
 
 
 class HasTask(Protocol):
@@ -124,20 +126,7 @@ class Patch:
     def header(self) -> Header:
         """Everything but the tensors, as a patch file has it. Raises `PatchError` for metrics or facts that are not JSON."""
         try:
-            return Header(
-                version=VERSION,
-                backbone=self.backbone,
-                task=self.task,
-                preprocessing=self.preprocessing,
-                head=self.head,
-                method=self.method,
-                grafts=self.grafts,
-                strength=self.strength,
-                codecs={},
-                metrics=dict(self.metrics),
-                created=dict(self.created),
-                sha256=ZEROS,
-            )
+            return Header(version=VERSION, codecs={}, sha256=ZEROS, **{name: getattr(self, name) for name in SHARED})
         except (TypeError, ValueError) as error:
             raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
 
@@ -279,16 +268,5 @@ def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> 
     untrusted files give the backbone's own number. Raises what `decode_file` does.
     """
     header, tensors = decode_file(data, name, most)
-    return Patch(
-        backbone=header.backbone,
-        task=header.task,
-        preprocessing=header.preprocessing,
-        head=header.head,
-        method=header.method,
-        grafts=header.grafts,
-        int8=frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8"),
-        strength=header.strength,
-        tensors=tensors,
-        metrics=header.metrics,
-        created=header.created,
-    )
+    int8 = frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8")
+    return Patch(tensors=tensors, int8=int8, **{name: getattr(header, name) for name in SHARED})

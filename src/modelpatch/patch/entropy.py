@@ -24,8 +24,11 @@ LEVELS = 64
 CHUNKS = (128, 512, 2048)  # bytes
 HEADER = struct.Struct("<HHIQ32s")  # bytes a chunk, levels, words of the stream, bits, SHA-256 of the packed bits
 MAX_BITS = 2**31
-EVEN = 0.49  # a chunk whose density is this close to one half is stored as it is
+EVEN = 0.49  # a chunk whose density is closer to one half is stored as it is
 Bytes = NDArray[np.uint8]
+_T = np.arange(LEVELS, dtype=np.float64) / (LEVELS - 1)
+DENSITIES = _T * _T * (3 - 2 * _T)  # of the levels: denser towards 0 and 1, where a wrong density costs most
+RAW = np.minimum(DENSITIES, 1 - DENSITIES) >= EVEN  # the levels that are stored as they are
 
 
 def coder() -> Any:
@@ -61,7 +64,7 @@ def decode_bits(data: bytes, most: int = MAX_BITS) -> NDArray[np.bool_]:
     length = -(-count // 8)
     if counts.sum() != -(-length // chunk):
         raise ValueError("the number of chunks is not that of the bits")
-    stored = chunk * int(counts[_stored()].sum())
+    stored = chunk * int(counts[RAW].sum())
     at = HEADER.size + 4 * LEVELS
     if len(data) != at + stored + 4 * words:
         raise ValueError(f"the stream has {len(data)} bytes, its header says {at + stored + 4 * words}")
@@ -78,18 +81,6 @@ def entropy_bits(ones: int, count: int) -> float:
         return 0.0
     p = ones / count
     return float(-count * (p * np.log2(p) + (1 - p) * np.log2(1 - p)))
-
-
-def _densities() -> NDArray[np.float64]:
-    """The levels: t²(3-2t), denser towards 0 and 1, where a wrong density costs most."""
-    t = np.arange(LEVELS, dtype=np.float64) / (LEVELS - 1)
-    return t * t * (3 - 2 * t)
-
-
-def _stored() -> NDArray[np.bool_]:
-    """The levels that are stored as they are."""
-    density = _densities()
-    return np.minimum(density, 1 - density) >= EVEN
 
 
 def _byte_model(density: float) -> Any:
@@ -110,21 +101,19 @@ def _encode(packed: Bytes, chunk: int) -> tuple[int, NDArray[np.int64], bytes, N
     chunks = np.zeros((-(-len(packed) // chunk), chunk), np.uint8)
     chunks.reshape(-1)[: len(packed)] = packed
     share = np.bitwise_count(chunks).mean(1, dtype=np.float64) / 8
-    edges = (_densities()[1:] + _densities()[:-1]) / 2
+    edges = (DENSITIES[1:] + DENSITIES[:-1]) / 2
     levels = np.searchsorted(edges, share)
     levels[(levels == 0) & (share > 0)] = 1  # the outer levels hold chunks of one value only
     levels[(levels == LEVELS - 1) & (share < 1)] = LEVELS - 2
     counts = np.bincount(levels, minlength=LEVELS)
     stream = coder().stream.stack.AnsCoder()
-    stored = _stored()
     for level in np.flatnonzero(counts)[::-1]:  # a stack: what is read first is written last
-        if 0 < level < LEVELS - 1 and not stored[level]:
-            stream.encode_reverse(
-                chunks[levels == level].reshape(-1).astype(np.int32), _byte_model(_densities()[level])
-            )
+        if 0 < level < LEVELS - 1 and not RAW[level]:
+            values = chunks[levels == level].reshape(-1)
+            stream.encode_reverse(values.astype(np.int32), _byte_model(DENSITIES[level]))
     if len(levels):
         stream.encode_reverse(levels.astype(np.int32), _level_model(counts))
-    raw = b"".join(chunks[levels == level].tobytes() for level in np.flatnonzero(stored))
+    raw = b"".join(chunks[levels == level].tobytes() for level in np.flatnonzero(RAW))
     return chunk, counts, raw, stream.get_compressed()
 
 
@@ -138,14 +127,13 @@ def _decode(raw: Bytes, words: NDArray[np.uint32], counts: NDArray[np.int64], ch
     if not np.array_equal(np.bincount(levels, minlength=LEVELS), counts):
         raise ValueError("the chunks' levels are not those the header counts")
     chunks[levels == LEVELS - 1] = 255
-    stored = _stored()
     at = 0
     for level in np.flatnonzero(counts):
-        if stored[level]:
+        if RAW[level]:
             size = int(counts[level]) * chunk
             chunks[levels == level] = raw[at : at + size].reshape(-1, chunk)
             at += size
         elif 0 < level < LEVELS - 1:
-            values = stream.decode(_byte_model(_densities()[level]), int(counts[level]) * chunk)
+            values = stream.decode(_byte_model(DENSITIES[level]), int(counts[level]) * chunk)
             chunks[levels == level] = values.reshape(-1, chunk)
     return chunks.reshape(-1)

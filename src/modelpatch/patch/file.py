@@ -44,6 +44,7 @@ KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
+Tensors = Mapping[str, Tensor]
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -55,9 +56,7 @@ DTYPES = {
 FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
 
 
-def encode_file(
-    header: Header, tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
-) -> bytes:
+def encode_file(header: Header, tensors: Tensors, int8: Collection[str] = (), compress: bool = True) -> bytes:
     """The bytes of a file with this header, whose codecs and hash are filled in, and these tensors.
 
     `int8` names the tensors that are stored as integers. Raises `PatchError` for what no reader would accept.
@@ -168,9 +167,8 @@ def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
         try:
             spans.append(_span(entry))
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidPatchError(
-                f"{name}: the entry of tensor {tensor_name[:80]!r} is malformed ({str(error)[:200]})."
-            ) from error
+            entry = f"the entry of tensor {tensor_name[:80]!r}"
+            raise InvalidPatchError(f"{name}: {entry} is malformed ({str(error)[:200]}).") from error
     at = 0
     for start, end in sorted(spans):
         if start != at:
@@ -232,9 +230,7 @@ def _check_name(tensor_name: str, allowed: re.Pattern[str], name: str = "the pat
 
 def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise NonFiniteTensorError(
-            f"{name}: tensor {tensor_name} holds NaN or infinity. Train it again with a lower lr."
-        )
+        raise NonFiniteTensorError(f"{name}: tensor {tensor_name} holds NaN or infinity. Train again with a lower lr.")
 
 
 def _validate(described: dict[str, Any], name: str) -> Header:
@@ -253,7 +249,6 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _tensor(data: bytes, payload: int, entry: dict[str, Any]) -> Tensor:
-    """A copy of a tensor of the payload, whose entry was checked."""
     start, end = entry["data_offsets"]
     if start == end:
         return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
@@ -263,9 +258,8 @@ def _tensor(data: bytes, payload: int, entry: dict[str, Any]) -> Tensor:
 
 def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:
     if header.head.outputs != len(header.task.classes):
-        raise InvalidPatchError(
-            f"{name}: the head has {header.head.outputs} outputs for {len(header.task.classes)} classes."
-        )
+        outputs, classes = header.head.outputs, len(header.task.classes)
+        raise InvalidPatchError(f"{name}: the head has {outputs} outputs for {classes} classes.")
     heads = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
     if heads != header.head.shapes():
         raise InvalidPatchError(f"{name}: the head's tensors are not those of a {header.head.kind} head.")

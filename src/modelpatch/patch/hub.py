@@ -10,6 +10,7 @@ from typing import Any
 
 from modelpatch.errors import PatchError
 from modelpatch.patch.inspect import Inspection
+from modelpatch.text import first_line
 
 FILE = "patch.safetensors"
 
@@ -38,12 +39,10 @@ def download(repo_id: str, *, revision: str | None, token: str | None) -> bytes:
 
 @contextmanager
 def _hub_errors(action: str) -> Iterator[None]:
-    """Raise whatever the hub's client raises as a `PatchError`."""
     try:
         yield
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PatchError(f"cannot {action}: {first}") from error
+        raise PatchError(f"cannot {action}: {first_line(error)}") from error
 
 
 def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
@@ -53,32 +52,33 @@ def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
         "tags": ["modelpatch", patch.method, patch.kind],
         "base_model_spec": patch.backbone,
     }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    lines += [f"# {patch.task}", ""]
-    lines += [
-        f"A [modelpatch](https://pypi.org/project/modelpatch/) patch: `{patch.method}` over the frozen backbone "
-        f"`{patch.backbone}`, {patch.classes} classes, {patch.file_bytes:,} bytes.",
-        "",
-        "| measured | value |",
-        "|---|---:|",
-    ]
-    lines += [f"| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in patch.metrics.items()]
-    lines += [
-        "",
-        "```python",
-        "import modelpatch as mp",
-        "",
-        f'patch = mp.Patch.from_pretrained("{repo_id}")',
-        f'backbone = mp.load_backbone("{patch.backbone}")',
-        "model = backbone.patched(patch)",
-        "```",
-        "",
-        f"Base fingerprint `{patch.fingerprint}`; content hash `{patch.content_hash}`.",
-        "",
-        "Classes: " + ", ".join(name.replace("|", "\\|") for name in classes),
-        "",
-    ]
-    return "\n".join(lines)
+    facts = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    rows = "".join(f"\n| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in patch.metrics.items())
+    names = ", ".join(name.replace("|", "\\|") for name in classes)
+    return f"""---
+{facts}
+---
+
+# {patch.task}
+
+A [modelpatch](https://pypi.org/project/modelpatch/) patch: `{patch.method}` over the frozen backbone `{patch.backbone}`, \
+{patch.classes} classes, {patch.file_bytes:,} bytes.
+
+| measured | value |
+|---|---:|{rows}
+
+```python
+import modelpatch as mp
+
+patch = mp.Patch.from_pretrained("{repo_id}")
+backbone = mp.load_backbone("{patch.backbone}")
+model = backbone.patched(patch)
+```
+
+Base fingerprint `{patch.fingerprint}`; content hash `{patch.content_hash}`.
+
+Classes: {names}
+"""
 
 
 def _figure(value: Any) -> str:

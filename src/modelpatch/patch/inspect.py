@@ -121,6 +121,9 @@ class Inspection:
         """The figures of a patch, see `Patch.inspect`."""
         sizes, codecs = _stored_bytes(tensors, int8)
         parts = _parts(tensors, () if chain is None else blueprint.spans(chain), chain, sizes, codecs)
+        counts: Counter[str] = Counter()
+        for name, codec in codecs.items():
+            counts[codec.partition(":")[0]] += tensors[name].numel()
         data = encode_file(header, tensors, int8)
         tensor_bytes = round(sum(sizes.values()))
         return cls(
@@ -140,7 +143,7 @@ class Inspection:
             masks=_mask_figures(tensors, sizes),
             strength=header.strength,
             numbers=sum(part.numbers for part in parts),
-            stored=_numbers(tensors, codecs),
+            stored=dict(counts.most_common()),
             tensor_bytes=tensor_bytes,
             file_bytes=len(data),
             file_sha256=hashlib.sha256(data).hexdigest(),
@@ -174,10 +177,12 @@ def _parts(
     """One part a module that holds tensors of the patch, in the order of spans, then of names, the head last."""
     groups: dict[tuple[str, str, Span | None], list[str]] = {}
     for name in sorted(tensors):  # a file that was read has them in no order
-        groups.setdefault((*_group(name), _span(name, chain, spans)), []).append(name)
+        groups.setdefault(_group(name, chain, spans), []).append(name)
     parts = []
     done, written = 0.0, 0
-    for (kind, name, span), members in sorted(groups.items(), key=lambda group: _order(*group[0])):
+    order = sorted(groups, key=lambda key: (key[0] == "head", key[2] is None, key[2] or (0, 0), *key[:2]))
+    for kind, name, span in order:
+        members = groups[kind, name, span]
         done += sum(sizes[member] for member in members)
         parts.append(
             Part(
@@ -195,28 +200,19 @@ def _parts(
     return tuple(parts)
 
 
-def _numbers(tensors: Tensors, codecs: dict[str, str]) -> dict[str, int]:
-    """The number of values that every kind of codec stores, most first."""
-    counts: Counter[str] = Counter()
-    for name, codec in codecs.items():
-        counts[codec.partition(":")[0]] += tensors[name].numel()
-    return dict(counts.most_common())
-
-
-def _order(kind: str, name: str, span: Span | None) -> tuple[Any, ...]:
-    return kind == "head", span is None, span or (0, 0), kind, name
-
-
-def _span(name: str, chain: Chain | None, spans: tuple[Span, ...]) -> Span | None:
-    """The segments of the span that a tensor of the patch belongs to, as far as it can be told."""
+def _group(name: str, chain: Chain | None, spans: tuple[Span, ...]) -> tuple[str, str, Span | None]:
+    """(kind, the module that holds the tensor, the span it belongs to as far as that can be told)."""
+    if name.startswith("head."):
+        return "head", "head", None
     kind, _, rest = name.partition("/")
+    span = None
     if kind == "graft":
         start, _, end = rest.partition("/")[0].partition("-")
-        return int(start), int(end)
-    if chain is None or name.startswith("head."):
-        return None
-    index = chain.segment_of(rest).index
-    return next(span for span in spans if span[0] <= index < span[1])
+        span = int(start), int(end)
+    elif chain is not None:
+        index = chain.segment_of(rest).index
+        span = next(span for span in spans if span[0] <= index < span[1])
+    return kind, rest.rpartition(".")[0], span
 
 
 def _spans(parts: tuple[Part, ...], chain: Chain | None) -> tuple[SpanFigures, ...]:
@@ -266,11 +262,3 @@ def _mask_figures(tensors: Tensors, sizes: dict[str, float]) -> MaskFigures | No
         bits_per_weight=8 * sum(sizes[name] for name in masks) / weights,
         bound=sum(map(entropy_bound, masks.values())) / weights,
     )
-
-
-def _group(name: str) -> tuple[str, str]:
-    """(kind, the module that holds the tensor)."""
-    if name.startswith("head."):
-        return "head", "head"
-    kind, _, rest = name.partition("/")
-    return kind, rest.rpartition(".")[0]

@@ -27,6 +27,8 @@ from modelpatch.patch.blueprint import Blueprint, Graft, Span
 from modelpatch.patch.changes import Reweighting, resolve, set_strength
 from modelpatch.patch.contents import Patch, PatchTask
 
+Reweightings = Mapping[str, Reweighting]  # by the backbone's names of the weights
+
 
 class PatchedModel(nn.Module):
     """Images (B, C, H, W) to the task's answer: the chain with its spans replaced by variants, then the head.
@@ -54,18 +56,15 @@ class PatchedModel(nn.Module):
         self.preprocessing, self._strength = patch.preprocessing, patch.strength
         self._build(backbone, patch.blueprint, patch.head.build(), {})
         check_head(backbone.chain, patch)
-        self._load(resolve(patch.tensors, backbone.chain, patch.strength))
+        own = {name: self._tensor(local).detach() for name, local in self.names.items()}
+        _fill(own, resolve(patch.tensors, backbone.chain, patch.strength))
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False).to(backbone.device)
         self.try_grafts(patch.blueprint, backbone)
 
     @classmethod
     def draft(
-        cls,
-        backbone: Backbone,
-        blueprint: Blueprint,
-        head: nn.Module,
-        reweightings: Mapping[str, Reweighting] | None = None,
+        cls, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Reweightings | None = None
     ) -> PatchedModel:
         """A model to be trained: owned parameters and the head require gradients, owned values start at the base's.
 
@@ -77,9 +76,7 @@ class PatchedModel(nn.Module):
         model._build(backbone, blueprint, head, reweightings or {})
         return model.eval()
 
-    def _build(
-        self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Mapping[str, Reweighting]
-    ) -> None:
+    def _build(self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Reweightings) -> None:
         chain = backbone.chain
         self.backbone, self.blueprint = backbone, blueprint
         self.spans = blueprint.spans(chain)
@@ -98,7 +95,7 @@ class PatchedModel(nn.Module):
             end = ends.get(index, index + 1)
             owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
-            self.parts.append(self._variant(chain[index:end], owned, reweightings, blueprint, (index, end)))
+            self.parts.append(self._variant(chain[index:end], owned, reweightings, (index, end)))
             if reading.both and index in ends:
                 clones = [clone_module(segment.module) for segment in chain[index:end]]
                 self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
@@ -117,35 +114,26 @@ class PatchedModel(nn.Module):
                 continue
             given, expected = backbone.chain[start].input_shape, backbone.chain[end - 1].output_shape
             with torch.random.fork_rng(devices=[]):  # skips of random weights draw from it
+                added = f"the modules that the patch adds to segments [{start}, {end})"
                 try:
                     shape = tuple(variant(torch.zeros(1, *given, device=backbone.device)).shape[1:])
                 except (RuntimeError, ValueError, LookupError, TypeError) as error:
-                    raise ForeignTensorError(
-                        f"the modules that the patch adds do not fit segments [{start}, {end}): {error}"
-                    ) from error
+                    raise ForeignTensorError(f"{added} do not fit: {error}") from error
             if shape != tuple(expected):
-                raise ForeignTensorError(
-                    f"what the patch adds to segments [{start}, {end}) answers in shape {shape}; expected {expected}."
-                )
+                raise ForeignTensorError(f"{added} answer in shape {shape}; expected {expected}.")
 
     def _variant(
-        self,
-        segments: tuple[Segment, ...],
-        owned: frozenset[str],
-        reweightings: Mapping[str, Reweighting],
-        blueprint: Blueprint,
-        span: Span,
+        self, segments: tuple[Segment, ...], owned: frozenset[str], reweightings: Reweightings, span: Span
     ) -> nn.Module:
         """A structural clone of the segments with the span's grafts; records what its own tensors are called."""
         clones, names, reweighted = [], {}, {}
         for segment in segments:
             local = {base: name for name, base in segment.tensor_names.items()}
             parameters = dict(segment.module.named_parameters())
-            clone = clone_module(
-                segment.module, {local[base] for base in local.keys() & owned if local[base] in parameters}
-            )
+            mine = {local[base]: base for base in local.keys() & owned}
+            clone = clone_module(segment.module, mine.keys() & parameters.keys())
             tensors = {**dict(clone.named_parameters()), **dict(clone.named_buffers())}
-            names.update({id(tensors[local[base]]): f"replace/{base}" for base in local.keys() & owned})
+            names.update({id(tensors[name]): f"replace/{base}" for name, base in mine.items()})
             for base in local.keys() & reweightings.keys():
                 owner, _, leaf = local[base].rpartition(".")
                 parametrize.register_parametrization(clone.get_submodule(owner), leaf, reweightings[base], unsafe=True)
@@ -155,7 +143,7 @@ class PatchedModel(nn.Module):
         frozen = {one for one in variant.modules() if not (names or reweighted) or isinstance(one, _BatchNorm)}
         before = (*variant.parameters(), *variant.buffers())  # held, since ids are given again to what is freed
         grafted: dict[int, Graft | None] = dict.fromkeys(map(id, before))
-        for graft in blueprint.grafts:
+        for graft in self.blueprint.grafts:
             if span[0] <= graft.start and graft.end <= span[1]:
                 variant = graft.apply(variant)
                 for tensor in (*variant.parameters(), *variant.buffers()):
@@ -218,23 +206,13 @@ class PatchedModel(nn.Module):
         figures and `created` facts of the run. Raises `PatchError` for a model that no patch file could hold.
         """
         if self._strength != 1 and self.blueprint.grafts:
-            raise PatchError(
-                f"the model runs added modules at strength {self._strength}. Bind the patch at strength 1."
-            )
+            raise PatchError(f"the model has added modules at strength {self._strength}. Bind the patch at strength 1.")
         record = getattr(self.head, "record", None)
         if not isinstance(record, HeadRecord):
             raise PatchError(f"the model's head, a {type(self.head).__name__}, has no record to store it under.")
-        return Patch.of(
-            self.backbone,
-            task,
-            record,
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()},
-            grafts=self.blueprint.grafts,
-            preprocessing=preprocessing or self.preprocessing,
-            method=method,
-            metrics=metrics,
-            created=created,
-        )
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
+        seen, facts = preprocessing or self.preprocessing, {"method": method, "metrics": metrics, "created": created}
+        return Patch.of(self.backbone, task, record, tensors, grafts=self.blueprint.grafts, preprocessing=seen, **facts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedModel:
         """A copy with tensors of its own that belongs to the same backbone."""
@@ -281,8 +259,7 @@ class PatchedModel(nn.Module):
     @property
     def variants(self) -> tuple[nn.Module, ...]:
         """The parts that stand in for the patch's spans, in order."""
-        spans = dict(self.spans)
-        return tuple(part for start, part in zip(self.starts, self.parts, strict=True) if start in spans)
+        return tuple(self.parts[self.starts.index(start)] for start, _ in self.spans)
 
     @property
     def first(self) -> int:
@@ -321,42 +298,31 @@ class PatchedModel(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training may change, under the names it has here; more exact than `tensors` for masks."""
-        names = list(self.names.values())
-        for path in self.reweighted.values():
-            names += [f"{path}.{name}" for name in self.get_submodule(path).state_dict()]
-        return {name: self._tensor(name).detach() for name in names}
+        return {local: self._tensor(local).detach() for local in self._places().values()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises `ForeignTensorError` for names or shapes that differ."""
-        own = self.state()
-        check_fit({name: tensor.shape for name, tensor in own.items()}, state)
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        _fill(self.state(), state)
 
     def portable_state(self) -> dict[str, Tensor]:
         """Everything that training may change, under names that do not depend on which other spans the patch has."""
-        tensors = {name: self._tensor(local).detach() for name, local in self.names.items()}
-        for base, path in self.reweighted.items():
-            own = self.get_submodule(path).state_dict()
-            tensors |= {f"mask/{base}.{name}": tensor for name, tensor in own.items()}
-        return tensors
+        return {name: self._tensor(local).detach() for name, local in self._places().items()}
 
-    @torch.no_grad()
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Take over what another model's `portable_state` holds of this one's; the rest stays as it is.
 
         Raises `ForeignTensorError` for a tensor of another shape.
         """
-        for name, tensor in self.portable_state().items():
-            if name in state:
-                check_fit({name: tensor.shape}, {name: state[name]})
-                tensor.copy_(state[name])
+        own = {name: tensor for name, tensor in self.portable_state().items() if name in state}
+        _fill(own, {name: state[name] for name in own})
 
-    def _load(self, values: Mapping[str, Tensor]) -> None:
-        check_fit(self.shapes(), values)
-        with torch.no_grad():
-            for name, local in self.names.items():
-                self._tensor(local).copy_(values[name])
+    def _places(self) -> dict[str, str]:
+        """The names here of everything that training may change, by portable names."""
+        places = dict(self.names)
+        for base, path in self.reweighted.items():
+            own = self.get_submodule(path).state_dict()
+            places |= {f"mask/{base}.{name}": f"{path}.{name}" for name in own}
+        return places
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor of the patch, by its name in a patch file, masked weights as replaced ones."""
@@ -389,12 +355,17 @@ def check_head(chain: Chain, patch: Patch) -> None:
     head.check_tensors(patch.head, patch.tensors, chain)
 
 
+def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy values to a model's tensors. Raises `ForeignTensorError` for names or shapes that differ."""
+    check_fit({name: tensor.shape for name, tensor in own.items()}, given)
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+
+
 def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
     """Raises `ForeignTensorError` unless `tensors` has exactly the expected names and shapes."""
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ForeignTensorError(
-            f"the patch lacks {len(missing)} tensors its structure needs: {', '.join(missing[:3])}."
-        )
+        raise ForeignTensorError(f"the patch lacks {len(missing)} tensors that it needs: {', '.join(missing[:3])}.")
     if foreign := sorted(tensors.keys() - expected.keys()):
         raise ForeignTensorError(f"the backbone has no place for {len(foreign)} tensors: {', '.join(foreign[:3])}.")
     for name, shape in expected.items():

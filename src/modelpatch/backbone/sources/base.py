@@ -10,10 +10,10 @@ the group `modelpatch.backbones`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -66,9 +66,4 @@ class BackboneSource(ABC):
 SOURCES = Registry[type[BackboneSource]](
     "source of backbones", "modelpatch.backbones", folder="modelpatch.backbone.sources", error=UnknownBackboneError
 )
-S = TypeVar("S", bound=type[BackboneSource])
-
-
-def register_source(name: str) -> Callable[[S], S]:
-    """Register a source under the word before the colon of a specification."""
-    return SOURCES.register(name)
+register_source = SOURCES.register  # under the word before the colon of a specification

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
-from modelpatch.backbone.sources.torchvision_dense import build_dense, dense_models
-from modelpatch.errors import BackboneError, UnknownBackboneError
+from modelpatch.backbone.sources.torchvision_dense import build_dense, build_model, dense_models
+from modelpatch.errors import UnknownBackboneError
 
 
 @register_source("torchvision")
@@ -26,16 +25,7 @@ class TorchvisionSource(BackboneSource):
                 f"torchvision has no model {name!r} that could be a backbone: for classification, FCN, DeepLabV3, "
                 "Faster R-CNN or SSD. See torchvision.models.list_models()."
             )
-        published = torchvision.models.get_model_weights(name).DEFAULT
-        try:
-            takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
-            extra = {"init_weights": True} if "init_weights" in takes else {}
-            module = torchvision.models.get_model(
-                name, weights=published if pretrained else None, **{**extra, **arguments}
-            )
-        except Exception as error:
-            raise BackboneError(f"torchvision could not build {name!r} with {arguments}: {error}") from error
-        transform = published.transforms()
+        module, transform = build_model(name, pretrained, arguments, init_weights=True)
         crop = int(transform.crop_size[0])
         seen = Preprocessing(
             input_size=(3, crop, crop),

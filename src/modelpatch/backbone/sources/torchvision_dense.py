@@ -23,6 +23,8 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import BackboneError
 
 DETECTION_SIZE = 320  # pixels of networks that take any
+_TRUNK = tuple(f"backbone.{name}" for name in ("fpn.", "extra.", "scale_weight"))
+LEFT_OUT = ("aux_classifier.", *_TRUNK, "rpn.", "roi_heads.", "head.")
 
 
 class WholeImageSegmenter(nn.Module):
@@ -40,12 +42,10 @@ class WholeImageSegmenter(nn.Module):
         self.register_load_state_dict_pre_hook(_flatten_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (
-            *self.backbone.children(),
-            *list(self.classifier)[:-1],
-        ):  # the trunk ends with what the decoder reads
+        *decoder, linear = self.classifier
+        for layer in (*self.backbone.children(), *decoder):  # the trunk ends with what the decoder reads
             x = layer(x)
-        return self.classifier[-1](x.mean((2, 3)))
+        return linear(x.mean((2, 3)))
 
 
 class DetectorTrunk(nn.Module):
@@ -73,16 +73,7 @@ def _flatten_last(module: WholeImageSegmenter, state: dict[str, Any], *rest: Any
 def _keep_own(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
     """Drop what the original has beside the trunk."""
     own = set(module.state_dict())
-    left_out = (
-        "aux_classifier.",
-        "backbone.fpn.",
-        "backbone.extra.",
-        "backbone.scale_weight",
-        "rpn.",
-        "roi_heads.",
-        "head.",
-    )
-    for name in [name for name in state if name not in own and name.startswith(left_out)]:
+    for name in [name for name in state if name not in own and name.startswith(LEFT_OUT)]:
         del state[name]
 
 
@@ -95,37 +86,32 @@ def dense_models() -> dict[str, type[nn.Module]]:
     return dict.fromkeys(segmenters, WholeImageSegmenter) | dict.fromkeys(detectors, DetectorTrunk)
 
 
-def build_dense(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
-    """One of `dense_models` as a backbone's module. Raises `BackboneError` where torchvision cannot build it."""
-    import torchvision
+def build_model(name: str, pretrained: bool, arguments: dict[str, Any], **defaults: Any) -> tuple[Any, Any]:
+    """A network of torchvision and the transform of its weights; `defaults` are used where its builder takes them.
 
-    wrapper = dense_models()[name]
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    given = {"weights": published if pretrained else None, **({} if pretrained else {"weights_backbone": None})}
-    if (
-        wrapper is WholeImageSegmenter
-        and not pretrained
-        and "aux_loss" in inspect.signature(torchvision.models.get_model_builder(name)).parameters
-    ):
-        given["aux_loss"] = False
+    Raises `BackboneError` where torchvision cannot build it.
+    """
+    from torchvision import models
+
+    published = models.get_model_weights(name).DEFAULT
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    given = {key: value for key, value in defaults.items() if key in takes}
     try:
-        model = torchvision.models.get_model(name, **{**given, **arguments})
+        model = models.get_model(name, **{"weights": published if pretrained else None, **given, **arguments})
     except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
         raise BackboneError(f"torchvision could not build {name!r} with {arguments}: {error}") from error
+    return model, published.transforms()
+
+
+def build_dense(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
+    """One of `dense_models` as a backbone's module. Raises `BackboneError` where torchvision cannot build it."""
+    wrapper = dense_models()[name]
+    random: dict[str, Any] = {} if pretrained else {"weights_backbone": None, "aux_loss": False}
+    model, transform = build_model(name, pretrained, arguments, **random)
     if wrapper is WholeImageSegmenter:
-        transform = published.transforms()
-        size = int(transform.resize_size[0])
-        seen = Preprocessing(
-            input_size=(3, size, size), mean=tuple(transform.mean), std=tuple(transform.std), crop_pct=1.0
-        )
-        return WholeImageSegmenter(model), seen
-    return DetectorTrunk(model), _seen_by(model)
-
-
-def _seen_by(model: nn.Module) -> Preprocessing:
-    """As the detector's own transform has it: a square of its fixed size, or of `DETECTION_SIZE`."""
-    transform: Any = model.transform
-    size = transform.fixed_size[0] if transform.fixed_size is not None else DETECTION_SIZE
-    return Preprocessing(
-        input_size=(3, size, size), mean=tuple(transform.image_mean), std=tuple(transform.image_std), crop_pct=1.0
-    )
+        size, mean, std = transform.resize_size[0], transform.mean, transform.std
+    else:
+        transform = model.transform  # the weights' transform resizes nothing
+        size, mean, std = (transform.fixed_size or [DETECTION_SIZE])[0], transform.image_mean, transform.image_std
+    seen = Preprocessing(input_size=(3, int(size), int(size)), mean=tuple(mean), std=tuple(std), crop_pct=1.0)
+    return wrapper(model), seen
