@@ -230,7 +230,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(
 
 
 def test_files_that_cannot_be_read_are_named(tiny: Backbone, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotAPatchError, match=rf"no PEFT folder: {CONFIG} cannot be read"):
+    with pytest.raises(NotAPatchError, match=rf"is not a PEFT folder: {CONFIG} cannot be read"):
         import_peft(tmp_path / "nowhere", tiny, TASK)
     weights = folder / WEIGHTS
     data = weights.read_bytes()
