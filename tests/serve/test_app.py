@@ -20,7 +20,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import encode_patch
 from modelpatch.serve import app as application
-from modelpatch.serve import body
+from modelpatch.serve import question
 from modelpatch.serve.problems import MEDIA_TYPE, Problem
 from modelpatch.serve.schemas import PIXEL
 from modelpatch.store.store import Store
@@ -188,7 +188,7 @@ def test_bytes_are_counted_as_they_arrive(store: Store) -> None:
 
 
 def test_silence_is_not_waited_for(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "SILENCE", 0.2)
+    monkeypatch.setattr(question, "SILENCE", 0.2)
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=300) as slow:
         slow.sendall(

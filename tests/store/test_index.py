@@ -11,7 +11,7 @@ import pytest
 
 from modelpatch.errors import StoreError
 from modelpatch.store.index import DONE, FOLD, INDEX, Index, pack, unpack
-from modelpatch.store.records import Records
+from modelpatch.store.records import RECORD, TAG, Records
 from modelpatch.store.storage import Storage, open_storage
 from modelpatch.store.version import Version
 
@@ -38,8 +38,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def put(index: Index, version: Version, tag: str = "latest") -> None:
     with index.changing(version.name):
-        index.records.write_record(version)
-        index.records.write_tag(version.name, tag, version.hash)
+        index.records.write(version.name, version.hash + RECORD, version.record())
+        index.records.write(version.name, tag + TAG, version.hash.encode())
 
 
 def tables(storage: Storage) -> list[str]:
@@ -126,13 +126,13 @@ def test_a_writer_that_dies_at_any_step_leaves_a_right_listing(storage: Storage)
     index.versions()
     # the process ends with the record written: neither the tag nor the mark's end are there
     storage.write(f"{INDEX}/patch@{5:024x}.begun", b"")
-    index.records.write_record(make_version("patch", 2))
+    index.records.write("patch", make_version("patch", 2).hash + RECORD, make_version("patch", 2).record())
     assert [one.nbytes for one in Index(Records(storage)).versions()] == [1001, 1002]
     for number in range(FOLD):
         put(index, make_version(f"other-{number}", number))
     assert len(index.versions()) == FOLD + 2
     assert marks(storage) == [f"patch@{5:024x}.begun"]  # nobody knows whether that writer still lives
-    index.records.write_tag("patch", "prod", make_version("patch", 2).hash)  # it does
+    index.records.write("patch", "prod" + TAG, make_version("patch", 2).hash.encode())  # it does
     assert [one.tags for one in index.versions() if one.name == "patch"] == [("latest",), ("prod",)]
 
 

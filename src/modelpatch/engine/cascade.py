@@ -119,15 +119,12 @@ class Cascade:
 
     def __post_init__(self) -> None:
         if not 0 < len(self.patches) == len(self.confidences) <= MAX_STAGES:
-            raise CascadeError(
-                f"{len(self.patches)} patches with {len(self.confidences)} confidences; expected one each, 1 to {MAX_STAGES}."
-            )
+            given = f"{len(self.patches)} patches with {len(self.confidences)} confidences"
+            raise CascadeError(f"{given}; expected one each, 1 to {MAX_STAGES}.")
         check_one_task(self.patches)
         last = [confidence.threshold is None for confidence in self.confidences]
         if last != [False] * (len(last) - 1) + [True]:
-            raise CascadeError(
-                "every stage but the last needs a threshold, and the last, which answers all images that are left, has none."
-            )
+            raise CascadeError("expected a threshold for every stage but the last, which answers all that are left.")
 
     @property
     def task(self) -> TaskRecord:
@@ -148,18 +145,12 @@ class Cascade:
             patch = Patch.load(path.parent / stage.file)
             same = patch.content_hash == stage.content and patch.preprocessing == stage.preprocessing
             if not same or patch.task.classes != record.task.classes:
-                raise CascadeFileError(
-                    f"{path}: {stage.file} is not the patch that the cascade was made of. Put that one beside it, or make the "
-                    "cascade anew."
-                )
+                said = f"{path}: {stage.file} is not the patch that the cascade was made of."
+                raise CascadeFileError(said, "Put that one beside it, or make the cascade anew.")
             patches.append(patch)
         try:
-            return cls(
-                patches=tuple(patches),
-                confidences=tuple(stage.confidence for stage in record.stages),
-                metrics=record.metrics,
-                created=record.created,
-            )
+            sure = tuple(stage.confidence for stage in record.stages)
+            return cls(patches=tuple(patches), confidences=sure, metrics=record.metrics, created=record.created)
         except CascadeError as error:
             raise CascadeFileError(f"{path}: {error}") from error
 
@@ -177,9 +168,7 @@ class Cascade:
             for patch, file in zip(self.patches, files, strict=True):
                 patch.save(file)
         if away := [file for file in files if Path(file).resolve().parent != path.resolve().parent]:
-            raise CascadeError(
-                f"{away[0]} does not lie beside {path}. Write the cascade into the folder of its patches."
-            )
+            raise CascadeError(f"{away[0]} does not lie beside {path}.", "Write the cascade into its patches' folder.")
         write_bytes(path, self._record([Path(file).name for file in files]))
         return path
 
@@ -190,15 +179,13 @@ class Cascade:
         ]
         try:
             canonical([self.metrics, self.created])
-            record = CascadeRecord(
-                kind="modelpatch cascade",
-                version=1,
-                task=self.task,
-                stages=tuple(stages),
-                metrics=self.metrics,
-                created=self.created,
-                sha256="0" * 64,
-            )
+            facts: dict[str, Any] = {
+                "task": self.task,
+                "stages": tuple(stages),
+                "metrics": self.metrics,
+                "created": self.created,
+            }
+            record = CascadeRecord(kind="modelpatch cascade", version=1, sha256="0" * 64, **facts)
             record = record.model_copy(update={"sha256": record.digest()})
             text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -227,21 +214,15 @@ def check_one_task(patches: Sequence[Patch]) -> None:
     """Raises `CascadeError` unless all patches answer the same classes over the same frozen chain."""
     first, *others = patches
     if dense := [patch for patch in patches if not kind_of(patch.task.kind).classifies]:
-        raise CascadeError(
-            f"{dense[0].task.name} is a {dense[0].task.kind} task; only classes of whole images have a confidence."
-        )
+        task = dense[0].task
+        raise CascadeError(f"{task.name} is a {task.kind} task; only classes of whole images have a confidence.")
     for patch in others:
         if patch.task.classes != first.task.classes:
-            raise CascadeError(
-                f"{patch.task.name} with {len(patch.task.classes)} classes and {first.task.name} with "
-                f"{len(first.task.classes)} are different tasks; a cascade is of one."
-            )
+            both = [f"{one.task.name} with {len(one.task.classes)} classes" for one in (patch, first)]
+            raise CascadeError(f"{' and '.join(both)} are different tasks; a cascade is of one.")
         if patch.backbone.fingerprint.chain != first.backbone.fingerprint.chain:
-            raise CascadeError(
-                f"the patches belong to different backbones: {patch.backbone.spec} (chain "
-                f"{patch.backbone.fingerprint.chain[:12]}) and {first.backbone.spec} "
-                f"({first.backbone.fingerprint.chain[:12]})."
-            )
+            both = [f"{one.spec} (chain {one.fingerprint.chain[:12]})" for one in (patch.backbone, first.backbone)]
+            raise CascadeError(f"the patches belong to different backbones: {' and '.join(both)}.")
 
 
 def is_cascade(path: str | Path) -> bool:
@@ -260,10 +241,9 @@ def _read(path: Path) -> CascadeRecord:
     try:
         record = CascadeRecord.model_validate_json(data)
         digest = record.digest()
-    except ValidationError as error:
-        raise CascadeFileError(f"{path} is no cascade: {first_problem(error)}.") from error
-    except (ValueError, RecursionError) as error:  # invalid numbers, endless nesting
-        raise CascadeFileError(f"{path} is no cascade: {str(error)[:200]}.") from error
+    except (ValueError, RecursionError) as error:  # no such JSON, invalid numbers, endless nesting
+        said = first_problem(error) if isinstance(error, ValidationError) else str(error)[:200]
+        raise CascadeFileError(f"{path} is no cascade: {said}.") from error
     if digest != record.sha256:
         raise CascadeFileError(f"{path} is damaged: its content is not what was written. Make the cascade anew.")
     return record

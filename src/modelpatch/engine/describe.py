@@ -2,99 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpatch.engine.steps import HeadStep, PoolStep, Roots, RunStep, Step, reads, run_flops
+from modelpatch.engine.steps import PoolStep, Roots, RunStep, Step, reads, run_flops
 from modelpatch.errors import MissingExtraError, ModelpatchError
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A run on one of its streams: `stream` is its output, `others` are the streams it is concatenated with."""
+    """A run of the links `[span[0], span[1])` on one `stream`, the tasks whose heads read its output, and what follows.
 
-    run: RunStep
+    `others` are the streams that it is concatenated with. The images themselves are a branch without links.
+    """
+
+    name: str
     stream: int
     rows: int
-    flops: int
-    others: tuple[int, ...]
+    flops: int = 0
+    own: bool = False
+    others: tuple[int, ...] = ()
+    span: tuple[int, int] = (0, 0)
+    tasks: Sequence[str] = ()
+    children: Sequence[Branch] = ()
 
-
-def branches(steps: Sequence[Step]) -> dict[int, list[Branch]]:
-    """The runs that read every stream."""
-    ways: dict[int, list[Branch]] = {}
-    for run in (step for step in steps if isinstance(step, RunStep)):
-        for place, (source, stream) in enumerate(zip(run.inputs, run.outputs, strict=True)):
-            others = tuple(other for other in run.outputs if other != stream)
-            branch = Branch(run, stream, run.sizes[place], run_flops(run, place), others)
-            ways.setdefault(source.stream, []).append(branch)
-    return ways
-
-
-def answers(steps: Sequence[Step]) -> dict[int, list[str]]:
-    """The tasks whose heads read every stream, pooled or as it is."""
-    pooled = {step.output: step.stream for step in steps if isinstance(step, PoolStep)}
-    found: dict[int, list[str]] = {}
-    for step in steps:
-        if isinstance(step, HeadStep):
-            for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
-                names = found.setdefault(stream, [])
-                names += [name for name in step.members if name not in names]
-    return found
-
-
-def outline(roots: Roots, steps: Sequence[Step]) -> Iterator[str]:
-    """The lines of the tree of streams with the operations of every run."""
-    ways, heads = branches(steps), answers(steps)
-    for root, stream, rows in roots:
-        size = getattr(root, "image_size", None)
-        yield f"{len(rows)} images" + (f" at {size} px" if size else "")
-        yield from _below(stream, ways, heads, "")
-
-
-def _below(stream: int, ways: dict[int, list[Branch]], heads: dict[int, list[str]], indent: str) -> Iterator[str]:
-    entries: list[Any] = [*ways.get(stream, []), *([heads[stream]] if stream in heads else [])]
-    for number, entry in enumerate(entries):
-        corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
-        if isinstance(entry, Branch):
-            facts = [f"{entry.rows} rows", flops_text(entry.flops)]
-            facts += ["its own"] if entry.run.own else []
-            facts += [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
-            yield f"{indent}{corner}s{entry.stream}  {entry.run.name}  ({', '.join(facts)})"
-            yield from _below(entry.stream, ways, heads, indent + bar)
-        else:
-            yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
-
-
-def tree(roots: Roots, steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """The tree of streams as nested facts for JSON: a node an image size, below it one a run, with its tasks."""
-    ways, heads = branches(steps), answers(steps)
-
-    def below(stream: int) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": branch.run.name,
-                "images": branch.rows,
-                "flops": branch.flops,
-                "own": branch.run.own,
-                "tasks": heads.get(branch.stream, []),
-                "children": below(branch.stream),
-            }
-            for branch in ways.get(stream, [])
-        ]
-
-    return [
-        {
-            "name": f"images at {root.image_size} px" if hasattr(root, "image_size") else "images",
-            "images": len(rows),
-            "flops": 0,
-            "own": False,
-            "tasks": heads.get(stream, []),
-            "children": below(stream),
+    def facts(self, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """The branch and all that follows as nested facts for JSON, with the `names` of every task."""
+        return {
+            "name": self.name,
+            "images": self.rows,
+            "flops": self.flops,
+            "own": self.own,
+            "tasks": [name for task in self.tasks for name in names[task]],
+            "children": [child.facts(names) for child in self.children],
         }
-        for root, stream, rows in roots
-    ]
+
+    def outline(self, indent: str = "") -> Iterator[str]:
+        """The lines of the tree below the branch, with the operations of every run."""
+        entries: list[Branch | Sequence[str]] = [*self.children, *([self.tasks] if self.tasks else [])]
+        for number, entry in enumerate(entries):
+            corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
+            if isinstance(entry, Branch):
+                facts = [f"{entry.rows} rows", flops_text(entry.flops)]
+                facts += ["its own"] if entry.own else []
+                facts += (
+                    [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
+                )
+                yield f"{indent}{corner}s{entry.stream}  {entry.name}  ({', '.join(facts)})"
+                yield from entry.outline(indent + bar)
+            else:
+                yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
+
+
+def grow(roots: Roots, steps: Sequence[Step]) -> list[Branch]:
+    """The trees of streams, one for every root."""
+    ways: dict[int, list[tuple[RunStep, int]]] = {}
+    pooled: dict[int, int] = {}
+    heads: dict[int, list[str]] = {}
+    for step in steps:
+        if isinstance(step, RunStep):
+            for place, source in enumerate(step.inputs):
+                ways.setdefault(source.stream, []).append((step, place))
+        elif isinstance(step, PoolStep):
+            pooled[step.output] = step.stream
+        else:
+            for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
+                names = heads.setdefault(stream, [])
+                names += [name for name in step.members if name not in names]
+
+    def follow(stream: int) -> list[Branch]:
+        return [branch(run, place) for run, place in ways.get(stream, [])]
+
+    def branch(run: RunStep, place: int) -> Branch:
+        stream, span = run.outputs[place], (run.links[0].span[0], run.links[-1].span[1])
+        others = tuple(other for other in run.outputs if other != stream)
+        flops, tasks = run_flops(run, place), heads.get(stream, [])
+        return Branch(run.name, stream, run.sizes[place], flops, run.own, others, span, tasks, follow(stream))
+
+    trees = []
+    for root, stream, rows in roots:
+        name = f"images at {root.image_size} px" if hasattr(root, "image_size") else "images"
+        trees.append(Branch(name, stream, len(rows), tasks=heads.get(stream, []), children=follow(stream)))
+    return trees
 
 
 def describe_step(step: Step) -> str:
@@ -116,7 +106,7 @@ def flops_text(flops: float) -> str:
     return f"{flops:,.0f} FLOP"
 
 
-def draw(roots: Roots, steps: Sequence[Step], path: str, title: str) -> None:
+def draw(trees: Sequence[Branch], path: str, title: str) -> None:
     """Streams from left to right along the chain, a lane a task; what a patch owns is coloured.
 
     Raises `MissingExtraError` without matplotlib, `ModelpatchError` for a path that cannot be written.
@@ -125,20 +115,22 @@ def draw(roots: Roots, steps: Sequence[Step], path: str, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots", "drawing a plan") from error
-    ways, heads = branches(steps), answers(steps)
     lanes: dict[int, float] = {}
     labels: list[tuple[float, str]] = []
-    for _, stream, _ in roots:
-        _place(stream, ways, heads, lanes, labels)
-    length = max((link.span[1] for step in steps if isinstance(step, RunStep) for link in step.links), default=1)
+    roots = [*trees]
+    for root in roots:
+        _place(root, lanes, labels)
     figure = Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
     axes = figure.subplots()
-    for source, found in ways.items():
-        for branch in found:
-            start, end = branch.run.links[0].span[0], branch.run.links[-1].span[1]
-            lane = lanes[branch.stream]
-            axes.plot([start, start], [lanes[source], lane], color="0.6", linewidth=1, zorder=1)
-            colour = "tab:orange" if branch.run.own else "tab:blue"
+    length = 1
+    while roots:
+        parent = roots.pop()
+        roots += parent.children
+        for branch in parent.children:
+            (start, end), lane = branch.span, lanes[branch.stream]
+            length = max(length, end)
+            axes.plot([start, start], [lanes[parent.stream], lane], color="0.6", linewidth=1, zorder=1)
+            colour = "tab:orange" if branch.own else "tab:blue"
             axes.barh(lane, end - start - 0.1, left=start + 0.05, height=0.6, color=colour, zorder=2)
             for other in branch.others:
                 axes.plot([start + 0.3] * 2, [lane, lanes[other]], color="black", linestyle=":", zorder=3)
@@ -155,22 +147,15 @@ def draw(roots: Roots, steps: Sequence[Step], path: str, title: str) -> None:
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
-        raise ModelpatchError(
-            f"cannot draw {path}: {error}. Use a .png, .svg or .pdf in a folder that exists."
-        ) from error
+        advice = "Use a .png, .svg or .pdf in a folder that exists."
+        raise ModelpatchError(f"cannot draw {path}: {error}.", advice) from error
 
 
-def _place(
-    stream: int,
-    ways: dict[int, list[Branch]],
-    heads: dict[int, list[str]],
-    lanes: dict[int, float],
-    labels: list[tuple[float, str]],
-) -> float:
+def _place(branch: Branch, lanes: dict[int, float], labels: list[tuple[float, str]]) -> float:
     """Give a stream and all that follow from it a lane; a stream that forks lies in the middle of its branches."""
-    below = [_place(branch.stream, ways, heads, lanes, labels) for branch in ways.get(stream, [])]
-    if not below or stream in heads:
-        labels.append((float(len(labels)), ", ".join(heads.get(stream, []))))
+    below = [_place(child, lanes, labels) for child in branch.children]
+    if not below or branch.tasks:
+        labels.append((float(len(labels)), ", ".join(branch.tasks)))
         below.append(labels[-1][0])
-    lanes[stream] = sum(below) / len(below)
-    return lanes[stream]
+    lanes[branch.stream] = sum(below) / len(below)
+    return lanes[branch.stream]

@@ -27,14 +27,13 @@ from modelpatch.backbone.frozen import FrozenBackbone, sample
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import Module, Tuning
 from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
-from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.measuring import least_seconds, measure
 from modelpatch.engine.plan import Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.resident import BoundPart
 from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
-from modelpatch.engine.steps import Link, Rows
+from modelpatch.engine.steps import Batches, Link, Rows, SegmentLink
 from modelpatch.engine.stream import Answers, Sources, stream
 from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
 from modelpatch.engine.template import Templates
@@ -68,16 +67,14 @@ class Engine:
         eager: bool = False,
         bfloat16: bool = False,
     ) -> None:
-        if not isinstance(backbone, Backbone):
-            raise EngineError(f"the backbone is a {type(backbone).__name__}; expected what load_backbone gives.")
-        if not isinstance(patches or {}, Mapping):
-            raise EngineError(
-                f"the patches are a {type(patches).__name__}; expected them by name: {{'flowers': patch}}."
-            )
-        if tuning is not None and not isinstance(tuning, Tuning):
-            raise EngineError(
-                f"the tuning is a {type(tuning).__name__}; expected a Tuning, such as mp.backbone.Tuning(fold=True)."
-            )
+        pinned = Tuning() if tuning is None else tuning
+        for given, kind, name, expected in (
+            (backbone, Backbone, "backbone is", "what load_backbone gives"),
+            (patches or {}, Mapping, "patches are", "them by name: {'flowers': patch}"),
+            (pinned, Tuning, "tuning is", "a Tuning, such as mp.backbone.Tuning(fold=True)"),
+        ):
+            if not isinstance(given, kind):
+                raise EngineError(f"the {name} a {type(given).__name__}; expected {expected}.")
         if budget is not None and (type(budget) is not int or budget < 0):
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
         self.backbone = backbone
@@ -92,15 +89,11 @@ class Engine:
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._seconds: dict[int, float] = {}
-        self._tasks: dict[str, EngineTask] = {BASE: self._base()}
+        head = clone_module(backbone.chain.head)
+        base = EngineTask(BASE, backbone.preprocessing, backbone.classes, head, self._segments)
+        self._tasks: dict[str, EngineTask] = {BASE: base}
         for name, patch in (patches or {}).items():
             self.add(name, patch)
-
-    def _base(self) -> EngineTask:
-        base = self.backbone
-        return EngineTask(BASE, base.preprocessing, base.classes, clone_module(base.chain.head), self._segments)
-
-    # members ------------------------------------------------------------------------------------------------
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -202,9 +195,8 @@ class Engine:
 
     def _bind(self, name: str, patch: Given) -> EngineTask:
         if not isinstance(name, str) or not name or name == BASE:
-            raise EngineError(
-                f"a patch cannot be named {name!r}: expected a name of its own, and {BASE!r} is the backbone."
-            )
+            expected = f"expected a name of its own, and {BASE!r} is the backbone"
+            raise EngineError(f"a patch cannot be named {name!r}: {expected}.")
         if (cascade := read_cascade(patch)) is not None:
             return bind_cascade(self.templates, self._segments, name, cascade)
         if isinstance(patch, list | tuple):
@@ -212,7 +204,6 @@ class Engine:
         return bind_one(self.templates, self._segments, name, cast(AnyPatch, patch))
 
     def _forget(self, old: EngineTask) -> None:
-        """Drop the programs and modules that only a task that is gone used."""
         for key in [key for key, program in self._programs.items() if old.serials & program.serials]:
             del self._programs[key]
         if old.name in self._pinned:
@@ -222,8 +213,6 @@ class Engine:
 
     def _find(self, name: str) -> EngineTask:
         return self._choose([name])[0]
-
-    # running ------------------------------------------------------------------------------------------------
 
     @overload
     def __call__(
@@ -269,29 +258,35 @@ class Engine:
             if only is not None:
                 raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
             return self._rows(images, check_names(tasks, "tasks") or [], wish)
-        chosen = self._pick(self._choose(only), wish)
+        chosen = self._pick(only, wish)
         return {name: routed.logits for name, routed in self._route(chosen, images).items()}
 
     def route(self, images: Images, only: Iterable[str] | None = None) -> dict[str, Routed]:
         """Logits by task as a call gives them, and which stage of a cascade answered each row."""
-        return self._route(self._pick(self._choose(only)), images)
+        return self._route(self._pick(only), images)
 
     def _route(self, chosen: Sequence[EngineTask], images: Images) -> dict[str, Routed]:
         batches = self._batches(chosen, images)
         rows = tuple(range(count_rows(batches)))
         return run_rounds(chosen, [rows] * len(chosen), batches, self._run)
 
-    def _run(
-        self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor]
-    ) -> dict[str, Tensor]:
-        return self._compute(self._program(tasks, rows, batches), batches)
+    def _run(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches) -> dict[str, Tensor]:
+        program = self._program(tasks, rows, batches)
+        try:
+            return program(batches)
+        except RuntimeError as error:
+            size, own = batches[None].shape[2:] if None in batches else (), self.backbone.preprocessing.image_size
+            if not size or set(size) == {own}:
+                raise
+            raise EngineError(
+                f"{self.backbone.spec} cannot compute images of {size[0]} x {size[1]}; its own have {own} pixels a side."
+            ) from error
 
-    def _pick(self, tasks: Sequence[EngineTask], wish: Wish = ANY) -> list[EngineTask]:
-        """Of every task with several patches the one that is wished for."""
-        return wish.pick(tasks, self._measured)
+    def _pick(self, only: Iterable[str] | None, wish: Wish = ANY) -> list[EngineTask]:
+        """The tasks of these names, or all; of every task with several patches the one that is wished for."""
+        return wish.pick(self._choose(only), self._measured)
 
     def _measured(self, task: EngineTask) -> float:
-        """Seconds for one image, measured when first asked for."""
         if task.serial not in self._seconds:
             kind = task.preprocessing
             batches: dict[Hashable, Tensor] = {kind: sample(kind.input_size, self.backbone.device)[:1]}
@@ -303,7 +298,7 @@ class Engine:
         wanted: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
             wanted.setdefault(name, []).append(row)
-        chosen = self._pick(self._choose(wanted), wish)
+        chosen = self._pick(wanted, wish)
         batches = self._batches(chosen, images)
         if len(tasks) != count_rows(batches):
             raise EngineError(f"{count_rows(batches)} images and {len(tasks)} tasks; expected one task an image.")
@@ -316,7 +311,7 @@ class Engine:
 
         `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
         """
-        chosen = self._pick(self._choose(rows))
+        chosen = self._pick(rows)
         batches = self._batches(chosen, images)
         count = count_rows(batches)
         for name, own in rows.items():
@@ -325,7 +320,7 @@ class Engine:
         return self._answer(chosen, rows, batches)
 
     def _answer(
-        self, tasks: Sequence[EngineTask], rows: Mapping[str, Sequence[int]], batches: Mapping[Hashable, Tensor]
+        self, tasks: Sequence[EngineTask], rows: Mapping[str, Sequence[int]], batches: Batches
     ) -> dict[str, Tensor]:
         if not tasks:
             return {}
@@ -343,7 +338,7 @@ class Engine:
         """Images as every task (or those in `only`) sees them: batches (B, 3, H, W) by preprocessing. Raises `DataError`.
 
         `resolution` and `latency` choose among several patches of a task as a call does."""
-        chosen = self._pick(self._choose(only), Wish(resolution, latency))
+        chosen = self._pick(only, Wish(resolution, latency))
         return read(sources, [kind for task in chosen for kind in task.kinds])
 
     def stream(
@@ -369,7 +364,7 @@ class Engine:
         """The plan for these images and what each of its steps took, after a first run that does not count.
 
         Of a cascade all stages run: what an image takes that none but the last is sure of."""
-        chosen = self._whole(self._choose(only))
+        chosen = self._whole(only)
         batches = self._batches(chosen, images)
         rows = tuple(range(count_rows(batches)))
         program = self._program(chosen, [rows] * len(chosen), batches)
@@ -391,11 +386,11 @@ class Engine:
             return self._program([one for one, _ in pairs], [own for _, own in pairs], None).plan
         if type(rows) is not int or rows < 0:
             raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
-        chosen = self._whole(self._choose(only))
+        chosen = self._whole(only)
         return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
 
-    def _whole(self, tasks: Sequence[EngineTask]) -> list[EngineTask]:
-        return [one for task in self._pick(tasks) for one in task.whole]
+    def _whole(self, only: Iterable[str] | None) -> list[EngineTask]:
+        return [one for task in self._pick(only) for one in task.whole]
 
     def _choose(self, only: Iterable[str] | None) -> list[EngineTask]:
         """The tasks of these names, or all, as they are at this moment. Raises `UnknownTaskError`."""
@@ -411,9 +406,7 @@ class Engine:
         kinds = {f"{task.name}{' ' * place}": kind for task in tasks for place, kind in enumerate(task.kinds)}
         return make_batches(images, kinds, self.backbone.device)
 
-    def _program(
-        self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor] | None
-    ) -> Program:
+    def _program(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches | None) -> Program:
         """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
         one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
         key = (one, tuple((task.serial, own) for task, own in zip(tasks, rows, strict=True)))
@@ -439,19 +432,6 @@ class Engine:
                     self._programs.popitem(last=False)
         return program
 
-    def _compute(self, program: Program, batches: Mapping[Hashable, Tensor]) -> dict[str, Tensor]:
-        """Raises `EngineError` where the network cannot compute images of another size than its own."""
-        try:
-            return program(batches)
-        except RuntimeError as error:
-            size = batches[None].shape[2:] if None in batches else ()
-            if not size or set(size) == {self.backbone.preprocessing.image_size}:
-                raise
-            raise EngineError(
-                f"{self.backbone.spec} cannot compute images of {size[0]} x {size[1]}; its own have "
-                f"{self.backbone.preprocessing.image_size} pixels a side."
-            ) from error
-
     def _join(self, heads: tuple[nn.Module, ...]) -> JoinedHeads:
         """Linear heads as one, kept as long as a program needs it and shared by all that do."""
         key = tuple(map(id, heads))
@@ -469,8 +449,6 @@ class Engine:
         """Return True if reading the weights once saves more than copying the streams costs: few rows, many weights."""
         rows = max(sizes)
         return rows <= self.tuning.merge_rows and link.nbytes > rows * link.output_bytes
-
-    # facts --------------------------------------------------------------------------------------------------
 
     @property
     def memory(self) -> dict[str, int]:

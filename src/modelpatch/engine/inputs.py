@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
+from modelpatch.engine.steps import Batches
 from modelpatch.errors import EngineError
 
 Images = Tensor | Mapping[Preprocessing, Tensor] | Sequence[ImageSource]
@@ -30,19 +31,16 @@ def make_batches(images: Images, kinds: Mapping[str, Preprocessing], device: tor
         return {kind: batch.to(device) for kind, batch in read(images, kinds.values()).items()}
     missing = [task for task, kind in kinds.items() if kind not in images]
     if missing:
-        raise EngineError(
-            f"there are no images for the preprocessing of: {', '.join(missing)}. engine.read(files) makes them all."
-        )
+        said = f"there are no images for the preprocessing of: {', '.join(missing)}."
+        raise EngineError(said, "engine.read(files) makes them all.")
     for task, kind in kinds.items():
         check_batch(images[kind], f"the images of {task}")
         if images[kind].shape[1:] != kind.input_size:
             given = tuple(images[kind].shape[1:])
             raise EngineError(f"the images of {task} have shape {given}; its preprocessing gives {kind.input_size}.")
-    counts = {len(images[kind]) for kind in kinds.values()}
+    counts = sorted({len(images[kind]) for kind in kinds.values()})
     if len(counts) > 1:
-        raise EngineError(
-            f"the batches hold {', '.join(map(str, sorted(counts)))} images; expected the same number in each."
-        )
+        raise EngineError(f"the batches hold {', '.join(map(str, counts))} images; expected the same number in each.")
     return {kind: images[kind].to(device) for kind in dict.fromkeys(kinds.values())}
 
 
@@ -86,7 +84,7 @@ def _check_alike(kinds: Mapping[str, Preprocessing]) -> None:
         )
 
 
-def count_rows(batches: Mapping[Hashable, Tensor]) -> int:
+def count_rows(batches: Batches) -> int:
     """The number of images."""
     return len(next(iter(batches.values()))) if batches else 0
 

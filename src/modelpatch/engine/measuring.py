@@ -40,19 +40,15 @@ def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, second
         speedups = [_ratio(ways, batch, share) for batch in (images[:1], images)]
         better = prod(speedups) > NOTICEABLE
         chosen = chosen if better else without
-        notes.append(
-            f"  {name}: {speedups[0]:.2f}x on 1 image, {speedups[1]:.2f}x on {rows}: {'on' if better else 'off'}"
-        )
+        state = "on" if better else "off"
+        notes.append(f"  {name}: {speedups[0]:.2f}x on 1 image, {speedups[1]:.2f}x on {rows}: {state}")
     merge_rows, note = _measure_merging(backbone, chosen, share)
     return replace(chosen, merge_rows=merge_rows, measured=(*notes, note))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True
-    return any(
-        bool(getattr(torch.cpu, probe, bool)()) for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type != "cpu" or any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def _whole(backbone: Backbone, tuning: Tuning) -> Callable[[Tensor], Tensor]:

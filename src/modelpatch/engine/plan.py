@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from modelpatch.engine.describe import draw, flops_text, outline
+from modelpatch.engine.describe import draw, flops_text, grow
 from modelpatch.engine.steps import HeadStep, Link, PoolStep, Roots, Rows, RunStep, Step, Take, reads, run_flops, writes
 from modelpatch.heads.reading import Read, Stream
 from modelpatch.text import count_of
@@ -116,15 +116,15 @@ class Plan:
 
     def __str__(self) -> str:
         images = max((len(rows) for rows in self.rows), default=0)
-        title = (
-            f"{count_of(len(self.members), 'task')}, up to {images} images each: {self._saving}; {self.bytes / 1e6:.1f} MB of "
-            "weights and activations"
-        )
-        return "\n".join([title, *outline(self.roots, self.steps)])
+        count, size = count_of(len(self.members), "task"), self.bytes / 1e6
+        lines = [f"{count}, up to {images} images each: {self._saving}; {size:.1f} MB of weights and activations"]
+        for tree in grow(self.roots, self.steps):
+            lines += [f"{tree.rows} {tree.name}", *tree.outline()]
+        return "\n".join(lines)
 
     def draw(self, path: str) -> None:
         """Draw the plan as a tree of streams into a picture (.png, .svg, .pdf). Needs matplotlib."""
-        draw(self.roots, self.steps, path, self._saving)
+        draw(grow(self.roots, self.steps), path, self._saving)
 
     @property
     def _saving(self) -> str:
@@ -141,9 +141,6 @@ def _operations(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> int:
                 history = (*history, (link.span, link.key))
                 wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(own)
     return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
-
-
-# making -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -228,17 +225,11 @@ def _meet(streams: list[_Stream], pays: Pays) -> list[RunStep]:
         link = group[0].link
         assert link is not None
         together = len(group) > 1 and pays(link, [len(stream.rows) for stream in group])
-        runs += [_run(link, part) for part in ([group] if together else [[stream] for stream in group])]
+        for part in [group] if together else [[stream] for stream in group]:
+            takes = [Take(one.parent.number, one.parent.places(one.rows)) for one in part if one.parent is not None]
+            sizes = tuple(len(one.rows) for one in part)
+            runs.append(RunStep((link,), tuple(takes), tuple(one.number for one in part), sizes, part[0].scale))
     return sorted(runs, key=lambda run: run.links[0].span)
-
-
-def _run(link: Link, streams: list[_Stream]) -> RunStep:
-    inputs = []
-    for stream in streams:
-        assert stream.parent is not None
-        inputs.append(Take(stream.parent.number, stream.parent.places(stream.rows)))
-    numbers = tuple(stream.number for stream in streams)
-    return RunStep((link,), tuple(inputs), numbers, tuple(len(stream.rows) for stream in streams), streams[0].scale)
 
 
 def _fuse(runs: list[RunStep], tapped: set[int]) -> list[RunStep]:

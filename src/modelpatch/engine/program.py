@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
 from modelpatch.engine.plan import Plan
-from modelpatch.engine.steps import HeadStep, Link, PoolStep, RunStep, Step, Take
+from modelpatch.engine.steps import Batches, HeadStep, Link, PoolStep, RunStep, Step, Take
 from modelpatch.heads.reading import Reading, pool
 
 
@@ -52,9 +52,9 @@ class Program:
         }
 
     @torch.inference_mode()
-    def __call__(self, images: Mapping[Hashable, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
+    def __call__(self, images: Batches, timings: list[Timing] | None = None) -> dict[str, Tensor]:
         """Answers by member, each for its rows in order, from the images (B, 3, H, W) of every root."""
-        streams: list[Tensor | None] = [None] * self.plan.streams
+        streams: dict[int, Tensor] = {}
         for root, stream, rows in self.plan.roots:
             whole = images[root]
             streams[stream] = lay(whole if len(rows) == len(whole) else whole[list(rows)], self._tuning)
@@ -64,16 +64,16 @@ class Program:
             if isinstance(step, RunStep):
                 self._run(step, streams)
             elif isinstance(step, PoolStep):
-                streams[step.output] = pool(_read(streams, step.stream).float(), self._axes(step.tap))
+                streams[step.output] = pool(streams[step.stream].float(), self._axes(step.tap))
             else:
                 answers |= self._answer(step, streams)
             for stream in step.frees:
-                streams[stream] = None
+                del streams[stream]
             if timings is not None:
                 timings.append(Timing(step, _now(images) - start))
         return answers
 
-    def _run(self, step: RunStep, streams: list[Tensor | None]) -> None:
+    def _run(self, step: RunStep, streams: dict[int, Tensor]) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
         sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
@@ -83,9 +83,9 @@ class Program:
         for stream, out in zip(step.outputs, outputs, strict=True):
             streams[stream] = out
 
-    def _answer(self, step: HeadStep, streams: list[Tensor | None]) -> dict[str, Tensor]:
+    def _answer(self, step: HeadStep, streams: Mapping[int, Tensor]) -> dict[str, Tensor]:
         if step.members in self._joined:
-            features = _read(streams, step.takes[0][0].stream).float().flatten(1)
+            features = streams[step.takes[0][0].stream].float().flatten(1)
             return dict(zip(step.members, self._joined[step.members](features), strict=True))
         answers = {}
         for name, takes in zip(step.members, step.takes, strict=True):
@@ -103,7 +103,9 @@ class JoinedHeads:
         weights = [head.get_parameter("weight").detach() for head in heads]
         self._widths = [len(weight) for weight in weights]
         self._weight = torch.cat(weights)
-        self._bias = torch.cat([_bias(head, weight) for head, weight in zip(heads, weights, strict=True)])
+        biases = [getattr(head, "bias", None) for head in heads]
+        zeros = map(Tensor.new_zeros, weights, self._widths)
+        self._bias = torch.cat([zero if own is None else own.detach() for own, zero in zip(biases, zeros, strict=True)])
 
     @property
     def nbytes(self) -> int:
@@ -116,23 +118,12 @@ class JoinedHeads:
         return [one.contiguous() for one in logits.split(self._widths, 1)]
 
 
-def _bias(head: nn.Module, weight: Tensor) -> Tensor:
-    bias = getattr(head, "bias", None)
-    return weight.new_zeros(len(weight)) if bias is None else bias.detach()
-
-
-def _read(streams: list[Tensor | None], stream: int) -> Tensor:
-    x = streams[stream]
-    assert x is not None, f"stream {stream} is read after it was freed"
-    return x
-
-
-def _take(streams: list[Tensor | None], take: Take) -> Tensor:
-    x = _read(streams, take.stream)
+def _take(streams: Mapping[int, Tensor], take: Take) -> Tensor:
+    x = streams[take.stream]
     return x if take.places is None else x[list(take.places)]
 
 
-def _now(images: Mapping[Hashable, Tensor]) -> float:
+def _now(images: Batches) -> float:
     if any(x.device.type == "cuda" for x in images.values()):
         torch.cuda.synchronize()
     return time.perf_counter()

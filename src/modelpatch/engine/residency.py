@@ -1,9 +1,8 @@
 """The variants that have modules of their own, under a byte budget.
 
-A variant works without one: its tensors are bound to a template. A variant that is used often is faster as a module of its
-own, with masked weights made once and BatchNorm folded; that costs the bytes of all its weights, and making it takes
-longer than many calls. So a module is made in the background from a variant's `OFTEN`th use on, if the budget has room. It may
-take the place of modules that were used less recently, so that many variants used alternately do not evict one another.
+A variant works without one: its tensors are bound to a template. One that is used often is faster as a module of its own, with
+masked weights made once and BatchNorm folded, at the cost of the bytes of all its weights. So a module is made in the
+background from a variant's `OFTEN`th use on, if the budget has room beside modules that were used more recently.
 """
 
 from __future__ import annotations
@@ -92,16 +91,12 @@ class Residency:
 
     def make(self, parts: Iterable[BoundPart]) -> None:
         """Make the variants' modules and wait for them, as far as tasks still have them and the budget has room."""
-        waiting = []
         with self._lock:
-            for part in parts:
-                variant = self._known.get(part.key)
-                if variant is not None:
-                    self._begin(part, variant, self._clock + 1)
-                    waiting.append(variant.making)
-        for future in waiting:
-            if future is not None:
-                future.result()
+            known = [(part, self._known[part.key]) for part in parts if part.key in self._known]
+            for part, variant in known:
+                self._begin(part, variant, self._clock + 1)
+            making = [variant.making for _, variant in known]
+        _wait(making)
 
     def pin(self, parts: Sequence[BoundPart]) -> None:
         """Keep the variants' modules once they are made; see `make`.
@@ -131,9 +126,8 @@ class Residency:
     def settle(self) -> None:
         """Wait for the modules that are being made."""
         with self._lock:
-            waiting = [variant.making for variant in self._known.values() if variant.making is not None]
-        for future in waiting:
-            future.result()
+            making = [variant.making for variant in self._known.values()]
+        _wait(making)
 
     def _bound(self, part: BoundPart) -> Module:
         return casting(part, self.tuning, torch.float32)
@@ -173,9 +167,8 @@ class Residency:
         module: Module | None = None
         try:
             made = part.make()
-            module = made
-            if not self.tuning.plain:
-                module = freeze(made, sample(part.template.input_shape, part.tensors.flat.device), self.tuning)
+            images = sample(part.template.input_shape, part.tensors.flat.device)
+            module = made if self.tuning.plain else freeze(made, images, self.tuning)
         finally:
             with self._lock:
                 variant.making, variant.refused = None, module is None
@@ -187,8 +180,12 @@ class Residency:
                         self.made += 1
 
 
+def _wait(futures: Iterable[Future[None] | None]) -> None:
+    for future in futures:
+        if future is not None:
+            future.result()
+
+
 def cost(part: BoundPart, tuning: Tuning) -> int:
     """Bytes of the variant as a module of its own, beyond what the patch and the backbone hold."""
-    if not tuning.plain:
-        return part.template.nbytes
-    return part.made_bytes
+    return part.made_bytes if tuning.plain else part.template.nbytes

@@ -9,6 +9,7 @@ BoundPatch: tensors in one flat tensor
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -19,7 +20,6 @@ from modelpatch.engine.template import HEAD, PartTensors, Structure, Template, T
 from modelpatch.errors import WrongBackboneError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import ChainPart, Reading
-from modelpatch.patch.blueprint import Span
 from modelpatch.patch.changes import MADE, StoredWeight, resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import check_fit, check_head
@@ -76,16 +76,23 @@ class BoundPatch:
 
     @cached_property
     def _chain(self) -> list[ChainPart]:
-        variants = {part.span[0]: part for part in self.parts}
         found: list[ChainPart] = []
-        while (at := found[-1].end if found else 0) < len(self.backbone.chain):
-            if at in variants:
-                start, end = variants[at].span
-                base = nn.Sequential(*map(self.templates.segment, range(start, end))) if self.reading.both else None
-                found.append(ChainPart(start, end, variants[at], base))
-            else:
-                found.append(ChainPart(at, at + 1, self.templates.segment(at)))
+        for one in self.path():
+            if isinstance(one, int):
+                found.append(ChainPart(one, one + 1, self.templates.segment(one)))
+                continue
+            base = nn.Sequential(*map(self.templates.segment, range(*one.span))) if self.reading.both else None
+            found.append(ChainPart(*one.span, one, base))
         return found
+
+    def path(self) -> Iterator[BoundPart | int]:
+        """The variants and the numbers of the segments between them, in the order of the chain."""
+        at = 0
+        for part in self.parts:
+            yield from range(at, part.span[0])
+            yield part
+            at = part.span[1]
+        yield from range(at, len(self.backbone.chain))
 
 
 def _build_head(record: HeadRecord, tensors: PartTensors) -> nn.Module:
@@ -98,26 +105,10 @@ def _build_head(record: HeadRecord, tensors: PartTensors) -> nn.Module:
 class BoundPart:
     """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`."""
 
-    own = True
-
     def __init__(self, template: Template, tensors: PartTensors) -> None:
-        self.template, self.tensors = template, tensors
-
-    @property
-    def span(self) -> Span:
-        return self.template.span
-
-    @property
-    def name(self) -> str:
-        return self.template.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.template.nbytes
-
-    @property
-    def output_bytes(self) -> int:
-        return self.template.output_bytes
+        self.template, self.tensors, self.own = template, tensors, True
+        self.span, self.name = template.span, template.name
+        self.nbytes, self.output_bytes = template.nbytes, template.output_bytes
 
     @cached_property
     def key(self) -> str:

@@ -9,20 +9,19 @@ is computed once. Rows leave as soon as a stage is sure of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from modelpatch.engine.cascade import Cascade
-from modelpatch.engine.links import SegmentLink
-from modelpatch.engine.steps import Rows
+from modelpatch.engine.steps import Batches, Rows, SegmentLink
 from modelpatch.engine.task import CascadeStage, EngineTask, bind_one, cost, count_alike, fresh
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError
 
-Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Mapping[Hashable, Tensor]], dict[str, Tensor]]
+Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Batches], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,17 @@ def bind_cascade(templates: Templates, segments: Sequence[SegmentLink], name: st
         turns.append(fresh(task, path=task.path[links:], root=("stage", task.serial) if number else None))
     stages = []
     for number, (turn, confidence) in enumerate(zip(turns, cascade.confidences, strict=True)):
-        begun = shared[number][1]
+        source, begun = shared[number]
+        bare = fresh(turn, head=nn.Identity(), reading=None, beside=())
         keeps = {
-            later: fresh(
-                turn,
-                name=_kept(name, later),
-                path=bound[number].path[begun:links],
-                head=nn.Identity(),
-                reading=None,
-                beside=(),
-            )
-            for later, (source, links) in enumerate(shared)
-            if source == number
+            later: fresh(bare, name=_kept(name, later), path=bound[number].path[begun:links])
+            for later, (origin, links) in enumerate(shared)
+            if origin == number
         }
-        stages.append(CascadeStage(turn, shared[number][0], keeps, confidence))
+        stages.append(CascadeStage(turn, source, keeps, confidence))
     options = tuple(fresh(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
-    last = bound[-1]
-    return EngineTask(
-        name, last.preprocessing, last.classes, last.head, last.path, options=options, stages=tuple(stages)
-    )
+    whole = {"reading": None, "beside": (), "bound": None, "options": options, "stages": tuple(stages)}
+    return fresh(bound[-1], name=name, **whole)
 
 
 def _kept(name: str, stage: int) -> str:
@@ -88,14 +79,7 @@ def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, 
 def stage_costs(tasks: Sequence[EngineTask]) -> list[float]:
     """Multiply-adds an image that each task adds when it runs after those before it, for the backbone's own pixels squared;
     heads left out."""
-    costs = []
-    for number, task in enumerate(tasks):
-        _, links = reuse(tasks[:number], task)
-        costs.append(cost(task, links))
-    return costs
-
-
-# running ----------------------------------------------------------------------------------------------------
+    return [cost(task, reuse(tasks[:number], task)[1]) for number, task in enumerate(tasks)]
 
 
 class _Walk:
@@ -121,7 +105,7 @@ class _Walk:
         self.kept |= {later: found[_kept(self.task.name, later)] for later in stage.keeps}
         self.kept = {later: kept[~sure] for later, kept in self.kept.items() if later > number}
 
-    def images(self, number: int, batches: Mapping[Hashable, Tensor]) -> Tensor:
+    def images(self, number: int, batches: Batches) -> Tensor:
         """The input of stage `number`: the rows that are left of the images, or of the activations kept for it."""
         stage = self.task.stages[number]
         if stage.source is not None:
@@ -132,7 +116,7 @@ class _Walk:
 
 @torch.inference_mode()
 def run_rounds(
-    tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Mapping[Hashable, Tensor], compute: Compute
+    tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches, compute: Compute
 ) -> dict[str, Routed]:
     """Every task on its rows, cascades in rounds; `compute(tasks, rows, batches)` runs one plan."""
     walks = [_Walk(task, own) for task, own in zip(tasks, rows, strict=True) if task.stages]

@@ -1,48 +1,55 @@
-"""The steps of a plan: runs of modules on streams, pools, and heads."""
+"""The links of a plan, which are segments and variants, and its steps: runs of links on streams, pools, and heads."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from typing import Protocol
 
+from torch import Tensor
+
+from modelpatch.backbone.chain import Segment
+
 Rows = tuple[int, ...]  # of the batch, in order
+Batches = Mapping[Hashable, Tensor]  # images by root
 
 
 class Link(Protocol):
-    """One module of a patch's path: it stands for the segments `[span[0], span[1])`."""
+    """One module of a patch's path: it stands for the segments `[span[0], span[1])`.
+
+    `own` is True for a patch's variant and False for a segment of the backbone, `nbytes` are the bytes of the tensors that it
+    reads and `output_bytes` those of its output for an image. `key` is equal for links that compute the same, `macs` are
+    multiply-adds an image.
+    """
+
+    span: tuple[int, int]
+    name: str
+    own: bool
+    nbytes: int
+    output_bytes: int
 
     @property
-    def span(self) -> tuple[int, int]: ...
+    def key(self) -> str: ...
 
     @property
-    def key(self) -> str:
-        """Equal for links that compute the same."""
-        ...
+    def macs(self) -> int: ...
 
-    @property
-    def name(self) -> str: ...
 
-    @property
-    def own(self) -> bool:
-        """True for a patch's variant, False for the backbone's segment."""
-        ...
+class SegmentLink:
+    """A segment of the backbone as it is."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment, self.own, self.name = segment, False, segment.name
+        self.span, self.key = (segment.index, segment.index + 1), f"base {segment.index}"
+        self.nbytes = sum(tensor.nbytes for _, tensor in segment.named_tensors())
+        self.output_bytes = 4 * prod(segment.output_shape)
 
     @property
     def macs(self) -> int:
-        """Multiply-adds an image."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors it reads."""
-        ...
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of its output for an image."""
-        ...
+        """Multiply-adds for one image of the backbone's input size."""
+        return self.segment.macs
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,17 @@ class _Crops(Dataset[tuple[int, Decoded]]):
 
     def __getitem__(self, place: int) -> tuple[int, Decoded]:
         try:
-            picture = _picture(self._item(place))
+            picture = _picture(self.sources, place)
             return place, {kind: kind.center_crop(kind.decode(picture)) for kind in self.kinds}
         except DataError as error:
             return place, str(error)
 
-    def _item(self, place: int) -> Any:
-        try:
-            return self.sources[place]
-        except Exception as error:  # a data set may raise any error
-            raise DataError(f"item {place} of the data set cannot be read: {error!r}.") from error
 
-
-def _picture(item: Any) -> ImageSource:
+def _picture(sources: DataSet, place: int) -> ImageSource:
+    try:
+        item = sources[place]
+    except Exception as error:  # a data set may raise any error
+        raise DataError(f"item {place} of the data set cannot be read: {error!r}.") from error
     if isinstance(item, tuple):
         return item[0]
     if isinstance(item, Mapping):
@@ -67,10 +65,6 @@ def _picture(item: Any) -> ImageSource:
             raise DataError(f'the row has {", ".join(map(str, item))}; expected an "image".')
         return item["image"]
     return item
-
-
-def _as_list(batch: list[Any]) -> list[Any]:
-    return batch
 
 
 def stream(
@@ -83,7 +77,20 @@ def stream(
     """Decode all `sources` as each of `kinds` sees them and `answer` them in batches. See `Engine.stream`."""
     if type(batch_size) is not int or type(workers) is not int or batch_size < 1 or workers < 0:
         raise EngineError(f"batch_size={batch_size!r}, workers={workers!r}; expected at least 1 and at least 0.")
-    return _stream(answer, frozenset(kinds), _items(sources), batch_size, workers)
+    wanted = frozenset(kinds)
+    loader = DataLoader(_Crops(_items(sources), wanted), batch_size, num_workers=workers, collate_fn=list)
+
+    def run() -> Iterator[Answers]:
+        for batch in loader:
+            errors = {place: decoded for place, decoded in batch if isinstance(decoded, str)}
+            read = {place: decoded for place, decoded in batch if not isinstance(decoded, str)}
+            logits: dict[str, Tensor] = {}
+            if read:
+                crops = {kind: torch.stack([decoded[kind] for decoded in read.values()]) for kind in wanted}
+                logits = answer({kind: kind.normalize(stack) for kind, stack in crops.items()})
+            yield Answers(tuple(read), logits, errors)
+
+    return run()
 
 
 def _items(sources: Sources) -> DataSet:
@@ -94,21 +101,3 @@ def _items(sources: Sources) -> DataSet:
     if isinstance(sources, Tensor | Mapping | Sequence) or not hasattr(sources, "__getitem__"):
         check_sources(sources)
     return sources
-
-
-def _stream(
-    answer: Callable[[Mapping[Preprocessing, Tensor]], dict[str, Tensor]],
-    kinds: frozenset[Preprocessing],
-    sources: DataSet,
-    batch_size: int,
-    workers: int,
-) -> Iterator[Answers]:
-    loader = DataLoader(_Crops(sources, kinds), batch_size, num_workers=workers, collate_fn=_as_list)
-    for batch in loader:
-        errors = {place: decoded for place, decoded in batch if isinstance(decoded, str)}
-        read = [(place, decoded) for place, decoded in batch if not isinstance(decoded, str)]
-        logits: dict[str, Tensor] = {}
-        if read:
-            crops = {kind: kind.normalize(torch.stack([decoded[kind] for _, decoded in read])) for kind in kinds}
-            logits = answer(crops)
-        yield Answers(tuple(place for place, _ in read), logits, errors)

@@ -16,10 +16,9 @@ from torch import nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
-from modelpatch.engine.links import SegmentLink
 from modelpatch.engine.plan import PlannedTask
 from modelpatch.engine.resident import BoundPart, BoundPatch
-from modelpatch.engine.steps import Link
+from modelpatch.engine.steps import Link, SegmentLink
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
@@ -75,11 +74,8 @@ class EngineTask:
     @property
     def kinds(self) -> tuple[Preprocessing, ...]:
         """The preprocessings of its images: one, or for a cascade that of every stage."""
-        return (
-            tuple(dict.fromkeys(option.preprocessing for option in self.options))
-            if self.stages
-            else (self.preprocessing,)
-        )
+        seen = dict.fromkeys(option.preprocessing for option in self.options) if self.stages else (self.preprocessing,)
+        return tuple(seen)
 
     @property
     def whole(self) -> tuple[EngineTask, ...]:
@@ -122,30 +118,12 @@ def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, p
         patch = BoundPatch(backbone, patch if isinstance(patch, Patch) else Patch.load(patch), templates)
     if patch.backbone is not backbone:
         raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {backbone.spec}.")
-    variants = {part.span[0]: part for part in patch.parts}
-    path: list[Link] = []
-    at = 0
-    while at < len(segments):
-        if at in variants:
-            path.append(variants[at])
-            at = variants[at].span[1]
-        else:
-            path.append(segments[at])
-            at += 1
+    path = tuple(segments[one] if isinstance(one, int) else one for one in patch.path())
     beside = tuple(segments) if patch.reading.both else ()
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
-    return EngineTask(
-        name,
-        patch.preprocessing,
-        patch.task.classes,
-        patch.head,
-        tuple(path),
-        patch.reading,
-        patch.task.kind,
-        beside,
-        patch,
-    )
+    task, seen = patch.task, patch.preprocessing
+    return EngineTask(name, seen, task.classes, patch.head, path, patch.reading, task.kind, beside, patch)
 
 
 def bind_options(
@@ -156,19 +134,15 @@ def bind_options(
         raise EngineError(f"{name!r} has no patches; expected one or more.")
     options = [bind_one(templates, segments, name, patch) for patch in patches]
     if other := [option for option in options if option.kind != options[0].kind]:
-        raise EngineError(
-            f"{name!r} has patches for {options[0].kind} and for {other[0].kind}. Give them names of their own."
-        )
+        kinds = f"{options[0].kind} and for {other[0].kind}"
+        raise EngineError(f"{name!r} has patches for {kinds}. Give them names of their own.")
     if other := [option for option in options if option.classes != options[0].classes]:
         raise EngineError(
             f"{name!r} has patches with {len(options[0].classes)} and {len(other[0].classes)} classes, which are not those of "
             "one task. Give them names of their own."
         )
     options.sort(key=cost)
-    last = options[-1]
-    return EngineTask(
-        name, last.preprocessing, last.classes, last.head, last.path, kind=last.kind, options=tuple(options)
-    )
+    return fresh(options[-1], name=name, reading=None, beside=(), bound=None, options=tuple(options))
 
 
 def cost(task: EngineTask, done: int = 0) -> float:

@@ -4,8 +4,7 @@
     bound patch 2 ─ part ─┼─ bind ─> Template: a module over the backbone's bytes, with room for a part's tensors
     bound patch 3 ─ part ─┘
 
-A template holds no tensors of a patch: those of the part that runs are bound to it, one part at a time. `Templates` makes the
-templates of one backbone and keeps none alive: the last bound patch that uses one frees it.
+A template holds no tensors of a patch: those of the part that runs are bound to it, one part at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class PartTensors:
     """
 
     flat: Tensor
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
     whole: Mapping[str, Tensor]
     made: Mapping[str, StoredWeight]
     strength: float = 1.0
@@ -178,28 +177,20 @@ def _place(module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """A tensor of this shape and kind without bytes."""
     bare = torch.empty_like(tensor, device="meta")
     return nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
 
 
-@dataclass(frozen=True)
 class FlatLayout:
     """The places of a patch's tensors in a flat tensor, part after part, the head last."""
 
-    entries: Mapping[int, tuple[Entry, ...]]
-    size: int
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> FlatLayout:
-        entries, offset = {}, 0
-        for part in (*range(parts), HEAD):
-            held = []
+    def __init__(self, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> None:
+        self.entries: dict[int, list[Entry]] = {part: [] for part in (*range(parts), HEAD)}
+        self.size = 0
+        for part, held in self.entries.items():
             for name in sorted(name for name in shapes if owner(name) == part):
-                held.append((name, shapes[name], offset))
-                offset += padded(shapes[name])
-            entries[part] = tuple(held)
-        return cls(entries, offset)
+                held.append((name, shapes[name], self.size))
+                self.size += padded(shapes[name])
 
     def fill(self, values: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """A flat tensor that holds these values."""
@@ -256,7 +247,7 @@ class Structure:
         key = head, frozenset(left_out)
         if key not in self._layouts:
             shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in left_out}
-            self._layouts[key] = FlatLayout.of(shapes, self.owner, len(self.templates))
+            self._layouts[key] = FlatLayout(shapes, self.owner, len(self.templates))
         return self._layouts[key]
 
 
@@ -302,7 +293,5 @@ class Templates:
         return len(self._structures)
 
 
-_SHARED: weakref.WeakKeyDictionary[Backbone, weakref.ref[Templates]] = (
-    weakref.WeakKeyDictionary()
-)  # keeps nothing alive
+_SHARED: weakref.WeakKeyDictionary[Backbone, weakref.ref[Templates]] = weakref.WeakKeyDictionary()
 _SHARING = threading.Lock()

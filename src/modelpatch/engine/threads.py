@@ -1,9 +1,8 @@
 """The number of cores that a thread computes with.
 
-Every thread that computes has OpenMP workers of its own. As soon as a process has more computing threads and workers than
-cores, all of them sleep between any two layers, and wake up late, which can take longer than the layers. So one thread of a
-process computes with all cores, and any other with one. PyTorch's setting alone is not enough: a thread whose first work is a
-convolution starts with as many workers as there are cores.
+Every thread that computes has OpenMP workers of its own, and where a process has more of both than cores they wake up late
+between any two layers. So one thread computes with all cores, and any other with one. PyTorch's setting alone is not enough: a
+thread whose first work is a convolution starts with as many workers as there are cores.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,22 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import modelpatch
-from modelpatch.serve.body import read_body
+import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
-from modelpatch.serve.question import QUESTION, read_question
-from modelpatch.serve.schemas import (
-    NAME,
-    REFERENCE,
-    Health,
-    PatchInfo,
-    PatchList,
-    PlanAnswer,
-    Prediction,
-    PredictRequest,
-    ProblemBody,
-    TagRequest,
-    VersionList,
-)
+from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question
 from modelpatch.serve.service import Service
 
 LOG = logging.getLogger("modelpatch.serve")
@@ -46,25 +33,24 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-PatchName = Annotated[str, PathParameter(pattern=NAME, examples=["flowers"])]
-PatchReference = Annotated[str, PathParameter(pattern=REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
-FILE_BODY = {
-    "required": True,
-    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-}
+PatchName = Annotated[str, PathParameter(pattern=schemas.NAME, examples=["flowers"])]
+PatchReference = Annotated[str, PathParameter(pattern=schemas.REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
+FILE_BODY = {"required": True, "content": {OCTETS: {"schema": BINARY}}}
+Responses = dict[int | str, dict[str, Any]]
+ROUTES = "GET /openapi.json lists routes."
+PatchTags = Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")]
+PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
 
 
-def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
+def problems(*kinds: str, always: Sequence[str] = ("bad-request", "invalid-request", "failed")) -> Responses:
     """OpenAPI's responses for what a route may refuse."""
-    found: dict[int | str, dict[str, Any]] = {}
-    for kind in ("bad-request", "invalid-request", "failed", *kinds):
-        status, title = TITLES[kind]
-        found[status] = {"model": ProblemBody, "description": title, "content": {MEDIA_TYPE: {}}}
-    return found
+    found = [TITLES[kind] for kind in (*always, *kinds)]
+    return {
+        code: {"model": schemas.ProblemBody, "description": text, "content": {MEDIA_TYPE: {}}} for code, text in found
+    }
 
 
 BUSY = ("too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
-READING = ("too-slow", "unknown-kind")
 ADMIN = ("no-token", "wrong-token", "unknown-patch", "store-unreachable")
 
 
@@ -77,9 +63,8 @@ async def check_token(request: Request) -> None:
     if scheme.lower() != "bearer" or not given:
         raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
     if not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
-        raise Problem(
-            "wrong-token", "The token is another than the server's.", "Use the token that the server was started with."
-        )
+        advice = "Use the token that the server was started with."
+        raise Problem("wrong-token", "The token is another than the server's.", advice)
 
 
 def service_of(request: Request) -> Service:
@@ -93,13 +78,10 @@ public = APIRouter()
 admin = APIRouter(dependencies=[Depends(check_token), Depends(TOKEN)], tags=["admin"])
 
 
-# answers ----------------------------------------------------------------------------------------------------
-
-
 @public.post(
     "/v1/predict",
-    response_model=Prediction,
-    responses=problems(*BUSY, *READING),
+    response_model=schemas.Prediction,
+    responses=problems(*BUSY, "too-slow", "unknown-kind"),
     openapi_extra=QUESTION,
     tags=["answers"],
 )
@@ -112,14 +94,8 @@ async def predict(request: Request) -> Response:
         return JSONResponse(await service.predict(images, asked.tasks, asked.per_image, asked.top))
 
 
-@public.get("/v1/plan", response_model=PlanAnswer, responses=problems(*BUSY), tags=["answers"])
-async def plan(
-    request: Request,
-    tasks: Annotated[
-        str | None, Query(description="Names, comma-separated; those that are resident without it.")
-    ] = None,
-    images: Annotated[int, Query(ge=1, le=1024)] = 1,
-) -> Response:
+@public.get("/v1/plan", response_model=schemas.PlanAnswer, responses=problems(*BUSY), tags=["answers"])
+async def plan(request: Request, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1) -> Response:
     """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
     service = service_of(request)
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
@@ -127,10 +103,7 @@ async def plan(
         return JSONResponse(await service.plan(names, images))
 
 
-# patches ----------------------------------------------------------------------------------------------------
-
-
-@public.get("/v1/patches", response_model=PatchList, responses=problems("store-unreachable"), tags=["patches"])
+@public.get("/v1/patches", response_model=schemas.PatchList, responses=problems("store-unreachable"), tags=["patches"])
 async def list_patches(
     request: Request,
     after: Annotated[str, Query(max_length=64, description="Continue behind this name.")] = "",
@@ -142,7 +115,7 @@ async def list_patches(
 
 @public.get(
     "/v1/patches/{name}",
-    response_model=VersionList,
+    response_model=schemas.VersionList,
     responses=problems("unknown-patch", "store-unreachable"),
     tags=["patches"],
 )
@@ -153,16 +126,12 @@ async def list_versions(request: Request, name: PatchName) -> Response:
 
 @admin.put(
     "/v1/patches/{name}",
-    response_model=PatchInfo,
+    response_model=schemas.PatchInfo,
     status_code=201,
     responses=problems(*ADMIN, *BUSY, "too-slow"),
     openapi_extra={"requestBody": FILE_BODY},
 )
-async def publish(
-    request: Request,
-    name: PatchName,
-    tag: Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")] = None,
-) -> Response:
+async def publish(request: Request, name: PatchName, tag: PatchTags = None) -> Response:
     """Publish a patch file as the newest version. It is checked against the backbone first, and resident at once."""
     service = service_of(request)
     async with service.admit():
@@ -181,22 +150,19 @@ async def remove(
     return Response(status_code=204)
 
 
-@admin.post("/v1/patches/{name}/tag", response_model=PatchInfo, responses=problems(*ADMIN))
-async def set_tag(request: Request, name: PatchName, asked: TagRequest) -> Response:
+@admin.post("/v1/patches/{name}/tag", response_model=schemas.PatchInfo, responses=problems(*ADMIN))
+async def set_tag(request: Request, name: PatchName, asked: schemas.TagRequest) -> Response:
     """Let a tag name a version. Requests for NAME@TAG get that version from then on."""
     return JSONResponse(await service_of(request).tag(name, asked.tag, asked.version))
 
 
-# health -----------------------------------------------------------------------------------------------------
-
-
-@public.get("/healthz", response_model=Health, tags=["health"])
+@public.get("/healthz", response_model=schemas.Health, tags=["health"])
 async def healthz() -> Response:
     """The process lives."""
     return JSONResponse({"status": "alive"})
 
 
-@public.get("/readyz", response_model=Health, responses={503: {"model": Health}}, tags=["health"])
+@public.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}}, tags=["health"])
 async def readyz(request: Request) -> Response:
     """The server takes requests: its backbone is loaded, and it is not stopping."""
     ready = service_of(request).ready
@@ -210,9 +176,6 @@ async def metrics(request: Request) -> Response:
     return Response(counts.text(), media_type=counts.content_type)
 
 
-# the page ---------------------------------------------------------------------------------------------------
-
-
 @public.get("/", include_in_schema=False)
 async def page() -> Response:
     return FileResponse(PAGE / "index.html", headers=HEADERS)
@@ -223,9 +186,6 @@ async def page_file(name: str) -> Response:
     if name not in FILES:
         raise HTTPException(404)
     return FileResponse(PAGE / name, media_type=FILES[name], headers=HEADERS)
-
-
-# the application --------------------------------------------------------------------------------------------
 
 
 def create_app(service: Service, ready: Callable[[], None] = lambda: None) -> FastAPI:
@@ -245,7 +205,7 @@ def create_app(service: Service, ready: Callable[[], None] = lambda: None) -> Fa
         lifespan=lifespan,
         redoc_url=None,
         docs_url=None,
-        responses={405: {"model": ProblemBody, "description": TITLES["not-allowed"][1], "content": {MEDIA_TYPE: {}}}},
+        responses=problems("not-allowed", always=()),
     )
     app.state.service = service
     app.include_router(public)
@@ -262,7 +222,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
         models = schema["components"]["schemas"]
-        models["PredictRequest"] = PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        models["PredictRequest"] = schemas.PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         for unused in ("HTTPValidationError", "ValidationError"):
             models.pop(unused, None)
         for operations in schema["paths"].values():
@@ -302,15 +262,12 @@ class Counting:
 
 
 async def _tell(request: Request, error: Exception) -> Response:
+    path = request.url.path[:200]
     match error:
         case HTTPException(status_code=405):
-            problem = Problem(
-                "not-allowed",
-                f"{request.method} does not apply to {request.url.path[:200]}.",
-                "GET /openapi.json lists routes.",
-            )
+            problem = Problem("not-allowed", f"{request.method} does not apply to {path}.", ROUTES)
         case HTTPException(status_code=404):
-            problem = Problem("not-found", f"There is no {request.url.path[:200]}.", "GET /openapi.json lists routes.")
+            problem = Problem("not-found", f"There is no {path}.", ROUTES)
         case HTTPException():
             problem = Problem("bad-request", str(error.detail)[:300], "GET /openapi.json shows what is expected.")
         case RequestValidationError():
@@ -324,6 +281,5 @@ async def _tell(request: Request, error: Exception) -> Response:
             problem = problem_of(error)
             if problem.kind == "failed":
                 LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    headers = {**problem.headers, **({"Connection": "close"} if problem.kind in ("too-large", "too-slow") else {})}
-    body = {**problem.body(), "instance": request.url.path[:200]}
-    return JSONResponse(body, problem.status, headers, MEDIA_TYPE)
+    headers = problem.headers | ({"Connection": "close"} if problem.kind in ("too-large", "too-slow") else {})
+    return JSONResponse({**problem.body(), "instance": path}, problem.status, headers, MEDIA_TYPE)

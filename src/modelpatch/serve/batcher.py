@@ -63,12 +63,8 @@ class Batcher:
     async def answer(self, rows: Sequence[QueuedImage]) -> list[dict[str, Said]]:
         """The answers of every image by task. Raises `Problem`, 429 if the queue is full."""
         if len(self._waiting) + len(rows) > self.settings.queue:
-            raise Problem(
-                "too-busy",
-                f"{len(self._waiting)} images wait already; this server queues {self.settings.queue}.",
-                "Try again soon, or send fewer at once.",
-                retry_after=1,
-            )
+            said = f"{len(self._waiting)} images wait already; this server queues {self.settings.queue}."
+            raise Problem("too-busy", said, "Try again soon, or send fewer at once.", retry_after=1)
         self._waiting += rows
         self.metrics.waiting.set(len(self._waiting))
         self._arrived.set()
@@ -125,21 +121,17 @@ class Batcher:
                 wanted.setdefault(task, []).append(place)
         self._measure(rows, wanted)
         logits = self.engine.answer(_stack(rows), wanted)
-        found: list[dict[str, Said]] = [{} for _ in rows]
+        answers: list[dict[str, Said]] = [{} for _ in rows]
         for task, places in wanted.items():
             own = logits[task].float()
             if not own.isfinite().all():
                 raise Problem("damaged-patch", "The patch answers with values that are not finite.", about=task)
             reduced = kind_of(self.engine.kind(task)).reduce(own, max(rows[place].top for place in places))
             for place, one in zip(places, reduced, strict=True):
-                found[place][task] = one
-        answers: list[dict[str, Said]] = [{} for _ in batch]
-        for place, found_here in zip(order, found, strict=True):
-            answers[place] = found_here
+                answers[order[place]][task] = one
         return answers
 
     def _measure(self, rows: Sequence[QueuedImage], wanted: Mapping[str, Sequence[int]]) -> None:
-        """The share of work that is saved, computed once a composition."""
         key = tuple(sorted(Counter(row.tasks for row in rows).items()))
         if key not in self._shares:
             if len(self._shares) >= 1024:
@@ -151,15 +143,8 @@ class Batcher:
 
 def _stack(rows: Sequence[QueuedImage]) -> dict[Preprocessing, Tensor]:
     """Normalised batches (B, 3, S, S) by preprocessing; images that no task sees that way are zeros, which are not read."""
-    kinds = dict.fromkeys(kind for row in rows for kind in row.crops)
-    return {
-        kind: kind.normalize(
-            torch.stack(
-                [
-                    row.crops[kind] if kind in row.crops else torch.zeros(kind.input_size, dtype=torch.uint8)
-                    for row in rows
-                ]
-            )
-        )
-        for kind in kinds
-    }
+    batches = {}
+    for kind in dict.fromkeys(kind for row in rows for kind in row.crops):
+        unseen = torch.zeros((), dtype=torch.uint8).expand(kind.input_size)
+        batches[kind] = kind.normalize(torch.stack([row.crops.get(kind, unseen) for row in rows]))
+    return batches

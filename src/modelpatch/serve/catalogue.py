@@ -99,9 +99,6 @@ class Catalogue:
         """The bytes of a version, from any thread. Raises `Problem`, 404 if it is gone."""
         try:
             return self.store.read(version)
-        except FileNotFoundError as error:
-            advice = "GET /v1/patches lists those there are."
-            raise Problem("unknown-patch", f"{version} is gone from the store.", advice) from error
         except Exception as error:
             raise _told(error) from error
 

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -74,7 +73,7 @@ class Client:
         said = self.ask(images, tasks, per_image=per_image, top=top)
         if said["refused"] and (tasks is not None or per_image is not None):
             problem = next(iter(said["refused"].values()))
-            raise Problem.read(problem["status"], problem, {})
+            raise Problem.read(problem["status"], problem)
         return [{task: _pairs(answer, top) for task, answer in image["answers"].items()} for image in said["images"]]
 
     def ask(
@@ -92,10 +91,8 @@ class Client:
             raise ServeError("there are no images to ask about: predict(['photo.jpg']).")
         if (tasks is not None and not tasks) or (per_image is not None and not per_image):
             raise ServeError("no task is named. Name some, or leave tasks out to ask all.")
-        words = {"top": str(top)}
-        words |= {
-            name: ",".join(said) for name, said in (("tasks", tasks), ("per_image", per_image)) if said is not None
-        }
+        chosen = {"tasks": tasks, "per_image": per_image}
+        words = {"top": str(top), **{name: ",".join(said) for name, said in chosen.items() if said is not None}}
         only = set(tasks or per_image or ())
         hint = {MODEL: next(iter(only))} if len(only) == 1 else {}
         files = [_encode(image) for image in images]
@@ -116,7 +113,7 @@ class Client:
 
     def versions(self, name: str) -> list[dict[str, Any]]:
         """All versions of a patch."""
-        return list(self._send("GET", f"/v1/patches/{_name(name)}", again=True)["versions"])
+        return list(self._send("GET", f"/v1/patches/{quote(name, '@')}", again=True)["versions"])
 
     def plan(self, tasks: Sequence[str] | None = None, images: int = 1) -> dict[str, Any]:
         """The work that tasks share in one pass, see `GET /v1/plan`."""
@@ -126,15 +123,15 @@ class Client:
     def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
         """Publish a patch or its file as the newest version. Needs the token."""
         data = encode_patch(patch) if isinstance(patch, Patch) else _read(patch)
-        return self._send("PUT", f"/v1/patches/{_name(name)}", body=data, params={"tag": list(tags)})
+        return self._send("PUT", f"/v1/patches/{quote(name, '@')}", body=data, params={"tag": list(tags)})
 
     def tag(self, name: str, tag: str, version: str = "latest") -> dict[str, Any]:
         """Let a tag name a version. Needs the token."""
-        return self._send("POST", f"/v1/patches/{_name(name)}/tag", json={"tag": tag, "version": version})
+        return self._send("POST", f"/v1/patches/{quote(name, '@')}/tag", json={"tag": tag, "version": version})
 
     def remove(self, reference: str) -> None:
         """Remove a patch, or one version of it. Needs the token."""
-        self._send("DELETE", f"/v1/patches/{_name(reference)}")
+        self._send("DELETE", f"/v1/patches/{quote(reference, '@')}")
 
     def ready(self) -> bool:
         """Return True if the server answers and is ready."""
@@ -149,9 +146,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _send(
@@ -173,13 +168,12 @@ class Client:
                 answer = self._http.request(verb, url, headers=headers, **rest)
             except self._broken as error:
                 if last:
-                    raise ServeError(
-                        f"{self.url} cannot be reached: {error}. Is `modelpatch serve` running?"
-                    ) from error
+                    advice = "Is `modelpatch serve` running?"
+                    raise ServeError(f"{self.url} cannot be reached: {error}.", advice) from error
             else:
                 if 200 <= answer.status < 300:
                     return dict(json.loads(answer.data)) if answer.data else {}
-                problem = _problem(answer.status, answer.data, answer.headers)
+                problem = Problem.read(answer.status, answer.data, answer.headers)
                 if last or problem.kind not in AGAIN:
                     raise problem
                 wait = max(wait, problem.retry_after or 0)
@@ -194,18 +188,6 @@ def _pairs(answer: dict[str, Any], top: int) -> list[tuple[str, float]]:
     if answer.get("areas") is not None:
         return [(area["class"], area["share"]) for area in answer["areas"]][:top]
     return [(guess["class"], guess["probability"]) for guess in answer["top"]]
-
-
-def _problem(status: int, said: bytes, headers: Any) -> Problem:
-    try:
-        body = json.loads(said)
-    except ValueError:
-        body = {}
-    return Problem.read(status, body if isinstance(body, dict) else {}, headers)
-
-
-def _name(name: str) -> str:
-    return quote(name, safe="@")
 
 
 def _encode(image: ImageFile) -> bytes:

@@ -1,13 +1,8 @@
 """The same server as replicas on Ray Serve: Ray places requests, every replica keeps its own cache.
 
-A request's header `serve_multiplexed_model_id` names its patch, and Ray sends it where that patch was answered before. Only
-that hint is Ray's: loading, the budget and failures stay with each replica's cache, so a failing load does not affect other
-patches. A hint that Ray forgets costs nothing either.
-
-    this process: check, start Ray, deploy ── waits for SIGTERM ── delete the application, so that replicas finish
-                                                                   what runs; end Serve; end Ray, if it is ours
-
-Every call of Ray's may wait for processes that are gone, so the end of all this has a limit of time.
+A request's header `serve_multiplexed_model_id` names its patch, and Ray sends it where that patch was answered before; that is
+a hint, and loading, the budget and failures stay with each replica's cache. Calls of Ray's may wait for processes that are
+gone, so stopping has a limit of time.
 """
 
 from __future__ import annotations
@@ -56,7 +51,13 @@ def deploy(
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray[serve]", "ray", "--ray")
-    rehearse(lambda: _check(url, spec, arguments, settings))  # before Ray is imported, which starts threads
+
+    def check() -> None:
+        """Raise what a replica would raise, which Ray would start again and again."""
+        check_store(url, settings)
+        load_backbone(spec, **arguments)
+
+    rehearse(check)  # before Ray is imported, which starts threads
     address = os.environ.get("RAY_ADDRESS", LOCAL)
     if address == LOCAL:
         with bind(host, port) as free:
@@ -130,12 +131,6 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
     return serve.deployment(serve.ingress(build)())
 
 
-def _check(url: str, spec: str, arguments: Mapping[str, Any], settings: Settings) -> None:
-    """Raises what a replica would raise, which Ray would start again and again."""
-    check_store(url, settings)
-    load_backbone(spec, **arguments)
-
-
 def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bool:
     """Deploy, and wait until all replicas run. False if `stopped` came first. Raises `ServeError`."""
     from ray import serve
@@ -172,7 +167,19 @@ def _stop(seconds: float, last: bool) -> None:
 
     If that takes longer than `seconds`, this process ends on the spot, and a Ray of its own with it.
     """
-    worker = threading.Thread(target=_leave, args=(last,), daemon=True)
+    import ray
+    from ray import serve
+
+    def leave() -> None:
+        try:
+            serve.delete(NAME)
+            if not last and not serve.status().applications:
+                serve.shutdown()
+        except Exception as error:
+            print(f"Ray Serve did not stop in order: {error}", file=sys.stderr, flush=True)
+        ray.shutdown()
+
+    worker = threading.Thread(target=leave, daemon=True)
     worker.start()
     worker.join(seconds)
     if worker.is_alive():
@@ -181,16 +188,3 @@ def _stop(seconds: float, last: bool) -> None:
             print(error, file=sys.stderr)
         print(f"Ray did not stop within {seconds:g} seconds; {left}", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def _leave(last: bool) -> None:
-    import ray
-    from ray import serve
-
-    try:
-        serve.delete(NAME)
-        if not last and not serve.status().applications:
-            serve.shutdown()
-    except Exception as error:
-        print(f"Ray Serve did not stop in order: {error}", file=sys.stderr, flush=True)
-    ray.shutdown()

@@ -46,10 +46,8 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
     except (Image.DecompressionBombError, MemoryError) as error:
         raise Problem("too-large", f"The image is too large: {error}.", "Send a smaller one.") from error
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise Problem(
-            "unreadable-image", f"The image's format is not known. Expected {known}.", "Convert it."
-        ) from error
+        said = f"The image's format is not known. Expected {', '.join(FORMATS)}."
+        raise Problem("unreadable-image", said, "Convert it.") from error
     except Exception as error:  # Pillow's parsers raise dozens of kinds for files that were made to hurt
         said = f"{type(error).__name__}: {error}"[:200]
         raise Problem("unreadable-image", f"The image cannot be decoded: {said}.", "Save it again.") from error
@@ -57,15 +55,10 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
 
 def _check_size(image: Image.Image, kinds: Iterable[Preprocessing], pixels: int) -> None:
     width, height = image.size
-    sizes = {"": width * height}
-    for kind in kinds:  # the shorter side becomes `resize_to`, which makes a long strip enormous
-        sizes[f" as resized to {kind.resize_to} px"] = (
-            kind.resize_to**2 * max(width, height) // max(1, min(width, height))
-        )
+    short, long = max(1, min(width, height)), max(width, height)
+    sizes = {"": width * height}  # the shorter side becomes `resize_to`, which makes a long strip enormous
+    sizes |= {f" as resized to {kind.resize_to} px": kind.resize_to**2 * long // short for kind in kinds}
     for how, count in sizes.items():
         if count > pixels:
-            raise Problem(
-                "too-large",
-                f"The image of {width} x {height} has {count:,} pixels{how}; this server takes {pixels:,}.",
-                "Resize or crop it first.",
-            )
+            said = f"The image of {width} x {height} has {count:,} pixels{how}; this server takes {pixels:,}."
+            raise Problem("too-large", said, "Resize or crop it first.")

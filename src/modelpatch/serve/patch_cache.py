@@ -6,10 +6,9 @@
                                                any failure: remembered, and nothing else changes
 
 A patch is evicted only once another has been loaded and tried in its place, and never while a request holds it. A request
-first claims the bytes of all patches it needs, in the order of arrival, and only then waits for loads: requests that hold some
-patches and wait for others cannot block each other. A patch is known by the hash of its file, so a new version is a new patch,
-and an answer is always that of one version. One file may be in the store under several names: bytes that cannot be read are a
-fault of that name's copy, everything else is a fault of the bytes.
+first claims the bytes of all patches it needs, in the order of arrival, and only then waits for loads, so that requests cannot
+block each other. A patch is known by the hash of its file. One file may be in the store under several names: bytes that cannot
+be read are a fault of that name's copy, everything else is a fault of the bytes.
 """
 
 from __future__ import annotations
@@ -114,9 +113,7 @@ class PatchCache:
                 self.sizes.move_to_end(version.hash)
             yield
         finally:
-            self._claims.subtract([version.hash for version in versions])
-            self._claims += Counter()
-            self._admit()
+            self._release(versions)
             async with self._freed:
                 self._freed.notify_all()
 
@@ -144,8 +141,6 @@ class PatchCache:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    # claiming -----------------------------------------------------------------------------------------------
-
     def _learn(self, version: Version, bound: BoundPatch) -> int:
         size = self._learned[version.hash] = max(version.nbytes, bound.nbytes)
         return size
@@ -161,35 +156,25 @@ class PatchCache:
             self._check_size(version)
         needed = sum(map(self.size, versions))
         if needed > self.settings.cache_bytes:
-            raise Problem(
-                "too-large",
-                f"The patches asked for take {needed:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
-                "Ask for fewer tasks at once, or start the server with a larger --cache.",
-            )
+            said = f"The patches asked for take {needed:,} bytes; this server keeps {self.settings.cache_bytes:,}."
+            raise Problem("too-large", said, "Ask for fewer tasks at once, or start the server with a larger --cache.")
         known = all(self._claims[version.hash] for version in versions)
         if not known and (self._queue or not self._fits(versions)):
             turn = asyncio.get_running_loop().create_future()
             self._queue.append((versions, turn))
             try:
-                await turn  # `_admit` claims
+                await turn  # `_release` claims
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._claims.subtract([version.hash for version in versions])
-                    self._claims += Counter()
                 self._queue = deque(entry for entry in self._queue if entry[1] is not turn)
-                self._admit()
+                self._release(versions if turn.done() and not turn.cancelled() else ())
                 raise
         else:
             self._take(versions)
 
     def _check_size(self, version: Version) -> None:
         if (size := self.size(version)) > self.settings.cache_bytes:
-            raise Problem(
-                "too-large",
-                f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}.",
-                "Start the server with a larger --cache.",
-                about=version.hash,
-            )
+            said = f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}."
+            raise Problem("too-large", said, "Start the server with a larger --cache.", about=version.hash)
 
     def _take(self, versions: Sequence[Version]) -> None:
         for version in versions:
@@ -198,15 +183,15 @@ class PatchCache:
         while len(self._learned) > MOST:
             del self._learned[next(key for key in self._learned if not self._claims[key])]
 
-    def _admit(self) -> None:
-        """Claim for requests that wait, in their order, as far as there is room."""
+    def _release(self, versions: Sequence[Version]) -> None:
+        """Claim no longer, and claim for requests that wait, in their order, as far as there is room."""
+        self._claims.subtract([version.hash for version in versions])
+        self._claims += Counter()
         while self._queue and (self._queue[0][1].done() or self._fits(self._queue[0][0])):
             versions, turn = self._queue.popleft()
             if not turn.done():
                 self._take(versions)
                 turn.set_result(None)
-
-    # loading ------------------------------------------------------------------------------------------------
 
     async def _load_any(self, same: Sequence[Version]) -> None:
         """Load the bytes that several names have from the first whose copy can be read."""
@@ -232,7 +217,9 @@ class PatchCache:
         key = version.hash
         start = time.perf_counter()
         try:
-            bound = await asyncio.get_running_loop().run_in_executor(self._threads, self._read_and_load, version)
+            bound = await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: load(self.engine.templates, self.read(version))
+            )
         except Exception as error:
             unread = isinstance(error, Problem)  # this copy of the bytes is at fault, not the bytes
             problem = problem_of(error, about=key)
@@ -259,14 +246,8 @@ class PatchCache:
             try:
                 await asyncio.wait_for(self._freed.wait(), self.settings.deadline)
             except TimeoutError:
-                raise Problem(
-                    "no-room", "Running requests use all patches that are resident.", "Try again.", retry_after=1
-                ) from None
-
-    def _read_and_load(self, version: Version) -> BoundPatch:
-        return load(self.engine.templates, self.read(version))
-
-    # room ---------------------------------------------------------------------------------------------------
+                said = "Running requests use all patches that are resident."
+                raise Problem("no-room", said, "Try again.", retry_after=1) from None
 
     def _make_room(self, needed: int) -> bool:
         """Evict the least recently used that no request holds; False, and nothing evicted, if that is too little."""

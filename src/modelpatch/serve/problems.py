@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from modelpatch.errors import (
-    DamagedPatchError,
-    DataError,
-    InvalidReferenceError,
-    MissingExtraError,
-    ModelpatchError,
-    NotAPatchError,
-    PatchError,
-    PatchLengthError,
-    ServeError,
-    StoreError,
-    TaggedVersionError,
-    UnknownPatchError,
-    WrongBackboneError,
-)
+import modelpatch.errors as errors
 
 MEDIA_TYPE = "application/problem+json"
 TITLES = {
@@ -47,9 +34,24 @@ TITLES = {
     "store-unreachable": (503, "The store cannot be read"),
     "stopping": (503, "The server is stopping"),
 }
+DAMAGED = ("damaged-patch", "Publish the patch again from its source.")
+KINDS: dict[type[errors.ModelpatchError], tuple[str, str]] = {  # the first that fits; its advice replaces the error's
+    errors.UnknownPatchError: ("unknown-patch", "GET /v1/patches lists those there are."),
+    errors.WrongBackboneError: ("wrong-backbone", "GET /v1/plan names the server's backbone."),
+    errors.DamagedPatchError: DAMAGED,
+    errors.PatchLengthError: DAMAGED,
+    errors.NotAPatchError: DAMAGED,
+    errors.PatchError: ("damaged-patch", ""),
+    errors.TaggedVersionError: ("tagged", "Move the tag, or remove with force=true."),
+    errors.InvalidReferenceError: ("invalid-request", ""),
+    errors.StoreError: ("store-unreachable", ""),
+    errors.MissingExtraError: ("missing-extra", ""),
+    errors.DataError: ("unreadable-image", ""),
+    errors.ModelpatchError: ("invalid-request", ""),
+}
 
 
-class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
+class Problem(errors.ServeError):
     """The answer of a server instead of a result; the client raises the same. `kind` is a key of `TITLES`.
 
     `detail` says what was given and expected, `advice` what to do; `facts` are further members, such as the patch's name.
@@ -91,17 +93,21 @@ class Problem(ServeError):  # noqa: N818 (the word of RFC 9457)
         return {**known, **({"advice": self.advice} if self.advice else {}), **self.facts}
 
     @classmethod
-    def read(cls, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> Problem:
+    def read(cls, status: int, said: bytes | Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Problem:
         """The problem that a server sent; one that is none of ours keeps its words."""
+        try:
+            body = json.loads(said) if isinstance(said, bytes) else said
+        except ValueError:
+            body = None
+        body = body if isinstance(body, Mapping) else {}
         kind = str(body.get("type", "")).rpartition(":")[2]
         if kind not in TITLES:
             kind = next((k for k, (code, _) in TITLES.items() if code == status), "failed")
         facts = {k: v for k, v in body.items() if k not in ("type", "title", "status", "detail", "advice")}
-        wait = headers.get("retry-after", "")
+        wait = (headers or {}).get("retry-after", "")
+        after = float(wait) if wait.isdigit() else None
         detail = str(body.get("detail") or f"The server answered {status}.")
-        return cls(
-            kind, detail, str(body.get("advice", "")), retry_after=float(wait) if wait.isdigit() else None, **facts
-        )
+        return cls(kind, detail, str(body.get("advice", "")), retry_after=after, **facts)
 
 
 def problem_of(error: BaseException, *, about: str | None = None, **facts: Any) -> Problem:
@@ -115,28 +121,10 @@ def _translate(error: BaseException, facts: Mapping[str, Any]) -> Problem:
     if isinstance(error, Problem):
         return error
     said = str(error)
-    detail = error.detail if isinstance(error, ModelpatchError) else said  # where HTTP has another advice
-    match error:
-        case UnknownPatchError():
-            return Problem("unknown-patch", detail, "GET /v1/patches lists those there are.", **facts)
-        case WrongBackboneError():
-            return Problem("wrong-backbone", detail, "GET /v1/plan names the server's backbone.", **facts)
-        case DamagedPatchError() | PatchLengthError() | NotAPatchError():
-            return Problem("damaged-patch", detail, "Publish the patch again from its source.", **facts)
-        case PatchError():
-            return Problem("damaged-patch", said, **facts)
-        case TaggedVersionError():
-            return Problem("tagged", detail, "Move the tag, or remove with force=true.", **facts)
-        case InvalidReferenceError():
-            return Problem("invalid-request", said, **facts)
-        case StoreError():
-            return Problem("store-unreachable", said, retry_after=5, **facts)
-        case MissingExtraError():
-            return Problem("missing-extra", said, **facts)
-        case DataError():
-            return Problem("unreadable-image", said, **facts)
-        case ModelpatchError():
-            return Problem("invalid-request", said, **facts)
-        case OSError():
-            return Problem("store-unreachable", f"{type(error).__name__}: {said}"[:300], retry_after=5, **facts)
+    for known, (kind, advice) in KINDS.items():
+        if isinstance(error, known):
+            detail = error.detail if advice else said
+            return Problem(kind, detail, advice, retry_after=5 if kind == "store-unreachable" else None, **facts)
+    if isinstance(error, OSError):
+        return Problem("store-unreachable", f"{type(error).__name__}: {said}"[:300], retry_after=5, **facts)
     return Problem("failed", f"{type(error).__name__}.", "The server's log says more.", **facts)

@@ -50,13 +50,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer a request that cannot be parsed, or is too large, with a problem, and close the connection."""
         if max(self._lines, self._unfinished) > HEAD_BYTES:
-            self._refuse(
-                Problem(
-                    "head-too-large",
-                    f"The request line and headers are larger than {HEAD_BYTES:,} bytes.",
-                    "Send images in the body.",
-                )
-            )
+            said = f"The request line and headers are larger than {HEAD_BYTES:,} bytes."
+            self._refuse(Problem("head-too-large", said, "Send images in the body."))
         else:
             self._refuse(Problem("bad-request", "This is no HTTP.", "GET /openapi.json describes the routes."))
 
@@ -69,8 +64,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         self.transport.write(head.encode() + body)
         self.transport.close()
-
-    # time ---------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
         if self._timer is None:
@@ -92,8 +85,6 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(Problem("too-slow", late, "Send the request faster."))
         else:
             self.transport.close()
-
-    # what the parser understood -----------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._begun, self._between, self._lines = True, True, 0

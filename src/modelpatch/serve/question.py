@@ -1,66 +1,67 @@
-"""Requests for answers: one image's file with options in the address, a multipart form of several, or JSON with base64."""
+"""Requests for answers: one image's file with options in the address, a multipart form of several, or JSON with base64.
+
+Bodies are read within limits: bytes are counted as they arrive, independent of the headers.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.types import Message, Receive
 
-from modelpatch.serve.body import read_body, read_form
 from modelpatch.serve.problems import Problem
-from modelpatch.serve.schemas import REFERENCE, PredictRequest
+from modelpatch.serve.schemas import MOST_TOP, REFERENCE, PredictRequest
 from modelpatch.serve.settings import Settings
 from modelpatch.text import first_problem
 
 OCTETS = "application/octet-stream"
-BODY = {
-    "required": True,
-    "content": {
-        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", OCTETS)},
-        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "properties": {
-                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
-                    "tasks": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
-                    "per_image": {"type": "array", "items": {"type": "string", "pattern": REFERENCE}},
-                    "top": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 3},
-                },
-            },
-            "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
-            "examples": {
-                "every patch": {"value": {"images": ["@photo.jpg"]}},
-                "two patches": {"value": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5}},
-                "one patch an image": {"value": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]}},
-            },
+SILENCE = 10.0  # seconds without a byte
+TOP = {"type": "integer", "minimum": 1, "maximum": MOST_TOP, "default": 3}
+BINARY = {"type": "string", "format": "binary"}
+NAMES = {"type": "array", "items": {"type": "string", "pattern": REFERENCE}}
+FILES = {"type": "array", "items": BINARY, "minItems": 1}
+EXAMPLES = {
+    "every patch": {"images": ["@photo.jpg"]},
+    "two patches": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5},
+    "one patch an image": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]},
+}
+FORM = {
+    "schema": {
+        "type": "object",
+        "required": ["images"],
+        "properties": {"images": FILES, "tasks": NAMES, "per_image": NAMES, "top": TOP},
+    },
+    "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
+    "examples": {name: {"value": value} for name, value in EXAMPLES.items()},
+}
+
+
+def _query(name: str, schema: dict[str, Any], text: str, **more: Any) -> dict[str, Any]:
+    text = f"For an image that is the body itself: {text}"
+    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema, **more}
+
+
+QUESTION: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": BINARY},
+            OCTETS: {"schema": BINARY},
+            "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+            "multipart/form-data": FORM,
         },
     },
-}
-QUESTION: dict[str, Any] = {
-    "requestBody": BODY,
     "parameters": [
-        {
-            "name": "tasks",
-            "in": "query",
-            "required": False,
-            "description": "Patches for an image that is the body itself, comma-separated; all without it.",
-            "schema": {"type": "string"},
-            "example": "flowers,birds@prod",
-        },
-        {
-            "name": "top",
-            "in": "query",
-            "required": False,
-            "description": "Answers of each, for an image that is the body itself.",
-            "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 3},
-        },
+        _query("tasks", {"type": "string"}, "Patches, comma-separated; all without it.", example="flowers,birds@prod"),
+        _query("top", TOP, "Answers of each."),
     ],
 }
 
@@ -75,11 +76,8 @@ async def read_question(request: Request, settings: Settings) -> tuple[PredictRe
             raise Problem("invalid-request", "The address names images, and the body is one.", "Send one of them.")
         return _validate({"images": ["file"], **words}, strict=False), [await read_body(request, limit)]
     if request.query_params:
-        raise Problem(
-            "invalid-request",
-            f"The address asks for {next(iter(request.query_params))[:80]!r}, which goes with an image as the body.",
-            "Put it into the form or the JSON.",
-        )
+        said = f"The address asks for {next(iter(request.query_params))[:80]!r}, which goes with an image as the body."
+        raise Problem("invalid-request", said, "Put it into the form or the JSON.")
     if kind == "application/json":
         asked = _validate(await read_body(request, limit))
         return asked, [_decode_base64(text, place) for place, text in enumerate(asked.images)]
@@ -115,15 +113,51 @@ def _validate(given: bytes | dict[str, Any], strict: bool = True) -> PredictRequ
         return PredictRequest.model_validate(given, strict=strict)
     except ValidationError as error:
         kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
-        raise Problem(
-            kind, f"The request's {first_problem(error)}.", "GET /openapi.json shows what is expected."
-        ) from error
+        advice = "GET /openapi.json shows what is expected."
+        raise Problem(kind, f"The request's {first_problem(error)}.", advice) from error
 
 
 def _decode_base64(text: str, place: int) -> bytes:
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Problem(
-            "unreadable-image", f"Image {place} is no base64: {error}.", "Encode the bytes of the file.", image=place
-        ) from error
+        said = f"Image {place} is no base64: {error}."
+        raise Problem("unreadable-image", said, "Encode the bytes of the file.", image=place) from error
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises `Problem`: 413 beyond `limit` bytes, 408 where nothing comes for a while."""
+    return await Request(request.scope, _counted(request, limit)).body()
+
+
+@asynccontextmanager
+async def read_form(request: Request, limit: int, parts: int) -> AsyncIterator[FormData]:
+    """A multipart form of at most `parts` files and as many fields. Raises what `read_body` raises, 400 if it is malformed."""
+    counted = Request(request.scope, _counted(request, limit))
+    async with counted.form(max_files=parts, max_fields=parts, max_part_size=64 * 1024) as form:
+        yield form
+
+
+def _counted(request: Request, limit: int) -> Receive:
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and int(said[:20]) > limit:
+        raise _too_large(limit)
+    seen = 0
+
+    async def receive() -> Message:
+        nonlocal seen
+        try:
+            async with asyncio.timeout(SILENCE):
+                message = await request.receive()
+        except TimeoutError:
+            raise Problem("too-slow", f"No byte came for {SILENCE:g} seconds.", "Send the body faster.") from None
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise _too_large(limit)
+        return message
+
+    return receive
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem("too-large", f"The body is larger than {limit:,} bytes.", "Send less at once.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -28,16 +29,8 @@ DRAIN = 5.0  # seconds beside the deadline that stopping may take
 
 def check_libraries() -> None:
     """Raises `MissingExtraError` where the extra `serve` is not installed."""
-    import importlib.util
-
-    for module, library in (
-        ("fastapi", "fastapi"),
-        ("uvicorn", "uvicorn"),
-        ("httptools", "httptools"),
-        ("python_multipart", "python-multipart"),
-        ("prometheus_client", "prometheus-client"),
-    ):
-        if importlib.util.find_spec(module) is None:
+    for library in ("fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client"):
+        if importlib.util.find_spec(library.replace("-", "_")) is None:
             raise MissingExtraError(library, "serve", "serving")
 
 
@@ -84,71 +77,44 @@ def serve_forever(
         return measure(backbone.to(device)) if tune else Tuning()
 
     tuning = rehearse(try_all)
-    say(f"http://{_shown(listening)}")
+    name, bound = listening.getsockname()[:2]
+    say(f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}")
     if tune:
         say(str(tuning))
     with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        import uvicorn  # noqa: F401 (here, and after that, so that a new worker finds all imports done)
+        import uvicorn  # here, and after that, so that a new worker finds all imports done
 
-        import modelpatch.serve.app
-        import modelpatch.serve.protocol  # noqa: F401
+        from modelpatch.serve.app import create_app
         from modelpatch.serve.metrics import forget
+        from modelpatch.serve.protocol import GuardedProtocol
+        from modelpatch.serve.service import Service
 
         parent = os.getpid()
 
         def work(opened: socket.socket, ready: Callable[[], None]) -> None:
+            """Serve in this process until SIGTERM; requests that run are finished."""
+            logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+            sys.setswitchinterval(SWITCH)
+            service = Service(Store(url), backbone.to(device), settings, tuning, cascades, threads)
+            config = uvicorn.Config(
+                create_app(service, ready),
+                http=GuardedProtocol,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                lifespan="on",
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=round(settings.deadline + DRAIN),
+            )
             try:
-                run_worker(url, backbone.to(device), settings, tuning, opened, threads, ready, cascades)
+                uvicorn.Server(config).run(sockets=[opened])
             finally:
                 if os.getppid() != parent:  # it was killed, so the folder is still there
                     shutil.rmtree(folder, ignore_errors=True)
 
         Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()
-
-
-def run_worker(
-    url: str,
-    backbone: Backbone,
-    settings: Settings,
-    tuning: Tuning,
-    listening: socket.socket,
-    threads: int,
-    ready: Callable[[], None],
-    cascades: Mapping[str, Cascade] | None = None,
-) -> None:
-    """Serve on a listening socket in this process until SIGTERM; requests that run are finished.
-
-    The engine computes with `threads`; nothing else of this process has more than PyTorch's number, which is 1 here.
-    """
-    import uvicorn
-
-    from modelpatch.serve.app import create_app
-    from modelpatch.serve.protocol import GuardedProtocol
-    from modelpatch.serve.service import Service
-
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
-    )
-    sys.setswitchinterval(SWITCH)
-    app = create_app(Service(Store(url), backbone, settings, tuning, cascades, threads), ready)
-    config = uvicorn.Config(
-        app,
-        http=GuardedProtocol,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="on",
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(settings.deadline + DRAIN),
-    )
-    uvicorn.Server(config).run(sockets=[listening])
-
-
-def _shown(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

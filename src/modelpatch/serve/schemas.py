@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -12,17 +12,22 @@ MOST_TOP = 1000
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
 Top = Annotated[int, Field(ge=1, le=MOST_TOP, description="Classes an answer, the likeliest first.")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Color = Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$", description="In pictures of the answer.")]
+Rectangle = Annotated[list[float], Field(min_length=4, max_length=4)]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 HASH = "9f2c" + "0" * 60
+ROSE = {"class": "rose", "index": 7, "probability": 0.93}
+
+
+def _config(extra: Literal["allow", "forbid", "ignore"] = "ignore", **example: Any) -> ConfigDict:
+    return ConfigDict(extra=extra, json_schema_extra={"examples": [example]} if example else None)
 
 
 class PredictRequest(BaseModel):
     """Images and what to ask about them."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"images": [PIXEL], "tasks": ["base"], "top": 3}]},
-    )
+    model_config = _config("forbid", images=[PIXEL], tasks=["base"], top=3)
 
     images: list[str] = Field(min_length=1, description="Image files in base64: JPEG, PNG, WebP, GIF, BMP or PPM.")
     tasks: list[Reference] | None = Field(
@@ -32,38 +37,38 @@ class PredictRequest(BaseModel):
     top: Top = 3
 
 
-class Guess(BaseModel):
+class ClassAnswer(BaseModel):
+    """A class by its name and its number."""
+
+    class_: str = Field(alias="class")
+    index: int
+
+
+class Guess(ClassAnswer):
     """A class and its probability."""
 
-    class_: str = Field(alias="class")
-    index: int
-    probability: float = Field(ge=0, le=1)
+    probability: Share
 
 
-class AreaAnswer(BaseModel):
+class AreaAnswer(ClassAnswer):
     """A class and the share of what the network saw that it covers."""
 
-    class_: str = Field(alias="class")
-    index: int
-    color: str = Field(pattern=r"^#[0-9a-f]{6}$", description="In the overlay.")
-    share: float = Field(ge=0, le=1)
+    color: Color
+    share: Share
 
 
 class Overlay(BaseModel):
     """A half-transparent PNG in base64, and where it belongs: left, top, width and height in shares of the image's sides."""
 
     png: str
-    place: list[float] = Field(min_length=4, max_length=4)
+    place: Rectangle
 
 
-class BoxAnswer(BaseModel):
+class BoxAnswer(Guess):
     """An object: left, top, right and bottom in the image's own pixels."""
 
-    class_: str = Field(alias="class")
-    index: int
-    color: str = Field(pattern=r"^#[0-9a-f]{6}$")
-    probability: float = Field(ge=0, le=1)
-    box: list[float] = Field(min_length=4, max_length=4)
+    color: Color
+    box: Rectangle
 
 
 class TaskAnswer(BaseModel):
@@ -84,7 +89,7 @@ class TaskAnswer(BaseModel):
 class ProblemBody(BaseModel):
     """An error (RFC 9457): what happened, and what to do."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = _config("allow")
 
     type: str
     title: str
@@ -105,25 +110,7 @@ class ImageAnswers(BaseModel):
 class Prediction(BaseModel):
     """Answers in the order of the images. `refused` names tasks that could not be answered, and why."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "images": [
-                        {
-                            "answers": {
-                                "flowers": {
-                                    "version": HASH,
-                                    "top": [{"class": "rose", "index": 7, "probability": 0.93}],
-                                }
-                            }
-                        }
-                    ],
-                    "refused": {},
-                }
-            ]
-        }
-    )
+    model_config = _config(images=[{"answers": {"flowers": {"version": HASH, "top": [ROSE]}}}], refused={})
 
     images: list[ImageAnswers]
     refused: dict[str, ProblemBody]
@@ -172,7 +159,7 @@ class VersionList(BaseModel):
 class TagRequest(BaseModel):
     """The version that the tag shall name: the beginning of its hash, or another tag."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"tag": "prod", "version": "latest"}]})
+    model_config = _config("forbid", tag="prod", version="latest")
 
     tag: Name
     version: Name = "latest"
@@ -211,8 +198,3 @@ class Health(BaseModel):
     """The state of the server."""
 
     status: str
-
-
-def described(model: type[BaseModel], description: str) -> dict[str, Any]:
-    """An entry of OpenAPI's responses."""
-    return {"model": model, "description": description}

@@ -12,7 +12,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.frozen import sample
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.cascade import Cascade
-from modelpatch.engine.describe import tree
+from modelpatch.engine.describe import grow
 from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
@@ -49,11 +49,10 @@ class Service:
         threads: int | None = None,
     ) -> None:
         self.store, self.backbone, self.settings, self.threads = store, backbone, settings, threads
-        cascades = cascades or {}
-        self.own = {BASE: ServedTask(BASE, BASE, backbone.fingerprint)} | {
-            name: ServedTask(name, f"cascade {name}", cascade.content_hash) for name, cascade in cascades.items()
-        }
-        given = {self.own[name].key: cascade for name, cascade in cascades.items()}
+        self.own, given = {BASE: ServedTask(BASE, BASE, backbone.fingerprint)}, {}
+        for name, cascade in (cascades or {}).items():
+            self.own[name] = ServedTask(name, f"cascade {name}", cascade.content_hash)
+            given[self.own[name].key] = cascade
         self.engine = Engine(backbone, given, tuning=tuning or Tuning())
         self.metrics = Metrics()
         self.ready = False
@@ -77,29 +76,19 @@ class Service:
         self.catalogue.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    # answering ----------------------------------------------------------------------------------------------
-
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
         """Take a place among the requests that run at once, until the deadline. Raises `Problem`, 429 or 503."""
         if self._running >= self.settings.requests:
-            raise Problem(
-                "too-busy",
-                f"{self._running} requests are being answered; this server takes that many.",
-                "Try again soon.",
-                retry_after=1,
-            )
+            said = f"{self._running} requests are being answered; this server takes that many."
+            raise Problem("too-busy", said, "Try again soon.", retry_after=1)
         self._running += 1
         try:
             async with asyncio.timeout(self.settings.deadline):
                 yield
         except TimeoutError:
-            raise Problem(
-                "deadline",
-                f"There was no answer within {self.settings.deadline:g} seconds.",
-                "Try again, or send fewer images at once.",
-                retry_after=1,
-            ) from None
+            said = f"There was no answer within {self.settings.deadline:g} seconds."
+            raise Problem("deadline", said, "Try again, or send fewer images at once.", retry_after=1) from None
         finally:
             self._running -= 1
 
@@ -115,14 +104,7 @@ class Service:
         targets, refused = await self.catalogue.find(await self._names(tasks if per_image is None else per_image))
         answers: list[dict[str, Answer]] = [{} for _ in images]
         for group in self._groups(targets):
-
-            async def answer_group(left: list[ServedTask]) -> list[dict[str, Answer]]:
-                chosen = (
-                    [left] * len(images) if per_image is None else [[t for t in left if t.name == n] for n in per_image]
-                )
-                return await self._answer(images, chosen, top)
-
-            found = await self._while_held(group, refused, answer_group)
+            found = await self._while_held(group, refused, partial(self._answer, images, per_image, top))
             for answer, more in zip(answers, found or [], strict=bool(found)):
                 answer.update(more)
         _expect_some(targets, refused)
@@ -140,11 +122,8 @@ class Service:
                 "Send several requests." if images else "Send the images in the field `images`.",
             )
         if per_image is not None and len(per_image) != len(images):
-            raise Problem(
-                "invalid-request",
-                f"per_image names {len(per_image)} tasks for {len(images)} images.",
-                "Name one task for every image.",
-            )
+            said = f"per_image names {len(per_image)} tasks for {len(images)} images."
+            raise Problem("invalid-request", said, "Name one task for every image.")
 
     async def _names(self, names: Sequence[str] | None) -> Sequence[str]:
         """The names, checked; without any those of the server's own tasks and of all patches."""
@@ -153,11 +132,8 @@ class Service:
         if not names:
             raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
         if (count := len(set(names))) > self.settings.tasks:
-            raise Problem(
-                "too-large",
-                f"The request asks for {count} tasks; this server answers {self.settings.tasks} at once.",
-                "Name the tasks you need.",
-            )
+            said = f"The request asks for {count} tasks; this server answers {self.settings.tasks} at once."
+            raise Problem("too-large", said, "Name the tasks you need.")
         return names
 
     def _groups(self, targets: Sequence[ServedTask]) -> list[list[ServedTask]]:
@@ -198,9 +174,11 @@ class Service:
         return None
 
     async def _answer(
-        self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]], top: int
+        self, images: Sequence[bytes], per_image: Sequence[str] | None, top: int, targets: list[ServedTask]
     ) -> list[dict[str, Answer]]:
-        """The answers of every image by name, each for its own targets."""
+        """The answers of every image by name, for all targets or the one it names."""
+        names = [None] * len(images) if per_image is None else per_image
+        wanted = [[one for one in targets if name is None or one.name == name] for name in names]
         decoded = await self._decode(images, wanted)
         rows = [
             QueuedImage(one.crops, tuple(sorted({target.key for target in own})), top)
@@ -215,17 +193,10 @@ class Service:
 
     async def _decode(self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]]) -> list[Decoded]:
         """Every image as its targets see it; a damaged one is found even where none of them is asked about it."""
-        loop = asyncio.get_running_loop()
-        jobs = [
-            loop.run_in_executor(
-                self._decoders,
-                decode,
-                data,
-                [seen for target in own for seen in self.engine.preprocessings(target.key)],
-                self.settings.pixels,
-            )
-            for data, own in zip(images, wanted, strict=True)
-        ]
+        loop, jobs = asyncio.get_running_loop(), []
+        for data, own in zip(images, wanted, strict=True):
+            kinds = [seen for target in own for seen in self.engine.preprocessings(target.key)]
+            jobs.append(loop.run_in_executor(self._decoders, decode, data, kinds, self.settings.pixels))
         try:
             return await asyncio.gather(*jobs)
         except Problem as problem:
@@ -242,8 +213,6 @@ class Service:
         sizes: Sequence[tuple[int, int]],
         top: int,
     ) -> list[dict[str, Answer]]:
-        """The answers of every image by name, as JSON."""
-
         def tell(target: ServedTask, one: Said, size: tuple[int, int]) -> Answer:
             view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=size)
             answer = kind_of(self.engine.kind(target.key)).to_json(one, view, top)
@@ -282,19 +251,18 @@ class Service:
             "shared": round(plan.shared, 6),
             "bytes": plan.bytes,
             "memory": self.engine.memory,
-            "tree": [_rename(node, named) for node in tree(plan.roots, plan.steps)],
+            "tree": [branch.facts(named) for branch in grow(plan.roots, plan.steps)],
         }
 
     def _backbone(self) -> dict[str, Any]:
-        tensors = self.backbone.module.parameters()
+        base = self.backbone
+        count = sum(tensor.numel() for tensor in base.module.parameters())
         return {
-            "spec": self.backbone.spec,
-            "fingerprint": self.backbone.fingerprint,
-            "parameters": sum(tensor.numel() for tensor in tensors),
-            "classes": len(self.backbone.classes),
+            "spec": base.spec,
+            "fingerprint": base.fingerprint,
+            "parameters": count,
+            "classes": len(base.classes),
         }
-
-    # patches ------------------------------------------------------------------------------------------------
 
     async def patches(self, after: str, limit: int) -> dict[str, Any]:
         """The patches whose names follow `after`, in the order of names."""
@@ -312,15 +280,10 @@ class Service:
 
     def _describe(self, version: Version) -> dict[str, Any]:
         failure = self.cache.failure(version)
+        shown = ("name", "tags", "nbytes", "created", "method", "task", "metrics")
         return {
-            "name": version.name,
+            **{name: getattr(version, name) for name in shown},
             "version": version.hash,
-            "tags": list(version.tags),
-            "nbytes": version.nbytes,
-            "created": version.created,
-            "method": version.method,
-            "task": version.task,
-            "metrics": dict(version.metrics),
             "resident": version.hash in self.cache.sizes,
             "fits": version.chain == self.backbone.fingerprints.chain,
             "problem": failure.named(str(version)).body() if failure else None,
@@ -360,16 +323,9 @@ class Service:
 
 
 def _expect_some(targets: Collection[ServedTask], refused: Mapping[str, Problem]) -> None:
-    """Raises the first problem if all targets were refused."""
     if all(target.name in refused for target in targets):
         raise next(iter(refused.values()))
 
 
 def _bodies(refused: Mapping[str, Problem]) -> dict[str, Any]:
     return {name: problem.body() for name, problem in refused.items()}
-
-
-def _rename(node: dict[str, Any], named: dict[str, list[str]]) -> dict[str, Any]:
-    """A node of the tree with the names that were asked for in the place of hashes."""
-    tasks = [name for key in node["tasks"] for name in named[key]]
-    return {**node, "tasks": tasks, "children": [_rename(child, named) for child in node["children"]]}

@@ -3,10 +3,8 @@
     parent: imports, loads the backbone, binds and listens ── fork ── worker 1: engine, event loop, requests
             waits for children                             └─ fork ── worker 2: ...
 
-A worker is forked from a parent that has everything loaded, so a new one serves within a fraction of a second and all share
-the backbone's memory; connections that arrive in between wait in the socket's queue. The parent computes nothing and starts
-no thread, which is what makes forking safe. It holds the writing end of a pipe: when it dies, however it dies, workers read
-its end and stop.
+A worker is forked from a parent that has everything loaded, so a new one serves at once and all share the backbone's memory.
+The parent starts no thread, which makes forking safe, and holds the writing end of a pipe: when it dies, workers read its end.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from modelpatch.errors import ModelpatchError, ServeError
 
 T = TypeVar("T")
 BACKLOG = 2048
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 TRIES = 5  # workers in a row that end before they serve, until the server gives up
 
 
@@ -93,9 +92,9 @@ class Supervisor:
         self._lifeline, self._held = os.pipe()
         self._told, self._telling = os.pipe()
         os.set_blocking(self._told, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             signal.signal(number, self._stop)
-        signal.signal(signal.SIGALRM, self._kill)
+        signal.signal(signal.SIGALRM, lambda *_: self._signal_all(signal.SIGKILL))
         failed = 0
         for _ in range(self.workers):
             self._start()
@@ -114,7 +113,6 @@ class Supervisor:
             self._start()
 
     def _served(self, child: int) -> bool:
-        """Return True if the worker said that it was ready."""
         with suppress(BlockingIOError):
             while said := os.read(self._told, 4 * 1024):
                 self._serving |= {number for (number,) in struct.iter_unpack("<i", said)}
@@ -123,7 +121,7 @@ class Supervisor:
         return served
 
     def _start(self) -> None:
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         child = os.fork()
         if child == 0:
             self._work(masked)
@@ -138,10 +136,7 @@ class Supervisor:
         try:
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             os.close(self._held)
-            for number in (
-                signal.SIGTERM,
-                signal.SIGINT,
-            ):  # the server takes them; before and after it they end the worker
+            for number in STOPPING:  # the server takes them; before and after it they end the worker
                 signal.signal(number, lambda *_: sys.exit())
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
@@ -158,32 +153,23 @@ class Supervisor:
             os._exit(status)
 
     def _tell(self) -> None:
-        """In the child: tell the parent that it serves."""
         os.write(self._telling, struct.pack("<i", os.getpid()))
 
     def _watch(self) -> None:
-        """In the child: when the parent is gone, stop as if it had said so."""
         os.read(self._lifeline, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as if the parent, which is gone, had said so
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if not self._stopping:
             self._stopping = True
             self.listening.close()
             signal.alarm(max(1, round(self.grace)))
-        for child in list(self._children):
-            self._signal(child, signal.SIGTERM)
+        self._signal_all(signal.SIGTERM)
 
-    def _kill(self, number: int, frame: FrameType | None) -> None:
+    def _signal_all(self, number: int) -> None:
         for child in list(self._children):
-            self._signal(child, signal.SIGKILL)
-
-    @staticmethod
-    def _signal(child: int, number: int) -> None:
-        try:
-            os.kill(child, number)
-        except ProcessLookupError:
-            return
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
 
 
 def _ended(status: int) -> str:

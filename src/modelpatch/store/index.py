@@ -48,7 +48,7 @@ class Index:
 
     def __init__(self, records: Records) -> None:
         self.records, self.storage = records, records.storage
-        self._read: tuple[str, list[Version]] | None = None  # the last table, which never changes
+        self._read: dict[str, list[Version]] = {}  # the last table, which never changes
 
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:
@@ -70,13 +70,22 @@ class Index:
                 return self.rebuild()
             try:
                 versions = self._table(tables[0])
+            except FileNotFoundError:  # a writer made a new table
+                continue
             except ValueError:
                 return self.rebuild()
             after = self.storage.names(INDEX)
-            if versions is None or _tables(after) != tables:
-                continue  # a writer made a new table
+            if _tables(after) != tables:
+                continue
             marks = [mark for mark in before | after if MARK.fullmatch(mark)]
-            return self._mended(tables[0], versions, marks) if marks else list(versions)
+            if not marks:
+                return list(versions)
+            names = {mark.partition("@")[0] for mark in marks}
+            mended = [version for version in versions if version.name not in names] + self.records.scan(names)
+            mended.sort(key=lambda version: (version.name, version.created, version.hash))
+            if len(marks) >= FOLD:
+                self._replace(tables, mended, marks)
+            return mended
         return self.records.scan()
 
     def rebuild(self) -> list[Version]:
@@ -86,18 +95,11 @@ class Index:
         self._replace(_tables(entries), versions, [entry for entry in entries if MARK.fullmatch(entry)])
         return versions
 
-    def _mended(self, table: str, versions: list[Version], marks: list[str]) -> list[Version]:
-        names = {mark.partition("@")[0] for mark in marks}
-        mended = [version for version in versions if version.name not in names] + self.records.scan(names)
-        mended.sort(key=lambda version: (version.name, version.created, version.hash))
-        if len(marks) >= FOLD:
-            self._replace([table], mended, marks)
-        return mended
-
     def sweep(self) -> None:
         """Remove the temporary files of writers that died."""
-        left = [entry for entry in self.storage.names(INDEX) if is_temporary(entry) and self._is_abandoned(entry)]
-        self._delete(left)
+        self._delete(
+            [entry for entry in self.storage.names(INDEX) if is_temporary(entry) and self._is_abandoned(entry)]
+        )
 
     def _replace(self, tables: list[str], versions: list[Version], marks: list[str]) -> None:
         """A new table in the place of those that were read before `versions` were, which hold what `marks` announce.
@@ -119,16 +121,12 @@ class Index:
     def _is_abandoned(self, mark: str) -> bool:
         return self.storage.age(f"{INDEX}/{mark}") > ABANDONED
 
-    def _table(self, table: str) -> list[Version] | None:
-        """A table's versions; None where it has been replaced meanwhile. Raises ValueError for one that is damaged."""
-        read = self._read
-        if read is not None and read[0] == table:
-            return read[1]
-        try:
+    def _table(self, table: str) -> list[Version]:
+        """A table's versions. Raises FileNotFoundError for one that was replaced meanwhile, ValueError for a damaged one."""
+        versions = self._read.get(table)
+        if versions is None:
             versions = unpack(self.storage.read(f"{INDEX}/{table}"))
-        except FileNotFoundError:
-            return None
-        self._read = table, versions
+            self._read = {table: versions}
         return versions
 
 
@@ -150,24 +148,19 @@ def unpack(data: bytes) -> list[Version]:
     collects = gc.isenabled()
     gc.disable()  # nothing here is garbage, and looking for it while 100,000 objects are made takes as long as making them
     try:
-        return _unpack(data)
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _unpack(data: bytes) -> list[Version]:
-    try:
         columns = from_json(data, cache_strings=False)
+        texts: set[str] = set()
         for name in SHARED:
             values = [tuple(value) if name == "tags" else value for value in columns[name]["values"]]
-            _check_printable({str(text) for value in values for text in (value if name == "tags" else [value])})
+            texts.update(str(text) for value in values for text in (value if name == "tags" else [value]))
             columns[name] = [values[number] for number in columns[name]["numbers"]]
         for name, pattern in (("name", NAME), ("hash", HASH)):
             if not all(map(pattern.fullmatch, columns[name])):
                 raise ValueError(f"a {name} that is none")
         metrics = columns["metrics"]
-        _check_printable({key for figures in metrics for key in figures}.union(columns["created"]))
+        texts.update(columns["created"], *metrics)
+        for text in texts:
+            check_printable(text)
         figures = {type(value) for figures in metrics for value in figures.values()}
         if not figures <= {int, float} or set(map(type, columns["nbytes"])) - {int}:
             raise ValueError("metrics that are not numbers")
@@ -175,11 +168,9 @@ def _unpack(data: bytes) -> list[Version]:
         return [Version(*row) for row in rows]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"no table of versions: {error}") from error
-
-
-def _check_printable(texts: set[str]) -> None:
-    for text in texts:
-        check_printable(text)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _tables(entries: set[str]) -> list[str]:

@@ -4,8 +4,7 @@
     patches/NAME/HASH.json          its record: with it the version exists
     patches/NAME/TAG.tag            the hash of the version that the tag names
 
-The first two never change once they are there; the third is replaced whole. Everything about one name lies in one folder, so
-that a name is read, repaired or copied by itself.
+The first two never change once they are there; the third is replaced whole.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ class Records:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    # one name ---------------------------------------------------------------------------------------------------
-
     def names(self) -> set[str]:
         """The names that have a folder, even an empty one."""
         return {name for name in self.storage.names(PATCHES) if NAME.fullmatch(name)}
@@ -39,9 +36,8 @@ class Records:
         data = self.storage.read(self.path(name, tag + TAG))
         hash = data.decode("ascii", "replace").strip()
         if not HASH.fullmatch(hash):
-            raise DamagedPatchError(
-                f"the tag {tag} of {name} is damaged: it holds no hash. Set it again, or remove it."
-            )
+            said = f"the tag {tag} of {name} is damaged: it holds no hash."
+            raise DamagedPatchError(said, "Set it again, or remove it.")
         return hash
 
     def tags(self, name: str, files: Iterable[str] | None = None) -> dict[str, str]:
@@ -90,8 +86,6 @@ class Records:
         """The patch file as it lies there, unchecked. Raises `FileNotFoundError`."""
         return self.storage.read(self.path(name, hash + FILE))
 
-    # many names -------------------------------------------------------------------------------------------------
-
     def files(self) -> dict[str, list[str]]:
         """The names of all files by patch, but for those that no store writes."""
         found: dict[str, list[str]] = {}
@@ -107,16 +101,8 @@ class Records:
         found = self.storage.map(lambda item: self.versions(*item), sorted(files.items()))
         return [version for versions in found for version in versions]
 
-    # writing ----------------------------------------------------------------------------------------------------
-
-    def write_file(self, version: Version, data: bytes) -> None:
-        self.storage.write(self.path(version.name, version.hash + FILE), data)
-
-    def write_record(self, version: Version) -> None:
-        self.storage.write(self.path(version.name, version.hash + RECORD), version.record())
-
-    def write_tag(self, name: str, tag: str, hash: str) -> None:
-        self.storage.write(self.path(name, tag + TAG), hash.encode())
+    def write(self, name: str, file: str, data: bytes) -> None:
+        self.storage.write(self.path(name, file), data)
 
     def delete(self, name: str, file: str) -> None:
         self.storage.delete(self.path(name, file))

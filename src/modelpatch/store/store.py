@@ -17,6 +17,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,6 @@ class Store:
         """Return True if there is a store already. Publishing makes one."""
         return self._storage.is_there()
 
-    # writing ----------------------------------------------------------------------------------------------------
-
     def publish(
         self, name: str, patch: Patch | bytes | str | os.PathLike[str], tags: Sequence[str] = (LATEST,)
     ) -> Version:
@@ -104,7 +103,7 @@ class Store:
         if found.name != check_name(name):
             raise StoreError(f"{found} is no version of {name}. Publish it under that name: load it, then publish it.")
         with self._index.changing(name):
-            self._records.write_tag(name, tag, found.hash)
+            self._records.write(name, tag + TAG, found.hash.encode())
             if not self._records.is_whole(name, found.hash):  # it was removed meanwhile
                 self._records.delete(name, tag + TAG)
                 raise UnknownPatchError(f"{found} is not in the store any more: it was removed.")
@@ -158,8 +157,6 @@ class Store:
         """Make the index anew from the files. Never needed for right answers: a store that was copied or mended by hand."""
         return self._index.rebuild()
 
-    # reading ----------------------------------------------------------------------------------------------------
-
     def list(self) -> Versions:
         """All versions of all names, by name and age, from the index."""
         return self._index.versions()
@@ -212,8 +209,6 @@ class Store:
             problems.append(Fault("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
         return problems
 
-    # between stores ---------------------------------------------------------------------------------------------
-
     def push(self, other: Store, references: str | Iterable[str]) -> Versions:
         """Copy versions to another store, with the tag that each reference names. Returns them as they are there.
 
@@ -231,10 +226,7 @@ class Store:
         """Copy versions from another store: `other.push(self, references)`."""
         return other.push(self, references)
 
-    # ------------------------------------------------------------------------------------------------------------
-
     def _read(self, reference: Version | str) -> tuple[Version, bytes]:
-        """The version that a reference names, and its bytes."""
         for attempt in range(TRIES):
             version = self.resolve(reference) if isinstance(reference, str) else reference
             try:
@@ -247,22 +239,21 @@ class Store:
         else:
             raise DamagedPatchError(f"the file of {version} is missing.", PUBLISH)
         if hashlib.sha256(data).hexdigest() != version.hash:
-            raise DamagedPatchError(
-                f"the file of {version} is damaged: its bytes are not those that were published.", PUBLISH
-            )
+            said = f"the file of {version} is damaged: its bytes are not those that were published."
+            raise DamagedPatchError(said, PUBLISH)
         return version, data
 
     def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
         name, hash = version.name, version.hash
         with self._index.changing(name):
             for _ in range(TRIES):
-                self._records.write_file(version, data)
+                self._records.write(name, hash + FILE, data)
                 try:
                     version = self._records.version(name, hash, {})
                 except (FileNotFoundError, DamagedPatchError):
-                    self._records.write_record(version)
+                    self._records.write(name, hash + RECORD, version.record())
                 for tag in tags:
-                    self._records.write_tag(name, tag, hash)
+                    self._records.write(name, tag + TAG, hash.encode())
                 if self._records.is_whole(name, hash):  # unless it was collected before a tag named it
                     named = self._records.tags(name)
                     return replace(version, tags=tuple(sorted(tag for tag, other in named.items() if other == hash)))
@@ -275,7 +266,7 @@ class Store:
             return False
         records.delete(name, hash + RECORD)
         if hash in records.tagged(name):  # tagged between the two
-            records.write_record(version)
+            records.write(name, hash + RECORD, version.record())
             return False
         try:
             data = records.content(name, hash)
@@ -283,7 +274,7 @@ class Store:
             return True
         records.delete(name, hash + FILE)
         if hash in records.hashes(name):  # published anew between the two
-            records.write_file(version, data)
+            records.write(name, hash + FILE, data)
             return False
         return True
 
@@ -309,31 +300,22 @@ class Store:
                     data = self.read(recorded)
                     written = Version.of(name, data, decode_patch(data, str(recorded)))
                     if replace(written, created=recorded.created) != recorded:
-                        problems.append(
-                            Fault(where, "the record is not that of the patch. Delete it and publish again.")
-                        )
+                        what = "the record is not that of the patch. Delete it and publish again."
+                        problems.append(Fault(where, what))
             except (ModelpatchError, FileNotFoundError) as error:
                 if not isinstance(error, FileNotFoundError | UnknownPatchError):  # those were removed just now
                     problems.append(Fault(where, str(error)))
         present = self._records.hashes(name)
         for file, hash in tags.items():
-            if hash not in present and self._hash_or_none(name, file.removesuffix(TAG)) == hash:
+            if hash not in present and self._records.tags(name, [file]).get(file.removesuffix(TAG)) == hash:
                 what = f"it names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
                 problems.append(Fault(self._records.path(name, file), what))
         return problems
 
-    def _hash_or_none(self, name: str, tag: str) -> str | None:
-        try:
-            return self._records.tag(name, tag)
-        except FileNotFoundError:
-            return None
-
     def _hash_of_tag(self, name: str, rest: str) -> str:
         """The hash that a tag or the beginning of a hash names. Raises `UnknownPatchError`."""
-        try:
+        with suppress(FileNotFoundError):
             return self._records.tag(name, rest)
-        except FileNotFoundError:
-            pass
         if PREFIX.fullmatch(rest):
             hashes = sorted(hash for hash in self._records.hashes(name) if hash.startswith(rest))
             if len(hashes) == 1:
@@ -344,7 +326,6 @@ class Store:
         raise self._unknown_version(name, rest)
 
     def _one(self, version: Version | str) -> Version:
-        """A version as it is now."""
         return self.resolve(version.reference if isinstance(version, Version) else version)
 
     def _unknown_version(self, name: str, rest: str) -> UnknownPatchError:
@@ -358,9 +339,8 @@ class Store:
         alike = sorted(other for other in self._records.names() if other[0] == name[0])[:NEAR]
         near = [other for other in difflib.get_close_matches(name, alike) if other != name]
         guess = f" Did you mean {' or '.join(near)}?" if near else ""
-        return UnknownPatchError(
-            f"there is no patch {name!r} in the store.{guess}", "" if near else "See `modelpatch store ls`."
-        )
+        advice = "" if near else "See `modelpatch store ls`."
+        return UnknownPatchError(f"there is no patch {name!r} in the store.{guess}", advice)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"

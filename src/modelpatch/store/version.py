@@ -88,14 +88,13 @@ class Version:
     @classmethod
     def read(cls, record: bytes, name: str, hash: str) -> Version:
         """The version that a record describes. Raises `DamagedPatchError` unless it is one of that name and hash."""
+        where = f"the record of {name}@{hash[:12]}"
         try:
             version = _RECORD.validate_json(record)
         except ValidationError as error:
-            raise DamagedPatchError(
-                f"the record of {name}@{hash[:12]} is damaged: its {first_problem(error)}."
-            ) from error
+            raise DamagedPatchError(f"{where} is damaged: its {first_problem(error)}.") from error
         if (version.name, version.hash) != (name, hash):
-            raise DamagedPatchError(f"the record of {name}@{hash[:12]} is that of {version}. Publish the patch again.")
+            raise DamagedPatchError(f"{where} is that of {version}. Publish the patch again.")
         return version
 
     def __str__(self) -> str:
@@ -108,10 +107,8 @@ _RECORD: TypeAdapter[Version] = TypeAdapter(Version)
 def check_name(text: str, kind: str = "patch") -> str:
     """The name of a patch or a tag. Raises `InvalidReferenceError` for any other text."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise InvalidReferenceError(
-            f"{str(text)[:80]!r} is no name of a {kind}. Expected 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the "
-            "first a letter or digit."
-        )
+        expected = "Expected 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the first a letter or digit."
+        raise InvalidReferenceError(f"{str(text)[:80]!r} is no name of a {kind}.", expected)
     return text
 
 
