@@ -124,7 +124,7 @@ class Cascade:
         check_one_task(self.patches)
         last = [confidence.threshold is None for confidence in self.confidences]
         if last != [False] * (len(last) - 1) + [True]:
-            raise CascadeError("expected a threshold for every stage but the last, which answers all that are left.")
+            raise CascadeError("every stage but the last needs a threshold, and the last, which answers all others, none.")
 
     @property
     def task(self) -> TaskRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -36,7 +37,8 @@ def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, second
     share = seconds / (2 * len(trials) + 3)
     for name in trials:
         without = replace(chosen, **{name: getattr(Tuning(), name)})
-        ways = [_whole(backbone, tuning) for tuning in (without, chosen)]
+        frozen = [FrozenBackbone(backbone, tuning) for tuning in (without, chosen)]
+        ways = [partial(one.run, end=len(backbone.chain)) for one in frozen]
         speedups = [_ratio(ways, batch, share) for batch in (images[:1], images)]
         better = prod(speedups) > NOTICEABLE
         chosen = chosen if better else without
@@ -49,11 +51,6 @@ def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, second
 def _has_bfloat16(device: torch.device) -> bool:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type != "cpu" or any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
-
-
-def _whole(backbone: Backbone, tuning: Tuning) -> Callable[[Tensor], Tensor]:
-    frozen = FrozenBackbone(backbone, tuning)
-    return lambda images: frozen.run(images, len(backbone.chain))
 
 
 def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tuple[int, str]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.template import HEAD, PartTensors, Structure, Template, Templates
 from modelpatch.errors import WrongBackboneError
-from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import ChainPart, Reading
 from modelpatch.patch.changes import MADE, StoredWeight, resolve
 from modelpatch.patch.contents import Patch
@@ -42,7 +41,10 @@ class BoundPatch:
         self.reading: Reading = structure.reading
         *parts, head = self._load(structure, patch)
         self.parts = tuple(BoundPart(template, own) for template, own in zip(structure.templates, parts, strict=True))
-        self.head = _build_head(patch.head, head)
+        with torch.device("meta"):
+            self.head = patch.head.build()
+        self.head.load_state_dict({name.removeprefix("head."): one for name, one in head.load().items()}, assign=True)
+        self.head.eval().requires_grad_(False)
 
     def _load(self, structure: Structure, patch: Patch) -> list[PartTensors]:
         """Check the patch's tensors and lay them out: one for each part, the head's last."""
@@ -93,13 +95,6 @@ class BoundPatch:
             yield part
             at = part.span[1]
         yield from range(at, len(self.backbone.chain))
-
-
-def _build_head(record: HeadRecord, tensors: PartTensors) -> nn.Module:
-    with torch.device("meta"):
-        head = record.build()
-    head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in tensors.load().items()}, assign=True)
-    return head.eval().requires_grad_(False)
 
 
 class BoundPart:

@@ -56,8 +56,7 @@ class EngineTask:
     @property
     def parts(self) -> tuple[BoundPart, ...]:
         """The variants of the task's patches."""
-        own = () if self.bound is None else self.bound.parts
-        return (*own, *(part for option in self.options for part in option.parts))
+        return tuple(part for patch in self.patches for part in patch.parts)
 
     @property
     def patches(self) -> tuple[BoundPatch, ...]:

@@ -74,7 +74,7 @@ async def read_question(request: Request, settings: Settings) -> tuple[PredictRe
         words = _words(request.query_params.multi_items())
         if "images" in words:
             raise Problem("invalid-request", "The address names images, and the body is one.", "Send one of them.")
-        return _validate({"images": ["file"], **words}, strict=False), [await read_body(request, limit)]
+        return _validate({"images": ["file"], **words}), [await read_body(request, limit)]
     if request.query_params:
         said = f"The address asks for {next(iter(request.query_params))[:80]!r}, which goes with an image as the body."
         raise Problem("invalid-request", said, "Put it into the form or the JSON.")
@@ -90,7 +90,7 @@ async def read_question(request: Request, settings: Settings) -> tuple[PredictRe
                     said = "is no file" if name == "images" else "is a file"
                     raise Problem("invalid-request", f"A part {name[:80]!r} {said}.", "With curl: -F images=@photo.jpg")
             words = _words((name, value) for name, value in parts if isinstance(value, str))
-            return _validate({"images": ["file"] * len(files), **words}, strict=False), [await f.read() for f in files]
+            return _validate({"images": ["file"] * len(files), **words}), [await f.read() for f in files]
     raise Problem(
         "unknown-kind",
         f"The body is {kind[:80] or 'of no stated kind'!r}.",
@@ -106,11 +106,11 @@ def _words(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return words
 
 
-def _validate(given: bytes | dict[str, Any], strict: bool = True) -> PredictRequest:
+def _validate(given: bytes | dict[str, Any]) -> PredictRequest:
     try:
         if isinstance(given, bytes):
-            return PredictRequest.model_validate_json(given, strict=strict)
-        return PredictRequest.model_validate(given, strict=strict)
+            return PredictRequest.model_validate_json(given, strict=True)
+        return PredictRequest.model_validate(given, strict=False)
     except ValidationError as error:
         kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
         advice = "GET /openapi.json shows what is expected."
