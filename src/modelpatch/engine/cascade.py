@@ -124,7 +124,9 @@ class Cascade:
         check_one_task(self.patches)
         last = [confidence.threshold is None for confidence in self.confidences]
         if last != [False] * (len(last) - 1) + [True]:
-            raise CascadeError("every stage but the last needs a threshold, and the last, which answers all others, none.")
+            raise CascadeError(
+                "every stage but the last needs a threshold, and the last, which answers the rest, none."
+            )
 
     @property
     def task(self) -> TaskRecord:
