@@ -9,6 +9,7 @@ writes without `fit`, on batches of a DataLoader.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def main() -> None:
     arguments.cache.mkdir(exist_ok=True)
     task = mp.load_task(unpack("gtsrb", arguments.cache)).subsample(arguments.images)
     backbone = mp.load_backbone(mobilenet())
-    rows = []
+    rows: list[tuple[str | float, ...]] = []
     for seed in range(arguments.seeds):
         patches = {
             "own loop": own_loop(backbone, task, arguments.epochs, seed),
@@ -84,7 +85,7 @@ def main() -> None:
             ),
         }
         rows.append((seed, *(100 * mp.evaluate(backbone, patch, task).score for patch in patches.values())))
-    rows.append(("mean", *(sum(row[column] for row in rows) / len(rows) for column in (1, 2))))
+    rows.append(("mean", *(statistics.fmean(float(row[column]) for row in rows) for column in (1, 2))))
     title = f"gtsrb, {len(task.train)} images, {PIXELS} px, {arguments.epochs} epochs: test top-1 in percent"
     report(title, ("seed", "own loop", "fit"), rows, arguments.json)
 
