@@ -44,7 +44,7 @@ Take = Callable[[str, torch.dtype], Tensor]  # an entry of the file by its name
 
 
 @dataclass(frozen=True)
-class Kind:
+class CodecKind:
     """A way to store the tensors that `fits` accepts, if no kind before it does.
 
     `pack` gives a tensor's entries by the prefixes of its name, and its bits: `planes` of every number, which lie in the entry
@@ -130,8 +130,8 @@ def _is_sparse(name: str, tensor: Tensor) -> bool:
     return difference and 2 * int(tensor.count_nonzero()) < tensor.numel()
 
 
-def _plain(dtype: torch.dtype) -> Kind:
-    return Kind(
+def _plain(dtype: torch.dtype) -> CodecKind:
+    return CodecKind(
         lambda _, tensor: tensor.dtype == dtype,
         lambda tensor: ({"": tensor}, ()),
         lambda name, shape, planes, take: take(name, dtype),
@@ -139,12 +139,12 @@ def _plain(dtype: torch.dtype) -> Kind:
 
 
 KINDS = {
-    "signs": Kind(partial(_has_sizes, count=1), _pack_sizes, _unpack_sizes, planes=1),
-    "sparse": Kind(_is_sparse, _pack_sparse, _unpack_sparse, planes=1, where=WHERE, coded=True),
-    "sizes": Kind(partial(_has_sizes, count=2), _pack_sizes, _unpack_sizes, planes=2),
-    "bits": Kind(lambda _, mask: mask.dtype == torch.bool, _pack_mask, _unpack_mask, planes=1, coded=True),
-    "trits": Kind(lambda _, mask: mask.dtype == torch.int8, _pack_mask, _unpack_mask, planes=2, coded=True),
-    "int8": Kind(lambda *_: False, _pack_int8, _unpack_int8),  # where it is asked for
+    "signs": CodecKind(partial(_has_sizes, count=1), _pack_sizes, _unpack_sizes, planes=1),
+    "sparse": CodecKind(_is_sparse, _pack_sparse, _unpack_sparse, planes=1, where=WHERE, coded=True),
+    "sizes": CodecKind(partial(_has_sizes, count=2), _pack_sizes, _unpack_sizes, planes=2),
+    "bits": CodecKind(lambda _, mask: mask.dtype == torch.bool, _pack_mask, _unpack_mask, planes=1, coded=True),
+    "trits": CodecKind(lambda _, mask: mask.dtype == torch.int8, _pack_mask, _unpack_mask, planes=2, coded=True),
+    "int8": CodecKind(lambda *_: False, _pack_int8, _unpack_int8),  # where it is asked for
     **{name: _plain(dtype) for name, dtype in PLAIN.items()},
 }
 

@@ -41,7 +41,7 @@ class Row:
     seconds: float
 
     @classmethod
-    def of(cls, method: str, parameters: int, runs: Sequence[Run], base_before: float | None) -> Row:
+    def of(cls, method: str, parameters: int, runs: Sequence[SeedRun], base_before: float | None) -> Row:
         """The row of one method's runs."""
         top1 = [run.top1 for run in runs]
         after = [run.base_after for run in runs if run.base_after is not None]
@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Run:
+class SeedRun:
     """One fit of one method with one seed."""
 
     seed: int
@@ -80,7 +80,7 @@ class Comparison:
     task: str
     backbone: str
     rows: tuple[Row, ...]
-    runs: Mapping[str, tuple[Run, ...]]
+    runs: Mapping[str, tuple[SeedRun, ...]]
     patches: Mapping[str, Patch]
     skipped: Mapping[str, str]
 
@@ -123,7 +123,7 @@ def compare(
     check_settings(settings)
     check_classification(data, "compare")
     before = evaluate_base(backbone, base).top1 if base is not None else None
-    runs: dict[str, tuple[Run, ...]] = {}
+    runs: dict[str, tuple[SeedRun, ...]] = {}
     patches: dict[str, Patch] = {}
     skipped: dict[str, str] = {}
     trained: dict[str, int] = {}
@@ -134,13 +134,13 @@ def compare(
         except (MethodNotApplicableError, MissingExtraError) as error:
             skipped[name] = str(error)
     for name, method, parameters in todo:
-        fitted: list[Run] = []
+        fitted: list[SeedRun] = []
         try:
             for number in range(seed, seed + seeds):
                 files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
                 patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
-                fitted.append(Run(number, top1, None, size, patch.created["seconds"]))
+                fitted.append(SeedRun(number, top1, None, size, patch.created["seconds"]))
                 patches.setdefault(name, patch)
         except DivergedError as error:
             skipped[name] = str(error)

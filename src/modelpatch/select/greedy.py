@@ -29,8 +29,8 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.study import Candidate, Effect, Score, Study, best, describe, open_study, score_by_halving, units
-from modelpatch.train import fit
+from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
+from modelpatch.train.fitting import fit
 
 Rule = Literal["paper", "code"]
 Start = Literal["none", "all", "better"]
@@ -192,7 +192,7 @@ class GreedySearch:
     """The rounds of one selection, within a study."""
 
     def __init__(
-        self, study: Study, method: Method, greedy: Greedy, budget: Budget, each_round: Callable[[Round], None]
+        self, study: Rater, method: Method, greedy: Greedy, budget: Budget, each_round: Callable[[Round], None]
     ) -> None:
         self.each_round = each_round
         self.study, self.method, self.greedy, self.budget = study, method, greedy, budget

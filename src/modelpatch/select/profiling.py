@@ -17,7 +17,7 @@ from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
-from modelpatch.select.study import Candidate, Effect, Score, Study, best, describe, open_study, score_by_halving, units
+from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def profile(
 
 
 def profile_units(
-    study: Study,
+    study: Rater,
     method: Method,
     names: Sequence[tuple[str, ...]],
     kind: str,

@@ -27,7 +27,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.greedy import STUDY_OPTIONS, train_first_within
 from modelpatch.select.profiling import Profile, profile_units
-from modelpatch.select.study import Candidate, Effect, Score, Study, describe, open_study, score_by_halving, units
+from modelpatch.select.study import Candidate, Effect, Rater, Score, describe, open_study, score_by_halving, units
 
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
@@ -174,7 +174,7 @@ def search(
     )
 
 
-def _profile(study: Study) -> Profile:
+def _profile(study: Rater) -> Profile:
     epochs = max(1, study.epochs // PROFILE_SHARE)
     return profile_units(study, make_method("subset"), units(study.bench.backbone), "blocks", epochs=epochs)
 

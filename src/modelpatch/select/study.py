@@ -122,7 +122,7 @@ class Score:
 
 
 @dataclass
-class Study:
+class Rater:
     """A bench, what works on it, and what is known so far. `epochs_trained` counts those of trials that this run made."""
 
     bench: Bench
@@ -181,7 +181,7 @@ def open_study(
     same_steps: bool = False,
     progress: bool = False,
     **settings: Any,
-) -> Iterator[Study]:
+) -> Iterator[Rater]:
     """A study on the training images of `data`.
 
     `folds` is the number of folds, 1 for one held-out split; every trial is repeated with `seeds` seeds. `workers` processes
@@ -199,7 +199,7 @@ def open_study(
     with bar, make_workers(bench, workers, ray) as pool:
         bench.bar = bar
         try:
-            yield Study(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
+            yield Rater(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
         except KeyboardInterrupt:
             if trials is None:
                 raise
@@ -221,7 +221,7 @@ class Effect:
 
 
 def score_by_halving(
-    study: Study, candidates: Sequence[Candidate], eta: int, title: str, epochs: int | None = None
+    study: Rater, candidates: Sequence[Candidate], eta: int, title: str, epochs: int | None = None
 ) -> tuple[list[Score], Effect | None]:
     """The candidates' scores, each after the epochs of the last rung it reached; with `eta` 0, of full trials for
     all. `epochs` are those of a full trial, by default the study's.
