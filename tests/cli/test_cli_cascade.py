@@ -61,10 +61,10 @@ def test_what_cannot_be_a_cascade_is_one_line(
     run: Run, folder: Path, sized: list[Path], patches: dict[str, Path], tmp_path: Path
 ) -> None:
     for arguments, problem in (
-        ([sized[0], sized[0]], "a patch file is named twice"),
+        ([sized[0], sized[0]], "a patch file is given twice"),
         ([sized[0], "-o", sized[0].parent / "n.json"], "1 patches; a cascade is built of 2 to 32"),
         ([*sized, "-o", tmp_path / "c.json"], "does not lie beside"),
-        ([*sized, "-o", sized[0].parent / "c.txt"], "expected a name that ends in .json"),
+        ([*sized, "-o", sized[0].parent / "c.txt"], "Expected one that ends in .json"),
         (
             [*sized, "-o", sized[0].parent / "n.json", "--accuracy", 2],
             "the accuracy to keep is 2; expected one above 0",

@@ -32,6 +32,7 @@ def test_multitask_writes_a_backbone_and_patches_that_predict_finds(
     assert sorted(path.name for path in out.iterdir()) == [
         "backbone.safetensors",
         "colors.safetensors",
+        "run.yaml",
         "shades.safetensors",
     ]
     loaded = load_backbone(f"file:{out}/backbone.safetensors")

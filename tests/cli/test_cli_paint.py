@@ -96,7 +96,7 @@ def test_words_answer_any_labels(run: Run, folder: Path, kept: Path, sentence_en
     assert run(*asked, "--text", f"folder:{sentence_encoder}").code == 0
     answers = json.loads((tmp_path / "a.json").read_text())[0]["tasks"]["colors"]
     assert {answer["label"] for answer in answers} == {"cat", "dog", "two dogs"}
-    assert "does not say which text tower" in run(*asked).err  # a folder is named by a person, never by a file
+    assert "names no text tower for labels" in run(*asked).err  # a folder is named by a person, never by a file
 
 
 def test_an_openclip_patch_knows_its_own_text_tower(

@@ -208,7 +208,7 @@ def test_filters_that_fit_their_file_but_not_the_network_are_refused(changed: di
     tensors |= {prefix + name: tensor for name, tensor in made.items()}
     hostile = replace(patch, grafts=(graft.model_copy(update={"arguments": settings.model_dump()}),), tensors=tensors)
     for bind in (PatchedModel, BoundPatch):
-        with pytest.raises(ForeignTensorError, match=r"the patch adds do not fit segments \[5, 6\)"):
+        with pytest.raises(ForeignTensorError, match=r"the patch adds to segments \[5, 6\) do not fit"):
             bind(tiny, decode_patch(encode_patch(hostile)))
 
 
