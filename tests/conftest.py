@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,21 @@ from typer.testing import CliRunner
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.sources.base import SOURCES as BACKBONES
 from modelpatch.cli.main import app, main
+from modelpatch.data.sources.base import SOURCES as DATA_SOURCES
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
+from modelpatch.heads.base import HEADS
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
+from modelpatch.methods.registry import METHODS
+from modelpatch.patch.blueprint import GRAFTS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.serve.client import Client
 from modelpatch.store.store import Store
+from modelpatch.tasks.kind import KINDS
 from modelpatch.tasks.record import TaskRecord
 
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
@@ -338,3 +345,12 @@ def real_backbone() -> Backbone:
     if not path.exists():
         pytest.skip(f"the real backbone {path} is not on this machine")
     return load_backbone(f"file:{path}")
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Registries that forget after the test what it registers."""
+    with ExitStack() as stack:
+        for registry in (BACKBONES, GRAFTS, HEADS, KINDS, METHODS, DATA_SOURCES):
+            stack.enter_context(registry.temporary())
+        yield

@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -64,6 +65,16 @@ class Registry(Mapping[str, T], Generic[T]):
             return item
 
         return add
+
+    @contextmanager
+    def temporary(self) -> Iterator[None]:
+        """A context at whose end the registry forgets the names that were registered in it, as tests and notebooks need."""
+        self.names()  # the package's own files stay registered
+        before = dict(self._registered)
+        try:
+            yield
+        finally:
+            self._registered = before
 
     def find(self, name: object) -> T:
         """The implementation of that name.

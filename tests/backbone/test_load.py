@@ -21,7 +21,7 @@ from conftest import HOSTILE_ARGUMENTS, SHARED, TinyNet, make_tiny, small_prepro
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import METADATA_KEY, save_backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.backbone.sources.base import SOURCES, BackboneSource, BuiltNetwork, register_source
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.errors import BackboneError, UnknownBackboneError, UntraceableBackboneError
 from tolerance import close
 
@@ -386,22 +386,19 @@ def test_the_real_mobilenet_knows_real_photographs(real_backbone: Backbone) -> N
     assert right / len(chosen) > 0.5
 
 
-def test_a_source_of_another_distribution_is_found_by_its_name(tmp_path: Path) -> None:
+def test_a_source_of_another_distribution_is_found_by_its_name(registries: None) -> None:
     @register_source("shop")
     class Shop(BackboneSource):
         def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
             preprocessing = small_preprocessing()
             return BuiltNetwork(module=TinyNet(**arguments), preprocessing=preprocessing, about={"name": name})
 
-    try:
-        backbone = load_backbone("shop:shoes", pretrained=False, seed=3, classes=4)
-        assert backbone.about == {"name": "shoes"}
-        assert backbone.arguments == {"classes": 4, "pretrained": False, "seed": 3}
-        again = load_backbone(backbone.spec, **backbone.arguments)
-        assert again.fingerprint == backbone.fingerprint
-        assert load_backbone("shop:shoes", classes=4).arguments == {"classes": 4}
-    finally:
-        del SOURCES._registered["shop"]
+    backbone = load_backbone("shop:shoes", pretrained=False, seed=3, classes=4)
+    assert backbone.about == {"name": "shoes"}
+    assert backbone.arguments == {"classes": 4, "pretrained": False, "seed": 3}
+    again = load_backbone(backbone.spec, **backbone.arguments)
+    assert again.fingerprint == backbone.fingerprint
+    assert load_backbone("shop:shoes", classes=4).arguments == {"classes": 4}
 
 
 def test_no_library_of_networks_is_imported_before_it_is_used() -> None:

@@ -140,6 +140,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given(folder, names)
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(
     "page", [path for path in PAGES if any(kind == "python" for kind, _ in blocks(path))], ids=identify
 )

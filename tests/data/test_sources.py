@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from modelpatch.errors import DataError
 
 
 @pytest.fixture
-def numbered() -> Iterator[None]:
+def numbered(registries: None) -> None:
     @register_source("numbered")
     class Numbered(DataSource):
         """Files NUMBER-CLASS.png beside names.list."""
@@ -42,9 +41,6 @@ def numbered() -> Iterator[None]:
             files = sorted(Path(source).parent.glob("*.png"))
             labels = np.array([names.index(file.stem.split("-")[1]) for file in files])
             return Found("classification", {"train": Split(files, labels)}, names)
-
-    yield
-    SOURCES._registered.pop("numbered")  # a registry forgets nothing by itself
 
 
 def test_a_registered_layout_is_read(tmp_path: Path, numbered: None) -> None:

@@ -38,32 +38,33 @@ RECORDS = [
 def average() -> Iterator[type[Head]]:
     """A head of somebody else's: a linear layer on pooled inner outputs, with an option of its own."""
 
-    @register_head("average")
-    class AverageHead(Head):
-        takes = frozenset({"taps", "options"})
+    with HEADS.temporary():
 
-        def __init__(self, record: HeadRecord) -> None:
-            super().__init__()
-            self._record = record
-            self.linear = nn.Linear(record.features, record.outputs)
+        @register_head("average")
+        class AverageHead(Head):
+            takes = frozenset({"taps", "options"})
 
-        @property
-        def record(self) -> HeadRecord:
-            return self._record
+            def __init__(self, record: HeadRecord) -> None:
+                super().__init__()
+                self._record = record
+                self.linear = nn.Linear(record.features, record.outputs)
 
-        @classmethod
-        def build(cls, record: HeadRecord) -> AverageHead:
-            return cls(record)
+            @property
+            def record(self) -> HeadRecord:
+                return self._record
 
-        @classmethod
-        def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
-            return tuple(Read(tap, "pooled") for tap in record.taps)
+            @classmethod
+            def build(cls, record: HeadRecord) -> AverageHead:
+                return cls(record)
 
-        def forward(self, features: Tensor) -> Tensor:
-            return self.linear(features) * self.record.options.get("scale", 1)
+            @classmethod
+            def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
+                return tuple(Read(tap, "pooled") for tap in record.taps)
 
-    yield AverageHead
-    del HEADS._registered["average"]
+            def forward(self, features: Tensor) -> Tensor:
+                return self.linear(features) * self.record.options.get("scale", 1)
+
+        yield AverageHead
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.patch.blueprint import GRAFTS, Blueprint, Graft, register_graft
+from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
@@ -57,10 +57,9 @@ class Shift(nn.Module):
 
 
 @pytest.fixture
-def shift() -> Iterator[str]:
+def shift(registries: None) -> str:
     register_graft("test-shift")(Shift)
-    yield "test-shift"
-    del GRAFTS._registered["test-shift"]
+    return "test-shift"
 
 
 def grafted(backbone: Backbone, *grafts: Graft, **tensors: Tensor) -> Patch:
