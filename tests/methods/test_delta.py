@@ -712,7 +712,7 @@ def test_a_stage_that_fits_its_file_but_not_the_network_is_refused() -> None:
     wider = graft.model_copy(update={"arguments": graft.arguments | {"channels": channels}})
     hostile = dataclasses.replace(patch, grafts=(wider,), tensors={**patch.tensors, **named})
     for bind in (PatchedModel, BoundPatch):
-        with pytest.raises(ForeignTensorError, match=rf"do not fit segments \[{graft.start}, {graft.end}\)"):
+        with pytest.raises(ForeignTensorError, match=rf"to segments \[{graft.start}, {graft.end}\) do not fit"):
             bind(backbone, hostile)
 
 
