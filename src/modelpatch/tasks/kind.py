@@ -168,8 +168,8 @@ class Kind(ABC):
                 raise TrainingError(f"the loss of {self.name} tasks does not take {option}. Leave it out.")
 
     def count_classes(self, targets: Any, classes: int) -> Tensor:
-        """The number of times (K,) that each class occurs in a batch of targets."""
-        raise NotImplementedError
+        """The number of times (K,) that each class occurs in a batch of targets, for a kind that weighs classes."""
+        raise TrainingError(f"classes of {self.name} tasks are not counted. Leave out class_weights.")
 
     def weigh_images(self, targets: Any, class_weights: Tensor | None = None) -> Tensor:
         """The weight (B,) of each image in the batch's mean loss."""
@@ -234,7 +234,7 @@ class Kind(ABC):
 
     def draw(self, answer: Any, view: View) -> Image.Image:
         """A picture of one reduced answer over its image, where the kind `draws`."""
-        raise NotImplementedError(f"answers of {self.name} tasks are not drawn")
+        raise DataError(f"answers of {self.name} tasks are not drawn.")
 
 
 KINDS = Registry[Kind]("kind of task", "modelpatch.kinds", folder="modelpatch.tasks", error=DataError)
