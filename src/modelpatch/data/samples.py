@@ -146,7 +146,7 @@ def to_label(value: Any) -> int | str:
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else f" {value!r}"[:80]
     raise DataError(
         f"its label is a {type(value).__name__}{shape}; expected a class index or class name. Use argmax for vectors of "
-        "probabilities, kind='segmentation' for masks."
+        f"probabilities, kind={Segmentation.name!r} for masks."
     )
 
 
