@@ -28,8 +28,8 @@ from modelpatch.errors import (
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
+from modelpatch.recipes.comparison import Mean, compare_sharing
 from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
-from modelpatch.recipes.sharing import Mean, compare_sharing
 from modelpatch.train import checkpoint, evaluate, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.fitting import PatchTrainer

@@ -23,7 +23,7 @@ from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import COMPARED
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import encode_patch
-from modelpatch.recipes.comparison import Comparison, Row
+from modelpatch.recipes.comparison import Comparison, MethodRow
 from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
@@ -47,9 +47,9 @@ HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
 def comparison(*, base: bool, task: str = "colors") -> Comparison:
     figures = {"base_before": 0.75, "base_after": 0.75} if base else {"base_before": None, "base_after": None}
     rows = [
-        Row("linear-probe", 0.61, None, **figures, harmonic_mean=0.673 if base else None,
+        MethodRow("linear-probe", 0.61, None, **figures, harmonic_mean=0.673 if base else None,
             trainable_parameters=1234, file_bytes=56_789, seconds=1.25),
-        Row("scale-bias", 0.875, 0.0125, **figures, harmonic_mean=0.808 if base else None,
+        MethodRow("scale-bias", 0.875, 0.0125, **figures, harmonic_mean=0.808 if base else None,
             trainable_parameters=34_112, file_bytes=169_140, seconds=62.5),
     ]  # fmt: skip
     return Comparison(task, "bundled:tiny", tuple(rows), {}, {}, {"subset": "there is [nothing] to train"})
@@ -133,7 +133,7 @@ def shown(table: Table, width: int) -> list[str]:
 def large_comparison() -> Comparison:
     """All methods that are compared by default, with figures as wide as they come."""
     rows = [
-        Row(name, 0.875 - 0.002 * number, 0.0125, 0.7512, 0.7512, 0.808, 123_456_789, 987_654_321, 3600.5)
+        MethodRow(name, 0.875 - 0.002 * number, 0.0125, 0.7512, 0.7512, 0.808, 123_456_789, 987_654_321, 3600.5)
         for number, name in enumerate(COMPARED)
     ]
     return Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})
@@ -150,7 +150,7 @@ def test_names_wrap_and_figures_do_not(width: int) -> None:
 
 
 def test_a_comparison_with_common_figures_fits_80_columns() -> None:
-    rows = [Row(name, 0.875, 0.0125, 0.7512, 0.7512, 0.8, 3_504_872, 14_123_456, 62.5) for name in COMPARED]
+    rows = [MethodRow(name, 0.875, 0.0125, 0.7512, 0.7512, 0.8, 3_504_872, 14_123_456, 62.5) for name in COMPARED]
     lines = shown(comparison_table(Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})), 80)
     assert max(map(len, lines)) <= 80
 

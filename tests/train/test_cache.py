@@ -17,6 +17,7 @@ from modelpatch.train.cache import (
     CachedInputs,
     PlainInputs,
     Prefix,
+    cache_prefix,
     cache_worthwhile,
     make_prefix,
     prefix_share,
@@ -34,6 +35,10 @@ def store(tiny: Backbone) -> ImageStore:
 
 def model(backbone: Backbone) -> PatchedModel:
     return FullFinetune().draft(backbone, 3)
+
+
+def batch(cached: CachedInputs, rows: torch.Tensor, epoch: int) -> torch.Tensor:
+    return next(cached.batches([rows], epoch)).images
 
 
 def prefix(backbone: Backbone) -> Prefix:
@@ -63,18 +68,18 @@ def test_cached_outputs_are_the_prefix_of_every_image(
     tiny: Backbone, store: ImageStore, start: int, memory: int
 ) -> None:
     start = start % (len(tiny.chain) + 1)
-    cached = CachedInputs(prefix(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
+    cached = cache_prefix(prefix(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
     rows = torch.tensor([69, 3, 3, 0])
     direct = run_prefix(model(tiny), store.plain(rows), start)
     assert cached.start == start
-    assert torch.allclose(cached.batch(rows, epoch=5, step=0), direct, atol=1e-6)
+    assert torch.allclose(batch(cached, rows, 5), direct, atol=1e-6)
 
 
 def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: ImageStore) -> None:
     counts: list[int] = []
-    cached = CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
+    cached = cache_prefix(prefix(tiny), store, 2, AUGMENTATIONS["light"], 3, 0, GENEROUS, counts.append)
     rows = torch.arange(8)
-    views = [cached.batch(rows, epoch, step=0) for epoch in range(6)]
+    views = [batch(cached, rows, epoch) for epoch in range(6)]
     for epoch in range(3):
         assert torch.equal(views[epoch], views[epoch + 3])
         assert not torch.equal(views[epoch], views[(epoch + 1) % 3])
@@ -82,7 +87,7 @@ def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: Image
 
 
 def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageStore) -> None:
-    assert CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).views == 1
+    assert len(cache_prefix(prefix(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).values) == 1
 
 
 def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:
@@ -94,10 +99,10 @@ def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:
 
 
 def test_batches_of_cached_outputs_come_with_their_labels(tiny: Backbone, store: ImageStore) -> None:
-    cached = CachedInputs(prefix(tiny), store, 2, AUGMENTATIONS["none"], 1, 0, GENEROUS)
+    cached = cache_prefix(prefix(tiny), store, 2, AUGMENTATIONS["none"], 1, 0, GENEROUS)
     rows = list(torch.arange(70).flip(0).split(32))
     for number, (inputs, labels) in enumerate(cached.batches(rows, 0, first=1), 1):
-        assert torch.equal(inputs, cached.batch(rows[number], 0, number))
+        assert torch.equal(inputs, batch(cached, rows[number], 0))
         assert torch.equal(labels, store.labels[rows[number]])
 
 

@@ -54,8 +54,8 @@ def multires(
 
     from modelpatch.data.task import load_task
     from modelpatch.methods.registry import make_method
+    from modelpatch.recipes.comparison import compare_sharing
     from modelpatch.recipes.multires import METHOD, SHARINGS
-    from modelpatch.recipes.sharing import compare_sharing
     from modelpatch.report.resolutions import plot_sharing, sharing_table
     from modelpatch.report.tables import show
 

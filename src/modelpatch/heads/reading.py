@@ -55,6 +55,7 @@ def run_chain(parts: Sequence[ChainPart], x: Tensor, reads: Sequence[Read], star
     """
     wanted = [(read.of, read.segment % parts[-1].end) for read in reads]
     ends = {of: max((segment for source, segment in wanted if source == of), default=-1) for of in ("patch", "base")}
+    last = max(ends.values())
     found: dict[tuple[str, int], Tensor] = {}
     own = base = x
     for part in parts:
@@ -69,10 +70,11 @@ def run_chain(parts: Sequence[ChainPart], x: Tensor, reads: Sequence[Read], star
         elif part.start <= ends["base"]:
             with torch.no_grad():
                 base = (part.base or part.module)(before)
-        found["patch", part.end - 1], found["base", part.end - 1] = own, base
-        if part.end > max(ends.values()):
+        for of, output in (("patch", own), ("base", base)):
+            if (of, part.end - 1) in wanted:
+                found[of, part.end - 1] = output
+        if part.end > last:
             break
-        found = {key: output for key, output in found.items() if key in wanted}
     return [found[key] for key in wanted]
 
 

@@ -182,7 +182,7 @@ class PatchedModel(nn.Module):
     @property
     def uses_batch_statistics(self) -> bool:
         """True if a BatchNorm layer is in train mode."""
-        return any(module.training for module in self.modules() if isinstance(module, _BatchNorm))
+        return has_batch_statistics(self)
 
     def owned_norms(self) -> list[_BatchNorm]:
         """The BatchNorm layers whose running statistics belong to the patch."""
@@ -242,14 +242,14 @@ class PatchedModel(nn.Module):
     def chain_parts(self) -> list[ChainPart]:
         """The whole chain as it runs now: the variants in place of their spans, the base's own modules beside them."""
         twins, ends = dict(self.twins.items()), (*self.starts[1:], self.end)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         parts = []
         for number, (start, end, module) in enumerate(zip(self.starts, ends, self.parts, strict=True)):
-            run = partial(checkpoint, module, use_reentrant=False) if self._recomputes(start) else module
-            parts.append(ChainPart(start, end, run, twins.get(str(number))))
+            # a second pass through a module that learns batch statistics would count the batch twice
+            again = recompute and start >= self.first and not has_batch_statistics(module)
+            run = partial(checkpoint, module, use_reentrant=False) if again else module
+            parts.append(ChainPart(start, end, run, twins.get(str(number)) if twins else None))
         return parts
-
-    def _recomputes(self, start: int) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled() and start >= self.first
 
     @property
     def end(self) -> int:
@@ -346,6 +346,11 @@ class PatchedModel(nn.Module):
 
 
 Backbone.register_patched(PatchedModel)
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Return True if a BatchNorm layer of the module is in train mode."""
+    return any(isinstance(one, _BatchNorm) and one.training for one in module.modules())
 
 
 def check_head(chain: Chain, patch: Patch) -> None:

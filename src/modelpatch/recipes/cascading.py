@@ -128,9 +128,14 @@ def cascade(
     held = held_out(list(named.values()), data)
     costs = Costs(backbone, named)
     bar = Progress("cascade") if progress else quiet_progress()
+    seen: dict[str, dict[str, Tensor]] = {}
     with bar:
-        seen = {split: _answers(backbone, named, images, bar, f"{split} images")
-                for split, images in (("validation", held), ("test", data.test))}  # fmt: skip
+        for split, images in (("validation", held), ("test", data.test)):
+            with bar.task(f"{split} images", len(named) * len(images)) as advance:
+                seen[split] = {
+                    name: logits_of(backbone.patched(patch), images, patch.preprocessing, advance)
+                    for name, patch in named.items()
+                }
     labels = torch.from_numpy(held.labels)
     weights = dict.fromkeys(named, PROBABILITY)
     rows = torch.arange(len(held))
@@ -141,30 +146,24 @@ def cascade(
     tops = {name: _top1(answers, labels) for name, answers in seen["validation"].items()}
     logits = {name: answers[rows] for name, answers in seen["validation"].items()}
     order, confidences, reference = greedy(logits, labels[rows], weights, costs, accuracy, caution, tops)
+    facts = {"confidence": confidence, "caution": caution, "reference": reference}
+    facts |= {"held_out_images": len(held), "seed": seed}
     made = Cascade(
         patches=tuple(named[name] for name in order),
         confidences=confidences,
-        created={
-            "confidence": confidence,
-            "caution": caution,
-            "reference": reference,
-            "held_out_images": len(held),
-            "seed": seed,
-        },
+        created=facts,
     )
     right = {"validation": labels, "test": torch.from_numpy(data.test.labels)}
     figures = {split: run(order, confidences, answers, right[split], costs) for split, answers in seen.items()}
-    singles = tuple(
-        Single(
-            name,
-            patch.preprocessing.image_size,
-            *(_alone(name, seen[split][name], right[split], costs) for split in seen),
-        )
-        for name, patch in named.items()
+    singles = []
+    for name, patch in named.items():
+        alone = [Figures(_top1(seen[split][name], right[split]), costs(name)) for split in seen]
+        singles.append(Single(name, patch.preprocessing.image_size, *alone))
+    made = made.with_metrics(
+        **{f"{split}_top1": one.top1 for split, one in figures.items()},
+        **{f"{split}_macs": round(one.macs) for split, one in figures.items()},
     )
-    made = made.with_metrics(**{f"{split}_{key}": value for split, one in figures.items()
-                                for key, value in (("top1", one.top1), ("macs", round(one.macs)))})  # fmt: skip
-    return CascadeResult(made, singles, reference, order, figures["validation"], figures["test"])
+    return CascadeResult(made, tuple(singles), reference, order, figures["validation"], figures["test"])
 
 
 def _named(patches: Mapping[str, Patch] | Sequence[Patch | str | Path]) -> dict[str, Patch]:
@@ -211,16 +210,6 @@ def held_out(patches: Sequence[Patch], data: Task) -> Split:
     return data.validation
 
 
-def _answers(
-    backbone: Backbone, patches: Mapping[str, Patch], images: Split, bar: Progress, what: str
-) -> dict[str, Tensor]:
-    with bar.task(what, len(patches) * len(images)) as advance:
-        return {
-            name: logits_of(backbone.patched(patch), images, patch.preprocessing, advance)
-            for name, patch in patches.items()
-        }
-
-
 def _check_classes(patch: Patch, data: Task) -> None:
     if data.classes != patch.task.classes:
         raise DataError(
@@ -264,7 +253,13 @@ def greedy(
     right = {name: answers.argmax(1) == labels for name, answers in logits.items()}
     tops = tops or {name: _top1(answers, labels) for name, answers in logits.items()}
     reference = max(tops, key=lambda name: (tops[name], -costs(name, ())))
-    ratio = 1.0 if accuracy is None else _ratio(accuracy, tops[reference], reference)
+    best = tops[reference]
+    if accuracy is not None and not 0 < accuracy <= best + ROUNDING:
+        raise CascadeError(
+            f"the accuracy to keep is {accuracy:.4g}; expected one above 0 and up to {best:.4g}, which {reference}, the best "
+            "patch, has on the held-out images."
+        )
+    ratio = 1.0 if accuracy is None else accuracy / best
     scores = {name: Confidence(weights=weights[name]).score(answers) for name, answers in logits.items()}
     left = torch.ones(len(labels), dtype=torch.bool)
     order: list[str] = []
@@ -287,15 +282,6 @@ def greedy(
         for number, (name, threshold) in enumerate(zip(order, thresholds, strict=True))
     )
     return tuple(order), confidences, reference
-
-
-def _ratio(accuracy: float, best: float, reference: str) -> float:
-    if not 0 < accuracy <= best + ROUNDING:
-        raise CascadeError(
-            f"the accuracy to keep is {accuracy:.4g}; expected one above 0 and up to {best:.4g}, which {reference}, the best "
-            "patch, has on the held-out images."
-        )
-    return accuracy / best
 
 
 def smallest_threshold(scores: Tensor, gains: Tensor, caution: float = 0.0) -> float | None:
@@ -323,14 +309,16 @@ def run(
     for number, (name, confidence) in enumerate(zip(order, confidences, strict=True)):
         stages[(stages < 0) & confidence.sure(logits[name])] = number
     answers = torch.stack([logits[name].argmax(1) for name in order])[stages, torch.arange(len(labels))]
+    return _figures(float((answers == labels).double().mean()), stages, order, costs)
+
+
+def _figures(
+    top1: float, stages: Tensor, order: Sequence[str], costs: Callable[[str, Sequence[str]], float]
+) -> Figures:
+    """Return the figures of a cascade from the stages (N,) that answered the images."""
     spent = np.cumsum([costs(name, order[:number]) for number, name in enumerate(order)])
-    shares = torch.bincount(stages, minlength=len(order)).double() / len(labels)
-    macs = float((shares * torch.from_numpy(spent)).sum())
-    return Figures(float((answers == labels).double().mean()), macs, tuple(shares.tolist()))
-
-
-def _alone(name: str, logits: Tensor, labels: Tensor, costs: Costs) -> Figures:
-    return Figures(_top1(logits, labels), costs(name))
+    shares = torch.bincount(stages, minlength=len(order)).double() / len(stages)
+    return Figures(top1, float((shares * torch.from_numpy(spent)).sum()), tuple(shares.tolist()))
 
 
 def _top1(logits: Tensor, labels: Tensor) -> float:
@@ -372,10 +360,6 @@ def evaluate_cascade(
         logits.append(routed.logits.float().cpu())
         stages.append(routed.stages)
         advance(len(files))
-    answers, taken = torch.cat(logits), torch.cat(stages)
     named = {f"stage {number + 1}": patch for number, patch in enumerate(cascade.patches)}
-    costs, order = Costs(backbone, named), list(named)
-    spent = np.cumsum([costs(name, order[:number]) for number, name in enumerate(order)])
-    shares = torch.bincount(taken, minlength=len(order)).double() / len(images)
-    result = Evaluation.of(answers, torch.from_numpy(images.labels), data.classes)
-    return result, Figures(result.top1, float((shares * torch.from_numpy(spent)).sum()), tuple(shares.tolist()))
+    result = Evaluation.of(torch.cat(logits), torch.from_numpy(images.labels), data.classes)
+    return result, _figures(result.top1, torch.cat(stages), list(named), Costs(backbone, named))

@@ -1,4 +1,7 @@
-"""Methods side by side on one task with equal step budgets: accuracy, parameters, bytes, seconds, and the base kept."""
+"""Methods, or networks for several resolutions, side by side on one task with equal step budgets.
+
+A table has accuracy, parameters, bytes, seconds, and for methods how well the base is kept.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingEx
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
+from modelpatch.recipes.multires import SHARINGS, Files, MultiResolution, fit_multires
 from modelpatch.text import file_name
-from modelpatch.train.evaluation import evaluate_base, harmonic_mean, standard_error
+from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean, standard_error
 from modelpatch.train.fitting import fit
 from modelpatch.train.settings import check_settings
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method's figures, averaged over the seeds. Accuracies in [0, 1].
 
     `top1_error` is the standard error of the mean over seeds, None for one seed; `base_*` and the harmonic mean are None
@@ -39,24 +43,6 @@ class Row:
     trainable_parameters: int
     file_bytes: int
     seconds: float
-
-    @classmethod
-    def of(cls, method: str, parameters: int, runs: Sequence[SeedRun], base_before: float | None) -> Row:
-        """The row of one method's runs."""
-        top1 = [run.top1 for run in runs]
-        after = [run.base_after for run in runs if run.base_after is not None]
-        means = [harmonic_mean(run.top1, run.base_after) for run in runs if run.base_after is not None]
-        return cls(
-            method=method,
-            top1=statistics.fmean(top1),
-            top1_error=standard_error(top1),
-            base_before=base_before,
-            base_after=statistics.fmean(after) if after else None,
-            harmonic_mean=statistics.fmean(means) if means else None,
-            trainable_parameters=parameters,
-            file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
-            seconds=statistics.fmean(run.seconds for run in runs),
-        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ class Comparison:
 
     task: str
     backbone: str
-    rows: tuple[Row, ...]
+    rows: tuple[MethodRow, ...]
     runs: Mapping[str, tuple[SeedRun, ...]]
     patches: Mapping[str, Patch]
     skipped: Mapping[str, str]
@@ -149,16 +135,33 @@ def compare(
         trained[name] = parameters + head_parameters(patches[name], method)
     after = evaluate_base(backbone, base).top1 if base is not None else None
     runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
-    rows = tuple(Row.of(name, trained[name], fitted, before) for name, fitted in runs.items())
+    rows = tuple(_summarise(name, trained[name], fitted, before, after) for name, fitted in runs.items())
     return Comparison(data.task.name, backbone.spec, rows, runs, patches, skipped)
+
+
+def _summarise(name: str, parameters: int, runs: Sequence[SeedRun], before: float | None, after: float | None) -> MethodRow:
+    """Return the row of one method's runs."""
+    top1 = [run.top1 for run in runs]
+    return MethodRow(
+        method=name,
+        top1=statistics.fmean(top1),
+        top1_error=standard_error(top1),
+        base_before=before,
+        base_after=after,
+        harmonic_mean=None if after is None else statistics.fmean(harmonic_mean(one, after) for one in top1),
+        trainable_parameters=parameters,
+        file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
+        seconds=statistics.fmean(run.seconds for run in runs),
+    )
 
 
 def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
     """Methods by their spellings, numbered where one is given twice."""
     named: dict[str, Method] = {}
     for given in methods:
-        method = make_method(given) if isinstance(given, str) else given
-        named[_unused(given if isinstance(given, str) else given.name, named)] = method
+        name, method = (given, make_method(given)) if isinstance(given, str) else (given.name, given)
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        named[next(one for one in itertools.chain([name], numbered) if one not in named)] = method
     return named
 
 
@@ -172,15 +175,91 @@ def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
     return {"out": out, "checkpoint": checkpoint, "reuse": reuse}
 
 
-def _unused(name: str, taken: Mapping[str, Any]) -> str:
-    """`name`, numbered if a row has it already."""
-    return next(
-        one for number in itertools.count(1) if (one := f"{name} ({number})" if number > 1 else name) not in taken
-    )
-
-
 def head_parameters(patch: Patch, method: Method) -> int:
     """Trainable numbers of the patch's head."""
     if method.head == "random":
         return 0
     return sum(tensor.numel() for name, tensor in patch.tensors.items() if name.startswith("head."))
+
+
+# several resolutions -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SharingRow:
+    """Top-1 in [0, 1] by resolution and their mean, trained parameters of all resolutions together, bytes shipped."""
+
+    sharing: str
+    top1: Mapping[int, Mean]
+    mean: Mean
+    parameters: int
+    file_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SharingComparison:
+    """A row for each sharing, and the runs behind it, one a seed."""
+
+    task: str
+    backbone: str
+    rows: tuple[SharingRow, ...]
+    runs: Mapping[str, tuple[MultiResolution, ...]]
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """In pixels, increasing."""
+        return tuple(self.rows[0].top1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        tops = {
+            name: [{str(p): top for p, top in run.top1.items()} for run in runs] for name, runs in self.runs.items()
+        }
+        return {
+            "task": self.task,
+            "backbone": self.backbone,
+            "rows": [{**asdict(row), "top1": {str(p): asdict(m) for p, m in row.top1.items()}} for row in self.rows],
+            "runs": tops,
+        }
+
+
+def compare_sharing(
+    backbone: Backbone,
+    data: Task,
+    resolutions: Sequence[int] = (96, 128, 160),
+    sharings: Sequence[str] = SHARINGS,
+    *,
+    seeds: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+    reuse: bool = True,
+    progress: bool = False,
+    **settings: Any,
+) -> SharingComparison:
+    """`fit_multires` for each of `sharings` with the same settings and steps, `seeds` times from `seed` on.
+
+    `out` names a folder for all results, in which an interrupted comparison goes on, unless `reuse=False` trains anew.
+    Raises what `fit_multires` raises.
+    """
+    options = {"out": out, "reuse": reuse, "progress": progress, **settings}
+    if out is not None and not reuse:
+        for sharing, number in itertools.product(sharings, range(seed, seed + seeds)):
+            shutil.rmtree(Files.of(out, data, sharing, number).checkpoint, ignore_errors=True)
+    runs = {
+        sharing: tuple(
+            fit_multires(backbone, data, resolutions, sharing=sharing, seed=number, **options)
+            for number in range(seed, seed + seeds)
+        )
+        for sharing in dict.fromkeys(sharings)
+    }
+    return SharingComparison(data.task.name, backbone.spec, tuple(map(_summarise_sharing, runs.values())), runs)
+
+
+def _summarise_sharing(runs: Sequence[MultiResolution]) -> SharingRow:
+    """Return the row of one sharing's runs."""
+    tops, first = [run.top1 for run in runs], runs[0]
+    own = {pixels: Mean.of([top[pixels] for top in tops]) for pixels in tops[0]}
+    mean = Mean.of([statistics.fmean(top.values()) for top in tops])
+    seconds = statistics.fmean(run.seconds for run in runs)
+    return SharingRow(first.sharing, own, mean, first.parameters, first.file_bytes, seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
@@ -21,7 +22,7 @@ from modelpatch.errors import TrainingError
 from modelpatch.methods.keeping import EWC, L2, Keeper, LwF, Mix, Recorder
 from modelpatch.methods.paint import Paint
 from modelpatch.recipes.painting import HeadMaker, Painter, PaintSettings
-from modelpatch.recipes.tradeoff import Point, alphas
+from modelpatch.recipes.tradeoff import Point
 
 BASELINES = ("early-stopping", "ema", "l2", "ewc", "lwf", "mix", "lr")
 STRENGTHS = {"l2": (1e-2, 1e-1, 1.0), "ewc": (1.0, 1e2, 1e4), "lwf": (0.1, 1.0, 10.0), "mix": (0.1, 1.0, 10.0)}
@@ -67,40 +68,35 @@ def frontier(
         backbone, [data], supported, method or Paint(), heads, exploration or PaintSettings(), progress, settings
     )
     recorder = Recorder(moments, decay)
-    batch = settings.get("batch_size", 32)
-    images = [one.data.train for one in painter.supported]
-    answers = [one.head for one in painter.supported]
-    streams: list[Callable[[], Any]] = [lambda s=split: painter.scorer.labelled(s, batch) for split in images]  # type: ignore[misc]
-    fishers: list[Callable[[], Any]] = [
-        lambda s=split: painter.scorer.labelled(s, batch, FISHER_IMAGES)  # type: ignore[misc]
-        for split in images
-    ]
+    batch, heads_kept = settings.get("batch_size", 32), [one.head for one in painter.supported]
+
+    def images(limit: int | None = None) -> list[Callable[[], Any]]:
+        return [partial(painter.scorer.labelled, one.data.train, batch, limit) for one in painter.supported]
+
     keepers: dict[str, Callable[[float], Keeper]] = {
         "l2": L2,
-        "ewc": lambda strength: EWC(strength, answers, fishers),
-        "lwf": lambda strength: LwF(strength, answers),
-        "mix": lambda strength: Mix(strength, answers, streams),
+        "ewc": lambda strength: EWC(strength, heads_kept, images(FISHER_IMAGES)),
+        "lwf": lambda strength: LwF(strength, heads_kept),
+        "mix": lambda strength: Mix(strength, heads_kept, images()),
     }
     patch, tuned = painter.fine_tune(painter.patched, keeper=recorder)
     tasks = [*tuned, *painter.supported]
-    grid = alphas(painter.exploration.steps)
-    curves = {"paint": tuple(painter.sweep([patch], [(alpha,) for alpha in grid], tasks))}
+    curves = {"paint": tuple(painter.sweep([patch], [(alpha,) for alpha in painter.grid], tasks))}
+    moved = [*recorder.snapshots, dict(patch.tensors)]
+    recorded = {
+        "early-stopping": [(number / recorder.moments, one) for number, one in enumerate(moved, 1)],
+        "ema": [(recorder.decay, recorder.average)],
+    }
     for name in baselines:
-        if name == "early-stopping":
-            tensors = [*recorder.snapshots, dict(patch.tensors)]
-            places = [number / recorder.moments for number in range(1, len(tensors) + 1)]
-        elif name == "ema":
-            tensors, places = [recorder.average], [recorder.decay]
+        if name in recorded:
+            points = [
+                painter.scorer.point(replace(patch, tensors=one), tasks, (place,)) for place, one in recorded[name]
+            ]
+        elif name in keepers:
+            points = [_trained(painter, strength, keepers[name](strength)) for strength in STRENGTHS[name]]
         else:
             continue
-        curves[name] = tuple(
-            painter.scorer.point(replace(patch, tensors=one), tasks, (place,))
-            for one, place in zip(tensors, places, strict=True)
-        )
-    for name in (one for one in baselines if one in keepers):
-        curves[name] = tuple(
-            _trained(painter, strength, keeper=keepers[name](strength)) for strength in STRENGTHS[name]
-        )
+        curves[name] = tuple(points)
     if "lr" in baselines:
         rate, points = painter.method.lr, []
         for factor in RATES:

@@ -29,8 +29,9 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task, check_classification
-from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
+from modelpatch.errors import MethodNotApplicableError, TrainingError
 from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord, MethodRecord
@@ -40,7 +41,7 @@ from modelpatch.train.batches import Minibatch, RowBatches
 from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import store_as
-from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, read_patch
+from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, check_parts, read_patch
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 from modelpatch.train.trainer import Callback
@@ -132,38 +133,29 @@ def fit_multires(
     normalisation layers, and what `fit` raises.
     """
     chosen = check_settings(settings)
-    _check(backbone, data, resolutions, sharing, method, chosen, out)
+    backbone, data, checked = check_parts(backbone, data, method)
+    _check(data, resolutions, sharing, checked, chosen)
+    if out is not None and sharing != "independent":
+        check_writable(backbone)
     files = None if out is None else Files.of(out, data, sharing, chosen.seed)
     if files is not None:
         files.folder.mkdir(parents=True, exist_ok=True)
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
     with bar:
         run = ResolutionRun(backbone, data, method, chosen, resolutions, sharing, files, bar)
-        if reuse and run.written:
-            return run.read()
+        if reuse and (written := run.read()):
+            return written
         return run.run([ProgressBar(bar), *([MetricLogger(log)] if log is not None else [])])
 
 
-def _check(
-    backbone: Any,
-    data: Any,
-    resolutions: Sequence[int],
-    sharing: str,
-    method: Any,
-    settings: FitSettings,
-    out: str | Path | None,
-) -> None:
-    if not isinstance(backbone, Backbone):
-        raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
-    if not isinstance(data, Task):
-        raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
+def _check(data: Task, resolutions: Sequence[int], sharing: str, method: Method, settings: FitSettings) -> None:
     check_classification(data, "multires")
     if not Team.everyone().alone:
         raise TrainingError("several resolutions are trained in one process. Start it without torchrun.")
     if not isinstance(resolutions, Sequence) or isinstance(resolutions, str):
         raise TrainingError(f"the resolutions are {resolutions!r}; expected several, in pixels: (96, 128).")
-    whole = [type(pixels) is int for pixels in resolutions]
-    if len(set(resolutions)) < 2 or len(set(resolutions)) < len(resolutions) or not all(whole):
+    whole = all(type(pixels) is int for pixels in resolutions)
+    if len(set(resolutions)) < 2 or len(set(resolutions)) < len(resolutions) or not whole:
         raise TrainingError(
             f"the resolutions are {_spelled(resolutions)}; expected at least two different ones, in pixels."
         )
@@ -173,8 +165,6 @@ def _check(
         raise TrainingError(f"sharing is {sharing!r}; expected one of: {', '.join(SHARINGS)}.")
     if not isinstance(method, FullFinetune):
         raise TrainingError(f"{method!r} does not train all weights. Expected a FullFinetune(...).")
-    if out is not None and sharing != "independent":
-        check_writable(backbone)
 
 
 def _spelled(resolutions: Sequence[int]) -> str:
@@ -284,17 +274,11 @@ class ResolutionRun:
         self.backbone, self.method, self.sharing, self.files = backbone, method, sharing, files
         self.resolutions = tuple(sorted(resolutions))
         self.whole = Fit(backbone, data, method, settings, bar=bar)
+        make = partial(Fit, backbone, self.whole.data, method, bar=bar)
         self.data, self.settings = self.whole.data, self.whole.settings
         seen = self.whole.preprocessing.model_copy(update={"interpolation": "bilinear"})
         self.fits = {
-            pixels: Fit(
-                backbone,
-                self.data,
-                method,
-                replace(self.settings, image_size=pixels),
-                preprocessing=seen.with_image_size(pixels),
-                bar=bar,
-            )
+            pixels: make(replace(self.settings, image_size=pixels), preprocessing=seen.with_image_size(pixels))
             for pixels in self.resolutions
         }
         self.identity = {**self.whole.identity, "resolutions": list(self.resolutions), "sharing": sharing}
@@ -399,21 +383,18 @@ class ResolutionRun:
             save_backbone(shared, self.files.backbone, check_writable(base))
         return shared
 
-    @property
-    def written(self) -> bool:
-        """True where there are files for all results."""
-        if self.files is None:
-            return False
-        patches = [self.files.patch(pixels).exists() for pixels in self.resolutions]
-        return all(patches) and (self.sharing == "independent" or self.files.backbone.exists())
+    def read(self) -> MultiResolution | None:
+        """Return the results from their files, None where one is missing.
 
-    def read(self) -> MultiResolution:
-        """The results from their files. Raises `CheckpointMismatchError` for those of another run."""
-        assert self.files is not None
-        shared = self.backbone
-        if self.sharing != "independent":
-            shared = load_backbone(f"file:{self.files.backbone}").to(self.backbone.device)
-        patches = {pixels: read_patch(self.files.patch(pixels), self.digest) for pixels in self.resolutions}
+        Raises `CheckpointMismatchError` for those of another run.
+        """
+        if self.files is None:
+            return None
+        paths, shares = {pixels: self.files.patch(pixels) for pixels in self.resolutions}, self.sharing != "independent"
+        if not all(path.exists() for path in (*paths.values(), *([self.files.backbone] if shares else []))):
+            return None
+        shared = load_backbone(f"file:{self.files.backbone}").to(self.backbone.device) if shares else self.backbone
+        patches = {pixels: read_patch(path, self.digest) for pixels, path in paths.items()}
         for patch in patches.values():
             patch.check_backbone(shared)
         return MultiResolution(self.sharing, shared, patches)

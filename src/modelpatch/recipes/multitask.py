@@ -19,8 +19,9 @@ The result is a backbone of its own with a patch a task. Statistics of BatchNorm
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -29,18 +30,17 @@ from typing import Any, Literal, get_args
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.data.task import Task, check_classification
-from modelpatch.errors import DataError, MethodError, TrainingError
+from modelpatch.errors import DataError, TrainingError
 from modelpatch.methods.method import Method
-from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
-from modelpatch.recipes.shared import SharedWeights
+from modelpatch.recipes.weights import SharedWeights
 from modelpatch.text import file_name
 from modelpatch.train.callbacks import MetricLogger
 from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import evaluate_classes, store_as
-from modelpatch.train.fitting import Fit
+from modelpatch.train.fitting import Fit, check_parts
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 from modelpatch.train.trainer import Trainer
@@ -134,15 +134,10 @@ def fit_multitask(
     Raises `MethodError` for methods that cannot be trained so, `DataError` for tasks that cannot be told apart,
     `TrainingError` for settings that cannot be, and what `fit` raises.
     """
-    if not isinstance(backbone, Backbone):
-        raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
-    private, shared = (make_method(one) if isinstance(one, str) else one for one in (private, shared))
-    for method in (private, shared):
-        if not isinstance(method, Method):
-            raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
+    check_tasks(tasks)
+    private, shared = (check_parts(backbone, tasks[0], method)[2] for method in (private, shared))
     if sampling not in get_args(Sampling):
         raise TrainingError(f"sampling is {sampling!r}; expected one of: {', '.join(get_args(Sampling))}.")
-    check_tasks(tasks)
     chosen = check_joint_settings(settings)
     architecture = check_writable(backbone) if out is not None else ""
     files = None if out is None else task_files(Path(out), [task.task.name for task in tasks])
@@ -242,22 +237,21 @@ class _Run:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         """All tasks' state in one file, so that it is of one moment."""
-        own = {name: self.trainers[name].state_dict() for name, fit in self.served.items() if fit.team.leads}
-        tasks = {name: state for part in self.team.collect(own) for name, state in part.items()}
+        tasks = self._collect(lambda name, _: self.trainers[name].state_dict())
         if self.team.leads:
             checkpoint.save({"tasks": tasks, "shared": self.shared.snapshot(), "done": self.done})
+
+    def _collect(self, make: Callable[[str, Fit], Any]) -> dict[str, Any]:
+        """Return what the leader of each task's team makes of it, in every process."""
+        own = {name: make(name, fit) for name, fit in self.served.items() if fit.team.leads}
+        return {name: made for part in self.team.collect(own) for name, made in part.items()}
 
     def _finish(self, spec: str, seconds: float) -> Multitask:
         plain = {key: value for key, value in self.base.arguments.items() if key not in ("pretrained", "seed")}
         trained = self.copy.around(self.copy.module, spec, plain)
         trained.about = {}  # facts of the base, such as its accuracy, are not this one's
         record = BackboneRecord.of(trained)
-        own = {
-            name: self._patch(name, fit, trained, record, seconds)
-            for name, fit in self.served.items()
-            if fit.team.leads
-        }
-        patches = {name: patch for part in self.team.collect(own) for name, patch in part.items()}
+        patches = self._collect(lambda name, fit: self._patch(name, fit, trained, record, seconds))
         self.base.verify()
         count = sum(weight.numel() for weight in self.shared.weights.values())
         return Multitask(trained, {name: patches[name] for name in self.fits}, count, round(seconds, 2))
@@ -302,14 +296,11 @@ def shares(names: Sequence[str], weights: Mapping[str, float], sizes: Sequence[i
         raise TrainingError(f"the weights are {weights!r}; expected a number by task: {{{names[0]!r}: 2}}.")
     if unknown := sorted(weights.keys() - set(names)):
         raise TrainingError(f"there is no task {unknown[0]!r} to weigh. The tasks: {', '.join(names)}.")
-    if wrong := [name for name, weight in weights.items() if not _is_weight(weight)]:
+    able = [isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights.values()]
+    if wrong := [name for name, good in zip(weights, able, strict=True) if not good]:
         raise TrainingError(f"the weight of {wrong[0]} is {weights[wrong[0]]!r}; expected a number above 0.")
     heavy = [weights.get(name, 1.0) * size for name, size in zip(names, sizes, strict=True)]
     return {name: weight / sum(heavy) for name, weight in zip(names, heavy, strict=True)}
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
 
 
 def teams_of(team: Team, tasks: int) -> list[Team]:

@@ -149,13 +149,10 @@ def paint(
     or begun, so that an interrupted run goes on; remove it afterwards. Raises `TrainingError` for settings, `DataError` for
     tasks that cannot be held out from or share a name, and `CheckpointMismatchError` for the folder of another run.
     """
-    given = [data] if isinstance(data, Task) else list(data)
-    kept = [supported] if isinstance(supported, Task) else list(supported)
-    painter = Painter(
-        backbone, given, kept, method or Paint(), heads, exploration or PaintSettings(), progress, settings, checkpoint
-    )
-    mode = painter.exploration.mode
-    painting = {"joint": painter.joint, "parallel": painter.parallel, "sequential": painter.sequential}[mode]()
+    given, kept = ([one] if isinstance(one, Task) else list(one) for one in (data, supported))
+    chosen = exploration or PaintSettings()
+    painter = Painter(backbone, given, kept, method or Paint(), heads, chosen, progress, settings, checkpoint)
+    painting: Painting = getattr(painter, chosen.mode)()
     backbone.verify()
     return painting
 
@@ -190,17 +187,14 @@ class Painter:
         preprocessing = chosen.seen(backbone.preprocessing, Classification.name)
         backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
-        self.rule = Rule.parse(exploration.rule)
-        share = exploration.validation
-        self.patched = [self._scored(one.with_validation(share, chosen.seed), "patched") for one in data]
-        self.supported = [self._scored(one.with_validation(share, chosen.seed), "supported") for one in supported]
-
-    @property
-    def tasks(self) -> list[ScoredTask]:
-        return [*self.patched, *self.supported]
+        self.rule, self.grid = Rule.parse(exploration.rule), alphas(exploration.steps)
+        self.patched = [self._scored(one, "patched") for one in data]
+        self.supported = [self._scored(one, "supported") for one in supported]
+        self.tasks = [*self.patched, *self.supported]
 
     def _scored(self, data: Task, role: Role) -> ScoredTask:
-        return ScoredTask(data, role, self._head(data, role))
+        held = data.with_validation(self.exploration.validation, self.seed)
+        return ScoredTask(held, role, self._head(held, role))
 
     def _head(self, data: Task, role: Role) -> nn.Module:
         if self.heads is not None:
@@ -265,30 +259,30 @@ class Painter:
 
     def joint(self) -> Painting:
         """One fine-tuning on all tasks together."""
-        patch, tuned = self.fine_tune(self.patched)
-        tasks = [*tuned, *self.supported]
-        curve = self.sweep([patch], [(alpha,) for alpha in self._grid()], tasks)
-        base = self.base(tasks)
-        chosen = self.rule.choose(curve, base) if self.exploration.interpolate else curve[-1]
-        return self._result([patch], tuned, base, curve, chosen)
+        return self._mix([self.fine_tune(self.patched)])
 
     def parallel(self) -> Painting:
         """One fine-tuning a task, and a mixture of them all."""
-        results = [self.fine_tune([task]) for task in self.patched]
+        return self._mix([self.fine_tune([task]) for task in self.patched], self.exploration.mixing)
+
+    def _mix(self, results: Sequence[tuple[Patch, list[ScoredTask]]], mixing: Mixing = "scalar") -> Painting:
+        """Choose among mixtures of fine-tuned patches."""
         patches, tuned = [patch for patch, _ in results], [task for _, tasks in results for task in tasks]
         tasks = [*tuned, *self.supported]
         base, count = self.base(tasks), len(patches)
-        curve = self.sweep(patches, [(alpha / count,) * count for alpha in self._grid()], tasks)
-        mixing = self.exploration.mixing
+        curve = self.sweep(patches, [(alpha / count,) * count for alpha in self.grid], tasks)
+        farthest = curve[-1]
         if mixing == "exhaustive":
             if count > MAX_EXHAUSTIVE:
                 raise TrainingError(
                     f"{count} tasks are too many for a grid of all alphas; at most {MAX_EXHAUSTIVE}. Use search."
                 )
-            curve += self.sweep(patches, list(itertools.product(self._grid(), repeat=count)), tasks)
+            curve += self.sweep(patches, list(itertools.product(self.grid, repeat=count)), tasks)
         elif mixing == "search":
             curve += self._search(patches, tasks, base, self.rule.choose(curve, base))
-        return self._result(patches, tuned, base, curve, self.rule.choose(curve, base), most=(1 / count,) * count)
+        plain = self.exploration.mode == "joint" and not self.exploration.interpolate
+        chosen = farthest if plain else self.rule.choose(curve, base)
+        return self._result(patches, tuned, base, curve, chosen, farthest.weights)
 
     def sequential(self) -> Painting:
         """The tasks one after another, in several orders; the first order's patch is kept."""
@@ -308,7 +302,7 @@ class Painter:
             seen += tuned
             scored = [*seen, *self.supported]
             patches = [patch] if before is None else [before, patch]
-            mixtures = [(alpha,) if before is None else (1 - alpha, alpha) for alpha in self._grid()]
+            mixtures = [(alpha,) if before is None else (1 - alpha, alpha) for alpha in self.grid]
             if not self.exploration.interpolate:
                 mixtures = mixtures[-1:]
             curve = self.sweep(patches, mixtures, scored)
@@ -316,7 +310,7 @@ class Painter:
             taken.append(chosen.weights[-1])
             before = mixed(self.backbone, patches, chosen.weights)
         base = self.base([*seen, *self.supported])
-        painting = self._result(patches, seen, base, curve, chosen)
+        painting = self._result(patches, seen, base, curve, chosen, curve[-1].weights)
         return painting, Order(tuple(task.name for task in tasks), tuple(taken), chosen)
 
     def _search(self, patches: Sequence[Patch], tasks: Sequence[ScoredTask], base: Point, start: Point) -> list[Point]:
@@ -341,9 +335,6 @@ class Painter:
         study.optimize(objective, n_trials=self.exploration.trials)
         return points
 
-    def _grid(self) -> list[float]:
-        return alphas(self.exploration.steps)
-
     def base(self, tasks: Sequence[ScoredTask] = ()) -> Point:
         """The base under the heads it had before any fine-tuning."""
         own = {task.name: task for task in self.tasks}
@@ -366,11 +357,11 @@ class Painter:
         base: Point,
         curve: Sequence[Point],
         chosen: Point,
-        most: Sequence[float] = (),
+        most: Sequence[float],
     ) -> Painting:
         weights = chosen.weights if len(chosen.weights) == len(patches) else (0.0,) * len(patches)
         patch = mixed(self.backbone, patches, weights)
-        farthest = mixed(self.backbone, patches, most or curve[-1].weights)
+        farthest = mixed(self.backbone, patches, most)
         if self.exploration.norms != "kept":
             model = self.backbone.patched(patch)
             measured = self.tasks if self.exploration.norms == "shared" else self.patched[:1]
@@ -385,16 +376,9 @@ class Painter:
         )
         images = join_splits([cast(Split, task.data.validation) for task in self.tasks])
         before, after = self.scorer.base_features(images), self.scorer.features(self.backbone.patched(farthest), images)
-        return Painting(
-            self.exploration,
-            base,
-            tuple(curve),
-            chosen,
-            patch,
-            distance_to_optimal([base, *curve]),
-            linear_cka(before, after),
-            weight_cosine(self.backbone, farthest),
-        )
+        cka, cosine = linear_cka(before, after), weight_cosine(self.backbone, farthest)
+        distance = distance_to_optimal([base, *curve])
+        return Painting(self.exploration, base, tuple(curve), chosen, patch, distance, cka, cosine)
 
 
 # heads together ---------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -59,13 +59,8 @@ class Scorer:
         norms: Norms = "kept",
         seed: int = 0,
     ) -> None:
-        self.backbone, self.preprocessing, self.refit, self.norms, self.seed = (
-            backbone,
-            preprocessing,
-            refit,
-            norms,
-            seed,
-        )
+        self.backbone, self.preprocessing, self.seed = backbone, preprocessing, seed
+        self.refit, self.norms = refit, norms
         self._stores: dict[int, ImageStore] = {}
 
     def store(self, split: Split) -> ImageStore:
@@ -76,21 +71,16 @@ class Scorer:
 
     def features(self, model: PatchedModel, split: Split) -> Tensor:
         """The body's features (N, D) for the split's images, on the CPU."""
-        store = self.store(split)
-        batches = torch.arange(len(store)).split(BATCH)
-        return torch.cat([run_prefix(model, store.plain(rows), model.end).cpu() for rows in batches])
+        return self._run(split, lambda images: run_prefix(model, images, model.end))
 
     def base_features(self, split: Split) -> Tensor:
         """The frozen base's."""
+        return self._run(split, lambda images: self.backbone.chain(images.to(self.backbone.device)))
+
+    @torch.no_grad()
+    def _run(self, split: Split, body: Callable[[Tensor], Tensor]) -> Tensor:
         store = self.store(split)
-        device = self.backbone.device
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.backbone.chain(store.plain(rows).to(device)).cpu()
-                    for rows in torch.arange(len(store)).split(BATCH)
-                ]
-            )
+        return torch.cat([body(store.plain(rows)).cpu() for rows in torch.arange(len(store)).split(BATCH)])
 
     def probe(self, data: Task) -> LinearHead:
         """A linear head on the base's features of the task's training images."""
@@ -126,11 +116,10 @@ class Scorer:
         order = generator.permutation(len(pool))
 
         def batches() -> Iterator[Tensor]:
-            for start in range(0, len(order), BATCH):
-                rows = [pool[number] for number in order[start : start + BATCH]]
-                yield torch.cat([self.store(split).plain(torch.tensor([row])) for split, row in rows]).to(
-                    self.backbone.device
-                )
+            for numbers in torch.from_numpy(order).split(BATCH):
+                rows = [pool[number] for number in numbers.tolist()]
+                images = [self.store(split).plain(torch.tensor([row])) for split, row in rows]
+                yield torch.cat(images).to(self.backbone.device)
 
         recompute_statistics(model, batches)
 
@@ -157,8 +146,6 @@ def mixed(backbone: Backbone, patches: Sequence[Patch], weights: Sequence[float]
 
 def with_statistics(backbone: Backbone, patch: Patch, model: PatchedModel) -> Patch:
     """The patch as one of strength 1 that owns the BatchNorm statistics its model has now."""
-    from dataclasses import replace
-
     baked = merge(backbone, [patch], weights=[1.0])
     owned = {}
     modules = dict(model.named_buffers())

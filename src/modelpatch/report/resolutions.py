@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.recipes.sharing import SharingComparison
+from modelpatch.recipes.comparison import SharingComparison
 from modelpatch.report.plots import figure
 from modelpatch.report.tables import new_table, percent
 from modelpatch.train.evaluation import Mean

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modelpatch.convert.difference import Difference
     from modelpatch.engine.program import Timing
     from modelpatch.patch.inspect import Inspection, Part
-    from modelpatch.recipes.comparison import Comparison, Row
+    from modelpatch.recipes.comparison import Comparison, MethodRow
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
 
@@ -70,7 +70,7 @@ def percent(share: float | None) -> str:
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison as text; columns about the base only if it was measured."""
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Callable[[MethodRow], str]] = {
         "method": lambda row: row.method,
         "top-1": lambda row: percent(row.top1) + ("" if row.top1_error is None else f" ± {percent(row.top1_error)}"),
     }

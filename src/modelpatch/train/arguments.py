@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from modelpatch.errors import TrainingError
+from modelpatch.patch.model import PatchedModel
 
 OptimizerLike = Optimizer | Callable[[Any], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
@@ -19,28 +20,33 @@ Every = Literal["step", "epoch"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def make(given: Any, kind: type, name: str, source: str, argument: Any, example: str) -> Any:
+    """Return `given`, an instance of a `kind`, or what it makes of its one argument. Raises `TrainingError` for others."""
+    expected = f"Expected a torch.optim {kind.__name__}, its class, or a function from {source} to one: {example}."
+    if isinstance(given, kind):
+        return given
+    if not callable(given):
+        raise TrainingError(f"the {name} is {given!r}. {expected}")
+    try:
+        made = given(argument)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(
+            f"the {name} {name_of(given)} cannot be made from {source} alone ({error}). {expected}"
+        ) from error
+    if not isinstance(made, kind):
+        raise TrainingError(f"the {name} {name_of(given)} made a {type(made).__name__}. {expected}")
+    return made
+
+
 def make_optimizer(given: Any, groups: list[dict[str, Any]], model: nn.Module) -> Optimizer:
     """Return the optimizer: `given` itself, or what it makes of parameter groups.
 
     Raises `TrainingError` where it is none, or holds other parameters than those of the model that require gradients.
     """
-    expected = "Expected a torch.optim.Optimizer, its class, or a function from parameter groups to one"
-    made = given
-    if not isinstance(given, Optimizer):
-        if not callable(given):
-            raise TrainingError(f"the optimizer is {given!r}. {expected}: optimizer=torch.optim.SGD, lr=0.1.")
-        try:
-            made = given(groups)
-        except (TypeError, ValueError) as error:
-            raise TrainingError(
-                f"the optimizer {name_of(given)} cannot be made from parameter groups alone ({error}). Give lr, or a "
-                "function: functools.partial(torch.optim.SGD, lr=0.1)."
-            ) from error
-        if not isinstance(made, Optimizer):
-            raise TrainingError(f"the optimizer {name_of(given)} made a {type(made).__name__}. {expected}.")
+    example = "optimizer=torch.optim.SGD with lr=0.1, or functools.partial(torch.optim.SGD, lr=0.1)"
+    made = make(given, Optimizer, "optimizer", "parameter groups", groups, example)
     ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    foreign = [p for group in made.param_groups for p in group["params"] if id(p) not in ours]
-    if foreign:
+    if foreign := [p for group in made.param_groups for p in group["params"] if id(p) not in ours]:
         raise TrainingError(
             f"the optimizer holds {len(foreign)} parameters that are not the model's or require no gradients. Expected those "
             "of [p for p in model.parameters() if p.requires_grad]."
@@ -50,24 +56,10 @@ def make_optimizer(given: Any, groups: list[dict[str, Any]], model: nn.Module) -
 
 def make_scheduler(given: Any, optimizer: Optimizer) -> Any:
     """Return the scheduler: `given` itself, what it makes of the optimizer, or None. Raises `TrainingError` for another."""
-    if given is None:
-        return None
-    expected = "Expected a torch.optim.lr_scheduler.LRScheduler of the optimizer, or a function from it to one"
-    if isinstance(given, LRScheduler):
-        if given.optimizer is not optimizer:
-            raise TrainingError(f"the scheduler {type(given).__name__} belongs to another optimizer. {expected}.")
-        return given
-    if not callable(given):
-        raise TrainingError(f"the scheduler is {given!r}. {expected}.")
-    try:
-        made = given(optimizer)
-    except TypeError as error:
-        raise TrainingError(
-            f"the scheduler {name_of(given)} cannot be made from an optimizer alone ({error}). Give a function: "
-            "functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10)."
-        ) from error
-    if not isinstance(made, LRScheduler):
-        raise TrainingError(f"the scheduler {name_of(given)} made a {type(made).__name__}. {expected}.")
+    example = "functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10)"
+    made = given if given is None else make(given, LRScheduler, "scheduler", "an optimizer", optimizer, example)
+    if made is not None and made.optimizer is not optimizer:
+        raise TrainingError(f"the scheduler {type(made).__name__} belongs to another optimizer. Give one: {example}.")
     return made
 
 
@@ -105,6 +97,16 @@ def check_model(model: Any, loss: Any) -> None:
         raise TrainingError(
             f"the loss is {loss!r}. Expected a function of (outputs, targets), such as F.cross_entropy."
         )
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Have a patched model compute activations again in the backward pass. Raises `TrainingError` for another model."""
+    if not isinstance(model, PatchedModel):
+        raise TrainingError(
+            f"checkpoint_activations takes the segments of a PatchedModel; the model is a {type(model).__name__}. Leave it "
+            "out and use torch.utils.checkpoint in the model."
+        )
+    model.gradient_checkpointing = True
 
 
 def check_limits(**limits: Any) -> None:

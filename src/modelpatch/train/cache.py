@@ -40,45 +40,46 @@ class PlainInputs:
 
 
 class CachedInputs:
-    """The output of segments `[0, start)` for `views` views of every image, one without augmentation.
+    """Activations (V, N, ...) before segment `start` of V views of N images, and their labels (V, N).
 
-    Images are read once and not kept.
+    Epoch k trains on view k modulo V. `rows` are those of the images that count, all by default.
     """
 
-    def __init__(
-        self,
-        prefix: Prefix,
-        images: Images,
-        start: int,
-        augmentation: Augmentation,
-        views: int,
-        seed: int,
-        memory: int,
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.start = start
-        self.views = views if augmentation.name != "none" or images.split.changes else 1
-        count, values = len(images), None
-        self.labels = torch.zeros(
-            (self.views, count), dtype=torch.int64
-        )  # a stream may have another order in each view
-        for view, rows, (pixels, labels) in images.views(self.views, augmentation, seed):
-            outputs = prefix(pixels, start)
-            if values is None:
-                values = allocate((self.views, count, *outputs.shape[1:]), torch.float32, memory)
-            values[view, rows], self.labels[view, rows] = outputs.cpu(), labels
-            advance(len(rows))
-        assert values is not None, "a split holds images"
-        self.values = values
+    def __init__(self, start: int, values: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
+        self.start, self.values, self.labels, self.rows = start, values, labels, rows
 
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
         """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
-        for step, batch in enumerate(rows[first:], first):
-            yield ImageBatch(self.batch(batch, epoch, step), self.labels[epoch % self.views, batch])
+        view = epoch % len(self.values)
+        for batch in rows[first:]:
+            own = batch if self.rows is None else self.rows[batch]
+            yield ImageBatch(self.values[view, own], self.labels[view, own])
 
-    def batch(self, rows: Tensor, epoch: int, step: int) -> Tensor:
-        """Inputs of segment `start` for these rows, from the epoch's view."""
-        return self.values[epoch % self.views, rows]
+
+def cache_prefix(
+    prefix: Prefix,
+    images: Images,
+    start: int,
+    augmentation: Augmentation,
+    views: int,
+    seed: int,
+    memory: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> CachedInputs:
+    """Compute the output of segments `[0, start)` for `views` views of every image, one without augmentation.
+
+    Images are read once and not kept.
+    """
+    views = views if augmentation.name != "none" or images.split.changes else 1
+    values, labels = None, torch.zeros((views, len(images)), dtype=torch.int64)  # a stream's order differs by view
+    for view, rows, (pixels, own) in images.views(views, augmentation, seed):
+        outputs = prefix(pixels, start)
+        if values is None:
+            values = allocate((views, len(images), *outputs.shape[1:]), torch.float32, memory)
+        values[view, rows], labels[view, rows] = outputs.cpu(), own
+        advance(len(rows))
+    assert values is not None, "a split holds images"
+    return CachedInputs(start, values, labels)
 
 
 def make_prefix(backbone: Backbone, model: PatchedModel, images: int) -> Prefix:
@@ -102,6 +103,8 @@ def run_prefix(model: PatchedModel, images: Tensor, start: int) -> Tensor:
 
 def prefix_share(backbone: Backbone, start: int) -> float:
     """The share of the chain's multiply-adds that lies before segment `start`."""
+    if start == 0:
+        return 0.0
     macs = [segment.macs for segment in backbone.chain]
     return sum(macs[:start]) / max(sum(macs), 1)
 

@@ -8,7 +8,9 @@ One of your own overrides the events of `Callback` that it needs, and reads the 
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,8 +22,7 @@ from torch import Tensor
 
 from modelpatch.errors import TrainingError
 from modelpatch.train.arguments import name_of
-from modelpatch.train.checkpoint import Checkpoint
-from modelpatch.train.logs import RunLog
+from modelpatch.train.checkpoint import Checkpoint, make_folder
 from modelpatch.train.progress import Progress
 from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
 
@@ -75,7 +76,6 @@ class EarlyStopping(Callback):
         return {"best": self.best, "best_value": self.best_value, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
         self.best, self.best_value, self.stale = dict(state["best"]), state["best_value"], state["stale"]
 
 
@@ -123,7 +123,6 @@ class WeightAverage(Callback):
         load_state(trainer.model, self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average."""
         return {"average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -172,23 +171,42 @@ class MetricLogger(Callback):
     """Write each epoch's figures to `metrics.csv` in a folder, and to TensorBoard where it is installed."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.log = RunLog(folder)
+        self.folder, self.file = Path(folder), Path(folder) / "metrics.csv"
+        self._events: Any = None
+        make_folder(self.folder, "log")
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Begin the file with the epochs that are done, if the run was interrupted."""
-        self.log.begin(trainer.history)
+        self.file.unlink(missing_ok=True)
+        for row in trainer.history:
+            self._append(row)
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.folder))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Append the epoch's row."""
-        self.log.write(trainer.row)
+        self._append(trainer.row)
+        if self._events is not None:
+            for name, value in trainer.row.items():
+                self._events.add_scalar(name, value, int(trainer.row["epoch"]))
+
+    def _append(self, row: dict[str, float]) -> None:
+        new = not self.file.exists()
+        with self.file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Close the files."""
-        self.log.close()
+        """Close TensorBoard's events."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
-    def on_exception(self, trainer: Trainer) -> None:
-        """Close the files."""
-        self.log.close()
+    on_exception = on_train_end
 
 
 class ProgressBar(Callback):
@@ -215,9 +233,7 @@ class ProgressBar(Callback):
         """Remove the bar."""
         self._stack.close()
 
-    def on_exception(self, trainer: Trainer) -> None:
-        """Remove the bar."""
-        self._stack.close()
+    on_exception = on_train_end
 
 
 def describe_run(trainer: Trainer) -> dict[str, Any]:

@@ -30,10 +30,7 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"cannot make the checkpoint folder {self.folder}: {error.strerror}.") from error
+        make_folder(self.folder, "checkpoint")
         buffer = io.BytesIO()
         torch.save({"identity": self.identity, **state}, buffer)
         write_bytes(self.file, buffer.getvalue())
@@ -63,6 +60,14 @@ class Checkpoint:
         self.file.unlink(missing_ok=True)
         if self.folder.exists() and not any(self.folder.iterdir()):
             shutil.rmtree(self.folder)
+
+
+def make_folder(folder: Path, purpose: str) -> None:
+    """Make a folder where there is none. Raises `TrainingError` where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the {purpose} folder {folder}: {error.strerror}.") from error
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -11,9 +11,9 @@ import copy
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
@@ -34,26 +34,9 @@ def fold_segment(segment: Segment) -> nn.Module:
     for conv_name, norm_name in pairs:
         conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
         if type(conv) is nn.Conv2d and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-            _fold(conv, norm)
-            owner, _, leaf = norm_name.rpartition(".")
-            setattr(folded.get_submodule(owner), leaf, _after(norm))
+            folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm).requires_grad_(False))
+            folded.set_submodule(norm_name, nn.Sequential(*norm.children()))  # timm's layers hold an activation as well
     return folded if pairs and _same(segment, folded) else clone_module(segment.module)
-
-
-def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight if norm.affine else torch.ones_like(norm.running_mean)
-    shift = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
-    )
-    conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-
-
-def _after(norm: nn.Module) -> nn.Module:
-    """Return the rest of a folded normalisation layer: timm's hold an activation as well."""
-    return nn.Sequential(*(child for child in norm.children()))
 
 
 def _pairs(module: nn.Module) -> list[tuple[str, str]]:
@@ -82,8 +65,4 @@ def _same(segment: Segment, folded: nn.Module) -> bool:
         expected, given = segment.module(example.clone()), folded(example.clone())
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
-    return _close(given, expected)
-
-
-def _close(given: Tensor, expected: Tensor) -> bool:
     return given.shape == expected.shape and bool((given - expected).abs().max() <= TOLERANCE * expected.abs().max())

@@ -21,7 +21,6 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import (
     NO_AUGMENTATION,
-    ImageBatch,
     Images,
     ImageStore,
     Pixels,
@@ -38,6 +37,7 @@ from modelpatch.train.cache import (
     BATCH,
     CachedInputs,
     PlainInputs,
+    cache_prefix,
     cache_worthwhile,
     make_prefix,
     prefix_share,
@@ -66,7 +66,7 @@ class InputSource(Protocol):
         """Replace frozen segments of the model by equal ones that take less time."""
 
 
-class OwnInputs:
+class OwnInputs(InputSource):
     """Images that are decoded for one fit, with a cache before its model's first span unless `cache` is False."""
 
     def __init__(
@@ -88,15 +88,12 @@ class OwnInputs:
         self._opened: dict[tuple[str, bool], Images] = {}
 
     def count(self, split: str) -> int:
-        """Return the number of images of a split."""
         return len(getattr(self.data, split))
 
     def labels(self, split: str) -> Tensor:
-        """Return the class indices (N,) of a split."""
         return torch.from_numpy(getattr(self.data, split).labels)
 
     def plain(self, split: str) -> Inputs:
-        """Return a split's images, not augmented."""
         return PlainInputs(self._open(split, False), NO_AUGMENTATION, self.seed)
 
     def prepare(self, model: PatchedModel) -> None:
@@ -113,7 +110,7 @@ class OwnInputs:
         with self.bar.task(f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", count) as advance:
             prefix = make_prefix(self.backbone, model, count)
             source = self._open(split, augmented, once=True)
-            return CachedInputs(prefix, source, first, augmentation, views, self.seed, self.memory, advance)
+            return cache_prefix(prefix, source, first, augmentation, views, self.seed, self.memory, advance)
 
     def _open(self, split: str, augmented: bool, once: bool = False) -> Images:
         """The images of a split, the same ones for every reader if they are kept."""
@@ -178,10 +175,6 @@ class SharedImages:
             self._activations = self._compute()
         return self._activations
 
-    def before(self, segment: int) -> int:
-        """Return the last kept boundary at or before `segment`."""
-        return max(boundary for boundary in self.activations if boundary <= segment)
-
     @torch.no_grad()
     def _compute(self) -> dict[int, Tensor]:
         chain, count, views = self.backbone.chain, len(self.store), self.views + 1
@@ -219,22 +212,19 @@ class SharedImages:
         return kept
 
 
-class SharedInputs:
+class SharedInputs(InputSource):
     """Some rows of shared images as the splits of one fit."""
 
     def __init__(self, shared: SharedImages, rows: dict[str, Tensor]) -> None:
         self.shared, self.rows = shared, rows
 
     def count(self, split: str) -> int:
-        """Return the number of rows of a split."""
         return len(self.rows[split])
 
     def labels(self, split: str) -> Tensor:
-        """Return the class indices (N,) of a split."""
         return self.shared.store.labels[self.rows[split]]
 
     def plain(self, split: str) -> Inputs:
-        """Return a split's images, not augmented."""
         return PlainInputs(ImageRows(self.shared.store, self.rows[split]), NO_AUGMENTATION, self.shared.seed)
 
     def prepare(self, model: PatchedModel) -> None:
@@ -254,12 +244,11 @@ class SharedInputs:
             return PlainInputs(images, augmentation, shared.seed)
         if model.reading.inner:  # its head reads more than one boundary
             count = max(shared.views, 1) if augmented else 1
-            return CachedInputs(
-                partial(run_prefix, model), images, model.first, augmentation, count, shared.seed, shared.memory
-            )
-        start = shared.before(model.first)
-        views = range(shared.views) if augmented else range(shared.views, shared.views + 1)
-        return BoundaryInputs(start, shared.activations[start], rows, views, images.labels)
+            prefix = partial(run_prefix, model)
+            return cache_prefix(prefix, images, model.first, augmentation, count, shared.seed, shared.memory)
+        start = max(boundary for boundary in shared.activations if boundary <= model.first)
+        values = shared.activations[start][: shared.views] if augmented else shared.activations[start][shared.views :]
+        return CachedInputs(start, values, shared.store.labels.expand(len(values), -1), rows)
 
 
 class ImageRows(Images):
@@ -279,19 +268,6 @@ class ImageRows(Images):
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
         """The decoded images of every batch of rows from number `first` on."""
         return self.store.read([self.rows[rows] for rows in batches[first:]], view)
-
-
-class BoundaryInputs:
-    """Shared activations (views, N, ...) before segment `start`; epoch k trains on view k modulo the number of `views`."""
-
-    def __init__(self, start: int, values: Tensor, rows: Tensor, views: range, labels: Tensor) -> None:
-        self.start, self.values, self.rows, self.views, self.labels = start, values, rows, views, labels
-
-    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
-        """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
-        values = self.values[self.views[epoch % len(self.views)]]
-        for batch in rows[first:]:
-            yield ImageBatch(values[self.rows[batch]], self.labels[batch])
 
 
 def chain_boundaries(backbone: Backbone) -> list[int]:

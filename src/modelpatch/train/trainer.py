@@ -22,7 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from modelpatch.errors import DataError, DivergedError, TrainingError
-from modelpatch.train.activations import checkpoint_parts
 from modelpatch.train.arguments import (
     Every,
     OptimizerLike,
@@ -34,6 +33,7 @@ from modelpatch.train.arguments import (
     choose_dtype,
     make_optimizer,
     make_scheduler,
+    recompute_activations,
     steps_every,
 )
 from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
@@ -150,7 +150,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.callbacks: list[Callback] = check_callbacks(callbacks, Callback)
         if checkpoint_activations:
-            checkpoint_parts(model)
+            recompute_activations(model)
         self.step = self.epoch = self.step_of_epoch = 0
         self.lr: float = self.optimizer.param_groups[0]["lr"]
         self.begun = self.resumed = self.stopping = False
@@ -267,15 +267,17 @@ class Trainer:
 
     def _backward(self, group: list[Minibatch]) -> Tensor:
         """Add up the gradients of this process's part of some batches, as if they were one. Returns its part of the loss."""
+        parts = [self.team.part(len(batch)) for batch in group]
         counts = [self.weigh(batch) for batch in group]
-        whole = max(sum(float(count.sum()) for count in counts), 1e-12)
+        whole = sum(float(count.sum()) for count in counts)
         total = torch.zeros((), device=self.device)
-        for batch, count in zip(group, counts, strict=True):
-            part = self.team.part(len(batch))
-            if share := float(count[part].sum()) / whole:
+        for batch, part, count in zip(group, parts, counts, strict=True):
+            own = whole if len(group) == 1 and self.team.alone else float(count[part].sum())
+            if own:
                 loss = self.train_step(batch if self.team.alone else batch.part(part))
-                self.scaler.scale(share * loss).backward()
-                total += share * loss.detach()
+                loss = loss if own == whole else own / whole * loss
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
         return total
 
     def _end_epoch(self) -> None:
