@@ -118,16 +118,11 @@ class Painting:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "settings": asdict(self.settings),
-            "base": self.base.as_dict(),
-            "curve": [point.as_dict() for point in self.curve],
-            "chosen": self.chosen.as_dict(),
-            "distance_to_optimal": self.distance,
-            "cka": self.cka,
-            "weight_cosine": self.cosine,
-            "orders": [{**asdict(one), "point": one.point.as_dict()} for one in self.orders],
-        }
+        figures = {"distance_to_optimal": self.distance, "cka": self.cka, "weight_cosine": self.cosine}
+        points = {"base": self.base.as_dict(), "curve": [one.as_dict() for one in self.curve]}
+        orders = [{**asdict(one), "point": one.point.as_dict()} for one in self.orders]
+        settings = asdict(self.settings)
+        return {"settings": settings, **points, "chosen": self.chosen.as_dict(), **figures, "orders": orders}
 
 
 def paint(

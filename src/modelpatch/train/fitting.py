@@ -177,15 +177,7 @@ class Fit:
         self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
         self.device = backbone.device
         self.source = source or OwnInputs(
-            backbone,
-            self.data,
-            self.preprocessing,
-            self.augmentation,
-            views=min(settings.views, settings.epochs),
-            seed=settings.seed,
-            memory=settings.memory,
-            cache=settings.cache,
-            bar=self.bar,
+            backbone, self.data, self.preprocessing, self.augmentation, settings, self.bar
         )
         if options.monitor and not self.validates:
             raise TrainingError(
@@ -206,21 +198,15 @@ class Fit:
         self.trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
         self.trainer.train()
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
-        best = {
-            str(one.monitor): one.best_value
-            for one in self.trainer.callbacks
-            if isinstance(one, EarlyStopping) and one.best
-        }
         self.backbone.verify()
-        return patch.with_metrics(**best)
+        stops = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
+        return patch.with_metrics(**{str(one.monitor): one.best_value for one in stops})
 
     def build(self, start: Mapping[str, Tensor] | None = None) -> PatchedModel:
         """Return the model before the first step; all that is random in it follows the seed."""
         torch.manual_seed(self.settings.seed)
-        settings, classes = self.settings, len(self.data.classes)
-        decoder = self.kind.make_head(
-            self.backbone, classes, self.preprocessing.image_size, settings.decoder, settings.taps
-        )
+        classes, size = len(self.data.classes), self.preprocessing.image_size
+        decoder = self.kind.make_head(self.backbone, classes, size, self.settings.decoder, self.settings.taps)
         model = self.method.draft(self.backbone, classes, decoder).to(self.device)
         self.source.prepare(model)
         if start is not None:
@@ -257,16 +243,11 @@ class Fit:
         total = steps or -(-len(data) // accumulate) * settings.epochs
         self.warn(total)
         return (trainer or PatchTrainer)(
+            self,
             model,
             data,
-            kind=self.kind,
-            classes=self.data.classes,
-            method=method,
-            class_weights=self.weigh_classes(),
-            label_smoothing=settings.label_smoothing,
-            loss=options.loss,
             optimizer=options.optimizer or (lambda _: method.make_optimizer(model, self.backbone)),
-            groups=method.parameter_groups(model, self.backbone),
+            groups=method.parameter_groups(model, self.backbone) if options.optimizer else None,
             scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
             schedule_every=options.schedule_every or (None if options.scheduler else "step"),
             steps=steps,
@@ -390,22 +371,11 @@ class Fit:
 class PatchTrainer(Trainer):
     """A trainer of patches: the loss of the task's kind, and what the method adds to it."""
 
-    def __init__(
-        self,
-        model: Any,
-        data: BatchSource,
-        *,
-        kind: Kind,
-        classes: Sequence[str],
-        method: Method,
-        class_weights: Tensor | None,
-        label_smoothing: float,
-        loss: Any = None,
-        **arguments: Any,
-    ) -> None:
-        own = partial(kind.loss, class_weights=class_weights, label_smoothing=label_smoothing)
-        super().__init__(model, data, loss or own, **arguments)
-        self.kind, self.classes, self.method, self.class_weights = kind, classes, method, class_weights
+    def __init__(self, fit: Fit, model: Any, data: BatchSource, **arguments: Any) -> None:
+        weights, smoothing = fit.weigh_classes(), fit.settings.label_smoothing
+        own = partial(fit.kind.loss, class_weights=weights, label_smoothing=smoothing)
+        super().__init__(model, data, fit.options.loss or own, **arguments)
+        self.kind, self.classes, self.method, self.class_weights = fit.kind, fit.data.classes, fit.method, weights
         self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
 
     def model_for(self, batch: Minibatch) -> Any:

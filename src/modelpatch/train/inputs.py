@@ -45,6 +45,7 @@ from modelpatch.train.cache import (
 )
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.settings import FitSettings
 
 
 class InputSource(Protocol):
@@ -67,7 +68,7 @@ class InputSource(Protocol):
 
 
 class OwnInputs(InputSource):
-    """Images that are decoded for one fit, with a cache before its model's first span unless `cache` is False."""
+    """Images that are decoded for one fit, with a cache before its model's first span unless `cache=False` is set."""
 
     def __init__(
         self,
@@ -75,16 +76,12 @@ class OwnInputs(InputSource):
         data: Task,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
-        *,
-        views: int,
-        seed: int,
-        memory: int,
-        cache: bool = True,
-        bar: Progress | None = None,
+        settings: FitSettings,
+        bar: Progress,
     ) -> None:
         self.backbone, self.data, self.preprocessing, self.augmentation = backbone, data, preprocessing, augmentation
-        self.views, self.seed, self.memory, self.cache = views, seed, memory, cache
-        self.bar = bar or quiet_progress()
+        self.seed, self.memory, self.cache, self.bar = settings.seed, settings.memory, settings.cache, bar
+        self.views = min(settings.views, settings.epochs)
         self._opened: dict[tuple[str, bool], Images] = {}
 
     def count(self, split: str) -> int:
@@ -116,14 +113,14 @@ class OwnInputs(InputSource):
         """The images of a split, the same ones for every reader if they are kept."""
         images: Split = getattr(self.data, split)
         augmented = augmented and images.changes
-        if (split, augmented) not in self._opened:
-            images = images if augmented else images.with_transform(None)
-            once_read = once or split == "test"
-            opened = open_images(images, self.preprocessing, self.memory, once=once_read, shuffle=augmented)
-            if once:
-                return opened
+        if (split, augmented) in self._opened:
+            return self._opened[split, augmented]
+        images = images if augmented else images.with_transform(None)
+        read_once = once or split == "test"
+        opened = open_images(images, self.preprocessing, self.memory, once=read_once, shuffle=augmented)
+        if not once:
             self._opened[split, augmented] = opened
-        return self._opened[split, augmented]
+        return opened
 
 
 class SharedImages:
