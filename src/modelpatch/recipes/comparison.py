@@ -139,7 +139,9 @@ def compare(
     return Comparison(data.task.name, backbone.spec, rows, runs, patches, skipped)
 
 
-def _summarise(name: str, parameters: int, runs: Sequence[SeedRun], before: float | None, after: float | None) -> MethodRow:
+def _summarise(
+    name: str, parameters: int, runs: Sequence[SeedRun], before: float | None, after: float | None
+) -> MethodRow:
     """Return the row of one method's runs."""
     top1 = [run.top1 for run in runs]
     return MethodRow(
