@@ -13,10 +13,10 @@ of Table 5. `delta_stage.py` holds the modules, `residual.py` finds the stages.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -33,7 +33,6 @@ from modelpatch.patch.model import PatchedModel
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class DeltaNetwork(Method):
     """Trains Δ-modules that weigh the skips within the last `modules` stages (a number or `all`), and the head.
 
@@ -49,8 +48,8 @@ class DeltaNetwork(Method):
     `batch_norm` it says what those norms alone do.
     """
 
-    name: ClassVar[str] = "delta"
-    paper: ClassVar[str] = "Devaguptapu et al., Δ-Networks for Efficient Model Patching, 2023"
+    name = "delta"
+    paper = "Devaguptapu et al., Δ-Networks for Efficient Model Patching, 2023"
     order = 6
     compared = ("delta", "delta(modules=all,batch_norm=true)")
     searched = ("delta",)
@@ -99,17 +98,16 @@ class DeltaNetwork(Method):
 
     def _choose(self, backbone: Backbone) -> tuple[SkipStage, ...]:
         found = stages_of(backbone)
-        if not self.stages:
-            if self.modules == "all":
-                return found
-            if self.modules > len(found):
-                raise MethodError(
-                    f"delta: modules={self.modules}, but {backbone.spec} has {len(found)} stages with skips: "
-                    f"{_list(backbone, found)}."
-                )
-            return found[-self.modules :]
-        chosen = {stage for name in self.stages for stage in _find(backbone, found, name)}
-        return tuple(stage for stage in found if stage in chosen)
+        if self.stages:
+            chosen = {stage for name in self.stages for stage in _find(backbone, found, name)}
+            return tuple(stage for stage in found if stage in chosen)
+        count = len(found) if self.modules == "all" else self.modules
+        if count > len(found):
+            listed = _list(backbone, found)
+            raise MethodError(
+                f"delta: modules={count}, but {backbone.spec} has {len(found)} stages with skips: {listed}."
+            )
+        return found[-count:]
 
     def _graft(self, backbone: Backbone, stage: SkipStage) -> Graft:
         shape, output = (backbone.chain[stage.start].input_shape, backbone.chain[stage.end - 1].output_shape)
@@ -123,9 +121,6 @@ class DeltaNetwork(Method):
             layout=layout,
         )
         return Graft(kind=GRAFT, start=stage.start, end=stage.end, arguments=settings.model_dump())
-
-
-# stages -----------------------------------------------------------------------------------------------------
 
 
 def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
@@ -147,8 +142,7 @@ def _find(backbone: Backbone, stages: tuple[SkipStage, ...], name: str) -> list[
         for stage, blocks in zip(stages, names, strict=True)
         if all(block == name or block.startswith(name + ".") for block in blocks)
     ]
-    numbers = {f"stage{number}": stage for number, stage in enumerate(stages)}
-    numbers |= {f"stage{number - len(stages)}": stage for number, stage in enumerate(stages)}
+    numbers = {f"stage{n}": stages[n] for n in range(-len(stages), len(stages))}
     if not found and name in numbers:
         return [numbers[name]]
     if not found:
@@ -187,9 +181,6 @@ def _axis(layout: Layout) -> int:
     return 0 if layout.kind == "channels-first" else -1
 
 
-# what it costs ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DeltaCost:
     """The cost of `modules` Δ-modules on the last stages: parameters, and multiply-adds for one image."""
@@ -217,9 +208,6 @@ def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
     return tuple(costs)
 
 
-# what it does -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SkipWeights:
     """The λ that a stage over the segments `span` gave its `edges` (i, j): `weights` (B, p) for B images.
@@ -237,11 +225,9 @@ class SkipWeights:
     @classmethod
     def join(cls, records: Sequence[SkipWeights]) -> SkipWeights:
         """The record of all images of several records of one stage."""
-        images = [len(record.weights) for record in records]
-        moments = torch.stack([count * one.moments for count, one in zip(images, records, strict=True)]).sum(0)
-        return replace(
-            records[0], weights=torch.cat([one.weights.cpu() for one in records]), moments=moments / sum(images)
-        )
+        weights = torch.cat([one.weights.cpu() for one in records])
+        moments = torch.stack([len(one.weights) * one.moments for one in records]).sum(0)
+        return replace(records[0], weights=weights, moments=moments / len(weights))
 
     @property
     def variances(self) -> list[float]:
@@ -251,8 +237,7 @@ class SkipWeights:
         the branch and independent of it (equations 5 and 6); with `batch_norm=True` it is about 1.
         """
         mean, square = self.moments.unbind(1)
-        variances: list[float] = (square - mean**2).tolist()
-        return variances
+        return list((square - mean**2).tolist())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: each edge with its mean and standard deviation over the images, each node's variance."""
@@ -277,7 +262,10 @@ def skip_weights(model: PatchedModel, images: Tensor) -> list[SkipWeights]:
 
     Raises `MethodError` for a model that weighs no skips.
     """
-    found = list(_spans(model))
+    parts = zip(model.spans, model.variants, strict=True)
+    found = [(span, stage) for span, part in parts for stage in delta_stages(part)]
+    if not found:
+        raise MethodError("the model weighs no skips. Give one that a patch of the method `delta` made.")
     weights: list[Tensor] = []
     moments: list[list[tuple[float, float]]] = [[] for _ in found]
     with ExitStack() as hooks:
@@ -303,12 +291,3 @@ def skip_weights(model: PatchedModel, images: Tensor) -> list[SkipWeights]:
 def skip_variances(model: PatchedModel, images: Tensor) -> list[list[float]]:
     """The variance of z_1 ... z_k for every patched stage (see `SkipWeights.variances`)."""
     return [record.variances for record in skip_weights(model, images)]
-
-
-def _spans(model: PatchedModel) -> Iterator[tuple[Span, DeltaStage]]:
-    found = [
-        (span, stage) for span, part in zip(model.spans, model.variants, strict=True) for stage in delta_stages(part)
-    ]
-    if not found:
-        raise MethodError("the model weighs no skips. Give one that a patch of the method `delta` made.")
-    yield from found

@@ -97,9 +97,6 @@ class Norm(_BatchNorm):
         return y.movedim(1, self.axis)
 
 
-# where the weights of the skips come from -------------------------------------------------------------------
-
-
 class DeltaModule(nn.Module):
     """λ = sigmoid(Linear(GAP(ReLU(BN(Conv(ReLU(BN(Conv(x))))))))): a stage's input to weights (B, p) in (0, 1).
 
@@ -128,45 +125,18 @@ class DeltaModule(nn.Module):
             self.linear.bias.copy_(torch.tensor(weights) * 8 - 4)
 
 
-class LearnedWeights(nn.Module):
-    """One weight an edge for all inputs, started at 1."""
+class FixedWeights(nn.Module):
+    """λ (B, p) whatever the input: 1; learned, started at 1; or drawn from U(0, 1) for every sample in every pass."""
 
-    def __init__(self, edges: int) -> None:
+    def __init__(self, edges: int, skips: Skips) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.ones(edges))
+        self.edges, self.random = edges, skips == "random"
+        self.weights = nn.Parameter(torch.ones(edges)) if skips in ("existing", "learned") else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weights.expand(len(x), -1)
-
-
-class UnitWeights(nn.Module):
-    """λ = 1 on every edge."""
-
-    def __init__(self, edges: int) -> None:
-        super().__init__()
-        self.edges = edges
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_ones(len(x), self.edges)
-
-
-class RandomWeights(UnitWeights):
-    """λ ~ U(0, 1), drawn for every sample in every forward pass, in training and in use."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.rand(len(x), self.edges, dtype=x.dtype, device=x.device)
-
-
-def make_weights(settings: StageSettings, edges: int) -> nn.Module:
-    """The module that weighs a stage's skips."""
-    if settings.skips == "conditioned":
-        return DeltaModule(settings.channels, edges, settings.layout)
-    if settings.skips in ("all", "unchanged"):
-        return UnitWeights(edges)
-    return RandomWeights(edges) if settings.skips == "random" else LearnedWeights(edges)
-
-
-# stages -----------------------------------------------------------------------------------------------------
+        if self.random:
+            return torch.rand(len(x), self.edges, dtype=x.dtype, device=x.device)
+        return x.new_ones(len(x), self.edges) if self.weights is None else self.weights.expand(len(x), -1)
 
 
 class DeltaStage(nn.Module, ABC):
@@ -188,13 +158,14 @@ class DeltaStage(nn.Module, ABC):
             edges = tuple((i, j) for i, j in edges if j == i + 1)
         self.edges = edges
         self.existing = tuple(dense or j == i + 1 for i, j in edges)
-        self.delta = make_weights(settings, len(edges))
+        self.delta: nn.Module = FixedWeights(len(edges), settings.skips)
+        if settings.skips == "conditioned":
+            self.delta = DeltaModule(settings.channels, len(edges), settings.layout)
         axis = settings.layout.channel_axis
         norms = [Norm(settings.width, axis) if settings.batch_norm else nn.Identity() for _ in range(depth)]
         self.norms = nn.ModuleList(norms)
-        self._incoming: dict[int, list[tuple[int, int]]] = {j: [] for j in range(1, depth + 1)}
-        for number, (i, j) in enumerate(edges):
-            self._incoming[j].append((number, i))
+        nodes = range(1, depth + 1)
+        self._incoming = {j: [(number, i) for number, (i, k) in enumerate(edges) if k == j] for j in nodes}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.untouched(x) if self.strength == 0 else self.mix(x, self.weights(x))

@@ -8,9 +8,6 @@ Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from pydantic import PositiveFloat
 from torch import nn
 
@@ -21,12 +18,11 @@ from modelpatch.patch.blueprint import Blueprint
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Depthwise(Method):
     """Trains the kernels of every depthwise convolution (one group per input channel) and the head."""
 
-    name: ClassVar[str] = "depthwise"
-    paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+    name = "depthwise"
+    paper = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
     order = 3
     compared = ("depthwise", "scale-bias+depthwise")
     shares_across_tasks = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -15,13 +14,12 @@ from modelpatch.patch.blueprint import Blueprint
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class FullFinetune(Method):
     """Trains all parameters, at a lower rate than patches bear (K for the Price of 1, section 5). `statistics` says what
     BatchNorm layers do, as in `Subset`."""
 
-    name: ClassVar[str] = "full-finetune"
-    paper: ClassVar[str] = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
+    name = "full-finetune"
+    paper = "Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better?, 2019"
     order = 12
     compared: ClassVar[Sequence[str]] = ("full-finetune",)
     trains_everything = True

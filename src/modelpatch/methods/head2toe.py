@@ -11,7 +11,7 @@ Evci, Dumoulin, Larochelle and Mozer: *Head2Toe: Utilizing Intermediate Represen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -31,7 +31,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Head2Toe(LinearProbe):
     """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
 
@@ -39,8 +38,8 @@ class Head2Toe(LinearProbe):
     read (as in `Subset.blocks`), for an early exit: nothing after it runs in an engine.
     """
 
-    name: ClassVar[str] = "head2toe"
-    paper: ClassVar[str] = "Evci et al., Head2Toe, ICML 2022"
+    name = "head2toe"
+    paper = "Evci et al., Head2Toe, ICML 2022"
     order = 1
     compared = ("head2toe",)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from modelpatch.backbone.backbone import Backbone
@@ -13,12 +12,11 @@ from modelpatch.patch.blueprint import Blueprint
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class LinearProbe(Method):
     """Trains the head alone, on features computed once, at `head_lr`. It has no body that `lr` could be for."""
 
-    name: ClassVar[str] = "linear-probe"
-    paper: ClassVar[str] = "Alain and Bengio, Understanding intermediate layers using linear classifier probes, 2016"
+    name = "linear-probe"
+    paper = "Alain and Bengio, Understanding intermediate layers using linear classifier probes, 2016"
     order = 0
     compared: ClassVar[Sequence[str]] = ("linear-probe",)
     searched: ClassVar[Sequence[str]] = ("linear-probe",)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -40,7 +40,6 @@ Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     """Trains an update of rank `rank` for every linear layer and convolution of the named blocks, and the head.
 
@@ -51,8 +50,8 @@ class LoRA(Method):
     frozen parts stay in eval mode while training.
     """
 
-    name: ClassVar[str] = "lora"
-    paper: ClassVar[str] = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022"
+    name = "lora"
+    paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022"
     order = 7
     compared = ("lora",)
     searched = ("lora",)

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
@@ -41,6 +41,12 @@ from modelpatch.tasks.record import TaskRecord
 
 Head = Literal["trained", "random", "siamese"]
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
+OPTIMIZERS: dict[Optimizer, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "rmsprop": (torch.optim.RMSprop, {"alpha": 0.9, "momentum": 0.9, "eps": 1.0}),
+}
 
 
 class Trainable(Protocol):
@@ -99,12 +105,8 @@ class Method(ABC):
             try:
                 object.__setattr__(self, one.name, _adapters(type(self))[one.name].validate_python(value))
             except ValidationError as error:
-                first = error.errors()[0]
-                raise MethodError(
-                    f"{self.name}: {one.name} = {first['input']!r} is not valid: {first['msg']}."
-                ) from error
-
-    # what a method says -------------------------------------------------------------------------------------
+                input, message = error.errors()[0]["input"], error.errors()[0]["msg"]
+                raise MethodError(f"{self.name}: {one.name} = {input!r} is not valid: {message}.") from error
 
     @abstractmethod
     def changes(self, backbone: Backbone) -> Blueprint:
@@ -149,8 +151,6 @@ class Method(ABC):
             values |= {"blocks": list(self.blocks)} if self.blocks else {}
         return {**values, **({"loss": self.losses[0].describe()} if self.losses else {})}
 
-    # what it gives ------------------------------------------------------------------------------------------
-
     @property
     def members(self) -> tuple[Method, ...]:
         """The methods that are combined in this one; itself alone if none are."""
@@ -180,8 +180,8 @@ class Method(ABC):
             return bool(span & chosen) and span & blocks <= chosen
 
         owned = tuple(name for name in whole.owned if chain.segment_of(name).index in chosen)
-        grafts = tuple(graft for graft in whole.grafts if inside(graft))
-        if not owned and not grafts:
+        grafts = tuple(filter(inside, whole.grafts))
+        if not (owned or grafts):
             raise MethodNotApplicableError(f"{self.name} has nothing to change in {', '.join(self.blocks)}.")
         return Blueprint(owned=owned, grafts=grafts)
 
@@ -216,7 +216,7 @@ class Method(ABC):
         if self.head == "random":
             head.requires_grad_(False)
         blueprint = self.blueprint(backbone)
-        if self.head == "siamese" and not blueprint.owned and not blueprint.grafts:
+        if self.head == "siamese" and not (blueprint.owned or blueprint.grafts):
             raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
         made = {name: make() for name, make in self.reweightings(backbone).items() if name in blueprint.owned}
         model = PatchedModel.draft(backbone, blueprint, head, made)
@@ -240,13 +240,12 @@ class Method(ABC):
 
     def count_parameters(self, on: Backbone | PatchedModel) -> int:
         """Trainable parameters without the head, of a model that this method built or would build on a backbone."""
-        model = on if isinstance(on, PatchedModel) else self._plain(on)
+        if isinstance(on, PatchedModel):
+            model = on
+        else:
+            model = replace(self, head="trained")._assemble(on, LinearHead(on.chain.feature_dim, 1))
         counted = sum(p.numel() for name, p in model.trainable() if not name.startswith("head."))
         return counted - sum(model.get_submodule(path).idle for path in model.reweighted.values())  # type: ignore[misc]
-
-    def _plain(self, backbone: Backbone) -> PatchedModel:
-        """The model with a small linear head."""
-        return replace(self, head="trained")._assemble(backbone, LinearHead(backbone.chain.feature_dim, 1))
 
     def parameter_groups(self, model: Trainable, backbone: Backbone) -> list[dict[str, Any]]:
         """Optimizer groups: one for every learning rate and weight decay."""
@@ -271,14 +270,8 @@ class Method(ABC):
         groups = self.parameter_groups(model, backbone)
         if not groups:
             raise MethodError(f"{self.name} trains nothing with head={self.head!r}. Set head='trained'.")
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
-        if self.optimizer == "rmsprop":
-            return torch.optim.RMSprop(groups, lr=self.lr, alpha=0.9, momentum=0.9, eps=1.0)
-        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return kind(groups, lr=self.lr, fused=True)
-
-    # training -----------------------------------------------------------------------------------------------
+        kind, options = OPTIMIZERS[self.optimizer]
+        return kind(groups, lr=self.lr, **options)
 
     def prepare(self, model: PatchedModel, batches: Batches) -> None:
         """Run every hook's `begin`."""
@@ -293,8 +286,6 @@ class Method(ABC):
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
         """The sum of every hook's loss."""
         return sum(hook.added_loss(model, batch) for hook in self.all_hooks())
-
-    # combining ----------------------------------------------------------------------------------------------
 
     def __add__(self, other: Method) -> Method:
         """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
@@ -359,30 +350,22 @@ class Composite(Method):
     def changes(self, backbone: Backbone) -> Blueprint:
         """Everything the members own and add. Raises `MethodError` for members that exclude each other."""
         _agreed("statistics", self.methods, {"recomputed", "learned"})
-        prints = [member.blueprint(backbone) for member in self.methods]
-        self._check_grafts(prints)
-        self._check_weights(prints, backbone)
-        grafts = tuple(graft for one in prints for graft in one.grafts)
-        return Blueprint(owned=tuple(dict.fromkeys(name for one in prints for name in one.owned)), grafts=grafts)
-
-    def _check_grafts(self, prints: Sequence[Blueprint]) -> None:
-        for (first, one), (second, other) in itertools.combinations(zip(self.methods, prints, strict=True), 2):
+        pairs = [(member, member.blueprint(backbone)) for member in self.methods]
+        for (first, one), (second, other) in itertools.combinations(pairs, 2):
             for a, b in itertools.product(one.grafts, other.grafts):
                 if a.start < b.end and b.start < a.end:
                     raise MethodError(
                         f"{first.name} and {second.name} both add modules to segment {max(a.start, b.start)}, where each "
                         "expects the backbone's own. Name other blocks, or drop one of them."
                     )
-
-    def _check_weights(self, prints: Sequence[Blueprint], backbone: Backbone) -> None:
-        pairs = list(zip(self.methods, prints, strict=True))
-        for (member, one), (other, owned) in itertools.permutations(pairs, 2):
-            both = member.reweightings(backbone).keys() & set(one.owned) & set(owned.owned)
-            if both:
+        for (first, one), (second, other) in itertools.permutations(pairs, 2):
+            if both := first.reweightings(backbone).keys() & set(one.owned) & set(other.owned):
                 raise MethodError(
-                    f"{member.name} and {other.name} exclude each other on {min(both)}: a weight is masked or trained, not "
+                    f"{first.name} and {second.name} exclude each other on {min(both)}: a weight is masked or trained, not "
                     "both. Name other blocks, or drop one of them."
                 )
+        owned = dict.fromkeys(name for _, one in pairs for name in one.owned)
+        return Blueprint(owned=tuple(owned), grafts=tuple(graft for _, one in pairs for graft in one.grafts))
 
     def reweightings(self, backbone: Backbone) -> Mapping[str, Callable[[], Reweighting]]:
         """All members', which share no weight (see `changes`)."""
@@ -440,8 +423,11 @@ METHODS = Registry[type[Method]]("method", "modelpatch.methods", error=MethodErr
 M = TypeVar("M", bound=type[Method])
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def register_method(method: M) -> M:
-    """Register a method under its name."""
+    """Register a method under its name; a class that is no dataclass yet becomes a frozen one, with keywords only."""
+    if "__dataclass_params__" not in vars(method):
+        dataclass(frozen=True, kw_only=True)(method)
     return METHODS.register(method.name)(method)
 
 

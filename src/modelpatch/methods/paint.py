@@ -3,9 +3,8 @@
     theta_alpha = (1 - alpha) theta_0 + alpha theta_1          alpha is the patch's strength, chosen afterwards
 
 Ilharco, Wortsman, Gadre, Song, Hajishirzi, Kornblith, Farhadi, Schmidt: *Patching open-vocabulary models by interpolating
-weights* (NeurIPS 2022), section 2. The paper's head is made of class names and never trained. With a closed vocabulary the
-head is a linear probe on the frozen base that stays frozen too, and BatchNorm keeps its statistics: trained together with
-the body it would belong to theta_1 alone. `train/paint.py` does all steps; this method is the fine-tuning.
+weights* (NeurIPS 2022), section 2. The paper's head is made of class names. With a closed vocabulary it is a linear probe
+that stays frozen: trained together with the body it would belong to theta_1 alone. `recipes/painting.py` does all steps.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -46,7 +45,6 @@ class Start:
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Paint(FullFinetune):
     """Trains every parameter of the body under a frozen head: `head_from` names a patch file of the task, a linear probe for
     one, whose head it is. Without any the head is trained along (the naive way).
@@ -54,8 +52,8 @@ class Paint(FullFinetune):
     `start` is for Python: a head, earlier weights, and what keeps the base while training.
     """
 
-    name: ClassVar[str] = "paint"
-    paper: ClassVar[str] = "Ilharco et al., Patching open-vocabulary models by interpolating weights, NeurIPS 2022"
+    name = "paint"
+    paper = "Ilharco et al., Patching open-vocabulary models by interpolating weights, NeurIPS 2022"
     order = 11
     shares_across_tasks = False
     stands_alone = True

@@ -14,8 +14,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError
-from modelpatch.methods.blocks import RUNNING, find_segments, start_at
+from modelpatch.methods.blocks import find_segments, own_segments, start_at
 from modelpatch.methods.method import register_method
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
@@ -37,7 +36,6 @@ MOST = 0.9  # of a group's channels, where the ratio holds for all groups togeth
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Pruned(Subset):
     """`Subset` over blocks that lose the share `ratio` of their inner channels before the training.
 
@@ -45,7 +43,7 @@ class Pruned(Subset):
     tenths of any. `norm` is that of a channel's weights.
     """
 
-    name: ClassVar[str] = "pruned"
+    name = "pruned"
     order = 5
     shares_across_tasks = False
 
@@ -61,12 +59,10 @@ class Pruned(Subset):
         owned: list[str] = []
         grafts = []
         for segment, pruned in self._pruned(backbone):
-            smaller = _smaller(segment.module, pruned)
-            named = [name for name, _ in segment.module.named_parameters()]
-            if self.statistics == "learned":
-                named += [name for name, _ in segment.module.named_buffers() if name.endswith(RUNNING)]
-            owned += [segment.tensor_names[name] for name in named if name not in smaller]
-            shapes = {name: list(tensor.shape) for name, tensor in smaller.items()}
+            before, after = (dict((*m.named_parameters(), *m.named_buffers())) for m in (segment.module, pruned))
+            shapes = {name: list(tensor.shape) for name, tensor in after.items() if tensor.shape != before[name].shape}
+            added = {segment.tensor_names.get(name) for name in shapes}
+            owned += [name for name in own_segments([segment], self.statistics).owned if name not in added]
             grafts.append(Graft(kind=GRAFT, start=segment.index, end=segment.index + 1, arguments={"shapes": shapes}))
         return Blueprint(owned=tuple(owned), grafts=tuple(grafts))
 
@@ -133,7 +129,9 @@ class _Prunable:
         self.module, self.example = copy.deepcopy(segment.module).cpu().eval(), torch.zeros(1, *segment.input_shape)
         self.shape = (1, *segment.output_shape)
         self.graph = _graph(self.module, self.example)
-        self.roots = [name for name in _roots(self.module, self.graph) if self._inner(name)]
+        names = {id(child): name for name, child in self.module.named_modules()}
+        groups = self.graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
+        self.roots = [name for group in groups if self._inner(name := names[id(group[0].dep.target.module)])]
 
     def _inner(self, name: str) -> bool:
         """True if the module still runs, to an output of the same shape, without a channel of this layer."""
@@ -153,7 +151,8 @@ class _Prunable:
         result = {}
         for name in self.roots:
             layer = self.module.get_submodule(name)
-            result[name] = importance(_group(self.graph, layer, list(range(_channels(layer))))).detach()
+            channels = list(range(len(layer.get_parameter("weight"))))
+            result[name] = importance(_group(self.graph, layer, channels)).detach()
         return result
 
     def remove(self, name: str, channels: list[int]) -> None:
@@ -170,28 +169,8 @@ def _graph(module: nn.Module, example: Tensor) -> Any:
         return tp.DependencyGraph().build_dependency(module, example_inputs=example)
 
 
-def _roots(module: nn.Module, graph: Any) -> list[str]:
-    """One layer of every group of coupled layers, by its name."""
-    names = {id(child): name for name, child in module.named_modules()}
-    return [
-        names[id(group[0].dep.target.module)]
-        for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
-    ]
-
-
 def _group(graph: Any, layer: nn.Module, channels: list[int]) -> Any:
     return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, channels)
-
-
-def _channels(layer: nn.Module) -> int:
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
-
-
-def _smaller(module: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
-    """The tensors that pruning made smaller."""
-    before = {name: tensor.shape for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    after = (*pruned.named_parameters(), *pruned.named_buffers())
-    return {name: tensor.detach() for name, tensor in after if tensor.shape != before[name]}
 
 
 @register_graft(GRAFT, interpolates=False)

@@ -29,9 +29,6 @@ ADD_METHODS = ("add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
 
 
-# blocks -----------------------------------------------------------------------------------------------------
-
-
 class SplitBlock(nn.Module):
     """A block in two halves: `before` the sum, x to (branch, shortcut), and `after` it. Runs the block's own modules."""
 
@@ -65,15 +62,12 @@ class WholeBlock(nn.Module):
         self.shortcut = shortcut
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The branch and the shortcut of `x`."""
         return (self.block(x) - x, x) if self.shortcut else (self.block(x), None)
 
     def join(self, z: Tensor) -> Tensor:
-        """Nothing follows the sum."""
         return z
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block itself, bit for bit."""
         return self.block(x)
 
 
@@ -198,9 +192,6 @@ def _part(block: nn.Module, source: fx.Node, results: Sequence[fx.Node]) -> fx.G
     copied = tuple(copies[node] for node in results)
     graph.output(copied[0] if len(copied) == 1 else copied)
     return fx.GraphModule(block, graph, class_name="Part")
-
-
-# stages -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
@@ -29,7 +28,6 @@ GRAFT = "channel-affine"
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class ScaleBias(Method):
     """Trains the scale and bias of every normalisation layer (BatchNorm, LayerNorm, GroupNorm, RMSNorm) and the head.
 
@@ -39,8 +37,8 @@ class ScaleBias(Method):
     the network's own `norm` layers, a `channel` affine added after every convolution, or `auto`, norm where there is one.
     """
 
-    name: ClassVar[str] = "scale-bias"
-    paper: ClassVar[str] = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+    name = "scale-bias"
+    paper = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
     order = 2
     compared = ("scale-bias",)
     searched = ("scale-bias",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
@@ -25,7 +25,6 @@ from modelpatch.patch.model import PatchedModel
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Subset(Method):
     """Trains every parameter of the named blocks: `Subset("layer4")`, `Subset(("layer3.1", "layer4"))`.
 
@@ -37,8 +36,8 @@ class Subset(Method):
     base's values.
     """
 
-    name: ClassVar[str] = "subset"
-    paper: ClassVar[str] = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
+    name = "subset"
+    paper = "Kaplun et al., Less is More: Selective Layer Finetuning with SubTuning, 2023"
     order = 4
     compared: ClassVar[Sequence[str]] = ("subset",)
     searched: ClassVar[Sequence[str]] = ("subset", "scale-bias+subset")

@@ -10,8 +10,8 @@ vectors V is a linear layer, as if k were 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import field
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
@@ -35,7 +35,6 @@ Stride = Annotated[int, Field(ge=1, le=64)]
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Widened(Method):
     """Trains `filters` extra filters in each of the named blocks, and the head.
 
@@ -44,8 +43,8 @@ class Widened(Method):
     masks the frozen filters and adds others.
     """
 
-    name: ClassVar[str] = "widened"
-    paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018 (added capacity, its future work)"
+    name = "widened"
+    paper = "Mallya et al., Piggyback, ECCV 2018 (added capacity, its future work)"
     order = 8
     compared = ("widened",)
     names_blocks = True

@@ -4,8 +4,7 @@
     trial   a method, a fold, a seed and a number of epochs, and the trial whose patch it starts from, if any
     outcome its accuracy on the held-out images, and the bytes its patch would have
 
-A trial is an ordinary `fit` whose test images are the held-out ones, fed from activations that are computed once for all
-trials. What comes out depends on the trial alone: in whatever order, process or machine it runs.
+A trial is an ordinary `fit` whose test images are the held-out ones, on activations that are computed once for all trials.
 """
 
 from __future__ import annotations
@@ -64,7 +63,9 @@ class Folds:
             images = join_splits([data.train, data.validation])
             folds = cls(images, ((np.arange(len(data.train)), np.arange(len(data.train), len(images))),))
         else:
-            folds = cls(data.train, (_one_fold(data.train.labels, seed),))
+            labels = data.train.labels
+            trained = drawn(labels, len(labels) - round(HELD_OUT * len(labels)), seed)  # a class of one image, too
+            folds = cls(data.train, ((trained, np.setdiff1d(np.arange(len(labels)), trained)),))
         folds._check(data)
         return folds
 
@@ -82,12 +83,6 @@ class Folds:
                 raise DataError(
                     f"the class {name!r} has images to score candidates on, but none to train them on. Add some."
                 )
-
-
-def _one_fold(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on, exactly four of five images, and the others, held out. A class of one image is trained on."""
-    trained = drawn(labels, len(labels) - round(HELD_OUT * len(labels)), seed)
-    return trained, np.setdiff1d(np.arange(len(labels)), trained)
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
@@ -117,14 +112,9 @@ class Trial:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "method": self.method.name,
-            "hyperparameters": self.method.hyperparameters(),
-            "fold": self.fold,
-            "seed": self.seed,
-            "epochs": self.epochs,
-            "start": self.start.as_dict() if self.start else None,
-        }
+        described = {"method": self.method.name, "hyperparameters": self.method.hyperparameters()}
+        rest = {"fold": self.fold, "seed": self.seed, "epochs": self.epochs}
+        return {**described, **rest, "start": self.start.as_dict() if self.start else None}
 
 
 @dataclass(frozen=True)
