@@ -71,8 +71,7 @@ class L2(Keeper):
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
         body = sum((p - self.start[name]).square().sum() for name, p in _body(model))
-        head = sum(p.square().sum() for name, p in model.trainable() if name.startswith("head."))
-        return self.strength / 2 * body + self.head_strength / 2 * head
+        return self.strength / 2 * body + pull_head(model, self.head_strength)
 
 
 @dataclass
@@ -88,11 +87,12 @@ class EWC(Keeper):
     def begin(self, model: PatchedModel, batches: Batches) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in _body(model)}
         self.fisher = {name: torch.zeros_like(value) for name, value in self.start.items()}
-        named, seen = dict(_body(model)), 0
+        seen = 0
         for head, labelled in zip(self.heads, self.supported, strict=True):
             for images, labels in labelled():
                 for image, label in zip(images.split(1), labels.split(1), strict=True):
                     loss = F.cross_entropy(head(run_features(model, image)), label.to(image.device))
+                    named = dict(_body(model))
                     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
                     for name, gradient in zip(named, gradients, strict=True):
                         self.fisher[name] += 0 if gradient is None else gradient.square()
@@ -127,11 +127,14 @@ class LwF(Keeper):
     def penalty(self, model: PatchedModel) -> Tensor | float:
         images, answers = next(self._held)
         features = run_features(model, images)
-        divergence = sum(
-            F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
-            for head, answer in zip(self.heads, answers, strict=True)
+        return (
+            self.strength
+            * self.temperature**2
+            * sum(
+                F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
+                for head, answer in zip(self.heads, answers, strict=True)
+            )
         )
-        return self.strength * self.temperature**2 * divergence
 
 
 @dataclass
@@ -147,9 +150,11 @@ class Mix(Keeper):
         self._streams = [itertools.chain.from_iterable(iter(one, None)) for one in self.supported]
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        batches = zip(self.heads, map(next, self._streams), strict=True)
-        losses = (F.cross_entropy(head(run_features(model, x)), y.to(x.device)) for head, (x, y) in batches)
-        return self.strength * sum(losses)
+        total: Tensor | float = 0.0
+        for head, stream in zip(self.heads, self._streams, strict=True):
+            images, labels = next(stream)
+            total = total + F.cross_entropy(head(run_features(model, images)), labels.to(images.device))
+        return self.strength * total
 
 
 def run_features(model: PatchedModel, images: Tensor) -> Tensor:
@@ -157,6 +162,11 @@ def run_features(model: PatchedModel, images: Tensor) -> Tensor:
     features = model.head_input(images, 0)
     assert isinstance(features, Tensor), "a decoder reads maps"
     return features
+
+
+def pull_head(model: PatchedModel, strength: float) -> Tensor | float:
+    """strength / 2 |head|²."""
+    return strength / 2 * sum(p.square().sum() for name, p in model.trainable() if name.startswith("head."))
 
 
 def _body(model: PatchedModel) -> Iterator[tuple[str, nn.Parameter]]:

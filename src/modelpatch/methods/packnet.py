@@ -4,8 +4,9 @@
     2. train the freed weights, from zero                             W ⊙ kept + V
     3. prune the smallest |V| and go on with what is left             W ⊙ kept + V ⊙ left
 
-Mallya and Lazebnik: *PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning* (CVPR 2018). The base stays
-untouched: a patch holds what it keeps as a mask and what it adds as a sparse difference.
+Mallya and Lazebnik: *PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning* (CVPR 2018). Tasks are packed
+one after another into what was pruned, so that their order matters and room runs out; the base itself is untouched here,
+because the patch holds what it keeps as a mask and what it adds as a sparse difference.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.errors import MethodError
+from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.hooks import Hook
 from modelpatch.methods.method import Method, Optimizer, register_method
 from modelpatch.methods.piggyback import weight_names
@@ -33,6 +34,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @register_method
+@dataclass(frozen=True, kw_only=True)
 class PackNet(Method):
     """Frees the share `free` of every weight matrix, trains it, prunes the share `prune` of that and trains on.
 
@@ -40,8 +42,8 @@ class PackNet(Method):
     same backbone: its weights are kept too and this task is packed into what it left.
     """
 
-    name = "packnet"
-    paper = "Mallya and Lazebnik, PackNet, CVPR 2018"
+    name: ClassVar[str] = "packnet"
+    paper: ClassVar[str] = "Mallya and Lazebnik, PackNet, CVPR 2018"
     order = 10
     compared = ("packnet",)
 
@@ -54,7 +56,10 @@ class PackNet(Method):
 
     def changes(self, backbone: Backbone) -> Blueprint:
         """Owns every weight matrix and kernel."""
-        return Blueprint(owned=tuple(weight_names(backbone)))
+        names = weight_names(backbone)
+        if not names:
+            raise MethodNotApplicableError(f"{backbone.spec} has no weights to free. Try the method `scale-bias`.")
+        return Blueprint(owned=tuple(names))
 
     def reweightings(self, backbone: Backbone) -> dict[str, Callable[[], Reweighting]]:
         """The kept part of every weight, and the freed part at zero."""

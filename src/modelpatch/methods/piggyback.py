@@ -4,15 +4,17 @@
     ∂E/∂r = ∂E/∂(W ⊙ m) ⊙ W               straight through the threshold
 
 Mallya, Davis and Lazebnik: *Piggyback: Adapting a Single Network to Multiple Tasks by Learning to Mask Weights* (ECCV 2018),
-sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. A patch stores the masks,
-one bit a weight at most, never the scores.
+sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. Masks are on every
+convolution and linear weight, by parameter name, since attention may keep its projections outside any `Linear`. A patch
+stores the masks, one bit a weight at most, never the scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat
@@ -31,6 +33,7 @@ NORM_LR = 1e-2
 
 
 @register_method
+@dataclass(frozen=True, kw_only=True)
 class Piggyback(Method):
     """Trains a score for every weight of every convolution and linear layer, and the head.
 
@@ -43,8 +46,8 @@ class Piggyback(Method):
     bits say where a score starts, so that `start="uniform"` contradicts it; `magnitude` says how far from the threshold.
     """
 
-    name = "piggyback"
-    paper = "Mallya et al., Piggyback, ECCV 2018"
+    name: ClassVar[str] = "piggyback"
+    paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
     order = 9
     compared = ("piggyback", "piggyback(norms=trained)")
     searched = ("piggyback",)
@@ -80,6 +83,8 @@ class Piggyback(Method):
     def changes(self, backbone: Backbone) -> Blueprint:
         """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
         masked = weight_names(backbone)
+        if not masked:
+            raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
         if self.norms == "frozen":
             return Blueprint(owned=tuple(masked))
         norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=True, statistics=False)]
@@ -118,24 +123,20 @@ class Piggyback(Method):
         patch.check_backbone(backbone)
         masks = {name: mask for name, mask in patch.tensors.items() if name.startswith("mask/")}
         if not masks:
-            name = patch.method.name
-            raise MethodError(f"piggyback: warm_start={self.warm_start!r} is a {name} patch without masks.")
+            raise MethodError(
+                f"piggyback: warm_start={self.warm_start!r} is a {patch.method.name} patch without masks."
+            )
         return masks
 
 
 def weight_names(backbone: Backbone) -> list[str]:
-    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens).
-
-    Raises `MethodNotApplicableError` where there is none.
-    """
+    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens)."""
     names: list[str] = []
     for segment in backbone.chain:
         for prefix, module in segment.module.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention):
                 own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
                 names += [segment.tensor_names[f"{prefix}.{name}".lstrip(".")] for name in own]
-    if not names:
-        raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask or free. Try the method `scale-bias`.")
     return names
 
 

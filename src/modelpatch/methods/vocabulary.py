@@ -60,8 +60,10 @@ class Vocabulary:
     def embed(self, names: Sequence[str]) -> Tensor:
         """Directions (K, E) of unit length: the mean over all templates."""
         written = [self.words.get(name, spell(name)) for name in names]
-        prompts = [[template.replace("{}", word) for word in written] for template in self.templates]
-        return F.normalize(torch.stack(list(map(self.tower.encode, prompts))).mean(0), dim=1)
+        total = torch.stack(
+            [self.tower.encode([template.replace("{}", w) for w in written]) for template in self.templates]
+        )
+        return F.normalize(total.mean(0), dim=1)
 
     def head(self, names: Sequence[str]) -> CosineHead:
         """A head (D, K) for these names; in eval mode, requires no gradients."""
@@ -70,8 +72,9 @@ class Vocabulary:
             middle, matrix = self._bridge
             rows = F.normalize((rows - middle) @ matrix, dim=1)
         elif rows.shape[1] != self.backbone.chain.feature_dim:
-            wide = self.backbone.chain.feature_dim
-            raise BackboneError(f"{self.tower.name} gives {rows.shape[1]} numbers, the image tower {wide}.")
+            raise BackboneError(
+                f"{self.tower.name} gives {rows.shape[1]} numbers, the image tower {self.backbone.chain.feature_dim}."
+            )
         head = CosineHead(rows.shape[1], len(rows))
         with torch.no_grad():
             head.weight.copy_(rows * (self.tower.scale if self.tower.shared else SCALE))
@@ -82,8 +85,9 @@ class Vocabulary:
         if not kind_of(patch.task.kind).classifies:
             raise DataError(f"{patch.task.name} is a {patch.task.kind} task; labels name classes of whole images.")
         if len(labels) < 2 or len(set(labels)) < len(labels):
-            different = len(set(labels))
-            raise DataError(f"{len(labels)} labels, {different} of them different: give at least two, each once.")
+            raise DataError(
+                f"{len(labels)} labels, {len(set(labels))} of them different: give at least two, each once."
+            )
         head = self.head(labels)
         tensors = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith("head.")}
         tensors["head.weight"] = head.weight.detach().cpu()
@@ -145,8 +149,15 @@ def own_names(backbone: Backbone) -> tuple[str, ...]:
     if len(backbone.classes) == outputs:
         return backbone.classes
     if outputs == 1000:
-        return tuple(_imagenet().label_names())  # in the order all zoos use
-    raise BackboneError(f"{backbone.spec} does not name its {outputs} classes; expected names to learn words from.")
+        return wordnet_ids()
+    raise BackboneError(
+        f"{backbone.spec} does not name its {outputs} classes, so that no words can be learned from them."
+    )
+
+
+def wordnet_ids() -> tuple[str, ...]:
+    """ImageNet's 1,000 classes in the order all zoos use."""
+    return tuple(_imagenet().label_names())
 
 
 def spell(name: str) -> str:

@@ -13,7 +13,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,9 @@ def pick(
     return [Pick(n, float(found[n]), classes[best[n][0]], classes[best[n][1]]) for n in order]
 
 
+# simulation -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LabelRound:
     """One round of a simulation: the test accuracy in [0, 1] with the images labelled so far, and the rows picked next."""
@@ -100,7 +102,8 @@ class Curves:
 
     def error(self, strategy: str) -> list[float]:
         """The standard error over seeds, 0 for one seed."""
-        return [standard_error(column) or 0.0 for column in zip(*self.top1s[strategy], strict=True)]
+        columns = list(zip(*self.top1s[strategy], strict=True))
+        return [standard_error(column) or 0.0 for column in columns]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -139,37 +142,46 @@ def simulate(
     bar = Progress(f"label on {data.task.name}") if progress else quiet_progress()
     with bar:
         run = _Simulation(backbone, data, chosen, counts, checked, Journal(LabelRound, rounds), disk, bar)
-        top1s = {name: tuple(run.curve(name, checked.seed + n) for n in range(seeds)) for name in STRATEGIES}
+        top1s = {name: [run.curve(name, checked.seed + n) for n in range(seeds)] for name in STRATEGIES}
     backbone.verify()
-    return Curves(data.task.name, backbone.spec, chosen.name, counts, top1s)
+    found = {name: tuple(curves) for name, curves in top1s.items()}
+    return Curves(data.task.name, backbone.spec, chosen.name, counts, found)
 
 
-@dataclass
 class _Simulation:
     """All curves of one simulation, over shared activations."""
 
-    backbone: Backbone
-    data: Task
-    method: Method
-    counts: tuple[int, ...]
-    settings: FitSettings
-    journal: Journal[LabelRound]
-    disk: int
-    bar: Progress
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: Task,
+        method: Method,
+        counts: tuple[int, ...],
+        settings: FitSettings,
+        journal: Journal[LabelRound],
+        disk: int,
+        bar: Progress,
+    ) -> None:
+        self.backbone, self.data, self.method, self.counts = backbone, data, method, counts
+        self.settings, self.journal, self.disk, self.bar = settings, journal, disk, bar
+        self._shared: SharedImages | None = None
+        facts = [
+            backbone.fingerprint,
+            data.train.digest,
+            data.test.digest,
+            method.name,
+            method.hyperparameters(),
+            {name: value for name, value in asdict(settings).items() if name not in ("memory", "seed")},
+        ]
+        self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    @cached_property
-    def identity(self) -> str:
-        """A hash of all that rounds depend on besides strategy, seed and labels."""
-        images = [self.backbone.fingerprint, self.data.train.digest, self.data.test.digest]
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in ("memory", "seed")}
-        facts = [*images, self.method.name, self.method.hyperparameters(), settings]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    @cached_property
+    @property
     def shared(self) -> SharedImages:
-        """Activations of training and test images."""
-        both = join_splits([self.data.train, self.data.test])
-        return share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
+        """Activations of training and test images, computed when first needed."""
+        if self._shared is None:
+            both = join_splits([self.data.train, self.data.test])
+            self._shared = share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
+        return self._shared
 
     def curve(self, strategy: str, seed: int) -> tuple[float, ...]:
         """Accuracies by number of labels."""
@@ -177,8 +189,8 @@ class _Simulation:
         labelled = np.sort(generator.permutation(len(self.data.train))[: self.counts[0]])
         top1s = []
         with self.bar.task(f"{strategy}, seed {seed}", len(self.counts)) as advance:
-            for count, following in zip(self.counts, (*self.counts[1:], self.counts[-1]), strict=True):
-                more = following - count
+            for number, count in enumerate(self.counts):
+                more = (self.counts[number + 1] if number + 1 < len(self.counts) else count) - count
                 what = {"strategy": strategy, "seed": seed, "labelled": labelled.tolist(), "more": more}
                 key = hashlib.sha256(json.dumps([self.identity, what], sort_keys=True).encode()).hexdigest()[:32]
                 if key not in self.journal.outcomes:

@@ -2,8 +2,9 @@
 
     added latency = (t(base and patch) - t(base)) / t(base)          what both share runs once
 
-Both run alternately on this machine at batch 1, and the fastest of many runs of each counts: other work makes runs slower,
-never faster. A limit that seems broken is measured up to `PATIENCE` times as long.
+It is measured by running both in turns on this machine at batch 1. The fastest of many runs of each counts: whatever else the
+machine does makes runs slower, never faster. A limit that seems broken is measured on, up to `PATIENCE` times as long, before
+the patch is given up for it.
 """
 
 from __future__ import annotations
@@ -106,8 +107,10 @@ class Budget:
             size = file_bytes(draft_patch(backbone, task, candidate.method, image_size).astype(dtype))
             if size > self.bytes:
                 return f"{size:,} bytes"
-        if self.latency is not None and (added := self.added(backbone, task, candidate, image_size)) > self.latency:
-            return f"+{added:.0%} time"
+        if self.latency is not None:
+            added = self.added(backbone, task, candidate, image_size)
+            if added > self.latency:
+                return f"+{added:.0%} time"
         return None
 
     def added(self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int) -> float:
@@ -124,9 +127,10 @@ class Budget:
         size = file_bytes(patch)
         if self.bytes is not None and size > self.bytes:
             return f"its file has {size:,} bytes of {self.bytes:,}"
-        limit = self.latency
-        if limit is not None and (added := added_latency(backbone, patch, limit=limit)) > limit:
-            return f"it adds {added:.0%} time of {limit:.0%}"
+        if self.latency is not None:
+            added = added_latency(backbone, patch, limit=self.latency)
+            if added > self.latency:
+                return f"it adds {added:.0%} time of {self.latency:.0%}"
         return None
 
 

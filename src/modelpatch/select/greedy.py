@@ -8,8 +8,9 @@ Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023),
 authors' code does: it begins with the linear probe (or all blocks, or the better), goes on while the best candidate is at
 most epsilon worse than the best so far, adds blocks to none and removes them from all, and returns the best set seen.
 
-Greedy choice sees one step ahead, so what it finds is compared with no blocks and with all of them on the same folds, and the
-best of the three is trained. Only the folds decide; the test images are read once, for the final patch.
+Greedy choice sees one step ahead: it stops where two blocks would gain together what neither gains alone. So what it finds is
+compared with both ends, no blocks and all of them, on the same folds, and the best of the three is trained.
+Every accuracy that decides comes from the folds; the test images are read once, for the final patch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
-from modelpatch.train.fitting import fit
+from modelpatch.train import fit
 
 Rule = Literal["paper", "code"]
 Start = Literal["none", "all", "better"]
@@ -47,11 +48,6 @@ class Step:
     score: Score | None
     left_out: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        score = self.score.as_dict() if self.score else {"top1": None}
-        return {"block": self.block, "left_out": self.left_out, **score}
-
 
 @dataclass(frozen=True)
 class Round:
@@ -62,12 +58,6 @@ class Round:
     best: int | None
     accepted: bool
     effect: Effect | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        best = None if self.best is None else self.steps[self.best].block
-        halving, steps = str(self.effect) if self.effect else None, [step.as_dict() for step in self.steps]
-        return {"round": self.number, "best": best, "accepted": self.accepted, "halving": halving, "candidates": steps}
 
 
 @dataclass(frozen=True)
@@ -93,10 +83,6 @@ class Complexity:
     def full_bound(self) -> float:
         """Of fine-tuning all candidates, up to Δ and a constant."""
         return math.sqrt(self.every / self.images)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "bound": self.bound, "full": self.full_bound}
 
     def __str__(self) -> str:
         favours = "these blocks" if self.bound < self.full_bound else "all blocks"
@@ -142,8 +128,28 @@ class Selection:
             "all_blocks_left_out": self.every_left_out,
             "cross_validation": self.score.as_dict(),
             "replaced": {"name": self.replaced[0], **self.replaced[1].as_dict()} if self.replaced else None,
-            "rounds": [one.as_dict() for one in self.rounds],
-            "complexity": self.complexity.as_dict(),
+            "rounds": [
+                {
+                    "round": one.number,
+                    "best": None if one.best is None else one.steps[one.best].block,
+                    "accepted": one.accepted,
+                    "halving": str(one.effect) if one.effect else None,
+                    "candidates": [
+                        {
+                            "block": step.block,
+                            "left_out": step.left_out,
+                            **(step.score.as_dict() if step.score else {"top1": None}),
+                        }
+                        for step in one.steps
+                    ],
+                }
+                for one in self.rounds
+            ],
+            "complexity": {
+                **asdict(self.complexity),
+                "bound": self.complexity.bound,
+                "full": self.complexity.full_bound,
+            },
             "dropped": list(self.dropped),
             "test": dict(self.patch.metrics),
         }
@@ -222,30 +228,39 @@ class GreedySearch:
         self.sets.append((current, score))
         removing = len(current.blocks) > 0
         bar = 0.0 if self.greedy.rule == "paper" else score.top1
-        while changes := [name for name, unit in self.units.items() if (unit[0] in current.blocks) == removing]:
-            found, chosen = self._round(current, changes, removing)
-            accepted = chosen is not None and self._accepts(chosen[1].top1, bar)
-            self.rounds.append(replace(found, accepted=accepted))
-            self.each_round(self.rounds[-1])
-            if chosen is None or not accepted:
+        while True:
+            found = self._round(current, removing)
+            if found is None:
+                if self.rounds and self.rounds[-1].best is None:
+                    self.each_round(self.rounds[-1])
                 return
-            self.sets.append(chosen)
-            current, bar = chosen[0], max(bar, chosen[1].top1)
+            chosen, score = found
+            accepted = self._accepts(score.top1, bar)
+            self.rounds[-1] = replace(self.rounds[-1], accepted=accepted)
+            self.each_round(self.rounds[-1])
+            if not accepted:
+                return
+            current = chosen
+            bar = max(bar, score.top1)
+            self.sets.append((current, score))
+            if not current.blocks:
+                return
 
     def _accepts(self, top1: float, bar: float) -> bool:
         if self.greedy.rule == "code":
             return top1 >= bar - self.greedy.epsilon
-        return not self.rounds or top1 > bar + self.greedy.epsilon  # best = 0 before the first round
+        return top1 > bar + self.greedy.epsilon if len(self.rounds) > 1 else True  # best = 0 before the first round
 
     def _begin(self) -> tuple[Candidate, Score]:
         """The set to start from: none, all blocks, or the better of both."""
-        starts: dict[Start, list[tuple[str, ...]]] = {"none": [()], "all": [self.names], "better": [(), self.names]}
+        every = self.names
+        starts: dict[Start, list[tuple[str, ...]]] = {"none": [()], "all": [every], "better": [(), every]}
         candidates = [Candidate.of(self.method, blocks) for blocks in starts[self.greedy.start]]
-        reasons = [self._why_not(candidate) for candidate in candidates]
+        allowed = [self._why_not(candidate) is None for candidate in candidates]
         scores = self.study.score(candidates, title="start")
-        number = best(scores, [reason is None for reason in reasons])
+        number = best(scores, allowed)
         if number is None:
-            raise TrainingError(f"nothing to start from keeps the limits: {reasons[0]}.")
+            raise TrainingError(f"nothing to start from keeps the limits: {self._why_not(candidates[0])}.")
         return candidates[number], scores[number]
 
     def _why_not(self, candidate: Candidate) -> str | None:
@@ -253,33 +268,36 @@ class GreedySearch:
         size = settings.image_size or self.backbone.preprocessing.image_size
         return self.budget.why_not(self.backbone, self.task, candidate, size, settings.dtype)
 
-    def _round(
-        self, current: Candidate, changes: Sequence[str], removing: bool
-    ) -> tuple[Round, tuple[Candidate, Score] | None]:
-        """Score every set that has one of these blocks more (or fewer) than the current one; the best, if any is left."""
-        number = len(self.rounds) + 1
-        units = [self.units[name] for name in changes]
-        had = current.blocks
-        sets = [tuple(b for b in had if b not in unit) if removing else (*had, *unit) for unit in units]
-        parent = current if self.greedy.warm_start and had else None
+    def _round(self, current: Candidate, removing: bool) -> tuple[Candidate, Score] | None:
+        """Score every set that has one block more (or fewer) than the current one. None where there is none."""
+        changes = [name for name, unit in self.units.items() if (unit[0] in current.blocks) == removing]
+        sets = [_change(current.blocks, self.units[name], removing) for name in changes]
+        parent = current if self.greedy.warm_start and current.blocks else None
         candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
         reasons = [self._why_not(candidate) for candidate in candidates]
-        trained = [n for n, reason in enumerate(reasons) if reason is None]
-        able = [candidates[n] for n in trained]
-        scores, effect = (
-            score_by_halving(self.study, able, self.greedy.halving, f"round {number}") if able else ([], None)
+        trained = [number for number, reason in enumerate(reasons) if reason is None]
+        if not trained:
+            if candidates:
+                steps = tuple(Step(n, s, None, r) for n, s, r in zip(changes, sets, reasons, strict=True))
+                self.rounds.append(Round(len(self.rounds) + 1, steps, None, False))
+            return None
+        number = len(self.rounds) + 1
+        scores, effect = score_by_halving(
+            self.study, [candidates[n] for n in trained], self.greedy.halving, f"round {number}"
         )
         found = dict(zip(trained, scores, strict=True))
+        limit = self.budget.bytes
         for n, score in found.items():
-            if self.budget.bytes is not None and score.file_bytes > self.budget.bytes:
+            if limit is not None and score.file_bytes > limit:
                 reasons[n] = f"{score.file_bytes:,} bytes"
-        winner = best(scores, [reasons[n] is None for n in trained])
+        winner = best([found[n] for n in trained], [reasons[n] is None for n in trained])
         chosen = None if winner is None else trained[winner]
-        reasons = [reason or (found[n].failure if n in found else None) for n, reason in enumerate(reasons)]
-        rows = enumerate(zip(changes, sets, reasons, strict=True))
-        steps = tuple(Step(name, blocks, found.get(n), reason) for n, (name, blocks, reason) in rows)
-        scored = None if chosen is None else (candidates[chosen], found[chosen])
-        return Round(number, steps, chosen, False, effect), scored
+        steps = tuple(
+            Step(name, blocks, found.get(n), reasons[n] or (found[n].failure if n in found else None))
+            for n, (name, blocks) in enumerate(zip(changes, sets, strict=True))
+        )
+        self.rounds.append(Round(number, steps, chosen, False, effect))
+        return None if chosen is None else (candidates[chosen], found[chosen])
 
     def chosen(self) -> list[tuple[Candidate, Score]]:
         """The sets to train, the best first: the paper's rule takes the last one, the code's the best one seen."""
@@ -287,22 +305,20 @@ class GreedySearch:
             return self.sets[::-1]
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
-    def ends(self) -> tuple[list[tuple[Candidate, Score]], str | None]:
-        """No blocks and all of them with their scores, as far as they keep the limits; and the limit that all break."""
-        both = [Candidate.of(self.method, blocks) for blocks in ((), self.names)]
-        reasons = [self._why_not(end) for end in both]
-        able = [end for end, reason in zip(both, reasons, strict=True) if reason is None]
-        return list(zip(able, self.study.score(able, title="both ends"), strict=True)), reasons[-1]
+    def why_not_all(self) -> str | None:
+        """The limit that all blocks together break."""
+        return self._why_not(Candidate.of(self.method, self.names))
 
-    def complexity(self, chosen: Candidate, images: int) -> Complexity:
-        """The bound of the chosen blocks for a number of training images."""
-        return Complexity(
-            tuned=chosen.method.count_parameters(self.backbone),
-            blocks=sum(unit[0] in chosen.blocks for unit in self.units.values()),
-            candidates=len(self.units),
-            images=images,
-            every=Candidate.of(self.method, self.names).method.count_parameters(self.backbone),
-        )
+    def ends(self) -> list[tuple[Candidate, Score]]:
+        """No blocks and all of them with their scores, as far as they keep the limits."""
+        able = [
+            end for end in (Candidate.of(self.method, blocks) for blocks in ((), self.names)) if not self._why_not(end)
+        ]
+        return list(zip(able, self.study.score(able, title="both ends"), strict=True))
+
+
+def _change(blocks: tuple[str, ...], unit: tuple[str, ...], removing: bool) -> tuple[str, ...]:
+    return tuple(block for block in blocks if block not in unit) if removing else (*blocks, *unit)
 
 
 def select(
@@ -324,9 +340,9 @@ def select(
 
     `max_blocks`, `max_bytes` (of the file) and `max_latency` (share of the base's time, see `added_latency`) are limits:
     what cannot keep them is not tried, and the trained patch is measured against them again. `folds` folds of the training
-    images, or one held-out split. `each_round` is called with every round as it ends. `out` and `checkpoint` are those of the
-    final `fit`; for the other options see `open_study`, the rest are settings of `fit`. Run again after an interruption with
-    the same `trials` file, it goes on.
+    images, or one held-out split. `each_round` is called with every round as it ends. `out` and
+    `checkpoint` are those of the final `fit`; for the other options see
+    `open_study`, the rest are settings of `fit`. Run again after an interruption with the same `trials` file, it goes on.
     """
     chosen = make_method(method) if isinstance(method, str) else method
     budget = Budget(max_blocks, max_bytes, max_latency)
@@ -335,11 +351,12 @@ def select(
         probe = study.score([Candidate.of(chosen, ())], title="linear probe")[0]
         search.run()
         ranked = search.chosen()
-        found = ranked[0]
-        ends, every_left_out = search.ends() if search.greedy.ends else ([], None)
+        found, ends = ranked[0], search.ends() if search.greedy.ends else []
         better = sorted((end for end in ends if end[1].top1 > found[1].top1), key=lambda end: -end[1].top1)
+        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
+        progress = options.get("progress", False)
         candidate, score, patch, dropped = train_first_within(
-            backbone, data, [*better, *ranked], budget, out=out, checkpoint=checkpoint, **options
+            backbone, data, [*better, *ranked], budget, out=out, checkpoint=checkpoint, progress=progress, **final
         )
     return Selection(
         task=data.task.name,
@@ -350,15 +367,25 @@ def select(
         score=score,
         rounds=tuple(search.rounds),
         patch=patch,
-        complexity=search.complexity(candidate, len(data.train)),
+        complexity=_complexity(backbone, data, chosen, search, candidate),
         every=next((score for end, score in ends if end.blocks), None),
-        every_left_out=every_left_out,
+        every_left_out=search.why_not_all() if search.greedy.ends else None,
         replaced=(found[0].name, found[1]) if better and candidate is better[0][0] else None,
         dropped=tuple(dropped),
     )
 
 
-STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "same_steps")  # all others are settings of `fit`
+def _complexity(backbone: Backbone, data: Task, method: Method, search: GreedySearch, chosen: Candidate) -> Complexity:
+    return Complexity(
+        tuned=chosen.method.count_parameters(backbone),
+        blocks=sum(unit[0] in chosen.blocks for unit in search.units.values()),
+        candidates=len(search.units),
+        images=len(data.train),
+        every=Candidate.of(method, search.names).method.count_parameters(backbone),
+    )
+
+
+STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "same_steps", "progress")
 
 
 def train_first_within(
@@ -372,15 +399,12 @@ def train_first_within(
 ) -> tuple[Candidate, Score, Patch, list[str]]:
     """Train the first candidate on all training images; where its patch breaks the budget, the next, and so on.
 
-    `options` are those of the study and of `fit`.
-
     Returns the candidate, its score, its patch, written to `out`, and why those before it were given up. Raises
     `TrainingError` if none keeps the budget.
     """
     dropped: list[str] = []
-    settings = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
     for candidate, score in ranked:
-        patch = fit(backbone, data, candidate.method, **{"progress": False, **settings})
+        patch = fit(backbone, data, candidate.method, **options)
         if (broken := budget.broken_by(backbone, patch)) is None:
             if out is not None:
                 patch.save(out)

@@ -1,6 +1,7 @@
 """Outcomes on disk, a line each, so that an interrupted selection goes on and a later one starts from what is known.
 
-An outcome is found by the hash of everything it depends on, so that one file may serve many runs.
+An outcome is found by the hash of everything it depends on: backbone, images, folds, settings, method, seed. One file may
+thus serve many runs; lines that no run asks for do no harm.
 """
 
 from __future__ import annotations

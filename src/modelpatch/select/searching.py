@@ -25,9 +25,9 @@ from modelpatch.methods.method import Method, confine
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.greedy import train_first_within
+from modelpatch.select.greedy import STUDY_OPTIONS, train_first_within
 from modelpatch.select.profiling import Profile, profile_units
-from modelpatch.select.study import Candidate, Effect, Score, describe, open_study, score_by_halving, units
+from modelpatch.select.study import Candidate, Effect, Rater, Score, describe, open_study, score_by_halving, units
 
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
@@ -86,9 +86,13 @@ class Search:
             "limits": {"bytes": self.budget.bytes, "latency": self.budget.latency, "blocks": self.budget.blocks},
             "profile": self.profile.as_dict(),
             "proposals": [
-                {"name": name, "latency": one.latency, "pareto": name in front, **one.score.as_dict()}
+                {
+                    "name": one.candidate.name,
+                    "latency": one.latency,
+                    "pareto": one.candidate.name in front,
+                    **one.score.as_dict(),
+                }
                 for one in self.proposals
-                for name in (one.candidate.name,)
             ],
             "left_out": self.left_out,
             "chosen": self.chosen.name,
@@ -127,9 +131,7 @@ def search(
         make_method(name)
     with open_study(backbone, data, title="search", folds=folds, **options) as study:
         settings = study.bench.settings
-        profiled = profile_units(
-            study, make_method("subset"), units(backbone), "blocks", epochs=max(1, study.epochs // PROFILE_SHARE)
-        )
+        profiled = _profile(study)
         size = settings.image_size or backbone.preprocessing.image_size
         able: list[Candidate] = []
         left_out: dict[str, str] = {}
@@ -155,7 +157,9 @@ def search(
         ranked = [
             (one.candidate, one.score) for one in proposals if max_bytes is None or one.score.file_bytes <= max_bytes
         ]
-        chosen, _, patch, dropped = train_first_within(backbone, data, ranked, budget, out=out, **options)
+        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
+        final["progress"] = options.get("progress", False)
+        chosen, _, patch, dropped = train_first_within(backbone, data, ranked, budget, out=out, **final)
     return Search(
         task=data.task.name,
         backbone=backbone.spec,
@@ -168,6 +172,11 @@ def search(
         dropped=tuple(dropped),
         effect=effect,
     )
+
+
+def _profile(study: Rater) -> Profile:
+    epochs = max(1, study.epochs // PROFILE_SHARE)
+    return profile_units(study, make_method("subset"), units(study.bench.backbone), "blocks", epochs=epochs)
 
 
 def propose(
@@ -236,8 +245,9 @@ def _draw(able: list[Candidate], tries: int, seed: int, left_out: dict[str, str]
     """At most `tries` of the candidates, in their order. The linear probe, which all must beat, is always among them."""
     if len(able) <= tries:
         return able
-    kept = {place for place, one in enumerate(able) if one.method.trains_head_alone}
-    others = [place for place in range(len(able)) if place not in kept]
+    places = list(range(len(able)))
+    kept = {place for place in places if able[place].method.trains_head_alone}
+    others = [place for place in places if place not in kept]
     kept.update(random.Random(seed).sample(others, max(0, tries - len(kept))))
-    left_out.update({able[place].name: f"not drawn among {tries} tries" for place in others if place not in kept})
-    return [able[place] for place in sorted(kept)]
+    left_out.update({able[place].name: f"not drawn among {tries} tries" for place in places if place not in kept})
+    return [able[place] for place in places if place in kept]

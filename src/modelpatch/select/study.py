@@ -4,7 +4,8 @@
 
 Successive halving gives few epochs to all candidates and more to the best of them: rung r has epochs / eta^(R - r) of them
 for the best ceil(n / eta^r) candidates of the rung before (Jamieson and Talwalkar: *Non-stochastic Best Arm Identification
-and Hyperparameter Optimization*, 2016). Every rung trains from the start with its own schedule.
+and Hyperparameter Optimization*, 2016). Every rung trains from the start with its own schedule, so that an outcome depends
+on its trial alone.
 """
 
 from __future__ import annotations
@@ -97,13 +98,6 @@ class Score:
     seconds: float
     failure: str | None = None
 
-    @classmethod
-    def of(cls, outcomes: Sequence[Outcome], epochs: int) -> Score:
-        """The score of one candidate's trials."""
-        failure = next((one.failure for one in outcomes if one.failure), None)
-        top1s = () if failure else tuple(one.top1 for one in outcomes if one.top1 is not None)
-        return cls(epochs, top1s, max(o.file_bytes for o in outcomes), sum(o.seconds for o in outcomes), failure)
-
     @property
     def top1(self) -> float:
         """The mean, -1 for a candidate that failed."""
@@ -129,7 +123,7 @@ class Score:
 
 @dataclass
 class Rater:
-    """Scores of candidates on a bench, by its workers, or known from the journal. `epochs_trained` are those of this run."""
+    """A bench, what works on it, and what is known so far. `epochs_trained` counts those of trials that this run made."""
 
     bench: Bench
     workers: Workers
@@ -158,7 +152,18 @@ class Rater:
                 self.journal.add(names[position], todo[names[position]].as_dict(), outcome)
                 self.epochs_trained += todo[names[position]].epochs
                 advance(1)
-        return [Score.of([self.journal.outcomes[self.bench.key(one)] for one in group], epochs) for group in trials]
+        return [self._score([self.bench.key(trial) for trial in group], epochs) for group in trials]
+
+    def _score(self, keys: Sequence[str], epochs: int) -> Score:
+        outcomes = [self.journal.outcomes[key] for key in keys]
+        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        return Score(
+            epochs=epochs,
+            top1s=() if failures else tuple(outcome.top1 for outcome in outcomes if outcome.top1 is not None),
+            file_bytes=max(outcome.file_bytes for outcome in outcomes),
+            seconds=sum(outcome.seconds for outcome in outcomes),
+            failure=failures[0] if failures else None,
+        )
 
 
 @contextmanager
@@ -228,16 +233,19 @@ def score_by_halving(
         return study.score(candidates, epochs, title), None
     if eta < 2:
         raise TrainingError(f"halving={eta} would keep one candidate of {eta}. Give 2 or more, or 0 for no halving.")
-    scores: dict[int, Score] = {}
+    scores: list[Score | None] = [None] * len(candidates)
     alive, spent = list(range(len(candidates))), 0
     repeats = len(study.bench.data) * len(study.seeds)
     full = epochs or study.epochs
     for epochs in rungs(full, eta):
         results = study.score([candidates[number] for number in alive], epochs, f"{title}, {epochs} epochs")
-        scores.update(zip(alive, results, strict=True))
+        for number, result in zip(alive, results, strict=True):
+            scores[number] = result
         spent += epochs * len(alive) * repeats
-        alive = sorted(sorted(alive, key=lambda n: -scores[n].top1)[: math.ceil(len(alive) / eta)])
-    return [scores[number] for number in range(len(candidates))], Effect(spent, full * len(candidates) * repeats)
+        ranked = sorted(zip(alive, results, strict=True), key=lambda pair: -pair[1].top1)
+        alive = sorted(number for number, _ in ranked[: math.ceil(len(alive) / eta)])
+    found = [score for score in scores if score is not None]
+    return found, Effect(spent, full * len(candidates) * repeats)
 
 
 def rungs(epochs: int, eta: int) -> list[int]:

@@ -70,9 +70,16 @@ def make_decoder(
         raise TrainingError(
             f"no segment of {backbone.spec} gives a map whose side divides {pixels} px. Choose another image_size."
         )
-    taken, widths, strides = zip(*((one.segment, one.width, one.stride) for one in chosen), strict=True)
-    sizes = {"features": sum(widths), "widths": widths, "strides": strides, "hidden": decoding.hidden}
-    head = HeadRecord(kind=decoding.head, outputs=classes, taps=taken, **sizes).build()
+    record = HeadRecord(
+        kind=decoding.head,
+        features=sum(one.width for one in chosen),
+        outputs=classes,
+        taps=tuple(one.segment for one in chosen),
+        widths=tuple(one.width for one in chosen),
+        strides=tuple(one.stride for one in chosen),
+        hidden=decoding.hidden,
+    )
+    head = record.build()
     assert isinstance(head, Decoder)
     return head
 
@@ -107,8 +114,9 @@ def _named(backbone: Backbone, maps: Sequence[FeatureMap], names: Sequence[str])
     """The maps of the segments with these names. Raises `TrainingError` for others."""
     known = {backbone.chain[one.segment].name: one for one in maps}
     if unknown := [name for name in names if name not in known]:
-        some = ", ".join(known) or "none"
-        raise TrainingError(f"no segment called {unknown[0]!r} gives a map. {backbone.spec} has: {some}.")
+        raise TrainingError(
+            f"no segment called {unknown[0]!r} gives a map. {backbone.spec} has: {', '.join(known) or 'none'}."
+        )
     chosen = sorted({known[name].segment: known[name] for name in names}.values(), key=lambda one: one.segment)
     if [one.stride for one in chosen] != sorted(one.stride for one in chosen):
         raise TrainingError(f"the maps of {', '.join(names)} do not get coarser one after another. Name others.")

@@ -97,6 +97,10 @@ class DetectionResult(Result):
     images: int
     per_class: dict[str, float]
 
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"map": self.map, "map50": self.map50, "images": self.images}
+
 
 class BoxMeter(Meter):
     """Collects boxes (B, N, 6) and targets.
@@ -112,9 +116,11 @@ class BoxMeter(Meter):
         self._precision.warn_on_many_detections = False
 
     def update(self, answers: Tensor, targets: list[Objects]) -> None:
+        wanted = [
+            {"boxes": one["boxes"], "labels": one["labels"], "iscrowd": one["difficult"].long()} for one in targets
+        ]
         from modelpatch.heads.detector import unpack
 
-        wanted = [{"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["difficult"].long()} for t in targets]
         self._precision.update([unpack(answer) for answer in answers], wanted)
         self.images += len(answers)
 
@@ -208,8 +214,9 @@ class Detection(Kind):
         colors = [tuple(color) for color in palette(len(view.classes)).tolist()]
         boxes = find_boxes(answer, view)
         named = [f"{view.name(box.index)} {100 * box.probability:.0f} %" for box in boxes]
-        frames = [(box.corners, colors[box.index], text) for box, text in zip(boxes, named, strict=True)]
-        return draw_frames(view.image, frames)
+        return draw_frames(
+            view.image, [(box.corners, colors[box.index], text) for box, text in zip(boxes, named, strict=True)]
+        )
 
 
 def find_boxes(answer: Tensor, view: View, least: float = SURE) -> list[FoundBox]:

@@ -77,8 +77,13 @@ def find_place(box: Corners, size: tuple[float, float], image: tuple[int, int], 
     left, top, right, bottom = box
     width, height = size
     places = []
-    wanted = (left, top - height), (left, top), (left, bottom), (left, bottom - height), (right - width, top - height)
-    for x, y in wanted:
+    for x, y in (
+        (left, top - height),
+        (left, top),
+        (left, bottom),
+        (left, bottom - height),
+        (right - width, top - height),
+    ):
         x, y = max(min(x, image[0] - width), 0), max(min(y, image[1] - height), 0)
         places.append((x, y, x + width, y + height))
     free = [place for place in places if not any(overlap(place, other) for other in taken)]

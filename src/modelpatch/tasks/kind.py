@@ -44,9 +44,9 @@ class Result(ABC):
     confusion: list[list[int]] | None = None
 
     @property
+    @abstractmethod
     def figures(self) -> dict[str, float]:
-        """Figures that a patch keeps among its metrics, named as in `Kind.metrics`, the score first: all numbers it holds."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        """Figures that a patch keeps among its metrics, named as in `Kind.metrics`, the score first."""
 
     @property
     def score(self) -> float:
@@ -139,6 +139,8 @@ class Kind(ABC):
         """True where targets belong to places in the image: they move with each augmented view, so that nothing is cached."""
         return self.target is not None
 
+    # training -----------------------------------------------------------------------------------------------
+
     def make_head(
         self, backbone: Backbone, classes: int, pixels: int, name: str | None = None, taps: Sequence[str] = ()
     ) -> Decoder | None:
@@ -152,15 +154,17 @@ class Kind(ABC):
                 raise TrainingError(f"decoder={name!r} and taps are for dense tasks; this is a {self.name} task.")
             return None
         if name is not None and name not in self.decoders:
-            known = ", ".join(self.decoders)
-            raise TrainingError(f"decoder={name!r} is none for {self.name}. Expected one of: {known}.")
+            raise TrainingError(
+                f"decoder={name!r} is none for {self.name}. Expected one of: {', '.join(self.decoders)}."
+            )
         return make_decoder(backbone, classes, pixels, self.decoders[name or next(iter(self.decoders))], taps)
 
     def check_loss(self, class_weights: bool, label_smoothing: float) -> None:
         """Raise `TrainingError` for options that the loss of this kind does not take."""
-        weights = ("class_weights", class_weights, self.weighs_classes)
-        for option, value, taken in (weights, ("label_smoothing", label_smoothing, self.smooths_labels)):
-            if value and not taken:
+        given = {"class_weights": class_weights, "label_smoothing": label_smoothing}
+        taken = {"class_weights": self.weighs_classes, "label_smoothing": self.smooths_labels}
+        for option, value in given.items():
+            if value and not taken[option]:
                 raise TrainingError(f"the loss of {self.name} tasks does not take {option}. Leave it out.")
 
     def count_classes(self, targets: Any, classes: int) -> Tensor:
@@ -185,23 +189,31 @@ class Kind(ABC):
     ) -> Tensor:
         """The mean loss of a batch from what `run_head` returned."""
 
+    # metrics ------------------------------------------------------------------------------------------------
+
     def check_libraries(self) -> None:
         """Raise `MissingExtraError` where a library that measures this kind is not installed."""
         for library in self.libraries:
             if importlib.util.find_spec(library) is None:
                 raise MissingExtraError(library, EXTRA, f"Measuring {self.name}")
 
+    def meter(self, classes: Sequence[str]) -> Meter:
+        """A meter for answers about these classes. Raises `MissingExtraError`."""
+        self.check_libraries()
+        return self.make_meter(classes)
+
     @abstractmethod
     def make_meter(self, classes: Sequence[str]) -> Meter:
-        """A meter for answers about these classes."""
+        """A meter whose libraries are installed."""
 
     def measure(self, classes: Sequence[str], batches: Iterable[tuple[Tensor, Any]]) -> Result:
-        """Figures for batches of answers and targets. Raises `MissingExtraError`."""
-        self.check_libraries()
-        meter = self.make_meter(classes)
+        """Figures for batches of answers and targets."""
+        meter = self.meter(classes)
         for answers, targets in batches:
             meter.update(answers, targets)
         return meter.result()
+
+    # meaning ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def reduce(self, answers: Tensor, top: int = 5) -> list[Any]:

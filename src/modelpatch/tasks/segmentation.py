@@ -73,7 +73,9 @@ class PixelMask(Target):
             return preprocessing.center_crop(masks).long()
         size = preprocessing.image_size
         grid = F.affine_grid(matrices, [len(masks), 1, size, size], align_corners=False)
-        views = F.grid_sample(masks.float()[:, None], grid, "nearest", "reflection", align_corners=False)
+        views = F.grid_sample(
+            masks.float()[:, None], grid, mode="nearest", padding_mode="reflection", align_corners=False
+        )
         return views[:, 0].long()
 
 
@@ -107,6 +109,10 @@ class SegmentationResult(Result):
     images: int
     per_class: dict[str, float]
     confusion: list[list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "images": self.images}
 
 
 class MaskMeter(Meter):
@@ -165,8 +171,14 @@ class Segmentation(Kind):
     def loss(
         self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
-        options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
-        total: Tensor = F.cross_entropy(output.float(), targets, class_weights, **options)  # type: ignore[arg-type]
+        total = F.cross_entropy(
+            output.float(),
+            targets,
+            class_weights,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
         return total / self.weigh_images(targets, class_weights).sum().clamp(min=1e-12)
 
     def make_meter(self, classes: Sequence[str]) -> MaskMeter:
