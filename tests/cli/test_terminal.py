@@ -19,7 +19,7 @@ from conftest import Run, write_folder
 from modelpatch.backbone.files import save_backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.cli import loading
-from modelpatch.cli.console import UNSEEN_WIDTH, check_file, open_console
+from modelpatch.cli.console import UNSEEN_WIDTH, check_file, Screen
 from modelpatch.cli.demo import suggestions
 from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch
@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 
 def test_what_is_piped_is_wide_and_what_is_seen_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert open_console().width == UNSEEN_WIDTH
-    assert open_console(force_terminal=True).width == 80
+    assert Screen().width == UNSEEN_WIDTH
+    assert Screen(force_terminal=True).width == 80
 
 
 def test_a_piped_inspection_holds_every_hash_in_one_line(run: Run, patches: dict[str, Path]) -> None:

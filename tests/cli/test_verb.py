@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from conftest import Result, Run
 from modelpatch.cli.options import Network, PatchFile, Training
 from modelpatch.cli.runs import write_run
-from modelpatch.cli.study import Limits, Study
+from modelpatch.cli.selecting import Limits, Study
 from modelpatch.cli.verb import command, verb
 from modelpatch.errors import ConfigError, ModelpatchError
 from modelpatch.methods.registry import METHODS

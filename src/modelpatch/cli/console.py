@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from modelpatch.atomic import write_bytes
 from modelpatch.cli.runs import QUIET, write_run
 from modelpatch.errors import ModelpatchError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
     from modelpatch.train.progress import Progress
 
@@ -30,42 +32,103 @@ LogOption = Annotated[
 UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 
 
-def open_console(json: Path | None = None, **style: Any) -> Console:
-    """Standard output, or standard error if `json` claims the output; wide unless it is a terminal.
+class Screen(Console):
+    """The console of a verb, which also writes the verb's files and says so.
 
-    Raises `ModelpatchError` if --json names a file that cannot be written, and in a verb that torchrun started in several
-    processes though it cannot share its work among them.
+    Tables and lines go to standard output, or to standard error if `json` claims the output; wide unless it is a terminal.
+    `pictures` are options and their values. Raises `ModelpatchError` for a file or picture that cannot be written, and in a
+    verb that torchrun started in several processes though it cannot share its work among them.
     """
-    from rich.console import Console
 
-    from modelpatch.train.distributed import is_lonely
+    def __init__(self, json: Path | None = None, *pictures: tuple[str, Path | None], quiet: bool = False, **style: Any):
+        from modelpatch.train.distributed import is_lonely
 
-    if is_lonely():
-        raise ModelpatchError("only fit and multitask share their work under torchrun. Start this verb without it.")
-    check_file("--json", json)
-    style["quiet"] = style.get("quiet", False) or QUIET.get()
-    console = Console(stderr=str(json) == "-", **style)
-    if not console.is_terminal:
-        console.width = UNSEEN_WIDTH
-    return console
+        if is_lonely():
+            raise ModelpatchError("only fit and multitask share their work under torchrun. Start this verb without it.")
+        check_file("--json", json)
+        for name, picture in pictures:
+            check_picture(name, picture)
+        super().__init__(stderr=str(json) == "-", quiet=quiet or QUIET.get(), **style)
+        if not self.is_terminal:
+            self.width = UNSEEN_WIDTH
+        self.json = json
 
+    def tell(self, text: str) -> None:
+        """Print a line with paths in it, without markup, wrapping or cuts."""
+        self.print(text, markup=False, highlight=False, soft_wrap=True)
 
-def tell(console: Console, text: str) -> None:
-    """Print a line with paths in it, without markup, wrapping or cuts."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def show(self, *tables: Table) -> None:
+        """Print tables with an empty line between them."""
+        from modelpatch.report.tables import show
 
+        for number, table in enumerate(tables):
+            if number:
+                self.print()
+            show(self, table)
 
-def progress_of(console: Console, title: str) -> Progress:
-    """A progress bar on standard error; hidden where the console is quiet."""
-    from modelpatch.train.progress import Progress, quiet_progress
+    def progress(self, title: str) -> Progress:
+        """A progress bar on standard error; hidden where the console is quiet."""
+        from modelpatch.train.progress import Progress, quiet_progress
 
-    return quiet_progress() if console.quiet else Progress(title)
+        return quiet_progress() if self.quiet else Progress(title)
 
+    def tell_run(self, beside: Path) -> None:
+        """Write the file that repeats the run (see `write_run`)."""
+        if (path := write_run(beside)) is not None:
+            self.tell(f"wrote {path}; --config {path} repeats the run")
 
-def tell_run(console: Console, beside: Path) -> None:
-    """Write the file that repeats the run (see `write_run`) and say so."""
-    if (path := write_run(beside)) is not None:
-        tell(console, f"wrote {path}; --config {path} repeats the run")
+    def write(self, path: Path | None, text: str) -> None:
+        """Write a text to a file; None is no file."""
+        if path is not None:
+            write_bytes(path, text.encode())
+            self.tell(f"wrote {path}")
+
+    def draw(self, path: Path | None, draw: Callable[..., None], *values: Any) -> None:
+        """Call `draw(*values, path)` for a picture; None is no picture."""
+        if path is not None:
+            draw(*values, path)
+            self.tell(f"drew {path}")
+
+    def write_json(self, value: Any) -> None:
+        """Write figures to the file of --json, as indented JSON; '-' is standard output and None nothing."""
+        if self.json is None:
+            return
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        if str(self.json) == "-":
+            typer.echo(text, nl=False)
+            return
+        try:
+            self.json.write_text(text)
+        except OSError as error:
+            raise ModelpatchError(f"cannot write {self.json}: {error.strerror}.") from error
+
+    def draw_log(self, folder: Path, title: str) -> None:
+        """Draw the curves of a log folder to `curves.png` in it, if matplotlib is installed."""
+        from modelpatch.report.curves import plot_history, read_history
+        from modelpatch.report.plots import has_matplotlib
+
+        history = read_history(folder / "metrics.csv")
+        if history and has_matplotlib():
+            self.draw(folder / "curves.png", plot_history, history, title)
+
+    @contextmanager
+    def resumable(self, checkpoint: Path, restart: bool) -> Iterator[None]:
+        """Announce that a run resumes from the folder `checkpoint`, when it starts and when it is stopped.
+
+        With `restart` an earlier state is removed, unless torchrun starts the run again after a process died.
+        """
+        from modelpatch.train.distributed import restarted
+
+        if is_resumed(checkpoint, restart):
+            self.tell(f"resuming the interrupted run in {checkpoint}")
+        elif restart and not restarted():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not checkpoint.exists():
+                raise
+            raise KeyboardInterrupt("the run resumes when the same command is given again") from None
 
 
 def check_name(option: str, path: Path) -> None:
@@ -73,9 +136,7 @@ def check_name(option: str, path: Path) -> None:
     name = str(path)
     if name.replace(".", "", 1).isdigit() or (name.startswith("-") and name != "-"):
         kind = "an option" if name.startswith("-") else "a number"
-        raise ModelpatchError(
-            f"{option} {name}: expected a file or folder, not {kind}. Write {option} ./{name} for a file."
-        )
+        raise ModelpatchError(f"{option} {name}: expected a file or folder, not {kind}. For a file: {option} ./{name}")
 
 
 def check_file(option: str, path: Path | None) -> None:
@@ -91,26 +152,27 @@ def check_file(option: str, path: Path | None) -> None:
         raise ModelpatchError(f"{option} {path} cannot be written: permission denied. Name another place.")
 
 
-def check_pictures(**pictures: Path | None) -> None:
-    """`check_file` for options that name a picture; raises also without matplotlib and for a suffix it does not know."""
-    for name, path in pictures.items():
-        if path is not None:
-            check_file(_option(name), path)
-            from modelpatch.report.plots import check_picture
+def check_picture(option: str, path: Path | None) -> None:
+    """`check_file` for a picture; raises also without matplotlib and for a suffix it does not know."""
+    if path is not None:
+        check_file(option, path)
+        from modelpatch.report.plots import check_picture as check_format
 
-            check_picture(path, _option(name))
-
-
-def check_free(option: str, paths: Iterable[Path], force: bool) -> None:
-    """Raise `ModelpatchError` if one of the files exists, unless `force`."""
-    if not force and (taken := [path for path in paths if path.exists()]):
-        raise ModelpatchError(
-            f"{taken[0]} exists already. Give --force to replace it, or name another place with {option}."
-        )
+        check_format(path, option)
 
 
-def make_folder(option: str, folder: Path) -> None:
-    """Make the folder unless it exists. Raises `ModelpatchError` if it cannot be made or written to."""
+def check_out(paths: Path | Iterable[Path], force: bool, option: str = "--out") -> None:
+    """Raise `ModelpatchError` if no file can be written to one of the paths, or if one exists, unless `force`."""
+    for path in [paths] if isinstance(paths, Path) else paths:
+        check_file(option, path)
+        if path.exists() and not force:
+            raise ModelpatchError(f"{path} exists already. Give --force to replace it, or another place with {option}.")
+
+
+def make_folder(option: str, folder: Path | None) -> None:
+    """Make the folder unless it exists; None is no folder. Raises `ModelpatchError` if it cannot be made or written to."""
+    if folder is None:
+        return
     check_name(option, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,52 +202,3 @@ def is_resumed(checkpoint: Path, restart: bool) -> bool:
     from modelpatch.train.distributed import restarted
 
     return checkpoint.exists() and (not restart or restarted())
-
-
-@contextmanager
-def resumable(console: Console, checkpoint: Path, restart: bool) -> Iterator[None]:
-    """Announce that a run resumes from the folder `checkpoint`, when it starts and when it is stopped.
-
-    With `restart` an earlier state is removed, unless torchrun starts the run again after a process died.
-    """
-    from modelpatch.train.distributed import restarted
-
-    if is_resumed(checkpoint, restart):
-        tell(console, f"resuming the interrupted run in {checkpoint}")
-    elif restart and not restarted():
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not checkpoint.exists():
-            raise
-        raise KeyboardInterrupt("the run resumes when the same command is given again") from None
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """Write figures as indented JSON; '-' is standard output and None nothing."""
-    if path is None:
-        return
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    if str(path) == "-":
-        typer.echo(text, nl=False)
-        return
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ModelpatchError(f"cannot write {path}: {error.strerror}.") from error
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def draw_log(console: Console, folder: Path, title: str) -> None:
-    """Draw the curves of a log folder to `curves.png` in it, if matplotlib is installed."""
-    from modelpatch.report.curves import plot_history, read_history
-    from modelpatch.report.plots import has_matplotlib
-
-    history = read_history(folder / "metrics.csv")
-    if history and has_matplotlib():
-        plot_history(history, title, folder / "curves.png")
-        tell(console, f"drew {folder / 'curves.png'}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
-from modelpatch.cli.console import make_folder, open_console, tell, write_json
+from modelpatch.cli.console import Screen, make_folder
 from modelpatch.cli.options import SeedOption
 from modelpatch.cli.verb import verb
 
@@ -36,8 +35,8 @@ NEXT = {  # purpose: command
 
 @verb()
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for patches, pictures and the report.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 3,
+    out: Path = Option(Path("demo"), help="The folder for patches, pictures and the report."),
+    epochs: int = Option(3, help="Passes over the training images."),
     seed: SeedOption = 0,
 ) -> None:
     """Train patches with every method on real handwritten digits, show that the base is unchanged, write a report."""
@@ -46,10 +45,10 @@ def demo(
     from modelpatch.methods.registry import METHODS, make_method
     from modelpatch.recipes.comparison import compare
     from modelpatch.report.plots import check_matplotlib
-    from modelpatch.report.tables import comparison_table, percent, show
+    from modelpatch.report.tables import comparison_table, percent
 
-    console = open_console()
     make_folder("--out", out)
+    console = Screen(out / "comparison.json")
     check_matplotlib("The demo's report")
     begin = time.perf_counter()
     backbone = load_backbone("bundled:tiny")
@@ -63,16 +62,16 @@ def demo(
     before = backbone.fingerprint
     methods = [make_method(FASTER.get(name, name)) for name in METHODS]
     result = compare(backbone, task, methods, epochs=epochs, seed=seed, batch_size=64, progress=not console.quiet)
-    show(console, comparison_table(result))
+    console.show(comparison_table(result))
     backbone.verify()
     console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({before[:16]}).")
     for name, patch in result.patches.items():
         patch.save(out / f"digits-{name}.safetensors")
     seconds = time.perf_counter() - begin
-    write_json(out / "comparison.json", result.as_dict())
+    console.write_json(result.as_dict())
     _write_report(out, backbone, task, result, accuracy)
     console.print(f"Wrote the patches and [b]{out / 'report.html'}[/b] in {seconds:.0f} s. Try next:\n")
-    tell(console, suggestions(out))
+    console.tell(suggestions(out))
 
 
 def suggestions(folder: Path) -> str:
@@ -123,19 +122,14 @@ def _write_report(out: Path, backbone: Backbone, task: Task, result: Comparison,
 
 
 def _samples(backbone: Backbone, patch: Patch, task: Task, count: int = 16) -> list[tuple[bytes, str, str]]:
+    from PIL import Image
+
     from modelpatch.engine.resident import BoundPatch
+    from modelpatch.tasks.drawing import encode_png
 
     images, labels = task.test.images[:count], task.test.labels[:count]
     answers = BoundPatch(backbone, patch)(patch.preprocessing(*images)).argmax(1).tolist()
     return [
-        (_png(image), task.classes[answer], task.classes[label])
+        (encode_png(Image.fromarray(image)), task.classes[answer], task.classes[label])  # type: ignore[arg-type]
         for image, answer, label in zip(images, answers, labels, strict=True)
     ]
-
-
-def _png(image: object) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")  # type: ignore[arg-type]
-    return buffer.getvalue()

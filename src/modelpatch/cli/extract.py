@@ -2,66 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+from typer import Option
 
-from modelpatch.cli.console import (
-    ForceOption,
-    JsonOption,
-    check_file,
-    check_free,
-    open_console,
-    progress_of,
-    read_names,
-    tell,
-    write_json,
-)
+from modelpatch.cli.console import ForceOption, Screen, check_out, read_names
 from modelpatch.cli.options import ArgumentOption, DeviceOption
 from modelpatch.cli.settings import parse_arguments
 from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError
 
-if TYPE_CHECKING:
-    pass
-
 
 @verb(first="base finetuned out codec data", panel="Extraction")
 def extract(
-    base: Annotated[
-        str,
-        typer.Option(
-            "--base", "--backbone", "-b", help="The network that was fine-tuned, with its weights before fine-tuning."
-        ),
-    ],
-    finetuned: Annotated[
-        Path,
-        typer.Option(help="The fine-tuned checkpoint: safetensors, or a .pth of tensors; no other pickle is read."),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The patch file; by default CHECKPOINT.patch.safetensors.")
-    ] = None,
+    console: Screen,
+    base: str = Option(..., "--base", "--backbone", "-b", help="The network, with its weights before fine-tuning."),
+    finetuned: Path = Option(..., help="The checkpoint: safetensors, or a .pth of tensors; no other pickle is read."),
+    out: Path | None = Option(None, "--out", "-o", help="The patch file; by default CHECKPOINT.patch.safetensors."),
     force: ForceOption = False,
-    codec: Annotated[
-        str, typer.Option(help="Coding of the differences: exact, float16, bfloat16, int8, sign, two-bit or low-rank.")
-    ] = "float16",
-    rank: Annotated[int, typer.Option(help="Rank of low-rank differences.")] = 8,
-    data: Annotated[
-        str | None, typer.Option(help="The task's data, as for fit: measure every codec on its test images.")
-    ] = None,
-    calibrate: Annotated[
-        int, typer.Option(min=0, help="With --data: steps in which the scales of sign are learned on training images.")
-    ] = 200,
-    classes: Annotated[
-        str | None, typer.Option(help="Names of the head's outputs, comma-separated, or a file with one a line.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels of the checkpoint's images; by default the backbone's.")
-    ] = None,
+    codec: str = Option("float16", help="Coding: exact, float16, bfloat16, int8, sign, two-bit or low-rank."),
+    rank: int = Option(8, help="Rank of low-rank differences."),
+    data: str | None = Option(None, help="The task's data, as for fit: measure every codec on its test images."),
+    calibrate: int = Option(200, min=0, help="With --data: steps that learn the scales of sign on training images."),
+    classes: str | None = Option(None, help="Names of the head's outputs, comma-separated, or a file with one a line."),
+    image_size: int | None = Option(None, help="Pixels of the checkpoint's images; by default the backbone's."),
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
-    json: JsonOption = None,
 ) -> None:
     """Turn an existing fine-tuned checkpoint into a patch of the base it started from.
 
@@ -72,13 +40,11 @@ def extract(
     from modelpatch.convert.extraction import DELTA_CODECS
     from modelpatch.convert.extraction import extract as run_extract
     from modelpatch.data.task import load_task
-    from modelpatch.report.codecs import CALIBRATED, SIZED, codec_figures, codec_table, compare_codecs
-    from modelpatch.report.tables import inspection_table, show
+    from modelpatch.report.codecs import CALIBRATED, SIZED, codec_table, compare_codecs
+    from modelpatch.report.tables import inspection_table
 
-    console = open_console(json)
     path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
-    check_file("--out", path)
-    check_free("--out", [path], force)
+    check_out(path, force)
     names = read_names("--classes", classes)
     if names and data is not None:
         raise ModelpatchError("--classes and --data both name the head's outputs. Give one of them.")
@@ -90,20 +56,16 @@ def extract(
     if task is None:
         patch = run_extract(backbone, state, codec=codec, name=finetuned.stem, classes=names, **options)
     else:
-        run_extract(
-            backbone, state, codec=codec, classes=task.classes, **options
-        )  # fails at once for a wrong checkpoint
-        with (
-            progress_of(console, "extract") as bar,
-            bar.task("codecs", len(DELTA_CODECS) + len(SIZED) * bool(calibrate)) as advance,
-        ):
+        run_extract(backbone, state, codec=codec, classes=task.classes, **options)  # refuses a wrong checkpoint at once
+        total = len(DELTA_CODECS) + len(SIZED) * bool(calibrate)
+        with console.progress("extract") as bar, bar.task("codecs", total) as advance:
             rows, patches = compare_codecs(backbone, state, task, advance=advance, calibration=calibrate, **options)
         patch = patches[f"{codec}{CALIBRATED}" if codec in SIZED and calibrate else codec]
-        show(console, codec_table(f"{task.task.name}: {finetuned.name} over {backbone.spec}", rows))
+        console.show(codec_table(f"{task.task.name}: {finetuned.name} over {backbone.spec}", rows))
         console.print()
-        figures = codec_figures(rows)
+        figures = [asdict(row) for row in rows]
     patch.save(path)
     inspection = patch.inspect()
-    show(console, inspection_table(inspection))
-    tell(console, f"wrote {path} ({inspection.file_bytes:,} bytes)")
-    write_json(json, {**inspection.as_dict(), "codecs": figures})
+    console.show(inspection_table(inspection))
+    console.tell(f"wrote {path} ({inspection.file_bytes:,} bytes)")
+    console.write_json({**inspection.as_dict(), "codecs": figures})

@@ -15,7 +15,6 @@ from modelpatch.errors import (
     BackboneError,
     CascadeError,
     ForeignTensorError,
-    MethodError,
     ModelpatchError,
     TrainingWarning,
     UnknownBackboneError,
@@ -28,12 +27,8 @@ if TYPE_CHECKING:
     from modelpatch.backbone.backbone import Backbone
     from modelpatch.data.task import Task
     from modelpatch.engine.cascade import Cascade
-    from modelpatch.methods.vocabulary import Vocabulary
 
 OWN = "own"  # --backbone own: the backbone that the patch names
-
-
-# devices ----------------------------------------------------------------------------------------------------
 
 
 def find_device(name: str) -> torch.device:
@@ -53,9 +48,6 @@ def find_device(name: str) -> torch.device:
     raise ModelpatchError(f"there is no device {name!r} here.{why} Expected one of: auto, {', '.join(known)}.")
 
 
-# backbones --------------------------------------------------------------------------------------------------
-
-
 def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device) -> Backbone:
     """Load the backbone that a command line names to a device. Raises `BackboneError`, also for a patch file."""
     from modelpatch.backbone.load import load_backbone
@@ -72,32 +64,8 @@ def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device)
     return backbone if backbone.device == device else backbone.to(device)
 
 
-def open_vocabulary(
-    backbone: Backbone, text: str | None, names: Path | None, templates: Sequence[str] | None
-) -> Vocabulary | None:
-    """The vocabulary that makes heads of words, from --text or the backbone's text tower; None for closed ones.
-
-    Raises `MethodError` for words or prompts without a text tower.
-    """
-    from modelpatch.backbone.text_tower import OWN
-    from modelpatch.methods.vocabulary import read_words, vocabulary_of
-
-    if text is None and backbone.text is not None:
-        text = OWN
-    if text is None or text == "none":
-        if names is not None or templates:
-            raise MethodError("--names and --template are for heads made of words. Give --text as well.")
-        return None
-    words = {} if names is None else read_words(names)
-    return vocabulary_of(backbone, text, templates or (), words)
-
-
 def backbone_of(
-    patch: Patch,
-    patch_path: Path,
-    spec: str | None,
-    arguments: Mapping[str, Any],
-    device: torch.device,
+    patch: Patch, patch_path: Path, spec: str | None, arguments: Mapping[str, Any], device: torch.device
 ) -> Backbone:
     """The backbone a patch belongs to: the one named, else the one its file names (a file is sought beside the patch).
 
@@ -127,7 +95,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
         return at_alpha(Patch.load(path), alpha)
     if alpha is not None:
         raise CascadeError(
-            f"--alpha turns the strength of a patch; {path} is a cascade, whose thresholds hold for its own."
+            f"--alpha sets the strength of a patch; {path} is a cascade of fixed strengths. Leave it out."
         )
     return Cascade.load(path)
 
@@ -181,9 +149,7 @@ def locate(patch: Patch, patch_path: Path) -> str:
     for folder in (patch_path.parent, Path.cwd()):
         if (folder / name).is_file():
             return f"file:{folder / name}"
-    raise UnknownBackboneError(
-        f"{patch_path} needs the backbone file {name}. Say where it is: --backbone file:PATH/{name}"
-    )
+    raise UnknownBackboneError(f"{patch_path} needs the backbone file {name}. Name it: --backbone file:PATH/{name}")
 
 
 @contextmanager

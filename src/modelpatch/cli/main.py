@@ -9,7 +9,6 @@ import importlib
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -19,55 +18,35 @@ import modelpatch
 from modelpatch.errors import ModelpatchError, TrainingWarning
 from modelpatch.text import nearest
 
-USE, TRAIN, CHOOSE, MANY, CONVERT, SERVE = (
-    "Use a patch",
-    "Train a patch",
-    "Choose what to patch",
-    "Many tasks, many resolutions",
-    "Convert",
-    "Store and serve",
-)
+USE, TRAIN, CHOOSE = "Use a patch", "Train a patch", "Choose what to patch"
+MANY, CONVERT, SERVE = "Many tasks, many resolutions", "Convert", "Store and serve"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A verb in the help of the command: its panel, a line about it, and its function as `module.function`."""
-
-    panel: str
-    summary: str
-    function: str
-
-
-VERBS = {
-    "predict": Entry(USE, "Answer for images with one or several patches in one pass.", "predict.predict"),
-    "eval": Entry(USE, "Measure a patch on the test images of its task.", "evaluate.evaluate"),
-    "inspect": Entry(
-        USE, "Show the contents of a patch file: bytes, hashes, settings, measured figures.", "inspect.inspect"
-    ),
-    "verify": Entry(USE, "Check every byte of patch files, and that they belong to a backbone.", "verify.verify"),
-    "fit": Entry(TRAIN, "Train a patch for a task and measure it on the task's test images.", "fit.fit"),
-    "compare": Entry(TRAIN, "Train several methods on one task and show one table.", "compare.compare"),
-    "methods": Entry(
-        TRAIN, "List the methods, a method's hyperparameters or the settings of a fit.", "methods.methods"
-    ),
-    "demo": Entry(TRAIN, "Train every method on bundled handwritten digits and write a report.", "demo.demo"),
-    "profile": Entry(CHOOSE, "Train each block alone and show its gain on held-out images.", "profile.profile"),
-    "select": Entry(CHOOSE, "Choose blocks greedily by cross-validation and train a patch of them.", "select.select"),
-    "search": Entry(
-        CHOOSE, "Find the best method, blocks and settings within limits on bytes and time.", "search.search"
-    ),
-    "label": Entry(CHOOSE, "List the unlabelled images whose labels would help most.", "label.label"),
-    "multitask": Entry(MANY, "Train several tasks together over shared weights.", "multitask.multitask"),
-    "paint": Entry(MANY, "Patch a model on new tasks while it keeps its accuracy on others (PAINT).", "paint.paint"),
-    "multires": Entry(MANY, "Train one network for several resolutions.", "multires.multires"),
-    "cascade": Entry(MANY, "Build an early-exit cascade of patches of one task.", "cascade.cascade"),
-    "extract": Entry(CONVERT, "Turn a fine-tuned checkpoint into a patch of its base.", "extract.extract"),
-    "merge": Entry(CONVERT, "Combine several patches of one backbone into one.", "merge.merge"),
-    "diff": Entry(CONVERT, "Compare two patches tensor by tensor.", "merge.diff"),
-    "export": Entry(CONVERT, "Write the patched model as an ordinary model or an ONNX graph.", "export.export"),
-    "store": Entry(SERVE, "Keep patches by name, version and tag.", "store.store"),
-    "serve": Entry(SERVE, "Answer over HTTP with the patches of a store.", "serve.serve"),
+VERBS = {  # by name: the panel and a line about it
+    "predict": (USE, "Answer for images with one or several patches in one pass."),
+    "eval": (USE, "Measure a patch on the test images of its task."),
+    "inspect": (USE, "Show the contents of a patch file: bytes, hashes, settings, measured figures."),
+    "verify": (USE, "Check every byte of patch files, and that they belong to a backbone."),
+    "fit": (TRAIN, "Train a patch for a task and measure it on the task's test images."),
+    "compare": (TRAIN, "Train several methods on one task and show one table."),
+    "methods": (TRAIN, "List the methods, a method's hyperparameters or the settings of a fit."),
+    "demo": (TRAIN, "Train every method on bundled handwritten digits and write a report."),
+    "profile": (CHOOSE, "Train each block alone and show its gain on held-out images."),
+    "select": (CHOOSE, "Choose blocks greedily by cross-validation and train a patch of them."),
+    "search": (CHOOSE, "Find the best method, blocks and settings within limits on bytes and time."),
+    "label": (CHOOSE, "List the unlabelled images whose labels would help most."),
+    "multitask": (MANY, "Train several tasks together over shared weights."),
+    "paint": (MANY, "Patch a model on new tasks while it keeps its accuracy on others (PAINT)."),
+    "multires": (MANY, "Train one network for several resolutions."),
+    "cascade": (MANY, "Build an early-exit cascade of patches of one task."),
+    "extract": (CONVERT, "Turn a fine-tuned checkpoint into a patch of its base."),
+    "merge": (CONVERT, "Combine several patches of one backbone into one."),
+    "diff": (CONVERT, "Compare two patches tensor by tensor."),
+    "export": (CONVERT, "Write the patched model as an ordinary model or an ONNX graph."),
+    "store": (SERVE, "Keep patches by name, version and tag."),
+    "serve": (SERVE, "Answer over HTTP with the patches of a store."),
 }
+MODULES = {"eval": "evaluate", "diff": "merge", "profile": "selecting", "select": "selecting", "search": "selecting"}
 MOVED = {
     "reproduce": "`modelpatch reproduce` is `modelpatch-studies run` now, a project of its own: clone the repository and "
     "`pip install ./studies`."
@@ -83,8 +62,10 @@ class Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb's name, panel and summary, for lists of verbs; None for an unknown name."""
-        entry = VERBS.get(cmd_name)
-        return entry and TyperCommand(cmd_name, help=entry.summary, rich_help_panel=entry.panel)
+        if cmd_name not in VERBS:
+            return None
+        panel, summary = VERBS[cmd_name]
+        return TyperCommand(cmd_name, help=summary, rich_help_panel=panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb itself, whose module is imported now, its name and its arguments."""
@@ -105,11 +86,11 @@ class Verbs(TyperGroup):
 
 
 def load_verb(name: str) -> Any:
-    """The command of a verb."""
+    """The command of a verb, from the module of its name if `MODULES` names no other."""
     from modelpatch.cli.verb import command
 
-    module, _, function = VERBS[name].function.partition(".")
-    verb = getattr(importlib.import_module(f"modelpatch.cli.{module}"), function)
+    module = importlib.import_module(f"modelpatch.cli.{MODULES.get(name, name)}")
+    verb = getattr(module, "evaluate" if name == "eval" else name)
     return typer.main.get_command(verb) if isinstance(verb, typer.Typer) else command(verb, name)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
-from modelpatch.cli.options import AlphaOption, ArgumentOption, PatchBackboneOption, SeedOption
-from modelpatch.cli.settings import parse_arguments
+from modelpatch.cli.console import ForceOption, Screen, check_out
+from modelpatch.cli.options import AlphaOption, PatchNetwork, SeedOption
 from modelpatch.cli.verb import verb
 from modelpatch.errors import PatchError
 
@@ -20,84 +19,67 @@ if TYPE_CHECKING:
 
 @verb(first="out weights rule head", panel="Merging")
 def merge(
-    patches: Annotated[list[Path], typer.Argument(help="Patch files of one backbone.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged patch file.")],
+    console: Screen,
+    network: PatchNetwork,
+    patches: list[Path] = Argument(..., help="Patch files of one backbone."),
+    out: Path = Option(..., "--out", "-o", help="The merged patch file."),
     force: ForceOption = False,
-    weights: Annotated[
-        str | None, typer.Option(help="Comma-separated factors of the patches; by default 1 / n, for ties 1.")
-    ] = None,
-    rule: Annotated[str, typer.Option(help="The rule: sum, ties or dare.")] = "sum",
-    density: Annotated[float, typer.Option(help="ties: share of the largest numbers to keep.")] = 0.2,
-    drop: Annotated[float, typer.Option(help="dare: share of numbers to drop.")] = 0.9,
-    head: Annotated[
-        str, typer.Option(help="The head: that of a patch by its number from 0, or 'all' for all classes side by side.")
-    ] = "0",
+    weights: str | None = Option(None, help="Comma-separated factors of the patches; by default 1 / n, for ties 1."),
+    rule: str = Option("sum", help="The rule: sum, ties or dare."),
+    density: float = Option(0.2, help="ties: share of the largest numbers to keep."),
+    drop: float = Option(0.9, help="dare: share of numbers to drop."),
+    head: str = Option("0", help="The head: a patch's by its number from 0, or 'all' for all classes side by side."),
     alpha: AlphaOption = None,
     seed: SeedOption = 0,
-    backbone: PatchBackboneOption = None,
-    argument: ArgumentOption = None,
-    json: JsonOption = None,
 ) -> None:
     """Combine the bodies of several patches of one backbone into one patch."""
     from modelpatch.cli.loading import at_alpha
     from modelpatch.convert.merging import merge as run_merge
     from modelpatch.patch.contents import Patch
-    from modelpatch.report.tables import inspection_table, show
+    from modelpatch.report.tables import inspection_table
 
-    console = open_console(json)
-    check_file("--out", out)
-    check_free("--out", [out], force)
+    check_out(out, force)
     loaded = [at_alpha(Patch.load(path), alpha) for path in patches]
-    base = _common_backbone(patches, loaded, backbone, argument)
+    base = _common_backbone(patches, loaded, network)
     merged = run_merge(
-        base,
-        loaded,
-        weights=_numbers(weights),
-        rule=rule,
-        density=density,
-        drop=drop,
-        seed=seed,
-        head=_read_head(head),
+        base, loaded, weights=_numbers(weights), rule=rule, density=density, drop=drop, seed=seed, head=_read_head(head)
     )
     merged.save(out)
     inspection = merged.inspect()
-    show(console, inspection_table(inspection))
-    tell(console, f"wrote {out} ({inspection.file_bytes:,} bytes)")
-    write_json(json, inspection.as_dict())
+    console.show(inspection_table(inspection))
+    console.tell(f"wrote {out} ({inspection.file_bytes:,} bytes)")
+    console.write_json(inspection.as_dict())
 
 
 @verb()
 def diff(
-    first: Annotated[Path, typer.Argument(help="A patch file.")],
-    second: Annotated[Path, typer.Argument(help="Another of the same backbone.")],
-    backbone: PatchBackboneOption = None,
-    argument: ArgumentOption = None,
-    json: JsonOption = None,
+    console: Screen,
+    network: PatchNetwork,
+    first: Path = Argument(..., help="A patch file."),
+    second: Path = Argument(..., help="Another of the same backbone."),
 ) -> None:
     """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
     from modelpatch.convert.difference import diff as run_diff
     from modelpatch.patch.contents import Patch
-    from modelpatch.report.tables import difference_tables, show
+    from modelpatch.report.tables import difference_tables
 
-    console = open_console(json)
     loaded = [Patch.load(path) for path in (first, second)]
-    base = _common_backbone([first, second], loaded, backbone, argument)
+    base = _common_backbone([first, second], loaded, network)
     difference = run_diff(base, *loaded)
-    for table in difference_tables(difference, first.name, second.name):
-        show(console, table)
-        console.print()
-    tell(console, "the two compute the same" if difference.same else "the two compute different answers")
-    write_json(json, difference.as_dict())
+    console.show(*difference_tables(difference, first.name, second.name))
+    console.print()
+    console.tell("the two compute the same" if difference.same else "the two compute different answers")
+    console.write_json(difference.as_dict())
 
 
-def _common_backbone(paths: list[Path], patches: list[Patch], spec: str | None, argument: list[str] | None) -> Backbone:
-    from modelpatch.cli.loading import backbone_of, find_device, naming
+def _common_backbone(paths: list[Path], patches: list[Patch], network: PatchNetwork) -> Backbone:
+    from modelpatch.cli.loading import naming
     from modelpatch.convert.difference import check_pair
 
     for path, patch in zip(paths[1:], patches[1:], strict=True):
         with naming(path):
             check_pair(patches[0], patch)
-    return backbone_of(patches[0], paths[0], spec, parse_arguments(argument), find_device("cpu"))
+    return network.open(patches[0], paths[0])
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import JsonOption, open_console, tell, write_json
+from modelpatch.cli.console import Screen
 from modelpatch.cli.verb import verb
 
 
 @verb(first="settings json")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method: list its hyperparameters, which --set takes.")] = None,
-    settings: Annotated[
-        bool, typer.Option("--settings", help="List the settings of a fit, which --fit and options take.")
-    ] = False,
-    json: JsonOption = None,
+    console: Screen,
+    name: str | None = Argument(None, help="A method: list its hyperparameters, which --set takes."),
+    settings: bool = Option(False, "--settings", help="List the settings of a fit, which --fit and options take."),
 ) -> None:
     """List the methods; with NAME the hyperparameters of one; with --settings the settings of a fit."""
     from modelpatch.methods.registry import METHODS, make_method
     from modelpatch.report.settings import describe_fields, first_line, methods_table, settings_table
-    from modelpatch.report.tables import show
     from modelpatch.train.settings import FitSettings
 
-    console = open_console(json)
     if settings:
         rows = describe_fields(FitSettings)
-        show(console, settings_table("settings of a fit: an option, or --fit KEY=VALUE", rows))
-        write_json(json, [row.as_dict() for row in rows])
+        console.show(settings_table("settings of a fit: an option, or --fit KEY=VALUE", rows))
+        console.write_json([asdict(row) for row in rows])
     elif name is None:
         lines = {spelled: first_line(kind) for spelled, kind in METHODS.items()}
-        show(console, methods_table(lines))
-        tell(console, "`modelpatch methods NAME` lists the hyperparameters of one; + joins several in one patch")
-        write_json(json, lines)
+        console.show(methods_table(lines))
+        console.tell("`modelpatch methods NAME` lists the hyperparameters of one; + joins several in one patch")
+        console.write_json(lines)
     else:
         kind = type(make_method(name))
         rows = describe_fields(kind)
-        tell(console, first_line(kind))
-        show(console, settings_table(f"hyperparameters of {name}: --set KEY=VALUE", rows))
-        write_json(json, [row.as_dict() for row in rows])
+        console.tell(first_line(kind))
+        console.show(settings_table(f"hyperparameters of {name}: --set KEY=VALUE", rows))
+        console.write_json([asdict(row) for row in rows])

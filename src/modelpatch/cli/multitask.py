@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import (
-    ForceOption,
-    JsonOption,
-    LogOption,
-    check_free,
-    is_resumed,
-    make_folder,
-    open_console,
-    resumable,
-    tell,
-    tell_run,
-    write_json,
-)
+from modelpatch.cli.console import ForceOption, JsonOption, LogOption, Screen, check_out, is_resumed, make_folder
 from modelpatch.cli.options import Cluster, Network, RestartOption, SetOption, Training
 from modelpatch.cli.settings import parse_pairs
 from modelpatch.cli.verb import verb
@@ -30,39 +17,18 @@ from modelpatch.text import count_of
 
 @verb(first="private set_ shared backbone epochs out", panel="Training", config=True)
 def multitask(
-    data: Annotated[list[str], typer.Argument(help="The tasks' data, each as for fit.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for backbone.safetensors and one patch per task.")
-    ],
     network: Network,
     training: Training,
     cluster: Cluster,
-    private: Annotated[
-        str | None,
-        typer.Option(
-            "--private", "-m", help="The method of the patches, trained for each task alone; by default scale and bias."
-        ),
-    ] = None,
+    data: list[str] = Argument(..., help="The tasks' data, each as for fit."),
+    out: Path = Option(..., "--out", "-o", help="The folder for backbone.safetensors and one patch per task."),
+    private: str | None = Option(None, "--private", "-m", help="The patches' method; by default scale and bias."),
     set_: SetOption = None,
-    shared: Annotated[
-        str | None,
-        typer.Option(
-            help="The shared weights, as a method that trains them: subset(blocks=layer4); by default all weights."
-        ),
-    ] = None,
-    sampling: Annotated[
-        str, typer.Option(help="Images per task in a round: equal, or proportional to its training images.")
-    ] = "equal",
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="TASK=NUMBER, the weight of a task's loss on shared weights (1 by default); may be repeated."
-        ),
-    ] = None,
-    augment: Annotated[
-        str, typer.Option(help="auto, none, light (no flip, for digits and signs) or standard.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Type of the numbers in the patches, as for fit.")] = "float32",
+    shared: str | None = Option(None, help="The shared weights, as a method: subset(blocks=layer4); default: all."),
+    sampling: str = Option("equal", help="Images per task in a round: equal, or proportional to its training images."),
+    weight: list[str] | None = Option(None, help="TASK=NUMBER, weight of its loss on shared weights; may be repeated."),
+    augment: str = Option("auto", help="auto, none, light (no flip, for digits and signs) or standard."),
+    dtype: str = Option("float32", help="Type of the numbers in the patches, as for fit."),
     log: LogOption = None,
     force: ForceOption = False,
     restart: RestartOption = False,
@@ -85,13 +51,12 @@ def multitask(
         fit_multitask,
         task_files,
     )
-    from modelpatch.report.tables import multitask_table, show
+    from modelpatch.report.tables import multitask_table
     from modelpatch.train.distributed import joined
 
     with joined() as team:
-        console = open_console(json, quiet=not team.leads)
-        if log is not None:
-            make_folder("--log", log)
+        console = Screen(json, quiet=not team.leads)
+        make_folder("--log", log)
         method, common = make_method(private or PRIVATE, **parse_pairs(set_, "--set")), make_method(shared or SHARED)
         settings = training.settings(augment=augment, dtype=dtype)
         check_joint_settings(settings)
@@ -101,37 +66,24 @@ def multitask(
         files = task_files(out, [task.task.name for task in tasks])
         checkpoint = out / f"{BACKBONE}.training"
         if not is_resumed(checkpoint, restart):
-            check_free("--out", [out / BACKBONE, *files.values()], force)
+            check_out([out / BACKBONE, *files.values()], force)
         base = network.open()
         check_writable(base)
-        with resumable(console, checkpoint, restart):
-            work = partial(
-                fit_multitask,
-                base,
-                tasks,
-                method,
-                shared=common,
-                sampling=sampling,  # type: ignore[arg-type]
-                weights=_weights(weight),
-                out=out,
-                checkpoint=checkpoint,
-                log=log,
-                progress=not console.quiet,
-                **settings,
-            )
-            result = cluster.run(work)
+        with console.resumable(checkpoint, restart):
+            settings |= {"shared": common, "sampling": sampling, "weights": _weights(weight), "out": out}
+            settings |= {"checkpoint": checkpoint, "log": log, "progress": not console.quiet}
+            result = cluster.run(partial(fit_multitask, base, tasks, method, **settings))
         if not team.leads:
             return
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        show(console, multitask_table(result, sizes))
+        console.show(multitask_table(result, sizes))
         written = count_of(len(files), "patch", "patches")
-        tell(
-            console,
+        console.tell(
             f"wrote {out / BACKBONE} (fingerprint {result.backbone.fingerprint[:12]}) and {written} of it; "
-            f"{base.spec} is unchanged (fingerprint {base.fingerprint[:12]})",
+            f"{base.spec} is unchanged (fingerprint {base.fingerprint[:12]})"
         )
-        tell_run(console, out)
-        write_json(json, result.as_dict())
+        console.tell_run(out)
+        console.write_json(result.as_dict())
 
 
 def _weights(pairs: list[str] | None) -> dict[str, float]:

@@ -7,72 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import ForceOption, check_file, check_free, read_names
+from modelpatch.cli.console import ForceOption, check_file, check_out, read_names
 from modelpatch.cli.settings import fit_settings, parse_arguments
-from modelpatch.errors import ModelpatchError
+from modelpatch.cli.verb import option
+from modelpatch.errors import MethodError, ModelpatchError
 
 if TYPE_CHECKING:
     from modelpatch.backbone.backbone import Backbone
     from modelpatch.data.task import Task
+    from modelpatch.methods.vocabulary import Vocabulary
+    from modelpatch.patch.contents import Patch
 
 T = TypeVar("T")
 
 LOCAL = "local"
 DataArgument = Annotated[
-    str, typer.Argument(help="The task's data: class folders, a manifest, hf:NAME or bundled:digits, as for fit.")
+    str, Argument(help="The task's data: class folders, a manifest, hf:NAME or bundled:digits, as for fit.")
 ]
 MethodOption = Annotated[
-    str,
-    typer.Option(
-        "--method",
-        "-m",
-        help="A method, with + for several in one patch; `modelpatch methods` lists them.",
-    ),
+    str, Option("--method", "-m", help="A method, with + for several in one patch; `modelpatch methods` lists them.")
 ]
 BackboneOption = Annotated[
-    str,
-    typer.Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME."),
-]
-PatchBackboneOption = Annotated[
-    str | None,
-    typer.Option("--backbone", "-b", help="The frozen network; by default the one the patch names."),
+    str, Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME.")
 ]
 ArgumentOption = Annotated[
-    list[str] | None, typer.Option("--argument", help="KEY=VALUE for the backbone's constructor; may be repeated.")
+    list[str] | None, Option("--argument", help="KEY=VALUE for the backbone's constructor; may be repeated.")
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")
+    str, Option("--device", help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")
 ]
 AlphaOption = Annotated[
-    float | None,
-    typer.Option("--alpha", help="Strength of the patch, 0 (the base) to 1; by default the file's."),
+    float | None, Option("--alpha", help="Strength of the patch, 0 (the base) to 1; by default the file's.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        help="KEY=VALUE, a hyperparameter of the method (lr=0.003; METHOD.KEY=VALUE for one of several); may be repeated.",
+    Option(
+        "--set", help="KEY=VALUE, a hyperparameter (lr=0.003; METHOD.KEY=VALUE for one of several); may be repeated."
     ),
 ]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice, 0 or more.")]
-TextOption = Annotated[
-    str | None,
-    typer.Option(
-        help="The text tower that makes a head of class names: minilm, folder:PATH of a sentence encoder, own "
-        "(an openclip: backbone's), or none."
-    ),
-]
-NamesOption = Annotated[
-    Path | None, typer.Option(help='JSON of words for class names that are no words: {"00014": "a stop sign"}.')
-]
-TemplateOption = Annotated[
-    list[str] | None, typer.Option(help="A prompt with {} for the name, such as 'a photo of a {}.'; may be repeated.")
-]
+RestartOption = Annotated[bool, Option("--restart", help="Discard an interrupted run instead of resuming it.")]
+SeedOption = Annotated[int, Option(help="Seed of every random choice, 0 or more.")]
 RayAddressOption = Annotated[
-    str, typer.Option(help="The Ray cluster: 'local' starts one here, 'auto' finds a running one, or HOST:PORT.")
+    str, Option(help="The Ray cluster: 'local' starts one here, 'auto' finds a running one, or HOST:PORT.")
 ]
 
 
@@ -99,19 +77,56 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The text tower and the words of a head that is made of class names."""
+
+    panel: ClassVar[str] = "Words"
+    text: str | None = option(None, help="The text tower: minilm, folder:PATH, own (an openclip: backbone's), or none.")
+    names: Path | None = option(None, help='JSON of words for names that are no words: {"00014": "a stop sign"}.')
+    template: list[str] | None = option(None, help="A prompt: 'a photo of a {}.' ({}: the name); may be repeated.")
+
+    def open(self, backbone: Backbone) -> Vocabulary | None:
+        """The vocabulary that makes heads, from --text or the backbone's own text tower; None for closed heads.
+
+        Raises `MethodError` for words or prompts without a text tower.
+        """
+        from modelpatch.backbone.text_tower import OWN
+        from modelpatch.methods.vocabulary import read_words, vocabulary_of
+
+        text = OWN if self.text is None and backbone.text is not None else self.text
+        if text is None or text == "none":
+            if self.names is not None or self.template:
+                raise MethodError("--names and --template are for heads made of words. Give --text as well.")
+            return None
+        words = {} if self.names is None else read_words(self.names)
+        return vocabulary_of(backbone, text, self.template or (), words)
+
+
+@dataclass(frozen=True)
+class PatchNetwork:
+    """The frozen network of a patch: by default the one that the patch's file names."""
+
+    panel: ClassVar[str] = "Backbone"
+    backbone: str | None = option(
+        None, "--backbone", "-b", help="The frozen network; by default the one the patch names."
+    )
+    argument: ArgumentOption = None
+
+    def open(self, patch: Patch, path: Path, device: str = "cpu") -> Backbone:
+        """The backbone of the patch in the file `path`. Raises `BackboneError`, `WrongBackboneError`."""
+        from modelpatch.cli.loading import backbone_of, find_device
+
+        return backbone_of(patch, path, self.backbone, parse_arguments(self.argument), find_device(device))
+
+
+@dataclass(frozen=True)
 class Asked:
     """Facts about a task's data that its files do not tell. Raises `ModelpatchError` for invalid names."""
 
     panel: ClassVar[str] = "Data"
-    kind: Annotated[
-        str | None,
-        typer.Option(help="The kind of task, such as segmentation; by default the one that the data looks like."),
-    ] = None
-    classes: Annotated[
-        str | None,
-        typer.Option(help="Names of the values of masks from 0 on, comma-separated or a file with one a line."),
-    ] = None
-    ignore: Annotated[int | None, typer.Option(help="A value of masks to ignore, beside 255.")] = None
+    kind: str | None = option(None, help="The kind of task, such as segmentation; by default what the data looks like.")
+    classes: str | None = option(None, help="Names of the values of masks, comma-separated or a file with one a line.")
+    ignore: int | None = option(None, help="A value of masks to ignore, beside 255.")
 
     def __post_init__(self) -> None:
         read_names("--classes", self.classes)
@@ -131,20 +146,13 @@ class Training:
     """The settings of a fit, the same for all verbs that train."""
 
     panel: ClassVar[str] = "Training"
-    epochs: Annotated[
-        int, typer.Option(help="Passes over the training images, 1 or more, equal for all candidates.")
-    ] = 10
-    batch_size: Annotated[int, typer.Option(help="Images a step, 1 or more.")] = 32
-    image_size: Annotated[int | None, typer.Option(help="Pixels; by default the backbone's.")] = None
+    epochs: int = option(10, help="Passes over the training images, 1 or more, equal for all candidates.")
+    batch_size: int = option(32, help="Images a step, 1 or more.")
+    image_size: int | None = option(None, help="Pixels; by default the backbone's.")
     seed: SeedOption = 0
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fit",
-            help="KEY=VALUE, any other setting of fit (label_smoothing=0.1, early_stopping=3); "
-            "`modelpatch methods --settings` lists them.",
-        ),
-    ] = None
+    option: list[str] | None = option(
+        None, "--fit", help="KEY=VALUE, another setting (early_stopping=3): `modelpatch methods --settings` lists them."
+    )
 
     def settings(self, **own: Any) -> dict[str, Any]:
         """The settings of a fit, with those that have options of the verb's `own`. Raises `TrainingError`."""
@@ -157,10 +165,7 @@ class Cluster:
     """Processes of a run: this one, or workers on Ray."""
 
     panel: ClassVar[str] = "Ray"
-    ray_workers: Annotated[
-        int,
-        typer.Option(min=0, help="Train on Ray with this many processes that share tasks and batches; 0: without Ray."),
-    ] = 0
+    ray_workers: int = option(0, min=0, help="Processes on Ray that share tasks and batches; 0: without Ray.")
     ray_address: RayAddressOption = LOCAL
 
     def __post_init__(self) -> None:
@@ -182,7 +187,7 @@ class PatchFile:
     """The file of a trained patch. Raises `ModelpatchError` for one that cannot be written."""
 
     panel: ClassVar[str] = "Files"
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The patch file; by default TASK.safetensors.")] = None
+    out: Path | None = option(None, "--out", "-o", help="The patch file; by default TASK.safetensors.")
     force: ForceOption = False
 
     def __post_init__(self) -> None:
@@ -191,6 +196,5 @@ class PatchFile:
     def path(self, task: str) -> Path:
         """The file. Raises `ModelpatchError` if it cannot be written, and without --force for an existing one."""
         path = self.out or Path(f"{task}.safetensors")
-        check_file("--out", path)
-        check_free("--out", [path], self.force)
+        check_out(path, self.force)
         return path

@@ -4,88 +4,49 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Any
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.atomic import write_bytes
-from modelpatch.cli.console import (
-    JsonOption,
-    check_file,
-    check_pictures,
-    open_console,
-    resumable,
-    tell,
-    tell_run,
-    write_json,
-)
-from modelpatch.cli.options import (
-    NamesOption,
-    Network,
-    PatchFile,
-    RestartOption,
-    SetOption,
-    TemplateOption,
-    TextOption,
-    Training,
-)
+from modelpatch.cli.console import Screen, check_file
+from modelpatch.cli.options import Network, PatchFile, RestartOption, SetOption, Training, Words
 from modelpatch.cli.settings import parse_pairs
 from modelpatch.cli.verb import verb
 from modelpatch.errors import TrainingError
 from modelpatch.text import nearest
 
-if TYPE_CHECKING:
-    pass
-
 
 @verb(first="supported rule steps set_ backbone epochs out", panel="Mixing", config=True)
 def paint(
-    data: Annotated[list[str], typer.Argument(help="The data of the tasks to patch, as for fit.")],
-    supported: Annotated[list[str], typer.Option(help="Data of a task whose accuracy must stay; may be repeated.")],
+    console: Screen,
     network: Network,
     training: Training,
     file: PatchFile,
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="Choice of alpha on held-out images: mean, harmonic, or drop=POINTS that supported tasks may lose."
-        ),
-    ] = "mean",
-    steps: Annotated[int, typer.Option(help="Values of alpha from 0 to 1.")] = 11,
-    mode: Annotated[str, typer.Option(help="Several tasks: joint, sequential or parallel.")] = "joint",
-    mixing: Annotated[
-        str, typer.Option(help="parallel: one scalar, a search, or exhaustive (up to 3 tasks).")
-    ] = "scalar",
-    trials: Annotated[int, typer.Option(help="Mixtures that --mixing search tries.")] = 40,
-    orders: Annotated[int, typer.Option(help="sequential: orders of the tasks that are tried.")] = 1,
-    naive: Annotated[
-        bool, typer.Option("--naive", help="Train the head too instead of freezing it: the baseline.")
-    ] = False,
-    refit: Annotated[bool, typer.Option("--refit", help="Fit closed heads anew at every alpha.")] = False,
-    norms: Annotated[
-        str,
-        typer.Option(help="BatchNorm statistics after mixing: kept, or measured again (shared, or own for each task)."),
-    ] = "kept",
-    interpolate: Annotated[bool, typer.Option(help="Mix with the base; without, plain fine-tuning.")] = True,
-    text: TextOption = None,
-    names: NamesOption = None,
-    template: TemplateOption = None,
-    baselines: Annotated[
-        str | None, typer.Option(help="Compare with baselines such as ema, l2 or ewc, comma-separated, or 'all'.")
-    ] = None,
+    words: Words,
+    data: list[str] = Argument(..., help="The data of the tasks to patch, as for fit."),
+    supported: list[str] = Option(..., help="Data of a task whose accuracy must stay; may be repeated."),
+    rule: str = Option("mean", help="Choice of alpha: mean, harmonic, or drop=POINTS of supported tasks."),
+    steps: int = Option(11, help="Values of alpha from 0 to 1."),
+    mode: str = Option("joint", help="Several tasks: joint, sequential or parallel."),
+    mixing: str = Option("scalar", help="parallel: one scalar, a search, or exhaustive (up to 3 tasks)."),
+    trials: int = Option(40, help="Mixtures that --mixing search tries."),
+    orders: int = Option(1, help="sequential: orders of the tasks that are tried."),
+    naive: bool = Option(False, "--naive", help="Train the head too instead of freezing it: the baseline."),
+    refit: bool = Option(False, "--refit", help="Fit closed heads anew at every alpha."),
+    norms: str = Option("kept", help="BatchNorm statistics of a mixture: kept, or measured (shared, or own)."),
+    interpolate: bool = Option(True, help="Mix with the base; without, plain fine-tuning."),
+    baselines: str | None = Option(None, help="Compare with ema, l2, ewc or others, comma-separated, or 'all'."),
     set_: SetOption = None,
-    validation: Annotated[float, typer.Option(help="Share of training images held out to choose alpha.")] = 0.2,
-    plot: Annotated[Path | None, typer.Option(help="A picture of patched against supported accuracy.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="A file for the table as Markdown.")] = None,
+    validation: float = Option(0.2, help="Share of training images held out to choose alpha."),
+    plot: Path | None = Option(None, help="A picture of patched against supported accuracy."),
+    markdown: Path | None = Option(None, help="A file for the table as Markdown."),
     restart: RestartOption = False,
-    json: JsonOption = None,
 ) -> None:
     """Fine-tune, mix the result with the base at many alphas, and choose one on held-out images of both (PAINT).
 
     The patch keeps the whole change; alpha is its strength, which can be set later without training. An interrupted run
     continues when the same command is given again.
     """
-    from modelpatch.cli.loading import open_vocabulary
     from modelpatch.data.joining import joint_task
     from modelpatch.data.task import load_task
     from modelpatch.methods.paint import Paint
@@ -101,69 +62,45 @@ def paint(
         painting_table,
         plot_tradeoff,
     )
-    from modelpatch.report.tables import show
 
-    console = open_console(json)
     check_file("--markdown", markdown)
-    check_pictures(plot=plot)
-    exploration = PaintSettings(
-        mode=mode,  # type: ignore[arg-type]
-        mixing=mixing,  # type: ignore[arg-type]
-        rule=rule,
-        steps=steps,
-        trials=trials,
-        naive=naive,
-        refit=refit,
-        norms=norms,  # type: ignore[arg-type]
-        orders=orders,
-        validation=validation,
-        interpolate=interpolate,
-    )
+    mixture: dict[str, Any] = {"mode": mode, "mixing": mixing, "rule": rule, "norms": norms, "naive": naive}
+    mixture |= {"steps": steps, "trials": trials, "refit": refit, "orders": orders, "interpolate": interpolate}
+    common: dict[str, Any] = {"exploration": PaintSettings(**mixture, validation=validation)}
     rivals = _baselines(baselines, len(data))
-    method = cast(Paint, make_method(Paint.name, **parse_pairs(set_, "--set")))
-    settings = training.settings()
+    common |= {"method": make_method(Paint.name, **parse_pairs(set_, "--set")), **training.settings()}
     tasks = [load_task(one, seed=training.seed) for one in data]
     kept = [load_task(one, seed=training.seed) for one in supported]
     target = file.path(joint_task([task.task for task in tasks]).name)
     opened = network.open()
-    vocabulary = open_vocabulary(opened, text, names, template)
-    common: dict[str, Any] = {
-        "method": method,
-        "heads": vocabulary and vocabulary.head,
-        "progress": not console.quiet,
-        "exploration": exploration,
-        **settings,
-    }
+    vocabulary = words.open(opened)
+    common |= {"heads": vocabulary and vocabulary.head, "progress": not console.quiet}
     checkpoint = target.with_name(target.name + ".training")
-    with resumable(console, checkpoint, restart):
+    with console.resumable(checkpoint, restart):
         painting = run_paint(opened, tasks, kept, checkpoint=checkpoint, **common)
     patch = painting.patch if vocabulary is None else vocabulary.mark(painting.patch)
     patch.save(target)
     shutil.rmtree(checkpoint)
-    show(console, painting_table(painting))
-    tell(console, painting_summary(painting))
+    console.show(painting_table(painting))
+    console.tell(painting_summary(painting))
     if painting.orders:
         console.print()
-        show(console, orders_table(painting))
+        console.show(orders_table(painting))
     figures = painting.as_dict()
     curves = {"paint": painting.curve}
     if rivals:
         other = frontier(opened, tasks[0], kept, rivals, **common)
         console.print()
-        show(console, frontier_table(other))
+        console.show(frontier_table(other))
         figures["frontier"] = other.as_dict()
         curves |= {name: points for name, points in other.curves.items() if name != "paint"}
-    tell(
-        console, f"wrote {target} ({target.stat().st_size:,} bytes, strength {patch.strength:g}); the base is unchanged"
-    )
-    if markdown is not None:
-        write_bytes(markdown, painting_markdown(painting).encode())
-        tell(console, f"wrote {markdown}")
-    if plot is not None:
-        plot_tradeoff(curves, painting.base, painting.chosen, f"{patch.task.name} on {opened.spec}"[:80], plot)
-        tell(console, f"drew {plot}")
-    tell_run(console, target)
-    write_json(json, figures)
+    size, strength = f"{target.stat().st_size:,} bytes", f"strength {patch.strength:g}"
+    console.tell(f"wrote {target} ({size}, {strength}); the base is unchanged")
+    console.write(markdown, painting_markdown(painting))
+    title = f"{patch.task.name} on {opened.spec}"[:80]
+    console.draw(plot, plot_tradeoff, curves, painting.base, painting.chosen, title)
+    console.tell_run(target)
+    console.write_json(figures)
 
 
 def _baselines(text: str | None, tasks: int) -> list[str]:
@@ -174,9 +111,8 @@ def _baselines(text: str | None, tasks: int) -> list[str]:
         return []
     chosen = list(BASELINES) if text == "all" else [name.strip() for name in text.split(",")]
     if unknown := sorted(set(chosen) - set(BASELINES)):
-        raise TrainingError(
-            f"there is no baseline {unknown[0]!r}.{nearest(unknown[0], BASELINES)} Expected some of: {', '.join(BASELINES)}."
-        )
+        hint = nearest(unknown[0], BASELINES)
+        raise TrainingError(f"there is no baseline {unknown[0]!r}.{hint} Expected some of: {', '.join(BASELINES)}.")
     if tasks > 1:
         raise TrainingError("baselines are measured with one task to patch. Give one, or leave --baselines out.")
     return chosen

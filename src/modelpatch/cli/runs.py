@@ -6,7 +6,6 @@ import json
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,10 @@ NOT_REPEATED = ("config", "quiet", "force", "restart")
 SUFFIX = ".run.yaml"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A verb and the values of its options."""
-
-    verb: str
-    values: dict[str, Any]
-
-
 QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
-_CURRENT: ContextVar[Run | None] = ContextVar("run", default=None)
-
-
-def start_run(run: Run) -> None:
-    """Remember the run that begins, for `write_run`."""
-    _CURRENT.set(run)
+CURRENT: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar(
+    "run", default=None
+)  # the verb and its options' values
 
 
 def write_run(beside: Path) -> Path | None:
@@ -43,16 +31,15 @@ def write_run(beside: Path) -> Path | None:
     """
     import yaml
 
-    run = _CURRENT.get()
-    if run is None:
+    if (run := CURRENT.get()) is None:
         return None
+    verb, given = run
     path = beside / "run.yaml" if beside.is_dir() else beside.with_suffix(SUFFIX)
-    values = {
-        _key(name): _plain(value)
-        for name, value in run.values.items()
-        if name not in NOT_REPEATED and value not in (None, [], ())
-    }
-    name = _command(run.verb)
+    kept = {_key(name): value for name, value in given.items() if name not in NOT_REPEATED}
+    values = json.loads(
+        json.dumps({key: value for key, value in kept.items() if value not in (None, [], ())}, default=str)
+    )
+    name = {"evaluate": "eval"}.get(verb, verb)
     text = yaml.safe_dump({"verb": name, **values}, sort_keys=False, allow_unicode=True, width=1000)
     head = f"# Written by modelpatch {modelpatch.__version__}. Run it again: modelpatch {name} --config {path}\n"
     write_bytes(path, (head + text).encode())
@@ -93,9 +80,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--config {path} is not valid YAML or TOML: {' '.join(str(error).split())[:300]}."
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--config {path} is not valid YAML or TOML: {reason}.") from error
     if not isinstance(value, dict):
         raise ConfigError(f"--config {path} holds {type(value).__name__}. Expected options, such as `epochs: 10`.")
     return value
@@ -116,19 +102,12 @@ def _option_value(path: Path, key: str, value: Any, parameter: Any) -> Any:
             return [_text(item) for item in items]
     elif not isinstance(value, dict | list):
         return _text(value)
-    raise ConfigError(
-        f"--config {path}: {key} is {str(value)[:80]}. Expected {'a list of values' if listed else 'one value'}."
-    )
+    expected = "a list of values" if listed else "one value"
+    raise ConfigError(f"--config {path}: {key} is {str(value)[:80]}. Expected {expected}.")
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _keys(parameter: Any) -> set[str]:
@@ -142,7 +121,3 @@ def _keys(parameter: Any) -> set[str]:
 def _key(name: str) -> str:
     """A parameter's name in a file: `set` for the parameter `set_`, `fit` for `option`."""
     return {"option": "fit"}.get(name, name.rstrip("_"))
-
-
-def _command(verb: str) -> str:
-    return {"evaluate": "eval"}.get(verb, verb)

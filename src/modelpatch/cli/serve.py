@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import open_console, tell
+from modelpatch.cli.console import Screen
 from modelpatch.cli.options import ArgumentOption, BackboneOption, DeviceOption
 from modelpatch.cli.settings import parse_arguments
 from modelpatch.cli.verb import verb
@@ -23,35 +23,24 @@ DEFAULT = Settings()
 
 @verb(first="backbone host port token workers cascade", panel="Limits")
 def serve(
-    store: Annotated[str, typer.Argument(help="The folder or URL of a store of patches.")],
     backbone: BackboneOption,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MODELPATCH_TOKEN",
-            help="Token of requests that publish, tag and remove; without one they are refused.",
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that answer and share the backbone's memory.")] = 1,
-    cache: Annotated[int, typer.Option(min=1, help="Bytes for resident patches, per worker.")] = DEFAULT.cache_bytes,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds per request, at most.")] = DEFAULT.deadline,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch, at most.")] = DEFAULT.batch,
-    queue: Annotated[int, typer.Option(min=1, help="Waiting images, at most; more get 429.")] = DEFAULT.queue,
-    pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image, at most.")] = DEFAULT.pixels,
-    refresh: Annotated[
-        float, typer.Option(min=0, help="Seconds until changes of the store are seen.")
-    ] = DEFAULT.refresh,
-    tune: Annotated[bool, typer.Option(help="Measure the fastest way to run first: some seconds.")] = True,
-    cascade: Annotated[
-        list[Path] | None,
-        typer.Option(help="A cascade file, served under its task's name, always resident; may be repeated."),
-    ] = None,
+    store: str = Argument(..., help="The folder or URL of a store of patches."),
+    host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every network."),
+    port: int = Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
+    token: str | None = Option(None, envvar="MODELPATCH_TOKEN", help="To publish, tag and remove; none: nobody may."),
+    workers: int = Option(1, min=1, help="Processes that answer and share the backbone's memory."),
+    cache: int = Option(DEFAULT.cache_bytes, min=1, help="Bytes for resident patches, per worker."),
+    deadline: float = Option(DEFAULT.deadline, min=0.1, help="Seconds per request, at most."),
+    batch: int = Option(DEFAULT.batch, min=1, help="Images in a batch, at most."),
+    queue: int = Option(DEFAULT.queue, min=1, help="Waiting images, at most; more get 429."),
+    pixels: int = Option(DEFAULT.pixels, min=1, help="Pixels of an image, at most."),
+    refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
+    tune: bool = Option(True, help="Measure the fastest way to run first: some seconds."),
+    cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
     device: DeviceOption = "cpu",
     argument: ArgumentOption = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Deploy replicas on Ray Serve instead of workers.")] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="Number of replicas, with --ray.")] = 2,
+    ray: bool = Option(False, "--ray", help="Deploy replicas on Ray Serve instead of workers."),
+    replicas: int = Option(2, min=1, help="Number of replicas, with --ray."),
 ) -> None:
     """Answer over HTTP with the patches of a store: any of them, several, or all at once, loaded on demand.
 
@@ -63,20 +52,13 @@ def serve(
     from modelpatch.serve.run import check_libraries, serve_forever
 
     check_libraries()
-    console = open_console()
-    settings = Settings(
-        token=token,
-        cache_bytes=cache,
-        deadline=deadline,
-        batch=batch,
-        queue=queue,
-        images=min(DEFAULT.images, queue),
-        pixels=pixels,
-        refresh=refresh,
-    )
+    limits: dict[str, Any] = {"cache_bytes": cache, "deadline": deadline, "batch": batch, "queue": queue}
+    limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
+    settings = Settings(token=token, **limits)
     place = find_device(device)
     cascades = _read_cascades(cascade or [])
-    options: dict[str, Any] = {"host": host, "port": port}
+    arguments = parse_arguments(argument)
+    options: dict[str, Any] = {"host": host, "port": port, "tune": tune, "say": Screen().tell}
     if ray:
         from modelpatch.serve.deployment import deploy
 
@@ -84,30 +66,10 @@ def serve(
             raise ServeError("--cascade is for servers of this machine. Leave --ray out, or serve the patches alone.")
         if workers != 1:
             raise ServeError("--workers and --ray are two ways to have several processes. With --ray, give --replicas.")
-        deploy(
-            store,
-            backbone,
-            parse_arguments(argument),
-            str(place),
-            settings,
-            replicas=replicas,
-            tune=tune,
-            say=partial(tell, console),
-            **options,
-        )
+        deploy(store, backbone, arguments, str(place), settings, replicas=replicas, **options)
         return
-    load = partial(open_backbone, backbone, parse_arguments(argument), torch.device("cpu"))
-    serve_forever(
-        store,
-        load,
-        place,
-        settings,
-        workers=workers,
-        tune=tune,
-        say=partial(tell, console),
-        cascades=cascades,
-        **options,
-    )
+    load = partial(open_backbone, backbone, arguments, torch.device("cpu"))
+    serve_forever(store, load, place, settings, workers=workers, cascades=cascades, **options)
 
 
 def _read_cascades(files: list[Path]) -> dict[str, Cascade]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from modelpatch.atomic import write_bytes
-from modelpatch.cli.console import ForceOption, JsonOption, check_file, check_free, open_console, tell, write_json
+from modelpatch.cli.console import ForceOption, JsonOption, Screen, check_out
 from modelpatch.errors import ModelpatchError, StoreError
 
 if TYPE_CHECKING:
@@ -19,93 +20,82 @@ store = typer.Typer(
     help="Keep patches by name, version and tag, in a folder or under s3://, gs:// or hf://.",
     no_args_is_help=True,
 )
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as s3://bucket/patches.")]
-NewStoreArgument = Annotated[
-    str,
-    typer.Argument(metavar="STORE", help="A folder, or a URL such as s3://bucket/patches; made if nothing is there."),
-]
+PLACE = "A folder, or a URL such as s3://bucket/patches"
+REFERENCE = "NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more."
+StoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}.")]
+NewStoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}; made if nothing is there.")]
 TargetArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy to; made if nothing is there.")]
 SourceArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy from.")]
-ReferenceArgument = Annotated[
-    str, typer.Argument(metavar="REFERENCE", help="NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more.")
-]
-ReferencesArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="REFERENCE...", help="What to copy: NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more."
-    ),
-]
+ReferenceArgument = Annotated[str, Argument(metavar="REFERENCE", help=REFERENCE)]
+ReferencesArgument = Annotated[list[str], Argument(metavar="REFERENCE...", help=f"What to copy: {REFERENCE}")]
 
 
 @store.command("ls")
 def list_versions(
     store: StoreArgument,
-    name: Annotated[str | None, typer.Argument(help="List the versions of this patch alone.")] = None,
+    name: str | None = Argument(None, help="List the versions of this patch alone."),
     json: JsonOption = None,
 ) -> None:
     """List all versions, or those of one name, the oldest first."""
-    from modelpatch.report.tables import show, versions_table
+    from modelpatch.report.tables import versions_table
 
-    console = open_console(json)
-    check_file("--json", json)
+    console = Screen(json)
     opened = open_store(store)
     versions = opened.list() if name is None else opened.versions(name)
     if versions:
-        show(console, versions_table(versions))
+        console.show(versions_table(versions))
     else:
-        tell(console, f"no patches in {opened.url}; `modelpatch store add {store} NAME FILE` publishes one")
-    write_json(json, [version.as_dict() for version in versions])
+        console.tell(f"no patches in {opened.url}; `modelpatch store add {store} NAME FILE` publishes one")
+    console.write_json([version.as_dict() for version in versions])
 
 
 @store.command("add")
 def add(
     store: NewStoreArgument,
-    name: Annotated[str, typer.Argument(help="The patch's name: a-z, 0-9, '.', '_' and '-'.")],
-    patch: Annotated[Path, typer.Argument(help="The patch file.")],
-    tag: Annotated[list[str] | None, typer.Option(help="A tag for it, by default latest; may be repeated.")] = None,
+    name: str = Argument(..., help="The patch's name: a-z, 0-9, '.', '_' and '-'."),
+    patch: Path = Argument(..., help="The patch file."),
+    tag: list[str] | None = Option(None, help="A tag for it, by default latest; may be repeated."),
 ) -> None:
     """Check a patch file and publish it; the first one makes the store."""
     from modelpatch.store.store import Store
 
     version = Store(store).publish(name, patch, tags=tag or ("latest",))
-    tell(open_console(), f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
+    Screen().tell(f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 
 @store.command("show")
 def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonOption = None) -> None:
     """Show one version."""
-    from modelpatch.report.tables import show, version_table
+    from modelpatch.report.tables import version_table
 
-    console = open_console(json)
-    check_file("--json", json)
+    console = Screen(json)
     version = open_store(store).resolve(reference)
-    show(console, version_table(version))
-    write_json(json, version.as_dict())
+    console.show(version_table(version))
+    console.write_json(version.as_dict())
 
 
 @store.command("get")
 def get(
     store: StoreArgument,
     reference: ReferenceArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The patch file to write.")],
+    out: Path = Option(..., "--out", "-o", help="The patch file to write."),
     force: ForceOption = False,
 ) -> None:
     """Check a version's patch file and write it."""
-    check_file("--out", out)
-    check_free("--out", [out], force)
+    check_out(out, force)
     opened = open_store(store)
     version = opened.resolve(reference)
     opened.load(version)
     write_bytes(out, opened.read(version))
-    tell(open_console(), f"wrote {out} ({version}, {version.nbytes:,} bytes)")
+    Screen().tell(f"wrote {out} ({version}, {version.nbytes:,} bytes)")
 
 
 @store.command("tag")
 def set_tag(
     store: StoreArgument,
     reference: ReferenceArgument,
-    tag: Annotated[str | None, typer.Argument(help="The tag.")] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove the tag: NAME@TAG --delete.")] = False,
+    tag: str | None = Argument(None, help="The tag."),
+    delete: bool = Option(False, "--delete", help="Remove the tag: NAME@TAG --delete."),
 ) -> None:
     """Set a tag to a version, or remove a tag."""
     opened = open_store(store)
@@ -114,55 +104,50 @@ def set_tag(
     name, _, old = reference.partition("@")
     if tag is None:
         opened.untag(name, old)
-        tell(open_console(), f"{name} has no tag {old} any more")
+        Screen().tell(f"{name} has no tag {old} any more")
     else:
-        tell(open_console(), f"{name}@{tag} is now {opened.tag(name, tag, reference)}")
+        Screen().tell(f"{name}@{tag} is now {opened.tag(name, tag, reference)}")
 
 
 @store.command("rm")
 def remove(
     store: StoreArgument,
     reference: ReferenceArgument,
-    force: Annotated[bool, typer.Option("--force", help="Remove its tags too.")] = False,
+    force: bool = Option(False, "--force", help="Remove its tags too."),
 ) -> None:
     """Remove one version."""
-    tell(open_console(), f"removed {open_store(store).remove(reference, force=force)}")
+    Screen().tell(f"removed {open_store(store).remove(reference, force=force)}")
 
 
 @store.command("verify")
 def verify(store: StoreArgument, json: JsonOption = None) -> None:
     """Check every byte of a store and print what is wrong. Exit status 1 if anything is."""
-    from modelpatch.train.progress import Progress
-
-    console = open_console(json)
-    check_file("--json", json)
+    console = Screen(json)
     opened = open_store(store)
     versions = opened.list()
     names = len({version.name for version in versions})
-    with Progress("verify") as bar, bar.task(opened.url, names) as advance:
+    with console.progress("verify") as bar, bar.task(opened.url, names) as advance:
         problems = opened.verify(advance)
     for problem in problems:
-        tell(console, str(problem))
-    write_json(json, [{"where": problem.where, "what": problem.what} for problem in problems])
+        console.tell(str(problem))
+    console.write_json([{"where": problem.where, "what": problem.what} for problem in problems])
     if problems:
         raise StoreError(f"{opened.url} has {len(problems)} problems.")
-    tell(console, f"{opened.url} is intact: {len(versions)} versions of {names} patches")
+    console.tell(f"{opened.url} is intact: {len(versions)} versions of {names} patches")
 
 
 @store.command("gc")
 def collect(
     store: StoreArgument,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
-    ] = False,
+    dry_run: bool = Option(False, "--dry-run", help="Print what would be removed, and remove nothing."),
 ) -> None:
     """Remove every version that no tag names."""
     removed = open_store(store).collect(dry_run=dry_run)
-    console = open_console()
+    console = Screen()
     for version in removed:
-        tell(console, str(version))
+        console.tell(str(version))
     total = sum(version.nbytes for version in removed)
-    tell(console, f"{'would remove' if dry_run else 'removed'} {len(removed)} versions, {total:,} bytes")
+    console.tell(f"{'would remove' if dry_run else 'removed'} {len(removed)} versions, {total:,} bytes")
 
 
 @store.command("push")
@@ -195,11 +180,9 @@ def open_store(url: str) -> Store:
 
 
 def _copy(source: Store, target: Store, references: list[str]) -> None:
-    from modelpatch.train.progress import Progress
-
-    console = open_console()
-    with Progress("copy") as bar, bar.task(target.url, len(references)) as advance:
+    console = Screen()
+    with console.progress("copy") as bar, bar.task(target.url, len(references)) as advance:
         for reference in references:
             (version,) = source.push(target, reference)
-            tell(console, f"copied {version} to {target.url}")
+            console.tell(f"copied {version} to {target.url}")
             advance(1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -27,30 +27,19 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
-from modelpatch.cli.runs import QUIET, Run, load_run, start_run
+from modelpatch.cli.console import JsonOption, Screen
+from modelpatch.cli.runs import CURRENT, QUIET, load_run
 from modelpatch.text import nearest
 
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
 COMMON = {
-    BACKBONE: ("backbone", "argument", "device", "alpha"),
-    FILES: (
-        "out",
-        "force",
-        "dtype",
-        "log",
-        "json",
-        "plot",
-        "bytes_plot",
-        "markdown",
-        "html",
-        "sheet",
-        "overlay",
-        "rounds",
-    ),
-    RAY: ("ray", "ray_workers", "ray_address", "replicas"),
-    RUN: ("config", "quiet", "restart"),
+    BACKBONE: "backbone argument device alpha",
+    FILES: "out force dtype log json plot bytes_plot markdown html sheet overlay rounds",
+    RAY: "ray ray_workers ray_address replicas",
+    RUN: "config quiet restart",
 }  # panels of options that have one name and one meaning in all verbs
 LAST = (DATA, BACKBONE, FILES, RAY, RUN)  # panels below those of the verb itself
+INFO = "typer"  # key of an option's description in the metadata of a group's field
 
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and nothing else, besides what --json - prints.")
@@ -58,11 +47,16 @@ QuietOption = Annotated[
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="A YAML or TOML file of options, such as the one every run writes; the command line overrides it.",
+        help="A YAML or TOML file of options, as every run writes; the command line overrides it.",
         is_eager=True,
         callback=load_run,
     ),
 ]
+
+
+def option(default: Any, *names: str, **details: Any) -> Any:
+    """A field of a group with its default and, as for `typer.Option`, its names and details."""
+    return field(default=default, metadata={INFO: typer.Option(*names, **details)})
 
 
 class Verb(TyperCommand):
@@ -85,15 +79,20 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
     """Make a function a verb: fields of its dataclass parameters become options, and options get panels.
 
     `first` names the options that are listed first, separated by spaces; the others stand in the panel of their group, or
-    in one of `COMMON`, or in `panel`. With `config` the verb takes --config, and `write_run` repeats it.
+    in one of `COMMON`, or in `panel`. With `config` the verb takes --config, and `write_run` repeats it. A parameter of type
+    `Screen` is made of the option --json, and of --plot and --bytes-plot if the verb has them.
     """
 
     def make(function: Callable[..., None]) -> Any:
         hints = get_type_hints(function, include_extras=True)
         groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+        screen = next((name for name, kind in hints.items() if kind is Screen), None)
         options: dict[str, tuple[Parameter, str]] = {}
         for name, parameter in signature(function).parameters.items():
-            own = parameter.replace(annotation=hints[name])
+            if name == screen:
+                parameter, name = Parameter("json", Parameter.KEYWORD_ONLY, default=None), "json"
+                hints["json"] = JsonOption
+            own = _annotated(parameter, hints[name])
             for option, title in _members(groups[name], panel) if name in groups else [(own, panel)]:
                 if option.name in options:
                     raise TypeError(f"{function.__name__}: two of its options are called {option.name!r}")
@@ -109,19 +108,20 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
             for option, title in options.values()
         ]
         order = [OPTIONS, *dict.fromkeys(title for _, title in placed if title not in LAST), *LAST]
-        placed.sort(
-            key=lambda one: (order.index(one[1]), *([leading.index(one[0].name)] if one[0].name in leading else [99]))
-        )
-        placed.sort(key=lambda one: not _is_argument(one[0]))
+        ranks = {name: rank for rank, name in enumerate(leading)}
+        placed.sort(key=lambda one: (not _is_argument(one[0]), order.index(one[1]), ranks.get(one[0].name, len(ranks))))
 
         @wraps(function)
         def call(**values: Any) -> None:
-            start_run(Run(function.__name__, dict(values)))
+            CURRENT.set((function.__name__, dict(values)))
             QUIET.set(bool(values.pop("quiet")))
             values.pop("config", None)
             for name, group in groups.items():
-                own = {field.name: values.pop(field.name) for field in fields(group)}
+                own = {one.name: values.pop(one.name) for one in fields(group)}
                 values[name] = group(**own)
+            if screen:
+                pictures = ("--plot", values.get("plot")), ("--bytes-plot", values.get("bytes_plot"))
+                values[screen] = Screen(values.pop("json"), *pictures)
             function(**values)
 
         parameters = [_in_panel(option, title) for option, title in placed]
@@ -140,15 +140,28 @@ def command(function: Callable[..., None], name: str) -> TyperCommand:
     return made
 
 
+def _annotated(option: Parameter, hint: Any) -> Parameter:
+    """The parameter with typer's description, which may be its default, in its annotation."""
+    if not isinstance(info := copy.copy(option.default), typer.models.ParameterInfo):
+        return option.replace(annotation=hint)
+    default, info.default = info.default, ...
+    return option.replace(annotation=Annotated[hint, info], default=Parameter.empty if default is ... else default)
+
+
 def _members(group: Any, panel: str) -> list[tuple[Parameter, str]]:
     """The fields of a dataclass as parameters of its constructor, with the group's panel."""
     hints = get_type_hints(group, include_extras=True)
     title = getattr(group, "panel", panel)
-    return [(one.replace(annotation=hints[name]), title) for name, one in signature(group).parameters.items()]
+    infos = {one.name: one.metadata.get(INFO) for one in fields(group)}
+    members = []
+    for name, one in signature(group).parameters.items():
+        hint = Annotated[hints[name], infos[name]] if infos[name] else hints[name]
+        members.append((one.replace(annotation=hint), title))
+    return members
 
 
 def _common(name: str) -> str | None:
-    return next((title for title, names in COMMON.items() if name in names), None)
+    return next((title for title, names in COMMON.items() if name in names.split()), None)
 
 
 def _is_argument(option: Parameter) -> bool:

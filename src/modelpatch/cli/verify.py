@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Argument, Option
 
-from modelpatch.cli.console import JsonOption, open_console, write_json
+from modelpatch.cli.console import Screen
 from modelpatch.cli.options import ArgumentOption
 from modelpatch.cli.settings import parse_arguments
 from modelpatch.cli.verb import verb
@@ -18,18 +19,11 @@ COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
 
 @verb(first="backbone json")
 def verify(
-    patch: Annotated[list[Path], typer.Argument(help="Patch files.")],
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            "--backbone",
-            "-b",
-            help="Load this frozen network too and check that the patch fits; own: the one the patch names.",
-        ),
-    ] = None,
-    file_only: Annotated[bool, typer.Option("--file-only", hidden=True)] = False,
+    console: Screen,
+    patch: list[Path] = Argument(..., help="Patch files."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="A network it must fit too; own: the patch's."),
+    file_only: bool = Option(False, "--file-only", hidden=True),
     argument: ArgumentOption = None,
-    json: JsonOption = None,
 ) -> None:
     """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network.
 
@@ -37,14 +31,13 @@ def verify(
     """
     from rich.markup import escape
 
-    console = open_console(json, soft_wrap=True, highlight=False)
     arguments = parse_arguments(argument)
     results = []
     for path in patch:
         results.append(result := _check(path, None if file_only else backbone, arguments))
         status, color = result["status"], COLORS[result["status"]]
-        console.print(f"[{color}]{status:<9}[/{color}] {escape(_line(result))}")
-    write_json(json, results)
+        console.print(f"[{color}]{status:<9}[/{color}] {escape(_line(result))}", soft_wrap=True, highlight=False)
+    console.write_json(results)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
 

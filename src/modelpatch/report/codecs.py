@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -83,17 +82,12 @@ def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: Task, step
     return replace(better, method=MethodRecord(name=patch.method.name, hyperparameters=used))
 
 
-def codec_figures(rows: Sequence[CodecRow]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [asdict(row) for row in rows]
-
-
 def codec_table(title: str, rows: Sequence[CodecRow]) -> Table:
     """One row a codec."""
-    table = new_table(title, "bytes beside those of all tensors of the checkpoint")
-    table.add_column("codec")
-    for name in ("top-1", "file bytes", "%"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(escape(row.codec), percent(row.top1), f"{row.file_bytes:,}", percent(row.share))
-    return table
+    return new_table(
+        title,
+        "bytes beside those of all tensors of the checkpoint",
+        texts=("codec",),
+        figures=("top-1", "file bytes", "%"),
+        rows=[(row.codec, percent(row.top1), f"{row.file_bytes:,}", percent(row.share)) for row in rows],
+    )

@@ -25,21 +25,19 @@ def plot_history(rows: Sequence[Row], title: str, path: Path) -> None:
     losses = [name for name in names if "loss" in name]
     rates = [name for name in names if name in ("lr", "rate")]
     scores = [name for name in names if name not in {"epoch", "step", "seconds", *losses, *rates}]
-    panels = [
-        (label, chosen) for label, chosen in (("loss", losses), ("score", scores), ("learning rate", rates)) if chosen
-    ]
-    with figure(path, 4.2 * max(len(panels), 1), 3.6, columns=max(len(panels), 1)) as drawn:
-        for axes, (label, chosen) in zip([drawn] if len(panels) < 2 else drawn, panels, strict=False):
+    panels = {"loss": losses, "score": scores, "learning rate": rates}
+    panels = {label: chosen for label, chosen in panels.items() if chosen} or {"score": []}
+    with figure(path, 4.2 * len(panels), 3.6, columns=len(panels)) as drawn:
+        every = [drawn] if len(panels) < 2 else list(drawn)
+        for axes, (label, chosen) in zip(every, panels.items(), strict=True):
             for number, name in enumerate(chosen):
                 points = [(row.get("epoch", place), row[name]) for place, row in enumerate(rows, 1) if name in row]
                 color = (BLUE, ORANGE, GREY)[number] if number < 3 else f"C{number}"
-                axes.plot(
-                    *zip(*points, strict=True), color=color, marker="o", markersize=3, label=name.replace("_", " ")
-                )
+                style = {"color": color, "marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
             axes.set(xlabel="epoch", ylabel=label)
             axes.legend(frameon=False, fontsize=8)
-        first = drawn if len(panels) < 2 else drawn[0]
-        first.figure.suptitle(title)
+        every[0].figure.suptitle(title)
 
 
 def _numbers(row: dict[str, str]) -> Row:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from modelpatch.recipes.frontier import Frontier
 from modelpatch.recipes.painting import Painting
 from modelpatch.recipes.tradeoff import Point
 from modelpatch.report.plots import BLUE, ORANGE, figure
-from modelpatch.report.tables import new_table, percent
+from modelpatch.report.tables import cells_markdown, new_table, percent
 
 SHOWN = 24  # mixtures in a table
+COLUMNS = ("patched", "supported", "combined")
 
 
 def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the base, the mixtures, test accuracies in percent; the chosen mixture has a star."""
     tasks = list(painting.chosen.tasks)
-    header = ["alpha", *tasks, "patched", "supported", "combined"]
+    header = ["alpha", *tasks, *COLUMNS]
     points = list(painting.curve)
     if len(points) > SHOWN:
         points = sorted(points, key=lambda point: -point.combined("validation"))[:SHOWN]
@@ -32,7 +33,7 @@ def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
         [
             name + " *" * (point is painting.chosen),
             *(percent(point.tasks[task].test) for task in tasks),
-            *(percent(value) for value in (point.mean("patched"), point.mean("supported"), point.combined())),
+            *map(percent, _means(point)),
         ]
         for name, point in named
     ]
@@ -41,14 +42,9 @@ def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
 
 def painting_table(painting: Painting) -> Table:
     """One row a mixture."""
-    table = new_table(f"{painting.settings.mode} patching, test accuracy")
     (first, *others), rows = painting_cells(painting)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    title = f"{painting.settings.mode} patching, test accuracy"
+    return new_table(title, texts=(first,), figures=others, rows=rows)
 
 
 def painting_summary(painting: Painting) -> str:
@@ -61,41 +57,34 @@ def painting_summary(painting: Painting) -> str:
 
 def orders_table(painting: Painting) -> Table:
     """One row an order of the tasks, and their mean: what is left at the end of each."""
-    table = new_table("sequences, test accuracy after the last task")
-    table.add_column("order")
-    for name in ("alphas", "patched", "supported", "combined"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for order in painting.orders:
-        point = order.point
-        figures = [percent(value) for value in (point.mean("patched"), point.mean("supported"), point.combined())]
-        table.add_row(escape(", ".join(order.tasks)), ", ".join(f"{alpha:g}" for alpha in order.alphas), *figures)
-    points = [order.point for order in painting.orders]
-    means = [
-        statistics.fmean(values)
-        for values in zip(*((p.mean("patched"), p.mean("supported"), p.combined()) for p in points), strict=True)
+    figures = [_means(order.point) for order in painting.orders]
+    rows = [
+        (", ".join(order.tasks), ", ".join(f"{alpha:g}" for alpha in order.alphas), *map(percent, own))
+        for order, own in zip(painting.orders, figures, strict=True)
     ]
-    table.add_row("mean", "", *map(percent, means))
-    return table
+    rows.append(("mean", "", *(percent(statistics.fmean(column)) for column in zip(*figures, strict=True))))
+    title = "sequences, test accuracy after the last task"
+    return new_table(title, texts=("order",), figures=("alphas", *COLUMNS), rows=rows)
 
 
 def painting_markdown(painting: Painting) -> str:
-    """The same table as Markdown."""
-    header, rows = painting_cells(painting)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    """The table of the painting as Markdown."""
+    return cells_markdown(*painting_cells(painting))
 
 
 def frontier_table(frontier: Frontier) -> Table:
     """One row a baseline: the point that held-out images choose."""
-    table = new_table("what else trades off", "each at the point that held-out images choose; test accuracy")
-    table.add_column("", no_wrap=True)
-    for name in ("at", "patched", "supported", "combined"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, points in frontier.curves.items():
-        best = max(points, key=lambda point: point.combined("validation"))
-        figures = [percent(value) for value in (best.mean("patched"), best.mean("supported"), best.combined())]
-        table.add_row(escape(name), f"{best.weights[0]:g}", *figures)
-    return table
+    best = {
+        name: max(points, key=lambda point: point.combined("validation")) for name, points in frontier.curves.items()
+    }
+    rows = [(name, f"{point.weights[0]:g}", *map(percent, _means(point))) for name, point in best.items()]
+    caption = "each at the point that held-out images choose; test accuracy"
+    return new_table("what else trades off", caption, texts=("",), figures=("at", *COLUMNS), rows=rows)
+
+
+def _means(point: Point) -> tuple[float, float, float]:
+    """Test accuracies of a point: the patched tasks, the supported ones, and both."""
+    return point.mean("patched"), point.mean("supported"), point.combined()
 
 
 def plot_tradeoff(
@@ -104,11 +93,9 @@ def plot_tradeoff(
     """Patched against supported test accuracy in percent: PAINT's curve, other curves, the base and the chosen point."""
     with figure(path, 6.5, 5) as axes:
         for number, (name, points) in enumerate(curves.items()):
-            style = (
-                {"color": BLUE, "linewidth": 2, "zorder": 3}
-                if name == "paint"
-                else {"color": f"C{number}", "alpha": 0.8}
-            )
+            style: dict[str, Any] = {"color": f"C{number}", "alpha": 0.8}
+            if name == "paint":
+                style = {"color": BLUE, "linewidth": 2, "zorder": 3}
             places, sums = _places(points), [sum(point.weights) for point in points]
             style["linestyle"] = "-" if sums == sorted(sums) else ""  # a line through a curve, not through a cloud
             axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=name, **style)

@@ -44,9 +44,8 @@ def check_picture(path: Path, option: str) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
-        raise ModelpatchError(
-            f"{option} {path}: {path.suffix or 'no suffix'} is not a supported picture format. Use .png, .svg or .pdf."
-        )
+        suffix = path.suffix or "no suffix"
+        raise ModelpatchError(f"{option} {path}: {suffix} is not a supported picture format. Use .png, .svg or .pdf.")
 
 
 @contextmanager
@@ -66,9 +65,8 @@ def figure(path: Path, width: float, height: float, columns: int = 1, rows: int 
     try:
         drawing.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
-        raise ModelpatchError(
-            f"cannot draw {path}: {error}. Use a .png, .svg or .pdf in a folder that exists."
-        ) from error
+        advice = "Use a .png, .svg or .pdf in a folder that exists."
+        raise ModelpatchError(f"cannot draw {path}: {error}. {advice}") from error
 
 
 def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[str, str]], path: Path) -> None:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from rich.markup import escape
 from rich.table import Table
 
 from modelpatch.backbone.preprocessing import ImageSource, open_image
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.selection import accuracy
-from modelpatch.report.tables import NAME_WIDTH, new_table, percent
+from modelpatch.report.tables import new_table, percent
 from modelpatch.select.active import Curves, Pick
-from modelpatch.select.searching import Search
+from modelpatch.select.searching import Proposal, Search
 
 SHOWN = 24  # rows of a search's table
 TILE, CAPTION, COLUMNS = 128, 30, 8  # pixels, pixels, tiles
@@ -27,71 +26,58 @@ def search_table(search: Search) -> Table:
     front = {id(one) for one in search.front}
     notes = [str(search.effect)] if search.effect else []
     notes += [f"given up: {reason}" for reason in search.dropped]
-    table = new_table(
+    shown = search.proposals[:SHOWN]
+    rows = [
+        (one.candidate.name, accuracy(one.score), f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}",
+         str(one.score.epochs), "*" if id(one) in front else "")
+        for one in shown
+    ]  # fmt: skip
+    return new_table(
         f"{search.task} on {search.backbone}",
         "\n".join(notes),
         texts=("proposal",),
         figures=("held-out\ntop-1", "file\nbytes", "added\ntime, %", "epochs", "Pareto"),
+        rows=rows,
+        bold=[number for number, one in enumerate(shown) if one.candidate is search.chosen],
     )
-    for one in search.proposals[:SHOWN]:
-        bold = "[b]{}[/b]" if one.candidate is search.chosen else "{}"
-        figures = (f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}", str(one.score.epochs))
-        name = bold.format(escape(one.candidate.name))
-        table.add_row(name, bold.format(accuracy(one.score)), *figures, "*" if id(one) in front else "")
-    return table
 
 
 def left_out_table(search: Search) -> Table:
     """A row a proposal that was not trained, with the reason; where there are many the JSON has them all."""
     more = len(search.left_out) - SHOWN
-    table = new_table("left out before training", f"and {more} more, see --json" if more > 0 else "")
-    table.add_column("proposal", overflow="fold", min_width=NAME_WIDTH)
-    table.add_column("reason", overflow="fold")
-    for name, reason in list(search.left_out.items())[:SHOWN]:
-        table.add_row(escape(name), escape(reason))
-    return table
+    caption = f"and {more} more, see --json" if more > 0 else ""
+    rows = list(search.left_out.items())[:SHOWN]
+    return new_table("left out before training", caption, texts=("proposal", "reason"), rows=rows)
 
 
 def plot_search(search: Search, path: Path) -> None:
     """Accuracy against bytes (log), the added time as colour; the Pareto front is joined, the limits are lines."""
-    slowest = max(100 * one.latency for one in search.proposals)
+    slowest = max(1, *(100 * one.latency for one in search.proposals))
     with figure(path, 9, 5.5) as axes:
-        for kept, marker in ((False, "x"), (True, "o")):
-            chosen = [one for one in search.proposals if one.kept is kept]
-            if not chosen:
-                continue
-            points = axes.scatter(
-                [one.score.file_bytes / 1000 for one in chosen],
-                [100 * one.score.top1 for one in chosen],
-                c=[100 * one.latency for one in chosen],
-                vmin=0,
-                vmax=max(slowest, 1),
-                cmap="viridis",
-                marker=marker,
-                label="trained to the end" if kept else "given up early",
-            )
+        for kept, marker, label in ((False, "x", "given up early"), (True, "o", "trained to the end")):
+            if chosen := [one for one in search.proposals if one.kept is kept]:
+                colors = {"c": [100 * one.latency for one in chosen], "vmin": 0, "vmax": slowest, "cmap": "viridis"}
+                points = axes.scatter(*_places(chosen), marker=marker, label=label, **colors)
+        ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linewidth": 1, "zorder": 0}
+        label = "Pareto front in accuracy, bytes and time"
         front = sorted(search.front, key=lambda one: one.score.file_bytes)
-        axes.plot(
-            [one.score.file_bytes / 1000 for one in front],
-            [100 * one.score.top1 for one in front],
-            color=ORANGE,
-            marker="o",
-            markersize=11,
-            markerfacecolor="none",
-            linewidth=1,
-            zorder=0,
-            label="Pareto front in accuracy, bytes and time",
-        )
+        axes.plot(*_places(front), color=ORANGE, label=label, **ring)
         if search.budget.bytes is not None:
             axes.axvline(search.budget.bytes / 1000, color=GREY, linestyle="--", label="limit of bytes")
         axes.set(xlabel="patch file, kB (log)", ylabel="held-out top-1, percent")
         _log_ticks(axes)
         axes.set_title(f"{search.task} on {search.backbone}")
         bar = axes.figure.colorbar(points, label="added time, percent of the base's")
-        if search.budget.latency is not None and 100 * search.budget.latency <= max(slowest, 1):
+        if search.budget.latency is not None and 100 * search.budget.latency <= slowest:
             bar.ax.axhline(100 * search.budget.latency, color=ORANGE, linewidth=2)
             bar.set_label("added time, percent of the base's; orange: limit")
         axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+
+
+def _places(proposals: Sequence[Proposal]) -> tuple[list[float], list[float]]:
+    """Kilobytes and accuracies in percent."""
+    scores = [one.score for one in proposals]
+    return [score.file_bytes / 1000 for score in scores], [100 * score.top1 for score in scores]
 
 
 def _log_ticks(axes: Any) -> None:
@@ -106,28 +92,21 @@ def _log_ticks(axes: Any) -> None:
 
 def picks_table(picks: Sequence[Pick], names: Sequence[str]) -> Table:
     """The images to label next, the least sure first."""
-    table = new_table("label next")
-    table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
-    table.add_column("margin", justify="right", no_wrap=True)
-    table.add_column("between", overflow="fold")
-    for one in picks:
-        table.add_row(escape(names[one.position]), f"{one.margin:.3f}", escape(f"{one.first} and {one.second}"))
-    return table
+    rows = [(names[one.position], f"{one.first} and {one.second}", f"{one.margin:.3f}") for one in picks]
+    return new_table("label next", texts=("image", "between"), figures=("margin",), rows=rows)
 
 
 def curves_table(curves: Curves) -> Table:
     """Accuracy by number of labels and strategy."""
-    table = new_table(f"{curves.task} on {curves.backbone}: {curves.method}")
-    table.add_column("labels", justify="right", no_wrap=True)
-    for name in curves.top1s:
-        table.add_column(f"{name}\ntop-1", justify="right", no_wrap=True)
+    rows = []
     for row, count in enumerate(curves.labels):
         cells = [
-            percent(curves.mean(name)[row]) + (f" ± {percent(curves.error(name)[row])}" if len(values) > 1 else "")
+            percent(curves.mean(name)[row], curves.error(name)[row] if len(values) > 1 else None)
             for name, values in curves.top1s.items()
         ]
-        table.add_row(f"{count:,}", *cells)
-    return table
+        rows.append((f"{count:,}", *cells))
+    title = f"{curves.task} on {curves.backbone}: {curves.method}"
+    return new_table(title, figures=("labels", *(f"{name}\ntop-1" for name in curves.top1s)), rows=rows)
 
 
 def plot_curves(curves: Curves, path: Path) -> None:

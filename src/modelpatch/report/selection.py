@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
-from modelpatch.report.tables import NAME_WIDTH, new_table, percent
+from modelpatch.report.tables import facts_table, new_table, percent
 from modelpatch.select.greedy import Round, Selection
 from modelpatch.select.profiling import Profile, ProfileRow
 from modelpatch.select.study import Score
 
+PALE = 0.3  # the opacity of what successive halving stopped early
+TICKS: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 8}  # style of long names below a picture
+Cells = dict[tuple[int, int], tuple[float, float]]  # value and opacity by row and column of a heat map
+
 
 def accuracy(score: Score | None) -> str:
     """`71.3 ± 0.8`, in percent; a dash where nothing was measured."""
-    if score is None or not score.top1s:
-        return "–"
-    return percent(score.top1) + ("" if score.error is None else f" ± {percent(score.error)}")
+    return percent(score.top1, score.error) if score and score.top1s else percent(None)
 
 
 def profile_table(profile: Profile) -> Table:
@@ -27,61 +31,56 @@ def profile_table(profile: Profile) -> Table:
     notes = [f"{name} left out: {why}" for name, why in profile.skipped.items()]
     notes += [f"{row.name} failed: {row.score.failure}" for row in profile.rows if row.score.failure]
     notes += [str(profile.effect)] if profile.effect else []
-    table = new_table(
-        f"{profile.task} on {profile.backbone}: {profile.method} by {profile.kind}",
+    rows = [(row.name, accuracy(row.score), f"{row.parameters:,}", *_costs(row.score)) for row in profile.rows]
+    return new_table(
+        _title(profile, f" by {profile.kind}"),
         "\n".join(notes),
         texts=("trained",),
         figures=("held-out\ntop-1", "parameters", "file\nbytes", "epochs", "seconds"),
+        rows=[*rows, ("linear probe", accuracy(profile.probe), "0", *_costs(profile.probe))],
+        bold=[number for number, row in enumerate(profile.rows) if row is profile.best],
     )
-    for row in profile.rows:
-        bold = "[b]{}[/b]" if row is profile.best else "{}"
-        table.add_row(
-            bold.format(escape(row.name)), bold.format(accuracy(row.score)), f"{row.parameters:,}", *_costs(row.score)
-        )
-    table.add_row("linear probe", accuracy(profile.probe), "0", *_costs(profile.probe))
-    return table
 
 
 def sizes_table(profiles: Sequence[Profile]) -> Table:
     """A row a unit, a column a number of training images; the best of every column in bold, the linear probe last."""
     first = profiles[0]
-    table = new_table(f"{first.task} on {first.backbone}: {first.method} by {first.kind}, held-out top-1")
-    table.add_column("trained", overflow="fold", min_width=NAME_WIDTH)
-    for profile in profiles:
-        table.add_column(f"{profile.images:,}\nimages", justify="right", no_wrap=True)
+    table = new_table(
+        _title(first, f" by {first.kind}, held-out top-1"),
+        texts=("trained",),
+        figures=[f"{profile.images:,}\nimages" for profile in profiles],
+    )
     for row in first.rows:
-        found = [(one, next((r for r in one.rows if r.name == row.name), None)) for one in profiles]
-        cells = [accuracy(own.score if own else None) for _, own in found]
-        best = [own is not None and own is one.best for one, own in found]
+        found = [next((own for own in one.rows if own.name == row.name), None) for one in profiles]
+        cells = [accuracy(own.score if own else None) for own in found]
+        best = [own is not None and own is one.best for own, one in zip(found, profiles, strict=True)]
         table.add_row(escape(row.name), *(f"[b]{c}[/b]" if b else c for c, b in zip(cells, best, strict=True)))
     table.add_row("linear probe", *(accuracy(profile.probe) for profile in profiles))
     return table
 
 
-def _costs(score: Score) -> tuple[str, str, str]:
-    return f"{score.file_bytes:,}", str(score.epochs), f"{score.seconds:.1f}"
+def _title(result: Profile | Selection, more: str = "") -> str:
+    return f"{result.task} on {result.backbone}: {result.method}{more}"
+
+
+def _costs(score: Score | None) -> tuple[str, str, str]:
+    return (f"{score.file_bytes:,}", str(score.epochs), f"{score.seconds:.1f}") if score else ("", "", "")
 
 
 def round_table(one: Round, task: str) -> Table:
     """A row a candidate, the best first; those that a limit leaves out say which."""
     taken = "taken" if one.accepted else "not taken: it does not improve enough"
     caption = "no candidate keeps the limits" if one.best is None else f"{one.steps[one.best].block}: {taken}"
-    table = new_table(
+    order = sorted(range(len(one.steps)), key=lambda n: (n != one.best, -_top1(one.steps[n].score)))
+    steps = [one.steps[n] for n in order]
+    return new_table(
         f"{task}, round {one.number}",
         "\n".join([caption, *([str(one.effect)] if one.effect else [])]),
-        texts=("block",),
+        texts=("block", "left out"),
         figures=("held-out\ntop-1", "file\nbytes", "epochs", "seconds"),
+        rows=[(step.block, step.left_out or "", accuracy(step.score), *_costs(step.score)) for step in steps],
+        bold=[] if one.best is None else [0],
     )
-    table.add_column("left out", overflow="fold")
-    order = sorted(range(len(one.steps)), key=lambda n: (n != one.best, -_top1(one.steps[n].score)))
-    for n in order:
-        step = one.steps[n]
-        bold = "[b]{}[/b]" if n == one.best else "{}"
-        costs = _costs(step.score) if step.score else ("", "", "")
-        table.add_row(
-            bold.format(escape(step.block)), bold.format(accuracy(step.score)), *costs, escape(step.left_out or "")
-        )
-    return table
 
 
 def _top1(score: Score | None) -> float:
@@ -90,9 +89,6 @@ def _top1(score: Score | None) -> float:
 
 def selection_table(selection: Selection) -> Table:
     """The choice and its scores."""
-    table = new_table(f"{selection.task} on {selection.backbone}", header=False)
-    table.add_column("what", overflow="fold")
-    table.add_column("value", overflow="fold")
     rows = [
         ("blocks, in the order chosen", ", ".join(selection.blocks) or "none: the linear probe is best"),
         ("cross-validation", f"{accuracy(selection.score)} %"),
@@ -104,9 +100,7 @@ def selection_table(selection: Selection) -> Table:
         *(("given up", reason) for reason in selection.dropped),
         ("test top-1", f"{percent(selection.patch.metrics['test_top1'])} %"),
     ]
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    return table
+    return facts_table(f"{selection.task} on {selection.backbone}", rows)
 
 
 def _replaced(selection: Selection) -> str:
@@ -125,51 +119,42 @@ def plot_profile(profile: Profile, path: Path) -> None:
     if profile.kind == "pairs":
         _plot_pairs(profile, path)
         return
-    with figure(path, 2 + 0.45 * max(len(profile.rows), 8), 4.5) as axes:
-        best = profile.best
-        places = range(len(profile.rows))
-        bars = axes.bar(
-            places,
-            [100 * max(row.score.top1, 0) for row in profile.rows],
-            yerr=[100 * (row.score.error or 0) for row in profile.rows],
-            color=[ORANGE if row is best else BLUE for row in profile.rows],
-            capsize=3,
-        )
-        for bar, row in zip(bars, profile.rows, strict=True):
-            if (strength := _strength(profile, row)) < 1:
-                bar.set(alpha=strength, label="fewer epochs")
-        axes.axhline(100 * max(profile.probe.top1, 0), color=GREY, linestyle="--", label="linear probe")
-        axes.set_xticks(places, [row.name for row in profile.rows], rotation=60, ha="right", fontsize=8)
-        tops = [100 * score.top1 for score in (profile.probe, *(row.score for row in profile.rows)) if score.top1s]
+    rows, probe = profile.rows, profile.probe
+    with figure(path, 2 + 0.45 * max(len(rows), 8), 4.5) as axes:
+        heights = [100 * max(row.score.top1, 0) for row in rows]
+        errors = [100 * (row.score.error or 0) for row in rows]
+        colors = [ORANGE if row is profile.best else BLUE for row in rows]
+        bars = axes.bar(range(len(rows)), heights, yerr=errors, color=colors, capsize=3)
+        pale = [bar for bar, row in zip(bars, rows, strict=True) if _strength(profile, row) < 1]
+        for bar in pale:
+            bar.set(alpha=PALE, label="fewer epochs" if bar is pale[0] else "")
+        axes.axhline(100 * max(probe.top1, 0), color=GREY, linestyle="--", label="linear probe")
+        axes.set_xticks(range(len(rows)), [row.name for row in rows], **TICKS)
+        tops = [100 * score.top1 for score in (probe, *(row.score for row in rows)) if score.top1s]
         axes.set_ylim(bottom=max(0, min(tops, default=0) - 10))
-        axes.set(ylabel="held-out top-1, percent", title=f"{profile.task} on {profile.backbone}: {profile.method}")
-        handles, labels = axes.get_legend_handles_labels()
-        once = dict(zip(labels, handles, strict=True))
-        axes.legend(once.values(), once.keys(), frameon=False)
+        axes.set(ylabel="held-out top-1, percent", title=_title(profile))
+        axes.legend(frameon=False)
 
 
 def _strength(profile: Profile, row: ProfileRow) -> float:
     """The opacity of a unit: pale if successive halving stopped it after fewer epochs."""
-    return 1.0 if row.score.epochs == max(one.score.epochs for one in profile.rows) else 0.3
+    return 1.0 if row.score.epochs == max(one.score.epochs for one in profile.rows) else PALE
 
 
 def _plot_pairs(profile: Profile, path: Path) -> None:
     """Accuracy of every pair of blocks; the diagonal is empty, and pairs that halving left early are pale."""
-    count = len(profile.blocks)
-    cells = [[float("nan")] * count for _ in range(count)]
-    shown = [[1.0] * count for _ in range(count)]
+    cells: Cells = {}
     for row in profile.rows:
         if row.score.top1s:
             first, second = (profile.blocks.index(block) for block in row.blocks)
-            cells[first][second] = cells[second][first] = 100 * row.score.top1
-            shown[first][second] = shown[second][first] = _strength(profile, row)
+            cells[first, second] = cells[second, first] = 100 * row.score.top1, _strength(profile, row)
+    count = len(profile.blocks)
     side = 3 + 0.35 * count
     with figure(path, side + 1, side) as axes:
-        image = axes.imshow(cells, cmap="viridis", alpha=shown)
+        _draw_cells(axes, cells, (count, count), "held-out top-1, percent", cmap="viridis")
         axes.set_xticks(range(count), profile.blocks, rotation=90, fontsize=7)
         axes.set_yticks(range(count), profile.blocks, fontsize=7)
-        axes.set_title(f"{profile.task} on {profile.backbone}: {profile.method} on pairs", fontsize=10)
-        axes.figure.colorbar(image, shrink=0.7, label="held-out top-1, percent")
+        axes.set_title(_title(profile, " on pairs"), fontsize=10)
 
 
 def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
@@ -178,26 +163,30 @@ def plot_sizes(profiles: Sequence[Profile], path: Path) -> None:
     Units that halving left early are pale.
     """
     names = [row.name for row in profiles[0].rows]
-    cells = [[float("nan")] * len(names) for _ in profiles]
-    shown = [[1.0] * len(names) for _ in profiles]
-    for line, strengths, profile in zip(cells, shown, profiles, strict=True):
-        for row in profile.rows:
-            if row.score.top1s:
-                line[names.index(row.name)] = 100 * (row.score.top1 - profile.probe.top1)
-                strengths[names.index(row.name)] = _strength(profile, row)
-    reach = max((abs(cell) for line in cells for cell in line if cell == cell), default=0.0) or 1.0
+    cells = {
+        (number, names.index(row.name)): (100 * (row.score.top1 - profile.probe.top1), _strength(profile, row))
+        for number, profile in enumerate(profiles)
+        for row in profile.rows
+        if row.score.top1s
+    }
+    reach = max((abs(gain) for gain, _ in cells.values()), default=0.0) or 1.0
     with figure(path, 3 + 0.45 * max(len(names), 8), 2.4 + 0.45 * len(profiles)) as axes:
-        image = axes.imshow(cells, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", alpha=shown)
+        style = {"cmap": "RdBu", "vmin": -reach, "vmax": reach, "aspect": "auto"}
+        _draw_cells(axes, cells, (len(profiles), len(names)), "points over the linear probe", **style)
         for number, profile in enumerate(profiles):
             if (best := profile.best) is not None:
                 axes.plot(names.index(best.name), number, "o", color="black", markersize=5)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_xticks(range(len(names)), names, **TICKS)
         axes.set_yticks(range(len(profiles)), [f"{profile.images:,}" for profile in profiles])
         axes.set(ylabel="training images")
-        axes.set_title(
-            f"{profiles[0].task} on {profiles[0].backbone}: {profiles[0].method}; dot: the best", fontsize=10
-        )
-        axes.figure.colorbar(image, label="points over the linear probe")
+        axes.set_title(_title(profiles[0], "; dot: the best"), fontsize=10)
+
+
+def _draw_cells(axes: Any, cells: Cells, shape: tuple[int, int], label: str, **style: Any) -> None:
+    """Draw a heat map of the cells that are there, with a bar of its colours."""
+    found = [[cells.get((row, column), (math.nan, 1.0)) for column in range(shape[1])] for row in range(shape[0])]
+    values, strengths = ([[one[part] for one in line] for line in found] for part in (0, 1))
+    axes.figure.colorbar(axes.imshow(values, alpha=strengths, **style), label=label)
 
 
 def plot_order(selection: Selection, path: Path) -> None:
@@ -207,27 +196,21 @@ def plot_order(selection: Selection, path: Path) -> None:
     """
     with figure(path, 10, 4.5, columns=2) as (left, right):
         blocks = [step.block for step in selection.rounds[0].steps] if selection.rounds else []
-        rounds = [one for one in selection.rounds if one.accepted and one.best is not None]
-        chosen = [one.steps[one.best].block for one in rounds if one.best is not None]
-        left.scatter([blocks.index(block) for block in chosen], [one.number for one in rounds], color=BLUE, s=60)
-        left.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=7)
+        best = {one.number: one.steps[one.best] for one in selection.rounds if one.best is not None}
+        chosen = {one.number: blocks.index(best[one.number].block) for one in selection.rounds if one.accepted}
+        left.scatter(chosen.values(), chosen.keys(), color=BLUE, s=60)
+        left.set_xticks(range(len(blocks)), blocks, **TICKS)
         if not chosen:
             left.text(0.5, 0.5, "no round took a block", ha="center", transform=left.transAxes, color=GREY)
         left.set(ylabel="round", title="chosen block", ylim=(0.5, len(selection.rounds) + 0.5))
         left.set_yticks([one.number for one in selection.rounds])
-        numbers = [one.number for one in selection.rounds if one.best is not None]
-        scores = [one.steps[one.best].score for one in selection.rounds if one.best is not None]
-        errors = [100 * (score.error or 0) if score else 0 for score in scores]
-        right.errorbar(
-            numbers, [100 * score.top1 if score else 0 for score in scores], errors, color=BLUE, marker="o", capsize=3
-        )
+        tops = [100 * step.score.top1 if step.score else 0 for step in best.values()]
+        errors = [100 * (step.score.error or 0) if step.score else 0 for step in best.values()]
+        right.errorbar(list(best), tops, errors, color=BLUE, marker="o", capsize=3)
         right.axhline(100 * selection.probe.top1, color=GREY, linestyle="--", label="linear probe")
         if selection.every is not None:
             right.axhline(100 * selection.every.top1, color=ORANGE, linestyle=":", label="all blocks")
-        right.set(xlabel="round", ylabel="held-out top-1, percent", title="best candidate")
-        right.set_xticks(numbers)
+        right.set(xlabel="round", ylabel="held-out top-1, percent", title="best candidate", xticks=list(best))
         right.legend(frameon=False)
-        title = f"{selection.task} on {selection.backbone}: {selection.method}"
-        if selection.replaced is not None:
-            title += f"\ngiven up: {_winner(selection)} better on the folds"
-        left.figure.suptitle(title)
+        given_up = f"\ngiven up: {_winner(selection)} better on the folds" if selection.replaced else ""
+        left.figure.suptitle(_title(selection, given_up))

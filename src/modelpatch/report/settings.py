@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.report.tables import NAME_WIDTH, new_table
+from modelpatch.report.tables import new_table
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,6 @@ class SettingRow:
     name: str
     values: str
     default: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def describe_fields(settings: type) -> list[SettingRow]:
@@ -73,20 +68,10 @@ def first_line(thing: object) -> str:
 
 def methods_table(lines: Mapping[str, str]) -> Table:
     """One row per method: its name and a line about it."""
-    table = new_table("methods")
-    table.add_column("name", no_wrap=True)
-    table.add_column("about", overflow="fold")
-    for name, line in lines.items():
-        table.add_row(escape(name), escape(line))
-    return table
+    return new_table("methods", texts=("name", "about"), rows=lines.items())
 
 
 def settings_table(title: str, rows: Sequence[SettingRow]) -> Table:
     """One row per setting: name, default, values."""
-    table = new_table(title)
-    table.add_column("name", no_wrap=True)
-    table.add_column("default", overflow="fold", min_width=NAME_WIDTH)
-    table.add_column("values", overflow="fold")
-    for row in rows:
-        table.add_row(escape(row.name), escape(row.default), escape(row.values))
-    return table
+    cells = [(row.name, row.default, row.values) for row in rows]
+    return new_table(title, texts=("name", "default", "values"), rows=cells)

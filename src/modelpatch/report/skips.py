@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from modelpatch.backbone.backbone import Backbone
@@ -51,28 +50,25 @@ def stage_names(backbone: Backbone, records: Sequence[SkipWeights]) -> list[str]
 
 def skips_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     """Mean and spread of every weight over the images."""
-    table = new_table("weights of the skips", texts=("stage",), figures=("skip", "in the base", "mean λ", "deviation"))
-    for record, name in zip(records, names, strict=True):
-        for edge in record.as_dict()["edges"]:
-            arrow, base = f"{edge['from']} → {edge['to']}", "1" if edge["existing"] else "0"
-            table.add_row(escape(name), arrow, base, f"{edge['mean']:.3f}", f"{edge['deviation']:.3f}")
-    return table
+    rows = [
+        (name, f"{edge['from']} → {edge['to']}", "1" if edge["existing"] else "0", f"{edge['mean']:.3f}",
+         f"{edge['deviation']:.3f}")
+        for record, name in zip(records, names, strict=True)
+        for edge in record.as_dict()["edges"]
+    ]  # fmt: skip
+    figures = ("skip", "in the base", "mean λ", "deviation")
+    return new_table("weights of the skips", texts=("stage",), figures=figures, rows=rows)
 
 
 def variances_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Table:
     """The variance of every node's sum, and how much it is of the node before: about 2 where skips pile up."""
-    table = new_table(
-        "variance of the nodes",
-        "of z before its activation, over all images, channels and places",
-        texts=("stage",),
-        figures=("node", "variance", "times the last"),
-    )
+    rows = []
     for record, name in zip(records, names, strict=True):
-        before = None
-        for node, variance in enumerate(record.variances, 1):
-            table.add_row(escape(name), str(node), f"{variance:.3g}", f"{variance / before:.2f}" if before else "")
-            before = variance
-    return table
+        for node, (before, variance) in enumerate(zip((0.0, *record.variances), record.variances), 1):  # noqa: B905
+            rows.append((name, str(node), f"{variance:.3g}", f"{variance / before:.2f}" if before else ""))
+    caption = "of z before its activation, over all images, channels and places"
+    figures = ("node", "variance", "times the last")
+    return new_table("variance of the nodes", caption, texts=("stage",), figures=figures, rows=rows)
 
 
 def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], title: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -18,7 +18,7 @@ from modelpatch.text import count_of
 if TYPE_CHECKING:
     from modelpatch.convert.difference import Difference
     from modelpatch.engine.program import Timing
-    from modelpatch.patch.inspect import Inspection, Part
+    from modelpatch.patch.inspect import Inspection
     from modelpatch.recipes.comparison import Comparison, MethodRow
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
@@ -42,9 +42,19 @@ def show(console: Console, table: Table) -> None:
 
 
 def new_table(
-    title: str, caption: str = "", header: bool = True, texts: Sequence[str] = (), figures: Sequence[str] = ()
+    title: str,
+    caption: str = "",
+    *,
+    header: bool = True,
+    texts: Sequence[str] = (),
+    figures: Sequence[str] = (),
+    rows: Iterable[Sequence[str]] = (),
+    bold: Collection[int] = (),
 ) -> Table:
-    """A light table that leaves a narrow terminal to the figures: columns of texts wrap, columns of figures do not."""
+    """A light table that leaves a narrow terminal to the figures: columns of texts wrap, columns of figures do not.
+
+    Cells and names of columns are shown as they are, without markup; `bold` are numbers of rows.
+    """
     table = Table(
         title=escape(title),
         caption=escape(caption) or None,
@@ -57,22 +67,40 @@ def new_table(
         caption_justify="left",
     )
     for name in texts:
-        table.add_column(name, overflow="fold", min_width=NAME_WIDTH)
+        table.add_column(escape(name), overflow="fold", min_width=NAME_WIDTH)
     for name in figures:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(*map(escape, row), style="bold" if number in bold else None)
     return table
 
 
-def percent(share: float | None) -> str:
-    """A share in [0, 1] as percent; None as a dash."""
-    return "–" if share is None else f"{100 * share:.1f}"
+def facts_table(title: str, rows: Iterable[tuple[str, str]], width: int | None = None) -> Table:
+    """Names and values, one pair a row; values have at least `width` characters, if that is given."""
+    table = new_table(title, header=False)
+    table.add_column("", overflow="fold", max_width=width and NAME_WIDTH)
+    table.add_column("", overflow="fold", min_width=width)
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def cells_markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown; columns after the first are figures."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]]) + "\n"
+
+
+def percent(share: float | None, error: float | None = None) -> str:
+    """A share in [0, 1] as percent, with its standard error if there is one; None as a dash."""
+    return "–" if share is None else f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison as text; columns about the base only if it was measured."""
     columns: dict[str, Callable[[MethodRow], str]] = {
         "method": lambda row: row.method,
-        "top-1": lambda row: percent(row.top1) + ("" if row.top1_error is None else f" ± {percent(row.top1_error)}"),
+        "top-1": lambda row: percent(row.top1, row.top1_error),
     }
     if any(row.base_after is not None for row in comparison.rows):
         columns |= {
@@ -91,22 +119,16 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
 def comparison_table(comparison: Comparison) -> Table:
     """One row a method."""
     caption = "\n".join(f"{name} left out: {why}" for name, why in comparison.skipped.items())
-    table = new_table(f"{comparison.task} on {comparison.backbone}", caption)
     (name, *figures), rows = comparison_cells(comparison)
-    table.add_column(name, overflow="fold", min_width=NAME_WIDTH - 2)
-    for column in figures:
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
+    breaks = [column.replace(" ", "\n") for column in figures]
+    table = new_table(f"{comparison.task} on {comparison.backbone}", caption, texts=(name,), figures=breaks, rows=rows)
+    table.columns[0].min_width = NAME_WIDTH - 2
     return table
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The same table as Markdown."""
-    header, rows = comparison_cells(comparison)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return cells_markdown(*comparison_cells(comparison))
 
 
 def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
@@ -114,28 +136,23 @@ def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
     figures = result.as_dict()
     shared, whole, numbers = (figures[name] for name in ("shared_parameters", "backbone_parameters", "numbers"))
     caption = f"{shared:,} of {whole:,} parameters are shared, {numbers:,} numbers in all"
-    table = new_table(
+    rows = []
+    for name, patch in result.patches.items():
+        row, epochs = figures["tasks"][name], f"{patch.created['multitask']['epochs']:g}"
+        counts = (row["private_numbers"], row["head_numbers"], sizes[name])
+        rows.append([name, percent(row["test_top1"]), epochs, *(f"{count:,}" for count in counts)])
+    return new_table(
         f"{count_of(len(result.patches), 'task')} on {result.backbone.spec}",
         caption,
         texts=("task",),
         figures=("top-1", "epochs", "private\nnumbers", "head\nnumbers", "file\nbytes"),
+        rows=[*rows, ["mean", percent(result.top1)]],
     )
-    for name, patch in result.patches.items():
-        row = figures["tasks"][name]
-        counts = (row["private_numbers"], row["head_numbers"], sizes[name])
-        epochs = f"{patch.created['multitask']['epochs']:g}"
-        table.add_row(escape(name), percent(row["test_top1"]), epochs, *(f"{count:,}" for count in counts))
-    table.add_row("mean", percent(result.top1), "", "", "", "")
-    return table
 
 
 def inspection_table(inspection: Inspection) -> Table:
     """A patch in figures."""
-    table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
-    table.add_column("", overflow="fold", max_width=NAME_WIDTH)
-    table.add_column("", overflow="fold", min_width=HASH_WIDTH)
     settings = ", ".join(f"{name}={value}" for name, value in inspection.hyperparameters.items())
-    file_share = f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
     rows: list[tuple[str, str]] = [
         ("method", f"{inspection.method} ({settings})"),
         ("backbone", f"{inspection.backbone}, {inspection.backbone_parameters:,} parameters"),
@@ -145,7 +162,7 @@ def inspection_table(inspection: Inspection) -> Table:
         ("stored as", _stored(inspection)),
         *([("masks", str(inspection.masks))] if inspection.masks else []),
         *([("strength", f"{inspection.strength:g}")] if inspection.strength != 1 else []),
-        ("file", f"{inspection.file_bytes:,} bytes, {file_share} of the backbone's"),
+        ("file", _size(inspection)),
         ("file sha256", inspection.file_sha256),
         ("content hash", inspection.content_hash),
     ]
@@ -153,20 +170,14 @@ def inspection_table(inspection: Inspection) -> Table:
         (LABELS.get(name, name.replace("_", " ")), _figure(name, value, inspection))
         for name, value in (*inspection.metrics.items(), *inspection.created.items())
     ]
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    return table
+    return facts_table(_title(inspection), rows, HASH_WIDTH)
 
 
 def fit_table(inspection: Inspection) -> Table:
     """The outcome of a fit in a few rows, the scores and the file last."""
     from modelpatch.tasks.kind import kind_of
 
-    table = new_table(f"{inspection.task}: {inspection.kind}, {inspection.classes} classes", header=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("", overflow="fold")
-    measured, share = inspection.metrics, f"{100 * inspection.file_bytes / inspection.backbone_bytes:.2g} %"
-    trained = inspection.created.get("trainable_parameters")
+    measured, trained = inspection.metrics, inspection.created.get("trainable_parameters")
     rows = [("method", f"{inspection.method} on {inspection.backbone} at {inspection.image_size} px")]
     rows += [] if trained is None else [("trained", _figure("trainable_parameters", trained, inspection))]
     images = f" of {measured['test_images']:,} images" if "test_images" in measured else ""
@@ -174,36 +185,45 @@ def fit_table(inspection: Inspection) -> Table:
         if f"test_{name}" in measured:
             rows.append((f"test {title}", f"{percent(measured[f'test_{name}'])} %{images}"))
             images = ""
-    rows.append(("file", f"{inspection.file_bytes:,} bytes, {share} of the backbone's"))
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    return table
+    return facts_table(_title(inspection), [*rows, ("file", _size(inspection))])
 
 
 def parts_table(inspection: Inspection) -> Table:
     """The bytes of the file: a row a span with its modules below, the head, the header, and their sum."""
-    table = new_table("bytes by part", texts=("part",), figures=("numbers", "bytes"))
-    table.add_column("stored as", overflow="fold")
     masked = inspection.masks is not None
-    if masked:
-        table.add_column("masked\nout, %", justify="right", no_wrap=True)
+    rows: list[list[str]] = []
+    bold = []
 
-    def add(part: Part, indent: str = "") -> None:
-        share = [""] if part.kept is None else [percent(1 - part.kept)]
-        name = f"{indent}{part.name}" if part.kind == part.name else f"{indent}{part.kind} {part.name}"
-        table.add_row(escape(name), f"{part.numbers:,}", f"{part.bytes:,}", "/".join(part.codecs), *share * masked)
+    def add(name: str, stored: str, numbers: str, size: int, share: str = "") -> None:
+        rows.append([name, stored, numbers, f"{size:,}", *[share] * masked])
+
+    def add_parts(span: tuple[int, int] | None, indent: str = "") -> None:
+        for part in inspection.parts:
+            if part.span == span:
+                name = part.name if part.kind == part.name else f"{part.kind} {part.name}"
+                share = "" if part.kept is None else percent(1 - part.kept)
+                add(indent + name, "/".join(part.codecs), f"{part.numbers:,}", part.bytes, share)
 
     for span in inspection.spans:
-        table.add_row(f"[b]{escape(str(span))}[/b]", f"{span.numbers:,}", f"[b]{span.bytes:,}[/b]", "")
-        for part in inspection.parts:
-            if part.span == span.segments:
-                add(part, "  ")
-    for part in inspection.parts:
-        if part.span is None:
-            add(part)
-    table.add_row("header", "", f"{inspection.header_bytes:,}", "JSON: names, settings, hashes")
-    table.add_row("[b]file[/b]", f"{inspection.numbers:,}", f"[b]{inspection.file_bytes:,}[/b]", "")
-    return table
+        bold.append(len(rows))
+        add(str(span), "", f"{span.numbers:,}", span.bytes)
+        add_parts(span.segments, "  ")
+    add_parts(None)
+    add("header", "JSON: names, settings, hashes", "", inspection.header_bytes)
+    add("file", "", f"{inspection.numbers:,}", inspection.file_bytes)
+    figures = ("numbers", "bytes", *["masked\nout, %"] * masked)
+    return new_table(
+        "bytes by part", texts=("part", "stored as"), figures=figures, rows=rows, bold=[*bold, len(rows) - 1]
+    )
+
+
+def _title(inspection: Inspection) -> str:
+    return f"{inspection.task}: {inspection.kind}, {inspection.classes} classes"
+
+
+def _size(inspection: Inspection) -> str:
+    share = 100 * inspection.file_bytes / inspection.backbone_bytes
+    return f"{inspection.file_bytes:,} bytes, {share:.2g} % of the backbone's"
 
 
 def _stored(inspection: Inspection) -> str:
@@ -233,30 +253,20 @@ def difference_tables(difference: Difference, first: str, second: str) -> list[T
     """Differences of two patch files' records, and the sizes, distance and cosine of their changes, one row per tensor."""
     tables = []
     if difference.facts:
-        facts = new_table("differences of the records")
-        for column in ("", first, second):
-            facts.add_column(escape(column), overflow="fold")
-        for fact in difference.facts:
-            facts.add_row(*(escape(cell) for cell in fact))
-        tables.append(facts)
-    numbers = new_table("differences of the tensors")
-    numbers.add_column("tensor", overflow="fold", min_width=NAME_WIDTH)
-    for column in ("numbers", "first", "second", "distance", "cosine"):
-        numbers.add_column(column, justify="right", no_wrap=True)
+        tables.append(new_table("differences of the records", texts=("", first, second), rows=difference.facts))
+    rows = []
     for row in (*difference.rows, *((difference.total,) if difference.total else ())):
         cosine = "–" if row.cosine is None else f"{row.cosine:.3f}"
         sizes = [f"{size:.4g}" for size in (row.first, row.second, row.distance)]
-        numbers.add_row(escape(row.name), f"{row.numbers:,}", *sizes, cosine)
-    return [*tables, numbers]
+        rows.append([row.name, f"{row.numbers:,}", *sizes, cosine])
+    columns = ("numbers", "first", "second", "distance", "cosine")
+    return [*tables, new_table("differences of the tensors", texts=("tensor",), figures=columns, rows=rows)]
 
 
 def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:
     """Accuracies of one patch on one task."""
     from modelpatch.tasks.kind import KINDS
 
-    table = new_table(task, header=False)
-    table.add_column("", overflow="fold")
-    table.add_column("", justify="right", no_wrap=True)
     kind = next(kind for kind in KINDS.values() if kind.metric in figures)
     rows = [(title, percent(figures[name])) for name, title in kind.metrics.items() if name in figures]
     rows.append(("images", str(figures["images"])))
@@ -268,9 +278,7 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Tab
         rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
         rows += [(f"{kind.per_class} of {name}", percent(value)) for name, value in figures["per_class"].items()]
-    for name, value in rows:
-        table.add_row(escape(name), value)
-    return table
+    return new_table(task, header=False, texts=("",), figures=("",), rows=rows)
 
 
 def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) -> Table:
@@ -278,10 +286,7 @@ def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) ->
     from modelpatch.tasks.kind import kind_of
 
     tasks = list(dict.fromkeys(task for answer in answers for task in answer["tasks"])) or ["answer"]
-    table = new_table("")
-    table.add_column("image", overflow="fold", min_width=NAME_WIDTH)
-    for task in tasks:
-        table.add_column(escape(task), overflow="fold", min_width=NAME_WIDTH)
+    table = new_table("", texts=("image", *tasks))
     for answer in answers:
         lines = [
             kind_of(kinds[task]).summarize(answer["tasks"][task]) if task in answer["tasks"] else [] for task in tasks
@@ -297,28 +302,26 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     """One row a step of a plan: what it does, what it took and its share of the whole."""
     from modelpatch.engine.describe import describe_step
 
-    table = new_table("")
-    table.add_column("step", overflow="fold", min_width=NAME_WIDTH)
-    table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
     total = sum(timing.seconds for timing in timings)
-    for timing in timings:
-        milliseconds, share = 1000 * timing.seconds, timing.seconds / total if total else 0.0
-        table.add_row(escape(describe_step(timing.step)), f"{milliseconds:.2f}", f"{share:.0%}")
-    table.add_row("all", f"{1000 * total:.2f}", "100%")
-    return table
+    rows = [
+        (describe_step(one.step), f"{1000 * one.seconds:.2f}", f"{one.seconds / total if total else 0:.0%}")
+        for one in timings
+    ]
+    all_ = ("all", f"{1000 * total:.2f}", "100%")
+    return new_table("", texts=("step",), figures=("ms", "share"), rows=[*rows, all_])
 
 
 def versions_table(versions: Sequence[Version]) -> Table:
     """A store's versions, one row each: the first digits of the hash are enough to name it."""
-    table = new_table("")
-    for column in ("name", "version", "tags", "method", "task"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "version"))
-    for column in ("score", "bytes", "published"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for one in versions:
-        names = (one.name, one.hash[:SHORT_HASH], " ".join(one.tags), one.method, one.task)
-        table.add_row(*map(escape, names), _score(one.metrics), f"{one.nbytes:,}", escape(one.created[:16]))
+    rows = [
+        (one.name, one.hash[:SHORT_HASH], " ".join(one.tags), one.method, one.task, _score(one.metrics),
+         f"{one.nbytes:,}", one.created[:16])
+        for one in versions
+    ]  # fmt: skip
+    texts, figures = ("name", "version", "tags", "method", "task"), ("score", "bytes", "published")
+    table = new_table("", texts=texts, figures=figures, rows=rows)
+    for column in table.columns[:2]:
+        column.no_wrap = True
     return table
 
 
@@ -333,9 +336,6 @@ def _score(metrics: Mapping[str, float]) -> str:
 
 def version_table(version: Version) -> Table:
     """Everything that a store says of one version."""
-    table = new_table(version.name, header=False)
-    table.add_column("", overflow="fold", max_width=NAME_WIDTH)
-    table.add_column("", overflow="fold", min_width=HASH_WIDTH)
     rows = [
         ("hash", version.hash),
         ("tags", " ".join(version.tags) or "none"),
@@ -348,6 +348,4 @@ def version_table(version: Version) -> Table:
         ("its chain", version.chain),
         *((LABELS.get(name, name.replace("_", " ")), f"{value:g}") for name, value in version.metrics.items()),
     ]
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    return table
+    return facts_table(version.name, rows, HASH_WIDTH)

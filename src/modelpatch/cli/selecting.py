@@ -1,0 +1,247 @@
+"""`modelpatch profile`, `select` and `search`: measure blocks, choose some, and find the best patch within limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from typer import Option
+
+from modelpatch.cli.console import Screen, check_file
+from modelpatch.cli.options import (
+    LOCAL,
+    DataArgument,
+    MethodOption,
+    Network,
+    PatchFile,
+    RayAddressOption,
+    SetOption,
+    Training,
+)
+from modelpatch.cli.runs import QUIET
+from modelpatch.cli.settings import parse_counts, parse_pairs
+from modelpatch.cli.verb import option, verb
+from modelpatch.errors import ModelpatchError
+
+if TYPE_CHECKING:
+    from modelpatch.backbone.backbone import Backbone
+    from modelpatch.data.task import Task
+
+    Opened = tuple[Backbone, Task, dict[str, Any]]
+
+HalvingOption = Annotated[
+    int,
+    Option(
+        min=0,
+        help="N, 2 or more: successive halving: all train for few epochs, the best 1/N for N times as many, ...; 0: off.",
+    ),
+]
+FoldsOption = Annotated[int, Option(min=1, help="Folds of the training images; 1: one held-out split.")]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a chosen patch. Raises `ModelpatchError` for invalid numbers of bytes or shares of time."""
+
+    panel: ClassVar[str] = "Limits"
+    max_bytes: str | None = option(None, help="The largest patch file: 200KB, 1.5MB.")
+    max_latency: str | None = option(None, help="Time that the patch may add to the base's: +15%.")
+
+    def __post_init__(self) -> None:
+        self.read()
+
+    def warn(self, console: Screen) -> None:
+        """Warn if times are to be measured on a busy machine."""
+        from modelpatch.select.budget import is_busy
+
+        if self.max_latency is not None and is_busy():
+            console.tell("this machine is busy: times measured now may be wrong. Use --max-latency on an idle machine.")
+
+    def read(self) -> dict[str, Any]:
+        """The limits as numbers, for `select` and `search`."""
+        from modelpatch.select.budget import parse_bytes, parse_latency
+
+        return {
+            "max_bytes": None if self.max_bytes is None else parse_bytes(self.max_bytes),
+            "max_latency": None if self.max_latency is None else parse_latency(self.max_latency),
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trials of candidates: images, seeds, workers, and the file of their outcomes."""
+
+    panel: ClassVar[str] = "Trials"
+    images: int | None = option(None, min=1, help="Training images to use, stratified; by default all.")
+    seeds: int = option(1, min=1, help="Seeds of each candidate and fold.")
+    workers: int = option(1, min=1, help="Processes that train candidates side by side.")
+    ray: bool = option(False, "--ray", help="Run the workers on Ray (see --ray-address).")
+    ray_address: RayAddressOption = LOCAL
+    trials: Path | None = option(None, help="The file of outcomes, not repeated; by default TASK.trials.jsonl.")
+    same_steps: bool = option(False, "--same-steps", help="Train candidates for the final patch's steps, not epochs.")
+    disk: str = option("16GB", help="Temporary files for cached activations, at most.")
+
+    def __post_init__(self) -> None:
+        """Raise `ModelpatchError` for an address without --ray and for an invalid --disk."""
+        from modelpatch.select.budget import parse_bytes
+
+        if not self.ray and self.ray_address != LOCAL:
+            raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray. Give both.")
+        parse_bytes(self.disk)
+        check_file("--trials", self.trials)
+
+    def open(self, data: str, network: Network, training: Training, file: PatchFile | None = None) -> Opened:
+        """Check everything, read the task and load the backbone: the checks that fail soonest come first."""
+        from modelpatch.data.task import load_task
+        from modelpatch.select.budget import parse_bytes
+
+        settings = training.settings()
+        task = load_task(data, seed=training.seed)
+        if self.images is not None:
+            task = task.subsample(self.images, training.seed)
+        trials = self.trials or Path(f"{task.task.name}.trials.jsonl")
+        options: dict[str, Any] = {} if file is None else {"out": file.path(task.task.name)}
+        check_file("--trials", trials)
+        options |= {name: getattr(self, name) for name in ("seeds", "workers", "same_steps")} | settings
+        options |= {"ray": self.ray_address if self.ray else None, "trials": trials}
+        options |= {"disk": parse_bytes(self.disk), "progress": not QUIET.get()}
+        return network.open(), task, options
+
+
+def _kept(options: dict[str, Any]) -> str:
+    """A line with the files that a study wrote."""
+    out = options.get("out")
+    written = f"wrote {out} ({out.stat().st_size:,} bytes); " if out else ""
+    return f"{written}outcomes kept in {options['trials']}"
+
+
+@verb(first="method set_ backbone epochs stages plot", panel="Profile", config=True)
+def profile(
+    console: Screen,
+    data: DataArgument,
+    network: Network,
+    training: Training,
+    study: Study,
+    method: MethodOption = "subset",
+    set_: SetOption = None,
+    consecutive: int = Option(1, min=1, help="Train runs of this many blocks."),
+    pairs: bool = Option(False, "--pairs", help="Train every pair of blocks."),
+    stages: bool = Option(False, "--stages", help="Train whole stages."),
+    folds: FoldsOption = 1,
+    halving: HalvingOption = 0,
+    sizes: str | None = Option(None, help="N1,N2,...: profiles with these numbers of training images, side by side."),
+    plot: Path | None = Option(None, help="A picture: bars, or a heat map of --pairs or --sizes."),
+) -> None:
+    """Train each block (or run, pair or stage) alone with the head and show its gain on held-out training images.
+
+    The test images are not read. An interrupted profile goes on when the same command is given again.
+    """
+    from modelpatch.methods.registry import make_method
+    from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
+    from modelpatch.select.profiling import profile as run_profile
+
+    made = make_method(method, **parse_pairs(set_, "--set"))
+    counts = [] if sizes is None else parse_counts("--sizes", sizes)
+    if counts and (study.images is not None or pairs):
+        raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
+    base, task, options = study.open(data, network, training)
+    parts = [task.subsample(count, training.seed) for count in counts] or [task]
+    options |= {"consecutive": consecutive, "pairs": pairs, "stages": stages}
+    options |= {"folds": folds, "halving": halving}
+    results = [run_profile(base, part, made, **options) for part in parts]
+    console.show(sizes_table(results) if counts else profile_table(results[0]))
+    console.tell(_kept(options))
+    console.write_json([result.as_dict() for result in results] if counts else results[0].as_dict())
+    console.draw(plot, *((plot_sizes, results) if counts else (plot_profile, results[0])))
+
+
+@verb(first="method set_ backbone epochs max_blocks max_bytes max_latency out", panel="Selection", config=True)
+def select(
+    console: Screen,
+    data: DataArgument,
+    network: Network,
+    training: Training,
+    study: Study,
+    file: PatchFile,
+    limits: Limits,
+    method: MethodOption = "subset",
+    set_: SetOption = None,
+    folds: FoldsOption = 5,
+    epsilon: float = Option(0.01, help="Accuracy that a block must add to be taken."),
+    rule: str = Option("paper", help="paper: Algorithm 1; code: the authors' program."),
+    start: str = Option("none", help="With --rule code: none, all (blocks are removed) or better."),
+    among: str | None = Option(None, help="Comma-separated blocks to choose among, as in a profile; by default all."),
+    stages: bool = Option(False, "--stages", help="Choose whole stages instead of blocks."),
+    ends: bool = Option(True, help="Compare the choice with no blocks and with all on the same folds; train the best."),
+    max_blocks: int | None = Option(None, min=1, help="At most this many blocks, with --stages too."),
+    warm_start: bool = Option(False, "--warm-start", help="Start candidates from the last round's trained blocks."),
+    halving: HalvingOption = 0,
+    plot: Path | None = Option(None, help="A picture of the order of the blocks."),
+) -> None:
+    """Choose blocks greedily by cross-validation, then train a patch of them on all training images and test it once.
+
+    An interrupted selection goes on when the same command is given again.
+    """
+    from modelpatch.methods.registry import make_method
+    from modelpatch.report.selection import plot_order, round_table, selection_table
+    from modelpatch.select.greedy import Greedy, Round
+    from modelpatch.select.greedy import select as run_select
+
+    limits.warn(console)
+    made = make_method(method, **parse_pairs(set_, "--set"))
+    settings: dict[str, Any] = {"rule": rule, "start": start, "epsilon": epsilon, "warm_start": warm_start}
+    candidates = tuple(name.strip() for name in among.split(",")) if among else ()
+    greedy = Greedy(**settings, halving=halving, candidates=candidates, stages=stages, ends=ends)
+    base, task, options = study.open(data, network, training, file)
+
+    def show_round(one: Round) -> None:
+        console.show(round_table(one, task.task.name))
+
+    options |= {"folds": folds, "max_blocks": max_blocks, **limits.read()}
+    result = run_select(base, task, made, greedy=greedy, each_round=show_round, **options)
+    console.show(selection_table(result))
+    console.tell(_kept(options))
+    console.write_json(result.as_dict())
+    console.draw(plot, plot_order, result)
+
+
+@verb(first="methods max_bytes max_latency tries backbone epochs out", panel="Search", config=True)
+def search(
+    console: Screen,
+    data: DataArgument,
+    network: Network,
+    training: Training,
+    study: Study,
+    file: PatchFile,
+    limits: Limits,
+    methods: str | None = Option(None, help="Comma-separated, as subset(blocks=last); by default those for budgets."),
+    tries: int = Option(48, min=1, help="Proposals to train at most."),
+    halving: HalvingOption = 3,
+    folds: FoldsOption = 1,
+    plot: Path | None = Option(None, help="A picture of accuracy, bytes and time."),
+) -> None:
+    """Choose method, blocks and settings by validation, within limits, and train the best patch that keeps them.
+
+    An interrupted search goes on when the same command is given again.
+    """
+    from modelpatch.methods.registry import split_outside
+    from modelpatch.report.search import left_out_table, plot_search, search_table
+    from modelpatch.report.tables import percent
+    from modelpatch.select.budget import added_latency
+    from modelpatch.select.searching import search as run_search
+
+    limits.warn(console)
+    base, task, options = study.open(data, network, training, file)
+    names = None if methods is None else split_outside(methods, ",")
+    options |= {"tries": tries, "folds": folds, "halving": halving, **limits.read()}
+    result = run_search(base, task, names, **options)
+    if result.left_out:
+        console.show(left_out_table(result))
+    console.show(search_table(result))
+    patch = result.patch
+    added = added_latency(base, patch, limit=result.budget.latency)
+    console.tell(f"{result.chosen.name}: {percent(patch.metrics['test_top1'])} % of the test images, +{added:.1%} time")
+    console.tell(_kept(options))
+    console.write_json({**result.as_dict(), "file_bytes": patch.inspect().file_bytes, "added_latency": added})
+    console.draw(plot, plot_search, result)
