@@ -61,6 +61,6 @@ def cascade(
     console.show(cascade_table(result), stages_table(result))
     console.tell(f"wrote {target} ({target.stat().st_size:,} bytes) with {count_of(len(result.order), 'stage')}")
     if len(result.order) == 1:
-        console.tell("no cascade of them keeps that accuracy for less work: the file holds the best single patch")
+        console.tell("no cascade of these patches keeps that accuracy for less work: the file holds the best one")
     console.write_json(result.as_dict())
     console.draw(plot, plot_cascade, result)

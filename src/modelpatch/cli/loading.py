@@ -95,7 +95,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
         return at_alpha(Patch.load(path), alpha)
     if alpha is not None:
         raise CascadeError(
-            f"--alpha sets the strength of a patch; {path} is a cascade of fixed strengths. Leave it out."
+            f"--alpha turns the strength of a patch; {path} is a cascade of fixed ones. Leave it out."
         )
     return Cascade.load(path)
 
