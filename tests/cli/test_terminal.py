@@ -19,7 +19,7 @@ from conftest import Run, write_folder
 from modelpatch.backbone.files import save_backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.cli import loading
-from modelpatch.cli.console import UNSEEN_WIDTH, check_file, Screen
+from modelpatch.cli.console import UNSEEN_WIDTH, Screen, check_file
 from modelpatch.cli.demo import suggestions
 from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch

@@ -94,9 +94,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
     if not is_cascade(path):
         return at_alpha(Patch.load(path), alpha)
     if alpha is not None:
-        raise CascadeError(
-            f"--alpha turns the strength of a patch; {path} is a cascade of fixed ones. Leave it out."
-        )
+        raise CascadeError(f"--alpha turns the strength of a patch; {path} is a cascade of fixed ones. Leave it out.")
     return Cascade.load(path)
 
 
