@@ -8,7 +8,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from modelpatch.methods.registry import METHODS
 from modelpatch.patch.blueprint import GRAFTS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
+from modelpatch.registry import Registry
 from modelpatch.serve.client import Client
 from modelpatch.store.store import Store
 from modelpatch.tasks.kind import KINDS
@@ -347,10 +348,21 @@ def real_backbone() -> Backbone:
     return load_backbone(f"file:{path}")
 
 
+@contextmanager
+def forgetting(registry: Registry[Any]) -> Iterator[None]:
+    """A context at whose end a registry forgets the names that were registered in it."""
+    registry.names()  # the package's own files stay registered
+    before = dict(registry._registered)
+    try:
+        yield
+    finally:
+        registry._registered = before
+
+
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Registries that forget after the test what it registers."""
     with ExitStack() as stack:
         for registry in (BACKBONES, GRAFTS, HEADS, KINDS, METHODS, DATA_SOURCES):
-            stack.enter_context(registry.temporary())
+            stack.enter_context(forgetting(registry))
         yield

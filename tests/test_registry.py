@@ -22,7 +22,7 @@ def make_package(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, body: s
 
 
 def test_names_are_registered_once() -> None:
-    shapes = Registry[type]("shape", "shapes_here", folder=False)
+    shapes = Registry[type]("shape", "shapes_here")
 
     @shapes.register("round")
     class Round: ...
@@ -34,7 +34,7 @@ def test_names_are_registered_once() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_known_ones() -> None:
-    shapes = Registry[type]("shape", "shapes_here", error=MethodError, folder=False)
+    shapes = Registry[type]("shape", "shapes_here", error=MethodError)
     shapes.register("round")(int)
     shapes.register("square")(str)
     with pytest.raises(MethodError, match=r"no shape 'sqare'\. Did you mean 'square'\? Known: round, square\."):
@@ -68,7 +68,7 @@ def test_a_file_of_the_folder_is_imported_when_its_name_is_asked_for(
 
 def test_another_distribution_adds_a_name_by_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_package(tmp_path, "spirals", monkeypatch, "class Spiral: ...\n")
-    shapes = Registry[type]("shape", "shapes_here", folder=False)
+    shapes = Registry[type]("shape", "shapes_here")
     assert shapes.names() == ("spiral",)
     assert "spirals" not in sys.modules
     assert shapes.find("spiral").__name__ == "Spiral"
@@ -76,7 +76,7 @@ def test_another_distribution_adds_a_name_by_an_entry_point(tmp_path: Path, monk
 
 def test_a_distribution_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_package(tmp_path, "broken_spirals", monkeypatch, "raise RuntimeError('no spirals today')\n")
-    shapes = Registry[type]("shape", "shapes_here", error=MethodError, folder=False)
+    shapes = Registry[type]("shape", "shapes_here", error=MethodError)
     shapes.register("round")(int)
     with pytest.raises(MethodError, match=r"'spiral' of broken_spirals:Spiral cannot be imported .*no spirals today"):
         shapes.find("spiral")

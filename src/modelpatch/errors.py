@@ -14,9 +14,6 @@ class ModelpatchError(Exception):
         self.detail, self.advice = detail, advice
 
 
-# backbone ---------------------------------------------------------------------------------------------------
-
-
 class BackboneError(ModelpatchError):
     """A backbone could not be loaded, cut into a chain or verified."""
 
@@ -31,9 +28,6 @@ class UntraceableBackboneError(BackboneError):
 
 class BackboneChangedError(BackboneError):
     """The frozen tensors of a backbone are no longer the ones that were loaded."""
-
-
-# patch ------------------------------------------------------------------------------------------------------
 
 
 class PatchError(ModelpatchError):
@@ -92,9 +86,6 @@ class CascadeFileError(CascadeError):
     """A file is no cascade, is damaged, or its patches are not those it was made of."""
 
 
-# store ------------------------------------------------------------------------------------------------------
-
-
 class StoreError(ModelpatchError):
     """A store of patches cannot be read or written."""
 
@@ -109,9 +100,6 @@ class UnknownPatchError(StoreError):
 
 class TaggedVersionError(StoreError):
     """A version that a tag names was to be removed."""
-
-
-# methods, data, training ------------------------------------------------------------------------------------
 
 
 class MethodError(ModelpatchError):
@@ -142,9 +130,6 @@ class TrainingWarning(UserWarning):
     """A run that will end, but not as its user means it to."""
 
 
-# engine -----------------------------------------------------------------------------------------------------
-
-
 class UnknownTaskError(ModelpatchError):
     """A task name that no loaded patch has."""
 
@@ -157,21 +142,12 @@ class EngineError(ModelpatchError):
     """An engine is asked for something it cannot do with the images or patches at hand."""
 
 
-# command line -----------------------------------------------------------------------------------------------
-
-
 class ConfigError(ModelpatchError):
     """A file of options cannot be read, or holds options that the verb does not have."""
 
 
-# serving ----------------------------------------------------------------------------------------------------
-
-
 class ServeError(ModelpatchError):
     """A server cannot start, answer or be reached."""
-
-
-# extras -----------------------------------------------------------------------------------------------------
 
 
 class MissingExtraError(ModelpatchError):

@@ -10,61 +10,46 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import lazy_loader
 
-HEADS = [
-    "CosineHead",
-    "Decoder",
-    "DeepLabHead",
-    "Detector",
-    "DraftHead",
-    "FCNHead",
-    "FasterRCNNHead",
-    "HeadRecord",
-    "LinearHead",
-    "SSDLiteHead",
-    "SiameseHead",
-    "pooled_width",
-]
-NAMES: dict[str, dict[str, str]] = {  # by old place: names and their new places
+PLACES: dict[str, dict[str, str]] = {  # by old place and new folder: names, OLD=NEW for those that changed
     "modelpatch": {
-        "BoundPatch": "engine.BoundPatch",
-        "Cascade": "engine.Cascade",
-        "PaintSettings": "recipes.PaintSettings",
-        "Tuning": "backbone.Tuning",
-        "Version": "store.Version",
-        "diff": "convert.diff",
-        "fit_multires": "recipes.fit_multires",
-        "fit_multitask": "recipes.fit_multitask",
-        "harmonic_mean": "train.harmonic_mean",
-        "join_tasks": "data.join_tasks",
-        "save_backbone": "backbone.save_backbone",
+        "backbone": "Tuning save_backbone",
+        "convert": "diff",
+        "data": "join_tasks",
+        "engine": "BoundPatch Cascade",
+        "recipes": "PaintSettings fit_multires fit_multitask",
+        "store": "Version",
+        "train": "harmonic_mean",
     },
-    "modelpatch.engine": {"Tuning": "backbone.Tuning"},
-    "modelpatch.methods": {name: f"convert.{name}" for name in ("export_peft", "import_peft")},
+    "modelpatch.engine": {"backbone": "Tuning"},
+    "modelpatch.methods": {"convert": "export_peft import_peft"},
     "modelpatch.patch": {
-        **{name: f"heads.{name}" for name in HEADS},
-        **{name: f"convert.{name}" for name in ("DELTA_CODECS", "diff", "extract", "merge")},
-        **{name: f"engine.{name}" for name in ("BoundPart", "BoundPatch", "Cascade", "Confidence")},
-        **{name: f"store.{name}" for name in ("Store", "Version")},
-        "Problem": "store.Fault",
-        "Task": "tasks.TaskRecord",
+        "convert": "DELTA_CODECS diff extract merge",
+        "engine": "BoundPart BoundPatch Cascade Confidence",
+        "heads": "CosineHead Decoder DeepLabHead Detector DraftHead FCNHead FasterRCNNHead HeadRecord LinearHead SSDLiteHead "
+        "SiameseHead pooled_width",
+        "store": "Problem=Fault Store Version",
+        "tasks": "Task=TaskRecord",
     },
     "modelpatch.train": {
-        **{
-            name: f"recipes.{name}"
-            for name in ("Comparison", "MultiResolution", "Multitask", "PaintSettings", "Painting")
-        },
-        **{name: f"recipes.{name}" for name in ("compare", "fit_multires", "fit_multitask", "paint")},
-        **{name: f"tasks.{name}" for name in ("Evaluation", "Result")},
-        **{name: f"tasks.{name}Result" for name in ("Detection", "Segmentation")},
-        **{name: f"data.{name}" for name in ("Split", "join_tasks", "load_task")},
-        "TaskData": "data.Task",
+        "data": "Split TaskData=Task join_tasks load_task",
+        "recipes": "Comparison MultiResolution Multitask PaintSettings Painting compare fit_multires fit_multitask paint",
+        "tasks": "DetectionResult Evaluation Result SegmentationResult",
     },
+}
+NAMES = {  # by old place: names and their new places
+    package: {
+        old: f"{folder}.{new or old}"
+        for folder, names in folders.items()
+        for old, _, new in (name.partition("=") for name in names.split())
+    }
+    for package, folders in PLACES.items()
 }
 MODULES = {  # modules whose paths the documentation named
     "modelpatch.patch.detectors": "modelpatch.heads",
@@ -83,7 +68,9 @@ def attach(package: str, file: str) -> Face:
         if name in public:
             return find(name)
         if name in moved:
-            return _moved(package, name, moved[name])
+            _warn(f"{package}.{name}", f"modelpatch.{moved[name]}")
+            folder, _, new = moved[name].partition(".")
+            return getattr(importlib.import_module(f"modelpatch.{folder}"), new)
         if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
@@ -91,22 +78,12 @@ def attach(package: str, file: str) -> Face:
     return getattribute, names, public
 
 
-def _moved(package: str, name: str, place: str) -> Any:
-    """The object at its new place, after a warning that names it."""
-    _warn(f"{package}.{name}", f"modelpatch.{place}")
-    module, _, attribute = f"modelpatch.{place}".rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
-
-
-class MovedModules:
+class MovedModules(Loader):
     """An import hook that imports a module that moved from its new place, with a warning."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec of a module that moved, None for all others."""
-        return ModuleSpec(name, self) if name in MODULES else None  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """None: an ordinary module object."""
+        return ModuleSpec(name, self) if name in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the module with the names of its new place."""

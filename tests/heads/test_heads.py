@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from conftest import forgetting
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, InvalidPatchError
@@ -38,7 +39,7 @@ RECORDS = [
 def average() -> Iterator[type[Head]]:
     """A head of somebody else's: a linear layer on pooled inner outputs, with an option of its own."""
 
-    with HEADS.temporary():
+    with forgetting(HEADS):
 
         @register_head("average")
         class AverageHead(Head):
