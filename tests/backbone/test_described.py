@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import HOSTILE_ARGUMENTS
-from modelpatch.backbone.described import MAX_METADATA, MAX_NUMBER, Described, check_arguments
+from modelpatch.backbone.files import MAX_METADATA, MAX_NUMBER, Described, check_arguments
 from modelpatch.errors import BackboneError
 
 GOOD = {

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.backbone.sources.torchvision_dense import DetectorTrunk, dense_models
+from modelpatch.backbone.sources.torchvision import DetectorTrunk, dense_models
 from modelpatch.errors import UnknownBackboneError
 from tolerance import close
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +22,10 @@ class Backbone:
     The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
     holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
-    `segment_names` are the modules that were named to cut it.
+    `segment_names` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint.
     """
 
-    _build_patched: ClassVar[Callable[[Backbone, Any], Any] | None] = None
+    patched_model: ClassVar[type | None] = None  # `modelpatch.patch` sets it when it is imported
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class Backbone:
         self.about = dict(about or {})
         self.text = text
         self.segment_names = tuple(segments)
-        self._checked_sizes = {self.preprocessing.image_size}
+        self._checked_sizes = {preprocessing.image_size}
         self._build_chain()
-        self._fingerprint = Fingerprint.of(self.chain)
+        self.fingerprints = Fingerprint.of(self.chain)
 
     def _build_chain(self) -> None:
         example = torch.zeros(2, *self.input_size, device=self.device)
@@ -84,12 +84,7 @@ class Backbone:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all frozen tensors as they were when loaded, 64 hexadecimal digits."""
-        return self._fingerprint.whole
-
-    @property
-    def fingerprints(self) -> Fingerprint:
-        """The fingerprint in parts: of the whole, the chain, each segment and the base's own head."""
-        return self._fingerprint
+        return self.fingerprints.whole
 
     @property
     def device(self) -> torch.device:
@@ -112,14 +107,9 @@ class Backbone:
         Raises `WrongBackboneError` for a patch of another backbone, `ForeignTensorError` for one whose tensors do
         not fit, `PatchError` for anything else than a patch.
         """
-        if Backbone._build_patched is None:
+        if Backbone.patched_model is None:
             raise PatchError(f"{patch!r:.200} is not a patch. Expected a Patch, such as Patch.load(path).")
-        return Backbone._build_patched(self, patch)
-
-    @classmethod
-    def register_patched(cls, build: Callable[[Backbone, Any], Any]) -> None:
-        """Register the function or class that makes the model of a patch. `modelpatch.patch` does when it is imported."""
-        cls._build_patched = staticmethod(build)
+        return Backbone.patched_model(self, patch)
 
     @torch.no_grad()
     def check_image_size(self, pixels: int) -> None:
@@ -147,10 +137,10 @@ class Backbone:
     def verify(self) -> None:
         """Hash all frozen tensors again. Raises `BackboneChangedError` naming the segments that moved."""
         now = Fingerprint.of(self.chain)
-        if now != self._fingerprint:
-            pairs = zip(self.chain, self._fingerprint.segments, now.segments, strict=True)
+        if now != self.fingerprints:
+            pairs = zip(self.chain, self.fingerprints.segments, now.segments, strict=True)
             moved = [segment.name for segment, before, after in pairs if before != after]
-            moved += ["head"] if now.head != self._fingerprint.head else []
+            moved += ["head"] if now.head != self.fingerprints.head else []
             raise BackboneChangedError(
                 f"the frozen tensors of {self.spec} have changed since it was loaded, in: {', '.join(moved)}. "
                 "Load it again; something outside this library wrote to them."

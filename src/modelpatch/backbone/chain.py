@@ -124,20 +124,6 @@ class Chain(Sequence[Segment]):
         return f"Chain({len(self)} segments, {len(self.blocks)} blocks in {len(self.stages)} stages)"
 
 
-@dataclass
-class _Links:
-    """A traced graph as executable nodes, what each returned for an example, and where exactly one tensor is alive.
-
-    `written` holds the cuts whose tensor is later written in place: a cached input must stay what it was, so the
-    chain is not cut there.
-    """
-
-    nodes: list[fx.Node]
-    values: dict[fx.Node, Any]
-    cuts: list[int]
-    written: set[int]
-
-
 def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segments: Sequence[str] = ()) -> Chain:
     """Cut a frozen module in eval mode into a chain.
 
@@ -145,12 +131,17 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
     chain (None: the module returns features). `segments` names modules to run one after another instead of tracing.
     Raises `UntraceableBackboneError` when no cut gives the network's own result, or a name is that of no module.
     """
-    _check_names(module, [*segments, *([classifier] if classifier else [])])
+    modules = dict(module.named_modules())
+    if unknown := [name for name in (*segments, classifier) if name and name not in modules]:
+        close = difflib.get_close_matches(unknown[0], modules, 5) or [name for name, _ in module.named_children()][:10]
+        raise UntraceableBackboneError(
+            f"{type(module).__name__} has no module {unknown[0]!r}, which segments or classifier name. It has: "
+            f"{', '.join(close)}, ..."
+        )
     with torch.no_grad():
         if segments:
-            parts = [(name, module.get_submodule(name)) for name in segments]
             try:
-                return _listed_chain(parts, module, example, classifier)
+                return _listed_chain([(name, modules[name]) for name in segments], module, example, classifier)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise UntraceableBackboneError(
                     f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
@@ -163,24 +154,14 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
             return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
 
 
-def _check_names(module: nn.Module, names: Sequence[str]) -> None:
-    modules = dict(module.named_modules())
-    if unknown := [name for name in names if name not in modules]:
-        close = difflib.get_close_matches(unknown[0], modules, 5) or [name for name, _ in module.named_children()][:10]
-        raise UntraceableBackboneError(
-            f"{type(module).__name__} has no module {unknown[0]!r}, which segments or classifier name. It has: "
-            f"{', '.join(close)}, ..."
-        )
-
-
 def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
     ancestors = {classifier[:i] for i, c in enumerate(classifier) if c == "."} if classifier else set()
     closed: set[type[nn.Module]] = set()
     while True:
         graph, scopes = trace(module, ancestors, closed)
-        links = _find_links(graph, module, example)
+        nodes, values, cuts, written = _find_cuts(graph, module, example)
         order = {node: position for position, node in enumerate(graph.nodes)}
-        positions = [order[links.nodes[cut]] for cut in links.cuts]
+        positions = [order[nodes[cut]] for cut in cuts]
         broken = {
             scope.kind
             for scope in scopes
@@ -190,25 +171,35 @@ def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) ->
         if not broken:
             break
         closed |= broken
-    end = _classifier_position(links, classifier)
-    bounds = [-1, *(cut for cut in links.cuts if cut < end and cut not in links.written), end - 1]
-    runs = [links.nodes[a + 1 : b + 1] for a, b in itertools.pairwise(bounds) if b > a]
+    end = len(nodes)
+    if classifier is not None:  # the tensor that enters it must be the only one alive
+        calls = [index for index, node in enumerate(nodes) if node.op == "call_module" and node.target == classifier]
+        if not (ends := [index for index in calls if index - 1 in cuts]):
+            raise UntraceableBackboneError(f"the classifier {classifier!r} does not end a chain with one tensor alive")
+        end = ends[0]
+    bounds = [-1, *(cut for cut in cuts if cut < end and cut not in written), end - 1]
+    runs = [nodes[a + 1 : b + 1] for a, b in itertools.pairwise(bounds) if b > a]
     if not runs:
         raise UntraceableBackboneError(f"{type(module).__name__} has nothing before its classifier {classifier!r}")
-    head_nodes = links.nodes[end:]
     source = next(node for node in graph.nodes if node.op == "placeholder")
     parts: Parts = []
     shapes = [tuple(example.shape[1:])]
-    for nodes in runs:
-        parts.append(_part(nodes, module, source))
-        source = nodes[-1]
-        shapes.append(tuple(links.values[source].shape[1:]))
-    head = _part(head_nodes, module, source)[1] if head_nodes else nn.Identity()
+    for run in runs:
+        parts.append(_part(run, module, source))
+        source = run[-1]
+        shapes.append(tuple(values[source].shape[1:]))
+    head = _part(nodes[end:], module, source)[1] if nodes[end:] else nn.Identity()
     return _assemble(parts, head, module, shapes)
 
 
-def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
-    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive."""
+def _find_cuts(
+    graph: fx.Graph, module: nn.Module, example: Tensor
+) -> tuple[list[fx.Node], dict[fx.Node, Any], list[int], set[int]]:
+    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive.
+
+    Returns the executable nodes, what each returned, the cuts, and those whose tensor is later written in place: a cached
+    input must stay what it was, so the chain is not cut there.
+    """
     interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=graph)
     values: dict[fx.Node, Any] = interpreter.env
     versions: dict[fx.Node, int] = {}
@@ -227,24 +218,11 @@ def _find_links(graph: fx.Graph, module: nn.Module, example: Tensor) -> _Links:
     for index, node in enumerate(nodes):
         alive.add(node)
         alive = {other for other in alive if last_use[other] > index}
-        if alive == {node} and _is_batch(values[node], example):
+        value = values[node]
+        if alive == {node} and isinstance(value, Tensor) and value.ndim >= 2 and len(value) == len(example):
             cuts.append(index)
     written = {cut for cut in cuts if values[nodes[cut]]._version != versions[nodes[cut]]}
-    return _Links(nodes, values, cuts, written)
-
-
-def _is_batch(value: Any, example: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == example.shape[0]
-
-
-def _classifier_position(links: _Links, classifier: str | None) -> int:
-    """The index of the node where the head begins; the tensor that enters it must be the only one alive."""
-    if classifier is None:
-        return len(links.nodes)
-    for index, node in enumerate(links.nodes):
-        if node.op == "call_module" and node.target == classifier and index - 1 in links.cuts:
-            return index
-    raise UntraceableBackboneError(f"the classifier {classifier!r} does not end a chain with one tensor alive")
+    return nodes, values, cuts, written
 
 
 def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str, nn.Module]:
@@ -282,8 +260,18 @@ class PooledFeatures(nn.Module):
 
 
 def _listed_chain(parts: Parts, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
+    shapes, x, versions = [tuple(example.shape[1:])], example, list[tuple[Tensor, int]]()
+    for name, part in parts:
+        x = part(x)
+        shapes.append(tuple(x.shape[1:]))
+        if any(tensor._version != version for tensor, version in versions):
+            raise UntraceableBackboneError(
+                f"segment {name!r} writes its input in place. Build it with inplace=False, or name a module that holds it "
+                "together with the one before."
+            )
+        versions.append((x, x._version))
     head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    return _check(_assemble(parts, head, module, _run_shapes(parts, example)), module, example, classifier)
+    return _check(_assemble(parts, head, module, shapes), module, example, classifier)
 
 
 def _assemble(parts: Parts, head: nn.Module, module: nn.Module, shapes: list[tuple[int, ...]]) -> Chain:
@@ -291,7 +279,8 @@ def _assemble(parts: Parts, head: nn.Module, module: nn.Module, shapes: list[tup
     if len(shapes[-1]) != 1:
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
     blocks = _find_blocks([part for _, part in parts])
-    stages = _number_stages(blocks, shapes)
+    runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
+    stages = {index: stage for stage, (_, run) in enumerate(runs) for index in run}
     names = {id(tensor): name for name, tensor in _named_tensors(module)}
     segments = [
         Segment(
@@ -325,11 +314,6 @@ def _count_weights(module: nn.Module) -> int:
     return sum(parameter.ndim >= 2 for name, parameter in module.named_parameters())
 
 
-def _number_stages(blocks: list[int], shapes: Sequence[tuple[int, ...]]) -> dict[int, int]:
-    runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
-    return {index: stage for stage, (_, run) in enumerate(runs) for index in run}
-
-
 def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
     """The positions of an activation, whether its channels come first (C, H, W) or last (H, W, C) or in tokens."""
     if len(shape) == 3:
@@ -341,20 +325,6 @@ def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, .
 def channels_first(shape: tuple[int, ...], image: tuple[int, ...]) -> bool:
     """True if an activation has the axes (C, H, W), and not (H, W, C) or those of tokens."""
     return len(shape) == 3 and spatial_size(shape, image) == shape[1:]
-
-
-def _run_shapes(parts: Parts, example: Tensor) -> list[tuple[int, ...]]:
-    shapes, x, versions = [tuple(example.shape[1:])], example, list[tuple[Tensor, int]]()
-    for name, part in parts:
-        x = part(x)
-        shapes.append(tuple(x.shape[1:]))
-        if any(tensor._version != version for tensor, version in versions):
-            raise UntraceableBackboneError(
-                f"segment {name!r} writes its input in place. Build it with inplace=False, or name a module that holds it "
-                "together with the one before."
-            )
-        versions.append((x, x._version))
-    return shapes
 
 
 def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:

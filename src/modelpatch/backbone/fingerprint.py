@@ -42,19 +42,13 @@ class Fingerprint(BaseModel):
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256, as 64 hexadecimal digits, of tensors in the order of their names."""
+    """SHA-256, as 64 hexadecimal digits, of tensors in the order of their names: little-endian, row-major bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor_bytes(tensor))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def hash_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The little-endian bytes of a tensor in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

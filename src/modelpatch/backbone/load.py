@@ -14,7 +14,8 @@ Each source is a file of `sources/`; other distributions register theirs (see `s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,21 @@ def load_backbone(
                 f"{type(spec).__name__} is built already: pretrained=False, weights=... and arguments of a constructor "
                 f"({', '.join(arguments) or 'none given'}) do not apply to it. Build the module as you want it."
             )
-        recorded: Mapping[str, Any] = {}
-        name = f"module:{type(spec).__name__}"
-        built = BuiltNetwork(module=spec, preprocessing=preprocessing or preprocessing_of(spec))
+        seen = preprocessing or preprocessing_of(spec)
+        built = BuiltNetwork(module=spec, preprocessing=seen, spec=f"module:{type(spec).__name__}", arguments={})
     else:
-        name = spec
-        built, recorded = _build(spec, pretrained, weights, seed, arguments)
+        built = _build(spec, pretrained, weights, seed, arguments)
+        seen = preprocessing or built.preprocessing
     if built.text is None:
         classifier = classifier or find_classifier(built.module)
-    seen, recorded = preprocessing or built.preprocessing, recorded if built.arguments is None else built.arguments
     facts = built.classes, built.about, built.text
-    return Backbone(built.module, seen, built.spec or name, recorded, classifier, segments, *facts)
+    return Backbone(built.module, seen, built.spec or "", built.arguments, classifier, segments, *facts)
 
 
 def _build(
     spec: str, pretrained: bool, weights: str | Path | None, seed: int, arguments: dict[str, Any]
-) -> tuple[BuiltNetwork, dict[str, Any]]:
-    """The network of a specification, and the arguments that build it again."""
+) -> BuiltNetwork:
+    """The network of a specification, with the arguments that build it again."""
     kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if not name or kind not in SOURCES.names():
         known = ", ".join(f"{source}:NAME" for source in SOURCES.names())
@@ -99,7 +98,10 @@ def _build(
         built = source.build(name, published, arguments)
     if weights is not None:
         load_state(built.module, read_tensors(Path(weights))[0], str(weights))
-    return built, arguments if published or weights is not None else {**arguments, "pretrained": False, "seed": seed}
+    if not published and weights is None:
+        arguments = {**arguments, "pretrained": False, "seed": seed}
+    recorded = arguments if built.arguments is None else built.arguments
+    return replace(built, spec=built.spec or spec, arguments=recorded)
 
 
 def _check_options(*given: Any) -> None:

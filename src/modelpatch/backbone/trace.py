@@ -25,26 +25,6 @@ ROOT = "module"
 LOCK = threading.Lock()  # torch.fx replaces `nn.Module.__call__` while it traces: one trace at a time
 
 
-class _ThreadTracer(fx.Tracer):
-    """Leaves alone what other threads run meanwhile: tracing replaces `nn.Module.__call__` for all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.thread = threading.get_ident()
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        own = threading.get_ident() == self.thread
-        return self.call_own(m, forward, args, kwargs) if own else forward(*args, **kwargs)
-
-    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """A call by the thread that traces."""
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        own = threading.get_ident() == self.thread
-        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
-
-
 class _OneInput(nn.Module):
     """Calls a module with its image alone, so that every optional argument takes its default while tracing."""
 
@@ -69,29 +49,39 @@ class Scope:
     calls: int = 0
 
 
-class _Tracer(_ThreadTracer):
-    def __init__(self, closed: set[type[nn.Module]], always_open: set[str]) -> None:
+class _Tracer(fx.Tracer):
+    """A tracer whose leaves are those of which `is_leaf` is true, and which keeps the scopes of others.
+
+    Tracing replaces `nn.Module.__call__` for all threads; calls by others than its own are left alone.
+    """
+
+    def __init__(self, is_leaf: Callable[[nn.Module, str], bool]) -> None:
         super().__init__()
-        self.closed, self.always_open = closed, always_open
+        self.is_leaf, self.thread = is_leaf, threading.get_ident()
         self.stack: list[Scope] = []
         self.scopes: list[Scope] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        opened = module_qualified_name == ROOT or module_qualified_name in self.always_open
-        return not opened and (type(m) in self.closed or not opens(m))
+        return self.is_leaf(m, module_qualified_name)
 
-    def call_own(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.is_leaf_module(m, self.path_of_module(m)):
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        if self.is_leaf(m, self.path_of_module(m)):
             self._count_calls(1)
-            return super().call_own(m, forward, args, kwargs)
+            return super().call_module(m, forward, args, kwargs)
         scope = Scope(type(m), first=len(self.graph.nodes))
         self.stack.append(scope)
-        result = super().call_own(m, forward, args, kwargs)
+        result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()
         scope.last = len(self.graph.nodes)
         self.scopes.append(scope)
         self._count_calls(1 if closable(scope.kind) else scope.calls)
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        own = threading.get_ident() == self.thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
 
     def _count_calls(self, calls: int) -> None:
         if self.stack:
@@ -121,8 +111,9 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
     Classes that cannot be traced are added to `closed`. Raises `UntraceableBackboneError` when what fails is the
     network's own `forward`.
     """
+    opened = {ROOT, *(f"{ROOT}.{name}" for name in always_open)}
     while True:
-        tracer = _Tracer(closed=closed, always_open={f"{ROOT}.{name}" for name in always_open})
+        tracer = _Tracer(lambda m, name: name not in opened and (type(m) in closed or not opens(m)))
         try:
             graph = _run(tracer, module)
         except UntraceableBackboneError:
@@ -138,17 +129,6 @@ def closable(kind: type[nn.Module]) -> bool:
     return kind not in (nn.Sequential, nn.ModuleList)
 
 
-class _CallTracer(_ThreadTracer):
-    """Every child of the traced module is a leaf."""
-
-    def __init__(self, opened: set[str]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-
 def trace_calls(module: nn.Module) -> fx.Graph:
     """The graph of `module(x)`, optional arguments at their defaults, in which every call of a child is one node.
 
@@ -157,8 +137,8 @@ def trace_calls(module: nn.Module) -> fx.Graph:
     """
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
     targets = [str(node.target) for node in nodes if node.op == "call_module"]
-    blocks = [name for name in targets if has_children(module.get_submodule(name))]
-    return _run(_CallTracer({ROOT, *(f"{ROOT}.{name}" for name in blocks)}), module)
+    opened = {ROOT, *(f"{ROOT}.{name}" for name in targets if has_children(module.get_submodule(name)))}
+    return _run(_Tracer(lambda m, name: name not in opened), module)
 
 
 def _run(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:

@@ -1,4 +1,4 @@
-"""Settings of the computation of frozen segments: chosen by the engine's measurement, reported, or set by the user.
+"""Settings of the computation of frozen segments, and the frozen copies that follow them.
 
 | setting | what it changes |
 |---|---|
@@ -8,17 +8,28 @@
 | piece_bytes | large batches go through in pieces whose activations have about this many bytes and stay in the caches |
 | compile | segments are compiled by this backend of `torch.compile` ("inductor") instead of being traced; never measured |
 | merge_rows | streams of at most this many rows are concatenated where they meet the same module |
+
+Settings are chosen by the engine's measurement or set by the user. A frozen module costs the bytes of all weights it reads,
+so the backbone's segments are frozen as they are first used, and a patch's variants only where the engine's budget has room.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modelpatch.errors import EngineError
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment
+from modelpatch.backbone.clone import clone_module
+from modelpatch.errors import BackboneError, EngineError
+from modelpatch.text import first_line
 
 Module = Callable[[Tensor], Tensor]
 CACHE = 2 * 2**20
@@ -89,3 +100,99 @@ def _cuts(widths: Sequence[int], tuning: Tuning) -> list[tuple[int, int, int]]:
 def lay(x: Tensor, tuning: Tuning) -> Tensor:
     """Images and feature maps in the memory format that the tuning wants; other tensors as they are."""
     return x.contiguous(memory_format=torch.channels_last) if tuning.channels_last and x.ndim == 4 else x
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
+    """A copy for inference as `tuning` says; None for a module that does not compute the same when frozen.
+
+    The module is in eval mode, `example` (2, ...) an input of it. Both are compared on it, on one row of it, and on more.
+    """
+    dtype = torch.bfloat16 if tuning.bfloat16 else torch.float32
+    copy = deepcopy(module).eval().requires_grad_(False).to(dtype)
+    if tuning.channels_last:
+        copy = copy.to(memory_format=torch.channels_last)
+    if tuning.compile:
+        return _compile(copy, lay(example, tuning).to(dtype), tuning)
+    if not tuning.fold:
+        return casting(copy, tuning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frozen = torch.jit.freeze(torch.jit.trace(copy, lay(example, tuning).to(dtype), check_trace=False))
+            for x in (example, example[:1], torch.cat([example, example, example])):
+                expected, given = module(x), frozen(lay(x, tuning).to(dtype)).float()
+                if given.shape != expected.shape or not _close(given, expected, 2e-2 if tuning.bfloat16 else 1e-4):
+                    return None
+    except (RuntimeError, TypeError, ValueError, LookupError):
+        return None
+    return casting(frozen, tuning)
+
+
+def _compile(module: nn.Module, example: Tensor, tuning: Tuning) -> Module:
+    """Compiled and run once, so that what is missing is found now. Raises `BackboneError`."""
+    try:
+        compiled = torch.compile(module, backend=tuning.compile, dynamic=True)
+        compiled(example)
+    except Exception as error:
+        raise BackboneError(
+            f"torch.compile with the backend {tuning.compile!r} fails here: {first_line(error)}. Its default, inductor, needs "
+            'a C++ compiler. Leave compile="" to trace instead.'
+        ) from error
+    return casting(compiled, tuning)
+
+
+def casting(module: Module, tuning: Tuning, dtype: torch.dtype = torch.bfloat16) -> Module:
+    """The module for inputs of either precision, computing in `dtype`; as it is where nothing computes in 16 bits."""
+    return (lambda x: module(x.to(dtype))) if tuning.bfloat16 else module
+
+
+def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((given - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
+
+
+class FrozenBackbone:
+    """The backbone's segments, frozen one by one as they are first run."""
+
+    def __init__(self, backbone: Backbone, tuning: Tuning) -> None:
+        self._chain, self._device, self.tuning = backbone.chain, backbone.device, tuning
+        self._modules: dict[int, Module] = {}
+        self._shared: set[int] = set()  # those that cost no bytes
+        self._lock = threading.Lock()
+
+    def module(self, index: int) -> Module:
+        """The module that runs segment `index`."""
+        if index not in self._modules:
+            with self._lock:
+                if index not in self._modules:
+                    self._modules[index] = self._make(self._chain[index])
+        return self._modules[index]
+
+    def _make(self, segment: Segment) -> Module:
+        clone = clone_module(segment.module)  # in eval mode whatever becomes of the backbone's own module
+        if self.tuning.plain or next(clone.parameters(), None) is None:
+            self._shared.add(segment.index)
+            return clone
+        frozen = freeze(clone, sample(segment.input_shape, self._device), self.tuning)
+        if frozen is None:
+            self._shared.add(segment.index)
+            return casting(clone, self.tuning, torch.float32)
+        return frozen
+
+    def run(self, images: Tensor, end: int) -> Tensor:
+        """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""
+        modules = [self.module(index) for index in range(end)]
+        widths = [4 * max(prod(segment.input_shape), prod(segment.output_shape)) for segment in self._chain[:end]]
+        return run_in_pieces(modules, widths, lay(images, self.tuning), self.tuning).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the frozen copies."""
+        made = [self._chain[index] for index in self._modules.keys() - self._shared]
+        return sum(tensor.nbytes for segment in made for _, tensor in segment.named_tensors())
+
+
+def sample(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Two rows of noise of this shape, always the same."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
-from modelpatch.backbone.frozen import FrozenBackbone, sample
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
-from modelpatch.backbone.tuning import Module, Tuning
+from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
 from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
 from modelpatch.engine.measuring import least_seconds, measure
 from modelpatch.engine.plan import Plan, make_plan

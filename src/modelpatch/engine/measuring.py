@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.frozen import FrozenBackbone, sample
-from modelpatch.backbone.tuning import CACHE, Tuning, lay
+from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning, lay, sample
 
 NOTICEABLE = 1.02  # a setting that is not at least this much faster stays off
 MOST_PAIRS = 15

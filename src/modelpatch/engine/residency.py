@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modelpatch.backbone.frozen import casting, freeze, sample
-from modelpatch.backbone.tuning import Module, Tuning
+from modelpatch.backbone.tuning import Module, Tuning, casting, freeze, sample
 from modelpatch.engine.resident import BoundPart
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import BudgetError

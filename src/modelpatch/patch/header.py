@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.described import Arguments
+from modelpatch.backbone.files import Arguments
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import SOURCES

@@ -345,7 +345,7 @@ class PatchedModel(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-Backbone.register_patched(PatchedModel)
+Backbone.patched_model = PatchedModel
 
 
 def has_batch_statistics(module: nn.Module) -> bool:

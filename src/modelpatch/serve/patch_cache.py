@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 
 import torch
 
-from modelpatch.backbone.frozen import sample
+from modelpatch.backbone.tuning import sample
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.engine.template import Templates

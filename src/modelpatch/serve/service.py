@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.frozen import sample
-from modelpatch.backbone.tuning import Tuning
+from modelpatch.backbone.tuning import Tuning, sample
 from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.describe import grow
 from modelpatch.engine.engine import BASE, Engine

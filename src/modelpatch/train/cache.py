@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.frozen import FrozenBackbone
-from modelpatch.backbone.tuning import CACHE, Tuning
+from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning
 from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import ImageBatch, Images, allocate, pieces
 from modelpatch.patch.model import PatchedModel

@@ -1,4 +1,7 @@
-"""`file:PATH`: a safetensors file whose metadata names an architecture of timm, arguments and preprocessing."""
+"""`file:PATH`: a safetensors file whose metadata names an architecture of timm, arguments and preprocessing.
+
+`bundled:NAME` is one that ships with the package (`bundled:tiny`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from modelpatch.backbone.files import describe, load_state, read_tensors
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.sources.timm import TimmSource
-from modelpatch.errors import BackboneError
+from modelpatch.errors import BackboneError, UnknownBackboneError
+
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 @register_source("file")
@@ -20,6 +25,20 @@ class FileSource(BackboneSource):
 
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
         return build_file(Path(name), f"file:{Path(name).name}", arguments)
+
+
+@register_source("bundled")
+class BundledSource(BackboneSource):
+    """The package's own files."""
+
+    holds_weights = True
+
+    def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
+        bundled = {asset.stem: asset for asset in sorted(ASSETS.glob("*.safetensors"))}
+        if name not in bundled:
+            have = ", ".join(f"bundled:{stem}" for stem in bundled)
+            raise UnknownBackboneError(f"the package bundles no backbone {name[:80]!r}. It has: {have}.")
+        return build_file(bundled[name], f"bundled:{name}", arguments)
 
 
 def build_file(path: Path, spec: str, arguments: dict[str, Any]) -> BuiltNetwork:

@@ -1,13 +1,92 @@
-"""`torchvision:NAME`: torchvision's models with their default weights, segmenters and detectors included."""
+"""`torchvision:NAME`: torchvision's models with their default weights, segmenters and detectors included.
+
+Of segmentation and detection networks the trained trunk is taken, with features of the whole image:
+
+    segmentation   trunk -> decoder -> mean over positions -> the last 1x1 convolution as a linear layer
+
+Averaging and a 1x1 convolution commute, so that this network's own answer is the mean of the original's logits over all
+positions: which class fills the image. Patches read the maps of the trunk and the decoder as they read any other network's.
+
+    detection      trunk -> mean over positions
+
+A detector's own answer needs its boxes; its trunk has no classes of whole images, and gives features alone. Tensors keep
+torchvision's names, so that its state dicts load; those of what is left out (auxiliary classifiers, boxes) are dropped.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
-from modelpatch.backbone.sources.torchvision_dense import build_dense, build_model, dense_models
-from modelpatch.errors import UnknownBackboneError
+from modelpatch.errors import BackboneError, UnknownBackboneError
+
+DETECTION_SIZE = 320  # pixels of networks that take any
+_TRUNK = tuple(f"backbone.{name}" for name in ("fpn.", "extra.", "scale_weight"))
+LEFT_OUT = ("aux_classifier.", *_TRUNK, "rpn.", "roi_heads.", "head.")
+
+
+class WholeImageSegmenter(nn.Module):
+    """Images (B, 3, H, W) to the mean logits (B, K) of a torchvision FCN or DeepLabV3."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        *layers, last = model.classifier.children()
+        linear = nn.Linear(last.in_channels, last.out_channels)
+        with torch.no_grad():
+            linear.weight.copy_(last.weight.flatten(1))
+            linear.bias.copy_(last.bias)
+        self.classifier = nn.Sequential(*layers, linear)
+        self.register_load_state_dict_pre_hook(_flatten_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *decoder, linear = self.classifier
+        for layer in (*self.backbone.children(), *decoder):  # the trunk ends with what the decoder reads
+            x = layer(x)
+        return linear(x.mean((2, 3)))
+
+
+class DetectorTrunk(nn.Module):
+    """Images (B, 3, H, W) to the mean (B, D) of a torchvision detector's last map before its own extra layers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.register_load_state_dict_pre_hook(_keep_own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = getattr(self.backbone, "body", None)  # a trunk below a pyramid
+        for layer in [self.backbone.features] if body is None else body.children():
+            x = layer(x)
+        return x.mean((2, 3))
+
+
+def _flatten_last(module: WholeImageSegmenter, state: dict[str, Any], *rest: Any) -> None:
+    _keep_own(module, state)
+    name = f"classifier.{len(module.classifier) - 1}.weight"
+    if name in state:
+        state[name] = state[name].flatten(1)
+
+
+def _keep_own(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
+    """Drop what the original has beside the trunk."""
+    own = set(module.state_dict())
+    for name in [name for name in state if name not in own and name.startswith(LEFT_OUT)]:
+        del state[name]
+
+
+def dense_models() -> dict[str, type[nn.Module]]:
+    """The wrapper of each of torchvision's segmentation and detection networks, by its name."""
+    from torchvision.models import detection, list_models, segmentation
+
+    segmenters = [name for name in list_models(segmentation) if name.startswith(("fcn_", "deeplabv3_"))]
+    detectors = [name for name in list_models(detection) if name.startswith(("fasterrcnn_", "ssd"))]
+    return dict.fromkeys(segmenters, WholeImageSegmenter) | dict.fromkeys(detectors, DetectorTrunk)
 
 
 @register_source("torchvision")
@@ -15,23 +94,42 @@ class TorchvisionSource(BackboneSource):
     """torchvision's models."""
 
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
-        import torchvision
+        from torchvision import models
 
-        if name in dense_models():
-            module, seen = build_dense(name, pretrained, arguments)
-            return BuiltNetwork(module=module, preprocessing=seen)
-        if name not in torchvision.models.list_models(torchvision.models):
+        wrapper = dense_models().get(name)
+        if wrapper is None and name not in models.list_models(models):
             raise UnknownBackboneError(
                 f"torchvision has no model {name!r} that could be a backbone: for classification, FCN, DeepLabV3, "
                 "Faster R-CNN or SSD. See torchvision.models.list_models()."
             )
-        module, transform = build_model(name, pretrained, arguments, init_weights=True)
-        crop = int(transform.crop_size[0])
-        seen = Preprocessing(
-            input_size=(3, crop, crop),
-            mean=tuple(transform.mean),
-            std=tuple(transform.std),
-            interpolation=transform.interpolation.value,
-            crop_pct=crop / transform.resize_size[0],
-        )
-        return BuiltNetwork(module=module, preprocessing=seen)
+        defaults: dict[str, Any] = {"init_weights": True}
+        if wrapper is not None:
+            defaults = {} if pretrained else {"weights_backbone": None, "aux_loss": False}
+        builder, published = models.get_model_builder(name), models.get_model_weights(name).DEFAULT
+        taken = {key: value for key, value in defaults.items() if key in inspect.signature(builder).parameters}
+        try:
+            model: Any = builder(**{"weights": published if pretrained else None, **taken, **arguments})
+        except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
+            raise BackboneError(f"torchvision could not build {name!r} with {arguments}: {error}") from error
+        seen = _find_preprocessing(model, published.transforms())
+        return BuiltNetwork(module=model if wrapper is None else wrapper(model), preprocessing=seen)
+
+
+def _find_preprocessing(model: Any, transform: Any) -> Preprocessing:
+    """The preprocessing of a network and the transform of its weights."""
+    interpolation: Any
+    if hasattr(model, "transform"):  # a detector, whose weights' transform resizes nothing
+        own = model.transform
+        size, mean, std = (own.fixed_size or [DETECTION_SIZE])[0], own.image_mean, own.image_std
+        interpolation, crop_pct = "bilinear", 1.0
+    else:
+        mean, std, interpolation = transform.mean, transform.std, transform.interpolation.value
+        size = getattr(transform, "crop_size", transform.resize_size)[0]
+        crop_pct = size / transform.resize_size[0]
+    return Preprocessing(
+        input_size=(3, int(size), int(size)),
+        mean=tuple(mean),
+        std=tuple(std),
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+    )
