@@ -22,8 +22,8 @@ from modelpatch.data.samples import to_boxes, to_image, to_mask
 from modelpatch.data.splits import Split, Transform, source_size
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Boxes
+from modelpatch.tasks.kind import Target
 from modelpatch.tasks.segmentation import PixelMask
-from modelpatch.tasks.targets import Target
 
 SMALL_SOURCE = 64
 AugmentName = Literal["auto", "none", "light", "standard"]

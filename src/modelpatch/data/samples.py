@@ -25,11 +25,11 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes, Detection
+from modelpatch.tasks.kind import Target
 from modelpatch.tasks.segmentation import PixelMask, Segmentation
-from modelpatch.tasks.targets import Target
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "x")
-LABEL_KEYS = ("label", "labels", "class", "fine_label", "target", "targets", "y", "mask", "segmentation", "objects")
+LABEL_KEYS = ("label", "labels", "class", "fine_label", "target", "targets", "y", "mask", Segmentation.name, "objects")
 CHANNELS = (1, 3, 4)
 ITEMS = "expected (image, label), or a dict with keys such as 'image' and 'label'"
 

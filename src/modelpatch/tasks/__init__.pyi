@@ -6,6 +6,7 @@ from .detection import DetectionResult as DetectionResult
 from .kind import Kind as Kind
 from .kind import Meter as Meter
 from .kind import Result as Result
+from .kind import Target as Target
 from .kind import View as View
 from .kind import kind_of as kind_of
 from .kind import register_kind as register_kind
@@ -13,4 +14,3 @@ from .record import TaskRecord as TaskRecord
 from .segmentation import PixelMask as PixelMask
 from .segmentation import Segmentation as Segmentation
 from .segmentation import SegmentationResult as SegmentationResult
-from .targets import Target as Target

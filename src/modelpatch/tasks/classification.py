@@ -29,10 +29,6 @@ class Evaluation(Result):
     per_class: dict[str, float]
     confusion: list[list[int]]
 
-    @property
-    def figures(self) -> dict[str, float]:
-        return {"top1": self.top1, "top5": self.top5, "images": self.images}
-
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Evaluation:
         """From logits (N, K) and labels (N,). Classes without an image have no entry in `per_class`."""

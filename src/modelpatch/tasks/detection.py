@@ -26,8 +26,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.heads.reading import HeadInput
 from modelpatch.tasks.decoding import Decoding, coarsest, fine
 from modelpatch.tasks.drawing import Corners, draw_frames, named_colors, palette
-from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
-from modelpatch.tasks.targets import Target
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, View, register_kind
 
 SURE = 0.5  # the probability from which a box is told and drawn
 SMALLEST = 1.0  # pixels a side that a box must have to be a target
@@ -87,26 +86,16 @@ def _cut(framed: Objects, corners: Tensor, size: int) -> Objects:
 
 @dataclass(frozen=True)
 class DetectionResult(Result):
-    """Mean average precisions in [0, 1] over classes that some image has: COCO's, over IoU from 0.5 to 0.95, and at 0.5.
-
-    `per_class` are COCO's.
-    """
+    """Mean average precisions in [0, 1] over classes that some image has: COCO's (`map`, `per_class`), and at IoU 0.5."""
 
     map: float
     map50: float
     images: int
     per_class: dict[str, float]
 
-    @property
-    def figures(self) -> dict[str, float]:
-        return {"map": self.map, "map50": self.map50, "images": self.images}
-
 
 class BoxMeter(Meter):
-    """Collects boxes (B, N, 6) and targets.
-
-    Intersections over unions are the same in the network's square as in the image, however it was stretched.
-    """
+    """Collects boxes (B, N, 6) and targets in the network's square, in which they overlap as much as in the image."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         from torchmetrics.detection import MeanAveragePrecision
@@ -116,11 +105,9 @@ class BoxMeter(Meter):
         self._precision.warn_on_many_detections = False
 
     def update(self, answers: Tensor, targets: list[Objects]) -> None:
-        wanted = [
-            {"boxes": one["boxes"], "labels": one["labels"], "iscrowd": one["difficult"].long()} for one in targets
-        ]
         from modelpatch.heads.detector import unpack
 
+        wanted = [{**one, "iscrowd": one["difficult"].long()} for one in targets]
         self._precision.update([unpack(answer) for answer in answers], wanted)
         self.images += len(answers)
 
@@ -212,11 +199,11 @@ class Detection(Kind):
 
     def draw(self, answer: Tensor, view: View) -> Image.Image:
         colors = [tuple(color) for color in palette(len(view.classes)).tolist()]
-        boxes = find_boxes(answer, view)
-        named = [f"{view.name(box.index)} {100 * box.probability:.0f} %" for box in boxes]
-        return draw_frames(
-            view.image, [(box.corners, colors[box.index], text) for box, text in zip(boxes, named, strict=True)]
-        )
+        frames = [
+            (box.corners, colors[box.index], f"{view.name(box.index)} {100 * box.probability:.0f} %")
+            for box in find_boxes(answer, view)
+        ]
+        return draw_frames(view.image, frames)
 
 
 def find_boxes(answer: Tensor, view: View, least: float = SURE) -> list[FoundBox]:

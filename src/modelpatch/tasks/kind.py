@@ -30,23 +30,43 @@ from modelpatch.heads.base import Decoder
 from modelpatch.heads.reading import HeadInput
 from modelpatch.registry import Registry
 from modelpatch.tasks.decoding import Decoding, make_decoder
-from modelpatch.tasks.targets import Target
 
 Facts = dict[str, Any]
 EXTRA = "dense"  # installs the libraries of `Kind.libraries`
 
 
+class Target(ABC):
+    """The target of one image of a dense task: read from disk when it is needed, framed and augmented with its image.
+
+    image  ─ resize, crop ─ random view ─ network ─ answer ─┐
+    target ─ the same ──────────────────────────────────────┴ loss
+    """
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """Bytes that identify the target."""
+
+    @abstractmethod
+    def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Any:
+        """The target in pixels of the framed image, `resize_to` a side. `image` is upright and in its own size."""
+
+    @staticmethod
+    @abstractmethod
+    def batch(framed: Sequence[Any], preprocessing: Preprocessing, matrices: Tensor | None) -> Any:
+        """Framed targets as a batch: of centre crops, or of the views that `Augmentation.matrices` (B, 2, 3) give."""
+
+
 class Result(ABC):
-    """Measured figures of one patch on one split."""
+    """Measured figures of one patch on one split: a dataclass whose first field is the task's metric, in [0, 1]."""
 
     images: int
     per_class: Mapping[str, float]
     confusion: list[list[int]] | None = None
 
     @property
-    @abstractmethod
     def figures(self) -> dict[str, float]:
-        """Figures that a patch keeps among its metrics, named as in `Kind.metrics`, the score first."""
+        """Figures that a patch keeps among its metrics: the numbers among the fields, the score first."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
 
     @property
     def score(self) -> float:

@@ -13,6 +13,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -25,8 +26,7 @@ from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, image_
 from modelpatch.errors import DataError
 from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
 from modelpatch.tasks.drawing import add_legend, encode_png, named_colors, palette
-from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
-from modelpatch.tasks.targets import Target, source_name
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, View, register_kind
 
 IGNORED = 255  # the class of pixels that are neither trained on nor measured
 UNKNOWN = -1
@@ -79,6 +79,11 @@ class PixelMask(Target):
         return views[:, 0].long()
 
 
+def source_name(source: ImageSource) -> str:
+    """The name of a target's file for messages."""
+    return str(source) if isinstance(source, str | Path) else "the mask"
+
+
 def read_values(source: ImageSource) -> np.ndarray:
     """The whole numbers (H, W) uint8 of a mask's picture. Raises `DataError` for another picture."""
     try:
@@ -109,10 +114,6 @@ class SegmentationResult(Result):
     images: int
     per_class: dict[str, float]
     confusion: list[list[int]]
-
-    @property
-    def figures(self) -> dict[str, float]:
-        return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "images": self.images}
 
 
 class MaskMeter(Meter):
@@ -203,7 +204,10 @@ class Segmentation(Kind):
 
     def draw(self, answer: np.ndarray, view: View) -> Image.Image:
         colors = [tuple(color) for color in palette(len(view.classes)).tolist()]
-        entries = [(colors[index], f"{view.name(index)}: {_percent(share)}") for index, share in areas(answer)]
+        entries = []
+        for index, share in areas(answer):
+            percent = "< 1 %" if share < 0.005 else f"{100 * share:.0f} %"
+            entries.append((colors[index], f"{view.name(index)}: {percent}"))
         return add_legend(lay_over(answer, view), entries)
 
 
@@ -228,7 +232,3 @@ def lay_over(classes: np.ndarray, view: View) -> Image.Image:
     whole = Image.new("RGBA", view.size)
     whole.paste(over, (round(left), round(top)))
     return Image.alpha_composite(view.image.convert("RGBA"), whole).convert("RGB")
-
-
-def _percent(share: float) -> str:
-    return "< 1 %" if share < 0.005 else f"{100 * share:.0f} %"
