@@ -418,7 +418,7 @@ def test_dense_targets_come_from_data_sets(tiny: Backbone) -> None:
             return len(self.split)
 
         def __getitem__(self, row: int) -> Any:
-            image, target = self.split.sample(row)
+            image, target = self.split[row]
             return image, torch.from_numpy(np.asarray(target.source))  # type: ignore[union-attr]
 
     task = Task.from_datasets(Masked(data.train), Masked(data.test), classes=data.classes)

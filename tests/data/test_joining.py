@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import Run, color_task, make_tiny, write_folder
-from modelpatch.data.joining import accuracy_by_task, join_tasks
-from modelpatch.data.task import Task
+from modelpatch.data.task import Task, accuracy_by_task, join_tasks
 from modelpatch.errors import DataError
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import evaluate

@@ -31,8 +31,7 @@ def evaluate(
 ) -> None:
     """Measure a patch or a cascade on the test images of its task, with the metrics of its kind of task."""
     from modelpatch.cli.loading import load_own, naming, read_answering
-    from modelpatch.data.joining import accuracy_by_task
-    from modelpatch.data.task import load_task
+    from modelpatch.data.task import accuracy_by_task, load_task
     from modelpatch.engine.cascade import Cascade
     from modelpatch.recipes.cascading import evaluate_cascade
     from modelpatch.report.plots import plot_confusion

@@ -100,8 +100,7 @@ def read_answering(path: Path, alpha: float | None) -> Patch | Cascade:
 
 def load_own(patch: Patch, data: Sequence[str], seed: int | None) -> Task:
     """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
-    from modelpatch.data.joining import join_tasks
-    from modelpatch.data.task import load_task
+    from modelpatch.data.task import join_tasks, load_task
     from modelpatch.train.evaluation import facts_of
 
     facts = facts_of(patch)

@@ -133,8 +133,7 @@ class Asked:
 
     def load(self, data: Sequence[str], seed: int) -> Task:
         """The task, several of them as one. Raises `DataError`."""
-        from modelpatch.data.joining import join_tasks
-        from modelpatch.data.task import load_task
+        from modelpatch.data.task import join_tasks, load_task
 
         kind: Any = self.kind  # checked there
         classes = read_names("--classes", self.classes) or None

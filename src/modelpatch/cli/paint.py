@@ -47,8 +47,7 @@ def paint(
     The patch keeps the whole change; alpha is its strength, which can be set later without training. An interrupted run
     continues when the same command is given again.
     """
-    from modelpatch.data.joining import joint_task
-    from modelpatch.data.task import load_task
+    from modelpatch.data.task import joint_task, load_task
     from modelpatch.methods.paint import Paint
     from modelpatch.methods.registry import make_method
     from modelpatch.recipes.frontier import frontier

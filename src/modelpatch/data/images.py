@@ -8,11 +8,13 @@ when it is first asked for; `SequentialImages` reads a stream, which has no rows
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
@@ -23,11 +25,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from modelpatch.backbone.preprocessing import Preprocessing, open_image
 from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation, apply_transform
-from modelpatch.data.dataset_splits import StreamSplit, count_workers
 from modelpatch.data.seeding import make_generator, seeded
-from modelpatch.data.splits import Sample, Split
+from modelpatch.data.splits import Sample, Split, StreamSplit, count_workers
 from modelpatch.errors import DataError, TrainingError
-from modelpatch.tasks.targets import Target
+from modelpatch.tasks.kind import Target
 
 PIECE = 2**17  # pixels
 PLAIN_BATCH = 64
@@ -40,29 +41,22 @@ NO_AUGMENTATION = AUGMENTATIONS["none"]
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, memory: int) -> Tensor:
-    """An empty tensor of at most `memory` bytes in memory; a larger one is a file that vanishes with it.
-
-    Raises `TrainingError` where the disk has no room for the file.
-    """
+    """An empty tensor; beyond `memory` bytes it is a file that vanishes with it. Raises `TrainingError` for a full disk."""
     size = int(np.prod(shape)) * dtype.itemsize
     if size <= memory:
         return torch.empty(shape, dtype=dtype)
-    descriptor, path = tempfile.mkstemp(prefix="modelpatch-", suffix=".cache")
     try:
-        if hasattr(os, "posix_fallocate"):  # promises room on the disk
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.truncate(descriptor, size)
-        flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        with tempfile.TemporaryFile() as file:  # has no name, so that a killed process leaves nothing behind
+            if hasattr(os, "posix_fallocate"):  # promises room on the disk
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise TrainingError(
             f"the cache needs {size / 1e9:.2f} GB in {tempfile.gettempdir()}: {error.strerror}. Point TMPDIR to a larger "
             "disk, raise memory, lower views, or set cache=False."
         ) from error
-    finally:
-        os.close(descriptor)
-        os.unlink(path)  # the mapping keeps the bytes; a killed process leaves nothing behind
-    return flat.view(dtype).view(shape)
 
 
 def pieces(images: Tensor) -> tuple[Tensor, ...]:
@@ -109,10 +103,8 @@ class Reader(Dataset[Any]):
 
     def read(self, row: int) -> Decoded:
         """The decoded image of a row, with its class index or framed target."""
-        if self.threaded:
-            return self.decode(self.split.sample(row))
-        with seeded(*(self.view or (0,)), row):
-            return self.decode(self.split.sample(row))
+        with nullcontext() if self.threaded else seeded(*(self.view or (0,)), row):
+            return self.decode(self.split[row])
 
     def decode(self, sample: Sample) -> Decoded:
         """The decoded image of a sample, with its class index or framed target."""
@@ -163,20 +155,19 @@ class Images:
     def batch(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> ImageBatch:
         """Random views of these rows, which follow the seed (seed, epoch, step); with no seed, transforms are left out."""
         view = (seed[0], seed[1]) if seed else None
-        return self._finish(next(iter(self.read([rows], view))), augmentation, seed, view)
+        return self._finish(next(iter(self.read([rows], view))), augmentation, seed)
 
     def batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0
     ) -> Iterator[ImageBatch]:
         """Random views of the rows of every batch from number `first` on, read ahead."""
-        view = seed, epoch
-        for step, pixels in enumerate(self.read(batches, view, first), first):
-            yield self._finish(pixels, augmentation, (seed, epoch, step), view)
+        for step, pixels in enumerate(self.read(batches, (seed, epoch), first), first):
+            yield self._finish(pixels, augmentation, (seed, epoch, step))
 
     def plain_batches(self, size: int = PLAIN_BATCH) -> Iterator[ImageBatch]:
         """All images in order, not augmented, read ahead."""
         for pixels in self.read_all(size):
-            yield self._finish(pixels, NO_AUGMENTATION, (), None)
+            yield self._finish(pixels, NO_AUGMENTATION, ())
 
     def views(self, count: int, augmentation: Augmentation, seed: int) -> Iterator[tuple[int, Tensor, ImageBatch]]:
         """`count` random views of all images, batch by batch: (view, rows, batch). View k is that of epoch k.
@@ -187,7 +178,7 @@ class Images:
         for group in [[view] for view in range(count)] if self.split.changes else [list(range(count))]:
             for step, pixels in enumerate(self.read(batches, (seed, group[0]))):
                 for view in group:
-                    yield view, batches[step], self._finish(pixels, augmentation, (seed, view, step), (seed, view))
+                    yield view, batches[step], self._finish(pixels, augmentation, (seed, view, step))
 
     def read_all(self, size: int) -> Iterator[Pixels]:
         """All decoded images in order, in batches of a size."""
@@ -201,11 +192,9 @@ class Images:
             return load(reader, workers, sampler=batches)
         return _read_in_threads(reader, batches) if reader.threaded else _raising(map(reader.__getitem__, batches))
 
-    def _finish(
-        self, pixels: Pixels, augmentation: Augmentation, seed: tuple[int, ...], view: View | None
-    ) -> ImageBatch:
+    def _finish(self, pixels: Pixels, augmentation: Augmentation, seed: tuple[int, ...]) -> ImageBatch:
         """Random views or centre crops, normalised, with targets."""
-        seen = Reader(self.split, self.preprocessing, view).preprocessing
+        seen = Reader(self.split, self.preprocessing, (seed[0], seed[1]) if seed else None).preprocessing
         matrices = None
         if augmentation.name == "none":
             images = seen.center_crop(pixels.images)
@@ -255,10 +244,7 @@ class ImageStore(Images):
 
 
 class SequentialImages(Images):
-    """The images of a stream, in its order or, with `shuffle`, in that of draws from a buffer.
-
-    Rows of a batch say how many images it has, not which.
-    """
+    """The images of a stream, in order or shuffled in a buffer. Rows of a batch say how many images it has, not which."""
 
     def __init__(self, split: StreamSplit, preprocessing: Preprocessing, shuffle: bool = False) -> None:
         super().__init__(split, preprocessing)
@@ -275,10 +261,10 @@ class SequentialImages(Images):
         samples: Iterator[Decoded] = islice(self._repeat(view), sum(map(len, batches)))
         if self.shuffle:
             samples = self._draw(samples, view or (0, 0))
-        for _ in islice(samples, sum(map(len, batches[:first]))):
-            pass
-        for rows in batches[first:]:
-            yield collate(list(islice(samples, len(rows))))
+        for step, rows in enumerate(batches):
+            read = list(islice(samples, len(rows)))
+            if step >= first:
+                yield collate(read)
 
     def _open(self, view: View | None) -> Iterator[Decoded]:
         reader = StreamReader(self.split, self.preprocessing, view)
@@ -342,19 +328,17 @@ def _iterate_seeded(items: Iterator[Any], seed: tuple[int, ...]) -> Iterator[Any
     """The items of an iterator whose random numbers follow the seed and the number of the item alone."""
     for number in count():
         with seeded(*seed, number):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item
+            item = list(islice(items, 1))
+        if not item:
+            return
+        yield item[0]
 
 
 def _read_in_threads(reader: Reader, batches: Sequence[Tensor]) -> Iterator[Pixels]:
-    waiting: deque[list[Any]] = deque()
+    waiting: deque[Iterator[Decoded]] = deque()
     with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
         for rows in batches:
-            waiting.append([pool.submit(reader.read, row) for row in rows.tolist()])
+            waiting.append(pool.map(reader.read, rows.tolist()))
             if len(waiting) > AHEAD:
-                yield collate([one.result() for one in waiting.popleft()])
-        while waiting:
-            yield collate([one.result() for one in waiting.popleft()])
+                yield collate(list(waiting.popleft()))
+        yield from (collate(list(read)) for read in waiting)

@@ -2,14 +2,17 @@
 
 | source            | contents                                                      | file                   |
 |-------------------|---------------------------------------------------------------|------------------------|
-| a folder          | class folders, with or without `train/`, `test/` and `val/`   | `sources/folders.py`   |
-| a folder, a file  | manifests in CSV or parquet                                   | `sources/manifests.py` |
+| a folder          | class folders, with or without `train/`, `test/` and `val/`   | `sources/classes.py`   |
+| a folder, a file  | manifests in CSV or parquet                                   | `sources/classes.py`   |
 | a folder          | images with masks; Pascal VOC; COCO                           | `sources/masks.py` ... |
-| `hf:NAME`         | a data set of the Hugging Face hub, or a local one            | `sources/hub.py`       |
-| `bundled:digits`  | scikit-learn's 1,797 real 8 x 8 images of handwritten digits  | `sources/digits.py`    |
+| `hf:NAME`         | a data set of the Hugging Face hub, or a local one            | `sources/datasets.py`  |
+| `bundled:digits`  | scikit-learn's 1,797 real 8 x 8 images of handwritten digits  | `sources/classes.py`   |
 | an object         | torch and Hugging Face data sets, streams and DataLoaders     | `sources/datasets.py`  |
 
 A seeded stratified test split is cut from the training images of a source that has none.
+
+`join_tasks` makes several tasks one, over all their classes: joint patching, one patch and one head for the union.
+Δ-Networks and PAINT both train joint patches for tasks that are known together, with images of an unknown task.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from pydantic import ValidationError
 
 from modelpatch.data.sources.base import Found, SourceOptions, read_source
 from modelpatch.data.sources.datasets import describe, is_dataset, read_datasets
-from modelpatch.data.splits import Split, Transform, check_seed, drawn, split_facts, split_seed, stratified
+from modelpatch.data.splits import Split, Transform, check_seed, drawn, join_splits, split_seed, stratified
 from modelpatch.errors import DataError
+from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
@@ -34,10 +38,18 @@ from modelpatch.text import first_problem
 TEST_FRACTION = 0.2
 
 
-class RecordCall:
-    """Support for `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
+@dataclass(frozen=True)
+class Task:
+    """A task and its splits. `validation` is None where the source has none; it is never cut from the test images."""
+
+    task: TaskRecord
+    train: Split
+    test: Split
+    validation: Split | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *given: Any, **fields: Any) -> Any:
+        """Support `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
         if "name" in fields and not given:
             warnings.warn(
                 "Task(name=..., classes=...) is deprecated; use modelpatch.tasks.TaskRecord for a task without data.",
@@ -46,17 +58,6 @@ class RecordCall:
             )
             return TaskRecord(**fields)
         return super().__new__(cls)
-
-
-@dataclass(frozen=True)
-class Task(RecordCall):
-    """A task and its splits. `validation` is None where the source has none; it is never cut from the test images."""
-
-    task: TaskRecord
-    train: Split
-    test: Split
-    validation: Split | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_datasets(
@@ -130,10 +131,7 @@ class Task(RecordCall):
         return replace(self, train=self.train.take(keep), validation=held_out)
 
     def subsample(self, count: int, seed: int = 0) -> Task:
-        """The task with exactly `count` training images, as `drawn` chooses them; all of them if it has fewer.
-
-        Raises `DataError` below 1.
-        """
+        """The task with `count` training images as `drawn` chooses them, or all. Raises `DataError` below 1."""
         if count < 1:
             raise DataError(f"a subsample of {count} images is no task; expected at least one.")
         if count >= len(self.train):
@@ -142,8 +140,7 @@ class Task(RecordCall):
 
     def __repr__(self) -> str:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        sizes = {name: split.length for name, split in splits.items() if split is not None}
-        counts = [f"{'?' if size is None else size} {name}" for name, size in sizes.items()]
+        counts = [f"{'?' if s.length is None else s.length} {name}" for name, s in splits.items() if s is not None]
         return f"Task({self.task.name!r}, {len(self.classes)} classes, {', '.join(counts)})"
 
 
@@ -191,6 +188,63 @@ def load_task(
     return replace(data, facts={**data.facts, **options.facts}).with_transform(transform)
 
 
+def join_tasks(tasks: Sequence[Task]) -> Task:
+    """The images of several tasks as one task over all their classes, `TASK: CLASS` where two tasks share a name.
+
+    It has validation images if all of them have. Raises `DataError` for no task, for one that is not of classification, for
+    two of one name, and where only some have validation images.
+    """
+    if not tasks:
+        raise DataError("there are no tasks to join. Expected at least one.")
+    if len(tasks) == 1:
+        return tasks[0]
+    for task in tasks:
+        check_classification(task, "A joint task")
+    names = [task.task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"tasks that are joined need names of their own; these are {', '.join(names)}. Rename a folder."
+        )
+    lacking = [name for name, task in zip(names, tasks, strict=True) if task.validation is None]
+    if 0 < len(lacking) < len(tasks):
+        raise DataError(
+            f"only some of the tasks have validation images; {', '.join(lacking)} has none. Use `with_validation` on it."
+        )
+    starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
+
+    def together(parts: Sequence[Split]) -> Split:
+        return join_splits(
+            parts, np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
+        )
+
+    return Task(
+        joint_task([task.task for task in tasks]),
+        together([task.train for task in tasks]),
+        together([task.test for task in tasks]),
+        None if lacking else together([task.validation for task in tasks if task.validation is not None]),
+        {"joined": {task.task.name: len(task.classes) for task in tasks}},
+    )
+
+
+def joint_task(tasks: Sequence[TaskRecord]) -> TaskRecord:
+    """One task with the classes of several."""
+    if len(tasks) == 1:
+        return tasks[0]
+    names = [name for task in tasks for name in task.classes]
+    classes = [f"{task.name}: {name}" if names.count(name) > 1 else name for task in tasks for name in task.classes]
+    return TaskRecord(name="+".join(task.name for task in tasks)[:256], classes=tuple(classes))
+
+
+def accuracy_by_task(evaluation: Evaluation, data: Task) -> dict[str, float]:
+    """Top-1 in [0, 1] on the images of every joined task, which all compete for all classes; empty for a single task."""
+    confusion, accuracies, start = np.asarray(evaluation.confusion), {}, 0
+    for name, count in data.facts.get("joined", {}).items():
+        rows = slice(start, start + count)
+        accuracies[name] = float(np.trace(confusion[rows, rows]) / confusion[rows].sum())
+        start += count
+    return accuracies
+
+
 def check_classification(data: Task, purpose: str) -> None:
     """Raise `DataError` for a task of another kind, for a purpose that needs classes of whole images."""
     if not kind_of(data.task.kind).classifies:
@@ -232,7 +286,7 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
         if not len(held):
             raise DataError(f"{source} has one image a class, and no test split. Add images.")
         train, splits["test"] = train.take(keep), train.take(held)
-        facts |= split_facts(TEST_FRACTION, seed)
+        facts["test_split"] = {"fraction": TEST_FRACTION, "seed": int(seed)}
     splits.setdefault("test", train)
     known: dict[str, set[int]] = {}
     for split, images in splits.items():

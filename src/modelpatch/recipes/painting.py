@@ -25,10 +25,8 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert.merging import change_of
-from modelpatch.data.dataset_splits import join_splits
-from modelpatch.data.joining import join_tasks, joint_task
-from modelpatch.data.splits import Split
-from modelpatch.data.task import Task, check_classification
+from modelpatch.data.splits import Split, join_splits
+from modelpatch.data.task import Task, check_classification, join_tasks, joint_task
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.cosine import CosineHead

@@ -23,8 +23,7 @@ from torch import Tensor
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.augmentation import choose_augmentation
-from modelpatch.data.dataset_splits import join_splits
-from modelpatch.data.splits import Split
+from modelpatch.data.splits import Split, join_splits
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError
 from modelpatch.methods.method import Method

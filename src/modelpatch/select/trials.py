@@ -24,8 +24,7 @@ from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.augmentation import choose_augmentation
-from modelpatch.data.dataset_splits import join_splits
-from modelpatch.data.splits import Split, drawn
+from modelpatch.data.splits import Split, drawn, join_splits
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import DataError, DivergedError, TrainingError
 from modelpatch.methods.method import Method

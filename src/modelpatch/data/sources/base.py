@@ -13,21 +13,29 @@ distribution:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
-from modelpatch.tasks.kind import kind_of
-from modelpatch.tasks.targets import Target
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.detection import Boxes, Detection
+from modelpatch.tasks.kind import Target, kind_of
 
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 LARGEST_VALUE = 255  # of a mask
 CLASS_FILES = ("classes.txt", "labels.txt")
+Scene = tuple[
+    ImageSource, Sequence[tuple[str, tuple[float, ...], bool]]
+]  # an image, its objects: class, corners, difficult
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,53 @@ def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
     return splits
 
 
+def split_folders(path: Path) -> dict[str, Path]:
+    """The folders of a folder's splits; without any, it is the training split."""
+    return named_splits([folder for folder in sorted(path.iterdir()) if folder.is_dir()]) or {"train": path}
+
+
 def find_file(places: Sequence[Path], missing: str) -> Path:
     """The first of the files that exists. Raises `DataError` with what is missing where none does."""
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise DataError(f"{missing}. Expected one in: {', '.join(dict.fromkeys(str(place.parent) for place in places))}.")
+
+
+def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
+    """The task of images with the names of their classes, by split."""
+    index = {name: number for number, name in enumerate(names)}
+    splits = {
+        split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
+        for split, pairs in members.items()
+    }
+    return Found(Classification.name, splits, names)
+
+
+def make_detection(scenes: Mapping[str, Sequence[Scene]], names: Sequence[str] | None, source: str) -> Found:
+    """A task whose classes are `names`, or those of its objects. Raises `DataError` for an object of another class."""
+    present = sorted({name for own in scenes.values() for _, objects in own for name, _, _ in objects})
+    if not present:
+        raise DataError(f"{source} has no objects in any of its images.")
+    classes = present if names is None else list(names)
+    if unknown := [name for name in present if name not in classes]:
+        raise DataError(f"{source} has objects of the class {unknown[0]!r}, which its list of classes lacks.")
+    index, splits = {name: number for number, name in enumerate(classes)}, {}
+    for split, own in scenes.items():
+        boxes = [
+            Boxes(
+                np.array([corners for _, corners, _ in objects], dtype=np.float64).reshape(-1, 4),
+                np.array([index[name] for name, _, _ in objects], dtype=np.int64),
+                np.array([difficult for _, _, difficult in objects], dtype=bool),
+            )
+            for _, objects in own
+        ]
+        splits[split] = Split([image for image, _ in own], np.zeros(len(own), dtype=np.int64), boxes)
+    return Found(Detection.name, splits, classes)
+
+
+def check_corners(corners: tuple[float, ...]) -> tuple[float, ...]:
+    """Corners left, top, right, bottom of a box that has an area. Raises ValueError for others."""
+    finite = len(corners) == 4 and all(map(math.isfinite, corners))
+    if not finite or corners[2] <= corners[0] or corners[3] <= corners[1]:
+        raise ValueError(f"the box {corners} has no area")
+    return corners

@@ -6,8 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, find_file, register_source
-from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
+from modelpatch.data.sources.base import (
+    SPLITS,
+    DataSource,
+    Found,
+    Scene,
+    SourceOptions,
+    check_corners,
+    find_file,
+    make_detection,
+    register_source,
+)
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 
@@ -63,4 +72,4 @@ def read_annotations(path: Path, folder: Path) -> list[Scene]:
         number: find_file([place / name for place in places], f"{path}: there is no image {name[:200]!r}")
         for number, name in images.items()
     }
-    return [Scene(file, objects.get(number, [])) for number, file in files.items()]
+    return [(file, objects.get(number, [])) for number, file in files.items()]

@@ -1,4 +1,4 @@
-"""Data sets that are objects: torch's and Hugging Face's, with random access or as streams, and DataLoaders.
+"""Data sets of torch and of the Hugging Face hub: objects with random access or streams, DataLoaders, and `hf:NAME`.
 
 | object                                          | how it is read                              |
 |-------------------------------------------------|---------------------------------------------|
@@ -7,35 +7,50 @@
 | `datasets.Dataset` with an image column             | by row, encoded images as they are stored   |
 | `DataLoader` with usual sampler and collation       | its data set, by row                        |
 | any other `DataLoader`                              | as a stream of its batches, taken apart     |
+| `hf:NAME`, of the hub or local                      | through `datasets.load_dataset`             |
+
+Of `datasets`, an image column with a class label is a classification task, two image columns a segmentation task, and a column
+`objects` of `bbox` and `category` a detection task. Images are decoded when they are asked for.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from operator import length_hint
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import data as torch_data
 
-from modelpatch.data.dataset_splits import DatasetSplit, StreamSplit
+from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, naming, split_item, to_label
 from modelpatch.data.seeding import seeded
-from modelpatch.data.sources.base import SPLITS, Found, SourceOptions
-from modelpatch.data.sources.hub import find_columns, read_tables
-from modelpatch.data.sources.masks import read_classes
-from modelpatch.data.splits import Split
-from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.data.sources.base import (
+    SPLITS,
+    DataSource,
+    Found,
+    Scene,
+    SourceOptions,
+    check_corners,
+    make_detection,
+    register_source,
+)
+from modelpatch.data.sources.masks import make_segmentation, read_classes
+from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
+from modelpatch.errors import DataError, MissingExtraError, TrainingWarning
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.segmentation import PixelMask
 
-EXPECTED = (
-    "expected a torch Dataset, IterableDataset or DataLoader of (image, label), or a data set of `datasets`. A folder or file "
-    "is read by load_task"
-)
+PREFIX = "hf:"
+FIRST_PICTURES = ("image", "img", "pixel_values")
 
 
 def is_dataset(source: Any) -> bool:
@@ -65,11 +80,20 @@ def read_datasets(splits: Mapping[str, Any], options: SourceOptions, workers: in
         return _with_names(read_tables(splits, options, source), options, workers)
     opened = {split: _open(one) for split, one in splits.items()}
     train = opened["train"][0]
-    kind = options.kind or find_kind(_first_target(train, source))
+    kind = options.kind
+    if kind is None:
+        with seeded(0):
+            first = list(islice(_items(train), 1))
+        if not first:
+            raise DataError(f"{source} holds no samples.")
+        with naming(source, 0):
+            kind = find_kind(split_item(first[0])[1])
     classes, table = _find_classes(train, source, kind, options)
     made: dict[str, Split] = {}
     for split, (data, default) in opened.items():
-        form = SampleForm(describe(splits[split]), classes, _own_names(data, classes), kind_of(kind).dense, table)
+        own = _names_of(data) or classes  # its indices count its own names, a subset of the task's in another order
+        names = own if own != classes and set(own) <= set(classes) else None
+        form = SampleForm(describe(splits[split]), classes, names, kind_of(kind).dense, table)
         count = default if workers is None else workers
         if _is_stream(data):
             size = length if split == "train" and length is not None else length_hint(data, -1)
@@ -105,7 +129,7 @@ def _with_names(found: Found, options: SourceOptions, workers: int | None) -> Fo
     if count != len(found.classes):
         raise DataError(f"{count} classes were given; the data set has {len(found.classes)}.")
     names = found.classes if isinstance(options.classes, int) else options.classes
-    return Found(found.kind, found.splits, names, names_from_user=True)
+    return replace(found, classes=names, names_from_user=True)
 
 
 def _open(source: Any) -> tuple[Any, int | None]:
@@ -124,7 +148,10 @@ def _open(source: Any) -> tuple[Any, int | None]:
         raise DataError(f"{source.__name__} is a class; expected an instance, such as {source.__name__}(...).")
     if not isinstance(source, str | bytes | Mapping) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return source, None
-    raise DataError(f"unsupported data set {source!r:.200} of type {type(source).__name__}; {EXPECTED}.")
+    raise DataError(
+        f"unsupported data set {source!r:.200} of type {type(source).__name__}; expected a torch Dataset, IterableDataset or "
+        "DataLoader of (image, label), or a data set of `datasets`. A folder or file is read by load_task."
+    )
 
 
 class UnbatchedLoader:
@@ -155,15 +182,6 @@ def _is_stream(data: Any) -> bool:
 
 def _items(data: Any) -> Iterable[Any]:
     return data if _is_stream(data) else (data[row] for row in range(len(data)))
-
-
-def _first_target(data: Any, source: str) -> Any:
-    with seeded(0):
-        items = list(islice(_items(data), 1))
-    if not items:
-        raise DataError(f"{source} holds no samples.")
-    with naming(source, 0):
-        return split_item(items[0])[1]
 
 
 def _find_classes(
@@ -203,12 +221,6 @@ def _names_of(data: Any) -> tuple[str, ...] | None:
     if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
         return tuple(names) or None
     return None
-
-
-def _own_names(data: Any, classes: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The data set's own names where they are a subset of the task's in another order: its indices count these."""
-    own = _names_of(data)
-    return own if own is not None and own != classes and set(own) <= set(classes) else None
 
 
 def _listed(data: Any) -> Sequence[int | str] | None:
@@ -251,3 +263,90 @@ def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
             if form.read(data[row], row)[1] != labels[row]:
                 return None
     return labels
+
+
+@register_source("hub")
+class Hub(DataSource):
+    """A data set that `datasets.load_dataset` finds."""
+
+    def accepts(self, source: Any) -> bool:
+        return isinstance(source, str) and source.startswith(PREFIX)
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        try:
+            import datasets
+        except ImportError:
+            raise MissingExtraError("datasets", "data", f"Loading {source}") from None
+        try:
+            loaded = datasets.load_dataset(str(source).removeprefix(PREFIX))
+        except Exception as error:  # no network, no such data set, a script it refuses to run
+            raise DataError(f"{source} cannot be loaded: {error}") from error
+        return read_tables(loaded, options, source)
+
+
+def read_tables(loaded: Mapping[str, Any], options: SourceOptions, source: str) -> Found:
+    """Tables of `datasets` by split as a task."""
+    tables = {SPLITS[split]: table for split, table in loaded.items() if split in SPLITS}
+    features = next(iter(tables.values())).features if tables else {}
+    pictures, label = find_columns(features)
+    if pictures and "objects" in features and options.allow(Boxes):
+        return _read_boxes(tables, pictures[0], source)
+    if len(pictures) == 2 and label is None and options.allow(PixelMask):
+        first, second = sorted(pictures, key=lambda column: column not in FIRST_PICTURES)
+        pairs = {
+            split: (encoded_images(table, first), encoded_images(table, second)) for split, table in tables.items()
+        }
+        names = options.classes if isinstance(options.classes, tuple) else None
+        return make_segmentation(pairs, options, names, source)
+    splits, classes = {}, []
+    for split, table in tables.items():
+        pictures, label = find_columns(table.features)
+        if not pictures or label is None:
+            raise DataError(f"{source} has no image column and class label; it has: {', '.join(table.features)}.")
+        classes = list(table.features[label].names)
+        splits[split] = Split(encoded_images(table, pictures[0]), np.array(table[label], dtype=np.int64))
+    return Found(Classification.name, splits, classes)
+
+
+def find_columns(features: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """The columns of images, and the first one of class labels."""
+    import datasets
+
+    pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return pictures, labels[0] if labels else None
+
+
+def encoded_images(table: Any, column: str) -> Sequence[ImageSource]:
+    """The encoded images of a table's column, read when they are asked for."""
+    import datasets
+
+    return Lazy(table.cast_column(column, datasets.Image(decode=False)), partial(_cell, column))
+
+
+def _cell(column: str, row: Mapping[str, Any]) -> ImageSource:
+    return row[column].get("bytes") or Path(row[column]["path"])
+
+
+def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> Found:
+    """Boxes are left, top, width, height, as the hub's data sets of objects have them."""
+    scenes: dict[str, list[Scene]] = {}
+    names: Sequence[str] | None = None
+    try:
+        for split, table in tables.items():
+            feature = table.features["objects"]
+            inner = getattr(feature, "feature", feature)
+            category = (inner[0] if isinstance(inner, list) else inner)["category"]
+            names = list(getattr(category, "feature", category).names)
+            scenes[split] = []
+            for image, row in zip(encoded_images(table, picture), table["objects"], strict=True):
+                one = row if isinstance(row, dict) else {key: [own[key] for own in row] for key in ("bbox", "category")}
+                pairs = zip(one["bbox"], one["category"], strict=True)
+                objects = [(names[label], check_corners((x, y, x + w, y + h)), False) for (x, y, w, h), label in pairs]
+                scenes[split].append((image, objects))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{source}: its objects cannot be read ({error!r}). Expected a column `objects` of `bbox` (left, top, width, "
+            "height) and `category` with names."
+        ) from error
+    return make_detection(scenes, names, source)

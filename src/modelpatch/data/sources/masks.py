@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource, find_images
-from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, register_source
+from modelpatch.data.sources.base import DataSource, Found, SourceOptions, register_source, split_folders
 from modelpatch.data.splits import Lazy, Split
 from modelpatch.errors import DataError, TrainingWarning
 from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask, Segmentation, read_values
@@ -30,18 +30,13 @@ class MaskFolders(DataSource):
     kind = Segmentation.name
 
     def accepts(self, source: Any) -> bool:
-        roots = _roots(Path(source)) if Path(source).is_dir() else {}
+        roots = split_folders(Path(source)) if Path(source).is_dir() else {}
         return bool(roots) and all((root / "images").is_dir() and _mask_folder(root) for root in roots.values())
 
     def read(self, source: Any, options: SourceOptions) -> Found:
         path = Path(source)
-        pairs = {split: _pair_up(root / "images", _mask_folder(root)) for split, root in _roots(path).items()}
+        pairs = {split: _pair_up(root / "images", _mask_folder(root)) for split, root in split_folders(path).items()}
         return make_segmentation(pairs, options, options.class_names(path), str(path))
-
-
-def _roots(path: Path) -> dict[str, Path]:
-    named = {SPLITS[folder.name]: folder for folder in sorted(path.iterdir()) if folder.name in SPLITS}
-    return named or {"train": path}
 
 
 def _mask_folder(root: Path) -> Path | None:

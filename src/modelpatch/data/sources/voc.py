@@ -5,15 +5,23 @@ A folder that has `train` and `val` alone is tested on `val`, as is the custom. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
-from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, find_file, register_source
+from modelpatch.data.sources.base import (
+    DataSource,
+    Found,
+    Scene,
+    SourceOptions,
+    check_corners,
+    find_file,
+    make_detection,
+    named_splits,
+    register_source,
+)
 from modelpatch.data.sources.masks import make_segmentation
-from modelpatch.data.sources.scenes import Scene, check_corners, make_detection
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.segmentation import Segmentation
@@ -30,6 +38,10 @@ class VocMasks(DataSource):
 
     def read(self, source: Any, options: SourceOptions) -> Found:
         path = Path(source)
+        if not (names := options.class_names(path)):
+            from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+            names = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
         pairs = {
             split: (
                 [_find_image(path / "JPEGImages", stem) for stem in stems],
@@ -37,7 +49,7 @@ class VocMasks(DataSource):
             )
             for split, stems in _list_stems(path / "ImageSets" / "Segmentation").items()
         }
-        return make_segmentation(pairs, options, options.class_names(path) or _voc_classes(), str(path))
+        return make_segmentation(pairs, options, names, str(path))
 
 
 @register_source("voc")
@@ -75,7 +87,7 @@ def read_annotation(path: Path, image: Path) -> Scene:
             objects.append((_text(entry, "name"), check_corners(corners), difficult))
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{path} cannot be read as annotations of Pascal VOC: {error}.") from error
-    return Scene(image, objects)
+    return image, objects
 
 
 def _text(entry: ElementTree.Element | None, name: str) -> str:
@@ -87,7 +99,7 @@ def _text(entry: ElementTree.Element | None, name: str) -> str:
 
 def _list_stems(folder: Path) -> dict[str, list[str]]:
     """The stems of every split. Without a test list, `val` is the test split."""
-    lists = {SPLITS[file.stem]: file for file in sorted(folder.glob("*.txt")) if file.stem in SPLITS}
+    lists = named_splits(sorted(folder.glob("*.txt")))
     if "train" not in lists:
         raise DataError(f"{folder} has no train.txt, which lists the images to train on.")
     if "test" not in lists and "validation" in lists:
@@ -101,9 +113,3 @@ def _list_stems(folder: Path) -> dict[str, list[str]]:
 def _find_image(folder: Path, stem: str) -> Path:
     files = [folder / (stem + suffix) for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
     return find_file(files, f"{folder} has no image {stem!r}, which a list of images names")
-
-
-def _voc_classes() -> Sequence[str]:
-    from torchvision.models.segmentation import FCN_ResNet50_Weights
-
-    return ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]

@@ -1,6 +1,9 @@
-"""Manifests in CSV or parquet: columns `image` (path, or bytes in parquet), `label`, and `split` if there is one.
+"""Images with one class each: class folders, manifests, and scikit-learn's 1,797 real 8 x 8 images of handwritten digits.
 
-A folder may hold one manifest a split: `train.csv`, `test.csv`, or the same in parquet.
+ROOT/train/CLASS/*, ROOT/test/CLASS/* (and `val` or `validation`), or ROOT/CLASS/* alone
+ROOT/train.csv, ROOT/test.csv, or one file: CSV or parquet with columns `image` (path, or bytes in parquet), `label`, and
+    `split` if there is one
+bundled:digits
 """
 
 from __future__ import annotations
@@ -8,17 +11,26 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modelpatch.backbone.preprocessing import ImageSource
+from modelpatch.backbone.preprocessing import ImageSource, find_images
 from modelpatch.data.samples import order_name
-from modelpatch.data.sources.base import SPLITS, DataSource, Found, SourceOptions, named_splits, register_source
+from modelpatch.data.sources.base import (
+    SPLITS,
+    DataSource,
+    Found,
+    SourceOptions,
+    make_classification,
+    named_splits,
+    register_source,
+    split_folders,
+)
 from modelpatch.data.splits import Split
-from modelpatch.errors import DataError
+from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.tasks.classification import Classification
 
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
@@ -58,14 +70,57 @@ class Manifests(DataSource):
         return make_classification(members, sorted(labels, key=order_name))
 
 
-def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
-    """The task of images with the names of their classes, by split."""
-    index = {name: number for number, name in enumerate(names)}
-    splits = {
-        split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
-        for split, pairs in members.items()
-    }
-    return Found(Classification.name, splits, names)
+@register_source("folders")
+class ClassFolders(DataSource):
+    """A folder of class folders, with or without folders of splits above them."""
+
+    kind = Classification.name
+    general = True
+
+    def accepts(self, source: Any) -> bool:
+        return Path(source).is_dir() and not find_manifests(Path(source))
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        path = Path(source)
+        folders = split_folders(path)
+        if "train" not in folders:
+            raise DataError(
+                f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
+            )
+        files = {
+            split: {folder.name: find_images(folder) for folder in root.iterdir() if folder.is_dir()}
+            for split, root in folders.items()
+        }
+        classes = sorted({name for own in files.values() for name, images in own.items() if images})
+        if not classes:
+            raise DataError(
+                f"{path} holds no class folders with images. Expected {path.name}/train/CLASS/*.jpg or "
+                f"{path.name}/CLASS/*.jpg."
+            )
+        members = {
+            split: [(file, name) for name in classes for file in own.get(name, ())] for split, own in files.items()
+        }
+        return make_classification(members, classes)
+
+
+@register_source("digits")
+class Digits(DataSource):
+    """The digits that scikit-learn brings."""
+
+    kind = Classification.name
+
+    def accepts(self, source: Any) -> bool:
+        return isinstance(source, str) and source == "bundled:digits"
+
+    def read(self, source: Any, options: SourceOptions) -> Found:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise MissingExtraError("scikit-learn", "demo", "Loading bundled:digits") from None
+        bunch = load_digits()
+        images = np.round(bunch.images / 16 * 255).astype(np.uint8)
+        split = Split(list(images), bunch.target.astype(np.int64))
+        return Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])
 
 
 def _read_manifest(path: Path, folder: Path, split: str | None) -> Iterator[tuple[str, ImageSource, str]]:
