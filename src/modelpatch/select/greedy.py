@@ -30,7 +30,7 @@ from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
-from modelpatch.train import fit
+from modelpatch.train.fitting import fit
 
 Rule = Literal["paper", "code"]
 Start = Literal["none", "all", "better"]
