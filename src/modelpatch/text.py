@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -10,6 +12,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, StringConstraints, ValidationError
 
 MAX_LENGTH = 256
+
+
+def digest_of(facts: Any) -> str:
+    """The SHA-256 of plain values: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def count_of(number: int, thing: str, things: str = "") -> str:

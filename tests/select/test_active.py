@@ -10,7 +10,7 @@ import torch
 
 from conftest import color_task, draft_patch, make_tiny
 from modelpatch.errors import DataError
-from modelpatch.select.active import _Simulation, margins, pick, simulate
+from modelpatch.select.active import Simulation, margins, pick, simulate
 
 FAST = {"epochs": 1, "batch_size": 8}
 
@@ -45,13 +45,13 @@ def test_a_simulation_labels_more_every_round_and_both_strategies_start_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labelled: list[tuple[str, int, list[int]]] = []
-    one_round = _Simulation._round
+    one_round = Simulation._round
 
     def watched(self, strategy, seed, rows, more):  # type: ignore[no-untyped-def]
         labelled.append((strategy, seed, rows.tolist()))
         return one_round(self, strategy, seed, rows, more)
 
-    monkeypatch.setattr(_Simulation, "_round", watched)
+    monkeypatch.setattr(Simulation, "_round", watched)
     curves = simulate(make_tiny(), color_task(30), "linear-probe", labels=(6, 12, 30), seeds=2, **FAST)  # type: ignore[arg-type]
     assert {name: [len(one) for one in values] for name, values in curves.top1s.items()} == {
         "margin": [3, 3],
@@ -76,13 +76,13 @@ def test_the_margins_of_a_simulation_are_those_of_its_patch_on_the_pool() -> Non
     labelled = np.arange(12)
     from modelpatch.methods.linear_probe import LinearProbe
     from modelpatch.select.active import LabelRound
-    from modelpatch.select.journal import Journal
+    from modelpatch.select.trials import Journal
     from modelpatch.train import fit
     from modelpatch.train.progress import quiet_progress
     from modelpatch.train.settings import FitSettings
 
     settings = FitSettings(epochs=1, batch_size=8, augment="none")
-    run = _Simulation(backbone, data, LinearProbe(), (12, 20), settings, Journal(LabelRound), 2**30, quiet_progress())
+    run = Simulation(backbone, data, LinearProbe(), (12, 20), settings, Journal(LabelRound), 2**30, quiet_progress())
     found = run._round("margin", 0, labelled, 8)
     from dataclasses import replace
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,8 @@ from modelpatch.methods.method import Method, confine
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.select.journal import Journal
-from modelpatch.select.trials import Bench, Outcome, Trial
-from modelpatch.select.workers import Processes, make_workers
+from modelpatch.select.trials import Bench, Journal, Outcome, Trial
+from modelpatch.select.workers import LocalWorker, Pool, open_workers
 from modelpatch.train import fit
 from modelpatch.train.batches import Inputs
 from modelpatch.train.settings import FitSettings
@@ -155,8 +156,8 @@ def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: Task
     bench = Bench(make_tiny(), data, FitSettings(epochs=1, batch_size=8), folds=2)
     trials = [Trial(LinearProbe(), 0, seed, 1) for seed in range(4)]
     trials.insert(1, Trial(Killed(marker=str(tmp_path / "once")), 1, 0, 1))
-    with make_workers(bench, 2) as workers:
-        outcomes = dict(workers.run(trials))
+    with open_workers(bench, 2) as run:
+        outcomes = dict(run(trials))
     assert (tmp_path / "once-0").exists()
     expected = [bench.run(trial) for trial in trials]
     assert [outcomes[n].top1 for n in range(5)] == [one.top1 for one in expected]
@@ -165,19 +166,20 @@ def test_a_killed_worker_loses_only_its_trial_and_that_is_tried_again(data: Task
 def test_a_trial_that_kills_every_worker_is_given_up(data: Task, tmp_path: Path) -> None:
     bench = Bench(make_tiny(), data, FitSettings(epochs=1), folds=2)
     trial = Trial(Killed(marker=str(tmp_path / "always"), times=9), 0, 0, 1)
-    with Processes(bench, 1, 1) as workers, pytest.raises(TrainingError, match="3 times"):
-        list(workers.run([trial]))
+    pool = Pool(partial(LocalWorker, bench.for_workers(1), 1), 1)
+    with closing(pool), pytest.raises(TrainingError, match="3 times"):
+        list(pool.run([trial]))
 
 
 def test_ray_that_is_not_installed_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"modelpatch\[ray\]"):
-        make_workers(bench, 2, ray="local")
+    with pytest.raises(MissingExtraError, match=r"modelpatch\[ray\]"), open_workers(bench, 2, ray="local"):
+        pass
 
 
 def test_no_workers_are_refused(bench: Bench) -> None:
-    with pytest.raises(TrainingError, match="workers is 0"):
-        make_workers(bench, 0)
+    with pytest.raises(TrainingError, match="workers is 0"), open_workers(bench, 0):
+        pass
 
 
 # the journal ------------------------------------------------------------------------------------------------

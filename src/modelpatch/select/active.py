@@ -8,11 +8,10 @@ the base; images are scored as they are, not augmented.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from modelpatch.errors import DataError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
-from modelpatch.select.journal import Journal
-from modelpatch.select.trials import DISK, share_images
+from modelpatch.select.trials import DISK, Journal, share_images
+from modelpatch.text import digest_of
 from modelpatch.train.evaluation import logits_of, standard_error
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages
@@ -140,47 +139,38 @@ def simulate(
     checked = replace(checked, augment=choose_augmentation(checked.augment, data.train).name)  # type: ignore[arg-type]
     bar = Progress(f"label on {data.task.name}") if progress else quiet_progress()
     with bar:
-        run = _Simulation(backbone, data, chosen, counts, checked, Journal(LabelRound, rounds), disk, bar)
-        top1s = {name: [run.curve(name, checked.seed + n) for n in range(seeds)] for name in STRATEGIES}
+        run = Simulation(backbone, data, chosen, counts, checked, Journal(LabelRound, rounds), disk, bar)
+        found = {name: tuple(run.curve(name, checked.seed + n) for n in range(seeds)) for name in STRATEGIES}
     backbone.verify()
-    found = {name: tuple(curves) for name, curves in top1s.items()}
     return Curves(data.task.name, backbone.spec, chosen.name, counts, found)
 
 
-class _Simulation:
+@dataclass(frozen=True)
+class Simulation:
     """All curves of one simulation, over shared activations."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        data: Task,
-        method: Method,
-        counts: tuple[int, ...],
-        settings: FitSettings,
-        journal: Journal[LabelRound],
-        disk: int,
-        bar: Progress,
-    ) -> None:
-        self.backbone, self.data, self.method, self.counts = backbone, data, method, counts
-        self.settings, self.journal, self.disk, self.bar = settings, journal, disk, bar
-        self._shared: SharedImages | None = None
-        facts = [
-            backbone.fingerprint,
-            data.train.digest,
-            data.test.digest,
-            method.name,
-            method.hyperparameters(),
-            {name: value for name, value in asdict(settings).items() if name not in ("memory", "seed")},
-        ]
-        self.identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    backbone: Backbone
+    data: Task
+    method: Method
+    counts: tuple[int, ...]
+    settings: FitSettings
+    journal: Journal[LabelRound]
+    disk: int
+    bar: Progress
 
-    @property
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that rounds depend on besides their curve and what is labelled."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in ("memory", "seed")}
+        images = [self.data.train.digest, self.data.test.digest]
+        method = [self.method.name, self.method.hyperparameters()]
+        return digest_of([self.backbone.fingerprint, *images, *method, settings])
+
+    @cached_property
     def shared(self) -> SharedImages:
         """Activations of training and test images, computed when first needed."""
-        if self._shared is None:
-            both = join_splits([self.data.train, self.data.test])
-            self._shared = share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
-        return self._shared
+        both = join_splits([self.data.train, self.data.test])
+        return share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
 
     def curve(self, strategy: str, seed: int) -> tuple[float, ...]:
         """Accuracies by number of labels."""
@@ -188,10 +178,10 @@ class _Simulation:
         labelled = np.sort(generator.permutation(len(self.data.train))[: self.counts[0]])
         top1s = []
         with self.bar.task(f"{strategy}, seed {seed}", len(self.counts)) as advance:
-            for number, count in enumerate(self.counts):
-                more = (self.counts[number + 1] if number + 1 < len(self.counts) else count) - count
+            for count, following in zip(self.counts, (*self.counts[1:], self.counts[-1]), strict=True):
+                more = following - count
                 what = {"strategy": strategy, "seed": seed, "labelled": labelled.tolist(), "more": more}
-                key = hashlib.sha256(json.dumps([self.identity, what], sort_keys=True).encode()).hexdigest()[:32]
+                key = digest_of([self.identity, what])[:32]
                 if key not in self.journal.outcomes:
                     what = {"strategy": strategy, "seed": seed, "labels": count}
                     self.journal.add(key, what, self._round(strategy, seed, labelled, more))
@@ -213,10 +203,8 @@ class _Simulation:
             source=self.shared.fold(**{name: torch.from_numpy(part) for name, part in rows.items()}),
         )
         top1 = fit.run().metrics["test_top1"]
-        if not more:
-            return LabelRound(top1, [])
-        if strategy == "random":
-            generator = np.random.default_rng([seed, len(labelled)])
-            return LabelRound(top1, sorted(generator.choice(pool, more, replace=False).tolist()))
-        order = margins(fit.logits(fit.model, "pool")).argsort(stable=True)[:more]
-        return LabelRound(top1, sorted(pool[order.numpy()].tolist()))
+        if strategy == "random" or not more:
+            picked = np.random.default_rng([seed, len(labelled)]).choice(pool, more, replace=False)
+        else:
+            picked = pool[margins(fit.logits(fit.model, "pool")).argsort(stable=True)[:more].numpy()]
+        return LabelRound(top1, sorted(picked.tolist()))

@@ -24,9 +24,8 @@ from modelpatch.engine.engine import Engine
 from modelpatch.errors import TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import PatchedModel
 from modelpatch.select.study import Candidate
-from modelpatch.select.trials import file_bytes
+from modelpatch.select.trials import Bench, file_bytes
 from modelpatch.tasks.record import TaskRecord
 
 WARM_UP, RUNS, PATIENCE = 5, 31, 4
@@ -97,29 +96,23 @@ class Budget:
     latency: float | None = None
     _latencies: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
-    def why_not(
-        self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int, dtype: str = "float32"
-    ) -> str | None:
+    def why_not(self, bench: Bench, candidate: Candidate) -> str | None:
         """The reason that no patch of this candidate can keep the budget, known without training it; None if one may."""
         if self.blocks is not None and len(candidate.blocks) > self.blocks:
             return f"{len(candidate.blocks)} blocks"
         if self.bytes is not None:
-            size = file_bytes(draft_patch(backbone, task, candidate.method, image_size).astype(dtype))
+            size = file_bytes(_draft_on(bench, candidate.method).astype(bench.settings.dtype))
             if size > self.bytes:
                 return f"{size:,} bytes"
-        if self.latency is not None:
-            added = self.added(backbone, task, candidate, image_size)
-            if added > self.latency:
-                return f"+{added:.0%} time"
+        if self.latency is not None and (added := self.added(bench, candidate.method)) > self.latency:
+            return f"+{added:.0%} time"
         return None
 
-    def added(self, backbone: Backbone, task: TaskRecord, candidate: Candidate, image_size: int) -> float:
-        """The candidate's added latency, measured once for all of its structure."""
-        method = candidate.method
-        key = f"{method.blueprint(backbone).model_dump_json()} {method.head} {method.name}"
+    def added(self, bench: Bench, method: Method) -> float:
+        """The added latency of the method's patches, measured once for all of their structure."""
+        key = f"{method.blueprint(bench.backbone).model_dump_json()} {method.head} {method.name}"
         if key not in self._latencies:
-            patch = draft_patch(backbone, task, method, image_size)
-            self._latencies[key] = added_latency(backbone, patch, limit=self.latency)
+            self._latencies[key] = added_latency(bench.backbone, _draft_on(bench, method), limit=self.latency)
         return self._latencies[key]
 
     def broken_by(self, backbone: Backbone, patch: Patch) -> str | None:
@@ -134,13 +127,18 @@ class Budget:
         return None
 
 
+def _draft_on(bench: Bench, method: Method) -> Patch:
+    size = bench.settings.image_size or bench.backbone.preprocessing.image_size
+    return draft_patch(bench.backbone, bench.data[0].task, method, size)
+
+
 def draft_patch(backbone: Backbone, task: TaskRecord, method: Method, image_size: int) -> Patch:
     """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run.
 
     Torch's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        model: PatchedModel = method.draft(backbone, len(task.classes))
+        model = method.draft(backbone, len(task.classes))
     return model.to_patch(task, preprocessing=backbone.preprocessing.with_image_size(image_size), method=method)
 
 

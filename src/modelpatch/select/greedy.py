@@ -24,12 +24,23 @@ from typing import Any, Literal, get_args
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
-from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
+from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
+from modelpatch.select.study import (
+    Candidate,
+    Effect,
+    Rater,
+    Score,
+    applicable,
+    best,
+    describe,
+    open_study,
+    score_by_halving,
+    units,
+)
 from modelpatch.train.fitting import fit
 
 Rule = Literal["paper", "code"]
@@ -194,33 +205,16 @@ class GreedySearch:
     def __init__(
         self, study: Rater, method: Method, greedy: Greedy, budget: Budget, each_round: Callable[[Round], None]
     ) -> None:
-        self.each_round = each_round
-        self.study, self.method, self.greedy, self.budget = study, method, greedy, budget
-        self.backbone, self.task = study.bench.backbone, study.bench.data[0].task
-        self.units = self._applicable()
+        self.study, self.method, self.greedy, self.budget, self.each_round = study, method, greedy, budget, each_round
+        backbone = study.bench.backbone
+        named = {describe(backbone, unit): unit for unit in units(backbone, stages=greedy.stages)}
+        if unknown := [name for name in greedy.candidates if name not in named]:
+            raise MethodError(f"{backbone.spec} has no block {unknown[0]!r}. It has: {', '.join(named)}.")
+        able, _ = applicable(backbone, method, [named[name] for name in greedy.candidates or named], "block")
+        self.units = {name: candidate.blocks for name, (candidate, _) in able.items()}  # what can be added, by name
+        self.every = Candidate.of(method, tuple(itertools.chain.from_iterable(self.units.values())))
         self.rounds: list[Round] = []
         self.sets: list[tuple[Candidate, Score]] = []  # every set that was current, in order
-
-    def _applicable(self) -> dict[str, tuple[str, ...]]:
-        """The blocks of everything that can be added, by its name: a block, or a stage."""
-        named = {describe(self.backbone, unit): unit for unit in units(self.backbone, stages=self.greedy.stages)}
-        if unknown := [name for name in self.greedy.candidates if name not in named]:
-            raise MethodError(f"{self.backbone.spec} has no block {unknown[0]!r}. It has: {', '.join(named)}.")
-        able, reason = {}, ""
-        for name in self.greedy.candidates or named:
-            try:
-                Candidate.of(self.method, named[name]).method.count_parameters(self.backbone)
-                able[name] = named[name]
-            except MethodNotApplicableError as error:
-                reason = str(error)
-        if not able:
-            raise MethodNotApplicableError(f"{self.method.name} has nothing to change in any block: {reason}")
-        return able
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every block to choose among."""
-        return tuple(itertools.chain.from_iterable(self.units.values()))
 
     def run(self) -> None:
         """Rounds until the rule says stop."""
@@ -228,76 +222,66 @@ class GreedySearch:
         self.sets.append((current, score))
         removing = len(current.blocks) > 0
         bar = 0.0 if self.greedy.rule == "paper" else score.top1
-        while True:
-            found = self._round(current, removing)
-            if found is None:
-                if self.rounds and self.rounds[-1].best is None:
-                    self.each_round(self.rounds[-1])
+        while current.blocks or not removing:
+            changes = {
+                name: tuple(block for block in current.blocks if block not in unit)
+                if removing
+                else current.blocks + unit
+                for name, unit in self.units.items()
+                if (unit[0] in current.blocks) == removing
+            }
+            if not changes:
                 return
-            chosen, score = found
-            accepted = self._accepts(score.top1, bar)
-            self.rounds[-1] = replace(self.rounds[-1], accepted=accepted)
+            parent = current if self.greedy.warm_start and current.blocks else None
+            candidates = [Candidate.of(self.method, blocks, parent) for blocks in changes.values()]
+            one, score = self._score(list(changes), candidates)
+            accepted = score is not None and self._accepts(score.top1, bar)
+            self.rounds.append(replace(one, accepted=accepted))
             self.each_round(self.rounds[-1])
-            if not accepted:
+            if score is None or one.best is None or not accepted:
                 return
-            current = chosen
-            bar = max(bar, score.top1)
+            current, bar = candidates[one.best], max(bar, score.top1)
             self.sets.append((current, score))
-            if not current.blocks:
-                return
+
+    def _begin(self) -> tuple[Candidate, Score]:
+        """The set to start from: none, all blocks, or the better of both."""
+        none = Candidate.of(self.method, ())
+        starts: dict[Start, list[Candidate]] = {"none": [none], "all": [self.every], "better": [none, self.every]}
+        candidates = starts[self.greedy.start]
+        reasons = [self.why_not(candidate) for candidate in candidates]
+        scores = self.study.score(candidates, title="start")
+        number = best(scores, [reason is None for reason in reasons])
+        if number is None:
+            raise TrainingError(f"nothing to start from keeps the limits: {reasons[0]}.")
+        return candidates[number], scores[number]
+
+    def why_not(self, candidate: Candidate) -> str | None:
+        """The limit that a candidate breaks."""
+        return self.budget.why_not(self.study.bench, candidate)
+
+    def _score(self, names: Sequence[str], candidates: Sequence[Candidate]) -> tuple[Round, Score | None]:
+        """A round over these sets, each of which has one block more (or fewer) than the current one, and its best score."""
+        number = len(self.rounds) + 1
+        reasons = [self.why_not(candidate) for candidate in candidates]
+        trained = [n for n, reason in enumerate(reasons) if reason is None]
+        scores, effect = [], None
+        if trained:
+            able = [candidates[n] for n in trained]
+            scores, effect = score_by_halving(self.study, able, self.greedy.halving, f"round {number}")
+        found = dict(zip(trained, scores, strict=True))
+        for n, score in found.items():
+            too_large = self.budget.bytes is not None and score.file_bytes > self.budget.bytes
+            reasons[n] = f"{score.file_bytes:,} bytes" if too_large else score.failure
+        winner = best(scores, [reasons[n] is None for n in trained])
+        chosen = None if winner is None else trained[winner]
+        rows = enumerate(zip(names, candidates, strict=True))
+        steps = tuple(Step(name, one.blocks, found.get(n), reasons[n]) for n, (name, one) in rows)
+        return Round(number, steps, chosen, False, effect), None if chosen is None else found[chosen]
 
     def _accepts(self, top1: float, bar: float) -> bool:
         if self.greedy.rule == "code":
             return top1 >= bar - self.greedy.epsilon
-        return top1 > bar + self.greedy.epsilon if len(self.rounds) > 1 else True  # best = 0 before the first round
-
-    def _begin(self) -> tuple[Candidate, Score]:
-        """The set to start from: none, all blocks, or the better of both."""
-        every = self.names
-        starts: dict[Start, list[tuple[str, ...]]] = {"none": [()], "all": [every], "better": [(), every]}
-        candidates = [Candidate.of(self.method, blocks) for blocks in starts[self.greedy.start]]
-        allowed = [self._why_not(candidate) is None for candidate in candidates]
-        scores = self.study.score(candidates, title="start")
-        number = best(scores, allowed)
-        if number is None:
-            raise TrainingError(f"nothing to start from keeps the limits: {self._why_not(candidates[0])}.")
-        return candidates[number], scores[number]
-
-    def _why_not(self, candidate: Candidate) -> str | None:
-        settings = self.study.bench.settings
-        size = settings.image_size or self.backbone.preprocessing.image_size
-        return self.budget.why_not(self.backbone, self.task, candidate, size, settings.dtype)
-
-    def _round(self, current: Candidate, removing: bool) -> tuple[Candidate, Score] | None:
-        """Score every set that has one block more (or fewer) than the current one. None where there is none."""
-        changes = [name for name, unit in self.units.items() if (unit[0] in current.blocks) == removing]
-        sets = [_change(current.blocks, self.units[name], removing) for name in changes]
-        parent = current if self.greedy.warm_start and current.blocks else None
-        candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
-        reasons = [self._why_not(candidate) for candidate in candidates]
-        trained = [number for number, reason in enumerate(reasons) if reason is None]
-        if not trained:
-            if candidates:
-                steps = tuple(Step(n, s, None, r) for n, s, r in zip(changes, sets, reasons, strict=True))
-                self.rounds.append(Round(len(self.rounds) + 1, steps, None, False))
-            return None
-        number = len(self.rounds) + 1
-        scores, effect = score_by_halving(
-            self.study, [candidates[n] for n in trained], self.greedy.halving, f"round {number}"
-        )
-        found = dict(zip(trained, scores, strict=True))
-        limit = self.budget.bytes
-        for n, score in found.items():
-            if limit is not None and score.file_bytes > limit:
-                reasons[n] = f"{score.file_bytes:,} bytes"
-        winner = best([found[n] for n in trained], [reasons[n] is None for n in trained])
-        chosen = None if winner is None else trained[winner]
-        steps = tuple(
-            Step(name, blocks, found.get(n), reasons[n] or (found[n].failure if n in found else None))
-            for n, (name, blocks) in enumerate(zip(changes, sets, strict=True))
-        )
-        self.rounds.append(Round(number, steps, chosen, False, effect))
-        return None if chosen is None else (candidates[chosen], found[chosen])
+        return top1 > bar + self.greedy.epsilon or not self.rounds  # best = 0 before the first round
 
     def chosen(self) -> list[tuple[Candidate, Score]]:
         """The sets to train, the best first: the paper's rule takes the last one, the code's the best one seen."""
@@ -305,20 +289,10 @@ class GreedySearch:
             return self.sets[::-1]
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
-    def why_not_all(self) -> str | None:
-        """The limit that all blocks together break."""
-        return self._why_not(Candidate.of(self.method, self.names))
-
     def ends(self) -> list[tuple[Candidate, Score]]:
         """No blocks and all of them with their scores, as far as they keep the limits."""
-        able = [
-            end for end in (Candidate.of(self.method, blocks) for blocks in ((), self.names)) if not self._why_not(end)
-        ]
+        able = [end for end in (Candidate.of(self.method, ()), self.every) if not self.why_not(end)]
         return list(zip(able, self.study.score(able, title="both ends"), strict=True))
-
-
-def _change(blocks: tuple[str, ...], unit: tuple[str, ...], removing: bool) -> tuple[str, ...]:
-    return tuple(block for block in blocks if block not in unit) if removing else (*blocks, *unit)
 
 
 def select(
@@ -353,10 +327,8 @@ def select(
         ranked = search.chosen()
         found, ends = ranked[0], search.ends() if search.greedy.ends else []
         better = sorted((end for end in ends if end[1].top1 > found[1].top1), key=lambda end: -end[1].top1)
-        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
-        progress = options.get("progress", False)
         candidate, score, patch, dropped = train_first_within(
-            backbone, data, [*better, *ranked], budget, out=out, checkpoint=checkpoint, progress=progress, **final
+            study, [*better, *ranked], budget, out=out, checkpoint=checkpoint
         )
     return Selection(
         task=data.task.name,
@@ -367,44 +339,37 @@ def select(
         score=score,
         rounds=tuple(search.rounds),
         patch=patch,
-        complexity=_complexity(backbone, data, chosen, search, candidate),
+        complexity=Complexity(
+            tuned=candidate.method.count_parameters(backbone),
+            blocks=sum(unit[0] in candidate.blocks for unit in search.units.values()),
+            candidates=len(search.units),
+            images=len(data.train),
+            every=search.every.method.count_parameters(backbone),
+        ),
         every=next((score for end, score in ends if end.blocks), None),
-        every_left_out=search.why_not_all() if search.greedy.ends else None,
+        every_left_out=search.why_not(search.every) if search.greedy.ends else None,
         replaced=(found[0].name, found[1]) if better and candidate is better[0][0] else None,
         dropped=tuple(dropped),
     )
 
 
-def _complexity(backbone: Backbone, data: Task, method: Method, search: GreedySearch, chosen: Candidate) -> Complexity:
-    return Complexity(
-        tuned=chosen.method.count_parameters(backbone),
-        blocks=sum(unit[0] in chosen.blocks for unit in search.units.values()),
-        candidates=len(search.units),
-        images=len(data.train),
-        every=Candidate.of(method, search.names).method.count_parameters(backbone),
-    )
-
-
-STUDY_OPTIONS = ("seeds", "workers", "ray", "trials", "disk", "same_steps", "progress")
-
-
 def train_first_within(
-    backbone: Backbone,
-    data: Task,
+    study: Rater,
     ranked: Sequence[tuple[Candidate, Score]],
     budget: Budget,
     *,
     out: str | Path | None,
-    **options: Any,
+    checkpoint: str | Path | None = None,
 ) -> tuple[Candidate, Score, Patch, list[str]]:
     """Train the first candidate on all training images; where its patch breaks the budget, the next, and so on.
 
     Returns the candidate, its score, its patch, written to `out`, and why those before it were given up. Raises
     `TrainingError` if none keeps the budget.
     """
-    dropped: list[str] = []
+    backbone, dropped = study.bench.backbone, []
+    common = {"checkpoint": checkpoint, "progress": study.progress, **asdict(study.settings)}
     for candidate, score in ranked:
-        patch = fit(backbone, data, candidate.method, **options)
+        patch = fit(backbone, study.data, candidate.method, **common)
         if (broken := budget.broken_by(backbone, patch)) is None:
             if out is not None:
                 patch.save(out)

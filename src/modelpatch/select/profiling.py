@@ -14,10 +14,19 @@ from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
-from modelpatch.errors import MethodNotApplicableError
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
-from modelpatch.select.study import Candidate, Effect, Rater, Score, best, describe, open_study, score_by_halving, units
+from modelpatch.select.study import (
+    Candidate,
+    Effect,
+    Rater,
+    Score,
+    applicable,
+    best,
+    open_study,
+    score_by_halving,
+    units,
+)
 
 
 @dataclass(frozen=True)
@@ -57,21 +66,13 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "task": self.task,
-            "backbone": self.backbone,
-            "method": self.method,
-            "kind": self.kind,
-            "images": self.images,
-            "blocks": list(self.blocks),
-            "linear_probe": self.probe.as_dict(),
-            "rows": [
-                {"name": row.name, "blocks": list(row.blocks), "parameters": row.parameters, **row.score.as_dict()}
-                for row in self.rows
-            ],
-            "skipped": self.skipped,
-            "halving": str(self.effect) if self.effect else None,
-        }
+        own = {name: getattr(self, name) for name in ("task", "backbone", "method", "kind", "images", "skipped")}
+        rows = [
+            {"name": row.name, "blocks": list(row.blocks), "parameters": row.parameters, **row.score.as_dict()}
+            for row in self.rows
+        ]
+        scores = {"linear_probe": self.probe.as_dict(), "rows": rows}
+        return {**own, "blocks": list(self.blocks), **scores, "halving": str(self.effect) if self.effect else None}
 
 
 def profile(
@@ -109,26 +110,15 @@ def profile_units(
 ) -> Profile:
     """The profile of some units within a study, by halving or after `epochs` epochs, by default the study's."""
     backbone = study.bench.backbone
-    candidates, parameters, skipped = [], [], {}
-    for blocks in names:
-        candidate = Candidate.of(method, blocks)
-        try:
-            parameters.append(candidate.method.count_parameters(backbone))
-            candidates.append(candidate)
-        except MethodNotApplicableError as error:
-            skipped[describe(backbone, blocks)] = str(error)
-    if not candidates:
-        raise MethodNotApplicableError(
-            f"{method.name} has nothing to change in any unit: {next(iter(skipped.values()))}"
-        )
+    able, skipped = applicable(backbone, method, names, "unit")
     probe = study.score([Candidate.of(method, ())], epochs, title="linear probe")[0]
-    scores, effect = score_by_halving(study, candidates, halving, "profile", epochs)
+    scores, effect = score_by_halving(study, [one for one, _ in able.values()], halving, "profile", epochs)
     rows = [
-        ProfileRow(describe(backbone, candidate.blocks), candidate.blocks, count, score)
-        for candidate, count, score in zip(candidates, parameters, scores, strict=True)
+        ProfileRow(name, candidate.blocks, count, score)
+        for (name, (candidate, count)), score in zip(able.items(), scores, strict=True)
     ]
     return Profile(
-        task=study.bench.data[0].task.name,
+        task=study.data.task.name,
         backbone=backbone.spec,
         method=method.name,
         kind=kind,

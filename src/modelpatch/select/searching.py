@@ -21,13 +21,13 @@ from typing import Any
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError, MissingExtraError, TrainingError
-from modelpatch.methods.method import Method, confine
+from modelpatch.methods.method import confine
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
-from modelpatch.select.greedy import STUDY_OPTIONS, train_first_within
+from modelpatch.select.greedy import train_first_within
 from modelpatch.select.profiling import Profile, profile_units
-from modelpatch.select.study import Candidate, Effect, Rater, Score, describe, open_study, score_by_halving, units
+from modelpatch.select.study import Candidate, Effect, Score, describe, open_study, score_by_halving, units
 
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
@@ -130,26 +130,25 @@ def search(
     for name in methods:
         make_method(name)
     with open_study(backbone, data, title="search", folds=folds, **options) as study:
-        settings = study.bench.settings
-        profiled = _profile(study)
-        size = settings.image_size or backbone.preprocessing.image_size
+        epochs = max(1, study.settings.epochs // PROFILE_SHARE)
+        profiled = profile_units(study, make_method("subset"), units(backbone), "blocks", epochs=epochs)
         able: list[Candidate] = []
         left_out: dict[str, str] = {}
         for candidate in propose(backbone, methods, profiled, left_out):
-            if reason := budget.why_not(backbone, data.task, candidate, size, settings.dtype):
+            if reason := budget.why_not(study.bench, candidate):
                 left_out[candidate.name] = reason
             else:
                 able.append(candidate)
-        able = _draw(able, tries, settings.seed, left_out)
+        able = _draw(able, tries, study.settings.seed, left_out)
         if not able:
             first = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise TrainingError(
-                f"nothing keeps the budget, stored as {settings.dtype} ({first}; ...). Raise a limit, or try dtype=int8."
+                f"nothing keeps the budget, stored as {study.settings.dtype} ({first}; ...). Raise a limit, or try dtype=int8."
             )
         scores, effect = score_by_halving(study, able, halving, "proposals")
         longest = max((score.epochs for score in scores if score.top1s), default=0)
         proposals = [
-            Proposal(one, score, budget.added(backbone, data.task, one, size), score.epochs == longest)
+            Proposal(one, score, budget.added(study.bench, one.method), score.epochs == longest)
             for one, score in zip(able, scores, strict=True)
             if score.top1s
         ]
@@ -157,9 +156,7 @@ def search(
         ranked = [
             (one.candidate, one.score) for one in proposals if max_bytes is None or one.score.file_bytes <= max_bytes
         ]
-        final = {name: value for name, value in options.items() if name not in STUDY_OPTIONS}
-        final["progress"] = options.get("progress", False)
-        chosen, _, patch, dropped = train_first_within(backbone, data, ranked, budget, out=out, **final)
+        chosen, _, patch, dropped = train_first_within(study, ranked, budget, out=out)
     return Search(
         task=data.task.name,
         backbone=backbone.spec,
@@ -174,11 +171,6 @@ def search(
     )
 
 
-def _profile(study: Rater) -> Profile:
-    epochs = max(1, study.epochs // PROFILE_SHARE)
-    return profile_units(study, make_method("subset"), units(study.bench.backbone), "blocks", epochs=epochs)
-
-
 def propose(
     backbone: Backbone, methods: Sequence[str], profiled: Profile, left_out: dict[str, str]
 ) -> Iterator[Candidate]:
@@ -191,43 +183,44 @@ def propose(
         except (MethodNotApplicableError, MissingExtraError) as error:
             left_out[spelled] = str(error)
             continue
-        for name, blocks, form in forms:
+        for form in forms:
             try:
-                form.count_parameters(backbone)
+                form.method.count_parameters(backbone)
             except (MethodNotApplicableError, MissingExtraError) as error:
-                left_out[name] = str(error)
+                left_out[form.name] = str(error)
                 continue
-            for label, method in _at_rates(form):
+            for candidate in _at_rates(form):
+                method = candidate.method
                 chosen = {key: value for key, value in method.hyperparameters().items() if key != "blocks"}
                 changes = method.blueprint(backbone).model_dump_json()  # where blocks=last has its name
                 known = json.dumps([method.name, chosen, changes], sort_keys=True)
                 if known not in seen:
                     seen.add(known)
-                    yield Candidate(name + label, blocks, method)
+                    yield candidate
 
 
-def _forms(
-    backbone: Backbone, spelled: str, sets: Sequence[tuple[str, ...]]
-) -> Iterator[tuple[str, tuple[str, ...], Method]]:
+def _forms(backbone: Backbone, spelled: str, sets: Sequence[tuple[str, ...]]) -> Iterator[Candidate]:
     """A method over every set of blocks, or as it is where it changes none; one with sizes of its own at each of them."""
     method = make_method(spelled)
     blueprint = method.blueprint(backbone)
     if sizes := method.sizes(backbone):
-        yield from ((f"{spelled} {label}", (), sized) for label, sized in sizes)
+        yield from (Candidate(f"{spelled} {label}", (), sized) for label, sized in sizes)
         return
-    yield spelled, (), method
+    yield Candidate(spelled, (), method)
     if blueprint.owned or blueprint.grafts:
         for blocks in sets:
-            yield f"{spelled} in {describe(backbone, blocks)}", blocks, confine(method, blocks)
+            yield Candidate(f"{spelled} in {describe(backbone, blocks)}", blocks, confine(method, blocks))
 
 
-def _at_rates(method: Method) -> Iterator[tuple[str, Method]]:
-    """The method at several learning rates; several methods in one patch, and the head alone, keep theirs."""
+def _at_rates(form: Candidate) -> Iterator[Candidate]:
+    """The candidate at several learning rates; several methods in one patch, and the head alone, keep theirs."""
+    method = form.method
     if len(method.members) > 1 or method.trains_head_alone:
-        yield "", method
+        yield form
         return
     for rate in RATES:
-        yield f", lr {method.lr * rate:.2g}", replace(method, lr=method.lr * rate)
+        lr = method.lr * rate
+        yield replace(form, name=f"{form.name}, lr {lr:.2g}", method=replace(method, lr=lr))
 
 
 def _block_sets(backbone: Backbone, profiled: Profile) -> list[tuple[str, ...]]:
@@ -245,9 +238,9 @@ def _draw(able: list[Candidate], tries: int, seed: int, left_out: dict[str, str]
     """At most `tries` of the candidates, in their order. The linear probe, which all must beat, is always among them."""
     if len(able) <= tries:
         return able
-    places = list(range(len(able)))
-    kept = {place for place in places if able[place].method.trains_head_alone}
-    others = [place for place in places if place not in kept]
-    kept.update(random.Random(seed).sample(others, max(0, tries - len(kept))))
-    left_out.update({able[place].name: f"not drawn among {tries} tries" for place in places if place not in kept})
-    return [able[place] for place in places if place in kept]
+    kept = [one for one in able if one.method.trains_head_alone]
+    others = [one for one in able if not one.method.trains_head_alone]
+    kept += random.Random(seed).sample(others, max(0, tries - len(kept)))
+    names = {one.name for one in kept}
+    left_out.update({one.name: f"not drawn among {tries} tries" for one in able if one.name not in names})
+    return [one for one in able if one.name in names]

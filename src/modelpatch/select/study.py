@@ -13,23 +13,22 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
-from modelpatch.errors import MethodError, TrainingError
+from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
 from modelpatch.methods.linear_probe import head_alone
 from modelpatch.methods.method import Method, confine
-from modelpatch.select.journal import Journal
-from modelpatch.select.trials import DISK, Bench, Outcome, Trial
-from modelpatch.select.workers import Workers, make_workers
+from modelpatch.select.trials import DISK, Bench, Journal, Outcome, Trial
+from modelpatch.select.workers import Run, open_workers
 from modelpatch.train.evaluation import standard_error
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.settings import check_settings
+from modelpatch.train.settings import FitSettings, check_settings
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,27 @@ def describe(backbone: Backbone, blocks: Sequence[str]) -> str:
     return " + ".join(blocks)
 
 
+def applicable(
+    backbone: Backbone, method: Method, names: Iterable[tuple[str, ...]], noun: str
+) -> tuple[dict[str, tuple[Candidate, int]], dict[str, str]]:
+    """The units in which the method has something to change, with what it trains there, and why others are left out.
+
+    Units are found by their description. Raises `MethodNotApplicableError` if there are none; `noun` says of what.
+    """
+    able: dict[str, tuple[Candidate, int]] = {}
+    skipped: dict[str, str] = {}
+    for blocks in names:
+        name, candidate = describe(backbone, blocks), Candidate.of(method, blocks)
+        try:
+            able[name] = candidate, candidate.method.count_parameters(backbone)
+        except MethodNotApplicableError as error:
+            skipped[name] = str(error)
+    if not able:
+        reason = next(iter(skipped.values()))
+        raise MethodNotApplicableError(f"{method.name} has nothing to change in any {noun}: {reason}")
+    return able, skipped
+
+
 @dataclass(frozen=True)
 class Score:
     """Accuracies in [0, 1] on held-out images, one a fold and seed, after `epochs` epochs.
@@ -121,49 +141,46 @@ class Score:
         }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rater:
-    """A bench, what works on it, and what is known so far. `epochs_trained` counts those of trials that this run made."""
+    """A bench, what runs trials on it, and what is known so far; the task and the settings of a final patch."""
 
     bench: Bench
-    workers: Workers
+    run: Run
     journal: Journal[Outcome]
     bar: Progress
     seeds: tuple[int, ...]
-    epochs_trained: int = field(default=0, init=False)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of a full trial."""
-        return self.bench.settings.epochs
+    data: Task
+    settings: FitSettings
+    progress: bool
 
     def score(
         self, candidates: Sequence[Candidate], epochs: int | None = None, title: str = "candidates"
     ) -> list[Score]:
         """Their scores after `epochs` epochs, those of a full trial by default."""
-        epochs = epochs or self.epochs
-        folds = range(len(self.bench.data))
+        epochs = epochs or self.settings.epochs
+        known, folds = self.journal.outcomes, range(len(self.bench.data))
         trials = [[c.trial(fold, seed, epochs) for seed in self.seeds for fold in folds] for c in candidates]
-        keys = {self.bench.key(trial): trial for group in trials for trial in group}
-        todo = {key: trial for key, trial in keys.items() if key not in self.journal.outcomes}
-        names = list(todo)
-        with self.bar.task(title, len(keys), len(keys) - len(todo)) as advance:
-            for position, outcome in self.workers.run(list(todo.values())):
-                self.journal.add(names[position], todo[names[position]].as_dict(), outcome)
-                self.epochs_trained += todo[names[position]].epochs
+        keys = [[self.bench.key(trial) for trial in group] for group in trials]
+        every = dict(zip(itertools.chain(*keys), itertools.chain(*trials), strict=True))
+        todo = [(key, trial) for key, trial in every.items() if key not in known]
+        with self.bar.task(title, len(every), len(every) - len(todo)) as advance:
+            for position, outcome in self.run([trial for _, trial in todo]):
+                key, trial = todo[position]
+                self.journal.add(key, trial.as_dict(), outcome)
                 advance(1)
-        return [self._score([self.bench.key(trial) for trial in group], epochs) for group in trials]
+        return [_summarise([known[key] for key in group], epochs) for group in keys]
 
-    def _score(self, keys: Sequence[str], epochs: int) -> Score:
-        outcomes = [self.journal.outcomes[key] for key in keys]
-        failures = [outcome.failure for outcome in outcomes if outcome.failure]
-        return Score(
-            epochs=epochs,
-            top1s=() if failures else tuple(outcome.top1 for outcome in outcomes if outcome.top1 is not None),
-            file_bytes=max(outcome.file_bytes for outcome in outcomes),
-            seconds=sum(outcome.seconds for outcome in outcomes),
-            failure=failures[0] if failures else None,
-        )
+
+def _summarise(outcomes: Sequence[Outcome], epochs: int) -> Score:
+    failures = [outcome.failure for outcome in outcomes if outcome.failure]
+    return Score(
+        epochs=epochs,
+        top1s=() if failures else tuple(outcome.top1 for outcome in outcomes if outcome.top1 is not None),
+        file_bytes=max(outcome.file_bytes for outcome in outcomes),
+        seconds=sum(outcome.seconds for outcome in outcomes),
+        failure=failures[0] if failures else None,
+    )
 
 
 @contextmanager
@@ -195,16 +212,19 @@ def open_study(
     checked = check_settings(settings)
     bench = Bench(backbone, data, checked, folds=folds, disk=disk, same_steps=same_steps)
     bar = Progress(f"{title} on {data.task.name}") if progress else quiet_progress()
-    journal = Journal(Outcome, trials)
-    with bar, make_workers(bench, workers, ray) as pool:
+    journal, numbers = Journal(Outcome, trials), tuple(range(checked.seed, checked.seed + seeds))
+    with bar, open_workers(bench, workers, ray) as run:
         bench.bar = bar
         try:
-            yield Rater(bench, pool, journal, bar, tuple(range(checked.seed, checked.seed + seeds)))
+            yield Rater(bench, run, journal, bar, numbers, data, checked, progress)
         except KeyboardInterrupt:
             if trials is None:
                 raise
             raise KeyboardInterrupt(f"finished trials are in {trials}; the same command goes on from there") from None
     backbone.verify()
+
+
+# successive halving -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,19 +253,17 @@ def score_by_halving(
         return study.score(candidates, epochs, title), None
     if eta < 2:
         raise TrainingError(f"halving={eta} would keep one candidate of {eta}. Give 2 or more, or 0 for no halving.")
-    scores: list[Score | None] = [None] * len(candidates)
-    alive, spent = list(range(len(candidates))), 0
+    full, alive, spent = epochs or study.settings.epochs, list(range(len(candidates))), 0
+    scores: dict[int, Score] = {}
+    for rung in rungs(full, eta):
+        results = study.score([candidates[number] for number in alive], rung, f"{title}, {rung} epochs")
+        scores |= dict(zip(alive, results, strict=True))
+        spent += rung * len(alive)
+        ranked = sorted(alive, key=lambda number: -scores[number].top1)
+        alive = sorted(ranked[: math.ceil(len(alive) / eta)])
     repeats = len(study.bench.data) * len(study.seeds)
-    full = epochs or study.epochs
-    for epochs in rungs(full, eta):
-        results = study.score([candidates[number] for number in alive], epochs, f"{title}, {epochs} epochs")
-        for number, result in zip(alive, results, strict=True):
-            scores[number] = result
-        spent += epochs * len(alive) * repeats
-        ranked = sorted(zip(alive, results, strict=True), key=lambda pair: -pair[1].top1)
-        alive = sorted(number for number, _ in ranked[: math.ceil(len(alive) / eta)])
-    found = [score for score in scores if score is not None]
-    return found, Effect(spent, full * len(candidates) * repeats)
+    effect = Effect(spent * repeats, full * len(candidates) * repeats)
+    return [scores[number] for number in range(len(candidates))], effect
 
 
 def rungs(epochs: int, eta: int) -> list[int]:
@@ -259,6 +277,4 @@ def rungs(epochs: int, eta: int) -> list[int]:
 def best(scores: Sequence[Score], allowed: Sequence[bool] | None = None) -> int | None:
     """The position of the highest score among those trained longest; the first of equals. None where none is left."""
     able = [n for n, score in enumerate(scores) if score.top1s and (allowed is None or allowed[n])]
-    longest = max((scores[n].epochs for n in able), default=0)
-    able = [n for n in able if scores[n].epochs == longest]
-    return max(able, key=lambda n: (scores[n].top1, -n), default=None)
+    return max(able, key=lambda n: (scores[n].epochs, scores[n].top1, -n), default=None)

@@ -1,22 +1,25 @@
 """A trial: a method trained on one fold and scored on the images that were held out of it.
 
-    bench   the backbone, the folds, the settings, and the activations that all trials share
-    trial   a method, a fold, a seed and a number of epochs, and the trial whose patch it starts from, if any
-    outcome its accuracy on the held-out images, and the bytes its patch would have
+    bench     the backbone, the folds, the settings, and the activations that all trials share
+    trial     a method, a fold, a seed and a number of epochs, and the trial whose patch it starts from, if any
+    outcome   its accuracy on the held-out images, and the bytes its patch would have
+    journal   outcomes on disk, a line each, so that an interrupted run goes on and a later one starts from what is known
 
 A trial is an ordinary `fit` whose test images are the held-out ones, on activations that are computed once for all trials.
+An outcome is found by the hash of everything it depends on. One journal may thus serve many runs; lines that no run asks for
+do no harm.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +33,14 @@ from modelpatch.errors import DataError, DivergedError, TrainingError
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
+from modelpatch.text import digest_of
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
+DISK = 16 * 2**30  # bytes of activations in temporary files
 
 
 @dataclass(frozen=True)
@@ -54,34 +59,30 @@ class Folds:
         check_classification(data, "choosing what to patch")
         if count < 1:
             raise DataError(f"the number of folds is {count}; expected at least 1.")
+        images, labels = data.train, data.train.labels
         if count > 1:
-            held = stratified_folds(data.train.labels, count, seed)
-            every = np.arange(len(data.train))
-            folds = cls(data.train, tuple((np.setdiff1d(every, rows), rows) for rows in held))
+            scored = stratified_folds(labels, count, seed)
         elif data.validation is not None:
             images = join_splits([data.train, data.validation])
-            folds = cls(images, ((np.arange(len(data.train)), np.arange(len(data.train), len(images))),))
+            scored = [np.arange(len(data.train), len(images))]
         else:
-            labels = data.train.labels
             trained = drawn(labels, len(labels) - round(HELD_OUT * len(labels)), seed)  # a class of one image, too
-            folds = cls(data.train, ((trained, np.setdiff1d(np.arange(len(labels)), trained)),))
-        folds._check(data)
-        return folds
+            scored = [np.setdiff1d(np.arange(len(labels)), trained)]
+        rows = tuple((np.setdiff1d(np.arange(len(images)), held), held) for held in scored)
+        for train, held in rows:
+            if not len(held):
+                raise DataError(f"{data.task.name} has no images to score candidates on. Use fewer folds.")
+            if lost := set(images.labels[held]) - set(images.labels[train]):
+                name = data.classes[min(lost)]
+                raise DataError(
+                    f"the class {name!r} has images to score candidates on, but none to train them on. Add some."
+                )
+        return cls(images, rows)
 
     def data(self, data: Task, fold: int) -> Task:
         """The task of one fold: what is held out stands where the test images do."""
         train, held = self.rows[fold]
         return Task(data.task, self.images.take(train), self.images.take(held), facts=dict(data.facts))
-
-    def _check(self, data: Task) -> None:
-        for train, held in self.rows:
-            if not len(held):
-                raise DataError(f"{data.task.name} has no images to score candidates on. Use fewer folds.")
-            if lost := set(self.images.labels[held]) - set(self.images.labels[train]):
-                name = data.classes[min(lost)]
-                raise DataError(
-                    f"the class {name!r} has images to score candidates on, but none to train them on. Add some."
-                )
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
@@ -94,9 +95,6 @@ def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarr
     dealt = [generator.permutation(rows) for rows in classes if len(rows) > 1]
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *dealt])
     return [np.sort(rows[number::count]) for number in range(count)]
-
-
-DISK = 16 * 2**30  # bytes of activations in temporary files
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,8 @@ class Bench:
 
     `settings` hold for all trials, but for the seed and the epochs, which every trial brings. With `same_steps` a trial's
     epochs are those of a fit on all training images, and on a fold it makes as many more as that has fewer images. `memory`
-    of the settings and `disk` are the budgets, in bytes, for shared activations.
+    of the settings and `disk` are the budgets, in bytes, for shared activations. `for_workers(n)` makes a bench with an nth of
+    these budgets, in the process that calls it.
     """
 
     def __init__(
@@ -152,15 +151,20 @@ class Bench:
                 "candidates are scored after their last epoch, on images that are held out for all of them: leave "
                 "early_stopping and validation out."
             )
-        self.backbone = backbone
+        self.backbone, self.disk = backbone, disk
         self.folds = Folds.of(data, folds, settings.seed)
         augmentation = choose_augmentation(settings.augment, self.folds.images)
         self.settings = replace(settings, augment=augmentation.name)  # type: ignore[arg-type]
-        self.disk = disk
         self.data = [self.folds.data(data, fold) for fold in range(len(self.folds.rows))]
         self.more = [len(data.train) / len(rows) if same_steps else 1.0 for rows, _ in self.folds.rows]
         self.bar = quiet_progress()
         self._states: dict[str, dict[str, Tensor]] = {}
+        self._again = partial(Bench, backbone, data, folds=folds, same_steps=same_steps)
+
+    def for_workers(self, count: int) -> Callable[[], Bench]:
+        """A function that makes a bench for one of `count` workers."""
+        part = replace(self.settings, memory=max(self.settings.memory // count, 1))
+        return partial(self._again, part, disk=self.disk // count)
 
     @cached_property
     def shared(self) -> SharedImages:
@@ -179,20 +183,18 @@ class Bench:
             "more": self.more,
             "settings": {k: v for k, v in asdict(self.settings).items() if k not in ("memory", "dtype")},
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return digest_of(facts)
 
     def key(self, trial: Trial) -> str:
         """The name of a trial's outcome: 32 hexadecimal digits over the identity, the trial and how patches are stored."""
-        described = [self.identity, trial.as_dict(), self.settings.dtype]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+        return digest_of([self.identity, trial.as_dict(), self.settings.dtype])[:32]
 
     def run(self, trial: Trial) -> Outcome:
         """Train and score. A loss that is not finite is an outcome, anything else that goes wrong is raised."""
         _ = self.shared.activations  # no trial's own work
         begin = time.perf_counter()
         try:
-            fit = self._fit(trial)
-            patch = fit.run(start=self._start(trial)).astype(self.settings.dtype)
+            patch = self._fit(trial).run(start=self._start(trial)).astype(self.settings.dtype)
         except DivergedError as error:
             return Outcome(None, 0, time.perf_counter() - begin, str(error))
         return Outcome(patch.metrics["test_top1"], file_bytes(patch), time.perf_counter() - begin)
@@ -218,22 +220,6 @@ class Bench:
             self._states[key] = {name: tensor.clone() for name, tensor in fit.model.portable_state().items()}
         return self._states[key]
 
-    def for_worker(self, count: int) -> Bench:
-        """A bench for one of `count` workers: a part of the budgets, and nothing computed yet."""
-        part = copy.copy(self)
-        part.settings = replace(self.settings, memory=max(self.settings.memory // count, 1))
-        part.disk = self.disk // count
-        return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy, which computes its own activations and draws no progress."""
-        identity = self.identity  # hashed once, not by every copy
-        own = {name: value for name, value in vars(self).items() if name not in ("shared", "bar", "_states")}
-        return {**own, "identity": identity}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, bar=quiet_progress(), _states={})
-
 
 def file_bytes(patch: Patch) -> int:
     """The exact size of the patch's file."""
@@ -258,3 +244,45 @@ def share_images(
         cache=settings.cache,
         bar=bar,
     )
+
+
+T = TypeVar("T")  # a dataclass of plain values
+
+
+class Journal(Generic[T]):
+    """Outcomes, of type `kind`, in a file of JSON lines; with no path they are kept in memory only."""
+
+    def __init__(self, kind: type[T], path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.outcomes: dict[str, T] = {}
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be read: {error.strerror}.") from error
+        whole = data[: data.rfind(b"\n") + 1]  # a line that a killed run left unfinished is written anew
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self.outcomes[entry["key"]] = kind(**entry["outcome"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainingError(
+                    f"{self.path}, line {number}: this is no {kind.__name__.lower()}. Name another file, or remove this one."
+                ) from error
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+
+    def add(self, key: str, what: dict[str, Any], outcome: T) -> None:
+        """Keep the outcome of `what`; on disk before this returns."""
+        self.outcomes[key] = outcome
+        if self.path is None:
+            return
+        entry: dict[str, Any] = {"key": key, "of": what, "outcome": asdict(outcome)}  # type: ignore[call-overload]
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror}.") from error

@@ -1,6 +1,6 @@
-"""Workers that run trials: in this process, in several, or on a Ray cluster.
+"""Workers that run trials: this process, several on this machine, or actors on a Ray cluster.
 
-Every worker holds the bench and computes its own activations once. A worker that dies, whatever killed it, is replaced,
+Every worker makes a bench and computes its own activations once. A worker that dies, whatever killed it, is replaced,
 and its trial is tried again; the outcomes are those of one process with as many threads.
 """
 
@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import signal
 import traceback
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 
@@ -25,25 +25,32 @@ from modelpatch.select.trials import Bench, Outcome, Trial
 from modelpatch.train.ray import connected, require_ray
 
 ATTEMPTS = 3  # a trial that kills its worker this often is given up
+Run = Callable[
+    [Sequence[Trial]], Iterator[tuple[int, Outcome]]
+]  # positions and outcomes as trials finish, in any order
 
 
-class Workers(ExitStack):
-    """A context in which trials are run."""
+@contextmanager
+def open_workers(bench: Bench, workers: int, ray: str | None = None) -> Iterator[Run]:
+    """A function that runs trials: in this process for one worker, in processes for more, and on the Ray cluster at the
+    address `ray` (`local` starts one here, `auto` finds a running one) in actors of so many threads.
 
-    @abstractmethod
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        """Yield (position, outcome) as trials finish, in any order."""
-
-
-class InProcess(Workers):
-    """Runs one trial after another in this process."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__()
-        self.bench = bench
-
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        yield from ((position, self.bench.run(trial)) for position, trial in enumerate(trials))
+    What trials need travels with them: images lie in files on this machine or, for data from parquet or the hub, in memory.
+    On several machines those files must be readable under the same paths. Raises `MissingExtraError` without Ray.
+    """
+    if workers < 1:
+        raise TrainingError(f"the number of workers is {workers}; expected at least 1.")
+    if workers == 1 and ray is None:
+        yield lambda trials: ((position, bench.run(trial)) for position, trial in enumerate(trials))
+        return
+    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
+    with ExitStack() as stack:
+        start: Callable[[], Worker] = partial(LocalWorker, bench.for_workers(workers), threads)
+        if ray is not None:
+            require_ray("--ray")
+            stack.enter_context(connected(ray, workers * threads))
+            start = RayWorker.starter(bench.for_workers(workers), threads)
+        yield stack.enter_context(closing(Pool(start, workers))).run
 
 
 class Worker(Protocol):
@@ -54,23 +61,14 @@ class Worker(Protocol):
     def stop(self) -> None: ...
 
 
-class Pool(Workers):
-    """`count` workers with `threads` threads each, which are started when there is work for them."""
+class Pool:
+    """At most `count` workers, which `start` makes when there is work for them."""
 
-    def __init__(self, bench: Bench, count: int, threads: int) -> None:
-        super().__init__()
-        self.bench, self.count, self.threads = bench.for_worker(count), count, threads
+    def __init__(self, start: Callable[[], Worker], count: int) -> None:
+        self.start, self.count = start, count
         self._workers: list[Worker] = []
         self._idle: list[Worker] = []
         self._lock, self._closed = Lock(), False
-
-    def __enter__(self) -> Self:
-        self.callback(self._close)
-        return self
-
-    @abstractmethod
-    def start(self) -> Worker:
-        """A new worker."""
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
         """Raises what a trial raised, and `TrainingError` for a trial that kills its worker again and again."""
@@ -81,7 +79,7 @@ class Pool(Workers):
                     yield futures[future], future.result()
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                self._close()
+                self.close()
                 raise
 
     def _try(self, trial: Trial) -> Outcome:
@@ -107,7 +105,8 @@ class Pool(Workers):
             f"a trial ended its worker {ATTEMPTS} times ({why}). Where memory runs out, give fewer workers or less memory."
         )
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Stop all workers, whatever they do."""
         with self._lock:
             self._closed = True
             for worker in self._workers:
@@ -115,11 +114,11 @@ class Pool(Workers):
 
 
 class Actor:
-    """The bench in a process of its own."""
+    """A bench in a process of its own."""
 
-    def __init__(self, bench: Bench, threads: int) -> None:
+    def __init__(self, make: Callable[[], Bench], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.bench = bench
+        self.bench = make()
 
     def run(self, trial: Trial) -> Outcome | Exception:
         """A trial's outcome, or the error it raised, in a form that travels between processes."""
@@ -131,20 +130,13 @@ class Actor:
             return TrainingError(f"a trial failed in its worker:\n{traceback.format_exc()}")
 
 
-class Processes(Pool):
-    """Processes on this machine."""
-
-    def start(self) -> Worker:
-        return LocalWorker(self.bench, self.threads)
-
-
 class LocalWorker:
     """A process on this machine, which reads trials from a pipe."""
 
-    def __init__(self, bench: Bench, threads: int) -> None:
+    def __init__(self, make: Callable[[], Bench], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, bench, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -163,45 +155,26 @@ class LocalWorker:
         self.pipe.close()
 
 
-def _serve(pipe: Connection, bench: Bench, threads: int) -> None:
+def _serve(pipe: Connection, make: Callable[[], Bench], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that stops its workers
-    actor = Actor(bench, threads)
+    actor = Actor(make, threads)
     with suppress(EOFError):
         while True:
             pipe.send(actor.run(pipe.recv()))
 
 
-class RayWorkers(Pool):
-    """Actors of `threads` CPUs each on the cluster at `address` (`local` starts one here, `auto` finds a running one).
-
-    What trials need travels with them: images lie in files on this machine or, for data from parquet or the hub, in memory.
-    On several machines those files must be readable under the same paths. Raises `MissingExtraError` without Ray.
-    """
-
-    def __init__(self, bench: Bench, count: int, threads: int, address: str) -> None:
-        require_ray("--ray")
-        super().__init__(bench, count, threads)
-        self.address = address
-
-    def __enter__(self) -> Self:
-        import ray
-
-        self.enter_context(connected(self.address, self.count * self.threads))
-        self._stored = ray.put(self.bench)
-        return super().__enter__()
-
-    def start(self) -> Worker:
-        return RayWorker(self._stored, self.threads)
-
-
 class RayWorker:
     """An actor of the cluster."""
 
-    def __init__(self, stored: Any, threads: int) -> None:
+    def __init__(self, ray: Any, stored: Any, threads: int) -> None:
+        self.ray, self.actor = ray, ray.remote(num_cpus=threads)(Actor).remote(stored, threads)
+
+    @classmethod
+    def starter(cls, make: Callable[[], Bench], threads: int) -> Callable[[], Worker]:
+        """A function that starts a worker; what they make their benches of lies in the cluster once."""
         import ray
 
-        self.ray: Any = ray
-        self.actor = self.ray.remote(num_cpus=threads)(Actor).remote(stored, threads)
+        return partial(cls, ray, ray.put(make), threads)
 
     def run(self, trial: Trial) -> Outcome | Exception:
         try:
@@ -212,16 +185,3 @@ class RayWorker:
 
     def stop(self) -> None:
         self.ray.kill(self.actor)
-
-
-def make_workers(bench: Bench, workers: int, ray: str | None = None) -> Workers:
-    """Workers in this process for one, in processes for more, and on a Ray cluster if its address is given.
-
-    Raises `MissingExtraError` for Ray where it is not installed.
-    """
-    if workers < 1:
-        raise TrainingError(f"the number of workers is {workers}; expected at least 1.")
-    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
-    if ray is not None:
-        return RayWorkers(bench, workers, threads, ray)
-    return InProcess(bench) if workers == 1 else Processes(bench, workers, threads)

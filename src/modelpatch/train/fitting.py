@@ -9,8 +9,6 @@ checkpoint to the same patch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +36,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
+from modelpatch.text import digest_of
 from modelpatch.train.arguments import check_callbacks
 from modelpatch.train.batches import BatchSource, Minibatch, RowBatches, cut_rows
 from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
@@ -184,7 +183,7 @@ class Fit:
                 f"monitor={options.monitor!r} chooses among epochs. Give validation= or early_stopping= too."
             )
         self.identity = self._identity()
-        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.digest = digest_of(self.identity)
 
     @property
     def per_epoch(self) -> int:
