@@ -23,12 +23,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_paint_writes_the_patch_the_table_and_the_picture(run: Run, folder: Path, kept: Path, tmp_path: Path) -> None:
     out, picture, table = tmp_path / "p.safetensors", tmp_path / "p.png", tmp_path / "p.md"
     options = ["--supported", kept, "--steps", 3, "--epochs", 1, "--rule", "drop=1", "-o", out]
-    more = ["--plot", picture, "--markdown", table, "--json", tmp_path / "p.json", "--baselines", "early-stopping,ema"]
+    more = ["--plot", picture, "--markdown", table, "--json", tmp_path / "p.json"]
     result = run("paint", folder, *options, *more)
     assert result.code == 0, result.err
     figures = json.loads((tmp_path / "p.json").read_text())
     assert [point["weights"] for point in figures["curve"]] == [[0.0], [0.5], [1.0]]
-    assert set(figures["frontier"]["curves"]) == {"paint", "early-stopping", "ema"}
     assert picture.stat().st_size > 0
     assert table.read_text().startswith("| alpha | colors | shades | patched | supported | combined |")
     patch = Patch.load(out)
@@ -120,7 +119,6 @@ def test_an_openclip_patch_knows_its_own_text_tower(
     [
         (["--rule", "best"], "is no rule"),
         (["--mode", "both"], "mode is"),
-        (["--baselines", "magic"], "no baseline"),
         (["--template", "a {}"], "Give --text as well"),
         (["--text", "magic"], "no text tower"),
         (["--set", "speed=1"], "no hyperparameter"),

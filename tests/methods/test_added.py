@@ -13,10 +13,9 @@ from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.added import Custom, with_loss
+from modelpatch.methods.added import L2, Custom, Keeper, LwF, with_loss
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.keeping import L2, Keeper, LwF
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.scale_bias import ScaleBias

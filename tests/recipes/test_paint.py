@@ -1,4 +1,4 @@
-"""PAINT: curves, the choice of a point, several tasks, and what it is compared with."""
+"""PAINT: curves, the choice of a point, and several tasks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from modelpatch.errors import DataError, MethodError, MissingExtraError, Trainin
 from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.paint import Paint, Start
-from modelpatch.patch.contents import Patch
 from modelpatch.recipes import paint
-from modelpatch.recipes.frontier import BASELINES, STRENGTHS, frontier
 from modelpatch.recipes.painting import PaintSettings, join_heads, split_head
-from modelpatch.recipes.tradeoff import Accuracy, Point, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
+from modelpatch.recipes.tradeoff import (
+    Accuracy,
+    Point,
+    Rule,
+    Scorer,
+    alphas,
+    distance_to_optimal,
+    linear_cka,
+    weight_cosine,
+)
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import fit
 from modelpatch.train.probe import fit_probe
@@ -140,8 +147,6 @@ def test_one_fine_tuning_gives_the_whole_curve_and_the_base_at_alpha_0(tiny: Bac
 def test_the_head_stays_frozen_and_is_that_of_a_linear_probe(tiny: Backbone) -> None:
     painting = paint(tiny, NEW, OLD, exploration=PaintSettings(steps=2), **FAST)
     train = NEW.with_validation(0.2, 0).train
-    from modelpatch.recipes.scoring import Scorer
-
     head = Scorer(tiny, tiny.preprocessing).probe(replace(NEW, train=train))
     assert torch.equal(painting.patch.tensors["head.weight"], head.weight)
 
@@ -239,50 +244,6 @@ def test_the_method_takes_its_head_from_a_patch(tiny: Backbone, tmp_path: object
         Paint(head_from=path).draft(tiny, 2)
 
 
-# what it is compared with -----------------------------------------------------------------------------------------
-
-
-def test_all_baselines_trade_off_on_the_same_tasks(tiny: Backbone) -> None:
-    result = frontier(tiny, NEW, [OLD], moments=4, exploration=PaintSettings(steps=3), epochs=1, batch_size=4)
-    assert list(result.curves) == ["paint", *BASELINES[:2], *STRENGTHS, "lr"]
-    lengths = {name: len(points) for name, points in result.curves.items()}
-    assert lengths == {"paint": 3, "early-stopping": 4, "ema": 1, "l2": 3, "ewc": 3, "lwf": 3, "mix": 3, "lr": 3}
-    assert result.curves["early-stopping"][-1].tasks == result.curves["paint"][-1].tasks
-    assert all(0 <= result.best(name) <= 1 for name in result.curves)
-    tiny.verify()
-
-
-@pytest.mark.parametrize("name", ["l2", "ewc", "lwf", "mix"])
-def test_a_strong_keeper_keeps(tiny: Backbone, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a huge strength the change is smaller (l2, ewc) or its effect on the supported task is (lwf, mix)."""
-    from modelpatch.methods.keeping import EWC, L2, LwF, Mix
-    from modelpatch.recipes.painting import Painter
-
-    painter = Painter(tiny, [NEW], [OLD], Paint(lr=3e-2), None, PaintSettings(), False, {"epochs": 3, "batch_size": 8})
-    old = painter.supported[0]
-
-    def images() -> object:
-        return painter.scorer.labelled(old.data.train, 8)
-
-    def keeper(strength: float) -> object:
-        made = {
-            "l2": lambda: L2(strength),
-            "ewc": lambda: EWC(strength, [old.head], [images]),  # type: ignore[list-item]
-            "lwf": lambda: LwF(strength, [old.head]),
-            "mix": lambda: Mix(strength, [old.head], [images]),  # type: ignore[list-item]
-        }
-        return made[name]()
-
-    def cost(patch: Patch) -> float:
-        if name == "l2":
-            return 1 - weight_cosine(tiny, patch)
-        features = painter.scorer.features(tiny.patched(patch), old.data.test)
-        return float(torch.nn.functional.cross_entropy(old.head(features), torch.from_numpy(old.data.test.labels)))
-
-    free, kept = (painter.fine_tune(painter.patched, keeper=keeper(s))[0] for s in (0.0, 30.0))  # type: ignore[arg-type]
-    assert cost(kept) < cost(free)
-
-
 # refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,8 +260,6 @@ def test_settings_that_make_no_sense_are_refused(tiny: Backbone, monkeypatch: py
         paint(tiny, [NEW, NEW], OLD)
     with pytest.raises(DataError, match="one to support"):
         paint(tiny, NEW, [])
-    with pytest.raises(TrainingError, match="no baseline 'magic'"):
-        frontier(tiny, NEW, [OLD], ["magic"])
     many = [task(f"t{number}", ("a", "b", "c"), number) for number in range(4)]
     with pytest.raises(TrainingError, match="too many for a grid"):
         paint(tiny, many, OLD, exploration=PaintSettings(mode="parallel", mixing="exhaustive", steps=2), **FAST)

@@ -12,8 +12,6 @@ from modelpatch.cli.console import Screen, check_file
 from modelpatch.cli.options import Network, PatchFile, RestartOption, SetOption, Training, Words
 from modelpatch.cli.settings import parse_pairs
 from modelpatch.cli.verb import verb
-from modelpatch.errors import TrainingError
-from modelpatch.text import nearest
 
 
 @verb(first="supported rule steps set_ backbone epochs out", panel="Mixing", config=True)
@@ -35,7 +33,6 @@ def paint(
     refit: bool = Option(False, "--refit", help="Fit closed heads anew at every alpha."),
     norms: str = Option("kept", help="BatchNorm statistics of a mixture: kept, or measured (shared, or own)."),
     interpolate: bool = Option(True, help="Mix with the base; without, plain fine-tuning."),
-    baselines: str | None = Option(None, help="Compare with ema, l2, ewc or others, comma-separated, or 'all'."),
     set_: SetOption = None,
     validation: float = Option(0.2, help="Share of training images held out to choose alpha."),
     plot: Path | None = Option(None, help="A picture of patched against supported accuracy."),
@@ -50,23 +47,14 @@ def paint(
     from modelpatch.data.task import joint_task, load_task
     from modelpatch.methods.paint import Paint
     from modelpatch.methods.registry import make_method
-    from modelpatch.recipes.frontier import frontier
     from modelpatch.recipes.painting import PaintSettings
     from modelpatch.recipes.painting import paint as run_paint
-    from modelpatch.report.paint import (
-        frontier_table,
-        orders_table,
-        painting_markdown,
-        painting_summary,
-        painting_table,
-        plot_tradeoff,
-    )
+    from modelpatch.report.paint import orders_table, painting_markdown, painting_summary, painting_table, plot_tradeoff
 
     check_file("--markdown", markdown)
     mixture: dict[str, Any] = {"mode": mode, "mixing": mixing, "rule": rule, "norms": norms, "naive": naive}
     mixture |= {"steps": steps, "trials": trials, "refit": refit, "orders": orders, "interpolate": interpolate}
     common: dict[str, Any] = {"exploration": PaintSettings(**mixture, validation=validation)}
-    rivals = _baselines(baselines, len(data))
     common |= {"method": make_method(Paint.name, **parse_pairs(set_, "--set")), **training.settings()}
     tasks = [load_task(one, seed=training.seed) for one in data]
     kept = [load_task(one, seed=training.seed) for one in supported]
@@ -85,33 +73,10 @@ def paint(
     if painting.orders:
         console.print()
         console.show(orders_table(painting))
-    figures = painting.as_dict()
-    curves = {"paint": painting.curve}
-    if rivals:
-        other = frontier(opened, tasks[0], kept, rivals, **common)
-        console.print()
-        console.show(frontier_table(other))
-        figures["frontier"] = other.as_dict()
-        curves |= {name: points for name, points in other.curves.items() if name != "paint"}
     size, strength = f"{target.stat().st_size:,} bytes", f"strength {patch.strength:g}"
     console.tell(f"wrote {target} ({size}, {strength}); the base is unchanged")
     console.write(markdown, painting_markdown(painting))
     title = f"{patch.task.name} on {opened.spec}"[:80]
-    console.draw(plot, plot_tradeoff, curves, painting.base, painting.chosen, title)
+    console.draw(plot, plot_tradeoff, painting, title)
     console.tell_run(target)
-    console.write_json(figures)
-
-
-def _baselines(text: str | None, tasks: int) -> list[str]:
-    """The requested baselines. Raises `TrainingError` for unknown ones and for several tasks."""
-    from modelpatch.recipes.frontier import BASELINES
-
-    if text is None:
-        return []
-    chosen = list(BASELINES) if text == "all" else [name.strip() for name in text.split(",")]
-    if unknown := sorted(set(chosen) - set(BASELINES)):
-        hint = nearest(unknown[0], BASELINES)
-        raise TrainingError(f"there is no baseline {unknown[0]!r}.{hint} Expected some of: {', '.join(BASELINES)}.")
-    if tasks > 1:
-        raise TrainingError("baselines are measured with one task to patch. Give one, or leave --baselines out.")
-    return chosen
+    console.write_json(painting.as_dict())

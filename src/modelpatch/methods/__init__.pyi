@@ -1,5 +1,8 @@
+from .added import L2 as L2
 from .added import Custom as Custom
 from .added import FeatureLoss as FeatureLoss
+from .added import Keeper as Keeper
+from .added import LwF as LwF
 from .added import with_loss as with_loss
 from .delta import DeltaNetwork as DeltaNetwork
 from .delta import SkipWeights as SkipWeights
@@ -9,9 +12,6 @@ from .depthwise import Depthwise as Depthwise
 from .full_finetune import FullFinetune as FullFinetune
 from .head2toe import Head2Toe as Head2Toe
 from .hooks import Hook as Hook
-from .keeping import L2 as L2
-from .keeping import Keeper as Keeper
-from .keeping import LwF as LwF
 from .linear_probe import LinearProbe as LinearProbe
 from .lora import LoRA as LoRA
 from .method import METHODS as METHODS

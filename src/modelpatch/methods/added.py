@@ -2,24 +2,30 @@
 
     loss = the loss of the task's kind + the method's own + the added one
 
-`with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))` is a method like any other. `keeping.py` holds such losses; a function
-of the features, logits and classes of a batch is one as well: `with_loss(method, Custom(function))`.
+    L2       strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018
+    LwF      strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
+             on the new task's images
+    Custom   a function of the features, logits and classes of a batch
+
+`with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))` is a method like any other.
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelpatch.errors import MethodError
 from modelpatch.methods.hooks import Batch, Batches, Hook
-from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.method import Method
 from modelpatch.patch.model import PatchedModel
 
@@ -59,6 +65,65 @@ class AddedLoss(Hook):
 
     def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
         return self.keeper.added_loss(model, batch)
+
+
+class Keeper(Hook):
+    """A hook that sees a model while it is fine-tuned, and may add a penalty to its loss."""
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """A loss that does not depend on the batch."""
+        return 0.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        return self.penalty(model)
+
+
+@dataclass
+class L2(Keeper):
+    """Pulls the weights back to where they started, and those of the head, which started nowhere, to 0."""
+
+    strength: float
+    head_strength: float = 0.0
+    start: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        named = model.trainable()
+        self.start = {name: one.detach().clone() for name, one in named if not name.startswith("head.")}
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        body = sum((one - self.start[name]).square().sum() for name, one in model.trainable() if name in self.start)
+        head = sum(one.square().sum() for name, one in model.trainable() if name.startswith("head."))
+        return self.strength / 2 * body + self.head_strength / 2 * head
+
+
+@dataclass
+class LwF(Keeper):
+    """Holds the answers for supported tasks, as `heads` give them, to the base's on images of the new task.
+
+    Above 1 the `temperature` T softens both answers, and the divergence counts T² times (Hinton et al., 2015).
+    """
+
+    strength: float
+    heads: Sequence[nn.Module]
+    temperature: float = 1.0
+    _held: Iterator[tuple[Tensor, list[Tensor]]] = field(default_factory=lambda: iter(()))
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        held = []
+        with torch.no_grad():
+            for images in batches():
+                features = model.head_input(images, 0)
+                held.append((images, [(head(features) / self.temperature).softmax(1) for head in self.heads]))
+        self._held = itertools.cycle(held)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        images, answers = next(self._held)
+        features = model.head_input(images, 0)
+        divergences = (
+            F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
+            for head, answer in zip(self.heads, answers, strict=True)
+        )
+        return self.strength * self.temperature**2 * sum(divergences)
 
 
 class FeatureLoss(Keeper):

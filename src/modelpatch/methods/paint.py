@@ -22,7 +22,6 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
 from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.hooks import Hook
 from modelpatch.methods.method import register_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
@@ -30,18 +29,16 @@ from modelpatch.patch.model import PatchedModel
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a fine-tuning besides the base's weights: a head that stays, weights by the base's names, a keeper."""
+    """Start of a fine-tuning besides the base's weights: a head that stays, and weights by the base's names."""
 
     head: nn.Module | None = None
     body: Mapping[str, Tensor] = field(default_factory=dict)
-    keeper: Hook | None = None
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the numbers, and what kind of keeper there is."""
+        """16 hexadecimal digits of the numbers."""
         head = {} if self.head is None else {f"head.{name}": one for name, one in self.head.state_dict().items()}
-        numbers = hash_tensors([*head.items(), *self.body.items()])[:16]
-        return numbers if self.keeper is None else f"{numbers} {type(self.keeper).__name__}"
+        return hash_tensors([*head.items(), *self.body.items()])[:16]
 
 
 @register_method
@@ -49,7 +46,7 @@ class Paint(FullFinetune):
     """Trains every parameter of the body under a frozen head: `head_from` names a patch file of the task, a linear probe for
     one, whose head it is. Without any the head is trained along (the naive way).
 
-    `start` is for Python: a head, earlier weights, and what keeps the base while training.
+    `start` is for Python: a head and earlier weights.
     """
 
     name = "paint"
@@ -88,9 +85,6 @@ class Paint(FullFinetune):
                     raise MethodError(f"paint: the given weights hold {name}, which is not trained here.")
                 model.get_parameter(local).copy_(value)
 
-    def hooks(self) -> tuple[Hook, ...]:
-        return (self.start.keeper,) if self.start and self.start.keeper else ()
-
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values; a digest stands for `start`, so that runs are told apart."""
         if self.start is not None:
@@ -107,8 +101,5 @@ class Paint(FullFinetune):
         patch = Patch.load(self.head_from)
         patch.check_backbone(backbone)
         head = patch.head.build()
-        tensors = {
-            name.removeprefix("head."): t.float() for name, t in patch.tensors.items() if name.startswith("head.")
-        }
-        head.load_state_dict(tensors)
+        head.load_state_dict({name: tensor.float() for name, tensor in patch.head_tensors.items()})
         return head

@@ -88,11 +88,7 @@ class Vocabulary:
             raise DataError(
                 f"{len(labels)} labels, {len(set(labels))} of them different: give at least two, each once."
             )
-        head = self.head(labels)
-        tensors = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith("head.")}
-        tensors["head.weight"] = head.weight.detach().cpu()
-        task = TaskRecord(name=patch.task.name, classes=tuple(labels))
-        return replace(patch, task=task, head=head.record, tensors=tensors, int8=patch.int8 & tensors.keys())
+        return patch.with_head(self.head(labels), TaskRecord(name=patch.task.name, classes=tuple(labels)))
 
     def mark(self, patch: Patch) -> Patch:
         """The patch with a note of the text tower and templates, by which `predict --labels` makes other heads."""

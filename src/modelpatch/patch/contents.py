@@ -176,6 +176,17 @@ class Patch:
         changed = {name: tensor.to(FLOATS[dtype]) for name, tensor in floating.items()}
         return replace(self, tensors={**self.tensors, **changed}, int8=frozenset())
 
+    @property
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's tensors by its own names."""
+        return {name.removeprefix("head."): tensor for name, tensor in self.tensors.items() if name.startswith("head.")}
+
+    def with_head(self, head: Any, task: TaskRecord) -> Patch:
+        """The patch with another head, for another task."""
+        body = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("head.")}
+        own = {f"head.{name}": tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+        return replace(self, task=task, head=head.record, tensors={**body, **own}, int8=self.int8 & body.keys())
+
     def at_strength(self, strength: float) -> Patch:
         """The patch with `strength` in [0, 1] of its change: 0 computes the base's features, 1 what was trained.
 

@@ -29,13 +29,23 @@ from modelpatch.data.splits import Split, join_splits
 from modelpatch.data.task import Task, check_classification, join_tasks, joint_task
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
 from modelpatch.heads.base import HeadRecord
-from modelpatch.heads.cosine import CosineHead
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.keeping import Keeper
 from modelpatch.methods.paint import Paint, Start
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.scoring import Norms, ScoredTask, Scorer, mixed, with_statistics
-from modelpatch.recipes.tradeoff import Point, Role, Rule, alphas, distance_to_optimal, linear_cka, weight_cosine
+from modelpatch.recipes.tradeoff import (
+    Norms,
+    Point,
+    Role,
+    Rule,
+    ScoredTask,
+    Scorer,
+    alphas,
+    distance_to_optimal,
+    linear_cka,
+    mixed,
+    weight_cosine,
+    with_statistics,
+)
 from modelpatch.tasks.classification import Classification
 from modelpatch.train.evaluation import own_classes
 from modelpatch.train.fitting import fit
@@ -46,6 +56,7 @@ Mode = Literal["joint", "sequential", "parallel"]
 Mixing = Literal["scalar", "search", "exhaustive"]
 MAX_EXHAUSTIVE = 3
 HeadMaker = Callable[[Sequence[str]], nn.Module]  # class names to a head that needs no training
+Tuned = tuple[Patch, list[ScoredTask]]  # a fine-tuning and its tasks, with the heads they have now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +155,15 @@ def paint(
     """
     given, kept = ([one] if isinstance(one, Task) else list(one) for one in (data, supported))
     chosen = exploration or PaintSettings()
-    painter = Painter(backbone, given, kept, method or Paint(), heads, chosen, progress, settings, checkpoint)
+    place = None if checkpoint is None else Path(checkpoint)
+    painter = Painter(backbone, given, kept, method or Paint(), heads, chosen, progress, settings, place)
     painting: Painting = getattr(painter, chosen.mode)()
     backbone.verify()
     return painting
 
 
 class Painter:
-    """One run of `paint`, and what its baselines share with it."""
+    """One run of `paint`."""
 
     def __init__(
         self,
@@ -163,7 +175,7 @@ class Painter:
         exploration: PaintSettings,
         progress: bool,
         settings: dict[str, Any],
-        checkpoint: str | Path | None = None,
+        checkpoint: Path | None,
     ) -> None:
         if not data or not supported:
             raise DataError("PAINT needs a task to patch and one to support.")
@@ -173,21 +185,17 @@ class Painter:
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"two tasks are named {sorted(twice)[0]!r}. Load one of them with another name.")
         self.backbone, self.method, self.heads, self.exploration = backbone, method, heads, exploration
-        self.settings, self.progress = settings, progress
-        self.checkpoint, self.trained = Path(checkpoint) if checkpoint else None, 0
+        self.settings, self.progress, self.checkpoint, self.trained = settings, progress, checkpoint, 0
         chosen = check_settings(settings)
         self.seed = chosen.seed
         preprocessing = chosen.seen(backbone.preprocessing, Classification.name)
         backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
         self.rule, self.grid = Rule.parse(exploration.rule), alphas(exploration.steps)
-        self.patched = [self._scored(one, "patched") for one in data]
-        self.supported = [self._scored(one, "supported") for one in supported]
-        self.tasks = [*self.patched, *self.supported]
-
-    def _scored(self, data: Task, role: Role) -> ScoredTask:
-        held = data.with_validation(self.exploration.validation, self.seed)
-        return ScoredTask(held, role, self._head(held, role))
+        held = [one.with_validation(exploration.validation, self.seed) for one in (*data, *supported)]
+        roles: list[Role] = ["patched"] * len(data) + ["supported"] * len(supported)
+        self.tasks = [ScoredTask(one, role, self._head(one, role)) for one, role in zip(held, roles, strict=True)]
+        self.patched, self.supported = self.tasks[: len(data)], self.tasks[len(data) :]
 
     def _head(self, data: Task, role: Role) -> nn.Module:
         if self.heads is not None:
@@ -204,37 +212,30 @@ class Painter:
 
     # fine-tuning --------------------------------------------------------------------------------------------
 
-    def fine_tune(
-        self, tasks: Sequence[ScoredTask], body: dict[str, Tensor] | None = None, keeper: Keeper | None = None
-    ) -> tuple[Patch, list[ScoredTask]]:
-        """A patch of these tasks and the tasks with the heads they have now: the same ones, unless trained along (`naive`).
-
-        A keeper may hold what it has seen so far, which no checkpoint has: its fine-tuning is trained as a whole.
-        """
-        data = join_tasks([task.data for task in tasks])
+    def fine_tune(self, tasks: Sequence[ScoredTask], before: Patch | None = None) -> Tuned:
+        """A patch of these tasks, from the base or another patch on, and the tasks with the heads they have now: the same
+        ones, unless trained along (`naive`)."""
         head = None if self.exploration.naive else join_heads([task.head for task in tasks])
-        method = replace(self.method, start=Start(head=head, body=body or {}, keeper=keeper))
-        patch = fit(self.backbone, data, method, progress=self.progress, **self._place(keeper), **self.settings)
+        body = {}
+        if before is not None:
+            frozen = {name: tensor for segment in self.backbone.chain for name, tensor in segment.named_tensors()}
+            body = {
+                name: frozen[name].detach().cpu() + delta for name, delta in change_of(self.backbone, before).items()
+            }
+        files: dict[str, Any] = {}
+        if self.checkpoint is not None:
+            self.trained += 1
+            file = self.checkpoint / f"{self.trained}.safetensors"
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            files = {"out": file, "reuse": True, "checkpoint": file.with_suffix(".training")}
+        data, method = join_tasks([task.data for task in tasks]), replace(self.method, start=Start(head, body))
+        patch = fit(self.backbone, data, method, progress=self.progress, **files, **self.settings)
         if not self.exploration.naive:
             return patch, list(tasks)
         trained = patch.head.build()
-        trained.load_state_dict({n.removeprefix("head."): t for n, t in patch.tensors.items() if n.startswith("head.")})
-        heads = split_head(trained.eval().requires_grad_(False), [len(task.data.classes) for task in tasks])
-        return patch, [replace(task, head=one.to(self.backbone.device)) for task, one in zip(tasks, heads, strict=True)]
-
-    def _place(self, keeper: Keeper | None) -> dict[str, Any]:
-        """Return the options of `fit` that name the next fine-tuning's file and training state."""
-        if self.checkpoint is None or keeper is not None:
-            return {}
-        self.trained += 1
-        file = self.checkpoint / f"{self.trained}.safetensors"
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        return {"out": file, "reuse": True, "checkpoint": file.with_suffix(".training")}
-
-    def body_of(self, patch: Patch) -> dict[str, Tensor]:
-        """The patched weights by the backbone's names."""
-        frozen = {name: tensor for segment in self.backbone.chain for name, tensor in segment.named_tensors()}
-        return {name: frozen[name].detach().cpu() + delta for name, delta in change_of(self.backbone, patch).items()}
+        trained.load_state_dict(patch.head_tensors)
+        heads = split_head(trained.to(self.backbone.device), [len(task.data.classes) for task in tasks])
+        return patch, [replace(task, head=one) for task, one in zip(tasks, heads, strict=True)]
 
     # mixing -------------------------------------------------------------------------------------------------
 
@@ -258,11 +259,11 @@ class Painter:
         """One fine-tuning a task, and a mixture of them all."""
         return self._mix([self.fine_tune([task]) for task in self.patched], self.exploration.mixing)
 
-    def _mix(self, results: Sequence[tuple[Patch, list[ScoredTask]]], mixing: Mixing = "scalar") -> Painting:
+    def _mix(self, results: Sequence[Tuned], mixing: Mixing = "scalar") -> Painting:
         """Choose among mixtures of fine-tuned patches."""
         patches, tuned = [patch for patch, _ in results], [task for _, tasks in results for task in tasks]
-        tasks = [*tuned, *self.supported]
-        base, count = self.base(tasks), len(patches)
+        tasks, count = [*tuned, *self.supported], len(patches)
+        base = self._base(tasks)
         curve = self.sweep(patches, [(alpha / count,) * count for alpha in self.grid], tasks)
         farthest = curve[-1]
         if mixing == "exhaustive":
@@ -279,32 +280,31 @@ class Painter:
 
     def sequential(self) -> Painting:
         """The tasks one after another, in several orders; the first order's patch is kept."""
-        outcomes = []
+        paintings, orders = [], []
         for number in range(self.exploration.orders):
             places = np.random.default_rng(self.seed + number).permutation(len(self.patched))
-            outcomes.append(self._one_after_another([self.patched[place] for place in places]))
-        first = outcomes[0][0]
-        return replace(first, orders=tuple(order for _, order in outcomes))
+            painting, taken = self._one_after_another([self.patched[place] for place in places])
+            paintings.append(painting)
+            names = tuple(self.patched[place].name for place in places)
+            orders.append(Order(names, tuple(taken), painting.chosen))
+        return replace(paintings[0], orders=tuple(orders))
 
-    def _one_after_another(self, tasks: Sequence[ScoredTask]) -> tuple[Painting, Order]:
+    def _one_after_another(self, tasks: Sequence[ScoredTask]) -> tuple[Painting, list[float]]:
+        """The painting and the alpha taken after each of the tasks."""
         seen: list[ScoredTask] = []
         before: Patch | None = None
         taken = []
         for task in tasks:
-            patch, tuned = self.fine_tune([task], body=None if before is None else self.body_of(before))
+            patch, tuned = self.fine_tune([task], before)
             seen += tuned
-            scored = [*seen, *self.supported]
             patches = [patch] if before is None else [before, patch]
             mixtures = [(alpha,) if before is None else (1 - alpha, alpha) for alpha in self.grid]
-            if not self.exploration.interpolate:
-                mixtures = mixtures[-1:]
-            curve = self.sweep(patches, mixtures, scored)
+            curve = self.sweep(patches, mixtures[0 if self.exploration.interpolate else -1 :], [*seen, *self.supported])
             chosen = self.rule.choose(curve[1:], curve[0])  # validation images of tasks seen so far only
             taken.append(chosen.weights[-1])
             before = mixed(self.backbone, patches, chosen.weights)
-        base = self.base([*seen, *self.supported])
-        painting = self._result(patches, seen, base, curve, chosen, curve[-1].weights)
-        return painting, Order(tuple(task.name for task in tasks), tuple(taken), chosen)
+        base = self._base([*seen, *self.supported])
+        return self._result(patches, seen, base, curve, chosen, curve[-1].weights), taken
 
     def _search(self, patches: Sequence[Patch], tasks: Sequence[ScoredTask], base: Point, start: Point) -> list[Point]:
         """Points that a tree-structured Parzen estimator tries, from the best equal weights on."""
@@ -315,8 +315,7 @@ class Painter:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed))
         names = [f"alpha_{number}" for number in range(len(patches))]
-        first = start.weights if len(start.weights) == len(names) else (0.0,) * len(names)
-        study.enqueue_trial(dict(zip(names, first, strict=True)))
+        study.enqueue_trial(dict(zip(names, _weights(start, patches), strict=True)))
         points: list[Point] = []
 
         def objective(trial: Any) -> float:
@@ -328,20 +327,12 @@ class Painter:
         study.optimize(objective, n_trials=self.exploration.trials)
         return points
 
-    def base(self, tasks: Sequence[ScoredTask] = ()) -> Point:
+    # results ------------------------------------------------------------------------------------------------
+
+    def _base(self, tasks: Sequence[ScoredTask]) -> Point:
         """The base under the heads it had before any fine-tuning."""
         own = {task.name: task for task in self.tasks}
-        chosen = [own[task.name] for task in tasks or self.tasks]
-        return self.scorer.point(self._empty(chosen[0]), chosen, (0.0,), untouched=True)
-
-    def _empty(self, task: ScoredTask) -> Patch:
-        record = cast(HeadRecord, task.head.record)
-        tensors = {f"head.{name}": tensor.cpu() for name, tensor in task.head.state_dict().items()}
-        return Patch.of(
-            self.backbone, task.data, record, tensors, preprocessing=self.scorer.preprocessing, method=Paint.name
-        )
-
-    # results ------------------------------------------------------------------------------------------------
+        return self.scorer.base([own[task.name] for task in tasks])
 
     def _result(
         self,
@@ -352,15 +343,15 @@ class Painter:
         chosen: Point,
         most: Sequence[float],
     ) -> Painting:
-        weights = chosen.weights if len(chosen.weights) == len(patches) else (0.0,) * len(patches)
-        patch = mixed(self.backbone, patches, weights)
-        farthest = mixed(self.backbone, patches, most)
+        weights = _weights(chosen, patches)
+        patch, farthest = mixed(self.backbone, patches, weights), mixed(self.backbone, patches, most)
         if self.exploration.norms != "kept":
             model = self.backbone.patched(patch)
             measured = self.tasks if self.exploration.norms == "shared" else self.patched[:1]
             self.scorer.measure_statistics(model, [task.data for task in measured])
             patch = with_statistics(self.backbone, patch, model)
-        patch = with_head(patch, tuned).with_metrics(
+        task = joint_task([task.data.task for task in tuned])
+        patch = patch.with_head(join_heads([task.head for task in tuned]), task).with_metrics(
             alpha=list(weights),
             test_top1=chosen.mean("patched"),
             base_test_top1=base.mean("patched"),
@@ -368,40 +359,35 @@ class Painter:
             base_supported_top1=base.mean("supported"),
         )
         images = join_splits([cast(Split, task.data.validation) for task in self.tasks])
-        before, after = self.scorer.base_features(images), self.scorer.features(self.backbone.patched(farthest), images)
-        cka, cosine = linear_cka(before, after), weight_cosine(self.backbone, farthest)
+        after = self.scorer.features(images, self.backbone.patched(farthest))
+        cka, cosine = linear_cka(self.scorer.features(images), after), weight_cosine(self.backbone, farthest)
         distance = distance_to_optimal([base, *curve])
         return Painting(self.exploration, base, tuple(curve), chosen, patch, distance, cka, cosine)
 
 
-# heads together ---------------------------------------------------------------------------------------------
+def _weights(point: Point, patches: Sequence[Patch]) -> tuple[float, ...]:
+    """The weights of a point, one a patch: the base's are 0."""
+    return point.weights if len(point.weights) == len(patches) else (0.0,) * len(patches)
 
 
 def join_heads(heads: Sequence[nn.Module]) -> nn.Module:
     """Heads of one kind as one over all their classes."""
     if len(heads) == 1:
         return heads[0]
-    records = [cast(HeadRecord, head.record) for head in heads]
-    joined = records[0].model_copy(update={"outputs": sum(record.outputs for record in records)}).build()
     states = [head.state_dict() for head in heads]
-    joined.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
-    return joined.eval().requires_grad_(False)
+    return _head_like(heads[0], {name: torch.cat([state[name] for state in states]) for name in states[0]})
 
 
 def split_head(head: nn.Module, outputs: Sequence[int]) -> Iterator[nn.Module]:
     """The parts of a joined head."""
     pieces = {name: tensor.split(list(outputs)) for name, tensor in head.state_dict().items()}
-    for number, count in enumerate(outputs):
-        part = cast(HeadRecord, head.record).model_copy(update={"outputs": count}).build()
-        part.load_state_dict({name: parts[number] for name, parts in pieces.items()})
-        yield part.eval().requires_grad_(False)
+    for number in range(len(outputs)):
+        yield _head_like(head, {name: parts[number] for name, parts in pieces.items()})
 
 
-def with_head(patch: Patch, tasks: Sequence[ScoredTask]) -> Patch:
-    """The patch with a head for all these tasks."""
-    head = join_heads([task.head for task in tasks])
-    assert isinstance(head, LinearHead | CosineHead)
-    body = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith("head.")}
-    own = {f"head.{name}": tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
-    task = joint_task([task.data.task for task in tasks])
-    return replace(patch, task=task, head=head.record, tensors={**body, **own}, int8=patch.int8 & body.keys())
+def _head_like(head: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A head of the same kind with other tensors, a row a class."""
+    rows = next(iter(state.values()))
+    made = cast(HeadRecord, head.record).model_copy(update={"outputs": len(rows)}).build()
+    made.load_state_dict(state)
+    return made.to(rows.device).eval().requires_grad_(False)

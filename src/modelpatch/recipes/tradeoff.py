@@ -3,27 +3,42 @@
     combined(alpha) = (S(alpha) + Q(alpha)) / 2      S mean accuracy of supported, Q of patched tasks
     distance to optimal (PAINT, equation 1) = (max S + max Q) / 2 - max (S + Q) / 2  >= 0
 
-Points are chosen on held-out images, never on test images. Accuracies lie in [0, 1].
+Points are chosen on held-out images, never on test images. Accuracies lie in [0, 1]. Images are decoded once, features
+computed once a body, and every task is answered by its own head.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.convert.merging import change_of
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.convert.merging import change_of, merge
+from modelpatch.data.images import ImageStore
+from modelpatch.data.splits import Split
+from modelpatch.data.task import Task
 from modelpatch.errors import TrainingError
+from modelpatch.heads.linear import LinearHead
+from modelpatch.methods.scale_bias import recompute_statistics
 from modelpatch.patch.contents import Patch
-from modelpatch.train.evaluation import harmonic_mean
+from modelpatch.patch.model import PatchedModel
+from modelpatch.train.cache import run_prefix
+from modelpatch.train.evaluation import MEMORY, harmonic_mean
+from modelpatch.train.probe import fit_probe
 
 Role = Literal["patched", "supported"]
+Norms = Literal["kept", "shared", "task"]
+BATCH = 64
+STATISTICS_IMAGES = 512  # of every task, at most, when BatchNorm's statistics are measured again
 
 
 @dataclass(frozen=True)
@@ -138,3 +153,127 @@ def alphas(count: int) -> list[float]:
     if count < 2:
         raise TrainingError(f"{count} values of alpha are no sweep; expected at least 2.")
     return [round(float(value), 6) for value in torch.linspace(0, 1, count)]
+
+
+# measuring ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoredTask:
+    """A task with held-out images and the head that answers it on the base's features."""
+
+    data: Task
+    role: Role
+    head: nn.Module
+
+    @property
+    def name(self) -> str:
+        return self.data.task.name
+
+
+class Scorer:
+    """Measures bodies on tasks.
+
+    `refit` fits every linear head anew on each body's own training features (closed vocabularies only). `norms` says what
+    BatchNorm's statistics are after weights were mixed: the mixed ones, measured again over all tasks' images together
+    (`shared`), or over each task's own (`task`), always in random order.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        preprocessing: Preprocessing,
+        refit: bool = False,
+        norms: Norms = "kept",
+        seed: int = 0,
+    ) -> None:
+        self.backbone, self.preprocessing, self.refit, self.norms, self.seed = (
+            backbone,
+            preprocessing,
+            refit,
+            norms,
+            seed,
+        )
+        self._stores: dict[int, ImageStore] = {}
+
+    def store(self, split: Split) -> ImageStore:
+        """The split's images, decoded once."""
+        if id(split) not in self._stores:
+            self._stores[id(split)] = ImageStore(split, self.preprocessing, MEMORY)
+        return self._stores[id(split)]
+
+    @torch.no_grad()
+    def features(self, split: Split, model: PatchedModel | None = None) -> Tensor:
+        """Features (N, D) of a split's images on the CPU: those of a patched body, or of the frozen base."""
+        store, body = self.store(split), self.backbone.chain if model is None else partial(_run_body, model)
+        batches = torch.arange(len(store)).split(BATCH)
+        return torch.cat([body(store.plain(rows).to(self.backbone.device)).cpu() for rows in batches])
+
+    def probe(self, data: Task, model: PatchedModel | None = None) -> LinearHead:
+        """A linear head on the features of the task's training images."""
+        labels = torch.from_numpy(data.train.labels)
+        return fit_probe(self.features(data.train, model), labels, len(data.classes)).to(self.backbone.device)
+
+    def base(self, tasks: Sequence[ScoredTask]) -> Point:
+        """Every task's accuracy on the frozen base."""
+        return Point((0.0,), {task.name: self._accuracy(task, task.head) for task in tasks})
+
+    def point(self, patch: Patch, tasks: Sequence[ScoredTask], weights: Sequence[float]) -> Point:
+        """Every task's accuracy on the patched body."""
+        model = self.backbone.patched(patch)
+        if self.norms == "shared":
+            self.measure_statistics(model, [task.data for task in tasks])
+        accuracies = {}
+        for task in tasks:
+            if self.norms == "task":
+                self.measure_statistics(model, [task.data])
+            anew = self.refit and isinstance(task.head, LinearHead)
+            accuracies[task.name] = self._accuracy(task, self.probe(task.data, model) if anew else task.head, model)
+        return Point(tuple(weights), accuracies)
+
+    def _accuracy(self, task: ScoredTask, head: nn.Module, model: PatchedModel | None = None) -> Accuracy:
+        assert task.data.validation is not None
+        shares = []
+        for split in (task.data.validation, task.data.test):
+            with torch.no_grad():
+                answers = head(self.features(split, model).to(self.backbone.device)).argmax(1).cpu()
+            shares.append(float((answers == self.store(split).labels).double().mean()))
+        return Accuracy(task.role, *shares)
+
+    def measure_statistics(self, model: PatchedModel, tasks: Sequence[Task]) -> None:
+        """BatchNorm's statistics over training images of all tasks, as many of each, shuffled together (REPAIR's reset)."""
+        count = min(STATISTICS_IMAGES, *(len(task.train) for task in tasks))
+        generator = np.random.default_rng(self.seed)
+        pool = [(task.train, row) for task in tasks for row in generator.permutation(len(task.train))[:count]]
+        order = generator.permutation(len(pool))
+
+        def batches() -> Iterator[Tensor]:
+            for numbers in torch.from_numpy(order).split(BATCH):
+                rows = [pool[number] for number in numbers.tolist()]
+                images = [self.store(split).plain(torch.tensor([row])) for split, row in rows]
+                yield torch.cat(images).to(self.backbone.device)
+
+        recompute_statistics(model, batches)
+
+
+def _run_body(model: PatchedModel, images: Tensor) -> Tensor:
+    return run_prefix(model, images, model.end)
+
+
+def mixed(backbone: Backbone, patches: Sequence[Patch], weights: Sequence[float]) -> Patch:
+    """W + sum of weights times the patches' changes. One patch keeps its tensors and is only turned."""
+    if len(patches) == 1 and 0 <= weights[0] <= 1:
+        return patches[0].at_strength(weights[0])
+    return merge(backbone, patches, weights=weights)
+
+
+def with_statistics(backbone: Backbone, patch: Patch, model: PatchedModel) -> Patch:
+    """The patch as one of strength 1 that owns the BatchNorm statistics its model has now."""
+    owned, buffers = {}, dict(model.named_buffers())
+    for place, number in enumerate(model.starts):
+        for local, name in backbone.chain[number].tensor_names.items():
+            if local.endswith(("running_mean", "running_var")):
+                owned[f"replace/{name}"] = buffers[f"parts.{place}.{local}"].detach().cpu().float().clone()
+    baked = merge(backbone, [patch], weights=[1.0]).tensors
+    kept = {name: tensor for name, tensor in baked.items() if f"replace/{name.partition('/')[2]}" not in owned}
+    return replace(patch, tensors={**kept, **owned}, strength=1.0, int8=frozenset())

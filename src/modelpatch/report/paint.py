@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from modelpatch.recipes.frontier import Frontier
 from modelpatch.recipes.painting import Painting
 from modelpatch.recipes.tradeoff import Point
 from modelpatch.report.plots import BLUE, ORANGE, figure
@@ -72,42 +70,26 @@ def painting_markdown(painting: Painting) -> str:
     return cells_markdown(*painting_cells(painting))
 
 
-def frontier_table(frontier: Frontier) -> Table:
-    """One row a baseline: the point that held-out images choose."""
-    best = {
-        name: max(points, key=lambda point: point.combined("validation")) for name, points in frontier.curves.items()
-    }
-    rows = [(name, f"{point.weights[0]:g}", *map(percent, _means(point))) for name, point in best.items()]
-    caption = "each at the point that held-out images choose; test accuracy"
-    return new_table("what else trades off", caption, texts=("",), figures=("at", *COLUMNS), rows=rows)
-
-
 def _means(point: Point) -> tuple[float, float, float]:
     """Test accuracies of a point: the patched tasks, the supported ones, and both."""
     return point.mean("patched"), point.mean("supported"), point.combined()
 
 
-def plot_tradeoff(
-    curves: Mapping[str, Sequence[Point]], base: Point, chosen: Point | None, title: str, path: Path
-) -> None:
-    """Patched against supported test accuracy in percent: PAINT's curve, other curves, the base and the chosen point."""
+def plot_tradeoff(painting: Painting, title: str, path: Path) -> None:
+    """Patched against supported test accuracy in percent: the curve, the base and the chosen point."""
+    places, sums = [_place(point) for point in painting.curve], [sum(point.weights) for point in painting.curve]
+    style = "-" if sums == sorted(sums) else ""  # a line through a curve, not through a cloud
     with figure(path, 6.5, 5) as axes:
-        for number, (name, points) in enumerate(curves.items()):
-            style: dict[str, Any] = {"color": f"C{number}", "alpha": 0.8}
-            if name == "paint":
-                style = {"color": BLUE, "linewidth": 2, "zorder": 3}
-            places, sums = _places(points), [sum(point.weights) for point in points]
-            style["linestyle"] = "-" if sums == sorted(sums) else ""  # a line through a curve, not through a cloud
-            axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=name, **style)
-        axes.plot(*_places([base])[0], "s", color="black", label="base", zorder=4)
-        if chosen is not None:
-            axes.plot(*_places([chosen])[0], "*", color=ORANGE, markersize=15, label="chosen", zorder=5)
+        look: dict[str, Any] = {"color": BLUE, "linewidth": 2, "linestyle": style, "marker": "o", "markersize": 4}
+        axes.plot(*zip(*places, strict=True), label="paint", **look)
+        axes.plot(*_place(painting.base), "s", color="black", label="base", zorder=4)
+        axes.plot(*_place(painting.chosen), "*", color=ORANGE, markersize=15, label="chosen", zorder=5)
         axes.set(xlabel="supported tasks, accuracy (%)", ylabel="patched tasks, accuracy (%)", title=title)
         axes.legend(frameon=False, fontsize=8)
 
 
-def _places(points: Sequence[Point]) -> list[tuple[float, float]]:
-    return [(100 * point.mean("supported"), 100 * point.mean("patched")) for point in points]
+def _place(point: Point) -> tuple[float, float]:
+    return 100 * point.mean("supported"), 100 * point.mean("patched")
 
 
 def _weights(point: Point) -> str:

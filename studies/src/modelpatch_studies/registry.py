@@ -11,13 +11,14 @@ from modelpatch_studies.dense import DENSE, FCN
 from modelpatch_studies.federated import FEDERATED
 from modelpatch_studies.normalisation import RANDOM, RATES, TABLE_6, TRANSFER
 from modelpatch_studies.recipe import Recipe
+from modelpatch_studies.rivals import RIVALS
 from modelpatch_studies.skips import SIZE, TABLE_5, WEIGHTS
 from modelpatch_studies.transfer import LOW_DATA, SCRATCH, TABLE_7
 from modelpatch_studies.words import EXPERIMENTS
 
 RECIPES: tuple[Recipe, ...] = (
     *(patching.TABLE_2, patching.SEVERAL, TABLE_5, WEIGHTS, SIZE, ADAPTATION, DENSE, LOW_DATA, SCRATCH, TABLE_7),
-    *(painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE, *EXPERIMENTS),
+    *(painting.CURVE, painting.MODES, painting.TRANSFER, painting.STABLE, RIVALS, *EXPERIMENTS),
     *(TRANSFER, RANDOM, TABLE_6, RATES, sharing.RESOLUTIONS, sharing.RESOLUTION_CASCADE, sharing.TASKS, FEDERATED),
     *(subtuning.PROFILE, subtuning.TABLE_1, subtuning.TABLE_2, units.PAIRS, units.SAMPLES),
     *(extensions.INFERENCE, extensions.SIAMESE_WAYS, extensions.PRUNING, extensions.ACTIVE_LEARNING),
