@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,7 @@ from modelpatch.train.progress import Progress, quiet_progress
 
 Kind = Literal["probability", "fitted"]
 KINDS: tuple[str, ...] = get_args(Kind)
+Costs = Callable[..., float]  # (name, patches before it) to the multiply-adds that it adds
 PROBABILITY: Weights = (1.0, 0.0, 0.0)
 CAUTION = 1.0  # standard errors
 ROUNDING = 1e-9  # shares of right answers are compared as whole numbers of images
@@ -125,44 +127,40 @@ def cascade(
         raise CascadeError(f"confidence is {confidence!r}; expected one of: {', '.join(KINDS)}.")
     if not 0 <= caution < math.inf:
         raise CascadeError(f"caution is {caution}; expected a number of standard errors from 0 on.")
-    held = held_out(list(named.values()), data)
-    costs = Costs(backbone, named)
-    bar = Progress("cascade") if progress else quiet_progress()
+    splits = {"validation": held_out(list(named.values()), data), "test": data.test}
+    right = {split: torch.from_numpy(images.labels) for split, images in splits.items()}
     seen: dict[str, dict[str, Tensor]] = {}
-    with bar:
-        for split, images in (("validation", held), ("test", data.test)):
+    with Progress("cascade") if progress else quiet_progress() as bar:
+        for split, images in splits.items():
             with bar.task(f"{split} images", len(named) * len(images)) as advance:
                 seen[split] = {
                     name: logits_of(backbone.patched(patch), images, patch.preprocessing, advance)
                     for name, patch in named.items()
                 }
-    labels = torch.from_numpy(held.labels)
+    logits, labels = seen["validation"], right["validation"]
+    tops = {name: _top1(answers, labels) for name, answers in logits.items()}
     weights = dict.fromkeys(named, PROBABILITY)
-    rows = torch.arange(len(held))
     if confidence == "fitted":
-        other, half = (torch.from_numpy(part) for part in stratified(held.labels, 0.5, seed))
-        weights = {name: fit_confidence(logits[other], labels[other]) for name, logits in seen["validation"].items()}
-        rows = half
-    tops = {name: _top1(answers, labels) for name, answers in seen["validation"].items()}
-    logits = {name: answers[rows] for name, answers in seen["validation"].items()}
-    order, confidences, reference = greedy(logits, labels[rows], weights, costs, accuracy, caution, tops)
-    facts = {"confidence": confidence, "caution": caution, "reference": reference}
-    facts |= {"held_out_images": len(held), "seed": seed}
+        other, half = (torch.from_numpy(part) for part in stratified(labels.numpy(), 0.5, seed))
+        weights = {name: fit_confidence(answers[other], labels[other]) for name, answers in logits.items()}
+        logits, labels = {name: answers[half] for name, answers in logits.items()}, labels[half]
+    costs = costs_of(backbone, named)
+    order, confidences, reference = greedy(logits, labels, weights, costs, accuracy, caution, tops)
+    figures = {split: run(order, confidences, answers, right[split], costs) for split, answers in seen.items()}
+    facts = {"confidence": confidence, "caution": caution, "reference": reference, "seed": seed}
     made = Cascade(
         patches=tuple(named[name] for name in order),
         confidences=confidences,
-        created=facts,
+        metrics={
+            **{f"{split}_top1": one.top1 for split, one in figures.items()},
+            **{f"{split}_macs": round(one.macs) for split, one in figures.items()},
+        },
+        created={**facts, "held_out_images": len(splits["validation"])},
     )
-    right = {"validation": labels, "test": torch.from_numpy(data.test.labels)}
-    figures = {split: run(order, confidences, answers, right[split], costs) for split, answers in seen.items()}
     singles = []
     for name, patch in named.items():
-        alone = [Figures(_top1(seen[split][name], right[split]), costs(name)) for split in seen]
+        alone = [Figures(_top1(seen[split][name], right[split]), costs(name)) for split in splits]
         singles.append(Single(name, patch.preprocessing.image_size, *alone))
-    made = made.with_metrics(
-        **{f"{split}_top1": one.top1 for split, one in figures.items()},
-        **{f"{split}_macs": round(one.macs) for split, one in figures.items()},
-    )
     return CascadeResult(made, tuple(singles), reference, order, figures["validation"], figures["test"])
 
 
@@ -217,20 +215,16 @@ def _check_classes(patch: Patch, data: Task) -> None:
         )
 
 
-class Costs:
-    """Multiply-adds an image of patches that run in turns: what two of them compute alike is counted once."""
+def costs_of(backbone: Backbone, patches: Mapping[str, Patch]) -> Costs:
+    """Multiply-adds an image of a patch after others: what two of them compute alike is counted once."""
+    keys = {name: f"{number} {name}" for number, name in enumerate(patches)}  # no patch is called "base"
+    engine = Engine(backbone, {keys[name]: patch for name, patch in patches.items()}, tuning=Tuning())
 
-    def __init__(self, backbone: Backbone, patches: Mapping[str, Patch]) -> None:
-        self._keys = {name: f"{number} {name}" for number, name in enumerate(patches)}  # no patch is called "base"
-        self._engine = Engine(backbone, {self._keys[name]: patch for name, patch in patches.items()}, tuning=Tuning())
-        self._known: dict[tuple[str, ...], float] = {}
+    @cache
+    def last(*names: str) -> float:
+        return engine.stage_costs([keys[name] for name in names])[-1]
 
-    def __call__(self, name: str, before: Sequence[str] = ()) -> float:
-        """Return the multiply-adds of `name` after the patches `before`."""
-        key = (*before, name)
-        if key not in self._known:
-            self._known[key] = self._engine.stage_costs([self._keys[one] for one in key])[-1]
-        return self._known[key]
+    return lambda name, before=(): last(*before, name)
 
 
 # the greedy algorithm -----------------------------------------------------------------------------------------------
@@ -240,7 +234,7 @@ def greedy(
     logits: Mapping[str, Tensor],
     labels: Tensor,
     weights: Mapping[str, Weights],
-    costs: Callable[[str, Sequence[str]], float],
+    costs: Costs,
     accuracy: float | None = None,
     caution: float = CAUTION,
     tops: Mapping[str, float] | None = None,
@@ -252,7 +246,7 @@ def greedy(
     """
     right = {name: answers.argmax(1) == labels for name, answers in logits.items()}
     tops = tops or {name: _top1(answers, labels) for name, answers in logits.items()}
-    reference = max(tops, key=lambda name: (tops[name], -costs(name, ())))
+    reference = max(tops, key=lambda name: (tops[name], -costs(name)))
     best = tops[reference]
     if accuracy is not None and not 0 < accuracy <= best + ROUNDING:
         raise CascadeError(
@@ -302,7 +296,7 @@ def run(
     confidences: Sequence[Confidence],
     logits: Mapping[str, Tensor],
     labels: Tensor,
-    costs: Callable[[str, Sequence[str]], float],
+    costs: Costs,
 ) -> Figures:
     """Return the accuracy and cost of a cascade of these stages, from its patches' logits (N, K)."""
     stages = torch.full((len(labels),), -1)
@@ -312,9 +306,7 @@ def run(
     return _figures(float((answers == labels).double().mean()), stages, order, costs)
 
 
-def _figures(
-    top1: float, stages: Tensor, order: Sequence[str], costs: Callable[[str, Sequence[str]], float]
-) -> Figures:
+def _figures(top1: float, stages: Tensor, order: Sequence[str], costs: Costs) -> Figures:
     """Return the figures of a cascade from the stages (N,) that answered the images."""
     spent = np.cumsum([costs(name, order[:number]) for number, name in enumerate(order)])
     shares = torch.bincount(stages, minlength=len(order)).double() / len(stages)
@@ -362,4 +354,4 @@ def evaluate_cascade(
         advance(len(files))
     named = {f"stage {number + 1}": patch for number, patch in enumerate(cascade.patches)}
     result = Evaluation.of(torch.cat(logits), torch.from_numpy(images.labels), data.classes)
-    return result, _figures(result.top1, torch.cat(stages), list(named), Costs(backbone, named))
+    return result, _figures(result.top1, torch.cat(stages), list(named), costs_of(backbone, named))

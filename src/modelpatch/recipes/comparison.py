@@ -21,7 +21,7 @@ from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multires import SHARINGS, Files, MultiResolution, fit_multires
 from modelpatch.text import file_name
-from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean, standard_error
+from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean
 from modelpatch.train.fitting import fit
 from modelpatch.train.settings import check_settings
 
@@ -109,30 +109,31 @@ def compare(
     check_settings(settings)
     check_classification(data, "compare")
     before = evaluate_base(backbone, base).top1 if base is not None else None
-    runs: dict[str, tuple[SeedRun, ...]] = {}
-    patches: dict[str, Patch] = {}
-    skipped: dict[str, str] = {}
+    chosen = _by_name(spellings("compared") if methods is None else methods)
     trained: dict[str, int] = {}
-    todo: list[tuple[str, Method, int]] = []
-    for name, method in _by_name(spellings("compared") if methods is None else methods).items():
+    skipped: dict[str, str] = {}
+    for name, method in chosen.items():
         try:
-            todo.append((name, method, method.count_parameters(backbone)))
+            trained[name] = method.count_parameters(backbone)
         except (MethodNotApplicableError, MissingExtraError) as error:
             skipped[name] = str(error)
-    for name, method, parameters in todo:
+    runs: dict[str, tuple[SeedRun, ...]] = {}
+    patches: dict[str, Patch] = {}
+    for name in trained:
         fitted: list[SeedRun] = []
         try:
             for number in range(seed, seed + seeds):
                 files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
-                patch = fit(backbone, data, method, progress=progress, seed=number, **files, **settings)
+                patch = fit(backbone, data, chosen[name], progress=progress, seed=number, **files, **settings)
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
                 fitted.append(SeedRun(number, top1, None, size, patch.created["seconds"]))
                 patches.setdefault(name, patch)
         except DivergedError as error:
             skipped[name] = str(error)
-            continue
-        runs[name] = tuple(fitted)
-        trained[name] = parameters + head_parameters(patches[name], method)
+        else:
+            runs[name] = tuple(fitted)
+            if chosen[name].head != "random":
+                trained[name] += sum(tensor.numel() for tensor in patches[name].head_tensors.values())
     after = evaluate_base(backbone, base).top1 if base is not None else None
     runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
     rows = tuple(_summarise(name, trained[name], fitted, before, after) for name, fitted in runs.items())
@@ -143,14 +144,14 @@ def _summarise(
     name: str, parameters: int, runs: Sequence[SeedRun], before: float | None, after: float | None
 ) -> MethodRow:
     """Return the row of one method's runs."""
-    top1 = [run.top1 for run in runs]
+    top1 = Mean.of([run.top1 for run in runs])
     return MethodRow(
         method=name,
-        top1=statistics.fmean(top1),
-        top1_error=standard_error(top1),
+        top1=top1.value,
+        top1_error=top1.error,
         base_before=before,
         base_after=after,
-        harmonic_mean=None if after is None else statistics.fmean(harmonic_mean(one, after) for one in top1),
+        harmonic_mean=None if after is None else statistics.fmean(harmonic_mean(run.top1, after) for run in runs),
         trainable_parameters=parameters,
         file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
         seconds=statistics.fmean(run.seconds for run in runs),
@@ -175,13 +176,6 @@ def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
     if not reuse:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return {"out": out, "checkpoint": checkpoint, "reuse": reuse}
-
-
-def head_parameters(patch: Patch, method: Method) -> int:
-    """Trainable numbers of the patch's head."""
-    if method.head == "random":
-        return 0
-    return sum(tensor.numel() for name, tensor in patch.tensors.items() if name.startswith("head."))
 
 
 # several resolutions -----------------------------------------------------------------------------------------

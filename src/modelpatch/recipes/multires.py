@@ -12,8 +12,6 @@ What comes out is a backbone with the shared weights and one small patch a resol
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +34,7 @@ from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
-from modelpatch.text import file_name
+from modelpatch.text import digest_of, file_name
 from modelpatch.train.batches import Minibatch, RowBatches
 from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar
 from modelpatch.train.distributed import Team
@@ -87,7 +85,7 @@ class MultiResolution:
 
 @dataclass(frozen=True)
 class Files:
-    """Files of a run's results: `stem.safetensors` is the backbone, `stem-96px.safetensors` a patch."""
+    """Files of a run's results in a folder: `stem.safetensors` is the backbone, `stem-96px.safetensors` a patch."""
 
     folder: Path
     stem: str
@@ -187,7 +185,7 @@ class TiedModels(nn.Module):
         for model in others:
             for name in model.names.keys() - private:
                 owner, _, leaf = model.names[name].rpartition(".")
-                setattr(model.get_submodule(owner), leaf, _tensor(first, name))
+                setattr(model.get_submodule(owner), leaf, getattr(first.get_submodule(owner), leaf))
         for name, parameter in self.trainable():
             if name in private:
                 parameter.register_hook(partial(torch.mul, len(models)))
@@ -217,9 +215,9 @@ class TiedModels(nn.Module):
         """Everything that training may change, shared tensors once, detached."""
         models: Any = self.models
         return {
-            f"{number}.{name}": _tensor(model, name).detach()
+            f"{number}.{name}": tensor
             for number, model in enumerate(models)
-            for name in model.names
+            for name, tensor in model.portable_state().items()
             if number == 0 or name in self.private
         }
 
@@ -227,11 +225,6 @@ class TiedModels(nn.Module):
         """Continue from what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
-
-
-def _tensor(model: PatchedModel, name: str) -> Tensor:
-    owner, _, leaf = model.names[name].rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 class ResolutionBatches:
@@ -282,7 +275,7 @@ class ResolutionRun:
             for pixels in self.resolutions
         }
         self.identity = {**self.whole.identity, "resolutions": list(self.resolutions), "sharing": sharing}
-        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.digest = digest_of(self.identity)
 
     @cached_property
     def private(self) -> frozenset[str]:
@@ -332,14 +325,13 @@ class ResolutionRun:
         own = sum(trained[name].numel() for name in trained.keys() & self.private if not name.startswith("head."))
         total = sum(parameter.numel() for _, parameter in model.trainable())
         facts = {"run": self.digest, "trainable_parameters": own, "parameters": total}
-        record = BackboneRecord.of(shared)
-        patches = {pixels: self._own(patch, record, facts) for pixels, patch in whole.items()}
-        if self.settings.dtype != "float32":
-            dtype = self.settings.dtype
-            patches = {pixels: store_as(shared, patch, self.data, dtype) for pixels, patch in patches.items()}
-        if self.files is not None:
-            for pixels, patch in patches.items():
-                patch.save(self.files.patch(pixels))
+        record, patches = BackboneRecord.of(shared), {}
+        for pixels, patch in whole.items():
+            patches[pixels] = self._own(patch, record, facts)
+            if self.settings.dtype != "float32":
+                patches[pixels] = store_as(shared, patches[pixels], self.data, self.settings.dtype)
+            if self.files is not None:
+                patches[pixels].save(self.files.patch(pixels))
         if saver is not None:
             saver.clear()
         return MultiResolution(self.sharing, shared, patches)
@@ -360,15 +352,15 @@ class ResolutionRun:
         base = self.backbone
         module = copy.deepcopy(base.module)
         tensors = {name.removeprefix("replace/"): tensor for name, tensor in patch.tensors.items() if "/" in name}
+        arguments = {name: value for name, value in base.arguments.items() if name not in ("pretrained", "seed")}
         if base.classifier is not None:
             module.set_submodule(base.classifier, nn.Linear(patch.head.features, patch.head.outputs).to(base.device))
-            tensors |= {f"{base.classifier}.{name}": patch.tensors[f"head.{name}"] for name in ("weight", "bias")}
+            tensors |= {f"{base.classifier}.{name}": tensor for name, tensor in patch.head_tensors.items()}
             if hasattr(module, "num_classes"):
                 module.num_classes = patch.head.outputs  # type: ignore[assignment]
+            if base.architecture is not None:
+                arguments["num_classes"] = patch.head.outputs
         module.load_state_dict({**module.state_dict(), **tensors})
-        arguments = {name: value for name, value in base.arguments.items() if name not in ("pretrained", "seed")}
-        if base.classifier is not None and base.architecture is not None:
-            arguments["num_classes"] = patch.head.outputs
         shared = Backbone(
             module,
             patch.preprocessing,
@@ -388,13 +380,13 @@ class ResolutionRun:
 
         Raises `CheckpointMismatchError` for those of another run.
         """
-        if self.files is None:
+        files, shares = self.files, self.sharing != "independent"
+        if files is None or not all(files.patch(pixels).exists() for pixels in self.resolutions):
             return None
-        paths, shares = {pixels: self.files.patch(pixels) for pixels in self.resolutions}, self.sharing != "independent"
-        if not all(path.exists() for path in (*paths.values(), *([self.files.backbone] if shares else []))):
+        if shares and not files.backbone.exists():
             return None
-        shared = load_backbone(f"file:{self.files.backbone}").to(self.backbone.device) if shares else self.backbone
-        patches = {pixels: read_patch(path, self.digest) for pixels, path in paths.items()}
+        shared = load_backbone(f"file:{files.backbone}").to(self.backbone.device) if shares else self.backbone
+        patches = {pixels: read_patch(files.patch(pixels), self.digest) for pixels in self.resolutions}
         for patch in patches.values():
             patch.check_backbone(shared)
         return MultiResolution(self.sharing, shared, patches)

@@ -21,20 +21,26 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor, nn
+
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.data.task import Task, check_classification
-from modelpatch.errors import DataError, TrainingError
-from modelpatch.methods.method import Method
+from modelpatch.errors import DataError, MethodError, TrainingError
+from modelpatch.methods.method import METHODS, Method
+from modelpatch.patch.blueprint import Graft
+from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
-from modelpatch.recipes.weights import SharedWeights
+from modelpatch.patch.model import PatchedModel
 from modelpatch.text import file_name
 from modelpatch.train.callbacks import MetricLogger
 from modelpatch.train.checkpoint import Checkpoint
@@ -43,7 +49,6 @@ from modelpatch.train.evaluation import evaluate_classes, store_as
 from modelpatch.train.fitting import Fit, check_parts
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
-from modelpatch.train.trainer import Trainer
 
 Sampling = Literal["equal", "proportional"]
 BACKBONE = "backbone.safetensors"
@@ -91,7 +96,7 @@ class Multitask:
         """Plain values for JSON."""
         tasks = {}
         for name, patch in self.patches.items():
-            head = sum(tensor.numel() for key, tensor in patch.tensors.items() if key.startswith("head."))
+            head = sum(tensor.numel() for tensor in patch.head_tensors.values())
             private = sum(tensor.numel() for tensor in patch.tensors.values()) - head
             tasks[name] = {**patch.metrics, "private_numbers": private, "head_numbers": head}
         return {
@@ -140,21 +145,20 @@ def fit_multitask(
         raise TrainingError(f"sampling is {sampling!r}; expected one of: {', '.join(get_args(Sampling))}.")
     chosen = check_joint_settings(settings)
     architecture = check_writable(backbone) if out is not None else ""
-    files = None if out is None else task_files(Path(out), [task.task.name for task in tasks])
+    files = {} if out is None else task_files(Path(out), [task.task.name for task in tasks])
     team = Team.everyone()
     bar = Progress(f"{len(tasks)} tasks") if progress and team.leads else quiet_progress()
     with bar:
         run = _Run(backbone, tasks, private, shared, sampling, weights or {}, chosen, bar, checkpoint, team, log)
         result = run.run(f"module:{type(backbone.module).__name__}" if out is None else f"file:{BACKBONE}")
-        if team.leads:
-            if out is not None and files is not None:
-                facts = {"base": backbone.spec, "base_fingerprint": backbone.fingerprint, "tasks": list(result.patches)}
-                Path(out).mkdir(parents=True, exist_ok=True)
-                save_backbone(result.backbone, Path(out) / BACKBONE, architecture, multitask=facts)
-                for name, patch in result.patches.items():
-                    patch.save(files[name])
-            if run.checkpoint:
-                run.checkpoint.clear()
+        if team.leads and out is not None:
+            facts = {"base": backbone.spec, "base_fingerprint": backbone.fingerprint, "tasks": list(result.patches)}
+            Path(out).mkdir(parents=True, exist_ok=True)
+            save_backbone(result.backbone, Path(out) / BACKBONE, architecture, multitask=facts)
+            for name, path in files.items():
+                result.patches[name].save(path)
+        if team.leads and run.checkpoint:
+            run.checkpoint.clear()
         team.follow(None)  # nobody goes on before the files are as they will be
     return result
 
@@ -174,23 +178,20 @@ class _Run:
         bar: Progress,
         checkpoint: str | Path | None,
         team: Team,
-        log: str | Path | None = None,
+        log: str | Path | None,
     ) -> None:
-        self.log = log
         self.base, self.private, self.settings, self.bar, self.team = backbone, private, settings, bar, team
-        self.copy = backbone.around(copy.deepcopy(backbone.module))
+        self.log, self.copy = log, backbone.around(copy.deepcopy(backbone.module))
         self.shared = SharedWeights(self.copy, shared)
         names = [task.task.name for task in tasks]
         sizes = batch_sizes(tasks, settings.batch_size, sampling)
         self.shares = shares(names, weights, sizes if sampling == "proportional" else [1] * len(tasks))
-        teams = teams_of(team, len(tasks))
         self.fits = {
             name: Fit(self.copy, task, private, replace(settings, batch_size=size, cache=False), bar=bar, team=own)
-            for name, task, size, own in zip(names, tasks, sizes, teams, strict=True)
+            for name, task, size, own in zip(names, tasks, sizes, teams_of(team, len(tasks)), strict=True)
         }
         self.served = {name: fit for name, fit in self.fits.items() if team.rank in fit.team.ranks}
         self.rounds = max(1, round(settings.epochs * fmean(fit.per_epoch for fit in self.fits.values())))
-        self.done = 0
         identity = {
             "tasks": {name: fit.identity for name, fit in self.fits.items()},
             "shared": {shared.name: shared.hyperparameters()},
@@ -200,46 +201,38 @@ class _Run:
         self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
         self.facts = {"shared": shared.name, "sampling": sampling, "shares": self.shares, "rounds": self.rounds}
 
-    def _trainer(self, name: str, fit: Fit) -> Trainer:
-        """The trainer of a task, with a log where this process leads its team."""
-        logs = [MetricLogger(Path(self.log) / file_name(name))] if self.log is not None and fit.team.leads else []
-        return fit.make_trainer(self.models[name], logs, self.rounds)
-
     def run(self, spec: str) -> Multitask:
         """Train; the result's backbone is called `spec`."""
         began = time.perf_counter()
         saved = self.team.follow(self.checkpoint.load() if self.checkpoint and self.team.leads else None)
         self.models = {name: fit.build() for name, fit in self.served.items()}
-        self.trainers = {name: self._trainer(name, fit) for name, fit in self.served.items()}
+        self.trainers = {}
+        for name, fit in self.served.items():
+            log = None if self.log is None or not fit.team.leads else Path(self.log) / file_name(name)
+            logs = [] if log is None else [MetricLogger(log)]
+            self.trainers[name] = fit.make_trainer(self.models[name], logs, self.rounds)
         for name, trainer in self.trainers.items():
             trainer.begin(saved["tasks"][name] if saved else None)
             self.shared.join(self.models[name], self.private, self.shares[name])
-        self.shared.begin(self.private)
-        if saved is not None:
-            self.shared.restore(saved["shared"])
-            self.done = saved["done"]
-        self._train()
+        self.shared.begin(self.private, saved["shared"] if saved else None)
+        self._train(saved["done"] if saved else 0)
         return self._finish(spec, time.perf_counter() - began)
 
-    def _train(self) -> None:
+    def _train(self, done: int) -> None:
+        """Rounds from `done` on; all tasks' state is saved in one file, so that it is of one moment."""
         steps = [trainer.steps() for trainer in self.trainers.values()]
-        with self.bar.task("training", self.rounds, self.done) as advance:
-            while self.done < self.rounds:
+        with self.bar.task("training", self.rounds, done) as advance:
+            for number in range(done, self.rounds):
                 for step in steps:
                     next(step)
-                self.shared.step(self.settings.factor(self.done, self.rounds), self.settings.clip, self.team)
-                self.done += 1
+                self.shared.step(self.settings.factor(number, self.rounds), self.settings.clip, self.team)
                 advance(1)
-                if self.checkpoint and self.team.follow(self.checkpoint.due() or self.done == self.rounds):
-                    self._save(self.checkpoint)
+                if self.checkpoint and self.team.follow(self.checkpoint.due() or number + 1 == self.rounds):
+                    tasks = self._collect(lambda name, _: self.trainers[name].state_dict())
+                    if self.team.leads:
+                        self.checkpoint.save({"tasks": tasks, "shared": self.shared.snapshot(), "done": number + 1})
         for step in steps:
             next(step, None)  # the end of the training
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        """All tasks' state in one file, so that it is of one moment."""
-        tasks = self._collect(lambda name, _: self.trainers[name].state_dict())
-        if self.team.leads:
-            checkpoint.save({"tasks": tasks, "shared": self.shared.snapshot(), "done": self.done})
 
     def _collect(self, make: Callable[[str, Fit], Any]) -> dict[str, Any]:
         """Return what the leader of each task's team makes of it, in every process."""
@@ -268,7 +261,106 @@ class _Run:
         return made if dtype == "float32" else store_as(trained, made, fit.data, dtype)
 
 
-# tasks ------------------------------------------------------------------------------------------------------
+# shared weights ---------------------------------------------------------------------------------------------
+
+
+class SharedWeights:
+    """The weights of `backbone`, a copy, which `method` would train in a patch. Every task's model reads the same bytes; the
+    gradients of all are added up here, and one step is taken when every task has taken its own.
+
+    The method's rates, weight decay and optimizer are the shared weights'; its settings of heads are not used. Raises
+    `MethodError` for a method that trains anything but weights as they are: masks, added modules and statistics belong to a
+    task.
+    """
+
+    origins: Mapping[str, Graft] = {}  # none of them was added
+
+    def __init__(self, backbone: Backbone, method: Method) -> None:
+        self.backbone, self.method = backbone, method
+        owned, parameters = method.blueprint(backbone).owned, dict(backbone.module.named_parameters())
+        able = all(one.shares_across_tasks and not getattr(one, "reinitialize", False) for one in method.members)
+        if not able or set(owned) - parameters.keys():
+            names = [kind.name for kind in METHODS.values() if kind.shares_across_tasks]
+            raise MethodError(
+                f"{method.name} with these options does more than train weights as they are, which is all that tasks can "
+                f"share. Name as shared {', '.join(names)}, with frozen statistics."
+            )
+        self._candidates = {name: parameters[name].requires_grad_() for name in owned}
+        self.weights: dict[str, nn.Parameter] = {}  # those that a task's model reads
+
+    def join(self, model: PatchedModel, private: Method, share: float) -> None:
+        """Register gradient hooks on the shared weights of a task's model. Call it before the first step, for all tasks.
+
+        Raises `MethodError` for a private method whose patches would not follow the weights as they move.
+        """
+        if model.reading.both:
+            raise MethodError(f"{private.name}: a siamese head reads the base's own features, which move here.")
+        for base, path in model.reweighted.items():
+            if _is_fixed(model.get_submodule(path), self.backbone.chain.tensor(base)):
+                raise MethodError(
+                    f"{private.name} holds weights at the base's values, which move here. Choose another private method."
+                )
+        places = {parameter.data_ptr(): name for name, parameter in self._candidates.items()}
+        for parameter in model.parameters():
+            name = places.get(parameter.data_ptr())
+            if name is not None and parameter.requires_grad:
+                self.weights[name] = self._candidates[name]
+                parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self._candidates[name], share))
+
+    def begin(self, private: Method, saved: Mapping[str, Any] | None) -> None:
+        """After the last `join`: make the optimizer, or go on from a snapshot. Raises `MethodError` for nothing to share."""
+        if not self.weights:
+            raise MethodError(
+                f"{private.name} makes everything private that {self.method.name} would share. Use `modelpatch fit` for "
+                "tasks that share nothing, or choose a smaller private method."
+            )
+        self.optimizer = self.method.make_optimizer(self, self.backbone)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        if saved is not None:
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(saved["weights"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights by the names that they would have in a patch file."""
+        return ((f"replace/{name}", weight) for name, weight in self.weights.items())
+
+    def step(self, factor: float, clip: float, team: Team) -> None:
+        """One step at `factor` times the method's learning rates with the gradients of all the team's processes."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        team.add_up_gradients(self.weights.values())
+        if clip:
+            nn.utils.clip_grad_norm_(self.weights.values(), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state that an interrupted run resumes from."""
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+
+def _add_gradient(weight: nn.Parameter, share: float, parameter: Tensor) -> None:
+    """Move a task's share of its gradient to the shared weight."""
+    assert parameter.grad is not None
+    if weight.grad is None:
+        weight.grad = share * parameter.grad
+    else:
+        weight.grad.add_(parameter.grad, alpha=share)
+    parameter.grad = None
+
+
+def _is_fixed(module: nn.Module, weight: Tensor) -> bool:
+    """Return True for a reweighting whose result does not depend on the given weight."""
+    assert isinstance(module, Reweighting)
+    given = weight.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(module(given).sum(), given, allow_unused=True)[0] is None
+
+
+# tasks, settings and files ----------------------------------------------------------------------------------
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -309,9 +401,6 @@ def teams_of(team: Team, tasks: int) -> list[Team]:
     if count <= tasks:
         return [Team((task % count,), team.rank) for task in range(tasks)]
     return [team.some([rank for rank in team.ranks if rank % tasks == task]) for task in range(tasks)]
-
-
-# settings and files -----------------------------------------------------------------------------------------
 
 
 def check_joint_settings(values: dict[str, Any]) -> FitSettings:
