@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,11 @@ from modelpatch.errors import (
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.comparison import Mean, compare_sharing
 from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
+from modelpatch.report.resolutions import SharingRow
 from modelpatch.train import checkpoint, evaluate, fit
 from modelpatch.train.batches import Minibatch
+from modelpatch.train.evaluation import Mean
 from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.settings import FitSettings
 from modelpatch.train.trainer import Callback, Trainer
@@ -228,17 +228,15 @@ def test_an_interrupted_run_goes_on_to_the_very_same_patches(
 # comparisons ------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_has_a_row_for_each_sharing(backbone: Backbone, colors: Task) -> None:
-    result = compare_sharing(backbone, colors, SIZES, seeds=2, epochs=1, batch_size=8)
-    assert [row.sharing for row in result.rows] == ["private", "shared", "independent"]
-    assert result.resolutions == SIZES
-    for row in result.rows:
-        runs = result.runs[row.sharing]
-        for pixels, mean in row.top1.items():
-            values = [run.top1[pixels] for run in runs]
-            assert mean.value == pytest.approx(statistics.fmean(values))
-            assert mean.error == pytest.approx(statistics.stdev(values) / 2**0.5)
-    assert json.loads(json.dumps(result.as_dict()))["rows"][0]["top1"]["16"]["value"] == result.rows[0].top1[16].value
+def test_a_row_of_a_sharing_has_means_over_its_seeds(backbone: Backbone, colors: Task) -> None:
+    runs = [fit_multires(backbone, colors, SIZES, seed=seed, epochs=1, batch_size=8) for seed in (0, 1)]
+    row = SharingRow.of(runs)
+    assert (row.sharing, row.parameters) == ("private", runs[0].parameters)
+    assert tuple(row.top1) == SIZES
+    for pixels, mean in row.top1.items():
+        values = [run.top1[pixels] for run in runs]
+        assert mean.value == pytest.approx(statistics.fmean(values))
+        assert mean.error == pytest.approx(statistics.stdev(values) / 2**0.5)
 
 
 def test_one_seed_has_no_error() -> None:

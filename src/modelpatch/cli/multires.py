@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,8 @@ def multires(
 
     from modelpatch.data.task import load_task
     from modelpatch.methods.registry import make_method
-    from modelpatch.recipes.comparison import compare_sharing
-    from modelpatch.recipes.multires import METHOD, SHARINGS
-    from modelpatch.report.resolutions import plot_sharing, sharing_table
+    from modelpatch.recipes.multires import METHOD, SHARINGS, Files, MultiResolution, fit_multires
+    from modelpatch.report.resolutions import SharingRow, plot_sharing, sharing_table
 
     sharings = list(SHARINGS) if sharing == "all" else list(read_names("--sharing", sharing))
     if unknown := sorted(set(sharings) - set(SHARINGS)):
@@ -53,15 +55,22 @@ def multires(
     base = network.open()
     folder = out or Path(f"{task.task.name}-multires")
     make_folder("--out", folder)
-    settings |= {"method": method, "seeds": seeds, "out": folder, "reuse": not restart, "progress": not console.quiet}
-    result = compare_sharing(base, task, pixels, sharings, **settings)
-    console.show(sharing_table(result))
-    for runs in result.runs.values():
-        patches = ", ".join(f"{size} px" for size in runs[0].patches)
-        console.tell(f"{runs[0].sharing}: patches at {patches} over {runs[0].backbone.spec} in {folder}")
+    settings |= {"method": method, "out": folder, "reuse": not restart, "progress": not console.quiet}
+    runs: dict[str, list[MultiResolution]] = {}
+    for one, seed in itertools.product(dict.fromkeys(sharings), range(training.seed, training.seed + seeds)):
+        if restart:
+            shutil.rmtree(Files.of(folder, task, one, seed).checkpoint, ignore_errors=True)
+        settings |= {"sharing": one, "seed": seed}
+        runs.setdefault(one, []).append(fit_multires(base, task, pixels, **settings))
+    rows, title = [SharingRow.of(own) for own in runs.values()], f"{task.task.name} on {base.spec}"
+    console.show(sharing_table(rows, title))
+    for first, *_ in runs.values():
+        patches = ", ".join(f"{size} px" for size in first.patches)
+        console.tell(f"{first.sharing}: patches at {patches} over {first.backbone.spec} in {folder}")
     console.tell_run(folder)
-    console.write_json(result.as_dict())
-    console.draw(plot, plot_sharing, result)
+    tops = {name: [run.top1 for run in own] for name, own in runs.items()}
+    console.write_json({"task": task.task.name, "backbone": base.spec, "rows": [*map(asdict, rows)], "runs": tops})
+    console.draw(plot, plot_sharing, rows, title)
 
 
 def _read_pixels(text: str) -> list[int]:

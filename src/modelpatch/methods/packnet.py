@@ -118,6 +118,7 @@ class Packed(Reweighting):
     V is trained; `left` starts as all that is free.
     """
 
+    follows = False
     kept: Tensor
     fixed: Tensor
     left: Tensor

@@ -31,10 +31,11 @@ MADE = ("mask/", "delta/", "left/", "right/")
 class Reweighting(nn.Module, ABC):
     """A module between a weight of the backbone and the layer that reads it while a patch is trained.
 
-    `idle` counts elements of its parameters that are never trained.
+    `idle` counts elements of its parameters that are never trained; one that `follows` moves with the weight it is given.
     """
 
     idle: int = 0
+    follows: bool = True
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""Methods, or networks for several resolutions, side by side on one task with equal step budgets.
-
-A table has accuracy, parameters, bytes, seconds, and for methods how well the base is kept.
-"""
+"""Methods side by side on one task with equal step budgets: accuracy, what is kept of the base, parameters, bytes, seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingEx
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
-from modelpatch.recipes.multires import SHARINGS, Files, MultiResolution, fit_multires
 from modelpatch.text import file_name
 from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean
 from modelpatch.train.fitting import fit
@@ -176,86 +172,3 @@ def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
     if not reuse:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return {"out": out, "checkpoint": checkpoint, "reuse": reuse}
-
-
-# several resolutions -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SharingRow:
-    """Top-1 in [0, 1] by resolution and their mean, trained parameters of all resolutions together, bytes shipped."""
-
-    sharing: str
-    top1: Mapping[int, Mean]
-    mean: Mean
-    parameters: int
-    file_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SharingComparison:
-    """A row for each sharing, and the runs behind it, one a seed."""
-
-    task: str
-    backbone: str
-    rows: tuple[SharingRow, ...]
-    runs: Mapping[str, tuple[MultiResolution, ...]]
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """In pixels, increasing."""
-        return tuple(self.rows[0].top1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        tops = {
-            name: [{str(p): top for p, top in run.top1.items()} for run in runs] for name, runs in self.runs.items()
-        }
-        return {
-            "task": self.task,
-            "backbone": self.backbone,
-            "rows": [{**asdict(row), "top1": {str(p): asdict(m) for p, m in row.top1.items()}} for row in self.rows],
-            "runs": tops,
-        }
-
-
-def compare_sharing(
-    backbone: Backbone,
-    data: Task,
-    resolutions: Sequence[int] = (96, 128, 160),
-    sharings: Sequence[str] = SHARINGS,
-    *,
-    seeds: int = 1,
-    seed: int = 0,
-    out: str | Path | None = None,
-    reuse: bool = True,
-    progress: bool = False,
-    **settings: Any,
-) -> SharingComparison:
-    """`fit_multires` for each of `sharings` with the same settings and steps, `seeds` times from `seed` on.
-
-    `out` names a folder for all results, in which an interrupted comparison goes on, unless `reuse=False` trains anew.
-    Raises what `fit_multires` raises.
-    """
-    options = {"out": out, "reuse": reuse, "progress": progress, **settings}
-    if out is not None and not reuse:
-        for sharing, number in itertools.product(sharings, range(seed, seed + seeds)):
-            shutil.rmtree(Files.of(out, data, sharing, number).checkpoint, ignore_errors=True)
-    runs = {
-        sharing: tuple(
-            fit_multires(backbone, data, resolutions, sharing=sharing, seed=number, **options)
-            for number in range(seed, seed + seeds)
-        )
-        for sharing in dict.fromkeys(sharings)
-    }
-    return SharingComparison(data.task.name, backbone.spec, tuple(map(_summarise_sharing, runs.values())), runs)
-
-
-def _summarise_sharing(runs: Sequence[MultiResolution]) -> SharingRow:
-    """Return the row of one sharing's runs."""
-    tops, first = [run.top1 for run in runs], runs[0]
-    own = {pixels: Mean.of([top[pixels] for top in tops]) for pixels in tops[0]}
-    mean = Mean.of([statistics.fmean(top.values()) for top in tops])
-    seconds = statistics.fmean(run.seconds for run in runs)
-    return SharingRow(first.sharing, own, mean, first.parameters, first.file_bytes, seconds)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -295,11 +295,10 @@ class SharedWeights:
         """
         if model.reading.both:
             raise MethodError(f"{private.name}: a siamese head reads the base's own features, which move here.")
-        for base, path in model.reweighted.items():
-            if _is_fixed(model.get_submodule(path), self.backbone.chain.tensor(base)):
-                raise MethodError(
-                    f"{private.name} holds weights at the base's values, which move here. Choose another private method."
-                )
+        if not all(cast(Reweighting, model.get_submodule(path)).follows for path in model.reweighted.values()):
+            raise MethodError(
+                f"{private.name} holds weights at the base's values, which move here. Choose another private method."
+            )
         places = {parameter.data_ptr(): name for name, parameter in self._candidates.items()}
         for parameter in model.parameters():
             name = places.get(parameter.data_ptr())
@@ -350,14 +349,6 @@ def _add_gradient(weight: nn.Parameter, share: float, parameter: Tensor) -> None
     else:
         weight.grad.add_(parameter.grad, alpha=share)
     parameter.grad = None
-
-
-def _is_fixed(module: nn.Module, weight: Tensor) -> bool:
-    """Return True for a reweighting whose result does not depend on the given weight."""
-    assert isinstance(module, Reweighting)
-    given = weight.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(module(given).sum(), given, allow_unused=True)[0] is None
 
 
 # tasks, settings and files ----------------------------------------------------------------------------------

@@ -42,9 +42,7 @@ from modelpatch.recipes.tradeoff import (
     alphas,
     distance_to_optimal,
     linear_cka,
-    mixed,
     weight_cosine,
-    with_statistics,
 )
 from modelpatch.tasks.classification import Classification
 from modelpatch.train.evaluation import own_classes
@@ -225,8 +223,8 @@ class Painter:
         files: dict[str, Any] = {}
         if self.checkpoint is not None:
             self.trained += 1
-            file = self.checkpoint / f"{self.trained}.safetensors"
             self.checkpoint.mkdir(parents=True, exist_ok=True)
+            file = self.checkpoint / f"{self.trained}.safetensors"
             files = {"out": file, "reuse": True, "checkpoint": file.with_suffix(".training")}
         data, method = join_tasks([task.data for task in tasks]), replace(self.method, start=Start(head, body))
         patch = fit(self.backbone, data, method, progress=self.progress, **files, **self.settings)
@@ -247,7 +245,7 @@ class Painter:
         bar = Progress("paint") if self.progress else quiet_progress()
         with bar, bar.task("mixtures", len(mixtures)) as advance:
             for weights in mixtures:
-                points.append(self.scorer.point(mixed(self.backbone, patches, weights), tasks, weights))
+                points.append(self.scorer.point(self.scorer.mixed(patches, weights), tasks, weights))
                 advance(1)
         return points
 
@@ -302,7 +300,7 @@ class Painter:
             curve = self.sweep(patches, mixtures[0 if self.exploration.interpolate else -1 :], [*seen, *self.supported])
             chosen = self.rule.choose(curve[1:], curve[0])  # validation images of tasks seen so far only
             taken.append(chosen.weights[-1])
-            before = mixed(self.backbone, patches, chosen.weights)
+            before = self.scorer.mixed(patches, chosen.weights)
         base = self._base([*seen, *self.supported])
         return self._result(patches, seen, base, curve, chosen, curve[-1].weights), taken
 
@@ -344,12 +342,10 @@ class Painter:
         most: Sequence[float],
     ) -> Painting:
         weights = _weights(chosen, patches)
-        patch, farthest = mixed(self.backbone, patches, weights), mixed(self.backbone, patches, most)
+        patch, farthest = self.scorer.mixed(patches, weights), self.scorer.mixed(patches, most)
         if self.exploration.norms != "kept":
-            model = self.backbone.patched(patch)
             measured = self.tasks if self.exploration.norms == "shared" else self.patched[:1]
-            self.scorer.measure_statistics(model, [task.data for task in measured])
-            patch = with_statistics(self.backbone, patch, model)
+            patch = self.scorer.with_statistics(patch, [task.data for task in measured])
         task = joint_task([task.data.task for task in tuned])
         patch = patch.with_head(join_heads([task.head for task in tuned]), task).with_metrics(
             alpha=list(weights),

@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -205,9 +204,11 @@ class Scorer:
     @torch.no_grad()
     def features(self, split: Split, model: PatchedModel | None = None) -> Tensor:
         """Features (N, D) of a split's images on the CPU: those of a patched body, or of the frozen base."""
-        store, body = self.store(split), self.backbone.chain if model is None else partial(_run_body, model)
-        batches = torch.arange(len(store)).split(BATCH)
-        return torch.cat([body(store.plain(rows).to(self.backbone.device)).cpu() for rows in batches])
+        store, parts = self.store(split), []
+        for rows in torch.arange(len(store)).split(BATCH):
+            images = store.plain(rows).to(self.backbone.device)
+            parts.append(self.backbone.chain(images) if model is None else run_prefix(model, images, model.end))
+        return torch.cat([features.cpu() for features in parts])
 
     def probe(self, data: Task, model: PatchedModel | None = None) -> LinearHead:
         """A linear head on the features of the task's training images."""
@@ -255,25 +256,21 @@ class Scorer:
 
         recompute_statistics(model, batches)
 
+    def mixed(self, patches: Sequence[Patch], weights: Sequence[float]) -> Patch:
+        """W + sum of weights times the patches' changes. One patch keeps its tensors and is only turned."""
+        if len(patches) == 1 and 0 <= weights[0] <= 1:
+            return patches[0].at_strength(weights[0])
+        return merge(self.backbone, patches, weights=weights)
 
-def _run_body(model: PatchedModel, images: Tensor) -> Tensor:
-    return run_prefix(model, images, model.end)
-
-
-def mixed(backbone: Backbone, patches: Sequence[Patch], weights: Sequence[float]) -> Patch:
-    """W + sum of weights times the patches' changes. One patch keeps its tensors and is only turned."""
-    if len(patches) == 1 and 0 <= weights[0] <= 1:
-        return patches[0].at_strength(weights[0])
-    return merge(backbone, patches, weights=weights)
-
-
-def with_statistics(backbone: Backbone, patch: Patch, model: PatchedModel) -> Patch:
-    """The patch as one of strength 1 that owns the BatchNorm statistics its model has now."""
-    owned, buffers = {}, dict(model.named_buffers())
-    for place, number in enumerate(model.starts):
-        for local, name in backbone.chain[number].tensor_names.items():
-            if local.endswith(("running_mean", "running_var")):
-                owned[f"replace/{name}"] = buffers[f"parts.{place}.{local}"].detach().cpu().float().clone()
-    baked = merge(backbone, [patch], weights=[1.0]).tensors
-    kept = {name: tensor for name, tensor in baked.items() if f"replace/{name.partition('/')[2]}" not in owned}
-    return replace(patch, tensors={**kept, **owned}, strength=1.0, int8=frozenset())
+    def with_statistics(self, patch: Patch, tasks: Sequence[Task]) -> Patch:
+        """The patch as one of strength 1 that owns BatchNorm's statistics, measured over these tasks."""
+        model, chain, owned = self.backbone.patched(patch), self.backbone.chain, {}
+        self.measure_statistics(model, tasks)
+        buffers = dict(model.named_buffers())
+        for place, number in enumerate(model.starts):
+            for local, name in chain[number].tensor_names.items():
+                if local.endswith(("running_mean", "running_var")):
+                    owned[f"replace/{name}"] = buffers[f"parts.{place}.{local}"].detach().cpu().float().clone()
+        baked = merge(self.backbone, [patch], weights=[1.0]).tensors
+        kept = {name: tensor for name, tensor in baked.items() if f"replace/{name.partition('/')[2]}" not in owned}
+        return replace(patch, tensors={**kept, **owned}, strength=1.0, int8=frozenset())

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from threading import Lock
+from threading import Lock, local
 from typing import Any, Protocol
 
 import torch
@@ -62,25 +62,18 @@ class Worker(Protocol):
 
 
 class Pool:
-    """At most `count` workers, which `start` makes when there is work for them."""
+    """At most `count` threads, each with a worker of its own that `start` makes when there is work for it."""
 
     def __init__(self, start: Callable[[], Worker], count: int) -> None:
-        self.start, self.count = start, count
+        self.start, self.threads, self.own = start, ThreadPoolExecutor(count), local()
         self._workers: list[Worker] = []
-        self._idle: list[Worker] = []
         self._lock, self._closed = Lock(), False
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
         """Raises what a trial raised, and `TrainingError` for a trial that kills its worker again and again."""
-        with ThreadPoolExecutor(self.count) as threads:  # each waits for a worker
-            futures = {threads.submit(self._try, trial): position for position, trial in enumerate(trials)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self.close()
-                raise
+        futures = {self.threads.submit(self._try, trial): position for position, trial in enumerate(trials)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
     def _try(self, trial: Trial) -> Outcome:
         why = ""
@@ -88,16 +81,14 @@ class Pool:
             with self._lock:
                 if self._closed:
                     raise TrainingError("the workers were stopped.")
-                if not self._idle:
-                    self._idle.append(self.start())
-                    self._workers.append(self._idle[-1])
-                worker = self._idle.pop()
+                if getattr(self.own, "worker", None) is None:
+                    self.own.worker = self.start()
+                    self._workers.append(self.own.worker)
             try:
-                answer = worker.run(trial)
+                answer = self.own.worker.run(trial)
             except EOFError as error:
-                why = str(error)
+                why, self.own.worker = str(error), None
                 continue
-            self._idle.append(worker)
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -107,6 +98,7 @@ class Pool:
 
     def close(self) -> None:
         """Stop all workers, whatever they do."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             self._closed = True
             for worker in self._workers:
