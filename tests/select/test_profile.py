@@ -52,7 +52,7 @@ def test_a_profile_has_a_row_a_block_with_what_the_method_trains_of_it(tiny: Bac
         assert score.error is not None
     assert result.best is not None
     assert result.best.score.top1 == max(row.score.top1 for row in result.rows)
-    assert result.as_dict()["rows"][0]["top1s"] == list(result.rows[0].score.top1s)
+    assert result.as_dict()["rows"][0]["top1s"] == result.rows[0].score.top1s
 
 
 @pytest.mark.parametrize("method", [ScaleBias(), Depthwise(), "piggyback(lr=0.01)", "scale-bias+subset"])

@@ -131,8 +131,8 @@ def fit_multires(
     normalisation layers, and what `fit` raises.
     """
     chosen = check_settings(settings)
-    backbone, data, checked = check_parts(backbone, data, method)
-    _check(data, resolutions, sharing, checked, chosen)
+    backbone, data, tuning = check_parts(backbone, data, method)
+    _check(data, resolutions, sharing, tuning, chosen)
     if out is not None and sharing != "independent":
         check_writable(backbone)
     files = None if out is None else Files.of(out, data, sharing, chosen.seed)
@@ -140,7 +140,7 @@ def fit_multires(
         files.folder.mkdir(parents=True, exist_ok=True)
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
     with bar:
-        run = ResolutionRun(backbone, data, method, chosen, resolutions, sharing, files, bar)
+        run = ResolutionRun(backbone, data, cast(FullFinetune, tuning), chosen, resolutions, sharing, files, bar)
         if reuse and (written := run.read()):
             return written
         return run.run([ProgressBar(bar), *([MetricLogger(log)] if log is not None else [])])
@@ -150,13 +150,11 @@ def _check(data: Task, resolutions: Sequence[int], sharing: str, method: Method,
     check_classification(data, "multires")
     if not Team.everyone().alone:
         raise TrainingError("several resolutions are trained in one process. Start it without torchrun.")
-    if not isinstance(resolutions, Sequence) or isinstance(resolutions, str):
-        raise TrainingError(f"the resolutions are {resolutions!r}; expected several, in pixels: (96, 128).")
-    whole = all(type(pixels) is int for pixels in resolutions)
-    if len(set(resolutions)) < 2 or len(set(resolutions)) < len(resolutions) or not whole:
-        raise TrainingError(
-            f"the resolutions are {_spelled(resolutions)}; expected at least two different ones, in pixels."
-        )
+    several = isinstance(resolutions, Sequence) and not isinstance(resolutions, str)
+    whole = several and all(type(pixels) is int for pixels in resolutions)
+    if not whole or len(set(resolutions)) < max(2, len(resolutions)):
+        given = _spelled(resolutions) if several else repr(resolutions)
+        raise TrainingError(f"the resolutions are {given}; expected at least two different ones, in pixels: (96, 128).")
     if settings.image_size is not None:
         raise TrainingError(f"image_size={settings.image_size} is given beside resolutions. Give one of them.")
     if sharing not in SHARINGS:

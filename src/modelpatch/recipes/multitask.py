@@ -99,16 +99,9 @@ class Multitask:
             head = sum(tensor.numel() for tensor in patch.head_tensors.values())
             private = sum(tensor.numel() for tensor in patch.tensors.values()) - head
             tasks[name] = {**patch.metrics, "private_numbers": private, "head_numbers": head}
-        return {
-            "top1": self.top1,
-            "tasks": tasks,
-            "backbone": self.backbone.spec,
-            "fingerprint": self.backbone.fingerprint,
-            "backbone_parameters": self.backbone_parameters,
-            "shared_parameters": self.shared_parameters,
-            "numbers": self.numbers,
-            "seconds": self.seconds,
-        }
+        figures = ("top1", "backbone_parameters", "shared_parameters", "numbers", "seconds")
+        facts = {"backbone": self.backbone.spec, "fingerprint": self.backbone.fingerprint}
+        return {"tasks": tasks, **facts, **{name: getattr(self, name) for name in figures}}
 
 
 def fit_multitask(

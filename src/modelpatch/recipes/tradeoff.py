@@ -9,11 +9,12 @@ computed once a body, and every task is answered by its own head.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from modelpatch.train.evaluation import MEMORY, harmonic_mean
 from modelpatch.train.probe import fit_probe
 
 Role = Literal["patched", "supported"]
+Part = Literal["validation", "test"]
 Norms = Literal["kept", "shared", "task"]
 BATCH = 64
 STATISTICS_IMAGES = 512  # of every task, at most, when BatchNorm's statistics are measured again
@@ -56,22 +58,19 @@ class Point:
     weights: tuple[float, ...]
     tasks: Mapping[str, Accuracy]
 
-    def mean(self, role: Role, split: Literal["validation", "test"] = "test") -> float:
+    def mean(self, role: Role, split: Part = "test") -> float:
         """The mean accuracy of the patched or supported tasks. NaN where there are none."""
         values = [getattr(accuracy, split) for accuracy in self.tasks.values() if accuracy.role == role]
         return statistics.fmean(values) if values else math.nan
 
-    def combined(self, split: Literal["validation", "test"] = "test") -> float:
+    def combined(self, split: Part = "test") -> float:
         """(mean supported + mean patched) / 2."""
         return (self.mean("supported", split) + self.mean("patched", split)) / 2
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        means = {
-            f"{role}_{split}": self.mean(role, split)
-            for role in ("patched", "supported")
-            for split in ("validation", "test")
-        }
+        pairs = itertools.product(get_args(Role), get_args(Part))
+        means = {f"{role}_{part}": self.mean(role, part) for role, part in pairs}
         return {
             "weights": list(self.weights),
             **means,

@@ -170,7 +170,7 @@ class Simulation:
     def shared(self) -> SharedImages:
         """Activations of training and test images, computed when first needed."""
         both = join_splits([self.data.train, self.data.test])
-        return share_images(self.backbone, both, self.data.train, self.settings, self.disk, self.bar)
+        return share_images(self.backbone, both, self.settings, self.disk, self.bar)
 
     def curve(self, strategy: str, seed: int) -> tuple[float, ...]:
         """Accuracies by number of labels."""

@@ -70,6 +70,19 @@ class Round:
     accepted: bool
     effect: Effect | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = [{"block": one.block, "left_out": one.left_out, "top1": None} for one in self.steps]
+        return {
+            "round": self.number,
+            "best": None if self.best is None else self.steps[self.best].block,
+            "accepted": self.accepted,
+            "halving": str(self.effect) if self.effect else None,
+            "candidates": [
+                row | (one.score.as_dict() if one.score else {}) for row, one in zip(rows, self.steps, strict=True)
+            ],
+        }
+
 
 @dataclass(frozen=True)
 class Complexity:
@@ -139,28 +152,9 @@ class Selection:
             "all_blocks_left_out": self.every_left_out,
             "cross_validation": self.score.as_dict(),
             "replaced": {"name": self.replaced[0], **self.replaced[1].as_dict()} if self.replaced else None,
-            "rounds": [
-                {
-                    "round": one.number,
-                    "best": None if one.best is None else one.steps[one.best].block,
-                    "accepted": one.accepted,
-                    "halving": str(one.effect) if one.effect else None,
-                    "candidates": [
-                        {
-                            "block": step.block,
-                            "left_out": step.left_out,
-                            **(step.score.as_dict() if step.score else {"top1": None}),
-                        }
-                        for step in one.steps
-                    ],
-                }
-                for one in self.rounds
-            ],
-            "complexity": {
-                **asdict(self.complexity),
-                "bound": self.complexity.bound,
-                "full": self.complexity.full_bound,
-            },
+            "rounds": [one.as_dict() for one in self.rounds],
+            "complexity": asdict(self.complexity)
+            | {"bound": self.complexity.bound, "full": self.complexity.full_bound},
             "dropped": list(self.dropped),
             "test": dict(self.patch.metrics),
         }
@@ -223,17 +217,12 @@ class GreedySearch:
         removing = len(current.blocks) > 0
         bar = 0.0 if self.greedy.rule == "paper" else score.top1
         while current.blocks or not removing:
-            changes = {
-                name: tuple(block for block in current.blocks if block not in unit)
-                if removing
-                else current.blocks + unit
-                for name, unit in self.units.items()
-                if (unit[0] in current.blocks) == removing
-            }
+            changes = {name: unit for name, unit in self.units.items() if (unit[0] in current.blocks) == removing}
             if not changes:
                 return
             parent = current if self.greedy.warm_start and current.blocks else None
-            candidates = [Candidate.of(self.method, blocks, parent) for blocks in changes.values()]
+            sets = [_change(current.blocks, unit) for unit in changes.values()]
+            candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
             one, score = self._score(list(changes), candidates)
             accepted = score is not None and self._accepts(score.top1, bar)
             self.rounds.append(replace(one, accepted=accepted))
@@ -264,10 +253,8 @@ class GreedySearch:
         number = len(self.rounds) + 1
         reasons = [self.why_not(candidate) for candidate in candidates]
         trained = [n for n, reason in enumerate(reasons) if reason is None]
-        scores, effect = [], None
-        if trained:
-            able = [candidates[n] for n in trained]
-            scores, effect = score_by_halving(self.study, able, self.greedy.halving, f"round {number}")
+        able = [candidates[n] for n in trained]
+        scores, effect = score_by_halving(self.study, able, self.greedy.halving, f"round {number}")
         found = dict(zip(trained, scores, strict=True))
         for n, score in found.items():
             too_large = self.budget.bytes is not None and score.file_bytes > self.budget.bytes
@@ -293,6 +280,11 @@ class GreedySearch:
         """No blocks and all of them with their scores, as far as they keep the limits."""
         able = [end for end in (Candidate.of(self.method, ()), self.every) if not self.why_not(end)]
         return list(zip(able, self.study.score(able, title="both ends"), strict=True))
+
+
+def _change(blocks: tuple[str, ...], unit: tuple[str, ...]) -> tuple[str, ...]:
+    """The blocks without the unit where they hold it, else with it."""
+    return tuple(block for block in blocks if block not in unit) if unit[0] in blocks else (*blocks, *unit)
 
 
 def select(
@@ -366,8 +358,9 @@ def train_first_within(
     Returns the candidate, its score, its patch, written to `out`, and why those before it were given up. Raises
     `TrainingError` if none keeps the budget.
     """
-    backbone, dropped = study.bench.backbone, []
-    common = {"checkpoint": checkpoint, "progress": study.progress, **asdict(study.settings)}
+    backbone = study.bench.backbone
+    dropped: list[str] = []
+    common: dict[str, Any] = {"checkpoint": checkpoint, "progress": study.progress, **asdict(study.settings)}
     for candidate, score in ranked:
         patch = fit(backbone, study.data, candidate.method, **common)
         if (broken := budget.broken_by(backbone, patch)) is None:

@@ -80,20 +80,18 @@ class Search:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         front = {one.candidate.name for one in self.front}
+        limits = {name: getattr(self.budget, name) for name in ("bytes", "latency", "blocks")}
+        names = [one.candidate.name for one in self.proposals]
+        rows = [
+            {"name": name, "latency": one.latency, "pareto": name in front, **one.score.as_dict()}
+            for name, one in zip(names, self.proposals, strict=True)
+        ]
         return {
             "task": self.task,
             "backbone": self.backbone,
-            "limits": {"bytes": self.budget.bytes, "latency": self.budget.latency, "blocks": self.budget.blocks},
+            "limits": limits,
             "profile": self.profile.as_dict(),
-            "proposals": [
-                {
-                    "name": one.candidate.name,
-                    "latency": one.latency,
-                    "pareto": one.candidate.name in front,
-                    **one.score.as_dict(),
-                }
-                for one in self.proposals
-            ],
+            "proposals": rows,
             "left_out": self.left_out,
             "chosen": self.chosen.name,
             "dropped": list(self.dropped),

@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,8 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "top1": self.top1 if self.top1s else None,
-            "standard_error": self.error,
-            "top1s": list(self.top1s),
-            "epochs": self.epochs,
-            "file_bytes": self.file_bytes,
-            "seconds": round(self.seconds, 3),
-            "failure": self.failure,
-        }
+        figures = {"top1": self.top1 if self.top1s else None, "standard_error": self.error}
+        return {**asdict(self), **figures, "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -249,7 +242,7 @@ def score_by_halving(
     Compare scores of different epochs with care: only those that reached the last rung are final. Raises `TrainingError`
     for an `eta` of 1 or below 0.
     """
-    if eta == 0:
+    if eta == 0 or not candidates:
         return study.score(candidates, epochs, title), None
     if eta < 2:
         raise TrainingError(f"halving={eta} would keep one candidate of {eta}. Give 2 or more, or 0 for no halving.")

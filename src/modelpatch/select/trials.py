@@ -169,8 +169,7 @@ class Bench:
     @cached_property
     def shared(self) -> SharedImages:
         """The decoded images and their activations before every block."""
-        images = self.folds.images
-        return share_images(self.backbone, images, images, self.settings, self.disk, self.bar)
+        return share_images(self.backbone, self.folds.images, self.settings, self.disk, self.bar)
 
     @cached_property
     def identity(self) -> str:
@@ -226,17 +225,15 @@ def file_bytes(patch: Patch) -> int:
     return len(encode_patch(patch))
 
 
-def share_images(
-    backbone: Backbone, images: Split, trained: Split, settings: FitSettings, disk: int, bar: Progress
-) -> SharedImages:
-    """Images for many fits with these settings, augmented as suits those that are trained on."""
+def share_images(backbone: Backbone, images: Split, settings: FitSettings, disk: int, bar: Progress) -> SharedImages:
+    """Images for many fits with these settings, which name an augmentation."""
     preprocessing = settings.seen(backbone.preprocessing, Classification.name)
     backbone.check_image_size(preprocessing.image_size)
     return SharedImages(
         backbone,
         images,
         preprocessing,
-        choose_augmentation(settings.augment, trained),
+        choose_augmentation(settings.augment, images),
         views=min(settings.views, settings.epochs),
         seed=settings.seed,
         memory=settings.memory,
