@@ -49,7 +49,8 @@ def paint(
     from modelpatch.methods.registry import make_method
     from modelpatch.recipes.painting import PaintSettings
     from modelpatch.recipes.painting import paint as run_paint
-    from modelpatch.report.paint import orders_table, painting_markdown, painting_summary, painting_table, plot_tradeoff
+    from modelpatch.report.paint import orders_table, painting_cells, painting_summary, painting_table, plot_tradeoff
+    from modelpatch.report.tables import cells_markdown
 
     check_file("--markdown", markdown)
     mixture: dict[str, Any] = {"mode": mode, "mixing": mixing, "rule": rule, "norms": norms, "naive": naive}
@@ -75,7 +76,7 @@ def paint(
         console.show(orders_table(painting))
     size, strength = f"{target.stat().st_size:,} bytes", f"strength {patch.strength:g}"
     console.tell(f"wrote {target} ({size}, {strength}); the base is unchanged")
-    console.write(markdown, painting_markdown(painting))
+    console.write(markdown, cells_markdown(*painting_cells(painting)))
     title = f"{patch.task.name} on {opened.spec}"[:80]
     console.draw(plot, plot_tradeoff, painting, title)
     console.tell_run(target)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -160,40 +160,38 @@ def paint(
     return painting
 
 
+@dataclass
 class Painter:
     """One run of `paint`."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        data: Sequence[Task],
-        supported: Sequence[Task],
-        method: Paint,
-        heads: HeadMaker | None,
-        exploration: PaintSettings,
-        progress: bool,
-        settings: dict[str, Any],
-        checkpoint: Path | None,
-    ) -> None:
-        if not data or not supported:
+    backbone: Backbone
+    data: Sequence[Task]
+    kept: Sequence[Task]
+    method: Paint
+    heads: HeadMaker | None
+    exploration: PaintSettings
+    progress: bool
+    settings: dict[str, Any]
+    checkpoint: Path | None
+    trained: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        given, exploration, chosen = (*self.data, *self.kept), self.exploration, check_settings(self.settings)
+        if not self.data or not self.kept:
             raise DataError("PAINT needs a task to patch and one to support.")
-        for one in (*data, *supported):
+        for one in given:
             check_classification(one, "paint")
-        names = [one.task.name for one in (*data, *supported)]
+        names = [one.task.name for one in given]
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"two tasks are named {sorted(twice)[0]!r}. Load one of them with another name.")
-        self.backbone, self.method, self.heads, self.exploration = backbone, method, heads, exploration
-        self.settings, self.progress, self.checkpoint, self.trained = settings, progress, checkpoint, 0
-        chosen = check_settings(settings)
-        self.seed = chosen.seed
-        preprocessing = chosen.seen(backbone.preprocessing, Classification.name)
-        backbone.check_image_size(preprocessing.image_size)
-        self.scorer = Scorer(backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
-        self.rule, self.grid = Rule.parse(exploration.rule), alphas(exploration.steps)
-        held = [one.with_validation(exploration.validation, self.seed) for one in (*data, *supported)]
-        roles: list[Role] = ["patched"] * len(data) + ["supported"] * len(supported)
+        preprocessing = chosen.seen(self.backbone.preprocessing, Classification.name)
+        self.backbone.check_image_size(preprocessing.image_size)
+        self.scorer = Scorer(self.backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
+        self.seed, self.rule, self.grid = chosen.seed, Rule.parse(exploration.rule), alphas(exploration.steps)
+        held = [one.with_validation(exploration.validation, self.seed) for one in given]
+        roles: list[Role] = ["patched"] * len(self.data) + ["supported"] * len(self.kept)
         self.tasks = [ScoredTask(one, role, self._head(one, role)) for one, role in zip(held, roles, strict=True)]
-        self.patched, self.supported = self.tasks[: len(data)], self.tasks[len(data) :]
+        self.patched, self.supported = self.tasks[: len(self.data)], self.tasks[len(self.data) :]
 
     def _head(self, data: Task, role: Role) -> nn.Module:
         if self.heads is not None:

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -169,6 +169,7 @@ class ScoredTask:
         return self.data.task.name
 
 
+@dataclass
 class Scorer:
     """Measures bodies on tasks.
 
@@ -177,22 +178,12 @@ class Scorer:
     (`shared`), or over each task's own (`task`), always in random order.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        preprocessing: Preprocessing,
-        refit: bool = False,
-        norms: Norms = "kept",
-        seed: int = 0,
-    ) -> None:
-        self.backbone, self.preprocessing, self.refit, self.norms, self.seed = (
-            backbone,
-            preprocessing,
-            refit,
-            norms,
-            seed,
-        )
-        self._stores: dict[int, ImageStore] = {}
+    backbone: Backbone
+    preprocessing: Preprocessing
+    refit: bool = False
+    norms: Norms = "kept"
+    seed: int = 0
+    _stores: dict[int, ImageStore] = field(default_factory=dict, init=False)
 
     def store(self, split: Split) -> ImageStore:
         """The split's images, decoded once."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from modelpatch.recipes.painting import Painting
 from modelpatch.recipes.tradeoff import Point
 from modelpatch.report.plots import BLUE, ORANGE, figure
-from modelpatch.report.tables import cells_markdown, new_table, percent
+from modelpatch.report.tables import new_table, percent
 
 SHOWN = 24  # mixtures in a table
 COLUMNS = ("patched", "supported", "combined")
@@ -26,14 +26,15 @@ def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
         points = sorted(points, key=lambda point: -point.combined("validation"))[:SHOWN]
     if painting.chosen not in points:
         points.insert(0, painting.chosen)
-    named = [("base", painting.base), *((_weights(point), point) for point in points if point is not painting.base)]
+    mixtures = [point for point in points if point is not painting.base]
+    named = [(", ".join(f"{weight:.2f}" for weight in point.weights), point) for point in mixtures]
     rows = [
         [
             name + " *" * (point is painting.chosen),
             *(percent(point.tasks[task].test) for task in tasks),
             *map(percent, _means(point)),
         ]
-        for name, point in named
+        for name, point in [("base", painting.base), *named]
     ]
     return header, rows
 
@@ -65,11 +66,6 @@ def orders_table(painting: Painting) -> Table:
     return new_table(title, texts=("order",), figures=("alphas", *COLUMNS), rows=rows)
 
 
-def painting_markdown(painting: Painting) -> str:
-    """The table of the painting as Markdown."""
-    return cells_markdown(*painting_cells(painting))
-
-
 def _means(point: Point) -> tuple[float, float, float]:
     """Test accuracies of a point: the patched tasks, the supported ones, and both."""
     return point.mean("patched"), point.mean("supported"), point.combined()
@@ -90,7 +86,3 @@ def plot_tradeoff(painting: Painting, title: str, path: Path) -> None:
 
 def _place(point: Point) -> tuple[float, float]:
     return 100 * point.mean("supported"), 100 * point.mean("patched")
-
-
-def _weights(point: Point) -> str:
-    return ", ".join(f"{weight:.2f}" for weight in point.weights)
