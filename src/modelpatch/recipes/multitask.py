@@ -278,7 +278,9 @@ class SharedWeights:
                 f"{method.name} with these options does more than train weights as they are, which is all that tasks can "
                 f"share. Name as shared {', '.join(names)}, with frozen statistics."
             )
-        self._candidates = {name: parameters[name].requires_grad_() for name in owned}
+        self._candidates = {name: parameters[name] for name in owned}
+        for parameter in self._candidates.values():
+            parameter.requires_grad_()
         self.weights: dict[str, nn.Parameter] = {}  # those that a task's model reads
 
     def join(self, model: PatchedModel, private: Method, share: float) -> None:

@@ -188,10 +188,13 @@ class Painter:
         self.backbone.check_image_size(preprocessing.image_size)
         self.scorer = Scorer(self.backbone, preprocessing, exploration.refit, exploration.norms, chosen.seed)
         self.seed, self.rule, self.grid = chosen.seed, Rule.parse(exploration.rule), alphas(exploration.steps)
-        held = [one.with_validation(exploration.validation, self.seed) for one in given]
-        roles: list[Role] = ["patched"] * len(self.data) + ["supported"] * len(self.kept)
-        self.tasks = [ScoredTask(one, role, self._head(one, role)) for one, role in zip(held, roles, strict=True)]
-        self.patched, self.supported = self.tasks[: len(self.data)], self.tasks[len(self.data) :]
+        self.patched = [self._scored(one, "patched") for one in self.data]
+        self.supported = [self._scored(one, "supported") for one in self.kept]
+        self.tasks = [*self.patched, *self.supported]
+
+    def _scored(self, data: Task, role: Role) -> ScoredTask:
+        held = data.with_validation(self.exploration.validation, self.seed)
+        return ScoredTask(held, role, self._head(held, role))
 
     def _head(self, data: Task, role: Role) -> nn.Module:
         if self.heads is not None:

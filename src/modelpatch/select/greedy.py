@@ -223,14 +223,14 @@ class GreedySearch:
             parent = current if self.greedy.warm_start and current.blocks else None
             sets = [_change(current.blocks, unit) for unit in changes.values()]
             candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
-            one, score = self._score(list(changes), candidates)
-            accepted = score is not None and self._accepts(score.top1, bar)
+            one, found = self._score(list(changes), candidates)
+            accepted = found is not None and self._accepts(found.top1, bar)
             self.rounds.append(replace(one, accepted=accepted))
             self.each_round(self.rounds[-1])
-            if score is None or one.best is None or not accepted:
+            if found is None or one.best is None or not accepted:
                 return
-            current, bar = candidates[one.best], max(bar, score.top1)
-            self.sets.append((current, score))
+            current, bar = candidates[one.best], max(bar, found.top1)
+            self.sets.append((current, found))
 
     def _begin(self) -> tuple[Candidate, Score]:
         """The set to start from: none, all blocks, or the better of both."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from modelpatch import Backbone, PatchedModel, Task, paint
 from modelpatch.errors import TrainingError
-from modelpatch.methods import L2, Hook, Keeper, LwF, Paint, with_loss
+from modelpatch.methods import L2, Hook, Keeper, LwF, Method, Paint, with_loss
 from modelpatch.recipes import Accuracy, Painting, PaintSettings, Point
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import names
@@ -160,20 +160,25 @@ def frontier(
     held = [one.with_validation(exploration.validation, seed).train for one in supported]
     batch = settings.get("batch_size", 32)
     images: list[Labelled] = [partial(reader.images, split, batch, shuffle=True) for split in held]
-    some: list[Labelled] = [lambda one=one: itertools.islice(one(), -(-FISHER_IMAGES // batch)) for one in images]
+    some: list[Labelled] = [partial(_first, one, -(-FISHER_IMAGES // batch)) for one in images]
     keepers: dict[str, Callable[[float], Keeper]] = {
         "l2": L2,
         "ewc": lambda strength: EWC(strength, own, some),
         "lwf": lambda strength: LwF(strength, own),
         "mix": lambda strength: Mix(strength, own, images),
     }
+    trained: dict[str, list[tuple[float, Method]]]
     trained = {name: [(s, with_loss(method, keepers[name](s))) for s in STRENGTHS[name]] for name in keepers}
     trained["lr"] = [(method.lr * factor, replace(method, lr=method.lr * factor)) for factor in RATES]
     ends = replace(exploration, steps=2)
     for name in (one for one in baselines if one in trained):
-        points = [(place, fine_tune(method=one, exploration=ends).curve[-1]) for place, one in trained[name]]
-        curves[name] = tuple(replace(point, weights=(place,)) for place, point in points)
+        points = [(place, fine_tune(method=cast(Paint, one), exploration=ends)) for place, one in trained[name]]
+        curves[name] = tuple(replace(one.curve[-1], weights=(place,)) for place, one in points)
     return curves
+
+
+def _first(labelled: Labelled, batches: int) -> Iterable[tuple[Tensor, Tensor]]:
+    return itertools.islice(labelled(), batches)
 
 
 def _measured(
@@ -219,7 +224,7 @@ def _rival(bench: Workbench, row: str, seed: int) -> Figures:
 def _frontier(bench: Workbench, name: str, seed: int) -> dict[str, tuple[Point, ...]]:
     data, kept = bench.task(name), bench.task(bench.scale.options["supported"])
     exploration = PaintSettings(steps=bench.scale.options["alphas"])
-    options = {"method": cast(Paint, bench.method(PATCHED)), "exploration": exploration}
+    options: dict[str, Any] = {"method": bench.method(PATCHED), "exploration": exploration}
     heads = vocabulary(bench).head
     return frontier(bench.backbone(), data, [kept], heads, **options, **bench.settings(data, seed))
 
