@@ -330,7 +330,7 @@ def test_a_wrong_index_is_found_and_made_anew(store: Store) -> None:
     for mark in store._storage.names("index"):
         if mark.endswith(".done"):
             store._storage.delete(f"index/{mark}")
-    store._records.write("flowers", "prod.tag", version.hash.encode())  # past the store
+    store._storage.write("patches/flowers/prod.tag", version.hash.encode())  # past the store
     assert [problem.where for problem in store.verify()] == ["index"]
     assert store.rebuild() == store.list() == [replace(version, tags=("latest", "prod"))]
     assert store.verify() == []

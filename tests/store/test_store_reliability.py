@@ -21,7 +21,7 @@ import pytest
 from conftest import draft_patch, make_tiny
 from modelpatch.errors import UnknownPatchError
 from modelpatch.patch.contents import encode_patch
-from modelpatch.store.records import Records
+from modelpatch.store.files import Records
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
 

@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # of this package, and the library each brings
 REQUESTS = 32  # at a time, where every file is a request over the network
 TRIES = 10
+ABANDONED = 3600.0  # seconds after which a file that has to go by then was left by a writer that died
 
 
 def open_storage(url: str | os.PathLike[str], options: dict[str, Any]) -> Storage:
@@ -33,22 +34,20 @@ def open_storage(url: str | os.PathLike[str], options: dict[str, Any]) -> Storag
     Raises `StoreError` for a URL that nothing here can reach, `MissingExtraError` where a library is missing.
     """
     text = os.fspath(url)
-    scheme = text.partition("://")[0] if "://" in text else ""
     if not text or "::" in text or "\0" in text:
         raise StoreError(f"{text!r} names no store. Expected a folder, or a URL such as s3://bucket/patches.")
     try:
         system, root = url_to_fs(text, **options)
-    except ImportError as error:
-        if scheme in EXTRAS:
+    except (ImportError, ValueError, TypeError) as error:
+        scheme = text.partition("://")[0]
+        if isinstance(error, ImportError) and scheme in EXTRAS:
             raise MissingExtraError(EXTRAS[scheme], scheme, f"a store at {scheme}://") from error
-        raise StoreError(f"{text} cannot be reached: {error}.") from error
-    except (ValueError, TypeError) as error:
         raise StoreError(f"{text} cannot be reached: {error}. Expected a folder, or s3://, gs:// or hf://.") from error
-    if isinstance(system, LocalFileSystem):
-        if options:
-            raise StoreError(f"the folder {text} takes no storage options; given: {', '.join(sorted(options))}.")
-        return Folder(str(Path(root)), system, root)
-    return Storage(text, system, root)
+    if not isinstance(system, LocalFileSystem):
+        return Storage(text, system, root)
+    if options:
+        raise StoreError(f"the folder {text} takes no storage options; given: {', '.join(sorted(options))}.")
+    return Folder(str(Path(root)), system, root)
 
 
 class Storage:
@@ -75,17 +74,11 @@ class Storage:
         with self._errors("delete", path), suppress(FileNotFoundError):
             self.system.rm_file(self._place(path))
 
-    def exists(self, path: str) -> bool:
-        """Return True if there is such a file."""
-        with self._errors("find", path):
-            self.system.invalidate_cache()
-            return bool(self.system.isfile(self._place(path)))
-
     def is_there(self) -> bool:
         """Return True if the place is there: a folder, even an empty one; in an object store any file below the prefix."""
         with self._errors("find", ""):
             self.system.invalidate_cache()
-            return bool(self.system.exists(self.root))
+            return bool(self.system.isdir(self.root))
 
     def names(self, folder: str) -> set[str]:
         """The names of the files and folders in a folder; none where there is no such folder."""
@@ -110,12 +103,13 @@ class Storage:
         aware = written if written.tzinfo else written.replace(tzinfo=UTC)
         return max(0.0, (datetime.now(UTC) - aware).total_seconds())
 
+    def sweep(self, paths: Iterable[str]) -> None:
+        """Delete those of the files that are old, as their writers died."""
+        self.map(self.delete, [path for path in paths if self.age(path) > ABANDONED])
+
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """The results of `function` in the order of the items, several at a time where files are requests."""
-        items = list(items)
-        if len(items) < 2:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(min(REQUESTS, len(items))) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(function, items))
 
     def _list(self, listing: Callable[[], Iterable[str]]) -> list[str]:
@@ -133,8 +127,10 @@ class Storage:
         """Turn the errors of a file system into a `StoreError`, but for files that are not there."""
         try:
             yield
-        except (FileNotFoundError, ModelpatchError):
+        except (FileNotFoundError, StoreError):
             raise
+        except ModelpatchError as error:
+            raise StoreError(str(error)) from error
         except Exception as error:
             said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
             where = f"{self.url.rstrip('/')}/{path}".rstrip("/")
@@ -153,26 +149,18 @@ class Folder(Storage):
             self._place(os.path.dirname(path))  # of a link in the file's own place the link is replaced
             place = Path(self.url, path)
             self._make(place.parent)
-            try:
-                write_bytes(place, data)
-            except ModelpatchError as error:
-                raise StoreError(str(error)) from error
+            write_bytes(place, data)
 
     def delete(self, path: str) -> None:
         with self._errors("delete", path):
             self._place(os.path.dirname(path))
             Path(self.url, path).unlink(missing_ok=True)
 
-    def is_there(self) -> bool:
-        with self._errors("find", ""):
-            return Path(self.url).is_dir()
-
     def names(self, folder: str) -> set[str]:
-        with self._errors("list", folder):
-            try:
-                return set(os.listdir(self._place(folder)))
-            except FileNotFoundError:
-                return set()
+        found: list[str] = []
+        with self._errors("list", folder), suppress(FileNotFoundError):
+            found = os.listdir(self._place(folder))
+        return set(found)
 
     def walk(self, folder: str) -> list[str]:
         found, whole = [], self._place("")

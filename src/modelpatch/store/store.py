@@ -31,13 +31,11 @@ from modelpatch.errors import (
     UnknownPatchError,
 )
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
-from modelpatch.store.index import Index
-from modelpatch.store.records import FILE, RECORD, TAG, Records, is_temporary
+from modelpatch.store.files import FILE, PATCHES, RECORD, TAG, Index, is_temporary, is_whole, path_of, with_tags
 from modelpatch.store.storage import open_storage
-from modelpatch.store.version import HASH, LATEST, PREFIX, Version, check_name, check_tag, parse_reference
+from modelpatch.store.version import HASH, LATEST, NAME, PREFIX, Version, check_name, check_tag, parse_reference
 
 TRIES, PAUSE = 10, 0.01  # the pause, in seconds, grows with every try
-LEFTOVER = 3600.0  # seconds after which a file without a record was left by a writer that died
 NEAR = 2000  # names that are compared with an unknown one
 PUBLISH = "Publish the patch again."
 
@@ -67,8 +65,7 @@ class Store:
 
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
         self._storage = open_storage(url, storage_options)
-        self._records = Records(self._storage)
-        self._index = Index(self._records)
+        self._files = Index(self._storage)
 
     @property
     def url(self) -> str:
@@ -99,35 +96,35 @@ class Store:
         Raises `UnknownPatchError` for a version that is not there, `StoreError` for one of another name.
         """
         check_tag(tag)
-        found = self._one(version)
+        found = self.resolve(version)
         if found.name != check_name(name):
             raise StoreError(f"{found} is no version of {name}. Publish it under that name: load it, then publish it.")
-        with self._index.changing(name):
-            self._records.write(name, tag + TAG, found.hash.encode())
-            if not self._records.is_whole(name, found.hash):  # it was removed meanwhile
-                self._records.delete(name, tag + TAG)
+        with self._files.changing(name):
+            self._storage.write(path_of(name, tag + TAG), found.hash.encode())
+            if not is_whole(found.hash, self._files.files(name)):  # it was removed meanwhile
+                self._storage.delete(path_of(name, tag + TAG))
                 raise UnknownPatchError(f"{found} is not in the store any more: it was removed.")
         return replace(found, tags=tuple(sorted({*found.tags, tag})))
 
     def untag(self, name: str, tag: str) -> None:
         """Remove a tag; the version stays until `collect`. Raises `UnknownPatchError` for a tag that is not there."""
-        if not self._storage.exists(self._records.path(check_name(name), check_tag(tag) + TAG)):
+        if check_tag(tag) + TAG not in self._files.files(check_name(name)):
             raise self._unknown_version(name, tag)
-        with self._index.changing(name):
-            self._records.delete(name, tag + TAG)
+        with self._files.changing(name):
+            self._storage.delete(path_of(name, tag + TAG))
 
     def remove(self, reference: str | Version, force: bool = False) -> Version:
         """Remove a version, and with `force` the tags that name it. Returns what was removed.
 
         Raises `TaggedVersionError` without `force` if a tag names it, `UnknownPatchError` for one that is not there.
         """
-        version = self._one(reference)
-        with self._index.changing(version.name):
+        version = self.resolve(reference)
+        with self._files.changing(version.name):
             if version.tags and not force:
                 named = ", ".join(version.tags)
                 raise TaggedVersionError(f"{version} is tagged {named}.", "Remove the tag first, or force the removal.")
             for tag in version.tags:
-                self._records.delete(version.name, tag + TAG)
+                self._storage.delete(path_of(version.name, tag + TAG))
             if not self._drop(version):
                 raise TaggedVersionError(f"{version} was tagged while it was being removed. It is still there.")
         return version
@@ -139,47 +136,49 @@ class Store:
         read, since its version is not known: nothing of that name is removed then.
         """
         removed = []
-        for name, files in sorted(self._records.files().items()):
-            tagged = self._records.tagged(name)
-            untagged = [version for version in self._records.versions(name, files) if version.hash not in tagged]
+        for name, files in sorted(self._files.all_files().items()):
+            tagged = self._files.tags(name, strict=True).values()
+            untagged = [version for version in self._files.versions(name, files) if version.hash not in tagged]
             if dry_run:
                 removed += untagged
                 continue
             if untagged:
-                with self._index.changing(name):
+                with self._files.changing(name):
                     removed += [version for version in untagged if self._drop(version)]
-            self._sweep(name, files)
+            whole = {hash + FILE for hash in self._files.hashes(name)}
+            left = [file for file in files if is_temporary(file) or (file.endswith(FILE) and file not in whole)]
+            self._storage.sweep(path_of(name, file) for file in left)
         if not dry_run:
-            self._index.sweep()
+            self._files.sweep()
         return removed
 
     def rebuild(self) -> Versions:
         """Make the index anew from the files. Never needed for right answers: a store that was copied or mended by hand."""
-        return self._index.rebuild()
+        return self._files.rebuild()
 
     def list(self) -> Versions:
         """All versions of all names, by name and age, from the index."""
-        return self._index.versions()
+        return self._files.listing()
 
     def versions(self, name: str) -> Versions:
         """All versions of a name, the oldest first. Raises `UnknownPatchError` where there is none."""
-        found = self._records.versions(check_name(name))
-        if not found and self._records.hashes(name):
+        found = self._files.versions(check_name(name))
+        if not found and self._files.hashes(name):
             raise DamagedPatchError(f"the records of all versions of {name} are damaged. Publish the patch again.")
         if not found:
             raise self._unknown_name(name)
         return found
 
-    def resolve(self, reference: str) -> Version:
+    def resolve(self, reference: str | Version) -> Version:
         """The version that `NAME`, `NAME@TAG` or `NAME@HASH` names; of a hash, 8 digits that tell it apart are enough.
 
         A tag comes before a hash that begins like it. Raises `UnknownPatchError` with the names that are near.
         """
-        name, rest = parse_reference(reference)
+        name, rest = parse_reference(reference.reference if isinstance(reference, Version) else reference)
         for attempt in range(TRIES):
             hash = rest if HASH.fullmatch(rest) else self._hash_of_tag(name, rest)
             try:
-                return self._records.version(name, hash, self._records.tags(name))
+                return self._files.version(name, hash, self._files.tags(name))
             except FileNotFoundError:
                 if hash == rest:
                     raise self._unknown_version(name, rest) from None
@@ -202,10 +201,18 @@ class Store:
         `advance` is told how many names are done. What writers that died left behind is no problem; `collect` removes it.
         """
         problems: Faults = []
-        for name, files in sorted(self._records.files().items()):
-            problems += self._verify(name, set(files))
+        for name, files in sorted(self._files.all_files().items()):
+            for file in sorted(files):
+                try:
+                    what = self._verify(name, file)
+                except (FileNotFoundError, UnknownPatchError):  # it was removed just now
+                    continue
+                except ModelpatchError as error:
+                    what = str(error)
+                if what:
+                    problems.append(Fault(path_of(name, file), what))
             advance(1)
-        if not problems and self.list() != self._records.scan() != self.list():  # unless others write just now
+        if not problems and self.list() != self._files.scan() != self.list():  # unless others write just now
             problems.append(Fault("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
         return problems
 
@@ -228,13 +235,11 @@ class Store:
 
     def _read(self, reference: Version | str) -> tuple[Version, bytes]:
         for attempt in range(TRIES):
-            version = self.resolve(reference) if isinstance(reference, str) else reference
+            version = reference if isinstance(reference, Version) and not attempt else self.resolve(reference)
             try:
-                data = self._records.content(version.name, version.hash)
+                data = self._storage.read(path_of(version.name, version.hash + FILE))
                 break
             except FileNotFoundError:  # the tag has moved on and the old version was collected, or is being put back
-                if isinstance(reference, Version) and version.hash not in self._records.hashes(version.name):
-                    raise self._unknown_version(version.name, version.hash) from None
                 time.sleep(PAUSE * attempt)
         else:
             raise DamagedPatchError(f"the file of {version} is missing.", PUBLISH)
@@ -245,79 +250,58 @@ class Store:
 
     def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
         name, hash = version.name, version.hash
-        with self._index.changing(name):
+        with self._files.changing(name):
             for _ in range(TRIES):
-                self._records.write(name, hash + FILE, data)
+                self._storage.write(path_of(name, hash + FILE), data)
                 try:
-                    version = self._records.version(name, hash, {})
+                    version = self._files.version(name, hash, {})
                 except (FileNotFoundError, DamagedPatchError):
-                    self._records.write(name, hash + RECORD, version.record())
+                    self._storage.write(path_of(name, hash + RECORD), version.record())
                 for tag in tags:
-                    self._records.write(name, tag + TAG, hash.encode())
-                if self._records.is_whole(name, hash):  # unless it was collected before a tag named it
-                    named = self._records.tags(name)
-                    return replace(version, tags=tuple(sorted(tag for tag, other in named.items() if other == hash)))
+                    self._storage.write(path_of(name, tag + TAG), hash.encode())
+                files = self._files.files(name)
+                if is_whole(hash, files):  # unless it was collected before a tag named it
+                    return with_tags(version, self._files.tags(name, files))
         raise StoreError(f"{version} was removed {TRIES} times while it was being published. Publish it again.")
 
     def _drop(self, version: Version) -> bool:
         """Remove a version's files unless a tag names it, and put back what another writer needs meanwhile."""
-        name, hash, records = version.name, version.hash, self._records
-        if hash in records.tagged(name):
+        files, storage, name, hash = self._files, self._storage, version.name, version.hash
+        if hash in files.tags(name, strict=True).values():
             return False
-        records.delete(name, hash + RECORD)
-        if hash in records.tagged(name):  # tagged between the two
-            records.write(name, hash + RECORD, version.record())
+        storage.delete(path_of(name, hash + RECORD))
+        if hash in files.tags(name, strict=True).values():  # tagged between the two
+            storage.write(path_of(name, hash + RECORD), version.record())
             return False
-        try:
-            data = records.content(name, hash)
-        except FileNotFoundError:
-            return True
-        records.delete(name, hash + FILE)
-        if hash in records.hashes(name):  # published anew between the two
-            records.write(name, hash + FILE, data)
-            return False
+        with suppress(FileNotFoundError):
+            data = storage.read(path_of(name, hash + FILE))
+            storage.delete(path_of(name, hash + FILE))
+            if hash in files.hashes(name):  # published anew between the two
+                storage.write(path_of(name, hash + FILE), data)
+                return False
         return True
 
-    def _sweep(self, name: str, files: Iterable[str]) -> None:
-        """Remove what writers left that died: patch files without a record, and temporary files."""
-        whole = self._records.hashes(name)
-        for file in files:
-            left = file.removesuffix(FILE) not in whole if file.endswith(FILE) else is_temporary(file)
-            if left and self._storage.age(self._records.path(name, file)) > LEFTOVER:
-                self._records.delete(name, file)
-
-    def _verify(self, name: str, files: set[str]) -> Faults:
-        problems: Faults = []
-        tags = {}
-        for file in sorted(files):
-            where = self._records.path(name, file)
-            try:
-                if file.endswith(TAG):
-                    tags[file] = self._records.tag(name, file.removesuffix(TAG))
-                elif file.endswith(RECORD):
-                    hash = file.removesuffix(RECORD)
-                    recorded = self._records.version(name, hash, {})
-                    data = self.read(recorded)
-                    written = Version.of(name, data, decode_patch(data, str(recorded)))
-                    if replace(written, created=recorded.created) != recorded:
-                        what = "the record is not that of the patch. Delete it and publish again."
-                        problems.append(Fault(where, what))
-            except (ModelpatchError, FileNotFoundError) as error:
-                if not isinstance(error, FileNotFoundError | UnknownPatchError):  # those were removed just now
-                    problems.append(Fault(where, str(error)))
-        present = self._records.hashes(name)
-        for file, hash in tags.items():
-            if hash not in present and self._records.tags(name, [file]).get(file.removesuffix(TAG)) == hash:
-                what = f"it names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
-                problems.append(Fault(self._records.path(name, file), what))
-        return problems
+    def _verify(self, name: str, file: str) -> str:
+        """The fault of a file, empty if it has none. Raises the errors of reading it."""
+        if file.endswith(TAG):
+            tag = file.removesuffix(TAG)
+            hash = self._files.tag(name, tag)
+            if hash not in self._files.hashes(name) and self._files.tag(name, tag) == hash:  # unless it moved meanwhile
+                return f"it names the version {hash[:12]}, which is not there. Publish it again, or move the tag."
+        if file.endswith(RECORD):
+            recorded = self._files.version(name, file.removesuffix(RECORD), {})
+            data = self.read(recorded)
+            written = Version.of(name, data, decode_patch(data, str(recorded)))
+            if replace(written, created=recorded.created) != recorded:
+                return "the record is not that of the patch. Delete it and publish again."
+        return ""
 
     def _hash_of_tag(self, name: str, rest: str) -> str:
         """The hash that a tag or the beginning of a hash names. Raises `UnknownPatchError`."""
         with suppress(FileNotFoundError):
-            return self._records.tag(name, rest)
+            return self._files.tag(name, rest)
         if PREFIX.fullmatch(rest):
-            hashes = sorted(hash for hash in self._records.hashes(name) if hash.startswith(rest))
+            hashes = sorted(hash for hash in self._files.hashes(name) if hash.startswith(rest))
             if len(hashes) == 1:
                 return hashes[0]
             if hashes:
@@ -325,19 +309,16 @@ class Store:
                 raise UnknownPatchError(f"{name}@{rest} is no single version: {given} begin so. Give more digits.")
         raise self._unknown_version(name, rest)
 
-    def _one(self, version: Version | str) -> Version:
-        return self.resolve(version.reference if isinstance(version, Version) else version)
-
     def _unknown_version(self, name: str, rest: str) -> UnknownPatchError:
-        hashes, tags = self._records.hashes(name), self._records.tags(name)
+        hashes, tags = self._files.hashes(name), self._files.tags(name)
         if not hashes:
             return self._unknown_name(name)
         known = f"its tags: {', '.join(sorted(tags)) or 'none'}; its versions: {len(hashes)}"
         return UnknownPatchError(f"the store has {name}, but no {name}@{rest[:64]}; {known}.")
 
     def _unknown_name(self, name: str) -> UnknownPatchError:
-        alike = sorted(other for other in self._records.names() if other[0] == name[0])[:NEAR]
-        near = [other for other in difflib.get_close_matches(name, alike) if other != name]
+        alike = [other for other in self._storage.names(PATCHES) if other[0] == name[0] and NAME.fullmatch(other)]
+        near = [other for other in difflib.get_close_matches(name, sorted(alike)[:NEAR]) if other != name]
         guess = f" Did you mean {' or '.join(near)}?" if near else ""
         advice = "" if near else "See `modelpatch store ls`."
         return UnknownPatchError(f"there is no patch {name!r} in the store.{guess}", advice)

@@ -29,7 +29,7 @@ LATEST = "latest"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HASH = re.compile(r"[0-9a-f]{64}")
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
 
 
 @dataclass(frozen=True, slots=True)

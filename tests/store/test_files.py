@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelpatch.errors import StoreError
-from modelpatch.store.index import DONE, FOLD, INDEX, Index, pack, unpack
-from modelpatch.store.records import RECORD, TAG, Records
+from modelpatch.store.files import DONE, FOLD, INDEX, RECORD, TAG, Index, Records, pack, path_of, unpack
 from modelpatch.store.storage import Storage, open_storage
 from modelpatch.store.version import Version
 
@@ -38,8 +37,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def put(index: Index, version: Version, tag: str = "latest") -> None:
     with index.changing(version.name):
-        index.records.write(version.name, version.hash + RECORD, version.record())
-        index.records.write(version.name, tag + TAG, version.hash.encode())
+        index.storage.write(path_of(version.name, version.hash + RECORD), version.record())
+        index.storage.write(path_of(version.name, tag + TAG), version.hash.encode())
 
 
 def tables(storage: Storage) -> list[str]:
@@ -79,33 +78,33 @@ def test_a_damaged_table_is_no_table(old: bytes, new: bytes) -> None:
 
 
 def test_a_listing_is_right_before_and_after_every_new_table(storage: Storage) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     expected = []
     for number in range(2 * FOLD + 3):
         version = make_version(f"patch-{number:03}", number)
         put(index, version)
         expected.append(version.reference)
         if number % 5 == 0:
-            assert [one.reference for one in index.versions()] == expected
+            assert [one.reference for one in index.listing()] == expected
             assert len(marks(storage)) <= FOLD
-    assert [one.reference for one in Index(Records(storage)).versions()] == expected
+    assert [one.reference for one in Index(storage).listing()] == expected
     assert len(tables(storage)) == 1
 
 
 def test_a_listing_reads_the_table_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     put(index, make_version("patch"))
-    made, read = index.versions(), index.versions()
-    monkeypatch.setattr("modelpatch.store.index.unpack", lambda data: pytest.fail("read again"))
-    assert index.versions() == read == made
+    made, read = index.listing(), index.listing()
+    monkeypatch.setattr("modelpatch.store.files.unpack", lambda data: pytest.fail("read again"))
+    assert index.listing() == read == made
 
 
 @pytest.mark.parametrize("damage", ["lost", "torn", "doubled", "marks lost too"])
 def test_a_broken_index_is_made_anew(storage: Storage, damage: str) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     for number in range(3):
         put(index, make_version("patch", number))
-    expected = index.versions()
+    expected = index.listing()
     (table,) = tables(storage)
     if damage in ("lost", "marks lost too"):
         storage.delete(f"{INDEX}/{table}")
@@ -116,38 +115,38 @@ def test_a_broken_index_is_made_anew(storage: Storage, damage: str) -> None:
         storage.write(f"{INDEX}/{table}", storage.read(f"{INDEX}/{table}")[:-9])
     if damage == "doubled":  # by somebody who did not know of the first, nor of its versions
         storage.write(f"{INDEX}/{7:012}-{0:024x}.table", pack([]))
-    assert Index(Records(storage)).versions() == expected
+    assert Index(storage).listing() == expected
     assert len(tables(storage)) == 1
 
 
 def test_a_writer_that_dies_at_any_step_leaves_a_right_listing(storage: Storage) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     put(index, make_version("patch", 1))
-    index.versions()
+    index.listing()
     # the process ends with the record written: neither the tag nor the mark's end are there
     storage.write(f"{INDEX}/patch@{5:024x}.begun", b"")
-    index.records.write("patch", make_version("patch", 2).hash + RECORD, make_version("patch", 2).record())
-    assert [one.nbytes for one in Index(Records(storage)).versions()] == [1001, 1002]
+    index.storage.write(path_of("patch", make_version("patch", 2).hash + RECORD), make_version("patch", 2).record())
+    assert [one.nbytes for one in Index(storage).listing()] == [1001, 1002]
     for number in range(FOLD):
         put(index, make_version(f"other-{number}", number))
-    assert len(index.versions()) == FOLD + 2
+    assert len(index.listing()) == FOLD + 2
     assert marks(storage) == [f"patch@{5:024x}.begun"]  # nobody knows whether that writer still lives
-    index.records.write("patch", "prod" + TAG, make_version("patch", 2).hash.encode())  # it does
-    assert [one.tags for one in index.versions() if one.name == "patch"] == [("latest",), ("prod",)]
+    index.storage.write(path_of("patch", "prod" + TAG), make_version("patch", 2).hash.encode())  # it does
+    assert [one.tags for one in index.listing() if one.name == "patch"] == [("latest",), ("prod",)]
 
 
 def test_a_change_that_began_long_ago_is_cleared_away(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     for number in range(FOLD):
         storage.write(f"{INDEX}/patch@{number:024x}.begun", b"")
     monkeypatch.setattr(type(storage), "age", lambda *_: 4000.0)
-    index.versions()
-    index.versions()
+    index.listing()
+    index.listing()
     assert marks(storage) == []
 
 
 def test_readers_that_may_not_write_still_list(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     put(index, make_version("patch", 1))
 
     def refuse(*_: object) -> None:
@@ -155,7 +154,7 @@ def test_readers_that_may_not_write_still_list(storage: Storage, monkeypatch: py
 
     monkeypatch.setattr(type(storage), "write", refuse)
     monkeypatch.setattr(type(storage), "delete", refuse)
-    assert [one.name for one in Index(Records(storage)).versions()] == ["patch"]
+    assert [one.name for one in Index(storage).listing()] == ["patch"]
 
 
 class Interleaved:
@@ -177,7 +176,7 @@ class Interleaved:
                     self._count += 1
                     put(self._other, make_version(f"patch-{self._count}", self._count))
                 else:
-                    self._other.versions() if self._chance.random() < 0.7 else self._other.rebuild()
+                    self._other.listing() if self._chance.random() < 0.7 else self._other.rebuild()
                 self._busy = False
             return method(*arguments)
 
@@ -188,19 +187,19 @@ class Interleaved:
 def test_no_change_is_lost_whatever_order_writers_and_readers_come_in(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpatch.store.index.FOLD", 2)
+    monkeypatch.setattr("modelpatch.store.files.FOLD", 2)
     storage = open_storage(f"memory://interleaved-{tmp_path}", {})
     chance = random.Random(seed)
-    second = Index(Records(storage))
-    first = Index(Records(Interleaved(storage, chance, second)))  # type: ignore[arg-type]
+    second = Index(storage)
+    first = Index(Interleaved(storage, chance, second))  # type: ignore[arg-type]
     for number in range(12):
         put(first, make_version(f"patch-{number}", number))
         published = {one.reference for one in Records(storage).scan()}
-        seen = {one.reference for one in first.versions()}
+        seen = {one.reference for one in first.listing()}
         assert published <= seen
     truth = Records(storage).scan()
-    assert Index(Records(storage)).versions() == truth
-    assert second.versions() == truth
+    assert Index(storage).listing() == truth
+    assert second.listing() == truth
 
 
 def test_100_000_versions_are_listed_in_little_more_than_it_takes_to_parse_their_json(tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_100_000_versions_are_listed_in_little_more_than_it_takes_to_parse_their
         begin = time.process_time()  # other processes may hold the machine
         json.loads(storage.read(table))
         parsed = time.process_time()
-        listed = Index(Records(storage)).versions()
+        listed = Index(storage).listing()
         listing.append(time.process_time() - parsed)
         parsing.append(parsed - begin)
     assert listed == versions
@@ -221,7 +220,7 @@ def test_100_000_versions_are_listed_in_little_more_than_it_takes_to_parse_their
 
 
 def test_marks_end_with_their_change(storage: Storage) -> None:
-    index = Index(Records(storage))
+    index = Index(storage)
     seen = []
 
     def fail() -> None:
