@@ -38,9 +38,9 @@ from modelpatch.patch.contents import Patch
 from modelpatch.serve.app import create_app
 from modelpatch.serve.client import Client
 from modelpatch.serve.protocol import GuardedProtocol
+from modelpatch.serve.run import bind
 from modelpatch.serve.service import Service
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.supervisor import bind
 from modelpatch.store.store import Store
 
 TOKEN = "a-token-for-tests"

@@ -78,7 +78,7 @@ def test_a_busy_server_is_asked_again(server: Serving, image: bytes, monkeypatch
     async def busy(*given: object) -> object:
         tries.append(given)
         if len(tries) < 3:
-            raise Problem("too-busy", "Busy.", retry_after=0)
+            raise Problem("too-busy", "Busy.")
         return await whole(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(server.service, "predict", busy)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from conftest import small_preprocessing
-from modelpatch.serve.images import FORMATS, decode
 from modelpatch.serve.problems import Problem
+from modelpatch.serve.question import FORMATS, decode
 from modelpatch.serve.settings import Settings
 
 KIND = small_preprocessing()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from modelpatch.engine.describe import draw, flops_text, grow
 from modelpatch.engine.steps import HeadStep, Link, PoolStep, Roots, Rows, RunStep, Step, Take, reads, run_flops, writes
@@ -85,7 +86,7 @@ class Plan:
         """The operations of the members one after another, each alone."""
         return sum(_operations([member], [rows]) for member, rows in zip(self.members, self.rows, strict=True))
 
-    @property
+    @cached_property
     def shared(self) -> float:
         """The share of the separate operations that the plan saves, in [0, 1]."""
         return 1 - self.flops / self.separate_flops if self.separate_flops else 0.0

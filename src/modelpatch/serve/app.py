@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hmac
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,171 +23,160 @@ import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
 from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question
 from modelpatch.serve.service import Service
+from modelpatch.store.version import NAME
 
-LOG = logging.getLogger("modelpatch.serve")
 PAGE = Path(__file__).parent / "page"
-FILES = {"page.css": "text/css", "page.js": "text/javascript"}
+FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-PatchName = Annotated[str, PathParameter(pattern=schemas.NAME, examples=["flowers"])]
+PatchName = Annotated[str, PathParameter(pattern=rf"^{NAME.pattern}$", examples=["flowers"])]
 PatchReference = Annotated[str, PathParameter(pattern=schemas.REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
 FILE_BODY = {"required": True, "content": {OCTETS: {"schema": BINARY}}}
-Responses = dict[int | str, dict[str, Any]]
 ROUTES = "GET /openapi.json lists routes."
 PatchTags = Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")]
 PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
 
 
-def problems(*kinds: str, always: Sequence[str] = ("bad-request", "invalid-request", "failed")) -> Responses:
+ALWAYS = ("bad-request", "invalid-request", "failed")
+BUSY = (*ALWAYS, "too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
+ADMIN = (*ALWAYS, "no-token", "wrong-token", "unknown-patch", "store-unreachable")
+
+
+def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses for what a route may refuse."""
-    found = [TITLES[kind] for kind in (*always, *kinds)]
-    return {
-        code: {"model": schemas.ProblemBody, "description": text, "content": {MEDIA_TYPE: {}}} for code, text in found
-    }
+    body = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
+    return {code: {"description": text, "content": body} for code, text in map(TITLES.__getitem__, kinds)}
 
 
-BUSY = ("too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
-ADMIN = ("no-token", "wrong-token", "unknown-patch", "store-unreachable")
-
-
-async def check_token(request: Request) -> None:
-    """Check that the request has the server's token. Raises `Problem`, 401 or 403."""
-    token = service_of(request).settings.token
-    if token is None:
-        raise Problem("admin-off", "This server was started without a token.", "Start it with --token.")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given:
-        raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
-    if not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
-        advice = "Use the token that the server was started with."
-        raise Problem("wrong-token", "The token is another than the server's.", advice)
-
-
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
 TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
-public = APIRouter()
-admin = APIRouter(dependencies=[Depends(check_token), Depends(TOKEN)], tags=["admin"])
+Running = Annotated[Service, Depends(service_of)]
 
 
-@public.post(
-    "/v1/predict",
+async def check_token(service: Running, given: Annotated[HTTPAuthorizationCredentials | None, Depends(TOKEN)]) -> None:
+    """Check that the request has the server's token. Raises `Problem`, 401 or 403."""
+    token = service.settings.token
+    if token is None:
+        raise Problem("admin-off", "This server was started without a token.", "Start it with --token.")
+    if given is None:
+        raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
+    if not hmac.compare_digest(given.credentials.strip().encode("utf-8", "surrogateescape"), token.encode()):
+        advice = "Use the token that the server was started with."
+        raise Problem("wrong-token", "The token is another than the server's.", advice)
+
+
+answers = APIRouter(prefix="/v1", tags=["answers"], responses=problems(*BUSY))
+patches = APIRouter(prefix="/v1/patches", tags=["patches"], responses=problems(*ALWAYS, "store-unreachable"))
+admin = APIRouter(prefix="/v1/patches", tags=["admin"], responses=problems(*ADMIN), dependencies=[Depends(check_token)])
+others = APIRouter(tags=["health"])
+
+
+@answers.post(
+    "/predict",
     response_model=schemas.Prediction,
-    responses=problems(*BUSY, "too-slow", "unknown-kind"),
+    responses=problems("too-slow", "unknown-kind"),
     openapi_extra=QUESTION,
-    tags=["answers"],
 )
-async def predict(request: Request) -> Response:
+async def predict(request: Request, service: Running) -> Response:
     """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
     files, or JSON with the images in base64."""
-    service = service_of(request)
     async with service.admit():
         asked, images = await read_question(request, service.settings)
-        return JSONResponse(await service.predict(images, asked.tasks, asked.per_image, asked.top))
+        return JSONResponse(await service.predict(images, asked))
 
 
-@public.get("/v1/plan", response_model=schemas.PlanAnswer, responses=problems(*BUSY), tags=["answers"])
-async def plan(request: Request, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1) -> Response:
+@answers.get("/plan", response_model=schemas.PlanAnswer)
+async def plan(service: Running, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1) -> Response:
     """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
-    service = service_of(request)
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     async with service.admit():
         return JSONResponse(await service.plan(names, images))
 
 
-@public.get("/v1/patches", response_model=schemas.PatchList, responses=problems("store-unreachable"), tags=["patches"])
+@patches.get("", response_model=schemas.PatchList)
 async def list_patches(
-    request: Request,
+    service: Running,
     after: Annotated[str, Query(max_length=64, description="Continue behind this name.")] = "",
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> Response:
     """The patches of the store, their latest versions."""
-    return JSONResponse(await service_of(request).patches(after, limit))
+    return JSONResponse(await service.patches(after, limit))
 
 
-@public.get(
-    "/v1/patches/{name}",
-    response_model=schemas.VersionList,
-    responses=problems("unknown-patch", "store-unreachable"),
-    tags=["patches"],
-)
-async def list_versions(request: Request, name: PatchName) -> Response:
+@patches.get("/{name}", response_model=schemas.VersionList, responses=problems("unknown-patch"))
+async def list_versions(service: Running, name: PatchName) -> Response:
     """All versions of a patch."""
-    return JSONResponse(await service_of(request).versions(name))
+    return JSONResponse(await service.versions(name))
 
 
 @admin.put(
-    "/v1/patches/{name}",
+    "/{name}",
     response_model=schemas.PatchInfo,
     status_code=201,
-    responses=problems(*ADMIN, *BUSY, "too-slow"),
+    responses=problems(*BUSY, "too-slow"),
     openapi_extra={"requestBody": FILE_BODY},
 )
-async def publish(request: Request, name: PatchName, tag: PatchTags = None) -> Response:
+async def publish(request: Request, service: Running, name: PatchName, tag: PatchTags = None) -> Response:
     """Publish a patch file as the newest version. It is checked against the backbone first, and resident at once."""
-    service = service_of(request)
     async with service.admit():
         data = await read_body(request, service.settings.patch_bytes)
         return JSONResponse(await service.publish(name, data, tag or ["latest"]), 201)
 
 
-@admin.delete("/v1/patches/{name}", status_code=204, responses=problems(*ADMIN, "tagged"))
+@admin.delete("/{name}", status_code=204, responses=problems("tagged"))
 async def remove(
-    request: Request,
+    service: Running,
     name: PatchReference,
     force: Annotated[bool, Query(description="Also the tags of a single version.")] = False,
 ) -> Response:
     """Remove a patch with all its versions and tags, or one version of it (NAME@HASH) that no tag names."""
-    await service_of(request).remove(name, force)
+    await service.remove(name, force)
     return Response(status_code=204)
 
 
-@admin.post("/v1/patches/{name}/tag", response_model=schemas.PatchInfo, responses=problems(*ADMIN))
-async def set_tag(request: Request, name: PatchName, asked: schemas.TagRequest) -> Response:
+@admin.post("/{name}/tag", response_model=schemas.PatchInfo)
+async def set_tag(service: Running, name: PatchName, asked: schemas.TagRequest) -> Response:
     """Let a tag name a version. Requests for NAME@TAG get that version from then on."""
-    return JSONResponse(await service_of(request).tag(name, asked.tag, asked.version))
+    return JSONResponse(await service.tag(name, asked.tag, asked.version))
 
 
-@public.get("/healthz", response_model=schemas.Health, tags=["health"])
+@others.get("/healthz", response_model=schemas.Health)
 async def healthz() -> Response:
     """The process lives."""
     return JSONResponse({"status": "alive"})
 
 
-@public.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}}, tags=["health"])
-async def readyz(request: Request) -> Response:
+@others.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+async def readyz(service: Running) -> Response:
     """The server takes requests: its backbone is loaded, and it is not stopping."""
-    ready = service_of(request).ready
+    ready = service.ready
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 
-@public.get("/metrics", response_class=Response, tags=["health"])
-async def metrics(request: Request) -> Response:
+@others.get("/metrics", response_class=Response)
+async def metrics(service: Running) -> Response:
     """Counts for Prometheus."""
-    counts = service_of(request).metrics
-    return Response(counts.text(), media_type=counts.content_type)
+    return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
 
-@public.get("/", include_in_schema=False)
-async def page() -> Response:
-    return FileResponse(PAGE / "index.html", headers=HEADERS)
-
-
-@public.get("/page/{name}", include_in_schema=False)
-async def page_file(name: str) -> Response:
+@others.get("/", include_in_schema=False)
+@others.get("/page/{name}", include_in_schema=False)
+async def page(request: Request) -> Response:
+    name = request.path_params.get("name", "index.html")
     if name not in FILES:
         raise HTTPException(404)
     return FileResponse(PAGE / name, media_type=FILES[name], headers=HEADERS)
 
 
-def create_app(service: Service, ready: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(service: Service, ready: Callable[[], object] = lambda: None) -> FastAPI:
     """The ASGI application over a service, which it starts and stops. `ready` is called once it serves."""
 
     @asynccontextmanager
@@ -205,34 +193,15 @@ def create_app(service: Service, ready: Callable[[], None] = lambda: None) -> Fa
         lifespan=lifespan,
         redoc_url=None,
         docs_url=None,
-        responses=problems("not-allowed", always=()),
+        responses=problems("not-allowed"),
     )
     app.state.service = service
-    app.include_router(public)
-    app.include_router(admin)
+    for router in (answers, patches, admin, others):
+        app.include_router(router)
     app.add_middleware(Counting, service=service)
     for kind in (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _tell)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description with the schema that only `openapi_extra` names, and problems as problem+json alone."""
-    if app.openapi_schema is None:
-        schema = FastAPI.openapi(app)
-        models = schema["components"]["schemas"]
-        models["PredictRequest"] = schemas.PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        for unused in ("HTTPValidationError", "ValidationError"):
-            models.pop(unused, None)
-        for operations in schema["paths"].values():
-            for operation in operations.values():
-                for answer in operation["responses"].values():
-                    content = answer.get("content", {})
-                    if MEDIA_TYPE in content:
-                        content[MEDIA_TYPE] = content.pop("application/json", content[MEDIA_TYPE])
-    assert app.openapi_schema is not None
-    return app.openapi_schema
 
 
 class Counting:
@@ -279,7 +248,4 @@ async def _tell(request: Request, error: Exception) -> Response:
             problem = Problem("bad-request", "The request ended before its body did.")
         case _:
             problem = problem_of(error)
-            if problem.kind == "failed":
-                LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    headers = problem.headers | ({"Connection": "close"} if problem.kind in ("too-large", "too-slow") else {})
-    return JSONResponse({**problem.body(), "instance": path}, problem.status, headers, MEDIA_TYPE)
+    return JSONResponse({**problem.body(), "instance": path}, problem.status, problem.headers, MEDIA_TYPE)

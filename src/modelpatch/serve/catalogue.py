@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.store.store import Store
 from modelpatch.store.version import LATEST, Version
 
-LOG = logging.getLogger("modelpatch.serve")
 T = TypeVar("T")
 MOST = 4096  # references that are remembered
 THREADS = 4
@@ -34,11 +32,6 @@ class ServedTask:
     identity: str
     version: Version | None = None
 
-    @property
-    def label(self) -> str:
-        """The name that problems show: `flowers@9f2c01ab34cd`."""
-        return self.name if self.version is None else str(self.version)
-
 
 class Catalogue:
     """The tasks that requests may name: the server's `own` and the store's, at most `refresh` seconds old.
@@ -53,22 +46,21 @@ class Catalogue:
         self._threads = computing_pool(1, "modelpatch-store", THREADS)
 
     async def find(self, names: Sequence[str]) -> tuple[list[ServedTask], dict[str, Problem]]:
-        """The targets of names, each once, and by name the problem of those that have none. Raises `Problem` if none has."""
-        refused: dict[str, Problem] = {}
+        """The targets of names, each once, and by name the problem of those that have none."""
 
-        async def one(name: str) -> ServedTask | None:
+        async def one(name: str) -> ServedTask | Problem:
             if name in self.own:
                 return self.own[name]
             try:
                 version = await self.resolve(name)
             except Problem as problem:
-                refused[name] = problem
-                return None
+                return problem
             return ServedTask(name, version.hash, version.hash, version)
 
-        found = [target for target in await asyncio.gather(*map(one, dict.fromkeys(names))) if target is not None]
-        if not found and refused:
-            raise next(refused[name] for name in names if name in refused)
+        names = list(dict.fromkeys(names))
+        results = await asyncio.gather(*map(one, names))
+        found = [result for result in results if isinstance(result, ServedTask)]
+        refused = {name: result for name, result in zip(names, results, strict=True) if isinstance(result, Problem)}
         return found, refused
 
     async def resolve(self, reference: str) -> Version:
@@ -83,7 +75,7 @@ class Catalogue:
             for version in self.store.list():
                 if version.name not in chosen or LATEST not in chosen[version.name].tags:
                     chosen[version.name] = version
-            return sorted(chosen.values(), key=lambda version: version.name)
+            return list(chosen.values())
 
         return await self._ask("", find)
 
@@ -95,19 +87,12 @@ class Catalogue:
         """All versions of one name. Raises `Problem`, 404 where there are none."""
         return await self._ask(f"{name}@*", lambda: self.store.versions(name), patch=name)
 
-    def read(self, version: Version) -> bytes:
-        """The bytes of a version, from any thread. Raises `Problem`, 404 if it is gone."""
-        try:
-            return self.store.read(version)
-        except Exception as error:
-            raise _told(error) from error
-
     async def change(self, work: Callable[[], T], **facts: Any) -> T:
         """Write to the store, and forget what was remembered. Raises `Problem`."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except Exception as error:
-            raise _told(error, **facts) from error
+            raise problem_of(error, **facts) from error
         finally:
             self._known.clear()
 
@@ -127,13 +112,4 @@ class Catalogue:
         try:
             return await asyncio.shield(answer)
         except Exception as error:
-            raise _told(error, **facts) from error
-
-
-def _told(error: Exception, **facts: Any) -> Problem:
-    """The error as a problem. The place of a store that fails is written to the server's log only."""
-    problem = problem_of(error, **facts)
-    if problem.kind == "store-unreachable":
-        LOG.warning("%s", error)
-        problem.detail = "The store cannot be read or written."
-    return problem
+            raise problem_of(error, **facts) from error

@@ -26,6 +26,7 @@ from modelpatch.serve.problems import Problem
 ImageFile = str | Path | bytes | Image.Image
 Answers = dict[str, list[tuple[str, float]]]
 CONNECTIONS = 64  # kept open for threads that ask at the same time
+PREDICT = "/v1/predict"
 AGAIN = ("too-busy", "no-room", "deadline", "stopping")
 OCTETS = "application/octet-stream"  # any image; the server looks at its bytes
 MODEL = "serve_multiplexed_model_id"  # where Ray Serve looks for a hint which replica has the patch
@@ -98,27 +99,27 @@ class Client:
         files = [_encode(image) for image in images]
         if len(files) == 1:
             own = {"Content-Type": OCTETS, **hint}
-            return self._send("POST", "/v1/predict", again=True, body=files[0], params=words, headers=own)
+            return self._send("POST", PREDICT, body=files[0], params=words, headers=own)
         parts = [("images", (f"image {place}", data)) for place, data in enumerate(files)]
-        return self._send("POST", "/v1/predict", again=True, fields=[*parts, *words.items()], headers=hint)
+        return self._send("POST", PREDICT, fields=[*parts, *words.items()], headers=hint)
 
     def patches(self) -> list[dict[str, Any]]:
         """All patches of the store, with their latest versions."""
         found: list[dict[str, Any]] = []
         after: str | None = ""
         while after is not None:
-            page = self._send("GET", "/v1/patches", again=True, params={"after": after})
+            page = self._send("GET", "/v1/patches", params={"after": after})
             found, after = found + page["patches"], page["next"]
         return found
 
     def versions(self, name: str) -> list[dict[str, Any]]:
         """All versions of a patch."""
-        return list(self._send("GET", f"/v1/patches/{quote(name, '@')}", again=True)["versions"])
+        return list(self._send("GET", f"/v1/patches/{quote(name, '@')}")["versions"])
 
     def plan(self, tasks: Sequence[str] | None = None, images: int = 1) -> dict[str, Any]:
         """The work that tasks share in one pass, see `GET /v1/plan`."""
         chosen = {} if tasks is None else {"tasks": ",".join(tasks)}
-        return self._send("GET", "/v1/plan", again=True, params={"images": images, **chosen})
+        return self._send("GET", "/v1/plan", params={"images": images, **chosen})
 
     def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
         """Publish a patch or its file as the newest version. Needs the token."""
@@ -154,27 +155,24 @@ class Client:
         verb: str,
         path: str,
         *,
-        again: bool = False,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         **rest: Any,
     ) -> dict[str, Any]:
         url = f"{self.url}{path}" + (f"?{urlencode(params, doseq=True)}" if params else "")
-        headers = {**self._headers, **(headers or {})}
-        for trial in range(self.retries + 1 if again else 1):
-            last = trial == self.retries or not again
-            wait = 0.1 * 2**trial * (1 + random.random())
+        for left in range(self.retries if verb == "GET" or path == PREDICT else 0, -1, -1):
+            wait = 0.1 * 2 ** (self.retries - left) * (1 + random.random())
             try:
-                answer = self._http.request(verb, url, headers=headers, **rest)
+                answer = self._http.request(verb, url, headers={**self._headers, **(headers or {})}, **rest)
             except self._broken as error:
-                if last:
+                if not left:
                     advice = "Is `modelpatch serve` running?"
                     raise ServeError(f"{self.url} cannot be reached: {error}.", advice) from error
             else:
                 if 200 <= answer.status < 300:
                     return dict(json.loads(answer.data)) if answer.data else {}
                 problem = Problem.read(answer.status, answer.data, answer.headers)
-                if last or problem.kind not in AGAIN:
+                if not left or problem.kind not in AGAIN:
                     raise problem
                 wait = max(wait, problem.retry_after or 0)
             time.sleep(wait)
@@ -183,22 +181,21 @@ class Client:
 
 def _pairs(answer: dict[str, Any], top: int) -> list[tuple[str, float]]:
     """Classes with their probabilities, or with the shares of the image that they cover; or one object after the other."""
-    if answer.get("boxes") is not None:
-        return [(box["class"], box["probability"]) for box in answer["boxes"]]
     if answer.get("areas") is not None:
         return [(area["class"], area["share"]) for area in answer["areas"]][:top]
-    return [(guess["class"], guess["probability"]) for guess in answer["top"]]
+    found = answer["top"] if answer.get("boxes") is None else answer["boxes"]
+    return [(one["class"], one["probability"]) for one in found]
 
 
 def _encode(image: ImageFile) -> bytes:
     if isinstance(image, bytes):
         return image
-    if isinstance(image, Image.Image):
-        stream = io.BytesIO()
-        writable = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-        (image if writable else open_image(image)).save(stream, "PNG")  # PNG has no CMYK, YCbCr or floats
-        return stream.getvalue()
-    return _read(image)
+    if isinstance(image, str | Path):
+        return _read(image)
+    stream = io.BytesIO()
+    writable = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    (image if writable else open_image(image)).save(stream, "PNG")  # PNG has no CMYK, YCbCr or floats
+    return stream.getvalue()
 
 
 def _read(path: str | Path) -> bytes:

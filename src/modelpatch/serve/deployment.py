@@ -7,7 +7,6 @@ gone, so stopping has a limit of time.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import signal
@@ -18,10 +17,10 @@ from typing import Any
 
 from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import MissingExtraError, ServeError
-from modelpatch.serve.run import DRAIN, check_store
+from modelpatch.serve.run import DRAIN, bind, check_store, rehearse
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.supervisor import bind, rehearse
 from modelpatch.store.store import Store
+from modelpatch.text import first_line
 
 NAME = "modelpatch"
 LOCAL = "local"  # Ray's word for a Ray of this machine that ends with this process
@@ -49,8 +48,6 @@ def deploy(
     Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start, and the errors of the store or
     the backbone before anything is started.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray[serve]", "ray", "--ray")
 
     def check() -> None:
         """Raise what a replica would raise, which Ray would start again and again."""
@@ -73,7 +70,7 @@ def deploy(
     try:
         ray.init(address=address, logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises that itself
-        raise ServeError(f"there is no Ray at {address!r}: {_first_line(error)}") from error
+        raise ServeError(f"there is no Ray at {address!r}: {first_line(error)}.") from error
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
@@ -119,13 +116,13 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         async def known_for(reference: str) -> str:
             return reference
 
+        @app.middleware("http")
         async def hint(request: Any, call: Callable[[Any], Awaitable[Any]]) -> Any:
             response = await call(request)
             if (reference := serve.get_multiplexed_model_id()) and response.status_code < 400:
                 await known_for(reference)
             return response
 
-        app.middleware("http")(hint)
         return app
 
     return serve.deployment(serve.ingress(build)())
@@ -154,12 +151,8 @@ def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bo
             if found is not None and found.status == "DEPLOY_FAILED":
                 raise ServeError(f"the replicas cannot start: {found.message}")
     except (RuntimeError, TimeoutError, RayError) as error:
-        raise ServeError(f"Ray Serve cannot run the replicas: {_first_line(error)}") from error
+        raise ServeError(f"Ray Serve cannot run the replicas: {first_line(error)}.") from error
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _stop(seconds: float, last: bool) -> None:

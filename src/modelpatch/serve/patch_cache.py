@@ -7,18 +7,18 @@
 
 A patch is evicted only once another has been loaded and tried in its place, and never while a request holds it. A request
 first claims the bytes of all patches it needs, in the order of arrival, and only then waits for loads, so that requests cannot
-block each other. A patch is known by the hash of its file. One file may be in the store under several names: bytes that cannot
-be read are a fault of that name's copy, everything else is a fault of the bytes.
+block each other. A patch is known by the hash of its file. One file may be in the store under several names, and of those
+copies each can fail for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 
@@ -34,7 +34,6 @@ from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
 from modelpatch.store.version import Version
 
-LOG = logging.getLogger("modelpatch.serve")
 PASSING = ("store-unreachable", "failed")  # another try may do better, so these are remembered for a moment only
 MOMENT = 1.0
 MOST = 65_536  # failures and sizes that are remembered
@@ -61,7 +60,7 @@ def load(templates: Templates, data: bytes) -> BoundPatch:
 class PatchCache:
     """The patches that an engine has, named there by the hashes of their files. For one event loop.
 
-    `read` gives the bytes of a version and raises `Problem`; it is called in threads. Problems are `about` a hash.
+    `read` gives the bytes of a version; it is called in threads. Problems are `about` a hash.
     """
 
     def __init__(self, engine: Engine, read: Callable[[Version], bytes], settings: Settings, metrics: Metrics) -> None:
@@ -69,10 +68,10 @@ class PatchCache:
         self.sizes: OrderedDict[str, int] = OrderedDict()  # resident bytes by hash, the least recently used first
         self._learned: dict[str, int] = {}  # of every patch that was ever bound
         self._claims: Counter[str] = Counter()
-        self._queue: deque[tuple[Sequence[Version], asyncio.Future[None]]] = deque()
-        self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}  # by hash and name
-        self._failed: OrderedDict[tuple[str, str | None], tuple[float, Problem]] = OrderedDict()  # None: by any name
+        self._turn = asyncio.Lock()  # the first of the requests that wait for room has it
         self._freed = asyncio.Condition()
+        self._loading: dict[tuple[str, str], asyncio.Task[Problem | None]] = {}  # by hash and name
+        self._failed: OrderedDict[tuple[str, str], tuple[float, Problem]] = OrderedDict()  # and until when
         self._threads = computing_pool(1, "modelpatch-load", settings.loaders)
 
     @property
@@ -82,11 +81,8 @@ class PatchCache:
 
     def failure(self, version: Version) -> Problem | None:
         """The problem for which a version is refused, while that is remembered."""
-        for name in (None, version.name):
-            until, problem = self._failed.get((version.hash, name), (0.0, None))
-            if problem is not None and until > time.monotonic():
-                return problem
-        return None
+        until, problem = self._failed.get((version.hash, version.name), (0.0, None))
+        return problem if until > time.monotonic() else None
 
     def size(self, version: Version) -> int:
         """Bytes a version takes: those of its file, and once it was bound those of its tensors if they are more."""
@@ -98,31 +94,29 @@ class PatchCache:
         copies: dict[str, list[Version]] = {}
         for version in versions:
             copies.setdefault(version.hash, []).append(version)
-        for same in copies.values():
-            if same[0].hash not in self.sizes and all(problems := [self.failure(version) for version in same]):
-                raise next(problem for problem in problems if problem is not None)
-        versions = [same[0] for same in copies.values()]
-        await self._claim(versions)
+        for key, same in copies.items():
+            problems = [problem for version in same if (problem := self.failure(version))]
+            if key not in self.sizes and len(problems) == len(same):
+                raise problems[0]
+        await self._claim([same[0] for same in copies.values()])
         try:
-            missing = [version for version in versions if version.hash not in self.sizes]
-            self.metrics.hits.inc(len(versions) - len(missing))
+            missing = [key for key in copies if key not in self.sizes]
+            self.metrics.hits.inc(len(copies) - len(missing))
             self.metrics.misses.inc(len(missing))
-            if missing:
-                await asyncio.gather(*(self._load_any(copies[version.hash]) for version in missing))
-            for version in versions:
-                self.sizes.move_to_end(version.hash)
+            await asyncio.gather(*(self._load_any(copies[key]) for key in missing))
+            for key in copies:
+                self.sizes.move_to_end(key)
             yield
         finally:
-            self._release(versions)
+            self._claims -= Counter(copies.keys())
             async with self._freed:
                 self._freed.notify_all()
 
     async def enter(self, version: Version, bound: BoundPatch) -> None:
         """Make a patch that was loaded already resident if there is room beside those in use."""
-        size = self._learn(version, bound)
-        self._forget(version)
-        if version.hash not in self.sizes and self._make_room(size):
-            self._put(version.hash, bound)
+        self._failed.pop((version.hash, version.name), None)
+        self._learned[version.hash] = max(version.nbytes, bound.nbytes)
+        self._put(version.hash, bound)
 
     def drop(self, versions: Sequence[Version], kept: Collection[str]) -> None:
         """Evict patches that were removed from the store, but for those that requests hold; they leave when others need room.
@@ -130,20 +124,29 @@ class PatchCache:
         So do those whose hashes are `kept`, as other names have the same bytes.
         """
         for version in versions:
-            self._forget(version)
+            self._failed.pop((version.hash, version.name), None)
             if version.hash in self.sizes and version.hash not in kept and not self._claims[version.hash]:
                 self._evict(version.hash)
-
-    def _forget(self, version: Version) -> None:
-        for name in (None, version.name):
-            self._failed.pop((version.hash, name), None)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _learn(self, version: Version, bound: BoundPatch) -> int:
-        size = self._learned[version.hash] = max(version.nbytes, bound.nbytes)
-        return size
+    async def _claim(self, versions: Sequence[Version]) -> None:
+        """Claim the bytes of versions as soon as there is room, in the order of arrival."""
+        for version in versions:
+            if problem := self._too_large(version):
+                raise problem
+        if (needed := sum(map(self.size, versions))) > self.settings.cache_bytes:
+            said = f"The patches asked for take {needed:,} bytes; this server keeps {self.settings.cache_bytes:,}."
+            raise Problem("too-large", said, "Ask for fewer tasks at once, or start the server with a larger --cache.")
+        if not all(self._claims[version.hash] for version in versions):
+            async with self._turn, self._freed:
+                await self._freed.wait_for(partial(self._fits, versions))
+        for version in versions:  # nothing else has run since
+            self._learned.setdefault(version.hash, version.nbytes)
+            self._claims[version.hash] += 1
+        while len(self._learned) > MOST:
+            del self._learned[next(key for key in self._learned if not self._claims[key])]
 
     def _fits(self, versions: Sequence[Version]) -> bool:
         """Return True if all fit beside the claimed patches; those claimed already cost nothing."""
@@ -151,69 +154,29 @@ class PatchCache:
         claimed = sum(self._learned.get(key, 0) for key in self._claims)
         return not new or claimed + sum(map(self.size, new)) <= self.settings.cache_bytes
 
-    async def _claim(self, versions: Sequence[Version]) -> None:
-        for version in versions:
-            self._check_size(version)
-        needed = sum(map(self.size, versions))
-        if needed > self.settings.cache_bytes:
-            said = f"The patches asked for take {needed:,} bytes; this server keeps {self.settings.cache_bytes:,}."
-            raise Problem("too-large", said, "Ask for fewer tasks at once, or start the server with a larger --cache.")
-        known = all(self._claims[version.hash] for version in versions)
-        if not known and (self._queue or not self._fits(versions)):
-            turn = asyncio.get_running_loop().create_future()
-            self._queue.append((versions, turn))
-            try:
-                await turn  # `_release` claims
-            except asyncio.CancelledError:
-                self._queue = deque(entry for entry in self._queue if entry[1] is not turn)
-                self._release(versions if turn.done() and not turn.cancelled() else ())
-                raise
-        else:
-            self._take(versions)
-
-    def _check_size(self, version: Version) -> None:
-        if (size := self.size(version)) > self.settings.cache_bytes:
-            said = f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}."
-            raise Problem("too-large", said, "Start the server with a larger --cache.", about=version.hash)
-
-    def _take(self, versions: Sequence[Version]) -> None:
-        for version in versions:
-            self._learned.setdefault(version.hash, version.nbytes)
-            self._claims[version.hash] += 1
-        while len(self._learned) > MOST:
-            del self._learned[next(key for key in self._learned if not self._claims[key])]
-
-    def _release(self, versions: Sequence[Version]) -> None:
-        """Claim no longer, and claim for requests that wait, in their order, as far as there is room."""
-        self._claims.subtract([version.hash for version in versions])
-        self._claims += Counter()
-        while self._queue and (self._queue[0][1].done() or self._fits(self._queue[0][0])):
-            versions, turn = self._queue.popleft()
-            if not turn.done():
-                self._take(versions)
-                turn.set_result(None)
+    def _too_large(self, version: Version) -> Problem | None:
+        if (size := self.size(version)) <= self.settings.cache_bytes:
+            return None
+        said = f"The patch takes {size:,} bytes; this server keeps {self.settings.cache_bytes:,}."
+        return Problem("too-large", said, "Start the server with a larger --cache.", about=version.hash)
 
     async def _load_any(self, same: Sequence[Version]) -> None:
-        """Load the bytes that several names have from the first whose copy can be read."""
+        """Load the bytes that several names have from the first whose copy can be read, once for all who wait for it."""
+        problems = []
         for version in same:
-            try:
-                if problem := self.failure(version):
-                    raise problem
-                await asyncio.shield(self._load(version))
+            key = (version.hash, version.name)
+            if (problem := self.failure(version)) is None:
+                if key not in self._loading:
+                    self._loading[key] = task = asyncio.create_task(self._load(version))
+                    task.add_done_callback(lambda _, key=key: self._loading.pop(key))  # type: ignore[misc]
+                problem = await asyncio.shield(self._loading[key])
+            if problem is None:
                 return
-            except Problem:
-                if version is same[-1]:
-                    raise
+            problems.append(problem)
+        raise problems[-1]
 
-    def _load(self, version: Version) -> asyncio.Task[None]:
-        """The one load of a version that is under way, or a new one."""
-        key = (version.hash, version.name)
-        if key not in self._loading:
-            task = self._loading[key] = asyncio.get_running_loop().create_task(self._load_now(version))
-            task.add_done_callback(lambda done: (self._loading.pop(key, None), done.cancelled() or done.exception()))
-        return self._loading[key]
-
-    async def _load_now(self, version: Version) -> None:
+    async def _load(self, version: Version) -> Problem | None:
+        """Load a version and make it resident. Returns why that is not possible."""
         key = version.hash
         start = time.perf_counter()
         try:
@@ -221,56 +184,46 @@ class PatchCache:
                 self._threads, lambda: load(self.engine.templates, self.read(version))
             )
         except Exception as error:
-            unread = isinstance(error, Problem)  # this copy of the bytes is at fault, not the bytes
             problem = problem_of(error, about=key)
-            if problem.kind == "failed":
-                LOG.exception("loading %s failed", version)
             lasting = MOMENT if problem.kind in PASSING else self.settings.remember
-            self._failed[key, version.name if unread else None] = (time.monotonic() + lasting, problem)
+            self._failed[key, version.name] = (time.monotonic() + lasting, problem)
             while len(self._failed) > MOST:
                 self._failed.popitem(last=False)
             self.metrics.loads.labels(problem.kind).inc()
-            raise problem from error
+            return problem
         self.metrics.loads.labels("loaded").inc()
         self.metrics.load_seconds.observe(time.perf_counter() - start)
-        size = self._learn(version, bound)
-        self._check_size(version)
-        while not self._make_room(size):  # it turned out larger than its file, and requests hold all others
-            if not self._claims[key]:
-                return
-            await self._wait()
-        self._put(key, bound)
+        self._learned[key] = max(version.nbytes, bound.nbytes)
+        if too_large := self._too_large(version):
+            return too_large
+        try:
+            async with asyncio.timeout(self.settings.deadline), self._freed:
+                # if it turned out larger than its file, requests may hold all others
+                await self._freed.wait_for(lambda: self._put(key, bound) or not self._claims[key])
+        except TimeoutError:
+            return Problem("no-room", "Running requests use all patches that are resident.", "Try again.")
+        return None
 
-    async def _wait(self) -> None:
-        async with self._freed:
-            try:
-                await asyncio.wait_for(self._freed.wait(), self.settings.deadline)
-            except TimeoutError:
-                said = "Running requests use all patches that are resident."
-                raise Problem("no-room", said, "Try again.", retry_after=1) from None
-
-    def _make_room(self, needed: int) -> bool:
-        """Evict the least recently used that no request holds; False, and nothing evicted, if that is too little."""
-        free, victims = self.settings.cache_bytes - self.nbytes, []
-        for key, size in self.sizes.items():
+    def _put(self, key: str, bound: BoundPatch) -> bool:
+        """Make a patch resident in the place of those least recently used that no request holds. False if there is no room."""
+        if key in self.sizes:  # another name had the same bytes
+            return True
+        needed, free, victims = self._learned[key], self.settings.cache_bytes - self.nbytes, []
+        for other, size in self.sizes.items():
             if free >= needed:
                 break
-            if not self._claims[key]:
-                victims.append(key)
+            if not self._claims[other]:
+                victims.append(other)
                 free += size
         if free < needed:
             return False
-        for key in victims:
-            self._evict(key)
-            self.metrics.evictions.inc()
-        return True
-
-    def _put(self, key: str, bound: BoundPatch) -> None:
-        if key in self.sizes:  # another name had the same bytes
-            return
+        for victim in victims:
+            self._evict(victim)
+        self.metrics.evictions.inc(len(victims))
         self.engine.add(key, bound)
-        self.sizes[key] = self._learned[key]
+        self.sizes[key] = needed
         self._count()
+        return True
 
     def _evict(self, key: str) -> None:
         self.engine.remove(key)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import modelpatch.errors as errors
 
+LOG = logging.getLogger("modelpatch.serve")
 MEDIA_TYPE = "application/problem+json"
 TITLES = {
     "bad-request": (400, "The request cannot be read"),
@@ -34,13 +36,18 @@ TITLES = {
     "store-unreachable": (503, "The store cannot be read"),
     "stopping": (503, "The server is stopping"),
 }
-DAMAGED = ("damaged-patch", "Publish the patch again from its source.")
-KINDS: dict[type[errors.ModelpatchError], tuple[str, str]] = {  # the first that fits; its advice replaces the error's
+HEADERS = {
+    "no-token": {"WWW-Authenticate": 'Bearer realm="modelpatch"'},
+    "too-slow": {"Connection": "close"},
+    "too-large": {"Connection": "close"},
+    "store-unreachable": {"Retry-After": "5"},
+    **{kind: {"Retry-After": "1"} for kind in ("too-busy", "deadline", "no-room", "stopping")},
+}
+DAMAGED = (errors.DamagedPatchError, errors.PatchLengthError, errors.NotAPatchError)
+KINDS: dict[Any, tuple[str, str]] = {  # by types of errors, the first that fits; its advice replaces the error's
     errors.UnknownPatchError: ("unknown-patch", "GET /v1/patches lists those there are."),
     errors.WrongBackboneError: ("wrong-backbone", "GET /v1/plan names the server's backbone."),
-    errors.DamagedPatchError: DAMAGED,
-    errors.PatchLengthError: DAMAGED,
-    errors.NotAPatchError: DAMAGED,
+    DAMAGED: ("damaged-patch", "Publish the patch again from its source."),
     errors.PatchError: ("damaged-patch", ""),
     errors.TaggedVersionError: ("tagged", "Move the tag, or remove with force=true."),
     errors.InvalidReferenceError: ("invalid-request", ""),
@@ -48,6 +55,7 @@ KINDS: dict[type[errors.ModelpatchError], tuple[str, str]] = {  # the first that
     errors.MissingExtraError: ("missing-extra", ""),
     errors.DataError: ("unreadable-image", ""),
     errors.ModelpatchError: ("invalid-request", ""),
+    OSError: ("store-unreachable", ""),
 }
 
 
@@ -55,42 +63,29 @@ class Problem(errors.ServeError):
     """The answer of a server instead of a result; the client raises the same. `kind` is a key of `TITLES`.
 
     `detail` says what was given and expected, `advice` what to do; `facts` are further members, such as the patch's name.
-    `about` is the engine's key of the task that is at fault; a server's own, not sent.
+    `about` is the engine's key of the task that is at fault; a server's own, not sent. `headers` are those of HTTP.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        detail: str,
-        advice: str = "",
-        *,
-        retry_after: float | None = None,
-        about: str | None = None,
-        **facts: Any,
-    ) -> None:
+    def __init__(self, kind: str, detail: str, advice: str = "", *, about: str | None = None, **facts: Any) -> None:
         super().__init__(detail, advice)
-        self.kind, self.retry_after, self.about, self.facts = kind, retry_after, about, facts
+        self.kind, self.about, self.facts = kind, about, facts
+        self.status, self.title = TITLES[kind]
+        self.headers: Mapping[str, str] = HEADERS.get(kind, {})
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which another try may do better."""
+        wait = self.headers.get("Retry-After", "")
+        return float(wait) if wait.isdigit() else None
 
     def named(self, patch: str) -> Problem:
         """The problem with the name of the patch that it is about."""
-        facts = {**self.facts, "patch": patch}
-        return Problem(self.kind, self.detail, self.advice, retry_after=self.retry_after, about=self.about, **facts)
-
-    @property
-    def status(self) -> int:
-        return TITLES[self.kind][0]
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers that HTTP has for this kind of problem."""
-        named = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after is not None else {}
-        return {**named, "WWW-Authenticate": 'Bearer realm="modelpatch"'} if self.kind == "no-token" else named
+        return Problem(self.kind, self.detail, self.advice, about=self.about, **{**self.facts, "patch": patch})
 
     def body(self) -> dict[str, Any]:
         """The members of the JSON object."""
-        status, title = TITLES[self.kind]
-        known = {"type": f"urn:modelpatch:{self.kind}", "title": title, "status": status, "detail": self.detail}
-        return {**known, **({"advice": self.advice} if self.advice else {}), **self.facts}
+        kind, advice = f"urn:modelpatch:{self.kind}", {"advice": self.advice} if self.advice else {}
+        return {"type": kind, "title": self.title, "status": self.status, "detail": self.detail, **advice, **self.facts}
 
     @classmethod
     def read(cls, status: int, said: bytes | Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Problem:
@@ -104,27 +99,26 @@ class Problem(errors.ServeError):
         if kind not in TITLES:
             kind = next((k for k, (code, _) in TITLES.items() if code == status), "failed")
         facts = {k: v for k, v in body.items() if k not in ("type", "title", "status", "detail", "advice")}
-        wait = (headers or {}).get("retry-after", "")
-        after = float(wait) if wait.isdigit() else None
-        detail = str(body.get("detail") or f"The server answered {status}.")
-        return cls(kind, detail, str(body.get("advice", "")), retry_after=after, **facts)
+        problem = cls(
+            kind, str(body.get("detail") or f"The server answered {status}."), str(body.get("advice", "")), **facts
+        )
+        problem.headers = headers or {}
+        return problem
 
 
 def problem_of(error: BaseException, *, about: str | None = None, **facts: Any) -> Problem:
-    """Any error as a problem, `about` a task; one that was not foreseen is `failed` and does not show its text."""
-    problem = _translate(error, facts)
+    """Any error as a problem, `about` a task. The log says more of one that was not foreseen or names the store's place."""
+    if isinstance(error, Problem):
+        problem = error
+    elif found := [answer for known, answer in KINDS.items() if isinstance(error, known)]:
+        kind, advice = found[0]
+        detail = getattr(error, "detail", "") if advice else str(error)
+        if kind == "store-unreachable":
+            LOG.warning("%s", error)
+            detail = "The store cannot be read or written."
+        problem = Problem(kind, detail, advice, **facts)
+    else:
+        LOG.error("%s failed", about or facts or "a request", exc_info=error)
+        problem = Problem("failed", f"{type(error).__name__}.", "The server's log says more.", **facts)
     problem.about = problem.about or about
     return problem
-
-
-def _translate(error: BaseException, facts: Mapping[str, Any]) -> Problem:
-    if isinstance(error, Problem):
-        return error
-    said = str(error)
-    for known, (kind, advice) in KINDS.items():
-        if isinstance(error, known):
-            detail = error.detail if advice else said
-            return Problem(kind, detail, advice, retry_after=5 if kind == "store-unreachable" else None, **facts)
-    if isinstance(error, OSError):
-        return Problem("store-unreachable", f"{type(error).__name__}: {said}"[:300], retry_after=5, **facts)
-    return Problem("failed", f"{type(error).__name__}.", "The server's log says more.", **facts)

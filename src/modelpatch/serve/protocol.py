@@ -1,8 +1,8 @@
 """HTTP as uvicorn reads it, within bounds: a head that has no end, in bytes or in seconds, costs nothing.
 
 The parser keeps an unfinished line whole and copies it with every piece that arrives, so a line without end would stop the
-event loop; and it waits for the first byte for ever. So bytes that finish nothing are counted (an endless line, chunk
-extension or trailer), and those of all lines of a head; and connections whose head is not complete in time are closed.
+event loop; and it waits for the first byte for ever. So bytes are counted until they complete a head, a piece of a body or a
+message (an endless line, trailer or chunk extension does not), and connections that stay in between too long are closed.
 """
 
 from __future__ import annotations
@@ -22,34 +22,30 @@ class GuardedProtocol(HttpToolsProtocol):
     """Refuses heads above `HEAD_BYTES` with 431 and ends connections whose head takes more than `HEAD_SECONDS`."""
 
     _timer: asyncio.TimerHandle | None = None
-    _lines = 0  # bytes of the request line, headers and trailers that are read of this message
-    _unfinished = 0  # bytes in a row that finished nothing
-    _heard = False  # whether the parser understood something in the bytes it was given last
+    _pending = 0  # bytes that completed nothing yet
     _begun = False  # a head has begun and is not complete
-    _between = True  # no body is expected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._proceed()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = False
+        self._pending += len(data)
         super().data_received(data)
-        self._unfinished = 0 if self._heard else self._unfinished + len(data)
         if self.transport.is_closing():
             return
-        if self._unfinished > HEAD_BYTES:
+        if self._pending > HEAD_BYTES:
             self.send_400_response("")
-        elif self._begun or (self._between and not self._heard):
+        elif self._pending or self._begun:
             self._wait()
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that cannot be parsed, or is too large, with a problem, and close the connection."""
-        if max(self._lines, self._unfinished) > HEAD_BYTES:
+        if self._pending > HEAD_BYTES:
             said = f"The request line and headers are larger than {HEAD_BYTES:,} bytes."
             self._refuse(Problem("head-too-large", said, "Send images in the body."))
         else:
@@ -58,10 +54,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         body = json.dumps(problem.body()).encode()
         head = (
-            f"HTTP/1.1 {problem.status} {problem.body()['title']}\r\nContent-Type: {MEDIA_TYPE}\r\n"
+            f"HTTP/1.1 {problem.status} {problem.title}\r\nContent-Type: {MEDIA_TYPE}\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
-        self._stop_waiting()
+        self._proceed()
         self.transport.write(head.encode() + body)
         self.transport.close()
 
@@ -69,7 +65,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
-    def _stop_waiting(self) -> None:
+    def _proceed(self) -> None:
+        self._pending = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -87,32 +84,22 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        self._begun, self._between, self._lines = True, True, 0
+        self._begun = True
         super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        self._heard, self._begun, self._between = True, False, False
-        self._stop_waiting()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_BYTES:
+            self._pending = size
+            raise ValueError("the head is too large")
+        self._begun = False
+        self._proceed()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._heard = True
+        self._proceed()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._heard, self._between = True, True
+        self._proceed()
         super().on_message_complete()
-
-    def _count(self, size: int) -> None:
-        self._heard = True
-        self._lines += size
-        if self._lines > HEAD_BYTES:
-            raise ValueError("the head is too large")

@@ -1,6 +1,7 @@
 """Requests for answers: one image's file with options in the address, a multipart form of several, or JSON with base64.
 
-Bodies are read within limits: bytes are counted as they arrive, independent of the headers.
+Everything is read within limits: bytes are counted as they arrive, independent of the headers; formats of images are on a
+list, and pixels are counted before they are decoded.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+import io
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.types import Message, Receive
+from starlette.datastructures import UploadFile
+from starlette.types import Message
+from torch import Tensor
 
+from modelpatch.backbone.preprocessing import Preprocessing, open_image
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.schemas import MOST_TOP, REFERENCE, PredictRequest
 from modelpatch.serve.settings import Settings
@@ -24,6 +30,7 @@ from modelpatch.text import first_problem
 
 OCTETS = "application/octet-stream"
 SILENCE = 10.0  # seconds without a byte
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 TOP = {"type": "integer", "minimum": 1, "maximum": MOST_TOP, "default": 3}
 BINARY = {"type": "string", "format": "binary"}
 NAMES = {"type": "array", "items": {"type": "string", "pattern": REFERENCE}}
@@ -55,7 +62,7 @@ QUESTION: dict[str, Any] = {
         "content": {
             "image/*": {"schema": BINARY},
             OCTETS: {"schema": BINARY},
-            "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+            "application/json": {"schema": PredictRequest.model_json_schema()},
             "multipart/form-data": FORM,
         },
     },
@@ -82,7 +89,9 @@ async def read_question(request: Request, settings: Settings) -> tuple[PredictRe
         asked = _validate(await read_body(request, limit))
         return asked, [_decode_base64(text, place) for place, text in enumerate(asked.images)]
     if kind == "multipart/form-data":
-        async with read_form(request, limit, settings.images + 2 * settings.tasks + 64) as form:
+        most = settings.images + 2 * settings.tasks + 64
+        counted = _counted(request, limit).form(max_files=most, max_fields=most, max_part_size=64 * 1024)
+        async with counted as form:
             parts = form.multi_items()
             files = [value for _, value in parts if isinstance(value, UploadFile)]
             for name, value in parts:
@@ -127,21 +136,15 @@ def _decode_base64(text: str, place: int) -> bytes:
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises `Problem`: 413 beyond `limit` bytes, 408 where nothing comes for a while."""
-    return await Request(request.scope, _counted(request, limit)).body()
+    return await _counted(request, limit).body()
 
 
-@asynccontextmanager
-async def read_form(request: Request, limit: int, parts: int) -> AsyncIterator[FormData]:
-    """A multipart form of at most `parts` files and as many fields. Raises what `read_body` raises, 400 if it is malformed."""
-    counted = Request(request.scope, _counted(request, limit))
-    async with counted.form(max_files=parts, max_fields=parts, max_part_size=64 * 1024) as form:
-        yield form
-
-
-def _counted(request: Request, limit: int) -> Receive:
+def _counted(request: Request, limit: int) -> Request:
+    """The request, whose body raises `Problem` as `read_body` does, however it is read."""
+    too_large = Problem("too-large", f"The body is larger than {limit:,} bytes.", "Send less at once.")
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said[:20]) > limit:
-        raise _too_large(limit)
+        raise too_large
     seen = 0
 
     async def receive() -> Message:
@@ -153,11 +156,55 @@ def _counted(request: Request, limit: int) -> Receive:
             raise Problem("too-slow", f"No byte came for {SILENCE:g} seconds.", "Send the body faster.") from None
         seen += len(message.get("body", b""))
         if seen > limit:
-            raise _too_large(limit)
+            raise too_large
         return message
 
-    return receive
+    return Request(request.scope, receive)
 
 
-def _too_large(limit: int) -> Problem:
-    return Problem("too-large", f"The body is larger than {limit:,} bytes.", "Send less at once.")
+@dataclass(frozen=True)
+class Decoded:
+    """uint8 crops (3, S, S) of an image, one for every preprocessing, and its own width and height, upright."""
+
+    crops: Mapping[Preprocessing, Tensor]
+    size: tuple[int, int]
+
+
+def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
+    """An encoded image as every preprocessing sees it.
+
+    Only the first frame of an animation is read. Raises `Problem`: 413 for more than `pixels`, in the file or as resized,
+    422 for anything but an image of a known format.
+    """
+    wanted = list(dict.fromkeys(kinds))
+    if not data:
+        raise Problem("unreadable-image", "The image is empty: 0 bytes.", "Send the bytes of the file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below it
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image, wanted, pixels)
+        ImageOps.exif_transpose(image, in_place=True)  # so that the image as it was is not kept beside
+        whole = open_image(image)
+        return Decoded({kind: kind.center_crop(kind.decode(whole)) for kind in wanted}, whole.size)
+    except Problem:
+        raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise Problem("too-large", f"The image is too large: {error}.", "Send a smaller one.") from error
+    except UnidentifiedImageError as error:
+        said = f"The image's format is not known. Expected {', '.join(FORMATS)}."
+        raise Problem("unreadable-image", said, "Convert it.") from error
+    except Exception as error:  # Pillow's parsers raise dozens of kinds for files that were made to hurt
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise Problem("unreadable-image", f"The image cannot be decoded: {said}.", "Save it again.") from error
+
+
+def _check_size(image: Image.Image, kinds: Iterable[Preprocessing], pixels: int) -> None:
+    width, height = image.size
+    short, long = max(1, min(width, height)), max(width, height)
+    sizes = {"": width * height}  # the shorter side becomes `resize_to`, which makes a long strip enormous
+    sizes |= {f" as resized to {kind.resize_to} px": kind.resize_to**2 * long // short for kind in kinds}
+    for how, count in sizes.items():
+        if count > pixels:
+            said = f"The image of {width} x {height} has {count:,} pixels{how}; this server takes {pixels:,}."
+            raise Problem("too-large", said, "Resize or crop it first.")

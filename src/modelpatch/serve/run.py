@@ -1,15 +1,30 @@
-"""Start a server: everything is checked and loaded once, then workers serve."""
+"""Start a server: everything is checked and loaded once, then workers serve, and a parent replaces those that end.
+
+    parent: imports, loads the backbone, binds and listens ── fork ── worker 1: engine, event loop, requests
+            waits for children                             └─ fork ── worker 2: ...
+
+The workers share one listening socket. One is forked from a parent that has everything loaded, so a new one serves at once and
+all share the backbone's memory. The parent starts no thread, which makes forking safe, and holds the writing end of a pipe:
+when it dies, workers read its end.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import mmap
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,11 +32,14 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.measuring import measure
-from modelpatch.errors import MissingExtraError, ServeError
+from modelpatch.errors import MissingExtraError, ModelpatchError, ServeError
 from modelpatch.serve.settings import Settings
-from modelpatch.serve.supervisor import Supervisor, bind, rehearse
 from modelpatch.store.store import Store
 
+T = TypeVar("T")
+BACKLOG = 2048
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+TRIES = 5  # workers in a row that end before they serve, until the server gives up
 CONNECTIONS = 1024  # open at once, a worker; more are told 503 at once
 SWITCH = 0.0005  # seconds until a thread that waits for the interpreter gets it: the engine asks between any two layers
 DRAIN = 5.0  # seconds beside the deadline that stopping may take
@@ -87,13 +105,12 @@ def serve_forever(
         import uvicorn  # here, and after that, so that a new worker finds all imports done
 
         from modelpatch.serve.app import create_app
-        from modelpatch.serve.metrics import forget
         from modelpatch.serve.protocol import GuardedProtocol
         from modelpatch.serve.service import Service
 
         parent = os.getpid()
 
-        def work(opened: socket.socket, ready: Callable[[], None]) -> None:
+        def work(opened: socket.socket, ready: Callable[[], object]) -> None:
             """Serve in this process until SIGTERM; requests that run are finished."""
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
             sys.setswitchinterval(SWITCH)
@@ -117,4 +134,132 @@ def serve_forever(
                 if os.getppid() != parent:  # it was killed, so the folder is still there
                     shutil.rmtree(folder, ignore_errors=True)
 
-        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, forget).run()
+        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN).run()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `ServeError`."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ServeError(
+            f"cannot listen on {host} port {port}: {error}. Choose another with --host and --port."
+        ) from error
+    opened.set_inheritable(True)
+    return opened
+
+
+def rehearse(work: Callable[[], T]) -> T:
+    """Run `work` in a child, so that this process stays without threads, and return its result. Raises its errors."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send((True, work()))
+        except ModelpatchError as error:
+            sender.send((False, str(error)))
+
+    child = fork.Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        fine, result = receiver.recv()
+    except EOFError:
+        raise ServeError("the server cannot start: the first process ended without a word.") from None
+    finally:
+        child.join()
+    if not fine:
+        raise ServeError(result)
+    return result
+
+
+@dataclass(eq=False)
+class Supervisor:
+    """Keeps `workers` processes alive that each run `serve(listening, ready)` until SIGTERM, which they answer by finishing
+    their work. They call `ready` once they serve.
+
+    `grace` is how long they may take to finish, in seconds; then they are killed.
+    """
+
+    serve: Callable[[socket.socket, Callable[[], object]], None]
+    listening: socket.socket
+    workers: int
+    grace: float
+    _children: dict[int, mmap.mmap] = field(default_factory=dict, init=False)  # each sets a byte once it serves
+    _stopping: bool = field(default=False, init=False)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises `ServeError` if workers end before they serve."""
+        from modelpatch.serve.metrics import forget
+
+        self._lifeline, self._held = os.pipe()
+        for number in STOPPING:
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGALRM, lambda *_: self._signal_all(signal.SIGKILL))
+        failed = 0
+        for _ in range(self.workers):
+            self._start()
+        while self._children:
+            child, status = os.waitpid(-1, 0)
+            serving = self._children.pop(child, None)
+            forget(child)
+            if serving is None or self._stopping:
+                continue
+            failed = 0 if serving[0] else failed + 1
+            code = os.waitstatus_to_exitcode(status)
+            end = f"signal {-code}" if code < 0 else f"status {code}"
+            if failed >= TRIES * self.workers:
+                self._stop()
+                raise ServeError(f"workers end before they serve ({end}). The log above says why.")
+            print(f"worker {child} ended ({end}); another takes its place", file=sys.stderr, flush=True)
+            self._start()
+
+    def _start(self) -> None:
+        masked, serving = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING), mmap.mmap(-1, 1)
+        child = os.fork()
+        if child == 0:
+            self._work(masked, serving)
+        self._children[child] = serving
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        if self._stopping:  # the signal came while it was blocked
+            os.kill(child, signal.SIGTERM)
+
+    def _work(self, masked: Any, serving: mmap.mmap) -> None:
+        """In the child: serve, and never return."""
+        status = 1
+        try:
+            os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+            os.close(self._held)
+            for number in STOPPING:  # the server takes them; before and after it they end the worker
+                signal.signal(number, lambda *_: sys.exit())
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            threading.Thread(target=self._watch, daemon=True).start()
+            self.serve(self.listening, lambda: serving.write(b"1"))
+            status = 0
+        except SystemExit:
+            status = 0
+        except BaseException as error:
+            print(f"worker {os.getpid()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _watch(self) -> None:
+        os.read(self._lifeline, 1)
+        os.kill(os.getpid(), signal.SIGTERM)  # as if the parent, which is gone, had said so
+
+    def _stop(self, *signalled: object) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self.listening.close()
+            signal.alarm(max(1, round(self.grace)))
+        self._signal_all(signal.SIGTERM)
+
+    def _signal_all(self, number: int) -> None:
+        for child in list(self._children):
+            with suppress(ProcessLookupError):
+                os.kill(child, number)

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-REFERENCE = r"^[a-z0-9][a-z0-9._-]{0,63}(@[a-z0-9][a-z0-9._-]{0,63})?$"
+from modelpatch.store.version import NAME, Name
+
+REFERENCE = rf"^{NAME.pattern}(@{NAME.pattern})?$"
 MOST_TOP = 1000
-Name = Annotated[str, StringConstraints(pattern=NAME)]
 Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
-Top = Annotated[int, Field(ge=1, le=MOST_TOP, description="Classes an answer, the likeliest first.")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Color = Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$", description="In pictures of the answer.")]
 Rectangle = Annotated[list[float], Field(min_length=4, max_length=4)]
@@ -34,7 +33,7 @@ class PredictRequest(BaseModel):
         None, description="Patches for every image: NAME, NAME@TAG or NAME@HASH; base is the backbone. All without it."
     )
     per_image: list[Reference] | None = Field(None, description="Instead of tasks: one for every image.")
-    top: Top = 3
+    top: int = Field(3, ge=1, le=MOST_TOP, description="Classes an answer, the likeliest first.")
 
 
 class ClassAnswer(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -17,10 +17,11 @@ from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
 from modelpatch.serve.batcher import Batcher, QueuedImage, Said
 from modelpatch.serve.catalogue import Catalogue, ServedTask
-from modelpatch.serve.images import Decoded, decode
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.patch_cache import PatchCache, load
 from modelpatch.serve.problems import Problem, problem_of
+from modelpatch.serve.question import Decoded, decode
+from modelpatch.serve.schemas import PredictRequest
 from modelpatch.serve.settings import Settings
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
@@ -60,7 +61,7 @@ class Service:
     async def start(self) -> None:
         """Read the store once and run the engine once, so that the first request finds everything warm."""
         self.catalogue = Catalogue(self.store, self.settings.refresh, self.own)
-        self.cache = PatchCache(self.engine, self.catalogue.read, self.settings, self.metrics)
+        self.cache = PatchCache(self.engine, self.store.read, self.settings, self.metrics)
         self.batcher = Batcher(self.engine, self.settings, self.metrics, self.threads)
         self._decoders = computing_pool(1, "modelpatch-decode", self.settings.decoders)
         await self.batcher.warm_up(sample(self.backbone.input_size, self.backbone.device)[:1])
@@ -80,39 +81,33 @@ class Service:
         """Take a place among the requests that run at once, until the deadline. Raises `Problem`, 429 or 503."""
         if self._running >= self.settings.requests:
             said = f"{self._running} requests are being answered; this server takes that many."
-            raise Problem("too-busy", said, "Try again soon.", retry_after=1)
+            raise Problem("too-busy", said, "Try again soon.")
         self._running += 1
         try:
             async with asyncio.timeout(self.settings.deadline):
                 yield
         except TimeoutError:
             said = f"There was no answer within {self.settings.deadline:g} seconds."
-            raise Problem("deadline", said, "Try again, or send fewer images at once.", retry_after=1) from None
+            raise Problem("deadline", said, "Try again, or send fewer images at once.") from None
         finally:
             self._running -= 1
 
-    async def predict(
-        self, images: Sequence[bytes], tasks: Sequence[str] | None, per_image: Sequence[str] | None, top: int
-    ) -> dict[str, Any]:
-        """The best `top` classes of every image: for `tasks` or for one task an image; without either for all there are.
+    async def predict(self, images: Sequence[bytes], asked: PredictRequest) -> dict[str, Any]:
+        """The best classes of every image: for tasks or for one task an image; without either for all there are.
 
         Tasks that cannot be answered are left out and named in the answer; it is an error if none can be. Tasks that do not
         fit into one pass are answered in several.
         """
-        self._check(images, tasks, per_image)
-        targets, refused = await self.catalogue.find(await self._names(tasks if per_image is None else per_image))
-        answers: list[dict[str, Answer]] = [{} for _ in images]
-        for group in self._groups(targets):
-            found = await self._while_held(group, refused, partial(self._answer, images, per_image, top))
-            for answer, more in zip(answers, found or [], strict=bool(found)):
-                answer.update(more)
-        _expect_some(targets, refused)
-        names = [target.name for target in targets if target.name not in refused]
-        ordered = [{name: answer[name] for name in names if name in answer} for answer in answers]
-        return {"images": [{"answers": answer} for answer in ordered], "refused": _bodies(refused)}
+        self._check(images, asked)
+        names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked)
+        passes, refused = await self._work(names, work, self._groups)
+        answers = [
+            {name: answer for one in parts for name, answer in one.items()} for parts in zip(*passes, strict=True)
+        ]
+        return {"images": [{"answers": answer} for answer in answers], "refused": refused}
 
-    def _check(self, images: Sequence[bytes], tasks: Sequence[str] | None, per_image: Sequence[str] | None) -> None:
-        if tasks is not None and per_image is not None:
+    def _check(self, images: Sequence[bytes], asked: PredictRequest) -> None:
+        if asked.tasks is not None and asked.per_image is not None:
             raise Problem("invalid-request", "Both tasks and per_image are given.", "Give one of them.")
         if not 0 < len(images) <= self.settings.images:
             raise Problem(
@@ -120,8 +115,8 @@ class Service:
                 f"The request has {len(images)} images; expected 1 to {self.settings.images}.",
                 "Send several requests." if images else "Send the images in the field `images`.",
             )
-        if per_image is not None and len(per_image) != len(images):
-            said = f"per_image names {len(per_image)} tasks for {len(images)} images."
+        if asked.per_image is not None and len(asked.per_image) != len(images):
+            said = f"per_image names {len(asked.per_image)} tasks for {len(images)} images."
             raise Problem("invalid-request", said, "Name one task for every image.")
 
     async def _names(self, names: Sequence[str] | None) -> Sequence[str]:
@@ -135,7 +130,7 @@ class Service:
             raise Problem("too-large", said, "Name the tasks you need.")
         return names
 
-    def _groups(self, targets: Sequence[ServedTask]) -> list[list[ServedTask]]:
+    def _groups(self, targets: list[ServedTask]) -> list[list[ServedTask]]:
         """The targets in as few passes as their number and the bytes that stay resident allow."""
         groups: list[list[ServedTask]] = []
         held: dict[str, int] = {}
@@ -149,44 +144,52 @@ class Service:
             groups[-1].append(target)
         return groups
 
-    async def _while_held(
+    async def _work(
         self,
-        targets: Sequence[ServedTask],
-        refused: dict[str, Problem],
+        names: Sequence[str] | None,
         work: Callable[[list[ServedTask]], Awaitable[T]],
-    ) -> T | None:
-        """The result of `work` on the targets while the engine has them, again without those that a problem is about.
+        split: Callable[[list[ServedTask]], list[list[ServedTask]]],
+    ) -> tuple[list[T], dict[str, Any]]:
+        """The results of `work` on the targets of names, as they are `split`, while the engine has them; and what was refused.
 
-        Those are `refused` by name; None if none is left.
+        Work is done again without those that a problem is about. Raises the first `Problem` if none is left.
         """
-        left = list(targets)
-        while left:
-            try:
-                async with self.cache.hold([target.version for target in left if target.version is not None]):
-                    return await work(left)
-            except Problem as problem:
-                hit = [target for target in left if target.key == problem.about]
-                if not hit:
-                    raise
-                refused.update({target.name: problem.named(target.label) for target in hit})
-                left = [target for target in left if target not in hit]
-        return None
+        targets, refused = await self.catalogue.find(await self._names(names))
+        results = []
+        for left in split(targets):
+            while left:
+                try:
+                    async with self.cache.hold([target.version for target in left if target.version is not None]):
+                        results.append(await work(left))
+                        break
+                except Problem as problem:
+                    hit = [target for target in left if target.key == problem.about]
+                    if not hit:
+                        raise
+                    refused |= {target.name: problem.named(str(target.version or target.name)) for target in hit}
+                    left = [target for target in left if target not in hit]
+        if not results:
+            raise next(iter(refused.values()))
+        return results, {name: problem.body() for name, problem in refused.items()}
 
     async def _answer(
-        self, images: Sequence[bytes], per_image: Sequence[str] | None, top: int, targets: list[ServedTask]
+        self, images: Sequence[bytes], asked: PredictRequest, targets: list[ServedTask]
     ) -> list[dict[str, Answer]]:
         """The answers of every image by name, for all targets or the one it names."""
-        names = [None] * len(images) if per_image is None else per_image
-        wanted = [[one for one in targets if name is None or one.name == name] for name in names]
+        names: Sequence[str | None] = asked.per_image or [None] * len(images)
+        wanted = [[one for one in targets if name in (None, one.name)] for name in names]
         decoded = await self._decode(images, wanted)
         rows = [
-            QueuedImage(one.crops, tuple(sorted({target.key for target in own})), top)
+            QueuedImage(one.crops, tuple(sorted({target.key for target in own})), asked.top)
             for one, own in zip(decoded, wanted, strict=True)
         ]
         found = iter(await self.batcher.answer([row for row in rows if row.tasks]))
         said = [next(found) if row.tasks else {} for row in rows]
-        tell = partial(self._tell, wanted, said, [one.size for one in decoded], top)
-        if not any(kind_of(self.engine.kind(target.key)).draws for target in {t for own in wanted for t in own}):
+
+        def tell() -> list[dict[str, Answer]]:
+            return [self._tell(*given, asked.top) for given in zip(wanted, decoded, said, strict=True)]
+
+        if not any(kind_of(self.engine.kind(key)).draws for key in {key for row in rows for key in row.tasks}):
             return tell()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, tell)  # pictures take a while
 
@@ -199,28 +202,21 @@ class Service:
         try:
             return await asyncio.gather(*jobs)
         except Problem as problem:
-            place = next(n for n, job in enumerate(jobs) if job.done() and job.exception() is problem)
+            problem.facts["image"] = next(n for n, job in enumerate(jobs) if job.done() and job.exception() is problem)
             for job in jobs:
                 job.cancel()
-            problem.facts["image"] = place
             raise
 
     def _tell(
-        self,
-        wanted: Sequence[Sequence[ServedTask]],
-        said: Sequence[Mapping[str, Said]],
-        sizes: Sequence[tuple[int, int]],
-        top: int,
-    ) -> list[dict[str, Answer]]:
-        def tell(target: ServedTask, one: Said, size: tuple[int, int]) -> Answer:
-            view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=size)
-            answer = kind_of(self.engine.kind(target.key)).to_json(one, view, top)
-            return {"version": target.identity, "top": [], **answer}
-
-        return [
-            {target.name: tell(target, found[target.key], size) for target in own}
-            for own, found, size in zip(wanted, said, sizes, strict=True)
-        ]
+        self, targets: Sequence[ServedTask], image: Decoded, said: Mapping[str, Said], top: int
+    ) -> dict[str, Answer]:
+        """The answers of one image as JSON."""
+        answers = {}
+        for target in targets:
+            view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=image.size)
+            answer = kind_of(self.engine.kind(target.key)).to_json(said[target.key], view, top)
+            answers[target.name] = {"version": target.identity, "top": [], **answer}
+        return answers
 
     async def plan(self, tasks: Sequence[str] | None, images: int) -> dict[str, Any]:
         """Figures and a tree of the work that tasks (None: those resident) share for a batch of images."""
@@ -229,10 +225,8 @@ class Service:
         if tasks is None:
             here = [version.name for version in await self.catalogue.latest() if version.hash in self.cache.sizes]
             tasks = [BASE, *here][: self.settings.tasks]
-        targets, refused = await self.catalogue.find(await self._names(tasks))
-        found = await self._while_held(targets, refused, partial(self._plan, images))
-        _expect_some(targets, refused)
-        return {"backbone": self._backbone(), "images": images, **(found or {}), "refused": _bodies(refused)}
+        (found,), refused = await self._work(tasks, partial(self._plan, images), lambda targets: [targets])
+        return {"backbone": self._backbone(), "images": images, **found, "refused": refused}
 
     async def _plan(self, images: int, targets: Sequence[ServedTask]) -> dict[str, Any]:
         named: dict[str, list[str]] = {}
@@ -256,12 +250,8 @@ class Service:
     def _backbone(self) -> dict[str, Any]:
         base = self.backbone
         count = sum(tensor.numel() for tensor in base.module.parameters())
-        return {
-            "spec": base.spec,
-            "fingerprint": base.fingerprint,
-            "parameters": count,
-            "classes": len(base.classes),
-        }
+        facts = {"spec": base.spec, "fingerprint": base.fingerprint}
+        return {**facts, "parameters": count, "classes": len(base.classes)}
 
     async def patches(self, after: str, limit: int) -> dict[str, Any]:
         """The patches whose names follow `after`, in the order of names."""
@@ -319,12 +309,3 @@ class Service:
 
         await self.catalogue.change(work, patch=reference)
         self.cache.drop(gone, kept={version.hash for version in await self.catalogue.list()})
-
-
-def _expect_some(targets: Collection[ServedTask], refused: Mapping[str, Problem]) -> None:
-    if all(target.name in refused for target in targets):
-        raise next(iter(refused.values()))
-
-
-def _bodies(refused: Mapping[str, Problem]) -> dict[str, Any]:
-    return {name: problem.body() for name, problem in refused.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from modelpatch.errors import ServeError
 
@@ -48,9 +48,9 @@ class Settings:
     decoders: int = min(4, os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name not in ("token", "refresh", "remember")):
-            if not getattr(self, name) > 0:
-                raise ServeError(f"the limit {name} is {getattr(self, name)!r}; expected more than 0.")
+        for name, value in vars(self).items():
+            if name not in ("token", "refresh", "remember") and not value > 0:
+                raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
         if self.queue < self.images:

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modelpatch.serve.supervisor import TRIES
+from modelpatch.serve.run import TRIES
 
 SCRIPT = """
 import os, signal, sys, time
-from modelpatch.serve.supervisor import Supervisor, bind
+from modelpatch.serve.run import Supervisor, bind
 
 def serve(listening, ready):
     with open(sys.argv[1], "a") as file:
@@ -19,7 +19,7 @@ def serve(listening, ready):
         starts = len(file.readlines())
     {body}
 
-Supervisor(serve, bind("127.0.0.1", 0), 1, 5.0, lambda child: None).run()
+Supervisor(serve, bind("127.0.0.1", 0), 1, 5.0).run()
 """
 
 
