@@ -198,7 +198,7 @@ def parse(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shop(small_bundled: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that commands name: data, patches of the bundled network, copies of it that were trained."""
     folder = tmp_path_factory.mktemp("shop")
     for name in ("flowers", "gtsrb", "imagenette", "caltech101", "cifar10", "digits", "photos", "cub80_2010"):
@@ -250,6 +250,7 @@ def test_every_command_runs(
 ) -> None:
     here = shutil.copytree(shop, tmp_path / "here")
     monkeypatch.chdir(here)
+    monkeypatch.setattr("modelpatch.select.budget.PATIENCE", 1)  # latencies of a small network say nothing anyway
     for words in commands(page):
         elsewhere = any(word.startswith(LEFT_OUT) for word in words)
         if words[0] == "modelpatch" and not elsewhere:
