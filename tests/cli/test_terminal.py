@@ -49,7 +49,7 @@ def test_a_bar_shows_its_parts_and_its_note_at_80_columns() -> None:
     with Progress("scale-bias+depthwise on a [task]", console) as progress, progress.task("training", 40) as advance:
         advance(18)
         progress.note("epoch 10  loss 0.1234  lr 0.0003  validation_top1 0.8765")
-        console.print(progress._bars.get_renderable())
+        console.print(progress.get_renderable())
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     for part in ("━━━━━━━", "45%", "-:--:--", "a [task]: training", "loss 0.1234", "validation_top1 0.8765"):
         assert part in shown

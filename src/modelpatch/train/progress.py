@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Column
 
 
-class Progress:
+class Progress(progress.Progress):
     """Bars for the parts of a run, named after `title`. Quiet unless the console is a terminal.
 
     ━━━━━━━━━━━━━━━━━━━━  45% 0:00:12 scale-bias on digits: training
@@ -20,47 +18,33 @@ class Progress:
     """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
-        self.title = title
         console = console or Console(stderr=True)
-        self._note = ""
-        self._bars = Bars(
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn(
-                "{task.description}\n{task.fields[note]}", markup=False, table_column=Column(ratio=1, overflow="fold")
-            ),
+        words = "{task.description}\n{task.fields[note]}"
+        super().__init__(
+            progress.BarColumn(bar_width=20),
+            progress.TaskProgressColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn(words, markup=False, table_column=Column(ratio=1, overflow="fold")),
             console=console,
             transient=True,
             expand=True,
             disable=not console.is_terminal,
         )
-        self._current: int | None = None
+        self.title = title
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         """A bar for one part; yields what moves it on."""
-        bar = self._bars.add_task(f"{self.title}: {name}", total=total, completed=done, note="")
-        outer, self._current = self._current, bar
+        bar = self.add_task(f"{self.title}: {name}", total=total, completed=done, note="")
         try:
-            yield lambda count: self._bars.advance(bar, count)
+            yield lambda count: self.advance(bar, count)
         finally:
-            self._current = outer
-            self._bars.remove_task(bar)
+            self.remove_task(bar)
 
     def note(self, text: str) -> None:
-        """Put a few words below the name of the current bar."""
-        if self._current is not None:
-            self._bars.update(self._current, note=text)  # type: ignore[arg-type]
-
-    def __enter__(self) -> Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
+        """Put a few words below the name of the current bar, the last that was begun."""
+        if self.task_ids:
+            self.update(self.task_ids[-1], note=text)
 
 
 def quiet_progress() -> Progress:
