@@ -60,7 +60,7 @@ class EarlyStopping(Callback):
         value = trainer.figure(name=self.monitor)
         if not self.best or (value < self.best_value if self.mode == "min" else value > self.best_value):
             self.best_value, self.stale = value, 0
-            self.best = {name: tensor.clone() for name, tensor in get_state(trainer.model).items()}
+            self.best = copy_state(trainer.model)
         else:
             self.stale += 1
         if self.patience is not None and self.stale >= self.patience:
@@ -96,7 +96,7 @@ class WeightAverage(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Start from the weights as they are."""
-        self.average = self.average or _copied(trainer.model)
+        self.average = self.average or copy_state(trainer.model)
 
     @torch.no_grad()
     def on_step_end(self, trainer: Trainer) -> None:
@@ -109,7 +109,7 @@ class WeightAverage(Callback):
 
     def on_validation_begin(self, trainer: Trainer) -> None:
         """Put the average in place of the weights."""
-        self._trained = _copied(trainer.model)
+        self._trained = copy_state(trainer.model)
         load_state(trainer.model, self.average)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
@@ -130,7 +130,7 @@ class WeightAverage(Callback):
         self.average = dict(state["average"])
 
 
-class CheckpointSaver(Callback):
+class CheckpointSaver(Checkpoint, Callback):
     """Save the training state in `folder` after every epoch and every minute, and resume from it where it is found.
 
     The run then continues exactly. `identity` is what must be equal, by default the shapes of the model's parameters and the
@@ -140,31 +140,22 @@ class CheckpointSaver(Callback):
     order: ClassVar[int] = 2
 
     def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
-        self.folder, self.identity = folder, identity
-        self._checkpoint: Checkpoint | None = None
+        super().__init__(folder, identity or {})
 
     def saved_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
         """The state that an interrupted run left. Raises `CheckpointMismatchError` for another run's."""
-        self._checkpoint = Checkpoint(self.folder, self.identity or describe_run(trainer))
-        return trainer.team.follow(self._checkpoint.load() if trainer.team.leads else None)
+        self.identity = self.identity or describe_run(trainer)
+        return trainer.team.follow(self.load() if trainer.team.leads else None)
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Save once a minute."""
-        if self._checkpoint is not None and self._checkpoint.due():
-            self._save(trainer)
+        if self.due():
+            self.on_epoch_end(trainer)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save after every epoch."""
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if self._checkpoint is not None and trainer.team.leads:
-            self._checkpoint.save(trainer.state_dict())
-
-    def clear(self) -> None:
-        """Remove the state: the run is finished and its result is where it should be."""
-        if self._checkpoint is not None:
-            self._checkpoint.clear()
+        if trainer.team.leads:
+            self.save(trainer.state_dict())
 
 
 class MetricLogger(Callback):
@@ -178,27 +169,25 @@ class MetricLogger(Callback):
     def on_train_begin(self, trainer: Trainer) -> None:
         """Begin the file with the epochs that are done, if the run was interrupted."""
         self.file.unlink(missing_ok=True)
-        for row in trainer.history:
-            self._append(row)
+        self._write(trainer.history)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(self.folder))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Append the epoch's row."""
-        self._append(trainer.row)
+        """Write the epoch's row."""
+        self._write(trainer.history)
         if self._events is not None:
             for name, value in trainer.row.items():
                 self._events.add_scalar(name, value, int(trainer.row["epoch"]))
 
-    def _append(self, row: dict[str, float]) -> None:
-        new = not self.file.exists()
-        with self.file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, list(row))
-            if new:
+    def _write(self, history: list[dict[str, float]]) -> None:
+        if history:
+            with self.file.open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, list(history[0]))
                 writer.writeheader()
-            writer.writerow(row)
+                writer.writerows(history)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Close TensorBoard's events."""
@@ -240,15 +229,16 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     """Return what must be equal for a trainer to resume from another one's state."""
     shapes = {name: list(tensor.shape) for name, tensor in get_state(trainer.model).items()}
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    names = {"model": trainer.model, "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+    parts = ("model", "optimizer", "scheduler")
     numbers = ("epochs", "total", "per_epoch", "accumulate", "clip", "seed")
     return {
-        **{name: type(value).__name__ for name, value in names.items()},
+        **{name: type(getattr(trainer, name)).__name__ for name in parts},
         **{name: getattr(trainer, name) for name in numbers},
         "loss": name_of(trainer.loss),
         "tensors": digest,
     }
 
 
-def _copied(model: Any) -> dict[str, Tensor]:
+def copy_state(model: Any) -> dict[str, Tensor]:
+    """Return copies of all that training may change."""
     return {name: tensor.detach().clone() for name, tensor in get_state(model).items()}
