@@ -304,6 +304,6 @@ def test_the_loss_is_the_mean_of_all_resolutions(backbone: Backbone, colors: Tas
     run = ResolutionRun(backbone, colors, FullFinetune(statistics="frozen"), chosen, SIZES, "private")
     model, labels = run.build(), torch.from_numpy(colors.train.labels)
     with torch.no_grad():
-        images = [next(fit.source.plain("train").batches([torch.arange(24)], 0)).images for fit in run.fits.values()]
+        images = [fit.source.images("train").plain(torch.arange(24)) for fit in run.fits.values()]
         expected = statistics.fmean(float(F.cross_entropy(model(x), labels)) for x in images)
     assert run.make_trainer(model).train()[0]["loss"] == pytest.approx(expected, rel=1e-5)

@@ -303,7 +303,7 @@ class ResolutionRun:
         if self.whole.validates:
             held = ResolutionBatches([fit.batches(one, "validation") for fit, one in pairs], together=False)
         events = MethodEvents(self.method, [(one, fit.plain_batches) for fit, one in pairs])
-        return self.whole.train_on(model, data, held, [events, *callbacks], len(pairs), trainer=ResolutionTrainer)
+        return ResolutionTrainer(self.whole, model, data, held, [events, *callbacks], len(pairs))
 
     # results ------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,8 @@ from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.scale_bias import recompute_statistics
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train.cache import run_prefix
 from modelpatch.train.evaluation import MEMORY, harmonic_mean
+from modelpatch.train.inputs import run_prefix
 from modelpatch.train.probe import fit_probe
 
 Role = Literal["patched", "supported"]

@@ -229,18 +229,8 @@ def share_images(backbone: Backbone, images: Split, settings: FitSettings, disk:
     """Images for many fits with these settings, which name an augmentation."""
     preprocessing = settings.seen(backbone.preprocessing, Classification.name)
     backbone.check_image_size(preprocessing.image_size)
-    return SharedImages(
-        backbone,
-        images,
-        preprocessing,
-        choose_augmentation(settings.augment, images),
-        views=min(settings.views, settings.epochs),
-        seed=settings.seed,
-        memory=settings.memory,
-        disk=disk,
-        cache=settings.cache,
-        bar=bar,
-    )
+    augmentation = choose_augmentation(settings.augment, images)
+    return SharedImages(backbone, images, preprocessing, augmentation, settings, disk, bar)
 
 
 T = TypeVar("T")  # a dataclass of plain values

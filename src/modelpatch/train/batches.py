@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,10 +39,8 @@ class Minibatch:
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
     def to(self, device: torch.device) -> Minibatch:
-        """The batch on a device, images in `channels_last` format."""
-        x = self.inputs.to(device, non_blocking=True)
-        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-        return replace(self, inputs=x, targets=move(self.targets, device))
+        """The batch on a device."""
+        return replace(self, inputs=place(self.inputs, device), targets=move(self.targets, device))
 
 
 @runtime_checkable
@@ -50,6 +49,12 @@ class BatchSource(Protocol):
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
         """The batches of an epoch, beginning with batch `first`."""
+
+
+def place(inputs: Tensor, device: torch.device) -> Tensor:
+    """Copy inputs to a device, images and maps in `channels_last` format."""
+    x = inputs.to(device, non_blocking=True)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def move(targets: Any, device: torch.device) -> Any:
@@ -108,24 +113,22 @@ class LoaderBatches:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
         """The batches of an epoch, beginning with batch `first`."""
-        parts: list[Any] = [self.loader]
-        parts += [getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        names = ("sampler", "batch_sampler", "dataset")
+        parts: list[Any] = [self.loader, *(getattr(self.loader, name, None) for name in names)]
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
             if isinstance(generator := getattr(part, "generator", None), torch.Generator):
                 generator.manual_seed(mix(self.seed, epoch))
-        number = 0
         with seeded(self.seed, epoch):
             iterator = iter(self.loader)
-        while True:
+        for number in count():
             with seeded(self.seed, epoch, number):
                 given = next(iterator, None)
             if given is None:
                 return
             if number >= first:
                 yield as_minibatch(given)
-            number += 1
 
 
 def as_minibatch(given: Any) -> Minibatch:
@@ -145,38 +148,42 @@ def as_minibatch(given: Any) -> Minibatch:
 
 
 class Inputs(Protocol):
-    """Inputs of segment `start` for the rows of batches, and their targets."""
+    """Inputs of segment `start` for the rows of batches, and their targets. `len` is the number of rows."""
 
     start: int
+
+    def __len__(self) -> int: ...
 
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
         """Yield the inputs and targets of every batch from number `first` on."""
 
 
+@dataclass(frozen=True)
 class RowBatches:
-    """Batches of `size` of `count` rows of inputs, in a random order that follows (seed, epoch), or in order."""
+    """Batches of `size` rows of inputs, in a random order that follows (seed, epoch), or in order without a seed."""
 
-    def __init__(self, inputs: Inputs, count: int, size: int, *, seed: int = 0, shuffle: bool = True) -> None:
-        self.inputs, self.count, self.size, self.seed, self.shuffle = inputs, count, size, seed, shuffle
+    inputs: Inputs
+    size: int
+    seed: int | None = None
 
     def __len__(self) -> int:
-        return len(cut_rows(self.count, self.size, self.seed if self.shuffle else None))
+        return len(cut_rows(len(self.inputs), self.size, self.seed))
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
         """Yield the batches of an epoch, beginning with batch `first`."""
-        rows = cut_rows(self.count, self.size, self.seed if self.shuffle else None, epoch)
+        rows = cut_rows(len(self.inputs), self.size, self.seed, epoch)
         for inputs, targets in self.inputs.batches(rows, epoch, first):
             yield Minibatch(inputs, targets, self.inputs.start)
 
 
-def cut_rows(count: int, size: int, seed: int | None, epoch: int = 0) -> list[Tensor]:
+def cut_rows(rows: int, size: int, seed: int | None, epoch: int = 0) -> list[Tensor]:
     """Return the rows of each batch of an epoch, in order without a seed.
 
     In random order a last row of its own joins the batch before, for layers that need two.
     """
     if seed is None:
-        return list(torch.arange(count).split(size))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        return list(torch.arange(rows).split(size))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [order[-size - 1 :]]

@@ -27,7 +27,7 @@ import modelpatch
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import Augmentation, choose_augmentation
-from modelpatch.data.images import pieces
+from modelpatch.data.images import NO_AUGMENTATION, pieces
 from modelpatch.data.task import Task
 from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, TrainingWarning
 from modelpatch.methods.method import Batch, Method
@@ -38,14 +38,14 @@ from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import digest_of
 from modelpatch.train.arguments import check_callbacks
-from modelpatch.train.batches import BatchSource, Minibatch, RowBatches, cut_rows
+from modelpatch.train.batches import Minibatch, RowBatches, cut_rows, place
 from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as
 from modelpatch.train.inputs import InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.settings import FitOptions, FitSettings, check_options, check_settings
+from modelpatch.train.settings import FitOptions, FitSettings, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
 
 NO_OPTIONS = FitOptions()
@@ -63,24 +63,15 @@ def fit(
     log: str | Path | None = None,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
-    optimizer: Any = None,
-    scheduler: Any = None,
-    schedule_every: Any = None,
-    loss: Any = None,
-    transform: Any = None,
-    accumulate: int = 1,
-    monitor: str | None = None,
-    ema: float | None = None,
-    checkpoint_activations: bool = False,
     **settings: Any,
 ) -> Patch:
     """Train a patch of `method` (or of its spelling, see `make_method`) for the task and measure it on the test images.
 
-    `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings`. `out`
-    names the patch's file; with `reuse` a file that the very same run wrote earlier is read instead. `checkpoint` names a
-    folder in which training state is kept every minute and every epoch and from which an interrupted run resumes exactly; it
-    is emptied once the patch is made and its file, if any, written. `log` names a folder for `metrics.csv`, a row an epoch,
-    and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
+    `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings` and the
+    options below. `out` names the patch's file; with `reuse` a file that the very same run wrote earlier is read instead.
+    `checkpoint` names a folder in which training state is kept every minute and every epoch and from which an interrupted run
+    resumes exactly; it is emptied once the patch is made and its file, if any, written. `log` names a folder for
+    `metrics.csv`, a row an epoch, and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
 
     `optimizer` is a class or a function from the method's parameter groups to an optimizer, `scheduler` a function from it to
     a scheduler, stepped `schedule_every` epoch or step, in place of the settings' schedule; `loss` a function of (outputs,
@@ -96,18 +87,10 @@ def fit(
     `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
-    chosen = check_settings(settings)
-    options = check_options(
-        optimizer=optimizer,
-        scheduler=scheduler,
-        schedule_every=schedule_every,
-        loss=loss,
-        transform=transform,
-        accumulate=accumulate,
-        monitor=monitor,
-        ema=ema,
-        checkpoint_activations=checkpoint_activations,
+    options = FitOptions(
+        **{name: settings.pop(name) for name in FitOptions.__dataclass_fields__.keys() & settings.keys()}
     )
+    chosen = check_settings(settings)
     callbacks = check_callbacks(callbacks, Callback)
     backbone, task, method = check_parts(backbone, data, method)
     team = Team.everyone()
@@ -219,48 +202,7 @@ class Fit:
         events = MethodEvents(self.method, [(model, self.plain_batches)])
         data = self.batches(model, "train")
         held = self.batches(model, "validation") if self.validates else None
-        return self.train_on(model, data, held, [events, *callbacks], self.options.accumulate, steps)
-
-    def train_on(
-        self,
-        model: Any,
-        data: Any,
-        validation: Any,
-        callbacks: Sequence[Callback],
-        accumulate: int,
-        steps: int | None = None,
-        trainer: type[PatchTrainer] | None = None,
-    ) -> PatchTrainer:
-        """Return a trainer under the settings for a model, or several as one, with batches of its own."""
-        settings, options, method = self.settings, self.options, self.method
-        own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if self.validates else []
-        if options.ema is not None:
-            own.append(WeightAverage(options.ema))
-        whole = settings.clip or accumulate > 1 or options.optimizer or any(map(reads_gradients, callbacks))
-        if self.team.alone and not whole:
-            own.append(EagerSteps())
-        total = steps or -(-len(data) // accumulate) * settings.epochs
-        self.warn(total)
-        return (trainer or PatchTrainer)(
-            self,
-            model,
-            data,
-            optimizer=options.optimizer or (lambda _: method.make_optimizer(model, self.backbone)),
-            groups=method.parameter_groups(model, self.backbone) if options.optimizer else None,
-            scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
-            schedule_every=options.schedule_every or (None if options.scheduler else "step"),
-            steps=steps,
-            epochs=settings.epochs,
-            accumulate=accumulate,
-            clip=settings.clip,
-            validation=validation,
-            monitor=options.monitor or (f"validation_{self.data.task.metric}" if self.validates else None),
-            precision=settings.precision,
-            checkpoint_activations=options.checkpoint_activations,
-            seed=settings.seed,
-            callbacks=[*own, *callbacks],
-            team=self.team,
-        )
+        return PatchTrainer(self, model, data, held, [events, *callbacks], self.options.accumulate, steps)
 
     @property
     def validates(self) -> bool:
@@ -281,30 +223,27 @@ class Fit:
 
     def batches(self, model: PatchedModel, split: str) -> RowBatches:
         """Return a split's batches for a model: training images shuffled and augmented, others as they are."""
-        training = split == "train"
-        inputs = self.source.inputs(model, split, augmented=training)
-        size = self.settings.batch_size if training else self._piece if inputs.start == 0 else HELD
-        return RowBatches(inputs, self.source.count(split), size, seed=self.settings.seed, shuffle=training)
-
-    @property
-    def _piece(self) -> int:
-        """Images whose activations stay in a processor's caches; on other devices, `HELD`."""
-        size = self.preprocessing.image_size
-        return len(pieces(torch.empty(HELD, 1, size, size, device=self.device))[0])
+        inputs = self.source.inputs(model, split, augmented=split == "train")
+        if split == "train":
+            return RowBatches(inputs, self.settings.batch_size, self.settings.seed)
+        pixels = self.preprocessing.image_size
+        whole = torch.empty(HELD, 1, pixels, pixels, device=self.device)
+        return RowBatches(inputs, HELD if inputs.start else len(pieces(whole)[0]))
 
     def plain_batches(self) -> Iterator[Tensor]:
         """Yield the training images, not augmented, in random order."""
-        rows = cut_rows(self.source.count("train"), max(self.settings.batch_size, HELD), self.settings.seed)
-        for images, _ in self.source.plain("train").batches(rows, 0):
-            yield Minibatch(images, ()).to(self.device).inputs
+        images, seed = self.source.images("train"), self.settings.seed
+        rows = cut_rows(len(images), max(self.settings.batch_size, HELD), seed)
+        for batch, _ in images.batches(rows, NO_AUGMENTATION, seed, 0):
+            yield place(batch, self.device)
 
     @torch.no_grad()
     def answers(self, model: PatchedModel, split: str) -> Iterator[tuple[Tensor, Any]]:
         """Yield a model's outputs for a split's plain images and their targets, batch by batch, on the CPU."""
         model.eval()
         for batch in self.batches(model, split).batches(0):
-            x = Minibatch(batch.inputs, ()).to(self.device).inputs
-            yield model.run_from(x, batch.start).float().cpu(), batch.targets
+            outputs = model.run_from(place(batch.inputs, self.device), batch.start)
+            yield outputs.float().cpu(), batch.targets
 
     def logits(self, model: PatchedModel, split: str) -> Tensor:
         """Return a model's logits (N, K) for a split's plain images, on the CPU."""
@@ -319,13 +258,12 @@ class Fit:
         """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
         if self.settings.class_weights == "none":
             return None
-        counts = torch.zeros(len(self.data.classes), dtype=torch.long)
+        labels: Iterable[Any] = [torch.from_numpy(self.data.train.labels)]
         if self.data.train.dense:
-            rows = cut_rows(self.source.count("train"), HELD, None)
-            for _, targets in self.source.plain("train").batches(rows, 0):
-                counts += self.kind.count_classes(targets, len(counts))
-        else:
-            counts += self.kind.count_classes(self.source.labels("train"), len(counts))
+            labels = (targets for _, targets in self.source.images("train").plain_batches())
+        counts = torch.zeros(len(self.data.classes), dtype=torch.long)
+        for targets in labels:
+            counts += self.kind.count_classes(targets, len(counts))
         return balance(counts).to(self.device)
 
     # the patch ----------------------------------------------------------------------------------------------------
@@ -368,14 +306,55 @@ class Fit:
 
 
 class PatchTrainer(Trainer):
-    """A trainer of patches: the loss of the task's kind, and what the method adds to it."""
+    """A trainer of a model, or of several as one, under a fit's settings: the loss of the kind, and what the method adds."""
 
-    def __init__(self, fit: Fit, model: Any, data: BatchSource, **arguments: Any) -> None:
-        weights, smoothing = fit.weigh_classes(), fit.settings.label_smoothing
-        own = partial(fit.kind.loss, class_weights=weights, label_smoothing=smoothing)
-        super().__init__(model, data, fit.options.loss or own, **arguments)
-        self.kind, self.classes, self.method, self.class_weights = fit.kind, fit.data.classes, fit.method, weights
+    def __init__(
+        self,
+        fit: Fit,
+        model: Any,
+        data: Any,
+        validation: Any,
+        callbacks: Sequence[Callback],
+        accumulate: int,
+        steps: int | None = None,
+    ) -> None:
+        settings, options, method = fit.settings, fit.options, fit.method
+        self.kind, self.classes, self.method, self.class_weights = (
+            fit.kind,
+            fit.data.classes,
+            method,
+            fit.weigh_classes(),
+        )
         self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
+        loss = partial(fit.kind.loss, class_weights=self.class_weights, label_smoothing=settings.label_smoothing)
+        own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if validation is not None else []
+        if options.ema is not None:
+            own.append(WeightAverage(options.ema))
+        reads_gradients = any(type(one).on_gradients is not Callback.on_gradients for one in callbacks)
+        if fit.team.alone and not (settings.clip or accumulate > 1 or options.optimizer or reads_gradients):
+            own.append(EagerSteps())
+        total = steps or -(-len(data) // accumulate) * settings.epochs
+        fit.warn(total)
+        super().__init__(
+            model,
+            data,
+            options.loss or loss,
+            optimizer=options.optimizer or (lambda _: method.make_optimizer(model, fit.backbone)),
+            groups=method.parameter_groups(model, fit.backbone) if options.optimizer else None,
+            scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
+            schedule_every=options.schedule_every or (None if options.scheduler else "step"),
+            steps=steps,
+            epochs=settings.epochs,
+            accumulate=accumulate,
+            clip=settings.clip,
+            validation=validation,
+            monitor=options.monitor or (f"validation_{fit.kind.metric}" if validation is not None else None),
+            precision=settings.precision,
+            checkpoint_activations=options.checkpoint_activations,
+            seed=settings.seed,
+            callbacks=[*own, *callbacks],
+            team=fit.team,
+        )
 
     def model_for(self, batch: Minibatch) -> Any:
         """Return the patched model that answers a batch."""
@@ -431,11 +410,6 @@ class MethodEvents(Callback):
         """Work of the method before a step, such as pruning once."""
         for model, _ in self.models:
             self.method.before_step(model, trainer.step, trainer.total or 0)
-
-
-def reads_gradients(callback: Callback) -> bool:
-    """True for a callback that reads all gradients of a step."""
-    return type(callback).on_gradients is not Callback.on_gradients
 
 
 def read_patch(path: Path, digest: str) -> Patch:

@@ -1,15 +1,19 @@
-"""Inputs of a fit: images decoded for it alone, or shared with other fits on the same images.
+"""Inputs of a fit: images, or what the frozen segments before the first patched one make of them, computed once.
 
-    images -> [frozen segments, computed once for every image] -> inputs of segment `start` -> trained segments
+    images -> [frozen segments, cached] -> inputs of segment `start` -> trained segments
 
-`OwnInputs` caches the output of the segments before one model's first span. `SharedImages` computes the activations before
-every block in one pass, for many fits: those of a selection train different parts, on different rows.
+Everything before a patch's first span is frozen and deterministic, so its output for an image never changes. It is kept in
+memory up to a budget and in a temporary file beyond it. With augmentation a stated number of augmented views of every image
+is cached, and epoch k trains on view k modulo that number.
+
+`OwnInputs` cache what one model needs. `SharedImages` computes the activations before every block in one pass, for many fits:
+those of a selection train different parts, on different rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -18,9 +22,11 @@ from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning
 from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import (
     NO_AUGMENTATION,
+    ImageBatch,
     Images,
     ImageStore,
     Pixels,
@@ -32,33 +38,108 @@ from modelpatch.data.images import (
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train.batches import Inputs
-from modelpatch.train.cache import (
-    BATCH,
-    CachedInputs,
-    PlainInputs,
-    cache_prefix,
-    cache_worthwhile,
-    make_prefix,
-    prefix_share,
-    run_prefix,
-)
+from modelpatch.train.batches import Inputs, place
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings
 
+FOLDING = 1000  # images
+WORTHWHILE = 0.1  # of the multiply-adds
+Prefix = Callable[[Tensor, int], Tensor]  # images and an end to the output of segments [0, end)
+
+
+class PlainInputs:
+    """Images without a cache: augmented anew in every epoch."""
+
+    start = 0
+
+    def __init__(self, images: Images, augmentation: Augmentation, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
+        """Images and targets for the rows of every batch from number `first` on, read ahead."""
+        return self.images.batches(rows, self.augmentation, self.seed, epoch, first)
+
+
+class CachedInputs:
+    """Activations (V, N, ...) before segment `start` of V views of N images, and their labels (V, N).
+
+    Epoch k trains on view k modulo V. `rows` are those of the images that count, all by default.
+    """
+
+    def __init__(self, start: int, values: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
+        self.start, self.values, self.labels, self.rows = start, values, labels, rows
+
+    def __len__(self) -> int:
+        return self.values.shape[1] if self.rows is None else len(self.rows)
+
+    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
+        """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
+        view = epoch % len(self.values)
+        for batch in rows[first:]:
+            own = batch if self.rows is None else self.rows[batch]
+            yield ImageBatch(self.values[view, own], self.labels[view, own])
+
+
+def cache_prefix(
+    prefix: Prefix,
+    images: Images,
+    start: int,
+    augmentation: Augmentation,
+    views: int,
+    seed: int,
+    memory: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> CachedInputs:
+    """Compute the output of segments `[0, start)` for `views` views of every image. Images are read once and not kept."""
+    values, labels = None, torch.zeros((views, len(images)), dtype=torch.int64)  # a stream's order differs by view
+    for view, rows, (pixels, own) in images.views(views, augmentation, seed):
+        outputs = prefix(pixels, start)
+        if values is None:
+            values = allocate((views, len(images), *outputs.shape[1:]), torch.float32, memory)
+        values[view, rows], labels[view, rows] = outputs.cpu(), own
+        advance(len(rows))
+    assert values is not None, "a split holds images"
+    return CachedInputs(start, values, labels)
+
+
+def make_prefix(backbone: Backbone, model: PatchedModel, images: int) -> Prefix:
+    """A function that computes the frozen prefix, through folded copies of the segments for a large number of images.
+
+    Folded segments agree with the model's to rounding and take less time; making them takes as long as some hundred images.
+    A head that reads inner segments needs the model's own, which keep what they pool.
+    """
+    if images < FOLDING or model.reading.inner or backbone.device.type != "cpu":
+        return partial(run_prefix, model)
+    frozen = FrozenBackbone(backbone, Tuning(channels_last=True, fold=True, piece_bytes=CACHE))
+    return torch.no_grad()(frozen.run)
+
+
+def run_prefix(model: PatchedModel, images: Tensor, start: int) -> Tensor:
+    """The output of the frozen segments `[0, start)` for normalised images, on the model's device."""
+    images = place(images, next(model.parameters()).device)
+    return torch.cat([model.run_prefix(piece, start) for piece in pieces(images)])
+
+
+def prefix_share(backbone: Backbone, start: int) -> float:
+    """The share of the chain's multiply-adds that lies before segment `start`."""
+    macs = [segment.macs for segment in backbone.chain] if start else [0]
+    return sum(macs[:start]) / max(sum(macs), 1)
+
+
+def cache_worthwhile(backbone: Backbone, start: int) -> bool:
+    """Return True where a cache before segment `start` saves enough work to be worth its memory."""
+    return prefix_share(backbone, start) >= WORTHWHILE
+
 
 class InputSource(Protocol):
-    """The images of a fit by split."""
+    """The images of a fit by split: `train`, `test` and others."""
 
-    def count(self, split: str) -> int:
-        """Return the number of images."""
-
-    def labels(self, split: str) -> Tensor:
-        """Return the class indices (N,), int64."""
-
-    def plain(self, split: str) -> Inputs:
-        """Return the images as inputs, not augmented."""
+    def images(self, split: str) -> Images:
+        """Return the images, not augmented."""
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         """Return inputs of a segment of the model before its first span, or of its head."""
@@ -80,18 +161,11 @@ class OwnInputs(InputSource):
         bar: Progress,
     ) -> None:
         self.backbone, self.data, self.preprocessing, self.augmentation = backbone, data, preprocessing, augmentation
-        self.seed, self.memory, self.cache, self.bar = settings.seed, settings.memory, settings.cache, bar
-        self.views = min(settings.views, settings.epochs)
+        self.settings, self.bar = settings, bar
         self._opened: dict[tuple[str, bool], Images] = {}
 
-    def count(self, split: str) -> int:
-        return len(getattr(self.data, split))
-
-    def labels(self, split: str) -> Tensor:
-        return torch.from_numpy(getattr(self.data, split).labels)
-
-    def plain(self, split: str) -> Inputs:
-        return PlainInputs(self._open(split, False), NO_AUGMENTATION, self.seed)
+    def images(self, split: str) -> Images:
+        return self._open(split, False)
 
     def prepare(self, model: PatchedModel) -> None:
         """Leave the model its own segments."""
@@ -99,38 +173,41 @@ class OwnInputs(InputSource):
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         """Return a split's images, or cached activations before the model's first span where that saves work."""
         first, augmentation = model.first, self.augmentation if augmented else NO_AUGMENTATION
-        images: Split = getattr(self.data, split)
-        if images.dense or not self.cache or not cache_worthwhile(self.backbone, first):
-            return PlainInputs(self._open(split, augmented), augmentation, self.seed)
-        views = self.views if augmented and (augmentation.name != "none" or images.augments) else 1
+        images, settings = self._split(split), self.settings
+        if images.dense or not settings.cache or not cache_worthwhile(self.backbone, first):
+            return PlainInputs(self._open(split, augmented), augmentation, settings.seed)
+        varied = augmented and (augmentation.name != "none" or images.augments)
+        views = min(settings.views, settings.epochs) if varied else 1
         share, count = prefix_share(self.backbone, first), views * len(images)
         with self.bar.task(f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", count) as advance:
-            prefix = make_prefix(self.backbone, model, count)
-            source = self._open(split, augmented, once=True)
-            return cache_prefix(prefix, source, first, augmentation, views, self.seed, self.memory, advance)
+            prefix, source = make_prefix(self.backbone, model, count), self._open(split, augmented, once=True)
+            return cache_prefix(prefix, source, first, augmentation, views, settings.seed, settings.memory, advance)
+
+    def _split(self, name: str) -> Split:
+        return getattr(self.data, name)
 
     def _open(self, split: str, augmented: bool, once: bool = False) -> Images:
         """The images of a split, the same ones for every reader if they are kept."""
-        images: Split = getattr(self.data, split)
-        augmented = augmented and images.changes
-        if (split, augmented) in self._opened:
-            return self._opened[split, augmented]
-        images = images if augmented else images.with_transform(None)
+        images = self._split(split)
+        key = split, augmented and images.changes
+        if key in self._opened:
+            return self._opened[key]
+        images = images if key[1] else images.with_transform(None)
         read_once = once or split == "test"
-        opened = open_images(images, self.preprocessing, self.memory, once=read_once, shuffle=augmented)
+        opened = open_images(images, self.preprocessing, self.settings.memory, once=read_once, shuffle=key[1])
         if not once:
-            self._opened[split, augmented] = opened
+            self._opened[key] = opened
         return opened
 
 
 class SharedImages:
     """Images that many fits of one backbone train on: decoded once, activations before blocks computed once.
 
-    `views` augmented views of every image and the plain one are made once, so that all fits see the same; unless `cache` is
-    False, their activations before every block are kept as well, from the last block to the first, since late ones are
-    small and save most, as long as they fit into `memory` bytes in memory and `disk` bytes in temporary files. The inputs of a
-    model are those of the last boundary before its first span. A model that trains almost from the images on, for which a
-    cache would save nothing, sees new views in every epoch, as in a fit alone.
+    As many augmented views of every image as the settings say and the plain one are made once, so that all fits see the same;
+    unless `cache=False` is set, their activations before every block are kept as well, from the last block to the first,
+    since late ones are small and save most, as long as they fit into the settings' `memory` and `disk` bytes in temporary
+    files. The inputs of a model are those of the last boundary before its first span. A model that trains almost from the
+    images on, for which a cache would save nothing, sees new views in every epoch, as in a fit alone.
     """
 
     def __init__(
@@ -139,19 +216,14 @@ class SharedImages:
         split: Split,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
-        *,
-        views: int,
-        seed: int,
-        memory: int,
+        settings: FitSettings,
         disk: int,
-        cache: bool = True,
         bar: Progress | None = None,
     ) -> None:
-        self.backbone, self.augmentation, self.seed = backbone, augmentation, seed
-        self.views = views if augmentation.name != "none" else 0
-        self.memory, self.disk, self.cache = memory, disk, cache
+        self.backbone, self.augmentation, self.settings, self.disk = backbone, augmentation, settings, disk
+        self.views = min(settings.views, settings.epochs) if augmentation.name != "none" else 0
         self.bar = bar or quiet_progress()
-        self.store = ImageStore(split, preprocessing, memory)
+        self.store = ImageStore(split, preprocessing, settings.memory)
         self._activations: dict[int, Tensor] | None = None
         self._folded: dict[int, nn.Module] = {}
 
@@ -174,32 +246,33 @@ class SharedImages:
 
     @torch.no_grad()
     def _compute(self) -> dict[int, Tensor]:
-        chain, count, views = self.backbone.chain, len(self.store), self.views + 1
-        kept = self._allocate(views, count)
-        with self.bar.task(f"activations before {len(kept)} segments", views * count) as advance:
-            for view in range(views):
-                augmentation = self.augmentation if view < self.views else NO_AUGMENTATION
-                for step, rows in enumerate(torch.arange(count).split(BATCH)):
-                    images = self.store.batch(rows, augmentation, (self.seed, view, step)).images.to(
-                        self.backbone.device
-                    )
-                    done = 0
-                    for x in pieces(images.contiguous(memory_format=torch.channels_last)):
-                        chosen, at = rows[done : done + len(x)], 0
-                        done += len(x)
-                        for boundary in sorted(kept):
-                            x, at = chain.run(x, at, boundary), boundary
-                            kept[boundary][view, chosen] = x.cpu()
+        kept, device = self._allocate(), self.backbone.device
+        boundaries, total = sorted(kept), (self.views + 1) * len(self.store)
+        with self.bar.task(f"activations before {len(kept)} segments", total) as advance:
+            for first, count, augmentation in ((0, self.views, self.augmentation), (self.views, 1, NO_AUGMENTATION)):
+                views = self.store.views(count, augmentation, self.settings.seed) if count else ()
+                for view, rows, (images, _) in views:
+                    parts = pieces(place(images, device))
+                    for x, chosen in zip(parts, rows.split(len(parts[0])), strict=True):
+                        at = 0
+                        for boundary in boundaries:
+                            x, at = self.backbone.chain.run(x, at, boundary), boundary
+                            kept[boundary][first + view, chosen] = x.cpu()
                     advance(len(rows))
         return kept
 
-    def _allocate(self, views: int, count: int) -> dict[int, Tensor]:
-        """Allocate the images, and the boundaries that the budgets allow."""
-        shapes = output_shapes(self.backbone, self.store.preprocessing.input_size)
-        memory, disk = self.memory, self.disk
+    def _allocate(self) -> dict[int, Tensor]:
+        """Allocate the images, and the boundaries before which a cache saves work that the budgets allow, the last first."""
+        chain, memory, disk = self.backbone.chain, self.settings.memory, self.disk
+        x = torch.zeros(1, *self.store.preprocessing.input_size, device=self.backbone.device)
+        shapes = [x.shape[1:]]
+        for segment in chain:
+            x = segment.module(x)
+            shapes.append(x.shape[1:])
+        boundaries = (len(chain), *(block.index for block in reversed(chain.blocks))) if self.settings.cache else ()
         kept: dict[int, Tensor] = {}
-        for boundary in (0, *(chain_boundaries(self.backbone) if self.cache else ())):
-            shape = (views, count, *shapes[boundary])
+        for boundary in (0, *(start for start in boundaries if cache_worthwhile(self.backbone, start))):
+            shape = (self.views + 1, len(self.store), *shapes[boundary])
             size = 4 * math.prod(shape)
             in_memory = size <= memory
             if boundary and not in_memory and size > disk:
@@ -215,14 +288,8 @@ class SharedInputs(InputSource):
     def __init__(self, shared: SharedImages, rows: dict[str, Tensor]) -> None:
         self.shared, self.rows = shared, rows
 
-    def count(self, split: str) -> int:
-        return len(self.rows[split])
-
-    def labels(self, split: str) -> Tensor:
-        return self.shared.store.labels[self.rows[split]]
-
-    def plain(self, split: str) -> Inputs:
-        return PlainInputs(ImageRows(self.shared.store, self.rows[split]), NO_AUGMENTATION, self.shared.seed)
+    def images(self, split: str) -> Images:
+        return ImageRows(self.shared.store, self.rows[split])
 
     def prepare(self, model: PatchedModel) -> None:
         """Replace frozen segments by ones whose normalisation is folded, shared by all fits."""
@@ -233,19 +300,17 @@ class SharedInputs(InputSource):
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         """Return shared activations before the model's first span, or the images where a cache saves no work."""
-        shared, rows = self.shared, self.rows[split]
+        shared, settings, images = self.shared, self.shared.settings, self.images(split)
         augmented = augmented and shared.views > 0
-        augmentation = shared.augmentation if augmented else NO_AUGMENTATION
-        images = ImageRows(shared.store, rows)
+        augmentation, views = (shared.augmentation, shared.views) if augmented else (NO_AUGMENTATION, 1)
         if not cache_worthwhile(shared.backbone, model.first):
-            return PlainInputs(images, augmentation, shared.seed)
+            return PlainInputs(images, augmentation, settings.seed)
         if model.reading.inner:  # its head reads more than one boundary
-            count = max(shared.views, 1) if augmented else 1
             prefix = partial(run_prefix, model)
-            return cache_prefix(prefix, images, model.first, augmentation, count, shared.seed, shared.memory)
+            return cache_prefix(prefix, images, model.first, augmentation, views, settings.seed, settings.memory)
         start = max(boundary for boundary in shared.activations if boundary <= model.first)
         values = shared.activations[start][: shared.views] if augmented else shared.activations[start][shared.views :]
-        return CachedInputs(start, values, shared.store.labels.expand(len(values), -1), rows)
+        return CachedInputs(start, values, shared.store.labels.expand(len(values), -1), self.rows[split])
 
 
 class ImageRows(Images):
@@ -265,20 +330,3 @@ class ImageRows(Images):
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
         """The decoded images of every batch of rows from number `first` on."""
         return self.store.read([self.rows[rows] for rows in batches[first:]], view)
-
-
-def chain_boundaries(backbone: Backbone) -> list[int]:
-    """Return the segments before which a cache saves work, the last first: the head's input, and every block."""
-    starts = [len(backbone.chain), *(block.index for block in reversed(backbone.chain.blocks))]
-    return [start for start in starts if cache_worthwhile(backbone, start)]
-
-
-@torch.no_grad()
-def output_shapes(backbone: Backbone, input_size: tuple[int, int, int]) -> dict[int, tuple[int, ...]]:
-    """The shape of one image's activation before every segment and before the head, at this input size."""
-    x = torch.zeros(1, *input_size, device=backbone.device)
-    shapes = {0: tuple(x.shape[1:])}
-    for index in range(len(backbone.chain)):
-        x = backbone.chain.run(x, index, index + 1)
-        shapes[index + 1] = tuple(x.shape[1:])
-    return shapes

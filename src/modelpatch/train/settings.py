@@ -15,7 +15,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AugmentName
 from modelpatch.errors import TrainingError
 from modelpatch.tasks.kind import kind_of
-from modelpatch.train.arguments import Every, check_limits, name_of
+from modelpatch.train.arguments import Every, Precision, check_limits, name_of
 
 
 def _split_names(given: Any) -> Any:
@@ -63,7 +63,7 @@ class FitSettings:
     validation: Share = 0.0
     early_stopping: NonNegativeInt = 0
     clip: NonNegativeFloat = 0.0
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Precision = "auto"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
     def seen(self, preprocessing: Preprocessing, kind: str) -> Preprocessing:
@@ -104,34 +104,28 @@ class FitOptions:
     ema: float | None = None
     checkpoint_activations: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises `TrainingError` for an option that cannot be used."""
+        for name in ("optimizer", "scheduler", "loss", "transform"):
+            given = getattr(self, name)
+            if isinstance(given, Optimizer | LRScheduler):
+                raise TrainingError(
+                    f"{name} is an instance of {type(given).__name__}, but fit builds the model whose parameters it would "
+                    "hold. Give its class or a function, or train with modelpatch.train.Trainer."
+                )
+            if given is not None and not callable(given):
+                hint = " A method's own is set by name: ScaleBias(optimizer='sgd')." if name == "optimizer" else ""
+                raise TrainingError(f"{name} is {given!r}; expected a function or class.{hint}")
+        check_limits(accumulate=self.accumulate)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise TrainingError(f"ema = {self.ema!r} is not valid; expected a number between 0 and 1.")
+
     @property
     def described(self) -> dict[str, Any]:
         """Plain values of the options that are set, for the identity of a run."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {
-            name: value for name, value in given.items() if value != type(self).__dataclass_fields__[name].default
-        }
+        changed = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
         plain = {n: v if isinstance(v, bool | int | float | str) else name_of(v) for n, v in changed.items()}
         return {"options": plain} if plain else {}
-
-
-def check_options(**options: Any) -> FitOptions:
-    """Return the options. Raises `TrainingError` for one that cannot be used."""
-    for name, kind in (("optimizer", Optimizer), ("scheduler", LRScheduler)):
-        given = options[name]
-        if isinstance(given, kind):
-            raise TrainingError(
-                f"{name} is an instance of {type(given).__name__}, but fit builds the model whose parameters it would hold. "
-                "Give its class or a function, or train with modelpatch.train.Trainer."
-            )
-    for name in ("optimizer", "scheduler", "loss", "transform"):
-        if options[name] is not None and not callable(options[name]):
-            hint = " A method's own is set by name: ScaleBias(optimizer='sgd')." if name == "optimizer" else ""
-            raise TrainingError(f"{name} is {options[name]!r}; expected a function or class.{hint}")
-    check_limits(accumulate=options["accumulate"])
-    if options["ema"] is not None and not 0 < options["ema"] < 1:
-        raise TrainingError(f"ema = {options['ema']!r} is not valid; expected a number between 0 and 1.")
-    return FitOptions(**options)
 
 
 def check_settings(values: dict[str, Any]) -> FitSettings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from modelpatch.data.augmentation import AUGMENTATIONS
 from modelpatch.data.images import ImageStore
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train.cache import (
+from modelpatch.train.fitting import Fit
+from modelpatch.train.inputs import (
     FOLDING,
     CachedInputs,
     PlainInputs,
@@ -23,6 +27,7 @@ from modelpatch.train.cache import (
     prefix_share,
     run_prefix,
 )
+from modelpatch.train.settings import FitSettings
 from tolerance import close
 
 GENEROUS = 2**30
@@ -68,7 +73,7 @@ def test_cached_outputs_are_the_prefix_of_every_image(
     tiny: Backbone, store: ImageStore, start: int, memory: int
 ) -> None:
     start = start % (len(tiny.chain) + 1)
-    cached = cache_prefix(prefix(tiny), store, start, AUGMENTATIONS["none"], 3, 0, memory)
+    cached = cache_prefix(prefix(tiny), store, start, AUGMENTATIONS["none"], 1, 0, memory)
     rows = torch.tensor([69, 3, 3, 0])
     direct = run_prefix(model(tiny), store.plain(rows), start)
     assert cached.start == start
@@ -86,8 +91,13 @@ def test_epochs_take_turns_through_the_cached_views(tiny: Backbone, store: Image
     assert sum(counts) == 3 * len(store)
 
 
-def test_without_augmentation_one_view_is_enough(tiny: Backbone, store: ImageStore) -> None:
-    assert len(cache_prefix(prefix(tiny), store, 2, AUGMENTATIONS["none"], 4, 0, GENEROUS).values) == 1
+@pytest.mark.parametrize(("augment", "views"), [("none", 1), ("light", 4)])
+def test_without_augmentation_one_view_is_enough(tiny: Backbone, augment: Any, views: int) -> None:
+    run = Fit(tiny, color_task(6), LinearProbe(), FitSettings(augment=augment))
+    for split, expected in (("train", views), ("test", 1)):
+        inputs = run.batches(run.build(), split).inputs
+        assert isinstance(inputs, CachedInputs)
+        assert len(inputs.values) == expected
 
 
 def test_without_a_cache_every_epoch_sees_new_views(store: ImageStore) -> None:
