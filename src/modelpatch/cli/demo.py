@@ -91,12 +91,12 @@ def _write_report(out: Path, backbone: Backbone, task: Task, result: Comparison,
     from modelpatch.report.html import Report
     from modelpatch.report.plots import plot_comparison, plot_confusion, plot_inspection
     from modelpatch.report.tables import comparison_cells
-    from modelpatch.train.evaluation import evaluate_classes
+    from modelpatch.train.evaluation import evaluate
 
     best = max(result.rows, key=lambda row: row.top1).method
     small = result.patches[SHOWN]
     plot_comparison(result, out / "comparison.png")
-    plot_confusion(evaluate_classes(backbone, small, task), "top-1", task.classes, out / "confusion.png")
+    plot_confusion(evaluate(backbone, small, task), "top-1", task.classes, out / "confusion.png")
     plot_inspection(small.inspect(), out / f"{SHOWN}.png")
     report = Report(
         "One backbone, one more task",

@@ -325,9 +325,7 @@ class ResolutionRun:
         facts = {"run": self.digest, "trainable_parameters": own, "parameters": total}
         record, patches = BackboneRecord.of(shared), {}
         for pixels, patch in whole.items():
-            patches[pixels] = self._own(patch, record, facts)
-            if self.settings.dtype != "float32":
-                patches[pixels] = store_as(shared, patches[pixels], self.data, self.settings.dtype)
+            patches[pixels] = store_as(shared, self._own(patch, record, facts), self.data, self.settings.dtype)
             if self.files is not None:
                 patches[pixels].save(self.files.patch(pixels))
         if saver is not None:

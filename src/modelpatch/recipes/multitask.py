@@ -45,7 +45,7 @@ from modelpatch.text import file_name
 from modelpatch.train.callbacks import MetricLogger
 from modelpatch.train.checkpoint import Checkpoint
 from modelpatch.train.distributed import Team
-from modelpatch.train.evaluation import evaluate_classes, store_as
+from modelpatch.train.evaluation import evaluate, store_as, with_result
 from modelpatch.train.fitting import Fit, check_parts
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
@@ -248,10 +248,8 @@ class _Run:
         facts = {**self.facts, "with": list(self.fits), "epochs": round(self.rounds / fit.per_epoch, 3)}
         # no fit of this task alone may take the file for its own
         made = replace(made, created={**made.created, "multitask": facts, "run": f"multitask {fit.digest}"})
-        result = evaluate_classes(trained, made, fit.data)
-        made = made.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
-        dtype = self.settings.dtype
-        return made if dtype == "float32" else store_as(trained, made, fit.data, dtype)
+        made = with_result(made, evaluate(trained, made, fit.data))
+        return store_as(trained, made, fit.data, self.settings.dtype)
 
 
 # shared weights ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from modelpatch.data.task import Task
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import MethodRecord
 from modelpatch.report.tables import new_table, percent
-from modelpatch.train.evaluation import MEMORY, evaluate_classes
+from modelpatch.train.evaluation import MEMORY, evaluate, with_result
 
 SIZED = ("sign", "two-bit")  # codecs whose sizes can be learned
 CALIBRATED = ", calibrated"  # what their rows are called then
@@ -59,10 +59,9 @@ def compare_codecs(
         patch = made(codec.removesuffix(CALIBRATED))
         if codec.endswith(CALIBRATED):
             patch = _calibrated(backbone, patch, made("exact"), data, calibration)
-        result = evaluate_classes(backbone, patch, data)
-        patch = patch.with_metrics(test_top1=result.top1, test_top5=result.top5, test_images=result.images)
+        patch = with_result(patch, evaluate(backbone, patch, data))
         file_bytes = patch.inspect().file_bytes
-        rows.append(CodecRow(codec, result.top1, file_bytes, file_bytes / size))
+        rows.append(CodecRow(codec, patch.metrics["test_top1"], file_bytes, file_bytes / size))
         patches[codec] = patch
         advance(1)
     return rows, patches

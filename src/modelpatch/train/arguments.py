@@ -54,24 +54,21 @@ def make_optimizer(given: Any, groups: list[dict[str, Any]], model: nn.Module) -
     return made
 
 
-def make_scheduler(given: Any, optimizer: Optimizer) -> Any:
-    """Return the scheduler: `given` itself, what it makes of the optimizer, or None. Raises `TrainingError` for another."""
+def make_scheduler(given: Any, optimizer: Optimizer, every: Every | None) -> tuple[Any, Every]:
+    """Return the scheduler, `given` itself, what it makes of the optimizer, or None, and how often it steps.
+
+    That is as told, else every step for those whose documentation says so, else every epoch. Raises `TrainingError` for
+    another scheduler, or one that cannot step so.
+    """
     example = "functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10)"
     made = given if given is None else make(given, LRScheduler, "scheduler", "an optimizer", optimizer, example)
     if made is not None and made.optimizer is not optimizer:
         raise TrainingError(f"the scheduler {type(made).__name__} belongs to another optimizer. Give one: {example}.")
-    return made
-
-
-def steps_every(scheduler: Any, every: Every | None) -> Every:
-    """Return how often a scheduler steps: as told, else every step for those whose documentation says so, else every epoch."""
     if every not in (None, "step", "epoch"):
         raise TrainingError(f"schedule_every is {every!r}; expected 'step' or 'epoch'.")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if every == "step":
-            raise TrainingError("ReduceLROnPlateau reads a figure of an epoch. Set schedule_every='epoch'.")
-        return "epoch"
-    return every or ("step" if isinstance(scheduler, OneCycleLR | CyclicLR) else "epoch")
+    if isinstance(made, ReduceLROnPlateau) and every == "step":
+        raise TrainingError("ReduceLROnPlateau reads a figure of an epoch. Set schedule_every='epoch'.")
+    return made, every or ("step" if isinstance(made, OneCycleLR | CyclicLR) else "epoch")
 
 
 def name_of(given: Any) -> str:

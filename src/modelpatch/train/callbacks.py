@@ -57,7 +57,7 @@ class EarlyStopping(Callback):
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Keep the weights where the figure is the best so far."""
-        value = trainer.figure(name=self.monitor)
+        value = trainer.figure(self.monitor)
         if not self.best or (value < self.best_value if self.mode == "min" else value > self.best_value):
             self.best_value, self.stale = value, 0
             self.best = copy_state(trainer.model)

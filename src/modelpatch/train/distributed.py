@@ -59,25 +59,19 @@ class Team:
         place, parts = self.ranks.index(self.rank), len(self.ranks)
         return slice(place * count // parts, (place + 1) * count // parts)
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace every tensor by its sum over the team's processes."""
-        if self.alone:
-            return
-        held = list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in held])
-        dist.all_reduce(flat, group=self.group)
-        for tensor, total in zip(held, flat.split([tensor.numel() for tensor in held]), strict=True):
-            tensor.copy_(total.view(tensor.shape))
-
     def add_up_gradients(self, parameters: Iterable[Tensor], *others: Tensor) -> None:
-        """Replace gradients, of which a missing one is zero, and `others` by their sums."""
+        """Replace gradients, of which a missing one is zero, and `others` by their sums over the team's processes."""
         if self.alone:
             return
-        held = list(parameters)
-        for parameter in held:
+        tensors = list(others)
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.add_up([*(parameter.grad for parameter in held if parameter.grad is not None), *others])
+            tensors.append(parameter.grad)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=self.group)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
 
     def follow(self, value: T) -> T:
         """The leader's value, in every process."""

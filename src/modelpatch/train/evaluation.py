@@ -20,8 +20,10 @@ from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.kind import Result, kind_of
+from modelpatch.train.batches import place
 
 MEMORY = 2 * 2**30
+Advance = Callable[[int], None]  # is told of every batch's images
 
 
 def harmonic_mean(first: float, second: float) -> float:
@@ -49,7 +51,7 @@ class Mean:
         return f"{self.value:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
 
 
-def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Callable[[int], None] = lambda _: None) -> Result:
+def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Advance = lambda _: None) -> Result:
     """A patch on the test images of its task: an `Evaluation`, `SegmentationResult`, `DetectionResult`.
 
     Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for,
@@ -75,14 +77,20 @@ def facts_of(patch: Patch) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def evaluate_classes(
-    backbone: Backbone, patch: Patch, data: Task, advance: Callable[[int], None] = lambda _: None
-) -> Evaluation:
-    """`evaluate` where only classes of whole images make sense. Raises `DataError` for another kind of task."""
-    check_classification(data, "this")
-    result = evaluate(backbone, patch, data, advance)
-    assert isinstance(result, Evaluation)
-    return result
+def with_result(patch: Patch, result: Result) -> Patch:
+    """Return the patch with figures on the test images among its metrics: `test_top1` and others."""
+    return patch.with_metrics(**{f"test_{name}": value for name, value in result.figures.items()})
+
+
+def store_as(backbone: Backbone, patch: Patch, data: Task, dtype: str) -> Patch:
+    """The patch stored as `dtype`, measured again: `test_top1` (or the task's own metric) is that of the numbers in the file,
+    `float32_top1` before. A patch that is stored so already is returned as it is."""
+    stored, metric = patch.astype(dtype), patch.task.metric
+    if stored.int8 == patch.int8 and all(tensor is patch.tensors[name] for name, tensor in stored.tensors.items()):
+        return patch
+    stored = with_result(stored, evaluate(backbone, stored, data))
+    before = patch.metrics.get(f"test_{metric}", None) or evaluate(backbone, patch, data).score
+    return stored.with_metrics(**{f"float32_{metric}": before})
 
 
 def evaluate_base(backbone: Backbone, data: Task, preprocessing: Preprocessing | None = None) -> Evaluation:
@@ -92,81 +100,58 @@ def evaluate_base(backbone: Backbone, data: Task, preprocessing: Preprocessing |
     classes are matched by position. Raises `DataError` if they cannot be matched.
     """
     check_classification(data, "the base's own head")
-    count = _outputs(backbone)
-    names = backbone.classes or _imagenet_ids(count, data.classes)
-    outputs = tuple(names) or tuple(map(str, range(count)))
-    rows = own_classes(backbone, data.classes)
-    if rows is None and not names and len(data.classes) == len(outputs):
-        rows = torch.arange(len(outputs))
-    if rows is None:
+    names, count = _name_outputs(backbone, data.classes)
+    if set(data.classes) <= set(names):
+        rows = [names.index(name) for name in data.classes]
+    elif not names and len(data.classes) == count:
+        rows = list(range(count))
+    else:
         raise DataError(
-            f"the base has {len(outputs)} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
+            f"the base has {count} outputs{' named ' + ', '.join(names[:3]) + ', ...' if names else ''}; "
             f"{data.task.name} has {len(data.classes)} classes ({', '.join(data.classes[:3])}, ...) that cannot be matched "
             "to them. Give data of the base's own classes."
         )
-    split = Split(data.test.images, rows.numpy()[data.test.labels])
-    return evaluate_module(backbone.module, split, outputs, preprocessing or backbone.preprocessing)
+    logits = logits_of(backbone.module, data.test, preprocessing or backbone.preprocessing)
+    labels = torch.tensor(rows)[torch.from_numpy(data.test.labels)]
+    return Evaluation.of(logits, labels, names or tuple(map(str, range(count))))
 
 
 def own_classes(backbone: Backbone, classes: tuple[str, ...]) -> Tensor | None:
     """Return the outputs (K,) of the base's own head for these classes, by name; None where it does not name them all."""
-    names = backbone.classes or _imagenet_ids(_outputs(backbone), classes)
-    return torch.tensor([names.index(name) for name in classes]) if names and set(classes) <= set(names) else None
+    names, _ = _name_outputs(backbone, classes)
+    return torch.tensor([names.index(name) for name in classes]) if set(classes) <= set(names) else None
 
 
-def evaluate_module(
-    module: nn.Module,
-    split: Split,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Evaluation:
-    """Any module from normalised images to logits, on a split."""
-    logits = logits_of(module, split, preprocessing, advance)
-    return Evaluation.of(logits, torch.from_numpy(split.labels), classes)
+def _name_outputs(backbone: Backbone, classes: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """The names of the base's outputs, and their number.
+
+    Where it names none, they are the WordNet ids of ImageNet's 1,000 classes in the order all zoos use, if `classes` are
+    among them; else none.
+    """
+    with torch.no_grad():
+        count = int(backbone(torch.zeros(1, *backbone.input_size, device=backbone.device)).shape[1])
+    if backbone.classes or count != 1000:
+        return backbone.classes, count
+    from timm.data.imagenet_info import ImageNetInfo
+
+    ids = tuple(ImageNetInfo("imagenet-1k").label_names())
+    return ids if set(classes) <= set(ids) else (), count
 
 
 def logits_of(
-    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Advance = lambda _: None
 ) -> Tensor:
     """The logits (N, K) that a module gives a split's images, not augmented, float32 on the CPU."""
     return torch.cat([answers for answers, _ in answers_of(module, split, preprocessing, advance)])
 
 
 def answers_of(
-    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Callable[[int], None] = lambda _: None
+    module: nn.Module, split: Split, preprocessing: Preprocessing, advance: Advance = lambda _: None
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of what a module answers for a split's images, float32 on the CPU, with their labels or targets."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     for images, targets in open_images(split, preprocessing, 0, once=True).plain_batches():
-        x = images.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            answers = torch.cat([module(piece).float().cpu() for piece in pieces(x)])
+            answers = torch.cat([module(piece).float().cpu() for piece in pieces(place(images, device))])
         yield answers, targets
         advance(len(images))
-
-
-def _imagenet_ids(outputs: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1,000 classes in the order all zoos use, if `classes` are among them; else none."""
-    if outputs != 1000:
-        return ()
-    from timm.data.imagenet_info import ImageNetInfo
-
-    ids = tuple(ImageNetInfo("imagenet-1k").label_names())
-    return ids if set(classes) <= set(ids) else ()
-
-
-def _outputs(backbone: Backbone) -> int:
-    with torch.no_grad():
-        return int(backbone(torch.zeros(1, *backbone.input_size, device=backbone.device)).shape[1])
-
-
-def store_as(backbone: Backbone, patch: Patch, data: Task, dtype: str) -> Patch:
-    """The patch stored as `dtype`, measured again: `test_top1` (or the task's own metric) is that of the numbers in the file,
-    `float32_top1` before."""
-    stored, metric = patch.astype(dtype), patch.task.metric
-    result = evaluate(backbone, stored, data)
-    before = patch.metrics.get(f"test_{metric}", None) or evaluate(backbone, patch, data).score
-    return stored.with_metrics(
-        **{f"test_{name}": value for name, value in result.figures.items()}, **{f"float32_{metric}": before}
-    )

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import modelpatch
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.data.augmentation import Augmentation, choose_augmentation
+from modelpatch.data.augmentation import choose_augmentation
 from modelpatch.data.images import NO_AUGMENTATION, pieces
 from modelpatch.data.task import Task
 from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, TrainingWarning
@@ -41,7 +41,7 @@ from modelpatch.train.arguments import check_callbacks
 from modelpatch.train.batches import Minibatch, RowBatches, cut_rows, place
 from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
 from modelpatch.train.distributed import ALONE, Team
-from modelpatch.train.evaluation import store_as
+from modelpatch.train.evaluation import store_as, with_result
 from modelpatch.train.inputs import InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.progress import Progress, quiet_progress
@@ -99,15 +99,13 @@ def fit(
         run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team)
         if out is not None and team.follow(reuse and Path(out).exists()):
             return read_patch(Path(out), run.digest)
-        saver = CheckpointSaver(checkpoint, run.identity) if checkpoint else None
-        logger = [MetricLogger(log)] if log is not None and team.leads else []
-        patch = run.run([*callbacks, *logger, *([saver] if saver else [])])
-        if chosen.dtype != "float32":
-            patch = store_as(backbone, patch, task, chosen.dtype)
+        savers = [CheckpointSaver(checkpoint, run.identity)] if checkpoint else []
+        loggers = [MetricLogger(log)] if log is not None and team.leads else []
+        patch = store_as(backbone, run.run([*callbacks, *loggers, *savers]), task, chosen.dtype)
         if team.leads:
             if out is not None:
                 patch.save(out)
-            if saver is not None:
+            for saver in savers:
                 saver.clear()
         team.follow(None)  # no process continues before the files are written
     return patch
@@ -156,16 +154,26 @@ class Fit:
         self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
         self.preprocessing = preprocessing or settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
-        self.augmentation: Augmentation = choose_augmentation(settings.augment, self.data.train)
+        self.augmentation = choose_augmentation(settings.augment, self.data.train)
         self.device = backbone.device
         self.source = source or OwnInputs(
             backbone, self.data, self.preprocessing, self.augmentation, settings, self.bar
         )
+        self.validates = self.data.validation is not None and bool(settings.early_stopping or settings.validation)
         if options.monitor and not self.validates:
             raise TrainingError(
                 f"monitor={options.monitor!r} chooses among epochs. Give validation= or early_stopping= too."
             )
-        self.identity = self._identity()
+        self.identity = {  # all that must be equal for a checkpoint to be continued, or a patch's file to be of this run
+            "backbone": backbone.fingerprint,
+            "task": self.data.task.model_dump(mode="json"),
+            "images": self.data.train.digest,
+            "validation": self.data.validation.digest if self.data.validation is not None else None,
+            "method": method.name,
+            "hyperparameters": method.hyperparameters(),
+            "settings": asdict(settings),
+            **options.described,
+        }
         self.digest = digest_of(self.identity)
 
     @property
@@ -177,11 +185,11 @@ class Fit:
         """Train from the base, or from `start` (see `PatchedModel.start_from`), and measure on the test images."""
         record, began = BackboneRecord.of(self.backbone), time.perf_counter()
         self.model = self.build(start)
-        self.trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
-        self.trainer.train()
+        trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
+        trainer.train()
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
         self.backbone.verify()
-        stops = [one for one in self.trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
+        stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
         return patch.with_metrics(**{str(one.monitor): one.best_value for one in stops})
 
     def build(self, start: Mapping[str, Tensor] | None = None) -> PatchedModel:
@@ -203,11 +211,6 @@ class Fit:
         data = self.batches(model, "train")
         held = self.batches(model, "validation") if self.validates else None
         return PatchTrainer(self, model, data, held, [events, *callbacks], self.options.accumulate, steps)
-
-    @property
-    def validates(self) -> bool:
-        """True where images are held out to choose the best epoch."""
-        return self.data.validation is not None and bool(self.settings.early_stopping or self.settings.validation)
 
     def warn(self, total: int) -> None:
         """Warn of rates that are too high or too low for a number of steps."""
@@ -251,8 +254,7 @@ class Fit:
 
     def measure(self, model: PatchedModel, patch: Patch) -> Patch:
         """Return the patch of a model with its figures on the test images."""
-        figures = self.kind.measure(self.data.classes, self.answers(model, "test")).figures
-        return patch.with_metrics(**{f"test_{name}": value for name, value in figures.items()})
+        return with_result(patch, self.kind.measure(self.data.classes, self.answers(model, "test")))
 
     def weigh_classes(self) -> Tensor | None:
         """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
@@ -290,19 +292,6 @@ class Fit:
             },
         )
         return replace(patch, backbone=backbone)
-
-    def _identity(self) -> dict[str, Any]:
-        """Everything that must be equal for a checkpoint to be continued, or a patch's file to be of this run."""
-        return {
-            "backbone": self.backbone.fingerprint,
-            "task": self.data.task.model_dump(mode="json"),
-            "images": self.data.train.digest,
-            "validation": self.data.validation.digest if self.data.validation is not None else None,
-            "method": self.method.name,
-            "hyperparameters": self.method.hyperparameters(),
-            "settings": asdict(self.settings),
-            **self.options.described,
-        }
 
 
 class PatchTrainer(Trainer):

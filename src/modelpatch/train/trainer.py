@@ -34,7 +34,6 @@ from modelpatch.train.arguments import (
     make_optimizer,
     make_scheduler,
     recompute_activations,
-    steps_every,
 )
 from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
 from modelpatch.train.distributed import ALONE, Team
@@ -144,8 +143,7 @@ class Trainer:
         groups = groups or [{"params": params} | ({} if lr is None else {"lr": lr})]
         self.optimizer = make_optimizer(optimizer, groups, model)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.scheduler = make_scheduler(scheduler, self.optimizer)
-        self.schedule_every = steps_every(self.scheduler, schedule_every)
+        self.scheduler, self.schedule_every = make_scheduler(scheduler, self.optimizer, schedule_every)
         self.dtype = choose_dtype(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.callbacks: list[Callback] = check_callbacks(callbacks, Callback)
@@ -226,14 +224,16 @@ class Trainer:
             return
         self.begun = True
         torch.manual_seed(self.seed)
-        states = (callback.saved_state(self) for callback in self.callbacks)
-        saved = saved or next((state for state in states if state is not None), None)
-        self.resumed = saved is not None
-        if saved is not None:
+        states = [callback.saved_state(self) for callback in self.callbacks]
+        saved = saved or next(filter(None, states), None)
+        self.resumed = bool(saved)
+        if saved:
             self.load_state_dict(saved)
         self.notify("on_train_begin")
-        if saved is not None:
-            restore_random(saved)
+        if saved:  # callbacks may draw numbers
+            torch.set_rng_state(saved["random"])
+            if len(saved["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["cuda"])
 
     def stop(self) -> None:
         """End the run after this epoch."""
@@ -242,9 +242,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """True after the last step."""
-        if self.total is None:
-            return self.stopping or self.epoch == self.epochs
-        return self.stopping or self.step >= self.total
+        return self.stopping or (self.epoch == self.epochs if self.total is None else self.step >= self.total)
 
     def _step(self, group: list[Minibatch]) -> None:
         self.notify("on_step_begin")
@@ -267,15 +265,15 @@ class Trainer:
 
     def _backward(self, group: list[Minibatch]) -> Tensor:
         """Add up the gradients of this process's part of some batches, as if they were one. Returns its part of the loss."""
-        parts = [self.team.part(len(batch)) for batch in group]
-        counts = [self.weigh(batch) for batch in group]
-        whole = sum(float(count.sum()) for count in counts)
-        total = torch.zeros((), device=self.device)
-        for batch, part, count in zip(group, parts, counts, strict=True):
-            own = whole if len(group) == 1 and self.team.alone else float(count[part].sum())
-            if own:
-                loss = self.train_step(batch if self.team.alone else batch.part(part))
-                loss = loss if own == whole else own / whole * loss
+        weights = [float(self.weigh(batch).sum()) for batch in group]
+        whole, total = sum(weights), torch.zeros((), device=self.device)
+        for batch, weight in zip(group, weights, strict=True):
+            if not self.team.alone:
+                batch = batch.part(self.team.part(len(batch)))
+                weight = float(self.weigh(batch).sum())
+            if weight:
+                loss = self.train_step(batch)
+                loss = loss if weight == whole else weight / whole * loss
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         return total
@@ -291,10 +289,10 @@ class Trainer:
         if self.validation is not None:
             self.notify("on_validation_begin")
             row |= {f"validation_{name}": value for name, value in self.evaluate(self.validation).items()}
-        if self.schedule_every == "epoch" and self.scheduler is not None:
-            self.scheduler.step(*([self.figure(row)] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
         self.row = row | {"lr": self.lr, "seconds": time.perf_counter() - self.clock}
         self.history.append(self.row)
+        if self.schedule_every == "epoch" and self.scheduler is not None:
+            self.scheduler.step(*([self.figure()] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
         self.epoch += 1
         self.step_of_epoch, self.loss_sum, self.seconds = 0, 0.0, 0.0
         self.notify("on_epoch_end")
@@ -319,12 +317,14 @@ class Trainer:
         weight = sum(count for _, count in losses)
         return ({"loss": sum(loss * count for loss, count in losses) / weight} if weight else {}) | figures
 
-    def figure(self, row: Figures | None = None, name: str | None = None) -> float:
+    def figure(self, name: str | None = None) -> float:
         """Return a figure of the last epoch, the one that is monitored by default. Raises `TrainingError` for another name."""
-        row, name = self.row if row is None else row, name or self.monitor
-        if name not in row:
-            raise TrainingError(f"there is no figure {name!r} to monitor. The figures of an epoch: {', '.join(row)}.")
-        return row[name]
+        name = name or self.monitor
+        if name not in self.row:
+            raise TrainingError(
+                f"there is no figure {name!r} to monitor. The figures of an epoch: {', '.join(self.row)}."
+            )
+        return self.row[name]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which the model computes in the chosen precision, if it is in train mode."""
@@ -389,26 +389,19 @@ def load_state(model: Any, state: Mapping[str, Tensor]) -> None:
         model.load_state_dict(state)
 
 
-def restore_random(saved: Mapping[str, Any]) -> None:
-    """Restore torch's random state of a `state_dict`."""
-    torch.set_rng_state(saved["random"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-
-
 def measure_all(metrics: Mapping[str, Any], answers: Iterable[tuple[Tensor, Any]]) -> Figures:
     """Return metrics over batches: means of functions, and what objects with `update` and `compute` give."""
+    sums, count = dict.fromkeys(metrics, 0.0), 0
     meters = {name: metric for name, metric in metrics.items() if hasattr(metric, "update")}
-    sums, count = dict.fromkeys(metrics.keys() - meters.keys(), 0.0), 0
     for outputs, targets in answers:
-        for meter in meters.values():
-            meter.update(outputs, targets)
-        for name in sums:
-            sums[name] += float(metrics[name](outputs, targets)) * len(outputs)
         count += len(outputs)
-    figures = {
-        name: float(meters[name].compute()) if name in meters else sums[name] / max(count, 1) for name in metrics
-    }
-    for meter in meters.values():
+        for name, metric in metrics.items():
+            if name in meters:
+                metric.update(outputs, targets)
+            else:
+                sums[name] += float(metric(outputs, targets)) * len(outputs)
+    figures = {name: total / max(count, 1) for name, total in sums.items()}
+    for name, meter in meters.items():
+        figures[name] = float(meter.compute())
         meter.reset()
     return figures
