@@ -23,7 +23,7 @@ from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.cascading import held_out
-from modelpatch.train import checkpoint, evaluate, fit, harmonic_mean
+from modelpatch.train import callbacks, evaluate, fit, harmonic_mean
 
 VERBS = tuple(main.VERBS)
 TINY = "bundled:tiny"
@@ -84,7 +84,7 @@ def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
         if len(steps) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
     hook = register_optimizer_step_pre_hook(interrupt)
     stopped = run(*command, out)
     hook.remove()

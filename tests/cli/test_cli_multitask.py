@@ -11,8 +11,8 @@ import pytest
 from conftest import Run, write_folder
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
-from modelpatch.train import checkpoint
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train import callbacks
+from modelpatch.train.callbacks import Checkpoint
 
 FAST = ("--epochs", 1, "--batch-size", 8, "--image-size", 32)
 
@@ -62,7 +62,7 @@ def test_an_interrupted_run_resumes_when_the_same_command_is_given_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "EVERY_SECONDS", 0)
+        patched.setattr(callbacks, "EVERY_SECONDS", 0)
         patched.setattr(Checkpoint, "save", stop)
         stopped = run(*command)
     assert stopped.code == 130

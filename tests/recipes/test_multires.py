@@ -29,7 +29,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
 from modelpatch.report.resolutions import SharingRow
-from modelpatch.train import checkpoint, evaluate, fit
+from modelpatch.train import callbacks, evaluate, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import Mean
 from modelpatch.train.fitting import PatchTrainer
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_patches(
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 12}
     straight = fit_multires(named, colors, (32, 48), **settings)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "EVERY_SECONDS", 0)
+        patched.setattr(callbacks, "EVERY_SECONDS", 0)
         step = PatchTrainer.train_step
 
         def interrupted(self: PatchTrainer, batch: Minibatch) -> torch.Tensor:

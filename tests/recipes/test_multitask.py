@@ -38,9 +38,9 @@ from modelpatch.patch.model import PatchedModel
 from modelpatch.recipes.multitask import Multitask, batch_sizes, fit_multitask, shares
 from modelpatch.store.store import Store
 from modelpatch.tasks.record import TaskRecord
-from modelpatch.train import checkpoint, fit
+from modelpatch.train import callbacks, fit
 from modelpatch.train.batches import Minibatch
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.callbacks import Checkpoint
 from modelpatch.train.evaluation import logits_of
 from modelpatch.train.fitting import Fit, PatchTrainer
 
@@ -326,7 +326,7 @@ def test_an_interrupted_run_goes_on_exactly(
     backbone: Backbone, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, private: Any
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 6}
-    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
     save, saves = Checkpoint.save, []
 
     def stop(self: Checkpoint, state: dict[str, Any]) -> None:

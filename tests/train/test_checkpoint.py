@@ -24,10 +24,9 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
-from modelpatch.train import checkpoint as checkpoint_module
-from modelpatch.train import fit
+from modelpatch.train import callbacks, fit
 from modelpatch.train.batches import Minibatch
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.callbacks import Checkpoint
 from modelpatch.train.fitting import Fit, PatchTrainer
 
 METHOD = ScaleBias(statistics="learned")
@@ -46,11 +45,11 @@ VICTIM = f"""
 import sys, time
 from conftest import color_task, make_tiny
 from modelpatch.methods import ScaleBias
-from modelpatch.train import checkpoint, fit
+from modelpatch.train import callbacks, fit
 from modelpatch.train import Callback
 from test_checkpoint import halve
 
-checkpoint.EVERY_SECONDS = 0
+callbacks.EVERY_SECONDS = 0
 class Slow(Callback):
     def on_step_begin(self, trainer):
         time.sleep(0.05)
@@ -71,7 +70,7 @@ def backbone() -> Backbone:
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after every step."""
-    monkeypatch.setattr(checkpoint_module, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch, limit: int = 10**9) -> list[int]:
@@ -284,7 +283,7 @@ def test_a_state_is_due_once_a_minute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     checkpoint = Checkpoint(tmp_path, {"classes": CLASSES})
     assert not checkpoint.due()
-    now[0] += checkpoint_module.EVERY_SECONDS
+    now[0] += callbacks.EVERY_SECONDS
     assert checkpoint.due()
     checkpoint.save({})
     assert not checkpoint.due()

@@ -85,12 +85,12 @@ import torch
 from conftest import color_task, make_tiny
 from test_distributed import LEARNED, SETTINGS, SGD, named
 from modelpatch.methods import FullFinetune, ScaleBias
-from modelpatch.train import checkpoint, fit, fit_multitask
+from modelpatch.train import callbacks, fit, fit_multitask
 from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.distributed import joined, restarted
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-checkpoint.EVERY_SECONDS = 0
+callbacks.EVERY_SECONDS = 0
 step = PatchTrainer.train_step
 def dying(self, batch):
     killed = folder / f"killed-{kind}"

@@ -19,8 +19,7 @@ from modelpatch.errors import MethodError, MissingExtraError, ModelpatchError, T
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multitask import PRIVATE, fit_multitask
-from modelpatch.train import checkpoint as checkpoints
-from modelpatch.train import fit
+from modelpatch.train import callbacks, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.ray import run_on_ray
@@ -30,8 +29,8 @@ TWO = [named("first", 24, 0), named("second", 11, 1)]
 
 def both(folder: Path) -> tuple[Patch, Any]:
     """A fit whose second process dies once in its fifth step, and a run of two tasks."""
-    step, marker, often = PatchTrainer.train_step, folder / "killed", checkpoints.EVERY_SECONDS
-    checkpoints.EVERY_SECONDS = 0
+    step, marker, often = PatchTrainer.train_step, folder / "killed", callbacks.EVERY_SECONDS
+    callbacks.EVERY_SECONDS = 0
 
     def dying(self: PatchTrainer, batch: Minibatch) -> torch.Tensor:
         if self.step == 5 and dist.is_initialized() and dist.get_rank() == 1 and not marker.exists():
@@ -44,7 +43,7 @@ def both(folder: Path) -> tuple[Patch, Any]:
         patch = fit(make_tiny(), color_task(), ScaleBias(**SGD), checkpoint=folder / "training", **SETTINGS)
         return patch, fit_multitask(make_tiny(), TWO, LEARNED, **SETTINGS)
     finally:
-        PatchTrainer.train_step, checkpoints.EVERY_SECONDS = step, often  # type: ignore[method-assign]
+        PatchTrainer.train_step, callbacks.EVERY_SECONDS = step, often  # type: ignore[method-assign]
 
 
 def refused() -> None:

@@ -27,7 +27,7 @@ from modelpatch.train import (
     Minibatch,
     Trainer,
     WeightAverage,
-    checkpoint,
+    callbacks,
 )
 
 IMAGES = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -289,7 +289,7 @@ class Stop(Callback):
 @pytest.mark.parametrize("after", [1, 4, 6, 11])
 def test_an_interrupted_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Order, dropout, scheduler, average, best epoch and log."""
-    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
 
     def make(folder: Path, *others: Callback) -> Trainer:
         torch.manual_seed(0)

@@ -42,8 +42,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import file_name
-from modelpatch.train.callbacks import MetricLogger
-from modelpatch.train.checkpoint import Checkpoint
+from modelpatch.train.callbacks import Checkpoint, MetricLogger
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import evaluate, store_as, with_result
 from modelpatch.train.fitting import Fit, check_parts

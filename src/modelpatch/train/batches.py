@@ -78,23 +78,20 @@ def count_batches(source: Any) -> int | None:
 
 def as_source(given: Any, seed: int, purpose: str = "data") -> BatchSource:
     """Wrap an iterable of batches; a `BatchSource` is returned as it is. Raises `DataError` for anything else."""
-    expected = "Expected a DataLoader or another iterable of (images, targets)"
     if isinstance(given, BatchSource):
         return given
+    expected, name = "Expected a DataLoader or another iterable of (images, targets)", type(given).__name__
     if isinstance(given, Task):
-        raise DataError(f"{purpose} is {given!r}. {expected}; mp.fit(backbone, task) trains on a Task.")
-    if isinstance(given, Dataset):
-        name = type(given).__name__
-        raise DataError(
-            f"{purpose} is a Dataset, {name}. {expected}: DataLoader({name}(...), batch_size=32, shuffle=True)."
-        )
-    if isinstance(given, str | bytes | Tensor | dict) or not hasattr(given, "__iter__"):
-        raise DataError(f"{purpose} is {str(given)[:100]!r}. {expected}.")
-    if iter(given) is given:
-        raise DataError(
-            f"{purpose} is a {type(given).__name__}, which can be read only once. {expected}, such as a list."
-        )
-    return LoaderBatches(given, seed)
+        found = f"{given!r}. {expected}; mp.fit(backbone, task) trains on a Task."
+    elif isinstance(given, Dataset):
+        found = f"a Dataset, {name}. {expected}: DataLoader({name}(...), batch_size=32, shuffle=True)."
+    elif isinstance(given, str | bytes | Tensor | dict) or not hasattr(given, "__iter__"):
+        found = f"{str(given)[:100]!r}. {expected}."
+    elif iter(given) is given:
+        found = f"a {name}, which can be read only once. {expected}, such as a list."
+    else:
+        return LoaderBatches(given, seed)
+    raise DataError(f"{purpose} is {found}")
 
 
 class LoaderBatches:
@@ -150,7 +147,8 @@ def as_minibatch(given: Any) -> Minibatch:
 class Inputs(Protocol):
     """Inputs of segment `start` for the rows of batches, and their targets. `len` is the number of rows."""
 
-    start: int
+    @property
+    def start(self) -> int: ...
 
     def __len__(self) -> int: ...
 

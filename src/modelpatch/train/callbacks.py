@@ -11,7 +11,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
+import io
 import json
+import shutil
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,11 +23,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modelpatch.errors import TrainingError
-from modelpatch.train.arguments import name_of
-from modelpatch.train.checkpoint import Checkpoint, make_folder
+from modelpatch.atomic import write_bytes
+from modelpatch.errors import CheckpointMismatchError, TrainingError
 from modelpatch.train.progress import Progress
+from modelpatch.train.settings import name_of
 from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
+
+EVERY_SECONDS = 60.0  # between checkpoints
 
 
 class EarlyStopping(Callback):
@@ -128,6 +133,52 @@ class WeightAverage(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; the tensors move to the model's device with the next `on_train_begin`."""
         self.average = dict(state["average"])
+
+
+class Checkpoint:
+    """The state of one run in a folder. `identity` must be equal for the run to be continued."""
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self.file = self.folder / "state.pt"
+        self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        """True when a minute has passed since the last save."""
+        return time.monotonic() - self._saved >= EVERY_SECONDS
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the saved state."""
+        make_folder(self.folder, "checkpoint")
+        buffer = io.BytesIO()
+        torch.save({"identity": self.identity, **state}, buffer)
+        write_bytes(self.file, buffer.getvalue())
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state; None where there is none.
+
+        Raises `CheckpointMismatchError` for the state of a run with other settings.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            saved = torch.load(self.file, weights_only=True)
+            identity = saved["identity"]
+        except Exception as error:
+            raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
+        if identity != self.identity:
+            raise CheckpointMismatchError(
+                f"{self.folder} holds an unfinished run with {', '.join(differences(identity, self.identity))}. Finish it "
+                "with its own settings, or start anew: give --restart, name another checkpoint folder, or remove this one."
+            )
+        return saved
+
+    def clear(self) -> None:
+        """Remove the folder's state: the run is finished."""
+        self.file.unlink(missing_ok=True)
+        if self.folder.exists() and not any(self.folder.iterdir()):
+            shutil.rmtree(self.folder)
 
 
 class CheckpointSaver(Checkpoint, Callback):
@@ -242,3 +293,24 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
 def copy_state(model: Any) -> dict[str, Tensor]:
     """Return copies of all that training may change."""
     return {name: tensor.detach().clone() for name, tensor in get_state(model).items()}
+
+
+def make_folder(folder: Path, purpose: str) -> None:
+    """Make a folder where there is none. Raises `TrainingError` where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the {purpose} folder {folder}: {error.strerror}.") from error
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """List the differences between two identities in words: `other images`, `epochs = 10 instead of 3`."""
+    words = []
+    for key in sorted(saved.keys() | wanted.keys()):
+        before, now = saved.get(key), wanted.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            words += differences(before, now)
+        elif before != now:
+            plain = isinstance(before, str | int | float) and len(str(before)) <= 40
+            words.append(f"{key} = {before!r} instead of {now!r}" if plain else f"other {key}")
+    return words

@@ -37,7 +37,6 @@ from modelpatch.patch.header import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import digest_of
-from modelpatch.train.arguments import check_callbacks
 from modelpatch.train.batches import Minibatch, RowBatches, cut_rows, place
 from modelpatch.train.callbacks import CheckpointSaver, EarlyStopping, MetricLogger, ProgressBar, WeightAverage
 from modelpatch.train.distributed import ALONE, Team
@@ -45,7 +44,7 @@ from modelpatch.train.evaluation import store_as, with_result
 from modelpatch.train.inputs import InputSource, OwnInputs
 from modelpatch.train.lean import EagerSteps, RemadeWeights
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.settings import FitOptions, FitSettings, check_settings
+from modelpatch.train.settings import FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
 
 NO_OPTIONS = FitOptions()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -48,13 +49,14 @@ WORTHWHILE = 0.1  # of the multiply-adds
 Prefix = Callable[[Tensor, int], Tensor]  # images and an end to the output of segments [0, end)
 
 
+@dataclass(frozen=True)
 class PlainInputs:
     """Images without a cache: augmented anew in every epoch."""
 
-    start = 0
-
-    def __init__(self, images: Images, augmentation: Augmentation, seed: int) -> None:
-        self.images, self.augmentation, self.seed = images, augmentation, seed
+    images: Images
+    augmentation: Augmentation
+    seed: int
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,14 +66,17 @@ class PlainInputs:
         return self.images.batches(rows, self.augmentation, self.seed, epoch, first)
 
 
+@dataclass(frozen=True)
 class CachedInputs:
     """Activations (V, N, ...) before segment `start` of V views of N images, and their labels (V, N).
 
     Epoch k trains on view k modulo V. `rows` are those of the images that count, all by default.
     """
 
-    def __init__(self, start: int, values: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
-        self.start, self.values, self.labels, self.rows = start, values, labels, rows
+    start: int
+    values: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.values.shape[1] if self.rows is None else len(self.rows)
@@ -145,7 +150,8 @@ class InputSource(Protocol):
         """Return inputs of a segment of the model before its first span, or of its head."""
 
     def prepare(self, model: PatchedModel) -> None:
-        """Replace frozen segments of the model by equal ones that take less time."""
+        """Replace frozen segments of the model by equal ones that take less time, if there are any."""
+        return
 
 
 class OwnInputs(InputSource):
@@ -167,13 +173,10 @@ class OwnInputs(InputSource):
     def images(self, split: str) -> Images:
         return self._open(split, False)
 
-    def prepare(self, model: PatchedModel) -> None:
-        """Leave the model its own segments."""
-
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         """Return a split's images, or cached activations before the model's first span where that saves work."""
         first, augmentation = model.first, self.augmentation if augmented else NO_AUGMENTATION
-        images, settings = self._split(split), self.settings
+        images, settings = getattr(self.data, split), self.settings
         if images.dense or not settings.cache or not cache_worthwhile(self.backbone, first):
             return PlainInputs(self._open(split, augmented), augmentation, settings.seed)
         varied = augmented and (augmentation.name != "none" or images.augments)
@@ -183,20 +186,17 @@ class OwnInputs(InputSource):
             prefix, source = make_prefix(self.backbone, model, count), self._open(split, augmented, once=True)
             return cache_prefix(prefix, source, first, augmentation, views, settings.seed, settings.memory, advance)
 
-    def _split(self, name: str) -> Split:
-        return getattr(self.data, name)
-
     def _open(self, split: str, augmented: bool, once: bool = False) -> Images:
         """The images of a split, the same ones for every reader if they are kept."""
-        images = self._split(split)
-        key = split, augmented and images.changes
-        if key in self._opened:
-            return self._opened[key]
-        images = images if key[1] else images.with_transform(None)
-        read_once = once or split == "test"
-        opened = open_images(images, self.preprocessing, self.settings.memory, once=read_once, shuffle=key[1])
-        if not once:
-            self._opened[key] = opened
+        images: Split = getattr(self.data, split)
+        changed = augmented and images.changes
+        opened = self._opened.get((split, changed))
+        if opened is None:
+            images = images if changed else images.with_transform(None)
+            read_once = once or split == "test"
+            opened = open_images(images, self.preprocessing, self.settings.memory, once=read_once, shuffle=changed)
+            if not once:
+                self._opened[split, changed] = opened
         return opened
 
 

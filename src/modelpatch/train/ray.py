@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from modelpatch.errors import MissingExtraError, ModelpatchError, TrainingError
+from modelpatch.text import first_line
 from modelpatch.train.distributed import process_group
 
 T = TypeVar("T")
@@ -43,27 +44,18 @@ def connected(address: str, cores: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _check_answers(address)
     own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False} if address == LOCAL else {}
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal() and "/" not in host:  # not ray://...: Ray would wait minutes where nobody listens
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"there is no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"there is no Ray cluster at {address!r}: {first_line(error)}") from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Raises `TrainingError` for a HOST:PORT where nobody listens, for which Ray would wait several minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or "/" in host:
-        return  # local, auto or ray://...
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise TrainingError(f"there is no Ray cluster at {address!r}: {error}") from error
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: str = LOCAL) -> T:
@@ -98,19 +90,20 @@ def _result(actors: list[Any], work: Any) -> Any:
     from ray.exceptions import RayActorError
 
     place = ray.get(actors[0].place.remote())
-    ranks = {actor.run.remote(work, rank, len(actors), place): rank for rank, actor in enumerate(actors)}
-    answers: dict[int, Any] = {}
-    while len(answers) < len(actors):
-        for done in ray.wait([one for one, rank in ranks.items() if rank not in answers])[0]:
-            try:
-                answers[ranks[done]] = ray.get(done)
-            except RayActorError:
-                raise
-            except Exception as error:  # of the work, or of a peer that lost its connection to one that failed or died
-                answers[ranks[done]] = error
-    if failed := [answer for answer in answers.values() if isinstance(answer, Exception)]:
+    runs = [actor.run.remote(work, rank, len(actors), place) for rank, actor in enumerate(actors)]
+    waiting, answers = list(runs), dict[Any, Any]()
+    while waiting:
+        (done,), waiting = ray.wait(waiting)
+        try:
+            answers[done] = ray.get(done)
+        except RayActorError:
+            raise
+        except Exception as error:  # of the work, or of a peer that lost its connection to one that failed or died
+            answers[done] = error
+    failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
+    if failed:
         raise next((error for error in failed if isinstance(error, ModelpatchError)), failed[0])
-    return answers[0]
+    return answers[runs[0]]
 
 
 class RayProcess:

@@ -22,7 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from modelpatch.errors import DataError, DivergedError, TrainingError
-from modelpatch.train.arguments import (
+from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
+from modelpatch.train.distributed import ALONE, Team
+from modelpatch.train.settings import (
     Every,
     OptimizerLike,
     Precision,
@@ -35,8 +37,6 @@ from modelpatch.train.arguments import (
     make_scheduler,
     recompute_activations,
 )
-from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
-from modelpatch.train.distributed import ALONE, Team
 
 Figures = dict[str, float]
 STATE = ("step", "epoch", "step_of_epoch", "loss_sum", "seconds", "stopping", "history")
