@@ -39,6 +39,8 @@ class EarlyStopping(Callback):
     "min" for losses and "max" for others. The best weights are restored at the end.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("best", "best_value", "stale")
+
     def __init__(
         self, patience: int | None = None, monitor: str | None = None, mode: Literal["auto", "min", "max"] = "auto"
     ) -> None:
@@ -76,13 +78,6 @@ class EarlyStopping(Callback):
         if self.best:
             load_state(trainer.model, self.best)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best weights so far, their figure, and the number of epochs since."""
-        return {"best": self.best, "best_value": self.best_value, "stale": self.stale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.best_value, self.stale = dict(state["best"]), state["best_value"], state["stale"]
-
 
 class WeightAverage(Callback):
     """An exponential moving average (EMA) of the weights: evaluated in their place, and what the model has in the end.
@@ -91,6 +86,7 @@ class WeightAverage(Callback):
     """
 
     order: ClassVar[int] = 1
+    keeps: ClassVar[tuple[str, ...]] = ("average",)
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
@@ -126,13 +122,6 @@ class WeightAverage(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         """Leave the average in the model."""
         load_state(trainer.model, self.average)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the tensors move to the model's device with the next `on_train_begin`."""
-        self.average = dict(state["average"])
 
 
 class Checkpoint:

@@ -307,12 +307,8 @@ class PatchTrainer(Trainer):
         steps: int | None = None,
     ) -> None:
         settings, options, method = fit.settings, fit.options, fit.method
-        self.kind, self.classes, self.method, self.class_weights = (
-            fit.kind,
-            fit.data.classes,
-            method,
-            fit.weigh_classes(),
-        )
+        self.kind, self.classes, self.method = fit.kind, fit.data.classes, method
+        self.class_weights = fit.weigh_classes()
         self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
         loss = partial(fit.kind.loss, class_weights=self.class_weights, label_smoothing=settings.label_smoothing)
         own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if validation is not None else []

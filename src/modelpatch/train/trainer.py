@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from modelpatch.errors import DataError, DivergedError, TrainingError
+from modelpatch.patch.model import has_batch_statistics
 from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.settings import (
@@ -49,6 +49,7 @@ class Callback:
     """
 
     order: ClassVar[int] = 0
+    keeps: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint holds, tensors and plain values
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Before the first step, or before the next one of a resumed run."""
@@ -82,11 +83,12 @@ class Callback:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the callback that a checkpoint keeps: tensors and plain values."""
-        return {}
+        """The attributes that a checkpoint holds."""
+        return {name: getattr(self, name) for name in self.keeps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
+        vars(self).update(state)
 
 
 class Trainer:
@@ -200,7 +202,11 @@ class Trainer:
             while not self.finished:
                 self.model.train()
                 self.notify("on_epoch_begin")
-                self._check_statistics()
+                if not self.team.alone and has_batch_statistics(self.model):
+                    raise TrainingError(
+                        f"the model learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not "
+                        "the batch's. Set statistics='frozen' or 'recomputed', or start one process."
+                    )
                 self.clock = time.perf_counter() - self.seconds
                 batches = self.data.batches(self.epoch, self.step_of_epoch * self.accumulate)
                 group = list(islice(batches, self.accumulate))
@@ -331,13 +337,6 @@ class Trainer:
         if self.dtype == torch.float32 or not self.model.training:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-    def _check_statistics(self) -> None:
-        if not self.team.alone and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
-            raise TrainingError(
-                f"the model learns batch statistics, and those of {len(self.team.ranks)} parts of a batch are not the "
-                "batch's. Set statistics='frozen' or 'recomputed', or start one process."
-            )
 
     # state ----------------------------------------------------------------------------------------------------
 
