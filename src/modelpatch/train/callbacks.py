@@ -269,14 +269,9 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     """Return what must be equal for a trainer to resume from another one's state."""
     shapes = {name: list(tensor.shape) for name, tensor in get_state(trainer.model).items()}
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    parts = ("model", "optimizer", "scheduler")
-    numbers = ("epochs", "total", "per_epoch", "accumulate", "clip", "seed")
-    return {
-        **{name: type(getattr(trainer, name)).__name__ for name in parts},
-        **{name: getattr(trainer, name) for name in numbers},
-        "loss": name_of(trainer.loss),
-        "tensors": digest,
-    }
+    parts = {name: type(getattr(trainer, name)).__name__ for name in ("model", "optimizer", "scheduler")}
+    numbers = {n: getattr(trainer, n) for n in ("epochs", "total", "per_epoch", "accumulate", "clip", "seed")}
+    return {**parts, **numbers, "loss": name_of(trainer.loss), "tensors": digest}
 
 
 def copy_state(model: Any) -> dict[str, Tensor]:

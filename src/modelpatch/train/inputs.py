@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -154,21 +154,17 @@ class InputSource(Protocol):
         return
 
 
+@dataclass(frozen=True)
 class OwnInputs(InputSource):
     """Images that are decoded for one fit, with a cache before its model's first span unless `cache=False` is set."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        data: Task,
-        preprocessing: Preprocessing,
-        augmentation: Augmentation,
-        settings: FitSettings,
-        bar: Progress,
-    ) -> None:
-        self.backbone, self.data, self.preprocessing, self.augmentation = backbone, data, preprocessing, augmentation
-        self.settings, self.bar = settings, bar
-        self._opened: dict[tuple[str, bool], Images] = {}
+    backbone: Backbone
+    data: Task
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    settings: FitSettings
+    bar: Progress
+    _opened: dict[tuple[str, bool], Images] = field(default_factory=dict)
 
     def images(self, split: str) -> Images:
         return self._open(split, False)
@@ -282,11 +278,12 @@ class SharedImages:
         return kept
 
 
+@dataclass(frozen=True)
 class SharedInputs(InputSource):
     """Some rows of shared images as the splits of one fit."""
 
-    def __init__(self, shared: SharedImages, rows: dict[str, Tensor]) -> None:
-        self.shared, self.rows = shared, rows
+    shared: SharedImages
+    rows: dict[str, Tensor]
 
     def images(self, split: str) -> Images:
         return ImageRows(self.shared.store, self.rows[split])
