@@ -19,8 +19,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.report.selection import plot_profile
 from modelpatch.select import profile
-from modelpatch.select.profiling import Profile
-from modelpatch.select.study import Score, best, rungs, units
+from modelpatch.select.study import Profile, Score, best, rungs, units
 from modelpatch.select.trials import Bench
 
 BLOCKS = ["stage1.0", "stage1.1", "stage2.0", "stage2.1"]

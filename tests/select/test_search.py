@@ -16,9 +16,8 @@ from modelpatch.methods.registry import spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select import search
 from modelpatch.select.budget import PATIENCE, added_latency, draft_patch
-from modelpatch.select.profiling import profile
 from modelpatch.select.searching import Proposal, Search, front, propose
-from modelpatch.select.study import Candidate, Score
+from modelpatch.select.study import Candidate, Score, profile
 from modelpatch.select.trials import file_bytes
 
 FAST = {"epochs": 3, "batch_size": 8, "tries": 6}

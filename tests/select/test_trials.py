@@ -23,8 +23,7 @@ from modelpatch.methods.method import Method, confine
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.select.trials import Bench, Journal, Outcome, Trial
-from modelpatch.select.workers import LocalWorker, Pool, open_workers
+from modelpatch.select.trials import Bench, Journal, LocalWorker, Outcome, Pool, Trial, open_workers
 from modelpatch.train import fit
 from modelpatch.train.batches import Inputs
 from modelpatch.train.settings import FitSettings

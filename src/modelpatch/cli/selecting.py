@@ -139,7 +139,7 @@ def profile(
     """
     from modelpatch.methods.registry import make_method
     from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
-    from modelpatch.select.profiling import profile as run_profile
+    from modelpatch.select.study import profile as run_profile
 
     made = make_method(method, **parse_pairs(set_, "--set"))
     counts = [] if sizes is None else parse_counts("--sizes", sizes)

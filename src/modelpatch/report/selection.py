@@ -13,8 +13,7 @@ from rich.table import Table
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import facts_table, new_table, percent
 from modelpatch.select.greedy import Round, Selection
-from modelpatch.select.profiling import Profile, ProfileRow
-from modelpatch.select.study import Score
+from modelpatch.select.study import Profile, ProfileRow, Score
 
 PALE = 0.3  # the opacity of what successive halving stopped early
 TICKS: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 8}  # style of long names below a picture

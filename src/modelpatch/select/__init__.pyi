@@ -7,7 +7,7 @@ from .budget import added_latency as added_latency
 from .greedy import Greedy as Greedy
 from .greedy import Selection as Selection
 from .greedy import select as select
-from .profiling import Profile as Profile
-from .profiling import profile as profile
 from .searching import Search as Search
 from .searching import search as search
+from .study import Profile as Profile
+from .study import profile as profile

@@ -26,8 +26,17 @@ from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.greedy import train_first_within
-from modelpatch.select.profiling import Profile, profile_units
-from modelpatch.select.study import Candidate, Effect, Score, describe, open_study, score_by_halving, units
+from modelpatch.select.study import (
+    Candidate,
+    Effect,
+    Profile,
+    Score,
+    describe,
+    open_study,
+    profile_units,
+    score_by_halving,
+    units,
+)
 
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
