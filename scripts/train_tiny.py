@@ -209,7 +209,7 @@ def export(arguments: argparse.Namespace) -> None:
     preprocessing = Preprocessing(
         input_size=(3, PIXELS, PIXELS), mean=MEAN, std=STD, interpolation="bilinear", crop_pct=1.0
     )
-    backbone = Backbone(module, preprocessing, f"timm:{ARCHITECTURE}", ARGUMENTS, "head.fc", classes=CLASSES)
+    backbone = Backbone(module, preprocessing, f"timm:{ARCHITECTURE}", ARGUMENTS, "head.fc", classes=tuple(CLASSES))
     about = {
         "data": "CIFAR-10, 50,000 training images",
         "script": "scripts/train_tiny.py",

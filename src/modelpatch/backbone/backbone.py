@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,59 +17,54 @@ from modelpatch.errors import BackboneChangedError, BackboneError, PatchError, U
 from modelpatch.text import first_line
 
 
+@dataclass(eq=False, repr=False)
 class Backbone:
     """A frozen network that patches refer to.
 
     The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
     holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
-    `segment_names` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint.
+    `segments` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint.
     """
 
     patched_model: ClassVar[type | None] = None  # `modelpatch.patch` sets it when it is imported
 
-    def __init__(
-        self,
-        module: nn.Module,
-        preprocessing: Preprocessing,
-        spec: str,
-        arguments: Mapping[str, Any] | None = None,
-        classifier: str | None = None,
-        segments: Sequence[str] = (),
-        classes: Sequence[str] = (),
-        about: Mapping[str, Any] | None = None,
-        text: TextTower | None = None,
-    ) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UntraceableBackboneError(f"{spec} is a script, which cannot be cut. Give the module it came from.")
-        self.module = module.eval().requires_grad_(False)
-        self.preprocessing = preprocessing
-        self.spec = spec
-        self.arguments = dict(arguments or {})
-        self.classifier = classifier
-        self.classes = tuple(classes)
-        self.about = dict(about or {})
-        self.text = text
-        self.segment_names = tuple(segments)
-        self._checked_sizes = {preprocessing.image_size}
+    module: nn.Module
+    preprocessing: Preprocessing
+    spec: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    classifier: str | None = None
+    segments: Sequence[str] = ()
+    classes: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+    text: TextTower | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            raise UntraceableBackboneError(
+                f"{self.spec} is a script, which cannot be cut. Give the module it came from."
+            )
+        self.module.eval().requires_grad_(False)
+        self.arguments, self.about = dict(self.arguments), dict(self.about)
+        self.segments, self.classes = tuple(self.segments), tuple(self.classes)
+        self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()
         self.fingerprints = Fingerprint.of(self.chain)
 
     def _build_chain(self) -> None:
         example = torch.zeros(2, *self.input_size, device=self.device)
         try:
-            self.chain: Chain = build_chain(self.module, example, self.classifier, self.segment_names)
+            self.chain: Chain = build_chain(self.module, example, self.classifier, self.segments)
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise BackboneError(
                 f"{self.spec} does not run on images of shape {self.input_size}: {first_line(error)}. Expected a float32 "
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
 
-    def around(self, module: nn.Module, spec: str = "", arguments: Mapping[str, Any] | None = None) -> Backbone:
+    def around(self, module: nn.Module, spec: str = "", arguments: dict[str, Any] | None = None) -> Backbone:
         """A backbone like this one around another module of the same structure, hashed and cut anew."""
-        spec, arguments = spec or self.spec, self.arguments if arguments is None else arguments
-        same = self.classifier, self.segment_names, self.classes, self.about, self.text
-        return Backbone(module, self.preprocessing, spec, arguments, *same)
+        recorded = self.arguments if arguments is None else arguments
+        return replace(self, module=module, spec=spec or self.spec, arguments=recorded)
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -74,8 +74,9 @@ def load_backbone(
         seen = preprocessing or built.preprocessing
     if built.text is None:
         classifier = classifier or find_classifier(built.module)
-    facts = built.classes, built.about, built.text
-    return Backbone(built.module, seen, built.spec or "", built.arguments, classifier, segments, *facts)
+    named, arguments = built.spec or "", built.arguments or {}
+    facts = classifier, segments, built.classes, built.about, built.text
+    return Backbone(built.module, seen, named, arguments, *facts)
 
 
 def _build(

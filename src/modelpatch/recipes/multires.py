@@ -363,7 +363,7 @@ class ResolutionRun:
             f"module:{type(module).__name__}" if self.files is None else f"file:{self.files.backbone.name}",
             arguments,
             base.classifier,
-            base.segment_names,
+            base.segments,
             self.data.classes if base.classifier is not None else (),
             {"task": self.data.task.name, "sharing": self.sharing, "resolutions": list(self.resolutions)},
         )

@@ -10,7 +10,6 @@ the group `modelpatch.backbones`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,9 +32,9 @@ class BuiltNetwork:
     module: nn.Module
     preprocessing: Preprocessing
     spec: str | None = None
-    arguments: Mapping[str, Any] | None = None
+    arguments: dict[str, Any] | None = None
     classes: tuple[str, ...] = ()
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
     text: TextTower | None = None
 
 

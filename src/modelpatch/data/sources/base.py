@@ -26,7 +26,6 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
-from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes, Detection
 from modelpatch.tasks.kind import Target, kind_of
 
@@ -160,16 +159,6 @@ def find_file(places: Sequence[Path], missing: str) -> Path:
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise DataError(f"{missing}. Expected one in: {', '.join(dict.fromkeys(str(place.parent) for place in places))}.")
-
-
-def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
-    """The task of images with the names of their classes, by split."""
-    index = {name: number for number, name in enumerate(names)}
-    splits = {
-        split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
-        for split, pairs in members.items()
-    }
-    return Found(Classification.name, splits, names)
 
 
 def make_detection(scenes: Mapping[str, Sequence[Scene]], names: Sequence[str] | None, source: str) -> Found:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from modelpatch.data.sources.base import (
     DataSource,
     Found,
     SourceOptions,
-    make_classification,
     named_splits,
     register_source,
     split_folders,
@@ -123,6 +122,16 @@ class Digits(DataSource):
         return Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])
 
 
+def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
+    """The task of images with the names of their classes, by split."""
+    index = {name: number for number, name in enumerate(names)}
+    splits = {
+        split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
+        for split, pairs in members.items()
+    }
+    return Found(Classification.name, splits, names)
+
+
 def _read_manifest(path: Path, folder: Path, split: str | None) -> Iterator[tuple[str, ImageSource, str]]:
     """The split, image in `folder` and label of every row. Raises `DataError` that names the file and the row."""
     columns, rows = _read_columns(path)
@@ -162,20 +171,16 @@ def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-        for column, names in _class_names(table.schema.metadata or {}).items():
-            for row in rows:
-                if row.get(column) is not None:
-                    row[column] = names[row[column]]
+        rows, metadata = table.to_pylist(), table.schema.metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        for column in LABEL_COLUMNS:
+            if names := features.get(column, {}).get("names"):  # of classes, as `datasets` writes them
+                for row in rows:
+                    if row.get(column) is not None:
+                        row[column] = names[row[column]]
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a manifest: {error}") from error
     return table.column_names, rows
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """The names of classes by column, as `datasets` writes them into a parquet file."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {column: names for column in LABEL_COLUMNS if (names := features.get(column, {}).get("names"))}
 
 
 def _image_source(value: Any, folder: Path, place: str) -> ImageSource:
