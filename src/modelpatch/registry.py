@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -29,6 +30,7 @@ T = TypeVar("T")
 Registered = TypeVar("Registered", bound=Any)
 
 
+@dataclass(eq=False, repr=False)
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to implementations that loads the file or entry point of a name when it is asked for.
 
@@ -36,17 +38,15 @@ class Registry(Mapping[str, T], Generic[T]):
     another, the folder whose files register some, `error` the class of what `find` raises.
     """
 
-    def __init__(
-        self,
-        thing: str,
-        group: str,
-        *,
-        error: type[ModelpatchError] = ModelpatchError,
-        folder: str = "",
-    ) -> None:
-        self.thing, self.group, self.error = thing, group, error
-        self._folder = folder or group
-        self._registered: dict[str, T] = {}
+    thing: str
+    group: str
+    _: KW_ONLY
+    error: type[ModelpatchError] = ModelpatchError
+    folder: str = ""
+    _registered: dict[str, T] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.folder or self.group
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
         """Register the decorated class or function. Raises ValueError for a name that another object has."""
@@ -95,7 +95,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self, name: str) -> None:
         """Import the module that may register `name`: a file of that name, or an entry point, or all files."""
-        file = f"{self._folder}.{name.replace('-', '_')}"
+        file = f"{self.folder}.{name.replace('-', '_')}"
         if file in self._own_files():
             importlib.import_module(file)
         if name not in self._registered and name in self._entry_points:
@@ -110,9 +110,9 @@ class Registry(Mapping[str, T], Generic[T]):
             self.names()  # a file may register several names
 
     def _own_files(self) -> list[str]:
-        spec = importlib.util.find_spec(self._folder)
+        spec = importlib.util.find_spec(self.folder)
         places = [] if spec is None else spec.submodule_search_locations
-        return [f"{self._folder}.{one.name}" for one in pkgutil.iter_modules(places) if not one.ispkg]
+        return [f"{self.folder}.{one.name}" for one in pkgutil.iter_modules(places) if not one.ispkg]
 
     @cached_property
     def _entry_points(self) -> Mapping[str, EntryPoint]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,7 @@ FINEST = 4  # stride of the finest map, unless all are finer
 HIDDEN = 64  # channels of a decoder's own layers: a fourth of the papers', since they are part of each patch
 
 
-@dataclass(frozen=True)
-class FeatureMap:
+class FeatureMap(NamedTuple):
     """The output of a segment as a map: channels, and the pixels between two positions."""
 
     segment: int
@@ -70,16 +69,11 @@ def make_decoder(
         raise TrainingError(
             f"no segment of {backbone.spec} gives a map whose side divides {pixels} px. Choose another image_size."
         )
-    record = HeadRecord(
-        kind=decoding.head,
-        features=sum(one.width for one in chosen),
-        outputs=classes,
-        taps=tuple(one.segment for one in chosen),
-        widths=tuple(one.width for one in chosen),
-        strides=tuple(one.stride for one in chosen),
-        hidden=decoding.hidden,
-    )
-    head = record.build()
+    segments, widths, strides = zip(*chosen, strict=True)
+    reads: dict[str, Any] = {"taps": segments, "widths": widths, "strides": strides}
+    head = HeadRecord(
+        kind=decoding.head, features=sum(widths), outputs=classes, hidden=decoding.hidden, **reads
+    ).build()
     assert isinstance(head, Decoder)
     return head
 

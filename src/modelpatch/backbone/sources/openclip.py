@@ -90,13 +90,8 @@ class OpenClipSource(BackboneSource):
         config = open_clip.get_model_preprocess_cfg(model)
         size = config.get("size", 224)
         pixels = size if isinstance(size, int) else size[0]
-        preprocessing = Preprocessing(
-            input_size=(3, pixels, pixels),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            interpolation=config.get("interpolation", "bicubic"),
-            crop_pct=1.0,
-        )
+        own = {"mean": config["mean"], "std": config["std"], "interpolation": config.get("interpolation", "bicubic")}
+        preprocessing = Preprocessing(input_size=(3, pixels, pixels), crop_pct=1.0, **own)
         visual = model.visual
         model.visual = nn.Identity()  # the text tower does not hold the image tower
         with torch.no_grad():

@@ -126,10 +126,4 @@ def _find_preprocessing(model: Any, transform: Any) -> Preprocessing:
         mean, std, interpolation = transform.mean, transform.std, transform.interpolation.value
         size = getattr(transform, "crop_size", transform.resize_size)[0]
         crop_pct = size / transform.resize_size[0]
-    return Preprocessing(
-        input_size=(3, int(size), int(size)),
-        mean=tuple(mean),
-        std=tuple(std),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-    )
+    return Preprocessing(input_size=(3, size, size), mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
