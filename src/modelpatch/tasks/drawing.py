@@ -76,15 +76,9 @@ def find_place(box: Corners, size: tuple[float, float], image: tuple[int, int], 
     """A place for a text of this size: above its box, within, below, or at its right; the first that overlaps no other."""
     left, top, right, bottom = box
     width, height = size
-    corners = [
-        (left, top - height),
-        (left, top),
-        (left, bottom),
-        (left, bottom - height),
-        (right - width, top - height),
-    ]
+    spots = [(left, top - height), (left, top), (left, bottom), (left, bottom - height), (right - width, top - height)]
     places = []
-    for x, y in corners:
+    for x, y in spots:
         x, y = max(min(x, image[0] - width), 0), max(min(y, image[1] - height), 0)
         places.append((x, y, x + width, y + height))
     free = [place for place in places if not any(overlap(place, other) for other in taken)]

@@ -19,15 +19,7 @@ import numpy as np
 
 from modelpatch.backbone.preprocessing import ImageSource, find_images
 from modelpatch.data.samples import order_name
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    SourceOptions,
-    named_splits,
-    register_source,
-    split_folders,
-)
+from modelpatch.data.sources import base
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError, MissingExtraError
 from modelpatch.tasks.classification import Classification
@@ -40,14 +32,14 @@ MANIFESTS = (".parquet", ".csv")
 def find_manifests(path: Path) -> dict[str, Path]:
     """The manifests of a folder by split, parquet before CSV; empty where none is of the training split."""
     for suffix in MANIFESTS:
-        files = named_splits([file for file in sorted(path.glob(f"*{suffix}")) if file.is_file()])
+        files = base.named_splits([file for file in sorted(path.glob(f"*{suffix}")) if file.is_file()])
         if "train" in files:
             return files
     return {}
 
 
-@register_source("manifests")
-class Manifests(DataSource):
+@base.register_source("manifests")
+class Manifests(base.DataSource):
     """A manifest, or a folder that holds one for each split."""
 
     kind = Classification.name
@@ -57,7 +49,7 @@ class Manifests(DataSource):
         path = Path(source)
         return bool(find_manifests(path)) if path.is_dir() else path.suffix in MANIFESTS and path.is_file()
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path, members = Path(source), defaultdict[str, list[tuple[ImageSource, str]]](list)
         folder, files = (path.parent, {None: path}) if path.is_file() else (path, find_manifests(path))
         for given, file in files.items():
@@ -69,8 +61,8 @@ class Manifests(DataSource):
         return make_classification(members, sorted(labels, key=order_name))
 
 
-@register_source("folders")
-class ClassFolders(DataSource):
+@base.register_source("folders")
+class ClassFolders(base.DataSource):
     """A folder of class folders, with or without folders of splits above them."""
 
     kind = Classification.name
@@ -79,9 +71,9 @@ class ClassFolders(DataSource):
     def accepts(self, source: Any) -> bool:
         return Path(source).is_dir() and not find_manifests(Path(source))
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path = Path(source)
-        folders = split_folders(path)
+        folders = base.split_folders(path)
         if "train" not in folders:
             raise DataError(
                 f"{path} has the splits {', '.join(folders)} but no training images. Expected {path.name}/train/CLASS/*.jpg."
@@ -102,8 +94,8 @@ class ClassFolders(DataSource):
         return make_classification(members, classes)
 
 
-@register_source("digits")
-class Digits(DataSource):
+@base.register_source("digits")
+class Digits(base.DataSource):
     """The digits that scikit-learn brings."""
 
     kind = Classification.name
@@ -111,7 +103,7 @@ class Digits(DataSource):
     def accepts(self, source: Any) -> bool:
         return isinstance(source, str) and source == "bundled:digits"
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -119,17 +111,17 @@ class Digits(DataSource):
         bunch = load_digits()
         images = np.round(bunch.images / 16 * 255).astype(np.uint8)
         split = Split(list(images), bunch.target.astype(np.int64))
-        return Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])
+        return base.Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])
 
 
-def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> Found:
+def make_classification(members: Mapping[str, Sequence[tuple[ImageSource, str]]], names: Sequence[str]) -> base.Found:
     """The task of images with the names of their classes, by split."""
     index = {name: number for number, name in enumerate(names)}
     splits = {
         split: Split([image for image, _ in pairs], np.array([index[name] for _, name in pairs], dtype=np.int64))
         for split, pairs in members.items()
     }
-    return Found(Classification.name, splits, names)
+    return base.Found(Classification.name, splits, names)
 
 
 def _read_manifest(path: Path, folder: Path, split: str | None) -> Iterator[tuple[str, ImageSource, str]]:
@@ -152,9 +144,9 @@ def _read_manifest(path: Path, folder: Path, split: str | None) -> Iterator[tupl
             if value is None or value != value or (isinstance(value, str) and not value.strip()):
                 raise DataError(f"{place}: it has no {column}.")
         name = split or str(row.get("split") or "train")
-        if name not in SPLITS:
-            raise DataError(f"{place}: split {name!r} is none of {', '.join(SPLITS)}.")
-        yield SPLITS[name], _image_source(row[image], folder, place), str(row[label])
+        if name not in base.SPLITS:
+            raise DataError(f"{place}: split {name!r} is none of {', '.join(base.SPLITS)}.")
+        yield base.SPLITS[name], _image_source(row[image], folder, place), str(row[label])
 
 
 def _read_columns(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:

@@ -31,16 +31,7 @@ from torch.utils import data as torch_data
 from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, naming, split_item, to_label
 from modelpatch.data.seeding import seeded
-from modelpatch.data.sources.base import (
-    SPLITS,
-    DataSource,
-    Found,
-    Scene,
-    SourceOptions,
-    check_corners,
-    make_detection,
-    register_source,
-)
+from modelpatch.data.sources import base
 from modelpatch.data.sources.masks import make_segmentation, read_classes
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
 from modelpatch.errors import DataError, MissingExtraError, TrainingWarning
@@ -68,11 +59,13 @@ def describe(source: Any) -> str:
     return str(named or type(source).__name__)
 
 
-def read_datasets(splits: Mapping[str, Any], options: SourceOptions, workers: int | None, length: int | None) -> Found:
+def read_datasets(
+    splits: Mapping[str, Any], options: base.SourceOptions, workers: int | None, length: int | None
+) -> base.Found:
     """The task of data sets by split. Raises `DataError` for objects, samples and labels that cannot be read."""
-    if unknown := [split for split in splits if split not in SPLITS]:
-        raise DataError(f"there is no split {unknown[0]!r}; expected {', '.join(SPLITS)}.")
-    splits = {SPLITS[split]: one for split, one in splits.items()}
+    if unknown := [split for split in splits if split not in base.SPLITS]:
+        raise DataError(f"there is no split {unknown[0]!r}; expected {', '.join(base.SPLITS)}.")
+    splits = {base.SPLITS[split]: one for split, one in splits.items()}
     if "train" not in splits:
         raise DataError(f"there is no training split, only {', '.join(splits)}. Give one named train.")
     source = describe(splits["train"])
@@ -102,7 +95,7 @@ def read_datasets(splits: Mapping[str, Any], options: SourceOptions, workers: in
             made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
         with seeded(0):  # a sample that cannot be read is an error before anything is trained
             next(made[split].some(1), None)
-    return Found(kind, made, classes, names_from_user=True)
+    return base.Found(kind, made, classes, names_from_user=True)
 
 
 def _is_hub(source: Any) -> bool:
@@ -119,7 +112,7 @@ def _are_tables(splits: Iterable[Any]) -> bool:
     return bool(pictures) and (label is not None or len(pictures) == 2 or "objects" in splits[0].features)
 
 
-def _with_names(found: Found, options: SourceOptions, workers: int | None) -> Found:
+def _with_names(found: base.Found, options: base.SourceOptions, workers: int | None) -> base.Found:
     """The task of tables with the number of workers, and the class names that the user gives."""
     for split in found.splits.values():
         split.workers = workers
@@ -185,7 +178,7 @@ def _items(data: Any) -> Iterable[Any]:
 
 
 def _find_classes(
-    data: Any, source: str, kind: str, options: SourceOptions
+    data: Any, source: str, kind: str, options: base.SourceOptions
 ) -> tuple[tuple[str, ...], np.ndarray | None]:
     """The class names, and the table of mask values for masks."""
     names = options.classes
@@ -265,14 +258,14 @@ def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
     return labels
 
 
-@register_source("hub")
-class Hub(DataSource):
+@base.register_source("hub")
+class Hub(base.DataSource):
     """A data set that `datasets.load_dataset` finds."""
 
     def accepts(self, source: Any) -> bool:
         return isinstance(source, str) and source.startswith(PREFIX)
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         try:
             import datasets
         except ImportError:
@@ -284,9 +277,9 @@ class Hub(DataSource):
         return read_tables(loaded, options, source)
 
 
-def read_tables(loaded: Mapping[str, Any], options: SourceOptions, source: str) -> Found:
+def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: str) -> base.Found:
     """Tables of `datasets` by split as a task."""
-    tables = {SPLITS[split]: table for split, table in loaded.items() if split in SPLITS}
+    tables = {base.SPLITS[split]: table for split, table in loaded.items() if split in base.SPLITS}
     features = next(iter(tables.values())).features if tables else {}
     pictures, label = find_columns(features)
     if pictures and "objects" in features and options.allow(Boxes):
@@ -305,7 +298,7 @@ def read_tables(loaded: Mapping[str, Any], options: SourceOptions, source: str) 
             raise DataError(f"{source} has no image column and class label; it has: {', '.join(table.features)}.")
         classes = list(table.features[label].names)
         splits[split] = Split(encoded_images(table, pictures[0]), np.array(table[label], dtype=np.int64))
-    return Found(Classification.name, splits, classes)
+    return base.Found(Classification.name, splits, classes)
 
 
 def find_columns(features: Mapping[str, Any]) -> tuple[list[str], str | None]:
@@ -328,9 +321,9 @@ def _cell(column: str, row: Mapping[str, Any]) -> ImageSource:
     return row[column].get("bytes") or Path(row[column]["path"])
 
 
-def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> Found:
+def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> base.Found:
     """Boxes are left, top, width, height, as the hub's data sets of objects have them."""
-    scenes: dict[str, list[Scene]] = {}
+    scenes: dict[str, list[base.Scene]] = {}
     names: Sequence[str] | None = None
     try:
         for split, table in tables.items():
@@ -342,11 +335,13 @@ def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> Found:
             for image, row in zip(encoded_images(table, picture), table["objects"], strict=True):
                 one = row if isinstance(row, dict) else {key: [own[key] for own in row] for key in ("bbox", "category")}
                 pairs = zip(one["bbox"], one["category"], strict=True)
-                objects = [(names[label], check_corners((x, y, x + w, y + h)), False) for (x, y, w, h), label in pairs]
+                objects = [
+                    (names[label], base.check_corners((x, y, x + w, y + h)), False) for (x, y, w, h), label in pairs
+                ]
                 scenes[split].append((image, objects))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{source}: its objects cannot be read ({error!r}). Expected a column `objects` of `bbox` (left, top, width, "
             "height) and `category` with names."
         ) from error
-    return make_detection(scenes, names, source)
+    return base.make_detection(scenes, names, source)

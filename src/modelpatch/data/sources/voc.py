@@ -10,25 +10,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
-from modelpatch.data.sources.base import (
-    DataSource,
-    Found,
-    Scene,
-    SourceOptions,
-    check_corners,
-    find_file,
-    make_detection,
-    named_splits,
-    register_source,
-)
+from modelpatch.data.sources import base
 from modelpatch.data.sources.masks import make_segmentation
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.segmentation import Segmentation
 
 
-@register_source("voc-masks")
-class VocMasks(DataSource):
+@base.register_source("voc-masks")
+class VocMasks(base.DataSource):
     """VOC's images with masks, listed in `ImageSets/Segmentation/SPLIT.txt`."""
 
     kind = Segmentation.name
@@ -36,7 +26,7 @@ class VocMasks(DataSource):
     def accepts(self, source: Any) -> bool:
         return (Path(source) / "SegmentationClass").is_dir()
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path = Path(source)
         if not (names := options.class_names(path)):
             from torchvision.models.segmentation import FCN_ResNet50_Weights
@@ -52,8 +42,8 @@ class VocMasks(DataSource):
         return make_segmentation(pairs, options, names, str(path))
 
 
-@register_source("voc")
-class VocBoxes(DataSource):
+@base.register_source("voc")
+class VocBoxes(base.DataSource):
     """VOC's images with boxes, listed in `ImageSets/Main/SPLIT.txt`."""
 
     kind = Detection.name
@@ -61,7 +51,7 @@ class VocBoxes(DataSource):
     def accepts(self, source: Any) -> bool:
         return all((Path(source) / name).is_dir() for name in ("Annotations", "JPEGImages"))
 
-    def read(self, source: Any, options: SourceOptions) -> Found:
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path = Path(source)
         scenes = {
             split: [
@@ -70,10 +60,10 @@ class VocBoxes(DataSource):
             ]
             for split, stems in _list_stems(path / "ImageSets" / "Main").items()
         }
-        return make_detection(scenes, options.class_names(path), str(path))
+        return base.make_detection(scenes, options.class_names(path), str(path))
 
 
-def read_annotation(path: Path, image: Path) -> Scene:
+def read_annotation(path: Path, image: Path) -> base.Scene:
     """An image's objects. VOC's corners are pixels from 1 on, both within the box: (xmin - 1, ymin - 1, xmax, ymax) are its
     edges."""
     try:
@@ -84,7 +74,7 @@ def read_annotation(path: Path, image: Path) -> Scene:
             edges = [float(_text(box, side)) for side in ("xmin", "ymin", "xmax", "ymax")]
             corners = (max(edges[0] - 1, 0.0), max(edges[1] - 1, 0.0), edges[2], edges[3])
             difficult = entry.findtext("difficult", "0").strip() == "1"
-            objects.append((_text(entry, "name"), check_corners(corners), difficult))
+            objects.append((_text(entry, "name"), base.check_corners(corners), difficult))
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{path} cannot be read as annotations of Pascal VOC: {error}.") from error
     return image, objects
@@ -99,7 +89,7 @@ def _text(entry: ElementTree.Element | None, name: str) -> str:
 
 def _list_stems(folder: Path) -> dict[str, list[str]]:
     """The stems of every split. Without a test list, `val` is the test split."""
-    lists = named_splits(sorted(folder.glob("*.txt")))
+    lists = base.named_splits(sorted(folder.glob("*.txt")))
     if "train" not in lists:
         raise DataError(f"{folder} has no train.txt, which lists the images to train on.")
     if "test" not in lists and "validation" in lists:
@@ -112,4 +102,4 @@ def _list_stems(folder: Path) -> dict[str, list[str]]:
 
 def _find_image(folder: Path, stem: str) -> Path:
     files = [folder / (stem + suffix) for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-    return find_file(files, f"{folder} has no image {stem!r}, which a list of images names")
+    return base.find_file(files, f"{folder} has no image {stem!r}, which a list of images names")
