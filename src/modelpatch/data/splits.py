@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Self
@@ -31,6 +32,7 @@ Transform = Callable[..., Any]
 Sample = tuple[ImageSource, Target | int]
 
 
+@dataclass(eq=False, repr=False)
 class Split:
     """Images, undecoded, and their class indices, int64 (N,).
 
@@ -43,17 +45,15 @@ class Split:
     reads_in_threads = True
     own_changes = False  # True where two readings of an image differ without a transform
 
-    def __init__(
-        self,
-        images: Sequence[ImageSource],
-        labels: np.ndarray,
-        targets: Sequence[Target] | None = None,
-        *,
-        transform: Transform | None = None,
-        workers: int | None = None,
-    ) -> None:
-        self.images, self.labels, self.targets, self.dense = images, labels, targets, targets is not None
-        self.transform, self.workers = transform, workers
+    images: Sequence[ImageSource]
+    labels: np.ndarray
+    targets: Sequence[Target] | None = None
+    _: KW_ONLY
+    transform: Transform | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        self.dense = self.targets is not None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,8 +89,7 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """The rows with these indices."""
         targets = None if self.targets is None else [self.targets[row] for row in rows]
-        images = [self.images[row] for row in rows]
-        return Split(images, self.labels[rows], targets, transform=self.transform, workers=self.workers)
+        return replace(self, images=[self.images[row] for row in rows], labels=self.labels[rows], targets=targets)
 
     def with_transform(self, transform: Transform | None) -> Self:
         """The same split with another transform."""
@@ -130,7 +129,6 @@ class FormedSplit(Split):
 
     def __init__(self, dataset: Any, form: SampleForm, size: int | None, workers: int | None) -> None:
         self.dataset, self.form, self.dense, self.size, self.workers = dataset, form, form.dense, size, workers
-        self.transform = self.targets = None
 
     @cached_property
     def digest(self) -> str:
