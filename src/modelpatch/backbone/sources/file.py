@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,5 @@ def build_file(path: Path, spec: str, arguments: dict[str, Any]) -> BuiltNetwork
     outputs = getattr(built.module, "num_classes", None)
     if described.classes and len(described.classes) != outputs:
         raise BackboneError(f"{path} names {len(described.classes)} classes for the {outputs} outputs of its network.")
-    return BuiltNetwork(
-        module=built.module,
-        preprocessing=Preprocessing(**{**built.preprocessing.model_dump(), **recorded}),
-        spec=spec,
-        arguments=arguments,
-        classes=described.classes,
-        about=described.about,
-    )
+    seen, facts = Preprocessing(**{**built.preprocessing.model_dump(), **recorded}), described.about
+    return replace(built, preprocessing=seen, spec=spec, arguments=arguments, classes=described.classes, about=facts)
