@@ -25,12 +25,12 @@ from modelpatch.recipes.tradeoff import (
     Scorer,
     alphas,
     distance_to_optimal,
+    fit_probe,
     linear_cka,
     weight_cosine,
 )
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import fit
-from modelpatch.train.probe import fit_probe
 from tolerance import close
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
@@ -33,7 +34,6 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train.evaluation import MEMORY, harmonic_mean
 from modelpatch.train.inputs import run_prefix
-from modelpatch.train.probe import fit_probe
 
 Role = Literal["patched", "supported"]
 Part = Literal["validation", "test"]
@@ -264,3 +264,32 @@ class Scorer:
         baked = merge(self.backbone, [patch], weights=[1.0]).tensors
         kept = {name: tensor for name, tensor in baked.items() if f"replace/{name.partition('/')[2]}" not in owned}
         return replace(patch, tensors={**kept, **owned}, strength=1.0, int8=frozenset())
+
+
+def fit_probe(features: Tensor, labels: Tensor, classes: int, strength: float = 1e-3, steps: int = 100) -> LinearHead:
+    """The head (D, K) for features (N, D) and classes (N,) int64; in eval mode, requires no gradients.
+
+        min_W  mean cross entropy(f Wᵀ + b) + strength / 2 |W|²        features divided by their root mean square
+
+    Convex, so that full-batch L-BFGS finds the one answer: no seed, no learning rate.
+    """
+    features, labels = features.float().flatten(1), labels.to(features.device)
+    scale = features.square().mean().sqrt().clamp(min=1e-12)
+    scaled = features / scale
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    search = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        value = F.cross_entropy(F.linear(scaled, weight, bias), labels) + strength / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        search.step(loss)
+    head = LinearHead(features.shape[1], classes).to(features.device)
+    with torch.no_grad():
+        head.weight.copy_(weight / scale)
+        head.bias.copy_(bias)
+    return head.eval().requires_grad_(False)

@@ -9,10 +9,8 @@ One of your own overrides the events of `Callback` that it needs, and reads the 
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.util
 import io
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from modelpatch.atomic import write_bytes
 from modelpatch.errors import CheckpointMismatchError, TrainingError
+from modelpatch.text import digest_of
 from modelpatch.train.progress import Progress
 from modelpatch.train.settings import name_of
 from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
@@ -268,10 +267,9 @@ class ProgressBar(Callback):
 def describe_run(trainer: Trainer) -> dict[str, Any]:
     """Return what must be equal for a trainer to resume from another one's state."""
     shapes = {name: list(tensor.shape) for name, tensor in get_state(trainer.model).items()}
-    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     parts = {name: type(getattr(trainer, name)).__name__ for name in ("model", "optimizer", "scheduler")}
     numbers = {n: getattr(trainer, n) for n in ("epochs", "total", "per_epoch", "accumulate", "clip", "seed")}
-    return {**parts, **numbers, "loss": name_of(trainer.loss), "tensors": digest}
+    return {**parts, **numbers, "loss": name_of(trainer.loss), "tensors": digest_of(shapes)}
 
 
 def copy_state(model: Any) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from modelpatch.data.images import (
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
+from modelpatch.text import count_of
 from modelpatch.train.batches import Inputs, place
 from modelpatch.train.folding import fold_segment
 from modelpatch.train.progress import Progress, quiet_progress
@@ -178,7 +179,7 @@ class OwnInputs(InputSource):
         varied = augmented and (augmentation.name != "none" or images.augments)
         views = min(settings.views, settings.epochs) if varied else 1
         share, count = prefix_share(self.backbone, first), views * len(images)
-        with self.bar.task(f"caching {share:.0%} of the network, {views} view{'s' * (views != 1)}", count) as advance:
+        with self.bar.task(f"caching {share:.0%} of the network, {count_of(views, 'view')}", count) as advance:
             prefix, source = make_prefix(self.backbone, model, count), self._open(split, augmented, once=True)
             return cache_prefix(prefix, source, first, augmentation, views, settings.seed, settings.memory, advance)
 
