@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from conftest import make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.train.folding import fold_segment
+from modelpatch.train.inputs import fold_segment
 from tolerance import close
 
 

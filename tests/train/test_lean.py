@@ -17,7 +17,9 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.patch.model import PatchedModel
-from modelpatch.train import lean
+from modelpatch.train import callbacks
+from modelpatch.train.callbacks import EagerSteps
+from modelpatch.train.fitting import RemadeWeights
 
 METHODS: list[Method] = [
     Piggyback(),
@@ -43,9 +45,9 @@ def train(backbone: Backbone, method: Method, frugal: bool) -> dict[str, Tensor]
     """Three steps, with or without what saves memory."""
     model = draft(backbone, method)
     optimizer = method.make_optimizer(model, backbone)
-    remade = lean.RemadeWeights(model) if frugal else nullcontext
+    remade = RemadeWeights(model) if frugal else nullcontext
     if frugal:
-        lean.EagerSteps().watch(optimizer)
+        EagerSteps().watch(optimizer)
     images = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for batch in images:
         with remade():
@@ -61,7 +63,7 @@ def train(backbone: Backbone, method: Method, frugal: bool) -> dict[str, Tensor]
 def test_the_steps_are_the_same_bit_for_bit(
     backbone: Backbone, method: Method, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean, "LEAST", least)
+    monkeypatch.setattr(callbacks, "LEAST", least)
     plain, frugal = train(backbone, method, frugal=False), train(backbone, method, frugal=True)
     assert any(not torch.equal(tensor, draft(backbone, method).state()[name]) for name, tensor in plain.items())
     for name, tensor in plain.items():
@@ -84,19 +86,19 @@ def test_no_masked_weight_outlives_the_forward_pass(backbone: Backbone) -> None:
     assert alive() == len(made) == len(model.reweighted)
     del kept
     made.clear()
-    with lean.RemadeWeights(model)():
+    with RemadeWeights(model)():
         loss = model(images).sum()
     assert (len(made), alive()) == (len(model.reweighted), 0)
     loss.backward()
 
 
 def test_gradients_are_freed_within_the_backward_pass(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "LEAST", 1)
-    monkeypatch.setattr(lean, "SHARE", 10**9)
+    monkeypatch.setattr(callbacks, "LEAST", 1)
+    monkeypatch.setattr(callbacks, "SHARE", 10**9)
     method = Piggyback()
     model = draft(backbone, method)
     optimizer = method.make_optimizer(model, backbone)
-    lean.EagerSteps().watch(optimizer)
+    EagerSteps().watch(optimizer)
     most = 0
 
     def count(_: Any) -> None:

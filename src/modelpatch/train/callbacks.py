@@ -29,6 +29,8 @@ from modelpatch.train.settings import name_of
 from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
 
 EVERY_SECONDS = 60.0  # between checkpoints
+SHARE = 32  # an eager step is taken with at least this part of all gradients
+LEAST = 2**20  # and these bytes
 
 
 class EarlyStopping(Callback):
@@ -121,6 +123,33 @@ class WeightAverage(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         """Leave the average in the model."""
         load_state(trainer.model, self.average)
+
+
+class EagerSteps(Callback):
+    """Take the optimizer's steps within the backward pass, whenever enough gradients are complete, and free these.
+
+    The usual step after it uses the rest. For optimizers that treat every tensor on its own, as those of methods do.
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Begin, unless gradients are scaled."""
+        if not trainer.scaler.is_enabled():
+            self.watch(trainer.optimizer)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Register a hook for every gradient of an optimizer."""
+        self.optimizer, self._pending = optimizer, 0
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.limit = max(LEAST, sum(parameter.nbytes for parameter in parameters) // SHARE)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, parameter: Tensor) -> None:
+        self._pending += parameter.nbytes
+        if self._pending >= self.limit:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._pending = 0
 
 
 class Checkpoint:
