@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -227,7 +227,6 @@ class SharedImages:
         self.views = min(settings.views, settings.epochs) if augmentation.name != "none" else 0
         self.bar = bar or quiet_progress()
         self.store = ImageStore(split, preprocessing, settings.memory)
-        self._activations: dict[int, Tensor] | None = None
         self._folded: dict[int, nn.Module] = {}
 
     def folded(self, segment: int) -> nn.Module:
@@ -240,15 +239,10 @@ class SharedImages:
         """The source of one fit: `fold(train=..., test=...)` names the rows of each of its splits."""
         return SharedInputs(self, rows)
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def activations(self) -> dict[int, Tensor]:
         """By boundary: (views + 1, N, ...) float32, the plain view last; 0 holds the images. Computed when first needed."""
-        if self._activations is None:
-            self._activations = self._compute()
-        return self._activations
-
-    @torch.no_grad()
-    def _compute(self) -> dict[int, Tensor]:
         kept, device = self._allocate(), self.backbone.device
         boundaries, total = sorted(kept), (self.views + 1) * len(self.store)
         with self.bar.task(f"activations before {len(kept)} segments", total) as advance:

@@ -181,8 +181,21 @@ class Trainer:
         return torch.ones(len(batch))
 
     def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
-        """Return the metrics of batches of outputs and targets."""
-        return measure_all(self.metrics, answers)
+        """Return the metrics of batches of outputs and targets: means of functions, and what objects compute."""
+        sums, count = dict.fromkeys(self.metrics, 0.0), 0
+        meters = {name: metric for name, metric in self.metrics.items() if hasattr(metric, "update")}
+        for outputs, targets in answers:
+            count += len(outputs)
+            for name, metric in self.metrics.items():
+                if name in meters:
+                    metric.update(outputs, targets)
+                else:
+                    sums[name] += float(metric(outputs, targets)) * len(outputs)
+        figures = {name: total / max(count, 1) for name, total in sums.items()}
+        for name, meter in meters.items():
+            figures[name] = float(meter.compute())
+            meter.reset()
+        return figures
 
     # the loop -------------------------------------------------------------------------------------------------
 
@@ -386,21 +399,3 @@ def load_state(model: Any, state: Mapping[str, Tensor]) -> None:
         model.load_state(state)
     else:
         model.load_state_dict(state)
-
-
-def measure_all(metrics: Mapping[str, Any], answers: Iterable[tuple[Tensor, Any]]) -> Figures:
-    """Return metrics over batches: means of functions, and what objects with `update` and `compute` give."""
-    sums, count = dict.fromkeys(metrics, 0.0), 0
-    meters = {name: metric for name, metric in metrics.items() if hasattr(metric, "update")}
-    for outputs, targets in answers:
-        count += len(outputs)
-        for name, metric in metrics.items():
-            if name in meters:
-                metric.update(outputs, targets)
-            else:
-                sums[name] += float(metric(outputs, targets)) * len(outputs)
-    figures = {name: total / max(count, 1) for name, total in sums.items()}
-    for name, meter in meters.items():
-        figures[name] = float(meter.compute())
-        meter.reset()
-    return figures
