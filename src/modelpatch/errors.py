@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class ModelpatchError(Exception):
     """The base class of all errors that this library raises on purpose.
@@ -155,3 +158,11 @@ class MissingExtraError(ModelpatchError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs `{library}`, which is not installed. Run: pip install 'modelpatch[{extra}]'")
+
+
+def require(module: str, extra: str, purpose: str, library: str = "") -> Any:
+    """Import an optional module, of a library of that name or another. Raises `MissingExtraError` where there is none."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError(library or module, extra, purpose) from None

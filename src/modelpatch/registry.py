@@ -5,8 +5,9 @@
     @HEADS.register("linear")
     class LinearHead(Head): ...
 
-A folder of the package is a catalogue: the name `faster-rcnn` is looked for in its file `faster_rcnn.py`, which is imported
-when the name is first asked for. Other distributions list theirs as entry points of the group `modelpatch.heads`:
+A folder of the package is a catalogue: the name `scale-bias` is looked for in its file `scale_bias.py`, or in those that hold
+it in quotes, which are imported when the name is first asked for. Other distributions list theirs as entry points of the
+group `modelpatch.heads`:
 
     [project.entry-points."modelpatch.heads"]
     attentive = "their_package.heads:AttentiveHead"
@@ -94,9 +95,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self.names())
 
     def _load(self, name: str) -> None:
-        """Import the module that may register `name`: a file of that name, or an entry point, or all files."""
-        file = f"{self.folder}.{name.replace('-', '_')}"
-        if file in self._own_files():
+        """Import what may register `name`: the file of that name, else files that hold it, an entry point, or all files."""
+        named = f"{self.folder}.{name.replace('-', '_')}"
+        files = self._own_files()
+        for file in [named] if named in files else self._own_files(name):
             importlib.import_module(file)
         if name not in self._registered and name in self._entry_points:
             entry = self._entry_points[name]
@@ -109,10 +111,15 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._registered:
             self.names()  # a file may register several names
 
-    def _own_files(self) -> list[str]:
+    def _own_files(self, name: str = "") -> list[str]:
+        """The modules of the folder, or those whose source holds a name in quotes."""
         spec = importlib.util.find_spec(self.folder)
         places = [] if spec is None else spec.submodule_search_locations
-        return [f"{self.folder}.{one.name}" for one in pkgutil.iter_modules(places) if not one.ispkg]
+        stems = [one.name for one in pkgutil.iter_modules(places) if not one.ispkg]
+        if name:
+            held = f'"{name}"'.encode()
+            stems = [stem for stem in stems if held in (pkgutil.get_data(self.folder, f"{stem}.py") or b"")]
+        return [f"{self.folder}.{stem}" for stem in stems]
 
     @cached_property
     def _entry_points(self) -> Mapping[str, EntryPoint]:

@@ -13,7 +13,7 @@ from torch import Tensor
 import modelpatch as mp
 from conftest import color_task
 from modelpatch.heads import LinearHead
-from modelpatch.methods import Batch, Custom, DeltaNetwork, FullFinetune, Keeper, Method, ScaleBias, with_loss
+from modelpatch.methods import Batch, Custom, DeltaNetwork, FullFinetune, Hook, Method, ScaleBias, with_loss
 from modelpatch_studies.losses import BSS, DELTA, Confusion, UniformPrior, contrast_classes
 
 DATA = color_task(24)
@@ -32,7 +32,7 @@ def probe() -> LinearHead:
     return LinearHead(16, 3)
 
 
-def keepers(backbone: mp.Backbone) -> dict[str, Keeper]:
+def keepers(backbone: mp.Backbone) -> dict[str, Hook]:
     return {
         "bss": BSS(0.1),
         "delta": DELTA(backbone, probe(), lambda: batches(backbone)),
@@ -54,7 +54,7 @@ def test_a_loss_changes_what_is_trained_and_follows_the_seed(tiny: mp.Backbone, 
 
 
 def begun(
-    backbone: mp.Backbone, method: Method, keeper: Keeper
+    backbone: mp.Backbone, method: Method, keeper: Hook
 ) -> tuple[mp.PatchedModel, Callable[[], tuple[Batch, Tensor]]]:
     """A model whose keeper has begun, and a function that gives a batch and what the keeper adds to its loss."""
     model = method.draft(backbone, 3)

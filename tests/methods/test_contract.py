@@ -23,19 +23,14 @@ from modelpatch.engine.resident import BoundPatch
 from modelpatch.engine.steps import HeadStep
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
-from modelpatch.methods.depthwise import Depthwise
-from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
-from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method, confine
-from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
-from modelpatch.methods.piggyback import Piggyback
-from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.piggyback import PackNet, Piggyback
 from modelpatch.methods.registry import METHODS as REGISTERED
-from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import Subset
+from modelpatch.methods.scale_bias import Depthwise, ScaleBias
+from modelpatch.methods.subset import FullFinetune, LinearProbe, Pruned, Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
@@ -221,7 +216,8 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     backbone, _, images, _ = architecture(pair[0])
     method = pair[1]
     trained = method.draft(backbone, 3)
-    method.prepare(trained, lambda: [images])
+    for hook in method.all_hooks():
+        hook.begin(trained, lambda: [images])
     trained.train()
     optimizer = method.make_optimizer(trained, backbone)
     F.cross_entropy(trained(images), torch.arange(3)).backward()

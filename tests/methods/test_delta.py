@@ -22,16 +22,20 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
 from modelpatch.methods.delta import (
+    DeltaModule,
     DeltaNetwork,
+    DeltaStage,
+    DenseStage,
+    Norm,
+    ResidualStage,
     delta_costs,
     delta_stages,
-    layout_of,
     skip_variances,
     skip_weights,
     stages_of,
 )
-from modelpatch.methods.delta_stage import DeltaModule, DeltaStage, DenseStage, Layout, Norm, ResidualStage
 from modelpatch.methods.registry import make_method
+from modelpatch.methods.residual import Layout
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
@@ -142,7 +146,7 @@ def test_costs_are_those_of_the_built_modules_for_every_number_of_them(name: str
         assert cost.parameters == DeltaNetwork(modules=cost.modules).count_parameters(backbone)
     last = costs[0]
     stage = backbone.chain[stages_of(backbone)[-1].start]
-    layout = layout_of(stage.input_shape, backbone.input_size)
+    layout = Layout.of(stage.input_shape, backbone.input_size)
     channels, *sides = layout.grid(torch.zeros(1, *stage.input_shape)).shape[1:]
     half, edges = channels // 2, len(stages_of(backbone)[-1].edges)
     assert last.macs == 9 * (channels + half) * half * math.prod(sides) + half * edges
@@ -461,7 +465,7 @@ def test_the_norm_option_adds_one_norm_for_every_node(name: str) -> None:
     backbone = network(name)
     without, added = (DeltaNetwork(batch_norm=flag).count_parameters(backbone) for flag in (False, True))
     stage = stages_of(backbone)[-1]
-    layout = layout_of(backbone.chain[stage.start].input_shape, backbone.input_size)
+    layout = Layout.of(backbone.chain[stage.start].input_shape, backbone.input_size)
     shapes = [backbone.chain[i].output_shape for i in range(stage.start, stage.end)]
     axis = 0 if layout.kind == "channels-first" else -1
     given = backbone.chain[stage.start].input_shape[axis] if stage.dense else 0
@@ -478,7 +482,7 @@ def test_only_added_norms_use_batch_statistics_while_training() -> None:
     model = method.draft(backbone, 3)
     model.train()
     stage = delta_stages(model)[0]
-    layers = [module for module in stage.blocks.modules() if not list(module.children())]
+    layers = [module for module in stage.frozen.modules() if not list(module.children())]
     assert not any(layer.training for layer in layers)
     assert all(norm.training == isinstance(norm, Norm) for norm in batch_norms(model))
     before = {name: tensor.clone() for name, tensor in model.tensors().items() if "running" in name}
@@ -596,12 +600,12 @@ def test_networks_without_skips_are_refused_with_what_could_be_used(name: str) -
     ],
 )
 def test_the_layout_of_an_activation_is_found(shape: tuple[int, ...], image: tuple[int, ...], layout: Layout) -> None:
-    assert layout_of(shape, image) == layout
+    assert Layout.of(shape, image) == layout
 
 
 def test_tokens_that_cover_no_image_are_refused() -> None:
     with pytest.raises(MethodNotApplicableError, match="do not cover an image of 7 x 5"):
-        layout_of((3, 8), (3, 7, 5))
+        Layout.of((3, 8), (3, 7, 5))
 
 
 def test_a_grid_is_the_image_of_the_tokens_without_those_that_have_no_position() -> None:

@@ -326,7 +326,7 @@ def test_vgg_is_masked_up_to_its_logits(make: Callable[[bool], nn.Module], batch
     images = torch.randn(2, 3, 32, 32)
     before = backbone(images)
     method = Piggyback(lr=1e-2, norms="trained" if batch_norm else "frozen")
-    assert weight_names(backbone) == masked
+    assert list(weight_names(backbone)) == masked
     assert logits not in method.blueprint(backbone).owned
     assert len(masked) == 13 + 2
     affine = 2 * sum(width for width in THIN if isinstance(width, int)) if batch_norm else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,7 @@ from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError, PatchError
-from modelpatch.methods.pruned import Pruned
-from modelpatch.methods.subset import Subset
+from modelpatch.methods.subset import Pruned, Subset
 from modelpatch.patch.blueprint import Graft
 from modelpatch.train import fit
 from tolerance import close
@@ -129,6 +129,6 @@ def test_a_ratio_out_of_range_and_a_missing_library_are_named(
         Pruned(ratio=1.0)
     with pytest.raises(MethodNotApplicableError, match=r"ratio=0.001 removes none .* largest layer has 192"):
         Pruned(blocks=(BLOCK,), ratio=0.001).blueprint(mobilenet)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(MissingExtraError, match=r"modelpatch\[prune\]"):
         Pruned(ratio=0.123).blueprint(mobilenet)

@@ -15,7 +15,14 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.scale_bias import ChannelAffine, ScaleBias, add_channel_affines, is_norm, recompute_statistics
+from modelpatch.methods.scale_bias import (
+    ChannelAffine,
+    Depthwise,
+    ScaleBias,
+    add_channel_affines,
+    is_norm,
+    recompute_statistics,
+)
 from modelpatch.train import fit
 from tolerance import close
 
@@ -241,3 +248,22 @@ def test_a_patch_of_one_bias_decides_how_often_a_network_folds_the_line() -> Non
         return int((inside.diff(prepend=torch.zeros(1, dtype=torch.int32)) == 1).sum())
 
     assert [components(bias) for bias in (0, -0.075, -0.125, -0.425, -0.5)] == [4, 3, 2, 1, 0]
+
+
+def test_only_depthwise_kernels_are_owned(tiny: Backbone) -> None:
+    assert set(Depthwise().blueprint(tiny).owned) == {
+        f"stage{stage}.{block}.conv1.weight" for stage in (1, 2) for block in (0, 1)
+    }
+
+
+def test_the_counts_of_mobilenetv2_are_the_papers() -> None:
+    """K for the Price of 1: scale and bias 34K, depthwise less than 3 % of 3.5 million."""
+    backbone = make_timm("mobilenetv2_100", 32)
+    convolutions = [m for m in backbone.module.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    kernels = sum(m.weight.numel() for m in convolutions)
+    scales = sum(2 * m.num_features for m in backbone.module.modules() if isinstance(m, nn.BatchNorm2d))
+    assert Depthwise().count_parameters(backbone) == kernels == 64_224
+    assert ScaleBias().count_parameters(backbone) == scales == 34_112
+    assert (ScaleBias() + Depthwise()).count_parameters(backbone) == kernels + scales
+    statistics = ScaleBias(affine=False, statistics="recomputed").draft(backbone, 1).tensors()
+    assert sum(t.numel() for n, t in statistics.items() if n.startswith("replace/")) == 34_112

@@ -24,7 +24,7 @@ from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.methods.widened import ExtraFilters, ExtraSettings, Widened, WidenedBlock, add_filters
+from modelpatch.methods.widened import ExtraFilters, Widened, add_filters
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import fit
@@ -76,7 +76,7 @@ def test_filters_make_the_hidden_layer_of_a_bottleneck_wider() -> None:
     """U ReLU(V x + b) beside W2 ReLU(W1 x) is one layer of 6 + 4 hidden channels."""
     torch.manual_seed(0)
     first, last = nn.Linear(5, 6), nn.Linear(6, 5)
-    block = WidenedBlock(nn.Sequential(first, nn.ReLU(), last), ExtraSettings(inputs=5, outputs=5, filters=4))
+    block = add_filters(nn.Sequential(first, nn.ReLU(), last), inputs=5, outputs=5, filters=4)
     nn.init.normal_(block.extra.last.weight)
     wide = [nn.Linear(5, 10), nn.Linear(10, 5)]
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_two_methods_that_add_modules_to_a_block_are_refused(tiny: Backbone) -> 
     [("filters", 10**9), ("inputs", 10**9), ("outputs", 0), ("kernel", 99), ("stride", 10**9), ("depth", 3)],
 )
 def test_a_file_that_asks_for_too_much_or_for_what_is_unknown_is_refused(argument: str, value: int) -> None:
-    fitting = ExtraSettings(inputs=8, outputs=8, filters=2, kernel=3).model_dump()
+    fitting = {"inputs": 8, "outputs": 8, "filters": 2, "kernel": 3}
     with pytest.raises(ValueError, match=argument):
         add_filters(nn.Conv2d(8, 8, 1), **{**fitting, argument: value})
 
@@ -201,12 +201,12 @@ def test_arguments_that_do_not_fit_the_file_are_refused(tiny: Backbone) -> None:
 def test_filters_that_fit_their_file_but_not_the_network_are_refused(changed: dict[str, int], tiny: Backbone) -> None:
     patch = draft_patch(tiny, Widened(filters=2, blocks=("last",)))
     (graft,) = patch.grafts
-    settings = ExtraSettings.model_validate({**graft.arguments, **changed})
-    made = ExtraFilters(settings).state_dict()
+    arguments = {**graft.arguments, **changed}
+    made = ExtraFilters(**arguments).state_dict()
     prefix = f"graft/{graft.start}-{graft.end}/extra."
     tensors = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith(prefix)}
     tensors |= {prefix + name: tensor for name, tensor in made.items()}
-    hostile = replace(patch, grafts=(graft.model_copy(update={"arguments": settings.model_dump()}),), tensors=tensors)
+    hostile = replace(patch, grafts=(graft.model_copy(update={"arguments": arguments}),), tensors=tensors)
     for bind in (PatchedModel, BoundPatch):
         with pytest.raises(ForeignTensorError, match=r"the patch adds to segments \[5, 6\) do not fit"):
             bind(tiny, decode_patch(encode_patch(hostile)))

@@ -17,11 +17,9 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, ModelpatchError, PatchError, UnknownGraftError, WrongBackboneError
-from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import Subset
+from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.model import PatchedModel
@@ -412,7 +410,7 @@ def test_a_loop_of_ones_own_moves_no_statistic_that_the_patch_does_not_store(met
     moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
     learned = {name for name in own if name.endswith(("running_mean", "running_var"))}
     assert {name for name in moved if not name.endswith("num_batches_tracked")} == learned
-    assert bool(learned) == method.learns_statistics
+    assert bool(learned) == model.learned_statistics
     backbone.verify()
 
 

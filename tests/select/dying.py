@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.method import Batches
+from modelpatch.methods.hooks import Batches, Hook
+from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.model import PatchedModel
 
 
@@ -22,7 +22,18 @@ class Killed(LinearProbe):
     marker: str
     times: int = 1
 
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+    def hooks(self) -> tuple[Hook, ...]:
+        return (Killing(self.marker, self.times),)
+
+
+@dataclass(frozen=True)
+class Killing(Hook):
+    """The end of the process before its first step."""
+
+    marker: str
+    times: int
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
         for number in range(self.times):
             file = Path(f"{self.marker}-{number}")
             if not file.exists():

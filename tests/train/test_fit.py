@@ -20,12 +20,11 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.errors import BackboneChangedError, BackboneError, DataError, MethodError, TrainingError
-from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.method import Batches, Method
+from modelpatch.methods.hooks import Batches, Hook
+from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import Subset
+from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import Callback, Trainer, fit
@@ -300,13 +299,20 @@ def test_a_bad_setting_is_an_error_that_quotes_it(
         fit(backbone, colors, LinearProbe(), **settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Careless(LinearProbe):
-    """Writes to the tensors it shares with the backbone."""
+class Overwriting(Hook):
+    """Writes to the tensors that a model shares with the backbone."""
 
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
         with torch.no_grad():
             next(model.parts.parameters()).add_(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(LinearProbe):
+    """A method whose work does harm."""
+
+    def hooks(self) -> tuple[Hook, ...]:
+        return (Overwriting(),)
 
 
 def test_a_fit_that_moves_the_backbone_fails(tiny: Backbone, colors: Task) -> None:

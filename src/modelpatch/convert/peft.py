@@ -35,9 +35,10 @@ from modelpatch.errors import (
     NotAPatchError,
     PatchError,
     WrongBackboneError,
+    require,
 )
 from modelpatch.heads.base import HeadRecord
-from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, require_peft, weight_name
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, weight_name
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
@@ -150,7 +151,7 @@ def import_peft(
 
 def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
     """Names of the layers that PEFT itself adapts, found by adapting a structural clone."""
-    peft = require_peft("PEFT's folder format")
+    peft = require("peft", "lora", "PEFT's folder format")
     fields = config.model_dump(include=set(AdapterConfig.model_fields) - {"peft_type"}, exclude_none=True)
     clone = clone_module(backbone.module)
     try:
@@ -162,7 +163,7 @@ def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
 
 def check_supported(config: AdapterConfig, folder: Path) -> None:
     """Raise `InvalidPatchError` for an option that changes the adapter's output and that a patch does not support."""
-    defaults = require_peft("PEFT's folder format").LoraConfig().to_dict()
+    defaults = require("peft", "lora", "PEFT's folder format").LoraConfig().to_dict()
     for name, value in (config.model_extra or {}).items():
         harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
         if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off

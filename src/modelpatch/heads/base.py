@@ -9,6 +9,7 @@ fields of the record it fills and what it reads. Other distributions register th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, TypeVar
@@ -96,9 +97,9 @@ class Head(nn.Module, ABC):
         """The head as a patch file describes it. It may be stored as another kind than the one that is trained."""
 
     @classmethod
-    @abstractmethod
     def build(cls, record: HeadRecord) -> Head:
         """A freshly initialised head of this kind."""
+        return cls(record)
 
     @classmethod
     def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
@@ -139,28 +140,12 @@ class Head(nn.Module, ABC):
         return
 
 
-class DenseHead(nn.Linear, Head):
-    """A head of one linear layer."""
-
-    @classmethod
-    def build(cls, record: HeadRecord) -> Head:
-        return cls(record.features, record.outputs)
-
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(kind=self.kind, features=self.in_features, outputs=self.out_features)
-
-
 class DraftHead(Head):
     """A head that is stored as another kind than the one that is trained."""
 
     @classmethod
     def build(cls, record: HeadRecord) -> Head:
         return record.build()
-
-    @abstractmethod
-    def stored(self) -> dict[str, Tensor]:
-        """The stored head's tensors, by their names in it."""
 
 
 HEADS = Registry[type[Head]]("head", "modelpatch.heads", error=PatchError)
@@ -189,10 +174,6 @@ class Decoder(Head):
     @property
     def record(self) -> HeadRecord:
         return self._record
-
-    @classmethod
-    def build(cls, record: HeadRecord) -> Decoder:
-        return cls(record)
 
     @classmethod
     def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
@@ -225,3 +206,8 @@ class Decoder(Head):
             )
         if pixels % record.strides[0]:
             raise ForeignTensorError(f"images of {pixels} px are no multiple of the head's stride {record.strides[0]}.")
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Normalisation in up to 16 groups of channels, which needs no batch statistics."""
+    return nn.GroupNorm(math.gcd(channels, 16), channels)

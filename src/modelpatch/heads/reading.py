@@ -81,6 +81,9 @@ def run_chain(parts: Sequence[ChainPart], x: Tensor, reads: Sequence[Read], star
 class Reading:
     """The reads of a head on a chain, of which the segments of `spans` are replaced as one.
 
+    `segments` are those that are read, in order. `both` says that the base's own features are read beside the patch's, `maps`
+    that the head is a decoder, which reads maps, and `inner` that outputs are read in other forms than as features.
+
     Raises `ForeignTensorError` for a segment that the chain does not have, and for one inside a span.
     """
 
@@ -94,27 +97,11 @@ class Reading:
                     f"the head reads segment {read.segment}, inside a run of segments the patch replaces."
                 )
         self.reads = tuple(replace(read, segment=read.segment % count) for read in reads)
+        self.segments = tuple(sorted({read.segment for read in self.reads}))
+        self.both = any(read.of == "base" for read in self.reads)
+        self.maps = any(read.form == "map" for read in self.reads)
+        self.inner = any(read.form != "features" for read in self.reads)
         self._axes = tuple(pooled_axes(chain, read.segment) for read in self.reads)
-
-    @property
-    def segments(self) -> tuple[int, ...]:
-        """The segments that are read, in order."""
-        return tuple(sorted({read.segment for read in self.reads}))
-
-    @property
-    def both(self) -> bool:
-        """True if the base's own features are read beside the patch's."""
-        return any(read.of == "base" for read in self.reads)
-
-    @property
-    def maps(self) -> bool:
-        """True if the head is a decoder, which reads maps."""
-        return any(read.form == "map" for read in self.reads)
-
-    @property
-    def inner(self) -> bool:
-        """True if outputs are read in other forms than as features."""
-        return any(read.form != "features" for read in self.reads)
 
     def run(self, parts: Sequence[ChainPart], x: Tensor, start: int = 0) -> HeadInput:
         """The head's input from the input `x` of segment `start`."""
@@ -125,9 +112,9 @@ class Reading:
 
         `pooled` says that those which are read so are pooled already.
         """
-        shaped = {"features": lambda x, _: x, "pooled": (lambda x, _: x) if pooled else pool, "map": as_map}
+        shape = {"map": as_map} if pooled else {"map": as_map, "pooled": pool}
         reads = zip(self.reads, outputs, self._axes, strict=True)
-        formed = tuple(shaped[read.form](x, axes) for read, x, axes in reads)
+        formed = tuple(shape[read.form](x, axes) if read.form in shape else x for read, x, axes in reads)
         if self.maps:
             return formed
         return formed[0] if len(formed) == 1 else torch.cat(formed, 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.errors import MethodError
-from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.model import PatchedModel
 
 Statistics = Literal["frozen", "learned"]
@@ -30,8 +30,13 @@ def start_at(model: PatchedModel, segment: Segment, values: nn.Module) -> None:
 
 
 def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
-    """The segments that `names` mean (see `Subset.blocks`), in order. Raises `MethodError` for a name that means none."""
+    """The segments that `names` mean (see `Subset.blocks`), in order; all blocks without names.
+
+    Raises `MethodError` for a name that means none.
+    """
     chain = backbone.chain
+    if not names:
+        return list(chain.blocks)
     chosen: set[int] = set()
     for name in names:
         found = _find(chain, name)
@@ -52,6 +57,21 @@ def _find(chain: Chain, name: str) -> list[Segment]:
             raise MethodError(f"{name}: the backbone has stages 0 to {count - 1}.")
         return list(chain.stages[number])
     return named
+
+
+def graft_on(segment: Segment, kind: str, **arguments: Any) -> Graft:
+    """Modules of a registered kind added to one segment."""
+    return Graft(kind=kind, start=segment.index, end=segment.index + 1, arguments=arguments)
+
+
+def name_tensors(segments: Iterable[Segment], pick: Callable[[nn.Module], Iterable[str]]) -> tuple[str, ...]:
+    """The backbone's names of those parameters and buffers of every module, its children's aside, that `pick` names."""
+    return tuple(
+        segment.tensor_names[f"{path}.{name}".lstrip(".")]
+        for segment in segments
+        for path, module in segment.module.named_modules()
+        for name in pick(module)
+    )
 
 
 def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Blueprint:

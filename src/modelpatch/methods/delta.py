@@ -1,35 +1,219 @@
 """Δ-Networks: a frozen network whose skip connections are weighed anew for every input.
 
-    z_j = M_j(n_{j-1}) + Σ_{i<j} λ_ij n_i,   n_j = act(z_j),   λ = Δ(x) in (0, 1)^p,   p = k(k+1)/2
+    x ──┬─────────────> Δ ──> λ (B, p), one weight a sample and edge
+        ├─> M_1 ─> + ─> n_1 ─> M_2 ─> + ─> n_2 ─> ...          z_j = M_j(n_{j-1}) + Σ_{i<j} λ_ij n_i
+        └──────────┴─────────────────┘                         n_j = act(z_j),   λ = Δ(x) in (0, 1)^p,   p = k(k+1)/2
 
 One Δ-module, a small convolutional network, reads the input x of a stage of k blocks and gives every pair of nodes
-i < j of that stage a weight, its own for each sample; skips that the network has are weighed instead of kept. With
-λ = 1 on those and 0 on all others it is the frozen network.
+i < j of that stage a weight, its own for each sample; skips that the network has are weighed instead of kept. n_0 is the
+shortcut of the first block, where it has one; M_1 reads x itself. The frozen network is λ = 1 on the skips that it has and 0
+on all others. In a dense stage layer j reads cat(λ_0j n_0, ..., λ_{j-1,j} n_{j-1}), and has all skips.
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), arXiv:2303.14772, equations 3 to 6 and the ablations
-of Table 5. `delta_stage.py` holds the modules, `residual.py` finds the stages.
+of Table 5. `residual.py` finds the stages.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.chain import channels_first, count_macs
+from modelpatch.backbone.chain import count_macs
 from modelpatch.errors import MethodError, MethodNotApplicableError
-from modelpatch.methods.delta_stage import GRAFT, DeltaModule, DeltaStage, Layout, Skips, StageSettings
 from modelpatch.methods.method import Method, Optimizer, register_method
-from modelpatch.methods.residual import Edge, SkipStage, find_stages
-from modelpatch.patch.blueprint import Blueprint, Graft, Span
+from modelpatch.methods.residual import Edge, Layout, SkipStage, find_stages, form_of, skip_edges, split_block
+from modelpatch.patch.blueprint import Blueprint, Graft, Span, register_graft
 from modelpatch.patch.model import PatchedModel
+from modelpatch.text import count_of
+
+GRAFT = "delta"
+MAX_CHANNELS = 8192  # a file that asks for more is refused before memory is
+Skips = Literal["conditioned", "existing", "all", "learned", "random", "unchanged"]
+
+
+class StageSettings(BaseModel):
+    """One stage as a patch file describes it: `channels` of its input, `width` of its nodes, and the method's options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skips: Skips
+    batch_norm: bool
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
+    width: int = Field(ge=1, le=MAX_CHANNELS)
+    layout: Layout
+
+
+class Norm(_BatchNorm):
+    """BatchNorm of an activation of any number of axes. It counts no batches: all its buffers are numbers of a patch."""
+
+    def __init__(self, channels: int, axis: int = 1) -> None:
+        super().__init__(channels)
+        self.axis = axis
+        self.register_buffer("num_batches_tracked", None)
+
+    def reset_running_stats(self) -> None:
+        self.running_mean.zero_()  # type: ignore[union-attr]
+        self.running_var.fill_(1)  # type: ignore[union-attr]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """A batch with one value a channel has no variance: it is normalised by the running statistics."""
+        training = self.training and input.numel() > self.num_features
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        y = F.batch_norm(input.movedim(self.axis, 1), *statistics, training, momentum, self.eps)
+        return y.movedim(1, self.axis)
+
+
+class DeltaModule(nn.Module):
+    """λ = sigmoid(Linear(GAP(ReLU(BN(Conv(ReLU(BN(Conv(x))))))))): a stage's input to weights (B, p) in (0, 1).
+
+    Both convolutions are 3x3 without bias and C/2 wide: 6.75 C² + 2 C + (C/2 + 1) p parameters.
+    """
+
+    def __init__(self, channels: int, edges: int, layout: Layout | None = None) -> None:
+        super().__init__()
+        half = max(channels // 2, 1)
+        self.layout = layout or Layout()
+        self.conv1 = nn.Conv2d(channels, half, 3, padding=1, bias=False)
+        self.norm1 = Norm(half)
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1, bias=False)
+        self.norm2 = Norm(half)
+        self.linear = nn.Linear(half, edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(self.layout.grid(x))))
+        y = F.relu(self.norm2(self.conv2(y)))
+        return torch.sigmoid(self.linear(y.mean((2, 3))))
+
+    def start_near(self, weights: list[float]) -> None:
+        """Start at about the given weights whatever the input: W = 0, b = +4 for a weight of 1 and -4 for 0."""
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.bias.copy_(torch.tensor(weights) * 8 - 4)
+
+
+class FixedWeights(nn.Module):
+    """λ (B, p) whatever the input: 1; learned, started at 1; or drawn from U(0, 1) for every sample in every pass."""
+
+    def __init__(self, edges: int, skips: Skips) -> None:
+        super().__init__()
+        self.edges, self.random = edges, skips == "random"
+        self.weights = nn.Parameter(torch.ones(edges)) if skips in ("existing", "learned") else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.random:
+            return torch.rand(len(x), self.edges, dtype=x.dtype, device=x.device)
+        return x.new_ones(len(x), self.edges) if self.weights is None else self.weights.expand(len(x), -1)
+
+
+class DeltaStage(nn.Module, ABC):
+    """A stage in which every node is joined to every later one by a weighted skip.
+
+    `edges` (i, j) are in the order of the weights; `existing` says which of them the frozen network has. `strength` α
+    turns the patch after training: λ_α = (1 - α) λ_frozen + α λ, and likewise for the BatchNorm of z. At 0, base mode, the
+    `frozen` stage runs.
+    """
+
+    strength: float = 1.0
+
+    def __init__(self, frozen: nn.Module, settings: StageSettings, first: int, depth: int, dense: bool) -> None:
+        super().__init__()
+        edges: tuple[Edge, ...] = skip_edges(first, depth)
+        if not edges:
+            raise ValueError("the blocks have no skip between them")
+        if settings.skips in ("existing", "unchanged") and not dense:
+            edges = tuple((i, j) for i, j in edges if j == i + 1)
+        self.edges = edges
+        self.existing = tuple(dense or j == i + 1 for i, j in edges)
+        self.delta: nn.Module = FixedWeights(len(edges), settings.skips)
+        if settings.skips == "conditioned":
+            self.delta = DeltaModule(settings.channels, len(edges), settings.layout)
+        axis = settings.layout.axis or 1
+        norms = [Norm(settings.width, axis) if settings.batch_norm else nn.Identity() for _ in range(depth)]
+        self.norms = nn.ModuleList(norms)
+        self.frozen: Any = frozen
+        nodes = range(1, depth + 1)
+        self._incoming = {j: [(number, i) for number, (i, k) in enumerate(edges) if k == j] for j in nodes}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) if self.strength == 0 else self.mix(x, self.weights(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """λ (B, p) for a stage input x, at the present strength."""
+        weights = self.delta(x)
+        if self.strength == 1:
+            return weights
+        return torch.lerp(weights.new_tensor(self.existing), weights, self.strength)
+
+    @abstractmethod
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The stage with given weights (B, p) on its skips."""
+
+    def _normalise(self, z: Tensor, j: int) -> Tensor:
+        y = self.norms[j - 1](z)
+        return y if self.strength == 1 or y is z else torch.lerp(z, y, self.strength)
+
+
+def _each(weight: Tensor, node: Tensor) -> Tensor:
+    """One number a sample (B,), shaped to multiply a node (B, ...)."""
+    return weight.view(-1, *[1] * (node.ndim - 1))
+
+
+class ResidualStage(DeltaStage):
+    """z_j = M_j(n_{j-1}) + Σ_{i<j} λ_ij n_i over the blocks of a stage."""
+
+    def __init__(self, blocks: list[nn.Module], settings: StageSettings) -> None:
+        parts = [split_block(block) for block in blocks]
+        first = int(not parts[0].shortcut)
+        super().__init__(nn.Sequential(*parts), settings, first, depth=len(parts), dense=False)
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        nodes: dict[int, Tensor] = {}
+        for j, block in enumerate(self.frozen, 1):
+            z, shortcut = block.split(x)
+            if j == 1 and shortcut is not None:
+                nodes[0] = shortcut
+            for number, i in self._incoming[j]:
+                z = torch.addcmul(z, _each(weights[:, number], z), nodes[i])  # faster than a product and a sum
+            nodes[j] = x = block.join(self._normalise(z, j))
+        return x
+
+
+class DenseStage(DeltaStage):
+    """n_j = M_j(cat(λ_0j n_0, ..., λ_{j-1,j} n_{j-1})); the output is cat(n_0, ..., n_k), as in the frozen block."""
+
+    def __init__(self, block: nn.Module, layers: tuple[str, ...], settings: StageSettings) -> None:
+        super().__init__(block, settings, first=0, depth=len(layers), dense=True)
+        self.layers = layers
+
+    def mix(self, x: Tensor, weights: Tensor) -> Tensor:
+        nodes = {0: x}
+        for j, name in enumerate(self.layers, 1):
+            layer = self.frozen.get_submodule(name)
+            features = [_each(weights[:, number], nodes[i]) * nodes[i] for number, i in self._incoming[j]]
+            nodes[j] = self._normalise(layer(features), j)
+        return torch.cat(list(nodes.values()), 1)
+
+
+@register_graft(GRAFT)
+def build_stage(variant: nn.Module, **arguments: Any) -> DeltaStage:
+    """The stage whose blocks `variant` holds: a `Sequential` of several, or one block."""
+    settings = StageSettings.model_validate(arguments)
+    blocks = list(variant) if isinstance(variant, nn.Sequential) else [variant]
+    if len(blocks) == 1 and (layers := form_of(blocks[0]).layers):
+        return DenseStage(blocks[0], layers, settings)
+    return ResidualStage(blocks, settings)
 
 
 @register_method
@@ -56,7 +240,6 @@ class DeltaNetwork(Method):
     rewires = True
 
     lr: PositiveFloat = 3e-3
-    weight_decay: NonNegativeFloat = 0.0
     optimizer: Optimizer = "adam"
     modules: PositiveInt | Literal["all"] = 1
     stages: tuple[str, ...] = ()
@@ -66,7 +249,6 @@ class DeltaNetwork(Method):
     start: Literal["random", "identity"] = "random"
 
     def changes(self, backbone: Backbone) -> Blueprint:
-        """Adds a `DeltaStage` over each chosen stage; owns no tensor of the backbone."""
         if self.stages and self.modules != 1:
             raise MethodError(
                 f"delta: modules={self.modules} and stages={','.join(self.stages)} contradict each other. Set one of them."
@@ -80,39 +262,44 @@ class DeltaNetwork(Method):
         return Blueprint(grafts=tuple(self._graft(backbone, stage) for stage in self._choose(backbone)))
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
-        """Start the Δ-modules as `start` says."""
         if self.start == "identity":
             for stage in delta_stages(model):
                 stage.delta.start_near([float(existing) for existing in stage.existing])  # type: ignore[operator]
 
     def rate(self, name: str) -> float:
-        """The scales and shifts of the norms behind z_j learn at their own rate."""
         if re.match(r"graft/\d+-\d+/norms\.", name):
             return 10 * self.lr if self.norm_lr is None else self.norm_lr
         return super().rate(name)
 
     def sizes(self, backbone: Backbone) -> list[tuple[str, Method]]:
-        """The method with every number of modules."""
         counts = range(1, len(stages_of(backbone)) + 1)
-        return [(f"with {count} module{'s' if count > 1 else ''}", replace(self, modules=count)) for count in counts]
+        return [(f"with {count_of(count, 'module')}", replace(self, modules=count)) for count in counts]
 
-    def _choose(self, backbone: Backbone) -> tuple[SkipStage, ...]:
+    def _choose(self, backbone: Backbone) -> list[SkipStage]:
         found = stages_of(backbone)
-        if self.stages:
-            chosen = {stage for name in self.stages for stage in _find(backbone, found, name)}
-            return tuple(stage for stage in found if stage in chosen)
+        names = [[segment.name for segment in backbone.chain[stage.start : stage.end]] for stage in found]
+        spans = [blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" for blocks in names]
+        listed = ", ".join(f"stage{number} ({span})" for number, span in enumerate(spans))
         count = len(found) if self.modules == "all" else self.modules
         if count > len(found):
-            listed = _list(backbone, found)
             raise MethodError(
                 f"delta: modules={count}, but {backbone.spec} has {len(found)} stages with skips: {listed}."
             )
-        return found[-count:]
+        numbers = {f"stage{n}": {n % len(found)} for n in range(-len(found), len(found))}
+        chosen: set[int] = set()
+        for name in self.stages:
+            within = {n for n, blocks in enumerate(names) if all(f"{one}.".startswith(f"{name}.") for one in blocks)}
+            if not within and name not in numbers:
+                raise MethodError(
+                    f"delta: {name!r} names no stage of {backbone.spec} with skips. Its stages: {listed}."
+                )
+            chosen |= within or numbers[name]
+        return [found[n] for n in sorted(chosen)] if self.stages else list(found[-count:])
 
     def _graft(self, backbone: Backbone, stage: SkipStage) -> Graft:
-        shape, output = (backbone.chain[stage.start].input_shape, backbone.chain[stage.end - 1].output_shape)
-        layout = layout_of(shape, backbone.input_size)
-        channels, width = shape[_axis(layout)], output[_axis(layout)]
+        shape, output = backbone.chain[stage.start].input_shape, backbone.chain[stage.end - 1].output_shape
+        layout = Layout.of(shape, backbone.input_size)
+        channels, width = shape[layout.axis], output[layout.axis]
         settings = StageSettings(
             skips=self.skips,
             batch_norm=self.batch_norm,
@@ -134,53 +321,6 @@ def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
     return found
 
 
-def _find(backbone: Backbone, stages: tuple[SkipStage, ...], name: str) -> list[SkipStage]:
-    """The stages a name means. Raises `MethodError` for a name that means none."""
-    names = [[segment.name for segment in backbone.chain[stage.start : stage.end]] for stage in stages]
-    found = [
-        stage
-        for stage, blocks in zip(stages, names, strict=True)
-        if all(block == name or block.startswith(name + ".") for block in blocks)
-    ]
-    numbers = {f"stage{n}": stages[n] for n in range(-len(stages), len(stages))}
-    if not found and name in numbers:
-        return [numbers[name]]
-    if not found:
-        raise MethodError(
-            f"delta: {name!r} names no stage of {backbone.spec} with skips. Its stages: {_list(backbone, stages)}."
-        )
-    return found
-
-
-def _list(backbone: Backbone, stages: tuple[SkipStage, ...]) -> str:
-    names = [(backbone.chain[stage.start].name, backbone.chain[stage.end - 1].name) for stage in stages]
-    spans = [first if first == last else f"{first} to {last}" for first, last in names]
-    return ", ".join(f"stage{number} ({span})" for number, span in enumerate(spans))
-
-
-def layout_of(shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
-    """The layout of an activation of `shape`, without batch axis, in a network that reads images (C, H, W).
-
-    Of tokens, the largest grid of square patches that they fill is the image; those before it have no position.
-    """
-    if len(shape) == 3:
-        return Layout(kind="channels-first" if channels_first(shape, image) else "channels-last")
-    sides = (side for side in range(1, min(image[1:]) + 1) if image[1] % side == image[2] % side == 0)
-    for side in sides:
-        height, width = image[1] // side, image[2] // side
-        if height * width <= shape[0]:
-            return Layout(kind="tokens", prefix=shape[0] - height * width, height=height, width=width)
-    raise MethodNotApplicableError(
-        f"the {shape[0]} tokens of a block do not cover an image of {image[1]} x {image[2]} pixels in square patches. "
-        "Try the method `scale-bias` or `subset`."
-    )
-
-
-def _axis(layout: Layout) -> int:
-    """The axis of channels in a shape without batch axis."""
-    return 0 if layout.kind == "channels-first" else -1
-
-
 @dataclass(frozen=True)
 class DeltaCost:
     """The cost of `modules` Δ-modules on the last stages: parameters, and multiply-adds for one image."""
@@ -200,8 +340,8 @@ def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
     for number, stage in enumerate(reversed(stages_of(backbone)), 1):
         shape = backbone.chain[stage.start].input_shape
         with torch.device("meta"):
-            layout = layout_of(shape, backbone.input_size)
-            module = DeltaModule(shape[_axis(layout)], len(stage.edges), layout)
+            layout = Layout.of(shape, backbone.input_size)
+            module = DeltaModule(shape[layout.axis], len(stage.edges), layout)
             macs += count_macs(module, shape)
         parameters += sum(parameter.numel() for parameter in module.parameters())
         costs.append(DeltaCost(number, parameters, macs))
@@ -266,26 +406,28 @@ def skip_weights(model: PatchedModel, images: Tensor) -> list[SkipWeights]:
     found = [(span, stage) for span, part in parts for stage in delta_stages(part)]
     if not found:
         raise MethodError("the model weighs no skips. Give one that a patch of the method `delta` made.")
-    weights: list[Tensor] = []
-    moments: list[list[tuple[float, float]]] = [[] for _ in found]
+    weights: dict[nn.Module, Tensor] = {}
+    moments: dict[nn.Module, tuple[float, float]] = {}
+
+    def weigh(stage: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        weights[stage] = stage.weights(inputs[0])  # type: ignore[operator]
+
+    def measure(norm: nn.Module, inputs: Any, z: Tensor) -> None:
+        variance, mean = (one.item() for one in torch.var_mean(z.float(), correction=0))
+        moments[norm] = mean, variance + mean**2
+
     with ExitStack() as hooks:
-        for (_, stage), own in zip(found, moments, strict=True):
-
-            def weigh(_: nn.Module, inputs: tuple[Tensor, ...], stage: DeltaStage = stage) -> None:
-                weights.append(stage.weights(inputs[0]))
-
-            def measure(_: nn.Module, inputs: Any, z: Tensor, own: list[tuple[float, float]] = own) -> None:
-                variance, mean = (one.item() for one in torch.var_mean(z.float(), correction=0))
-                own.append((mean, variance + mean**2))
-
+        for _, stage in found:
             hooks.callback(stage.register_forward_pre_hook(weigh).remove)
             for norm in stage.norms:
                 hooks.callback(norm.register_forward_hook(measure).remove)
         model(images)
-    return [
-        SkipWeights(span, stage.edges, stage.existing, given, torch.tensor(own, dtype=torch.float64).view(-1, 2))
-        for (span, stage), given, own in zip(found, weights, moments, strict=True)
-    ]
+    records = []
+    for span, stage in found:
+        measured = [moments[norm] for norm in stage.norms if norm in moments]
+        own = torch.tensor(measured, dtype=torch.float64).view(-1, 2)
+        records.append(SkipWeights(span, stage.edges, stage.existing, weights[stage], own))
+    return records
 
 
 def skip_variances(model: PatchedModel, images: Tensor) -> list[list[float]]:

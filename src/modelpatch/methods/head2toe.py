@@ -23,8 +23,8 @@ from modelpatch.heads.base import DraftHead, HeadRecord
 from modelpatch.heads.reading import pooled_width
 from modelpatch.methods.blocks import find_segments
 from modelpatch.methods.hooks import Batch, Hook
-from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import register_method
+from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.model import PatchedModel
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -98,7 +98,6 @@ class ChoosingHead(DraftHead):
 
     @torch.no_grad()
     def choose(self) -> None:
-        """Keep the features whose weights have the largest norms."""
         best = self.weight.norm(dim=0).topk(self.count).indices
         self.chosen.zero_()
         self.chosen[best] = True

@@ -1,12 +1,24 @@
-"""Hooks: work that a method does while its model is trained, and losses that it adds."""
+"""Hooks: work that a method does while its model is trained, and losses that it adds.
+
+    L2       strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018
+    LwF      strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
+             on the new task's images
+    Custom   a function of the features, logits and classes of a batch
+
+`with_loss` adds such a loss to a method's own and that of the task's kind, as in Devaguptapu et al.: *Δ-Networks for Efficient
+Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from modelpatch.patch.model import PatchedModel
 
@@ -43,3 +55,88 @@ class Hook:
         """The class and hyperparameters as plain values, for the records of a patch."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
         return {"kind": type(self).__name__, **plain}
+
+
+class Keeper(Hook):
+    """A hook that sees a model while it is fine-tuned, and may add a penalty to its loss."""
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        """A loss that does not depend on the batch."""
+        return 0.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
+        return self.penalty(model)
+
+
+@dataclass
+class L2(Keeper):
+    """Pulls the weights back to where they started, and those of the head, which started nowhere, to 0."""
+
+    strength: float
+    head_strength: float = 0.0
+    start: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        named = model.trainable()
+        self.start = {name: one.detach().clone() for name, one in named if not name.startswith("head.")}
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        body = sum((one - self.start[name]).square().sum() for name, one in model.trainable() if name in self.start)
+        head = sum(one.square().sum() for name, one in model.trainable() if name.startswith("head."))
+        return self.strength / 2 * body + self.head_strength / 2 * head
+
+
+@dataclass
+class LwF(Keeper):
+    """Holds the answers for supported tasks, as `heads` give them, to the base's on images of the new task.
+
+    Above 1 the `temperature` T softens both answers, and the divergence counts T² times (Hinton et al., 2015).
+    """
+
+    strength: float
+    heads: Sequence[nn.Module]
+    temperature: float = 1.0
+    _held: Iterator[tuple[Tensor, list[Tensor]]] = field(default_factory=lambda: iter(()))
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        held = []
+        with torch.no_grad():
+            for images in batches():
+                features = model.head_input(images, 0)
+                held.append((images, [(head(features) / self.temperature).softmax(1) for head in self.heads]))
+        self._held = itertools.cycle(held)
+
+    def penalty(self, model: PatchedModel) -> Tensor | float:
+        images, answers = next(self._held)
+        features = model.head_input(images, 0)
+        divergences = (
+            F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
+            for head, answer in zip(self.heads, answers, strict=True)
+        )
+        return self.strength * self.temperature**2 * sum(divergences)
+
+
+class FeatureLoss(Keeper):
+    """A loss of the head's input: `features` (B, D) of the last batch, with gradients."""
+
+    features: Tensor
+
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        model.head.register_forward_pre_hook(self._see)
+
+    def _see(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.features = inputs[0].flatten(1)
+
+
+@dataclass
+class Custom(FeatureLoss):
+    """`strength` times a function of yours of the features (B, D) and the batch, to a scalar."""
+
+    loss: Callable[[Tensor, Batch], Tensor]
+    strength: float = 1.0
+
+    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor:
+        return self.strength * self.loss(self.features, batch)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
-from modelpatch.errors import MethodNotApplicableError, MissingExtraError
+from modelpatch.errors import MethodNotApplicableError, require
 from modelpatch.methods.blocks import find_segments
 from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
@@ -64,12 +64,9 @@ class LoRA(Method):
     layers: Literal["all", "linear", "convolution"] = "all"
 
     def changes(self, backbone: Backbone) -> Blueprint:
-        """Adds updates beside the layers of the blocks.
-
-        Raises `MissingExtraError` without peft, `MethodNotApplicableError` where no layer can have an update.
-        """
-        require_peft("The method lora")
-        segments = find_segments(backbone, self.blocks) if self.blocks else backbone.chain.blocks
+        """Adds updates beside the layers of the blocks. Raises `MissingExtraError` without peft, too."""
+        require("peft", "lora", "The method lora")  # only where it is used, since it brings `transformers`
+        segments = find_segments(backbone, self.blocks)
         found = {segment.index: find_layers(backbone, segment, LAYERS[self.layers]) for segment in segments}
         grafts = tuple(make_graft(index, layers, self.rank, self.scale) for index, layers in found.items() if layers)
         if not grafts:
@@ -82,18 +79,6 @@ class LoRA(Method):
         return Blueprint(grafts=grafts)
 
 
-def require_peft(purpose: str) -> Any:
-    """The `peft` library. It brings `transformers`, so it is imported only where it is used.
-
-    Raises `MissingExtraError` where it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "lora", purpose) from None
-    return peft
-
-
 def make_graft(index: int, layers: list[str], rank: int, scale: float) -> Graft:
     """The graft that adds updates to the named layers of segment `index`."""
     arguments = {"rank": rank, "scale": float(scale), "layers": layers}
@@ -104,23 +89,15 @@ def find_layers(backbone: Backbone, segment: Segment, kinds: tuple[type[nn.Modul
     """Names, within the segment, of the layers of the given types that can have an update (see `LoRA`)."""
     modules = backbone.module.named_modules(remove_duplicate=False)
     places = Counter(id(layer.weight) for _, layer in modules if type(layer) in LAYERS["all"])
-    layers = {
-        name: layer
-        for name, layer in segment.module.named_modules()
-        if type(layer) in kinds and is_dense(layer) and places[id(layer.weight)] == 1
-    }
+
+    def adaptable(layer: Any) -> bool:
+        """True if peft's A and B make the layer's output: they join all channels, without holes or padding but zeros."""
+        dense = type(layer) in LINEAR or (layer.groups, set(layer.dilation), layer.padding_mode) == (1, {1}, "zeros")
+        return dense and places[id(layer.weight)] == 1
+
+    layers = [name for name, layer in segment.module.named_modules() if type(layer) in kinds and adaptable(layer)]
     called = called_layers(segment, layers) if layers else set()
     return [name for name in layers if name in called and is_owner(backbone, segment, name)]
-
-
-def is_dense(layer: nn.Module) -> bool:
-    """True for a linear layer, or a convolution whose output (B A) x is that of peft's two convolutions A and B.
-
-    Their product joins all channels and has neither holes nor padding other than zeros.
-    """
-    if not isinstance(layer, nn.Conv2d):
-        return True
-    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
 def is_owner(backbone: Backbone, segment: Segment, name: str) -> bool:
@@ -178,7 +155,7 @@ def add_updates(variant: nn.Module, rank: int, scale: float, layers: list[str]) 
     Frozen and trained parameters of the variant stay the objects they are. Raises `MissingExtraError` without peft,
     TypeError or ValueError for layers or ranks that peft cannot adapt.
     """
-    peft = require_peft("A patch with low-rank updates")
+    peft = require("peft", "lora", "A patch with low-rank updates")
     if not 0 < rank <= MAX_RANK:
         raise ValueError(f"the rank {rank} is not between 1 and {MAX_RANK}")
     holder = nn.ModuleDict({"variant": variant})  # peft replaces members, and leaves its records on what it is given

@@ -15,22 +15,20 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, dataclass_transform, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform, get_type_hints
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.heads.base import Decoder
-from modelpatch.heads.linear import LinearHead
-from modelpatch.heads.siamese import SiameseHead
+from modelpatch.heads.linear import LinearHead, SiameseHead
 from modelpatch.methods.blocks import find_segments
 from modelpatch.methods.hooks import Batch as Batch
-from modelpatch.methods.hooks import Batches as Batches
 from modelpatch.methods.hooks import Hook
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.changes import Reweighting
@@ -144,12 +142,10 @@ class Method(ABC):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every hyperparameter as plain values."""
-        values = asdict(replace(self, losses=()))
-        del values["losses"]
-        if not self.names_blocks:
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "losses"}
+        if not (self.names_blocks or self.blocks):
             del values["blocks"]
-            values |= {"blocks": list(self.blocks)} if self.blocks else {}
-        return {**values, **({"loss": self.losses[0].describe()} if self.losses else {})}
+        return values | ({"loss": self.losses[0].describe()} if self.losses else {})
 
     @property
     def members(self) -> tuple[Method, ...]:
@@ -160,11 +156,6 @@ class Method(ABC):
     def has_own_head(self) -> bool:
         """True for a method that makes another head than a linear or siamese one."""
         return type(self).make_head is not Method.make_head
-
-    @property
-    def learns_statistics(self) -> bool:
-        """True where BatchNorm layers of the patch's own learn their running statistics in train mode."""
-        return any(getattr(member, "statistics", None) == "learned" for member in self.members)
 
     def blueprint(self, backbone: Backbone) -> Blueprint:
         """Tensors that a patch owns and modules that it adds in the blocks. Raises `MethodNotApplicableError` without any."""
@@ -201,16 +192,21 @@ class Method(ABC):
         count = classes if isinstance(classes, int) else len(classes)
         if decoder is None and isinstance(record, TaskRecord):
             decoder = kind_of(record.kind).make_head(backbone, count, backbone.preprocessing.image_size)
-        if decoder is not None:
-            self._check_decoder()
-        head: nn.Module = self.make_head(backbone, count) if decoder is None else decoder
-        if self.head == "siamese" and not any(read.of == "base" for read in getattr(head, "reads", ())):
-            raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
-        return self._assemble(backbone, head)
+        if decoder is None:
+            head = self.make_head(backbone, count)
+            if self.head == "siamese" and not any(read.of == "base" for read in getattr(head, "reads", ())):
+                raise MethodError(f"{self.name} brings a head of its own, which cannot be siamese. Set head='trained'.")
+            return self._assemble(backbone, head)
+        if self.head == "siamese":
+            raise MethodError(f"{self.name}: a siamese head reads features of whole images. Set head='trained'.")
+        if self.has_own_head:
+            raise MethodError(f"{self.name} makes a head of its own, which answers for whole images alone.")
+        if hooks := [*self.losses, *(hook for hook in self.hooks() if hook.whole_images)]:
+            name = hooks[0].describe()["kind"]
+            raise MethodError(f"{name} is a loss of classes of whole images. Train {self.name} without it.")
+        return self._assemble(backbone, decoder)
 
-    def draft(self, backbone: Backbone, classes: int, decoder: Decoder | None = None) -> PatchedModel:
-        """The model that `build` makes for a number of classes."""
-        return self.build(backbone, classes, decoder)
+    draft = build  # for a number of classes
 
     def _assemble(self, backbone: Backbone, head: nn.Module) -> PatchedModel:
         if self.head == "random":
@@ -220,19 +216,9 @@ class Method(ABC):
             raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
         made = {name: make() for name, make in self.reweightings(backbone).items() if name in blueprint.owned}
         model = PatchedModel.draft(backbone, blueprint, head, made)
-        model.learned_statistics = self.learns_statistics
+        model.learned_statistics = any(getattr(one, "statistics", None) == "learned" for one in self.members)
         self.initialise(model, backbone)
         return model
-
-    def _check_decoder(self) -> None:
-        """Raise `MethodError` for a method that needs one class an image."""
-        if self.head == "siamese":
-            raise MethodError(f"{self.name}: a siamese head reads features of whole images. Set head='trained'.")
-        if self.has_own_head:
-            raise MethodError(f"{self.name} makes a head of its own, which answers for whole images alone.")
-        if hooks := [hook for hook in self.all_hooks() if hook.whole_images]:
-            name = hooks[0].describe()["kind"]
-            raise MethodError(f"{name} is a loss of classes of whole images. Train {self.name} without it.")
 
     def all_hooks(self) -> tuple[Hook, ...]:
         """The method's hooks and the losses that `with_loss` added."""
@@ -273,20 +259,6 @@ class Method(ABC):
         kind, options = OPTIMIZERS[self.optimizer]
         return kind(groups, lr=self.lr, **options)
 
-    def prepare(self, model: PatchedModel, batches: Batches) -> None:
-        """Run every hook's `begin`."""
-        for hook in self.all_hooks():
-            hook.begin(model, batches)
-
-    def before_step(self, model: PatchedModel, step: int, total: int) -> None:
-        """Run every hook's `step`."""
-        for hook in self.all_hooks():
-            hook.step(model, step, total)
-
-    def added_loss(self, model: PatchedModel, batch: Batch) -> Tensor | float:
-        """The sum of every hook's loss."""
-        return sum(hook.added_loss(model, batch) for hook in self.all_hooks())
-
     def __add__(self, other: Method) -> Method:
         """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
         if not isinstance(other, Method):
@@ -310,7 +282,7 @@ class Composite(Method):
     @classmethod
     def of(cls, *methods: Method) -> Composite:
         """A composite of these methods and of the members of composites among them. Raises `MethodError`."""
-        members = [member for method in methods for member in method.members]
+        members = [replace(member, losses=()) for method in methods for member in method.members]
         names = [member.name for member in members]
         if twice := {name for name in names if names.count(name) > 1}:
             raise MethodError(f"{' + '.join(names)} holds {sorted(twice)[0]} twice. Give its options to one of them.")
@@ -319,20 +291,17 @@ class Composite(Method):
                 raise MethodError(f"{' + '.join(names)}: {whole.name} already trains everything. Leave the others out.")
         return cls(
             methods=tuple(members),
+            losses=tuple(loss for method in methods for loss in method.losses),
             lr=members[0].lr,
             head_lr=members[0].head_lr,
             weight_decay=members[0].weight_decay,
-            optimizer=_agreed_optimizer(members),
-            head=cast(Head, _agreed("head", members, set(get_args(Head)))),
+            optimizer=_agreed("optimizer", members, "optimizers"),
+            head=_agreed("head", members),
         )
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return "+".join(member.name for member in self.methods)
-
-    @property
-    def paper(self) -> str:  # type: ignore[override]
-        return "; ".join(dict.fromkeys(member.paper for member in self.methods))
 
     @property
     def members(self) -> tuple[Method, ...]:
@@ -349,7 +318,7 @@ class Composite(Method):
 
     def changes(self, backbone: Backbone) -> Blueprint:
         """Everything the members own and add. Raises `MethodError` for members that exclude each other."""
-        _agreed("statistics", self.methods, {"recomputed", "learned"})
+        _agreed("statistics", self.methods)
         pairs = [(member, member.blueprint(backbone)) for member in self.methods]
         for (first, one), (second, other) in itertools.combinations(pairs, 2):
             for a, b in itertools.product(one.grafts, other.grafts):
@@ -385,7 +354,7 @@ class Composite(Method):
         return own[0].make_head(backbone, classes) if own else super().make_head(backbone, classes)
 
     def hooks(self) -> tuple[Hook, ...]:
-        return tuple(hook for member in self.methods for hook in member.all_hooks())
+        return tuple(hook for member in self.methods for hook in member.hooks())
 
     def warn(self, reach: float) -> str | None:
         return "; ".join(text for member in self.methods if (text := member.warn(reach))) or None
@@ -399,24 +368,18 @@ class Composite(Method):
         return found
 
 
-def _agreed(field: str, members: Sequence[Method], values: set[str]) -> str | None:
-    """The one of `values` that the members which have the field set it to. Raises `MethodError` if they set several."""
-    given = {getattr(member, field, None) for member in members} & values
+def _agreed(field: str, members: Sequence[Method], fields: str = "") -> Any:
+    """The value of a field that all members have which have it. Raises `MethodError` if they have several.
+
+    Statistics may be frozen beside any others. Adam and AdamW make AdamW, which decays as both do where the decay is 0.
+    """
+    given = {getattr(member, field) for member in members if hasattr(member, field)} - {"frozen"}
+    if given == {"adam", "adamw"}:
+        return "adamw"
     if len(given) > 1:
-        names = " + ".join(member.name for member in members)
-        raise MethodError(f"{names}: their {field} must agree, but are {' and '.join(sorted(map(str, given)))}.")
+        names, values = " + ".join(member.name for member in members), " and ".join(sorted(given))
+        raise MethodError(f"{names}: their {fields or field} must agree, but are {values}.")
     return given.pop() if given else None
-
-
-def _agreed_optimizer(members: Sequence[Method]) -> Optimizer:
-    """Adam and AdamW make AdamW, which decays as both do where the decay is 0; others go with themselves only."""
-    given = {member.optimizer for member in members}
-    if len(given) == 1:
-        return given.pop()
-    if given & {"sgd", "rmsprop"}:
-        names, kinds = " + ".join(member.name for member in members), " and ".join(sorted(given))
-        raise MethodError(f"{names}: their optimizers must agree, but are {kinds}.")
-    return "adamw"
 
 
 METHODS = Registry[type[Method]]("method", "modelpatch.methods", error=MethodError)
@@ -441,6 +404,15 @@ def confine(method: Method, blocks: Sequence[str]) -> Method:
     some = any(member.names_blocks for member in method.members)
     members = [confine(one, blocks) if one.names_blocks or not some else one for one in method.members]
     return replace(method, methods=tuple(members))  # type: ignore[call-arg]
+
+
+def with_loss(method: Method, keeper: Hook) -> Method:
+    """The method with another loss added to its own: `with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))`.
+
+    A keeper serves one fit after the other, not two at once. It holds what it has seen so far, which no checkpoint has: such
+    a fit cannot be resumed.
+    """
+    return replace(method, losses=(*method.losses, keeper))
 
 
 @cache

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
-from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.method import register_method
+from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 
@@ -55,15 +54,19 @@ class Paint(FullFinetune):
     shares_across_tasks = False
     stands_alone = True
 
-    lr: PositiveFloat = 3e-4
-    weight_decay: NonNegativeFloat = 1e-2
     head_from: str | None = None
     start: Start | None = field(default=None, repr=False, compare=False)
 
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """The head that stays, or a fresh one. Raises `MethodError` for one of another width."""
-        head = self._given_head(backbone)
-        if head is None:
+        if self.start and self.start.head is not None:
+            head: Any = copy.deepcopy(self.start.head)
+        elif self.head_from is not None:
+            patch = Patch.load(self.head_from)
+            patch.check_backbone(backbone)
+            head = patch.head.build()
+            head.load_state_dict({name: tensor.float() for name, tensor in patch.head_tensors.items()})
+        else:
             return super().make_head(backbone, classes)
         if classes != (outputs := head.record.outputs):
             raise MethodError(
@@ -76,7 +79,6 @@ class Paint(FullFinetune):
         return self.head_from is not None or bool(self.start and self.start.head)
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
-        """Start at the weights that were given, else at the base's."""
         body = self.start.body if self.start else {}
         with torch.no_grad():
             for name, value in body.items():
@@ -87,19 +89,6 @@ class Paint(FullFinetune):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values; a digest stands for `start`, so that runs are told apart."""
-        if self.start is not None:
-            return {**replace(self, start=None).hyperparameters(), "start": self.start.digest}
         plain = super().hyperparameters()
-        del plain["start"]
-        return plain
-
-    def _given_head(self, backbone: Backbone) -> Any:
-        if self.start and self.start.head is not None:
-            return copy.deepcopy(self.start.head)
-        if self.head_from is None:
-            return None
-        patch = Patch.load(self.head_from)
-        patch.check_backbone(backbone)
-        head = patch.head.build()
-        head.load_state_dict({name: tensor.float() for name, tensor in patch.head_tensors.items()})
-        return head
+        start = plain.pop("start")
+        return plain if start is None else {**plain, "start": start.digest}

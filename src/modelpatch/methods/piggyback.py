@@ -1,4 +1,4 @@
-"""Piggyback: a task as a binary mask over frozen weights.
+"""Piggyback: a task as a binary mask over frozen weights. PackNet: a task in the weights that the earlier ones can do without.
 
     y = (W ⊙ m) x,    m = 1[r ≥ τ]        r real-valued scores, trained; W frozen
     ∂E/∂r = ∂E/∂(W ⊙ m) ⊙ W               straight through the threshold
@@ -7,33 +7,44 @@ Mallya, Davis and Lazebnik: *Piggyback: Adapting a Single Network to Multiple Ta
 sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. Masks are on every
 convolution and linear weight, by parameter name, since attention may keep its projections outside any `Linear`. A patch
 stores the masks, one bit a weight at most, never the scores.
+
+    1. free the smallest |W| of every layer, keep the rest            W ⊙ kept
+    2. train the freed weights, from zero                             W ⊙ kept + V
+    3. prune the smallest |V| and go on with what is left             W ⊙ kept + V ⊙ left
+
+Mallya and Lazebnik: *PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning* (CVPR 2018), a baseline for
+masks. Tasks are packed one after another into what was pruned, so that their order matters and room runs out; the base itself
+is untouched here, because the patch holds what it keeps as a mask and what it adds as a sparse difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.methods.blocks import name_tensors
+from modelpatch.methods.hooks import Hook
 from modelpatch.methods.method import Method, Optimizer, register_method
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.contents import Patch
+from modelpatch.patch.model import PatchedModel
 
 Scaling = Literal["none", "mean", "weight"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 NORM_LR = 1e-2
 
 
 @register_method
-@dataclass(frozen=True, kw_only=True)
 class Piggyback(Method):
     """Trains a score for every weight of every convolution and linear layer, and the head.
 
@@ -46,8 +57,8 @@ class Piggyback(Method):
     bits say where a score starts, so that `start="uniform"` contradicts it; `magnitude` says how far from the threshold.
     """
 
-    name: ClassVar[str] = "piggyback"
-    paper: ClassVar[str] = "Mallya et al., Piggyback, ECCV 2018"
+    name = "piggyback"
+    paper = "Mallya et al., Piggyback, ECCV 2018"
     order = 9
     compared = ("piggyback", "piggyback(norms=trained)")
     searched = ("piggyback",)
@@ -81,13 +92,10 @@ class Piggyback(Method):
             )
 
     def changes(self, backbone: Backbone) -> Blueprint:
-        """Owns every weight that is masked and, if they are trained, the norm layers' parameters."""
         masked = weight_names(backbone)
-        if not masked:
-            raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
         if self.norms == "frozen":
-            return Blueprint(owned=tuple(masked))
-        norms = [name for segment in backbone.chain for name in norm_tensors(segment, affine=True, statistics=False)]
+            return Blueprint(owned=masked)
+        norms = norm_tensors(backbone.chain, affine=True, statistics=False)
         if not norms:
             raise MethodNotApplicableError(
                 f"{backbone.spec} has no normalisation layer for piggyback's norms='trained'. Leave it at 'frozen'."
@@ -95,15 +103,19 @@ class Piggyback(Method):
         return Blueprint(owned=(*masked, *norms))
 
     def reweightings(self, backbone: Backbone) -> dict[str, Callable[[], Reweighting]]:
-        """Scores at their start, for every masked weight."""
-        earlier, tensor = self._earlier_masks(backbone), backbone.chain.tensor
-        return {
-            name: partial(Mask, self, tensor(name).detach(), earlier.get(f"mask/{name}"))
-            for name in weight_names(backbone)
-        }
+        earlier: Mapping[str, Tensor] = {}
+        if self.warm_start is not None:
+            patch = Patch.load(self.warm_start)
+            patch.check_backbone(backbone)
+            if not any(name.startswith("mask/") for name in patch.tensors):
+                raise MethodError(
+                    f"piggyback: warm_start={self.warm_start!r} is a {patch.method.name} patch without masks."
+                )
+            earlier = patch.tensors
+        weights = {name: backbone.chain.tensor(name).detach() for name in weight_names(backbone)}
+        return {name: partial(Mask, self, weight, earlier.get(f"mask/{name}")) for name, weight in weights.items()}
 
     def rate(self, name: str) -> float:
-        """Scores learn at `lr`, normalisation layers at `norm_lr`."""
         return (self.norm_lr or NORM_LR) if name.startswith("replace/") else super().rate(name)
 
     def warn(self, reach: float) -> str | None:
@@ -116,27 +128,20 @@ class Piggyback(Method):
             f"{self.lr * reach:.3g} in all steps together. Train longer, raise lr, or lower start_at."
         )
 
-    def _earlier_masks(self, backbone: Backbone) -> dict[str, Tensor]:
-        if self.warm_start is None:
-            return {}
-        patch = Patch.load(self.warm_start)
-        patch.check_backbone(backbone)
-        masks = {name: mask for name, mask in patch.tensors.items() if name.startswith("mask/")}
-        if not masks:
-            raise MethodError(
-                f"piggyback: warm_start={self.warm_start!r} is a {patch.method.name} patch without masks."
-            )
-        return masks
 
+def weight_names(backbone: Backbone) -> tuple[str, ...]:
+    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens).
 
-def weight_names(backbone: Backbone) -> list[str]:
-    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens)."""
-    names: list[str] = []
-    for segment in backbone.chain:
-        for prefix, module in segment.module.named_modules():
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention):
-                own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
-                names += [segment.tensor_names[f"{prefix}.{name}".lstrip(".")] for name in own]
+    Raises `MethodNotApplicableError` without any.
+    """
+
+    def pick(module: nn.Module) -> list[str]:
+        multiplies = isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention)
+        return [name for name, one in module.named_parameters(recurse=False) if multiplies and one.ndim > 1]
+
+    names = name_tensors(backbone.chain, pick)
+    if not names:
+        raise MethodNotApplicableError(f"{backbone.spec} has no weights to mask. Try the method `scale-bias`.")
     return names
 
 
@@ -146,17 +151,17 @@ class Mask(Reweighting):
     def __init__(self, method: Piggyback, weight: Tensor, earlier: Tensor | None = None) -> None:
         super().__init__()
         self.ternary, self.strict, self.scaling = method.ternary, method.at_threshold == "masked", method.scaling
-        scale = float(weight.abs().mean()) / method.start_at if method.start == "magnitude" else 1.0
-        self.threshold = method.threshold * scale
-        start = torch.full_like(weight, method.start_at * scale)
+        above = float(weight.abs().mean()) if method.start == "magnitude" else method.start_at
+        self.threshold = method.threshold * above / method.start_at
+        start = torch.full_like(weight, above)
         if method.start == "uniform":
-            start = (2 * torch.rand_like(weight) - 1) * method.start_at
+            start = (2 * torch.rand_like(weight) - 1) * above
         if earlier is not None:  # a masked weight starts as far below the threshold as a kept one above it
-            below = 2 * self.threshold - method.start_at * scale
-            if self.ternary:  # between the two thresholds, or the weight would start negative
-                below = max(below, 0.0)
-            start = torch.full_like(weight, method.start_at * scale).masked_fill(earlier.to(weight.device) == 0, below)
-            start = start.masked_fill(earlier.to(weight.device) < 0, -method.start_at * scale)
+            below = 2 * self.threshold - above
+            earlier = earlier.to(weight.device)
+            # in a ternary mask between the two thresholds, or the weight would start negative
+            start = start.masked_fill(earlier == 0, max(below, 0.0) if self.ternary else below)
+            start = start.masked_fill(earlier < 0, -above)
         self.scores = nn.Parameter(start)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -195,3 +200,108 @@ class StraightThrough(torch.autograd.Function):
         if ctx.scaling == "mean":
             gradient = gradient / weight.abs().mean().clamp(min=1e-12)
         return own, gradient, None, None
+
+
+@register_method
+class PackNet(Method):
+    """Frees the share `free` of every weight matrix, trains it, prunes the share `prune` of that and trains on.
+
+    Pruning comes after the share `prune_after` of all steps. `after` names the PackNet patch file of an earlier task on the
+    same backbone: its weights are kept too and this task is packed into what it left.
+    """
+
+    name = "packnet"
+    paper = "Mallya and Lazebnik, PackNet, CVPR 2018"
+    order = 10
+    compared = ("packnet",)
+
+    optimizer: Optimizer = "adam"
+    free: Share = 0.5
+    prune: Share = 0.75
+    prune_after: Share = 0.6
+    after: str | None = None
+
+    def changes(self, backbone: Backbone) -> Blueprint:
+        return Blueprint(owned=weight_names(backbone))
+
+    def reweightings(self, backbone: Backbone) -> dict[str, Callable[[], Reweighting]]:
+        earlier: Mapping[str, Tensor] = {}
+        if self.after is not None:
+            patch = Patch.load(self.after)
+            patch.check_backbone(backbone)
+            if patch.method.name != self.name:
+                raise MethodError(
+                    f"packnet: after={self.after!r} is a patch of {patch.method.name}. Name one of packnet."
+                )
+            earlier = patch.tensors
+
+        def pack(name: str) -> Packed:
+            weight = backbone.chain.tensor(name).detach()
+            mask, delta = earlier.get(f"mask/{name}"), earlier.get(f"delta/{name}")
+            kept = largest(weight, 1 - self.free) if mask is None else mask.to(weight.device)
+            rest = torch.zeros_like(weight) if delta is None else delta.float().to(weight.device)
+            return Packed(kept, torch.where(kept, weight, rest))
+
+        return {name: partial(pack, name) for name in weight_names(backbone)}
+
+    def hooks(self) -> tuple[Hook, ...]:
+        return (PruneOnce(self.prune, self.prune_after),)
+
+
+@dataclass(frozen=True)
+class PruneOnce(Hook):
+    """Prune a share of the freed weights after a share of all steps."""
+
+    share: float
+    after: float
+
+    def step(self, model: PatchedModel, step: int, total: int) -> None:
+        if step == round(self.after * total):
+            for module in model.modules():
+                if isinstance(module, Packed):
+                    module.prune(self.share)
+
+
+def largest(tensor: Tensor, share: float) -> Tensor:
+    """A bool mask of the `share` of elements that are largest in magnitude; ties are settled by place."""
+    count = round(share * tensor.numel())
+    if count == 0:
+        return torch.zeros_like(tensor, dtype=torch.bool)
+    sizes = tensor.abs().flatten()
+    least = sizes.kthvalue(sizes.numel() - count + 1).values  # much faster than sorting
+    mask = sizes > least
+    mask[(sizes == least).nonzero()[: count - int(mask.sum()), 0]] = True
+    return mask.view(tensor.shape)
+
+
+class Packed(Reweighting):
+    """W -> V where the task has weights `left`, else `fixed`: W where it is `kept`, or an earlier task's own weight.
+
+    V is trained; `left` starts as all that is free.
+    """
+
+    follows = False
+    kept: Tensor
+    fixed: Tensor
+    left: Tensor
+
+    def __init__(self, kept: Tensor, fixed: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+        self.register_buffer("fixed", fixed)
+        self.register_buffer("left", ~kept & (fixed == 0))
+        self.values = nn.Parameter(torch.zeros_like(fixed))
+        self.idle = fixed.numel() - int(self.left.sum())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.left, self.values, self.fixed)
+
+    @torch.no_grad()
+    def prune(self, share: float) -> None:
+        """Let go of the share of the task's own weights that are smallest."""
+        count = int(self.left.sum())
+        self.left &= largest(self.values * self.left, (1 - share) * count / self.left.numel())
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        return {"mask": self.kept, "delta": torch.where(self.left, self.values, self.fixed.masked_fill(self.kept, 0))}

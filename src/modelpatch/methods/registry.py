@@ -48,7 +48,12 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
     for key, value in hyperparameters.items():
         number, name = _owner(key, [part for part, _ in parts])
         parts[number][1][name] = value
-    methods = [_make(name, values) for name, values in parts]
+    methods = []
+    for name, values in parts:
+        known = _hyperparameters(name)
+        if unknown := sorted(values.keys() - {*known, "blocks"}):
+            raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
+        methods.append(METHODS[name](**values))
     return methods[0] if len(methods) == 1 else Composite.of(*methods)
 
 
@@ -96,25 +101,16 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     match = re.fullmatch(r"([^()]*)(?:\((.*)\))?", text)
     if match is None:
         raise MethodError(f"{text!r} is not a method. Write NAME or NAME(KEY=VALUE, ...).")
-    return match[1].strip(), dict(_pairs(split_outside(match[2], ",") if match[2] else [], text))
-
-
-def _pairs(items: Iterable[str], text: str) -> Iterable[tuple[str, Any]]:
-    for item in items:
+    values: dict[str, Any] = {}
+    for item in split_outside(match[2], ",") if match[2] else []:
         key, separator, value = item.partition("=")
         if not separator:
             raise MethodError(f"{item!r} in {text!r} is not KEY=VALUE.")
         try:
-            yield key.strip(), json.loads(value)
+            values[key.strip()] = json.loads(value)
         except ValueError:
-            yield key.strip(), value.strip().removeprefix("[").removesuffix("]")
-
-
-def _make(name: str, hyperparameters: dict[str, Any]) -> Method:
-    known = _hyperparameters(name)
-    if unknown := sorted(hyperparameters.keys() - {*known, "blocks"}):
-        raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
-    return METHODS[name](**hyperparameters)
+            values[key.strip()] = value.strip().removeprefix("[").removesuffix("]")
+    return match[1].strip(), values
 
 
 def _hyperparameters(name: str) -> list[str]:

@@ -10,22 +10,24 @@ Nothing depends on a network's family: which form a block has follows from how i
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, fx, nn
 
-from modelpatch.backbone.chain import Chain, Segment
+from modelpatch.backbone.chain import Chain, channels_first
 from modelpatch.backbone.trace import trace_calls
-from modelpatch.errors import UntraceableBackboneError
+from modelpatch.errors import MethodError, MethodNotApplicableError, UntraceableBackboneError
 
 Edge = tuple[int, int]
+Cut = tuple[fx.Node, fx.Node, fx.Node]  # the node that adds branch and shortcut, and those two
 Shortcut = Literal["none", "identity", "projection"]
-ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-ADD_METHODS = ("add", "add_")
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
 
 
@@ -72,23 +74,13 @@ class WholeBlock(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """The cut of a block's graph: from `source`, its input, to the node that adds `branch` and `shortcut`."""
-
-    source: fx.Node
-    node: fx.Node
-    branch: fx.Node
-    shortcut: fx.Node
-
-
-@dataclass(frozen=True)
 class Form:
     """Wiring of a block: it adds its input, a projection of it, or nothing to what it computes; for a dense
     block the names of its layers, each of which reads the list of all features before it."""
 
     shortcut: Shortcut
     layers: tuple[str, ...] = ()
-    cut: _Cut | None = None
+    cut: Cut | None = None
 
 
 def split_block(block: nn.Module) -> SplitBlock | WholeBlock:
@@ -96,8 +88,9 @@ def split_block(block: nn.Module) -> SplitBlock | WholeBlock:
     form = form_of(block)
     if form.cut is None:
         return WholeBlock(block, shortcut=form.shortcut == "identity")
-    before = _part(block, form.cut.source, [form.cut.branch, form.cut.shortcut])
-    return SplitBlock(before, _part(block, form.cut.node, _result(form.cut.node.graph)))
+    node, *operands = form.cut
+    source = node.graph.find_nodes(op="placeholder")[0]
+    return SplitBlock(_part(block, source, operands), _part(block, node, node.graph.output_node().all_input_nodes))
 
 
 def form_of(block: nn.Module) -> Form:
@@ -106,13 +99,14 @@ def form_of(block: nn.Module) -> Form:
         graph = trace_calls(block)
     except UntraceableBackboneError:
         return Form("none")
-    source = next(node for node in graph.nodes if node.op == "placeholder")
+    source = graph.find_nodes(op="placeholder")[0]
     if layers := _dense_layers(graph, source):
         return Form("none", layers)
-    sums = [node for node in graph.nodes if _is_sum(node, source)]
+    added = (node for node in graph.nodes if _adds_two(node))
+    sums = [node for node in added if all(source in _ancestors([one]) for one in node.all_input_nodes)]
     for node in reversed(sums):
         if cut := _cut_at(node, source, block, sums):
-            identity = _skip_identities(cut.shortcut, block) is source
+            identity = _skip_identities(cut[2], block) is source
             return Form("identity" if identity else "projection", cut=cut)
     adds_input = any(_skip_identities(operand, block) is source for node in sums for operand in node.all_input_nodes)
     return Form("identity" if adds_input else "none")
@@ -126,35 +120,28 @@ def _dense_layers(graph: fx.Graph, source: fx.Node) -> tuple[str, ...]:
             if len(call.args) != 1 or not isinstance(call.args[0], list) or list(call.args[0]) != features:
                 return ()
             features.append(call)
-    result = _result(graph)
+    result = graph.output_node().all_input_nodes
     joins = len(result) == 1 and result[0].target is torch.cat and result[0].all_input_nodes == features
     return tuple(str(call.target) for call in features[1:]) if joins else ()
 
 
-def _is_sum(node: fx.Node, source: fx.Node) -> bool:
-    """True if a node adds two tensors that both come from the block's input."""
-    functions = node.op == "call_function" and node.target in ADD_FUNCTIONS
-    methods = node.op == "call_method" and node.target in ADD_METHODS
-    if not (functions or methods) or len(node.args) != 2 or node.kwargs:
-        return False
-    return len(node.all_input_nodes) == 2 and all(source in _ancestors([other]) for other in node.all_input_nodes)
+def _adds_two(node: fx.Node) -> bool:
+    """True if a node adds two tensors."""
+    adds = node.op in ("call_function", "call_method") and node.target in ADDITIONS
+    return adds and len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
 
 
-def _cut_at(node: fx.Node, source: fx.Node, block: nn.Module, sums: Collection[fx.Node]) -> _Cut | None:
+def _cut_at(node: fx.Node, source: fx.Node, block: nn.Module, sums: Collection[fx.Node]) -> Cut | None:
     """The cut at a sum, if all that the block computes passes through it, nothing with weights follows, and one operand
     is a path without sums and with fewer weights than the other: the shortcut."""
-    after = _ancestors(_result(node.graph), stop=node)
+    after = _ancestors(node.graph.output_node().all_input_nodes, stop=node)
     if node not in after or source in after or _count_weights(after - {node}, block):
         return None
     weights = {operand: _count_weights(_ancestors([operand]), block) for operand in node.all_input_nodes}
     shortcut, branch = sorted(weights, key=weights.__getitem__)
     if weights[shortcut] == weights[branch] or not _ancestors([shortcut]).isdisjoint(sums):
         return None
-    return _Cut(source, node, branch, shortcut)
-
-
-def _result(graph: fx.Graph) -> list[fx.Node]:
-    return next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    return node, branch, shortcut
 
 
 def _ancestors(nodes: Iterable[fx.Node], stop: fx.Node | None = None) -> set[fx.Node]:
@@ -194,6 +181,59 @@ def _part(block: nn.Module, source: fx.Node, results: Sequence[fx.Node]) -> fx.G
     return fx.GraphModule(block, graph, class_name="Part")
 
 
+class Layout(BaseModel):
+    """Axes of an activation: channels and positions.
+
+    `tokens` are (B, N, C): `prefix` tokens without a position, then a grid of `height` x `width` of them (for images of
+    another size a grid of the same proportions).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["channels-first", "channels-last", "tokens"] = "channels-first"
+    prefix: int = Field(default=0, ge=0)
+    height: int = Field(default=1, ge=1)
+    width: int = Field(default=1, ge=1)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
+        """The layout of an activation of `shape`, without batch axis, in a network that reads images (C, H, W).
+
+        Of tokens, the largest grid of square patches that they fill is the image; those before it have no position.
+        """
+        if len(shape) == 3:
+            return cls(kind="channels-first" if channels_first(shape, image) else "channels-last")
+        sides = (side for side in range(1, min(image[1:]) + 1) if image[1] % side == image[2] % side == 0)
+        for side in sides:
+            height, width = image[1] // side, image[2] // side
+            if height * width <= shape[0]:
+                return cls(kind="tokens", prefix=shape[0] - height * width, height=height, width=width)
+        raise MethodNotApplicableError(
+            f"the {shape[0]} tokens of a block do not cover an image of {image[1]} x {image[2]} pixels in square patches. "
+            "Try the method `scale-bias` or `subset`."
+        )
+
+    @property
+    def axis(self) -> int:
+        """The axis of channels, behind the batch axis."""
+        return 0 if self.kind == "channels-first" else -1
+
+    def grid(self, x: Tensor) -> Tensor:
+        """The activation as (B, C, H, W), without prefix tokens. Raises `MethodError` for tokens that fill no grid."""
+        if self.kind == "channels-first":
+            return x
+        if self.kind == "channels-last":
+            return x.permute(0, 3, 1, 2)
+        count = x.shape[1] - self.prefix
+        height = round(self.height * math.sqrt(count / (self.height * self.width)))
+        if height == 0 or count % height:
+            raise MethodError(
+                f"{count} tokens do not fill a grid of proportions {self.height} to {self.width}, which the patch was made "
+                "for. Give images of those proportions."
+            )
+        return x[:, self.prefix :].transpose(1, 2).unflatten(2, (height, count // height))
+
+
 @dataclass(frozen=True)
 class SkipStage:
     """A run of segments `[start, end)` whose blocks' outputs n_1 ... n_k have one shape, so that skips can join them.
@@ -210,7 +250,7 @@ class SkipStage:
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """All skips (i, j), first <= i < j <= k; k(k+1)/2 of them where there is a node n_0, else k(k-1)/2."""
+        """All skips: k(k+1)/2 where there is a node n_0, else k(k-1)/2."""
         return skip_edges(self.first, self.depth)
 
 
@@ -228,7 +268,8 @@ def find_stages(chain: Chain) -> tuple[SkipStage, ...]:
     stages: list[SkipStage] = []
     for block in chain.blocks:
         form = form_of(block.module) if len(block.output_shape) > 1 else Form("none")
-        if stages and form.shortcut == "identity" and _continues(stages[-1], block, chain):
+        joins = form.shortcut == "identity" and block.input_shape == block.output_shape
+        if joins and stages and stages[-1].end == block.index and not stages[-1].dense:
             stages[-1] = replace(stages[-1], end=block.index + 1, depth=stages[-1].depth + 1)
         elif form.layers:
             stages.append(SkipStage(block.index, block.index + 1, first=0, depth=len(form.layers), dense=True))
@@ -236,12 +277,6 @@ def find_stages(chain: Chain) -> tuple[SkipStage, ...]:
             stages.append(SkipStage(block.index, block.index + 1, first=int(form.shortcut == "none"), depth=1))
     divided = [part for stage in stages for part in _divide(stage, chain)]
     return tuple(stage for stage in divided if stage.edges)
-
-
-def _continues(stage: SkipStage, block: Segment, chain: Chain) -> bool:
-    """True if a block that adds its input follows the stage at once and keeps the shape of its nodes."""
-    same = block.input_shape == block.output_shape == chain[stage.end - 1].output_shape
-    return same and not stage.dense and stage.end == block.index
 
 
 def _divide(stage: SkipStage, chain: Chain) -> list[SkipStage]:

@@ -1,14 +1,16 @@
-"""Scale-and-bias patches: a task's own normalisation parameters over shared convolutions.
+"""A task's own normalisation parameters, or spatial filters, over shared convolutions.
 
     y = gamma_t * (x - mu_t) / sqrt(sigma_t^2 + eps) + beta_t        gamma_t, beta_t, optionally mu_t, sigma_t per task
+    y_c = k_c,t * x_c                                                k_c,t the depthwise kernel of channel c for task t
 
 Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning*
-(ICLR 2019), sections 3 and 4. On networks without normalisation an explicit scale and bias per channel is added after
-every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
+(ICLR 2019), sections 3 and 4; both together: `ScaleBias() + Depthwise()`. On networks without normalisation an explicit scale
+and bias per channel is added after every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -19,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.methods.blocks import RUNNING, graft_on, name_tensors
 from modelpatch.methods.hooks import Batches, Hook
 from modelpatch.methods.method import Method, register_method
-from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.blueprint import Blueprint, register_graft
 from modelpatch.patch.model import PatchedModel
 
 GRAFT = "channel-affine"
@@ -50,7 +53,6 @@ class ScaleBias(Method):
     layers: Literal["auto", "norm", "channel"] = "auto"
 
     def changes(self, backbone: Backbone) -> Blueprint:
-        """Owns the norm layers' parameters, or adds affines after convolutions; and, unless frozen, owns statistics."""
         if self.layers == "channel" and not self.affine:
             raise MethodError("scale-bias: affine=False leaves nothing of layers='channel' to train. Drop one of them.")
         if not self.affine and self.statistics == "frozen":
@@ -59,26 +61,47 @@ class ScaleBias(Method):
                 "or 'learned'."
             )
         affine, statistics = self.affine and self.layers != "channel", self.statistics != "frozen"
-        owned = [name for segment in backbone.chain for name in norm_tensors(segment, affine, statistics)]
+        owned = norm_tensors(backbone.chain, affine, statistics)
         if self.layers == "channel" or (self.layers == "auto" and not owned and self.affine):
-            grafts = tuple(graft for segment in backbone.chain for graft in self._grafts(segment))
+            grafts = tuple(
+                graft_on(segment, GRAFT, layers=layers)
+                for segment in backbone.chain
+                if (layers := [name for name, one in segment.module.named_modules() if isinstance(one, nn.Conv2d)])
+            )
             if not grafts:
                 raise MethodNotApplicableError(f"{backbone.spec} has no convolution to scale. Try the method `subset`.")
-            return Blueprint(owned=tuple(owned), grafts=grafts)
+            return Blueprint(owned=owned, grafts=grafts)
         if not owned:
             raise MethodNotApplicableError(
                 f"{backbone.spec} has no normalisation layer with "
                 f"{'scale and bias' if self.affine else 'running statistics'}. Try layers='channel' or the method `subset`."
             )
-        return Blueprint(owned=tuple(owned))
-
-    def _grafts(self, segment: Segment) -> list[Graft]:
-        layers = [name for name, module in segment.module.named_modules() if isinstance(module, nn.Conv2d)]
-        span = {"start": segment.index, "end": segment.index + 1}
-        return [Graft(kind=GRAFT, arguments={"layers": layers}, **span)] if layers else []
+        return Blueprint(owned=owned)
 
     def hooks(self) -> tuple[Hook, ...]:
         return (RecomputeStatistics(),) if self.statistics == "recomputed" else ()
+
+
+@register_method
+class Depthwise(Method):
+    """Trains the kernels of every depthwise convolution (one group per input channel) and the head."""
+
+    name = "depthwise"
+    paper = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
+    order = 3
+    compared = ("depthwise", "scale-bias+depthwise")
+    shares_across_tasks = True
+
+    lr: PositiveFloat = 3e-3
+
+    def changes(self, backbone: Backbone) -> Blueprint:
+        owned = name_tensors(backbone.chain, lambda module: ["weight"] if is_depthwise(module) else [])
+        if not owned:
+            raise MethodNotApplicableError(
+                f"{backbone.spec} has no depthwise convolution. Try `scale-bias`, which patches normalisation layers, or "
+                "`subset`, which fine-tunes blocks."
+            )
+        return Blueprint(owned=owned)
 
 
 class RecomputeStatistics(Hook):
@@ -88,16 +111,15 @@ class RecomputeStatistics(Hook):
         recompute_statistics(model, batches)
 
 
-def norm_tensors(segment: Segment, affine: bool, statistics: bool) -> list[str]:
-    """The backbone's names of a segment's norm parameters, if `affine`, and running statistics, if `statistics`."""
-    names: list[str] = []
-    for prefix, module in segment.module.named_modules():
-        if is_norm(module):
-            tensors = [name for name, _ in module.named_parameters(recurse=False)] if affine else []
-            if statistics and isinstance(module, _BatchNorm) and module.running_mean is not None:
-                tensors += ["running_mean", "running_var"]
-            names += [segment.tensor_names[f"{prefix}.{name}".lstrip(".")] for name in tensors]
-    return names
+def norm_tensors(segments: Iterable[Segment], affine: bool, statistics: bool) -> tuple[str, ...]:
+    """The backbone's names of the segments' norm parameters, if `affine`, and running statistics, if `statistics`."""
+
+    def pick(module: nn.Module) -> list[str]:
+        parameters = [name for name, _ in module.named_parameters(recurse=False)] if affine and is_norm(module) else []
+        own = statistics and isinstance(module, _BatchNorm) and module.running_mean is not None
+        return [*parameters, *RUNNING] if own else parameters
+
+    return name_tensors(segments, pick)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -106,6 +128,11 @@ def is_norm(module: nn.Module) -> bool:
         return True
     own = list(module.parameters(recurse=False))
     return "Norm" in type(module).__name__ and bool(own) and all(parameter.ndim == 1 for parameter in own)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """True for a convolution that filters every input channel by itself."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 @torch.no_grad()

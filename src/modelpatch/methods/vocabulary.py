@@ -15,6 +15,7 @@ Radford et al. (CLIP, 2021), section 3.1.4, prompts; Frome et al. (DeViSE, 2013)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.text_tower import TextTower, load_text
 from modelpatch.errors import BackboneError, DataError
-from modelpatch.heads.cosine import CosineHead
+from modelpatch.heads.linear import CosineHead
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import MethodRecord
 from modelpatch.tasks.kind import kind_of
@@ -145,23 +146,16 @@ def own_names(backbone: Backbone) -> tuple[str, ...]:
     if len(backbone.classes) == outputs:
         return backbone.classes
     if outputs == 1000:
-        return wordnet_ids()
+        return tuple(_imagenet().label_names())  # in the order all zoos use
     raise BackboneError(
         f"{backbone.spec} does not name its {outputs} classes, so that no words can be learned from them."
     )
 
 
-def wordnet_ids() -> tuple[str, ...]:
-    """ImageNet's 1,000 classes in the order all zoos use."""
-    return tuple(_imagenet().label_names())
-
-
 def spell(name: str) -> str:
     """A class name as words: WordNet ids by their synonyms, underscores and hyphens as spaces, lower case."""
-    if name.startswith("n") and name[1:].isdecimal() and len(name) == 9:
-        known = _imagenet()
-        if name in known.label_names():
-            return str(known.label_name_to_description(name)).lower()
+    if re.fullmatch(r"n\d{8}", name) and name in _imagenet().label_names():
+        return str(_imagenet().label_name_to_description(name)).lower()
     return " ".join(name.replace("_", " ").replace("-", " ").split()).lower()
 
 

@@ -14,16 +14,16 @@ from dataclasses import field
 from typing import Annotated
 
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat, validate_call
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment, channels_first
 from modelpatch.errors import MethodNotApplicableError
-from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.blocks import find_segments, graft_on
 from modelpatch.methods.method import Method, register_method
 from modelpatch.methods.residual import SplitBlock, split_block
-from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.blueprint import Blueprint, register_graft
 
 GRAFT = "widened"
 
@@ -59,13 +59,9 @@ class Widened(Method):
 
         Raises `MethodNotApplicableError` where no block can have some: those that make tokens of maps or join tokens cannot.
         """
-        segments = find_segments(backbone, self.blocks) if self.blocks else backbone.chain.blocks
-        found = [(segment, self._settings(segment, backbone.input_size)) for segment in segments]
-        grafts = tuple(
-            Graft(kind=GRAFT, start=segment.index, end=segment.index + 1, arguments=settings.model_dump())
-            for segment, settings in found
-            if settings is not None
-        )
+        segments = find_segments(backbone, self.blocks)
+        found = [(segment, self._arguments(segment, backbone.input_size)) for segment in segments]
+        grafts = tuple(graft_on(segment, GRAFT, **arguments) for segment, arguments in found if arguments)
         if not grafts:
             raise MethodNotApplicableError(
                 f"widened: no filter of {backbone.spec} stands beside {', '.join(self.blocks) or 'its blocks'}, whose inputs "
@@ -73,47 +69,33 @@ class Widened(Method):
             )
         return Blueprint(grafts=grafts)
 
-    def _settings(self, segment: Segment, image: tuple[int, ...]) -> ExtraSettings | None:
-        """The settings of filters beside a segment; None where none can be added."""
+    def _arguments(self, segment: Segment, image: tuple[int, ...]) -> dict[str, int | None]:
+        """The filters beside a segment as a patch file describes them; empty where none can be added."""
         before, after = segment.input_shape, segment.output_shape
         maps = channels_first(before, image)
         if len(before) != len(after) or maps != channels_first(after, image):
-            return None
+            return {}
+        axis = 0 if maps else -1
+        channels = {"inputs": before[axis], "outputs": after[axis], "filters": self.filters}
         if not maps:
-            same = before[:-1] == after[:-1]
-            return ExtraSettings(inputs=before[-1], outputs=after[-1], filters=self.filters) if same else None
+            return {**channels, "kernel": None, "stride": 1} if before[:-1] == after[:-1] else {}
         stride = max(round(before[1] / after[1]), 1)
         if any(-(-was // stride) < now for was, now in zip(before[1:], after[1:], strict=True)):
-            return None
-        return ExtraSettings(
-            inputs=before[0], outputs=after[0], filters=self.filters, kernel=self.kernel, stride=stride
-        )
-
-
-class ExtraSettings(BaseModel):
-    """Filters beside one block as a patch file describes them. Without a `kernel` they read channels on the last axis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: Channels
-    outputs: Channels
-    filters: Filters
-    kernel: Kernel | None = None
-    stride: Stride = 1
+            return {}
+        return {**channels, "kernel": self.kernel, "stride": stride}
 
 
 class ExtraFilters(nn.Module):
     """U ReLU(V x + b): an input (B, C, H, W), or (B, ..., C) without kernels, to what is added to the block's output."""
 
-    def __init__(self, settings: ExtraSettings) -> None:
+    def __init__(self, inputs: int, outputs: int, filters: int, kernel: int | None, stride: int) -> None:
         super().__init__()
-        inputs, outputs, filters, kernel = settings.inputs, settings.outputs, settings.filters, settings.kernel
         self.first: nn.Module
         self.last: nn.Linear | nn.Conv2d
         if kernel is None:
             self.first, self.last = nn.Linear(inputs, filters), nn.Linear(filters, outputs, bias=False)
         else:
-            self.first = nn.Conv2d(inputs, filters, kernel, settings.stride, padding=kernel // 2)
+            self.first = nn.Conv2d(inputs, filters, kernel, stride, padding=kernel // 2)
             self.last = nn.Conv2d(filters, outputs, 1, bias=False)
         nn.init.zeros_(self.last.weight)
 
@@ -130,11 +112,9 @@ class WidenedBlock(nn.Module):
 
     strength = 1.0
 
-    def __init__(self, block: nn.Module, settings: ExtraSettings) -> None:
+    def __init__(self, block: nn.Module, extra: ExtraFilters) -> None:
         super().__init__()
-        self.block = split_block(block)
-        self.extra = ExtraFilters(settings)
-        self.maps = settings.kernel is not None
+        self.block, self.extra = split_block(block), extra
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.block, SplitBlock):
@@ -145,12 +125,20 @@ class WidenedBlock(nn.Module):
     def _widen(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` and what the filters add to it; where they have a position more at the edge than the block, it is left out."""
         extra = self.extra(x)
-        if self.maps:
+        if isinstance(self.extra.first, nn.Conv2d):
             extra = extra[..., : y.shape[-2], : y.shape[-1]]
         return y + (extra if self.strength == 1 else self.strength * extra)
 
 
 @register_graft(GRAFT)
-def add_filters(variant: nn.Module, **arguments: object) -> nn.Module:
-    """A block with the filters that `arguments` describe (see `ExtraSettings`). Raises ValueError for others."""
-    return WidenedBlock(variant, ExtraSettings.model_validate(arguments))
+@validate_call(config={"arbitrary_types_allowed": True})
+def add_filters(
+    variant: nn.Module,
+    inputs: Channels,
+    outputs: Channels,
+    filters: Filters,
+    kernel: Kernel | None = None,
+    stride: Stride = 1,
+) -> nn.Module:
+    """A block with extra filters; without a `kernel` they read channels on the last axis. Raises ValueError for others."""
+    return WidenedBlock(variant, ExtraFilters(inputs, outputs, filters, kernel, stride))

@@ -40,7 +40,7 @@ class PatchedModel(nn.Module):
     layers which the patch owns are learned in train mode; otherwise those layers stay in eval mode.
     `gradient_checkpointing` computes activations anew in the backward pass instead of keeping them.
 
-        >>> model = method.draft(backbone, classes=10)
+        >>> model = method.build(backbone, 10)
         >>> optimizer = torch.optim.AdamW(parameter for _, parameter in model.trainable())
         >>> model.train()               # frozen normalisation stays in eval mode
         >>> ...                         # any loop

@@ -28,9 +28,9 @@ from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import MethodNotApplicableError, TrainingError
-from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import norm_tensors
+from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.header import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
@@ -284,7 +284,7 @@ class ResolutionRun:
         if self.sharing == "independent":
             head = self.method.make_head(self.backbone, 1).state_dict()
             return frozenset([f"replace/{name}" for name in blueprint.owned] + [f"head.{name}" for name in head])
-        norms = {name for segment in self.backbone.chain for name in norm_tensors(segment, True, True)}
+        norms = set(norm_tensors(self.backbone.chain, affine=True, statistics=True))
         if not norms:
             raise MethodNotApplicableError(f"{self.backbone.spec} has no normalisation layers to keep private.")
         return frozenset(f"replace/{name}" for name in norms & set(blueprint.owned))

@@ -218,7 +218,7 @@ class Scorer:
         for task in tasks:
             if self.norms == "task":
                 self.measure_statistics(model, [task.data])
-            anew = self.refit and isinstance(task.head, LinearHead)
+            anew = self.refit and type(task.head) is LinearHead
             accuracies[task.name] = self._accuracy(task, self.probe(task.data, model) if anew else task.head, model)
         return Point(tuple(weights), accuracies)
 

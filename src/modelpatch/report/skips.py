@@ -12,8 +12,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.images import ImageStore
 from modelpatch.data.splits import Split
 from modelpatch.errors import MethodError
-from modelpatch.methods.delta import SkipWeights, skip_weights
-from modelpatch.methods.delta_stage import GRAFT
+from modelpatch.methods.delta import GRAFT, SkipWeights, skip_weights
 from modelpatch.patch.contents import Patch
 from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
 from modelpatch.report.tables import new_table

@@ -27,9 +27,9 @@ from typing import Any
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
-from modelpatch.methods.linear_probe import head_alone
 from modelpatch.methods.method import Method, confine
 from modelpatch.methods.registry import make_method
+from modelpatch.methods.subset import LinearProbe
 from modelpatch.select.trials import DISK, Bench, Journal, Outcome, Run, Trial, open_workers
 from modelpatch.train.evaluation import standard_error
 from modelpatch.train.progress import Progress, quiet_progress
@@ -49,7 +49,7 @@ class Candidate:
     def of(cls, method: Method, blocks: Sequence[str], parent: Candidate | None = None) -> Candidate:
         """The method over these blocks; over none, the linear probe with the method's head rate and optimizer."""
         if not blocks:
-            probe = head_alone(method)
+            probe = LinearProbe(head_lr=method.head_lr, optimizer=method.optimizer)
             return cls(probe.name, (), probe)
         return cls(" + ".join(blocks), tuple(blocks), confine(method, blocks), parent)
 

@@ -364,8 +364,8 @@ class PatchTrainer(Trainer):
                 f"batch statistics cannot be learned from a batch of {len(batch)} at this image size: a layer has one "
                 "value a channel. Raise batch_size or image_size, or freeze the statistics."
             ) from error
-        added = self.method.added_loss(model, Batch(batch.inputs, batch.start, output, targets))
-        return self.loss(output, targets) + added
+        seen = Batch(batch.inputs, batch.start, output, targets)
+        return self.loss(output, targets) + sum(hook.added_loss(model, seen) for hook in self.method.all_hooks())
 
     def validation_step(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
         """Return the outputs, and the loss of the task."""
@@ -425,14 +425,21 @@ class MethodEvents(Callback):
         self.method, self.models = method, models
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Prepare the models of a run that begins."""
+        """Prepare the models of a run that begins. Raises `MethodError` for an added loss that has not seen it begin."""
+        if self.method.losses and (trainer.resumed or len(self.models) > 1):
+            raise MethodError(
+                f"{self.method.name} with {type(self.method.losses[0]).__name__} cannot go on from a checkpoint, which does "
+                "not hold what the added loss has seen, nor train several models. Give --restart, or remove the checkpoint."
+            )
         for model, batches in () if trainer.resumed else self.models:
-            self.method.prepare(model, batches)
+            for hook in self.method.all_hooks():
+                hook.begin(model, batches)
 
     def on_step_begin(self, trainer: Trainer) -> None:
         """Work of the method before a step, such as pruning once."""
         for model, _ in self.models:
-            self.method.before_step(model, trainer.step, trainer.total or 0)
+            for hook in self.method.all_hooks():
+                hook.step(model, trainer.step, trainer.total or 0)
 
 
 def read_patch(path: Path, digest: str) -> Patch:

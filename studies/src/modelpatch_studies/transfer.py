@@ -18,7 +18,7 @@ from functools import partial
 from torch import nn
 
 from modelpatch import Backbone, Task
-from modelpatch.methods import L2, Custom, Keeper, LinearProbe, LwF, Method, with_loss
+from modelpatch.methods import L2, Custom, Hook, LinearProbe, LwF, Method, with_loss
 from modelpatch_studies.backbones import retrained
 from modelpatch_studies.bench import Workbench
 from modelpatch_studies.jobs import each, top1_over_random
@@ -158,15 +158,15 @@ def _with_host(bench: Workbench, host: str, kind: str, name: str, percent: int, 
     return {column: bench.accuracy(backbone, data, with_loss(method, keeper()) if keeper else method, seed)}
 
 
-def keepers(bench: Workbench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Keeper]]:
+def keepers(bench: Workbench, backbone: Backbone, data: Task, seed: int) -> dict[str, Callable[[], Hook]]:
     """Makers of each host's loss, at usual strengths."""
     reader = bench.reader(backbone, seed)
 
-    def delta() -> Keeper:
+    def delta() -> Hook:
         probe = backbone.patched(bench.fit(backbone, data, LinearProbe(), seed)).head
         return DELTA(backbone, probe, lambda: reader.images(data.train, bench.batch_size, shuffle=True))
 
-    def lwf() -> Keeper:
+    def lwf() -> Hook:
         assert backbone.classifier is not None
         own = nn.Sequential(nn.Flatten(), backbone.module.get_submodule(backbone.classifier))
         return LwF(4.0, [own], temperature=4.0)

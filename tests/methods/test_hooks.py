@@ -13,12 +13,11 @@ from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.added import L2, Custom, Keeper, LwF, with_loss
 from modelpatch.methods.delta import DeltaNetwork
-from modelpatch.methods.full_finetune import FullFinetune
-from modelpatch.methods.linear_probe import LinearProbe
-from modelpatch.methods.method import Batch, Method
+from modelpatch.methods.hooks import L2, Custom, Hook, LwF
+from modelpatch.methods.method import Batch, Method, with_loss
 from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import Trainer, fit
@@ -44,7 +43,7 @@ def spread(features: Tensor, batch: Batch) -> Tensor:
     return features.square().mean()
 
 
-def keepers() -> dict[str, Keeper]:
+def keepers() -> dict[str, Hook]:
     return {
         "l2-sp": L2(0.1, head_strength=0.1),
         "lwf": LwF(1.0, [LinearHead(16, 5)], temperature=2.0),
@@ -82,6 +81,13 @@ def test_a_loss_can_go_with_a_method_that_trains_the_head_alone(tiny: Backbone) 
     assert held.tensors["head.weight"].norm() < free.tensors["head.weight"].norm()
 
 
+def test_a_loss_stays_when_other_methods_join(tiny: Backbone) -> None:
+    held = with_loss(with_loss(ScaleBias(), L2(1.0)) + DeltaNetwork(), keepers()["custom"])
+    joined = held + Subset()
+    assert [type(hook) for hook in joined.all_hooks()] == [L2, Custom]
+    assert joined.hyperparameters()["loss"]["kind"] == "L2"
+
+
 def test_a_run_that_begins_in_the_middle_is_refused(tiny: Backbone) -> None:
     def trainer() -> Trainer:
         run = Fit(tiny, DATA, with_loss(ScaleBias(), L2(0.1)), FitSettings(**SETTINGS))
@@ -89,9 +95,8 @@ def test_a_run_that_begins_in_the_middle_is_refused(tiny: Backbone) -> None:
 
     first, second = trainer(), trainer()
     first.begin()
-    second.begin(first.state_dict())
     with pytest.raises(MethodError, match=r"scale-bias with L2 cannot go on from a checkpoint.*--restart"):
-        second.train()
+        second.begin(first.state_dict())
 
 
 # what they compute ----------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def test_a_function_of_features_logits_and_classes_is_a_loss(tiny: Backbone) -> 
     method = with_loss(ScaleBias(), Custom(mine, strength=3.0))
     model, given = begun(tiny, method)
     batch = Batch(given.inputs, given.start, model.run_from(given.inputs, given.start), given.targets)
-    added = torch.as_tensor(method.added_loss(model, batch))
+    added = torch.as_tensor(method.losses[0].added_loss(model, batch))
     assert added.item() == pytest.approx(3 * features_of(model, batch).square().mean().item(), rel=1e-5)
     assert seen["features"].requires_grad
     assert (seen["logits"] is batch.logits, seen["labels"] is batch.labels) == (True, True)
