@@ -8,9 +8,9 @@ from .detector import FasterRCNNHead as FasterRCNNHead
 from .detector import SSDLiteHead as SSDLiteHead
 from .linear import CosineHead as CosineHead
 from .linear import LinearHead as LinearHead
+from .linear import SelectedHead as SelectedHead
 from .linear import SiameseHead as SiameseHead
 from .reading import Read as Read
 from .reading import pooled_width as pooled_width
 from .segmentation import DeepLabHead as DeepLabHead
 from .segmentation import FCNHead as FCNHead
-from .selected import SelectedHead as SelectedHead

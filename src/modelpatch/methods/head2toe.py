@@ -81,20 +81,18 @@ class ChooseFeatures(Hook):
         return self.lasso * head.weight.norm(dim=0).sum()
 
 
-class ChoosingHead(DraftHead):
+class ChoosingHead(nn.Linear, DraftHead):
     """Logits (B, K) from all pooled outputs (B, D), of which those that are not `chosen` are read as 0."""
 
     chosen: Tensor
 
     def __init__(self, features: int, outputs: int, taps: tuple[int, ...], keep: float) -> None:
-        super().__init__()
-        linear = nn.Linear(features, outputs)
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(features, outputs)
         self.taps, self.count = taps, max(1, round(keep * features))
         self.register_buffer("chosen", torch.ones(features, dtype=torch.bool))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.linear(features, self.weight * self.chosen, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.chosen, self.bias)
 
     @torch.no_grad()
     def choose(self) -> None:

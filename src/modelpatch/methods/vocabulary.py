@@ -61,10 +61,8 @@ class Vocabulary:
     def embed(self, names: Sequence[str]) -> Tensor:
         """Directions (K, E) of unit length: the mean over all templates."""
         written = [self.words.get(name, spell(name)) for name in names]
-        total = torch.stack(
-            [self.tower.encode([template.replace("{}", w) for w in written]) for template in self.templates]
-        )
-        return F.normalize(total.mean(0), dim=1)
+        texts = [[template.replace("{}", one) for one in written] for template in self.templates]
+        return F.normalize(torch.stack([self.tower.encode(one) for one in texts]).mean(0), dim=1)
 
     def head(self, names: Sequence[str]) -> CosineHead:
         """A head (D, K) for these names; in eval mode, requires no gradients."""

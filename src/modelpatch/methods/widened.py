@@ -55,10 +55,7 @@ class Widened(Method):
     blocks: tuple[str, ...] = field(default=(), kw_only=False)
 
     def changes(self, backbone: Backbone) -> Blueprint:
-        """Adds filters to the blocks; owns no tensor of the backbone.
-
-        Raises `MethodNotApplicableError` where no block can have some: those that make tokens of maps or join tokens cannot.
-        """
+        """Adds filters to the blocks that can have some: not to those that make tokens of maps or join tokens."""
         segments = find_segments(backbone, self.blocks)
         found = [(segment, self._arguments(segment, backbone.input_size)) for segment in segments]
         grafts = tuple(graft_on(segment, GRAFT, **arguments) for segment, arguments in found if arguments)
