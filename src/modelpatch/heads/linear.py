@@ -3,7 +3,7 @@
 linear     logits = f Wᵀ + b
 cosine     logits = (f / |f|) Wᵀ            CLIP's, for images against texts (Radford et al., 2021)
 siamese    logits = [f, f_base] Wᵀ + b      Kaplun et al., *Less is More: ... SubTuning* (2023), section 4.1
-    selected   logits = h_S Wᵀ + b              h pooled outputs of segments: Evci et al., *Head2Toe* (2022), section 3
+selected   logits = h_S Wᵀ + b          h pooled outputs of segments: Evci et al., *Head2Toe* (2022), section 3
 """
 
 from __future__ import annotations
