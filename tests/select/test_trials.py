@@ -20,7 +20,7 @@ from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.method import Method, confine
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import Subset
+from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
 from modelpatch.select.trials import Bench, Journal, LocalWorker, Outcome, Pool, Trial, open_workers
 from modelpatch.train import fit
 from modelpatch.train.batches import Inputs
