@@ -22,6 +22,7 @@ from modelpatch_studies import (
     painting,
     patching,
     piggyback,
+    rivals,
     sharing,
     skips,
     subtuning,
@@ -143,6 +144,20 @@ def test_the_curve_is_the_mean_of_all_tasks_and_the_chosen_mixture_one_height(tm
     table = figures(bench)
     assert table[painting.SUPPORTED] == pytest.approx({"0": 90.0, "1": 50.0})
     assert table[painting.CHOSEN] == pytest.approx({"0": 80.0, "1": 80.0})
+
+
+def test_a_rival_is_shown_at_the_point_that_held_out_images_choose(tmp_path: Path) -> None:
+    def point(place: float, held: float, tested: float) -> Point:
+        return Point((place,), {"new": Accuracy("patched", held, tested), "old": Accuracy("supported", held, 0.4)})
+
+    recipe = replace(rivals.RIVALS, scales={"small": painting.SMALL})
+    bench = bench_of(recipe, tmp_path, data=("others", "colors"), options={"supported": "others", "alphas": 2})
+    curve = (point(0.1, 0.9, 0.6), point(0.2, 0.5, 0.8))
+    bench.latest("frontiers", 0, lambda: [dict.fromkeys(("paint", *rivals.BASELINES), curve)])
+    shown = {painting.SUPPORTED: 40.0, painting.PATCHED: 60.0, painting.MEAN: 50.0}
+    table = figures(bench)
+    assert list(table) == ["paint", *rivals.BASELINES]
+    assert all(row == pytest.approx(shown) for row in table.values())
 
 
 def test_each_supported_set_chooses_alpha_on_its_own_held_out_images() -> None:
