@@ -36,7 +36,7 @@ import modelpatch as mp
 from common import compare_ways, machine, mobilenet, ratio, report, timed, untrained
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import BoundPatch, make_plan, measure
-from modelpatch.engine.steps import RunStep
+from modelpatch.engine.plan import RunStep
 
 TASKS, CLASSES = 8, 43
 Rows = list[tuple[Any, ...]]

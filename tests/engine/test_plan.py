@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpatch.engine.plan import Plan, PlannedTask, make_plan
-from modelpatch.engine.steps import HeadStep, PoolStep, Rows, RunStep, Take, reads
+from modelpatch.engine.plan import HeadStep, Plan, PlannedTask, PoolStep, Rows, RunStep, Take, make_plan, reads
 from modelpatch.heads.reading import Read
 
 LENGTH = 5

@@ -19,8 +19,8 @@ from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
+from modelpatch.engine.plan import HeadStep
 from modelpatch.engine.resident import BoundPatch
-from modelpatch.engine.steps import HeadStep
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.head2toe import Head2Toe

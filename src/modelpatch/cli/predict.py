@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelpatch.backbone.backbone import Backbone
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import Engine
-    from modelpatch.engine.stream import Answers
+    from modelpatch.engine.inputs import Answers
     from modelpatch.patch.contents import Patch
 
 Row = dict[str, Any]
@@ -165,7 +165,7 @@ def _fill(rows: list[Row], answers: Answers, engine: Engine, top: int, folder: P
 
 def _explain(engine: Engine, files: list[Path], tasks: list[str], console: Screen, plot: Path | None) -> Row:
     """Print the plan for one batch and what its steps took; the same as facts for JSON."""
-    from modelpatch.engine.describe import describe_step
+    from modelpatch.engine.plan import describe_step
     from modelpatch.report.tables import timing_table
 
     plan, timings = engine.explain(engine.read(files, tasks), only=tasks)

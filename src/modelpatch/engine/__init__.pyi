@@ -1,13 +1,13 @@
 from .cascade import Cascade as Cascade
 from .cascade import Confidence as Confidence
-from .describe import describe_step as describe_step
 from .engine import Engine as Engine
+from .inputs import Answers as Answers
 from .measuring import measure as measure
 from .plan import Plan as Plan
+from .plan import describe_step as describe_step
 from .plan import make_plan as make_plan
 from .program import Timing as Timing
 from .resident import BoundPart as BoundPart
 from .resident import BoundPatch as BoundPatch
 from .rounds import Routed as Routed
-from .stream import Answers as Answers
 from .template import Templates as Templates

@@ -1,4 +1,4 @@
-"""A plan's steps for people: a tree of streams as text, as facts for JSON and as a picture."""
+"""The trees of a plan's streams for people: as text, as facts for JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpatch.engine.steps import PoolStep, Roots, RunStep, Step, reads, run_flops
 from modelpatch.errors import MissingExtraError, ModelpatchError
 
 
@@ -53,49 +52,6 @@ class Branch:
                 yield from entry.outline(indent + bar)
             else:
                 yield f"{indent}{corner}{'heads' if len(entry) > 1 else 'head'} {', '.join(entry)}"
-
-
-def grow(roots: Roots, steps: Sequence[Step]) -> list[Branch]:
-    """The trees of streams, one for every root."""
-    ways: dict[int, list[tuple[RunStep, int]]] = {}
-    pooled: dict[int, int] = {}
-    heads: dict[int, list[str]] = {}
-    for step in steps:
-        if isinstance(step, RunStep):
-            for place, source in enumerate(step.inputs):
-                ways.setdefault(source.stream, []).append((step, place))
-        elif isinstance(step, PoolStep):
-            pooled[step.output] = step.stream
-        else:
-            for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
-                names = heads.setdefault(stream, [])
-                names += [name for name in step.members if name not in names]
-
-    def follow(stream: int) -> list[Branch]:
-        return [branch(run, place) for run, place in ways.get(stream, [])]
-
-    def branch(run: RunStep, place: int) -> Branch:
-        stream, span = run.outputs[place], (run.links[0].span[0], run.links[-1].span[1])
-        others = tuple(other for other in run.outputs if other != stream)
-        flops, tasks = run_flops(run, place), heads.get(stream, [])
-        return Branch(run.name, stream, run.sizes[place], flops, run.own, others, span, tasks, follow(stream))
-
-    trees = []
-    for root, stream, rows in roots:
-        name = f"images at {root.image_size} px" if hasattr(root, "image_size") else "images"
-        trees.append(Branch(name, stream, len(rows), tasks=heads.get(stream, []), children=follow(stream)))
-    return trees
-
-
-def describe_step(step: Step) -> str:
-    """One line on what a step does."""
-    if isinstance(step, RunStep):
-        name = step.name
-        together = f", {len(step.outputs)} streams concatenated" if len(step.outputs) > 1 else ""
-        return f"{name} -> {', '.join(f's{stream}' for stream in step.outputs)} ({sum(step.sizes)} rows{together})"
-    if isinstance(step, PoolStep):
-        return f"pool s{step.stream}"
-    return f"{'heads' if len(step.members) > 1 else 'head'} {', '.join(step.members)}"
 
 
 def flops_text(flops: float) -> str:

@@ -16,8 +16,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast, overload
-from weakref import WeakValueDictionary
+from pathlib import Path
+from typing import overload
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -25,16 +26,15 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
-from modelpatch.engine.inputs import Images, check_names, count_rows, make_batches, read
+from modelpatch.engine.cascade import Cascade, is_cascade
+from modelpatch.engine.inputs import Answers, Images, Sources, check_names, count_rows, make_batches, read, stream
 from modelpatch.engine.measuring import least_seconds, measure
-from modelpatch.engine.plan import Plan, make_plan
+from modelpatch.engine.plan import Batches, Link, Plan, Rows, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.resident import BoundPart
-from modelpatch.engine.rounds import Routed, bind_cascade, check_one_batch, run_rounds, stage_costs
-from modelpatch.engine.steps import Batches, Link, Rows, SegmentLink
-from modelpatch.engine.stream import Answers, Sources, stream
-from modelpatch.engine.task import ANY, AnyPatch, EngineTask, Given, Wish, bind_one, bind_options, read_cascade
+from modelpatch.engine.rounds import Routed, bind_cascade, run_rounds, stage_costs
+from modelpatch.engine.task import ANY, EngineTask, Given, SegmentLink, Wish, bind_one, bind_options
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, UnknownTaskError
 from modelpatch.heads.reading import pooled_axes
@@ -87,7 +87,7 @@ class Engine:
         self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
-        self._seconds: dict[int, float] = {}
+        self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
         head = clone_module(backbone.chain.head)
         base = EngineTask(BASE, backbone.preprocessing, backbone.classes, head, self._segments)
         self._tasks: dict[str, EngineTask] = {BASE: base}
@@ -196,14 +196,18 @@ class Engine:
         if not isinstance(name, str) or not name or name == BASE:
             expected = f"expected a name of its own, and {BASE!r} is the backbone"
             raise EngineError(f"a patch cannot be named {name!r}: {expected}.")
-        if (cascade := read_cascade(patch)) is not None:
-            return bind_cascade(self.templates, self._segments, name, cascade)
+        if isinstance(patch, str | Path) and is_cascade(patch):
+            patch = Cascade.load(patch)
+        if isinstance(patch, Cascade):
+            return bind_cascade(self.templates, self._segments, name, patch)
         if isinstance(patch, list | tuple):
             return bind_options(self.templates, self._segments, name, patch)
-        return bind_one(self.templates, self._segments, name, cast(AnyPatch, patch))
+        return bind_one(self.templates, self._segments, name, patch)  # type: ignore[arg-type]
 
     def _forget(self, old: EngineTask) -> None:
-        for key in [key for key, program in self._programs.items() if old.serials & program.serials]:
+        for key in [
+            key for key, program in self._programs.items() if not old.members.isdisjoint(program.tasks.values())
+        ]:
             del self._programs[key]
         if old.name in self._pinned:
             self._pinned.discard(old.name)
@@ -253,21 +257,46 @@ class Engine:
         Raises `UnknownTaskError`, and `EngineError` for images that the tasks cannot share or patches that are not there.
         """
         wish = Wish(resolution, latency)
-        if tasks is not None:
-            if only is not None:
-                raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
-            return self._rows(images, check_names(tasks, "tasks") or [], wish)
-        chosen = self._pick(only, wish)
-        return {name: routed.logits for name, routed in self._route(chosen, images).items()}
+        if tasks is None:
+            return {name: routed.logits for name, routed in self._route(self._pick(only, wish), images).items()}
+        if only is not None:
+            raise EngineError("give tasks (one a row) or only (all rows, some tasks), not both.")
+        names = check_names(tasks, "tasks") or []
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        routed = self._route(self._pick(rows, wish), images, rows, len(names))
+        placed = {row: one for name, own in rows.items() for row, one in zip(own, routed[name].logits, strict=True)}
+        return [placed[row] for row in range(len(names))]
+
+    def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Logits by task, each (len(rows[task]), K) for its own rows of the images: any tasks for any image.
+
+        `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
+        """
+        return {name: routed.logits for name, routed in self._route(self._pick(rows), images, rows).items()}
 
     def route(self, images: Images, only: Iterable[str] | None = None) -> dict[str, Routed]:
         """Logits by task as a call gives them, and which stage of a cascade answered each row."""
         return self._route(self._pick(only), images)
 
-    def _route(self, chosen: Sequence[EngineTask], images: Images) -> dict[str, Routed]:
-        batches = self._batches(chosen, images)
-        rows = tuple(range(count_rows(batches)))
-        return run_rounds(chosen, [rows] * len(chosen), batches, self._run)
+    def _route(
+        self,
+        tasks: Sequence[EngineTask],
+        images: Images,
+        rows: Mapping[str, Sequence[int]] | None = None,
+        expected: int | None = None,
+    ) -> dict[str, Routed]:
+        """The answers of tasks for all images, or each for its `rows` of them, which are `expected` images."""
+        batches = self._batches(tasks, images)
+        count = count_rows(batches)
+        if expected not in (None, count):
+            raise EngineError(f"{count} images and {expected} tasks; expected one task an image.")
+        for name, own in (rows or {}).items():
+            if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
+                raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
+        wanted = [tuple(range(count) if rows is None else rows[task.name]) for task in tasks]
+        return run_rounds(tasks, wanted, batches, self._run)
 
     def _run(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches) -> dict[str, Tensor]:
         program = self._program(tasks, rows, batches)
@@ -286,45 +315,12 @@ class Engine:
         return wish.pick(self._choose(only), self._measured)
 
     def _measured(self, task: EngineTask) -> float:
-        if task.serial not in self._seconds:
+        if task not in self._seconds:
             kind = task.preprocessing
             batches: dict[Hashable, Tensor] = {kind: sample(kind.input_size, self.backbone.device)[:1]}
             self.residency.make(task.parts)
-            self._seconds[task.serial] = least_seconds(lambda: self._run([task], [(0,)], batches), self.backbone.device)
-        return self._seconds[task.serial]
-
-    def _rows(self, images: Images, tasks: Sequence[str], wish: Wish) -> list[Tensor]:
-        wanted: dict[str, list[int]] = {}
-        for row, name in enumerate(tasks):
-            wanted.setdefault(name, []).append(row)
-        chosen = self._pick(wanted, wish)
-        batches = self._batches(chosen, images)
-        if len(tasks) != count_rows(batches):
-            raise EngineError(f"{count_rows(batches)} images and {len(tasks)} tasks; expected one task an image.")
-        answers = self._answer(chosen, wanted, batches)
-        placed = {row: one for name, own in wanted.items() for row, one in zip(own, answers[name], strict=True)}
-        return [placed[row] for row in range(len(tasks))]
-
-    def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Logits by task, each (len(rows[task]), K) for its own rows of the images: any tasks for any image.
-
-        `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
-        """
-        chosen = self._pick(rows)
-        batches = self._batches(chosen, images)
-        count = count_rows(batches)
-        for name, own in rows.items():
-            if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
-                raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
-        return self._answer(chosen, rows, batches)
-
-    def _answer(
-        self, tasks: Sequence[EngineTask], rows: Mapping[str, Sequence[int]], batches: Batches
-    ) -> dict[str, Tensor]:
-        if not tasks:
-            return {}
-        routed = run_rounds(tasks, [tuple(rows[task.name]) for task in tasks], batches, self._run)
-        return {name: one.logits for name, one in routed.items()}
+            self._seconds[task] = least_seconds(lambda: self._run([task], [(0,)], batches), self.backbone.device)
+        return self._seconds[task]
 
     def read(
         self,
@@ -399,33 +395,22 @@ class Engine:
         return [now[name] for name in (now if names is None else dict.fromkeys(names))]
 
     def _batches(self, tasks: Sequence[EngineTask], images: Images) -> dict[Hashable, Tensor]:
-        if isinstance(images, Tensor):
-            for task in tasks:
-                check_one_batch(task)
-        kinds = {f"{task.name}{' ' * place}": kind for task in tasks for place, kind in enumerate(task.kinds)}
-        return make_batches(images, kinds, self.backbone.device)
+        return make_batches(images, {task.name: task.kinds for task in tasks}, self.backbone.device)
 
     def _program(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches | None) -> Program:
         """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
         one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
-        key = (one, tuple((task.serial, own) for task, own in zip(tasks, rows, strict=True)))
+        key = (one, tuple(zip(tasks, rows, strict=True)))
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
         own = self.backbone.preprocessing.image_size
-        members = [task.member(one, own) for task in tasks]
-        program = Program(
-            make_plan(members, rows, self._pays),
-            self._module,
-            {task.name: (task.head, task.reading) for task in tasks},
-            self._join,
-            partial(pooled_axes, self.backbone.chain),
-            self.tuning,
-            frozenset(task.serial for task in tasks),
-        )
+        plan = make_plan([task.planned(one, own) for task in tasks], rows, self._pays)
+        axes = partial(pooled_axes, self.backbone.chain)
+        program = Program(plan, tasks, self._module, self._join, axes, self.tuning)
         with self._lock:
-            if program.serials <= {serial for task in self._tasks.values() for serial in task.serials}:
+            if {member for task in self._tasks.values() for member in task.members}.issuperset(tasks):
                 self._programs[key] = program
                 while len(self._programs) > PROGRAMS:
                     self._programs.popitem(last=False)

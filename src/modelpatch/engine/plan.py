@@ -14,16 +14,119 @@ of distinct (history, module) pairs, each on the rows that a task wants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from typing import Protocol
 
-from modelpatch.engine.describe import draw, flops_text, grow
-from modelpatch.engine.steps import HeadStep, Link, PoolStep, Roots, Rows, RunStep, Step, Take, reads, run_flops, writes
+from torch import Tensor
+
+from modelpatch.engine.describe import Branch, draw, flops_text
 from modelpatch.heads.reading import Read, Stream
 from modelpatch.text import count_of
 
+Rows = tuple[int, ...]  # of the batch, in order
+Batches = Mapping[Hashable, Tensor]  # images by root
+Roots = tuple[tuple[Hashable, int, Rows], ...]  # preprocessing, stream and rows of the images
+
+
+class Link(Protocol):
+    """One module of a patch's path: it stands for the segments `[span[0], span[1])`.
+
+    `own` is True for a patch's variant and False for a segment of the backbone, `nbytes` are the bytes of the tensors that it
+    reads and `output_bytes` those of its output for an image. `key` is equal for links that compute the same, `macs` are
+    multiply-adds an image.
+    """
+
+    span: tuple[int, int]
+    name: str
+    own: bool
+    nbytes: int
+    output_bytes: int
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def macs(self) -> int: ...
+
+
 Pays = Callable[[Link, Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Take:
+    """Rows of a stream, as places in it; None takes them all."""
+
+    stream: int
+    places: Rows | None = None
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """Run links one after another on the concatenated `inputs`; every input has its own output stream.
+
+    `sizes` are the rows of the inputs, `scale` their pixels over the backbone's own.
+    """
+
+    links: tuple[Link, ...]
+    inputs: tuple[Take, ...]
+    outputs: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scale: float = 1.0
+    frees: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The names of its first and last link."""
+        first, last = self.links[0], self.links[-1]
+        return first.name if first is last else f"{first.name} ... {last.name}"
+
+    def flops(self, place: int) -> int:
+        """Floating point operations on one of its inputs."""
+        return sum(round(2 * link.macs * self.sizes[place] * self.scale) for link in self.links)
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """Pool the output of segment `tap` for heads that read it."""
+
+    tap: int
+    stream: int
+    output: int
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """The heads of `members`. Each reads its `takes`; several members are linear heads that read one stream."""
+
+    members: tuple[str, ...]
+    takes: tuple[tuple[Take, ...], ...]
+    frees: tuple[int, ...] = ()
+
+
+Step = RunStep | PoolStep | HeadStep
+
+
+def reads(step: Step) -> tuple[int, ...]:
+    """The streams a step reads."""
+    if isinstance(step, PoolStep):
+        return (step.stream,)
+    takes = step.inputs if isinstance(step, RunStep) else chain.from_iterable(step.takes)
+    return tuple(dict.fromkeys(take.stream for take in takes))
+
+
+def describe_step(step: Step) -> str:
+    """One line on what a step does."""
+    if isinstance(step, RunStep):
+        together = f", {len(step.outputs)} streams concatenated" if len(step.outputs) > 1 else ""
+        return f"{step.name} -> {', '.join(f's{stream}' for stream in step.outputs)} ({sum(step.sizes)} rows{together})"
+    if isinstance(step, PoolStep):
+        return f"pool s{step.stream}"
+    return f"{'heads' if len(step.members) > 1 else 'head'} {', '.join(step.members)}"
 
 
 @dataclass(frozen=True)
@@ -50,15 +153,14 @@ class PlannedTask:
         """The reads of the head, at least one."""
         return self.reads or (Read(self.path[-1].span[1] - 1),)
 
-    def needed(self, stream: Stream = "patch") -> tuple[Link, ...]:
-        """The links up to the last segment that the head reads of a stream."""
-        end = max((read.segment + 1 for read in self.inputs if read.of == stream), default=0)
-        return tuple(link for link in (self.path if stream == "patch" else self.beside) if link.span[1] <= end)
-
     @property
-    def walks(self) -> tuple[tuple[Link, ...], ...]:
-        """The links of the streams that the head reads."""
-        return self.needed("patch"), self.needed("base")
+    def walks(self) -> dict[Stream, tuple[Link, ...]]:
+        """The links of the patch's and of the base's stream up to the last segment that the head reads of it."""
+        walks: dict[Stream, tuple[Link, ...]] = {"patch": self.path, "base": self.beside}
+        for of, links in walks.items():
+            end = max((read.segment + 1 for read in self.inputs if read.of == of), default=0)
+            walks[of] = tuple(link for link in links if link.span[1] <= end)
+        return walks
 
 
 @dataclass(frozen=True)
@@ -74,7 +176,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Floating point operations of all links for the batch, heads left out."""
-        return sum(run_flops(step, place) for step in self.runs for place in range(len(step.sizes)))
+        return sum(step.flops(place) for step in self.runs for place in range(len(step.sizes)))
 
     @property
     def floor(self) -> int:
@@ -115,17 +217,48 @@ class Plan:
     def runs(self) -> Iterator[RunStep]:
         return (step for step in self.steps if isinstance(step, RunStep))
 
+    def trees(self) -> list[Branch]:
+        """The trees of streams, one for every root."""
+        ways: dict[int, list[tuple[RunStep, int]]] = {}
+        pooled = {step.output: step.stream for step in self.steps if isinstance(step, PoolStep)}
+        heads: dict[int, list[str]] = {}
+        for step in self.steps:
+            if isinstance(step, RunStep):
+                for place, source in enumerate(step.inputs):
+                    ways.setdefault(source.stream, []).append((step, place))
+            elif isinstance(step, HeadStep):
+                for stream in dict.fromkeys(pooled.get(stream, stream) for stream in reads(step)):
+                    names = heads.setdefault(stream, [])
+                    names += [name for name in step.members if name not in names]
+
+        def follow(stream: int) -> list[Branch]:
+            return [branch(run, place) for run, place in ways.get(stream, [])]
+
+        def branch(run: RunStep, place: int) -> Branch:
+            stream, span = run.outputs[place], (run.links[0].span[0], run.links[-1].span[1])
+            others = tuple(other for other in run.outputs if other != stream)
+            own, tasks = any(link.own for link in run.links), heads.get(stream, [])
+            return Branch(
+                run.name, stream, run.sizes[place], run.flops(place), own, others, span, tasks, follow(stream)
+            )
+
+        trees = []
+        for root, stream, rows in self.roots:
+            name = f"images at {root.image_size} px" if hasattr(root, "image_size") else "images"
+            trees.append(Branch(name, stream, len(rows), tasks=heads.get(stream, []), children=follow(stream)))
+        return trees
+
     def __str__(self) -> str:
         images = max((len(rows) for rows in self.rows), default=0)
         count, size = count_of(len(self.members), "task"), self.bytes / 1e6
         lines = [f"{count}, up to {images} images each: {self._saving}; {size:.1f} MB of weights and activations"]
-        for tree in grow(self.roots, self.steps):
+        for tree in self.trees():
             lines += [f"{tree.rows} {tree.name}", *tree.outline()]
         return "\n".join(lines)
 
     def draw(self, path: str) -> None:
         """Draw the plan as a tree of streams into a picture (.png, .svg, .pdf). Needs matplotlib."""
-        draw(grow(self.roots, self.steps), path, self._saving)
+        draw(self.trees(), path, self._saving)
 
     @property
     def _saving(self) -> str:
@@ -133,20 +266,9 @@ class Plan:
         return f"{flops_text(self.flops)} instead of {separate} one after another ({self.shared:.0%} shared)"
 
 
-def _operations(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> int:
-    wanted: dict[tuple[Hashable, ...], tuple[int, float, set[int]]] = {}
-    for member, own in zip(members, rows, strict=True):
-        for walk in member.walks:
-            history: tuple[Hashable, ...] = (member.root,)
-            for link in walk:
-                history = (*history, (link.span, link.key))
-                wanted.setdefault(history, (link.macs, member.scale, set()))[2].update(own)
-    return sum(round(2 * macs * len(rows) * scale) for macs, scale, rows in wanted.values())
-
-
-@dataclass
+@dataclass(eq=False)
 class _Stream:
-    """A history: the link that ends it after its parent's. The children are the ways it goes on."""
+    """A history: the link that ends it after its parent's, None at a root."""
 
     number: int
     parent: _Stream | None
@@ -154,11 +276,6 @@ class _Stream:
     shape: Hashable
     scale: float
     rows: set[int] = field(default_factory=set)
-    children: dict[Hashable, _Stream] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        return self.link.span[1] if self.link else 0
 
     def places(self, rows: set[int]) -> Rows | None:
         """The places of `rows` in this stream's own; None for all of them."""
@@ -168,54 +285,49 @@ class _Stream:
         return tuple(own[row] for row in sorted(rows))
 
 
-def always(link: Link, rows: Sequence[int]) -> bool:
-    """Return True: concatenate all streams that meet."""
-    return True
+Histories = dict[tuple[_Stream | None, Hashable], _Stream]  # by parent and link, or by root
 
 
-def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays = always) -> Plan:
+def _histories(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> tuple[Histories, list[list[_Stream]]]:
+    """The distinct histories, each after its parent, and those that every member's head reads."""
+    known: Histories = {}
+    read: list[list[_Stream]] = []
+    for member, wanted in zip(members, rows, strict=True):
+        passed: dict[tuple[Stream, int], _Stream] = {}
+        for of, links in member.walks.items():
+            stream: _Stream | None = None
+            for link in (None, *links) if links else ():
+                turn = stream, member.root if link is None else (link.span, link.key)
+                if turn not in known:
+                    known[turn] = _Stream(len(known), stream, link, member.shape, member.scale)
+                stream = known[turn]
+                stream.rows.update(wanted)
+                if link is not None:
+                    passed[of, link.span[1] - 1] = stream
+        read.append([passed[one.of, one.segment] for one in member.inputs])
+    return known, read
+
+
+def _operations(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> int:
+    streams = _histories(members, rows)[0].values()
+    return sum(round(2 * one.link.macs * len(one.rows) * one.scale) for one in streams if one.link is not None)
+
+
+def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays = lambda link, sizes: True) -> Plan:
     """The plan for `members`, each on its `rows` of the batch.
 
     `pays(link, sizes)` returns True if streams of these numbers of rows are to be concatenated where they meet `link`.
     """
-    streams: list[_Stream] = []
-    roots: dict[Hashable, _Stream] = {}
-    read: list[list[_Stream]] = []
-
-    def new(parent: _Stream | None, link: Link | None, member: PlannedTask) -> _Stream:
-        streams.append(_Stream(len(streams), parent, link, member.shape, member.scale))
-        return streams[-1]
-
-    def walk(member: PlannedTask, links: tuple[Link, ...], wanted: Rows) -> dict[int, _Stream]:
-        """The streams along links from the member's root, by the last segment of each."""
-        stream = roots.setdefault(member.root, roots.get(member.root) or new(None, None, member))
-        stream.rows.update(wanted)
-        passed = {}
-        for link in links:
-            turn = (link.span, link.key)
-            stream.children.setdefault(turn, stream.children.get(turn) or new(stream, link, member))
-            stream = stream.children[turn]
-            stream.rows.update(wanted)
-            passed[stream.end - 1] = stream
-        return passed
-
-    for member, wanted in zip(members, rows, strict=True):
-        own, base = (walk(member, links, wanted) if links else {} for links in member.walks)
-        read.append([(own if one.of == "patch" else base)[one.segment] for one in member.inputs])
+    known, read = _histories(members, rows)
     kept = {stream.number for ends in read for stream in ends}
-    runs = _fuse(_meet(streams, pays), kept)
-    steps = _schedule(runs, list(_answers(members, rows, read, len(streams))))
-    pools = sum(isinstance(step, PoolStep) for step in steps)
-    return Plan(
-        _free(steps),
-        tuple((root, stream.number, tuple(sorted(stream.rows))) for root, stream in roots.items()),
-        len(streams) + pools,
-        tuple(members),
-        tuple(rows),
-    )
+    answers = list(_answers(members, rows, read, len(known)))
+    roots = [(root, one.number, tuple(sorted(one.rows))) for (parent, root), one in known.items() if parent is None]
+    streams = len(known) + sum(isinstance(step, PoolStep) for step in answers)
+    steps = _schedule([*_fuse(_meet(known.values(), pays), kept), *answers])
+    return Plan(steps, tuple(roots), streams, tuple(members), tuple(rows))
 
 
-def _meet(streams: list[_Stream], pays: Pays) -> list[RunStep]:
+def _meet(streams: Iterable[_Stream], pays: Pays) -> list[RunStep]:
     """A run for every link that streams go on by, one for several streams where that pays."""
     groups: dict[Hashable, list[_Stream]] = {}
     for stream in streams:
@@ -235,19 +347,16 @@ def _meet(streams: list[_Stream], pays: Pays) -> list[RunStep]:
 
 def _fuse(runs: list[RunStep], tapped: set[int]) -> list[RunStep]:
     """Join a run with the one that reads all of its outputs and nothing else, unless a head reads them too."""
-    readers: dict[int, int] = {}
-    for run in runs:
-        for take in run.inputs:
-            readers[take.stream] = readers.get(take.stream, 0) + 1
+    readers = Counter(take.stream for run in runs for take in run.inputs)
     fused: list[RunStep] = []
     ending: dict[tuple[int, ...], int] = {}  # the output streams of a fused run -> its place
     for run in runs:
         inputs = tuple(take.stream for take in run.inputs)
-        place = ending.pop(inputs, None)
         plain = all(take.places is None and readers[take.stream] == 1 for take in run.inputs)
-        if place is not None and plain and not tapped.intersection(inputs):
+        if inputs in ending and plain and not tapped.intersection(inputs):
+            place = ending.pop(inputs)
             before = fused[place]
-            fused[place] = RunStep((*before.links, *run.links), before.inputs, run.outputs, run.sizes, run.scale)
+            fused[place] = replace(run, links=(*before.links, *run.links), inputs=before.inputs)
         else:
             place = len(fused)
             fused.append(run)
@@ -260,11 +369,12 @@ def _answers(
 ) -> Iterator[Step]:
     """The pools and the heads: linear ones that read the same stream are one."""
     pools: dict[int, int] = {}
-    together: dict[int, list[int]] = {}
-    for index, member in enumerate(members):
-        streams, wanted = read[index], set(rows[index])
+    together: dict[int, tuple[list[str], list[tuple[Take, ...]]]] = {}
+    for member, streams, wanted in zip(members, read, map(set, rows), strict=True):
         if member.linear and len(streams) == 1 and member.inputs[0].form == "features":
-            together.setdefault(streams[0].number, []).append(index)
+            names, features = together.setdefault(streams[0].number, ([], []))
+            names.append(member.name)
+            features.append((Take(streams[0].number, streams[0].places(wanted)),))
             continue
         takes = []
         for one, stream in zip(member.inputs, streams, strict=True):
@@ -272,22 +382,25 @@ def _answers(
             if one.form == "pooled":
                 if number not in pools:
                     pools[number] = numbers + len(pools)
-                    yield PoolStep(stream.end - 1, number, pools[number])
+                    yield PoolStep(one.segment, number, pools[number])
                 number = pools[number]
             takes.append(Take(number, stream.places(wanted)))
         yield HeadStep((member.name,), (tuple(takes),))
-    for stream_number, indices in together.items():
-        end = read[indices[0]][0]
-        yield HeadStep(
-            tuple(members[index].name for index in indices),
-            tuple((Take(stream_number, end.places(set(rows[index]))),) for index in indices),
-        )
+    for names, features in together.values():
+        yield HeadStep(tuple(names), tuple(features))
 
 
-def _schedule(runs: list[RunStep], answers: list[Step]) -> list[Step]:
-    """Depth first: a step runs as soon as its streams are there, the latest ones first, so that few are alive at once."""
-    steps: list[Step] = [*runs, *answers]
-    makers = {stream: index for index, step in enumerate(steps) for stream in writes(step)}
+def _schedule(steps: list[Step]) -> tuple[Step, ...]:
+    """Depth first: a step runs as soon as its streams are there, the latest ones first, so that few are alive at once.
+
+    Every step frees the streams that none reads after it.
+    """
+    makers: dict[int, int] = {}
+    for index, step in enumerate(steps):
+        if isinstance(step, RunStep):
+            makers |= dict.fromkeys(step.outputs, index)
+        elif isinstance(step, PoolStep):
+            makers[step.output] = index
     waiting = [{makers[stream] for stream in reads(step) if stream in makers} for step in steps]
     followers: dict[int, list[int]] = {}
     for index, needs in enumerate(waiting):
@@ -304,13 +417,8 @@ def _schedule(runs: list[RunStep], answers: list[Step]) -> list[Step]:
             if not waiting[follower]:
                 released.append(follower)
         ready += sorted(released, key=lambda i: isinstance(steps[i], RunStep), reverse=True)
-    return order
-
-
-def _free(steps: list[Step]) -> tuple[Step, ...]:
-    """Every step with the streams that no step reads after it."""
-    last = {stream: index for index, step in enumerate(steps) for stream in reads(step)}
+    last = {stream: index for index, step in enumerate(order) for stream in reads(step)}
     frees: dict[int, list[int]] = {}
     for stream, index in last.items():
         frees.setdefault(index, []).append(stream)
-    return tuple(replace(step, frees=tuple(frees.get(index, ()))) for index, step in enumerate(steps))
+    return tuple(replace(step, frees=tuple(frees.get(index, ()))) for index, step in enumerate(order))

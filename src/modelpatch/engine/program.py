@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
-from modelpatch.engine.plan import Plan
-from modelpatch.engine.steps import Batches, HeadStep, Link, PoolStep, RunStep, Step, Take
-from modelpatch.heads.reading import Reading, pool
+from modelpatch.engine.plan import Batches, HeadStep, Link, Plan, PoolStep, RunStep, Step, Take
+from modelpatch.engine.task import EngineTask
+from modelpatch.heads.reading import pool
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,23 @@ class Timing:
 class Program:
     """Run a plan.
 
-    `modules` gives the module of a link, `heads` are the members' heads with their reads, and `join` makes several heads one.
-    `axes` gives the axes over which a segment is pooled, `serials` are the tasks that the program belongs to.
+    `tasks` are its members, `modules` gives the module of a link, `join` makes several heads one, and `axes` gives the axes
+    over which a segment is pooled.
     """
 
     def __init__(
         self,
         plan: Plan,
+        tasks: Iterable[EngineTask],
         modules: Callable[[Link], Module],
-        heads: Mapping[str, tuple[nn.Module, Reading | None]],
         join: Callable[[tuple[nn.Module, ...]], JoinedHeads],
         axes: Callable[[int], tuple[int, ...]],
         tuning: Tuning,
-        serials: frozenset[int],
     ) -> None:
-        self.plan, self._modules, self._heads, self._axes, self._tuning = plan, modules, heads, axes, tuning
-        self.serials = serials
+        self.plan, self._modules, self._axes, self._tuning = plan, modules, axes, tuning
+        self.tasks = {task.name: task for task in tasks}
         self._joined = {
-            step.members: join(tuple(heads[name][0] for name in step.members))
+            step.members: join(tuple(self.tasks[name].head for name in step.members))
             for step in plan.steps
             if isinstance(step, HeadStep)
             and len(step.members) > 1
@@ -90,8 +89,8 @@ class Program:
         answers = {}
         for name, takes in zip(step.members, step.takes, strict=True):
             inputs = [_take(streams, take).float() for take in takes]
-            head, reading = self._heads[name]
-            answers[name] = head(inputs[0] if reading is None else reading.join(inputs, pooled=True))
+            task = self.tasks[name]
+            answers[name] = task.head(inputs[0] if task.reading is None else task.reading.join(inputs, pooled=True))
         return answers
 
 

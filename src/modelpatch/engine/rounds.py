@@ -10,16 +10,15 @@ is computed once. Rows leave as soon as a stage is sure of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from modelpatch.engine.cascade import Cascade
-from modelpatch.engine.steps import Batches, Rows, SegmentLink
-from modelpatch.engine.task import CascadeStage, EngineTask, bind_one, cost, count_alike, fresh
+from modelpatch.engine.plan import Batches, Rows
+from modelpatch.engine.task import CascadeStage, EngineTask, SegmentLink, bind_one, cost, count_alike
 from modelpatch.engine.template import Templates
-from modelpatch.errors import EngineError
 
 Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Batches], dict[str, Tensor]]
 
@@ -36,22 +35,20 @@ def bind_cascade(templates: Templates, segments: Sequence[SegmentLink], name: st
     """A cascade as a task. Raises what binding its patches raises."""
     bound = [bind_one(templates, segments, name, patch) for patch in cascade.patches]
     shared = [reuse(bound[:number], task) for number, task in enumerate(bound)]
-    turns: list[EngineTask] = []
-    for number, (task, (_, links)) in enumerate(zip(bound, shared, strict=True)):
-        turns.append(fresh(task, path=task.path[links:], root=("stage", task.serial) if number else None))
     stages = []
-    for number, (turn, confidence) in enumerate(zip(turns, cascade.confidences, strict=True)):
+    for number, (task, confidence) in enumerate(zip(bound, cascade.confidences, strict=True)):
         source, begun = shared[number]
-        bare = fresh(turn, head=nn.Identity(), reading=None, beside=())
+        turn = replace(task, path=task.path[begun:], root=("stage", task) if number else None)
         keeps = {
-            later: fresh(bare, name=_kept(name, later), path=bound[number].path[begun:links])
+            later: replace(
+                turn, name=_kept(name, later), path=task.path[begun:links], head=nn.Identity(), reading=None, beside=()
+            )
             for later, (origin, links) in enumerate(shared)
             if origin == number
         }
         stages.append(CascadeStage(turn, source, keeps, confidence))
-    options = tuple(fresh(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
-    whole = {"reading": None, "beside": (), "bound": None, "options": options, "stages": tuple(stages)}
-    return fresh(bound[-1], name=name, **whole)
+    options = tuple(replace(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
+    return replace(options[-1], name=name, reading=None, beside=(), bound=None, options=options, stages=tuple(stages))
 
 
 def _kept(name: str, stage: int) -> str:
@@ -68,9 +65,9 @@ def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, 
     for number, other in enumerate(earlier):
         if other.preprocessing != task.preprocessing or task.beside:
             continue
-        limit = min(read.segment for read in task.member(None, 1).inputs)
+        limit = min(read.segment for read in task.planned(None, 1).inputs)
         open_links = [link for link in task.path[:-1] if link.span[1] <= limit]
-        alike = count_alike(other.member(None, 1).needed(), open_links)
+        alike = count_alike(other.planned(None, 1).walks["patch"], open_links)
         if alike > best[1]:
             best = number, alike
     return best
@@ -120,12 +117,9 @@ def run_rounds(
 ) -> dict[str, Routed]:
     """Every task on its rows, cascades in rounds; `compute(tasks, rows, batches)` runs one plan."""
     walks = [_Walk(task, own) for task, own in zip(tasks, rows, strict=True) if task.stages]
-    turns, own = [], []
-    for task, wanted in zip(tasks, rows, strict=True):
-        running = _running(task.stages[0]) if task.stages else [task]
-        turns += running
-        own += [wanted] * len(running)
-    found = compute(turns, own, batches)
+    firsts = [task.stages[0].running if task.stages else (task,) for task in tasks]
+    turns = [(turn, own) for running, own in zip(firsts, rows, strict=True) for turn in running]
+    found = compute([turn for turn, _ in turns], [own for _, own in turns], batches)
     answers = {task.name: found[task.name] for task in tasks if not task.stages}
     routed = {name: Routed(logits, torch.zeros(len(logits), dtype=torch.long)) for name, logits in answers.items()}
     number, going = 0, walks
@@ -136,23 +130,9 @@ def run_rounds(
         going = [walk for walk in going if len(walk.left)]
         if going:
             inputs = {walk.task.stages[number].task.root: walk.images(number, batches) for walk in going}
-            pairs = [(turn, len(walk.left)) for walk in going for turn in _running(walk.task.stages[number])]
+            pairs = [(turn, len(walk.left)) for walk in going for turn in walk.task.stages[number].running]
             found = compute([turn for turn, _ in pairs], [tuple(range(count)) for _, count in pairs], inputs)
     for walk in walks:
         assert walk.logits is not None
         routed[walk.task.name] = Routed(walk.logits, walk.stages)
     return {task.name: routed[task.name] for task in tasks}
-
-
-def _running(stage: CascadeStage) -> list[EngineTask]:
-    return [stage.task, *stage.keeps.values()]
-
-
-def check_one_batch(task: EngineTask) -> None:
-    """Raises `EngineError` for a cascade that one batch of images cannot be right for."""
-    if len(task.kinds) > 1:
-        sizes = ", ".join(str(kind.image_size) for kind in task.kinds)
-        raise EngineError(
-            f"{task.name} sees images in {len(task.kinds)} ways, at {sizes} px; one batch cannot be right for all. Give files "
-            "or pictures, or what engine.read(files) gives."
-        )

@@ -7,18 +7,18 @@ rounds, see `rounds.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count, takewhile
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from math import prod
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
-from modelpatch.engine.plan import PlannedTask
+from modelpatch.engine.cascade import Cascade, Confidence
+from modelpatch.engine.plan import Link, PlannedTask
 from modelpatch.engine.resident import BoundPart, BoundPatch
-from modelpatch.engine.steps import Link, SegmentLink
 from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
@@ -28,12 +28,26 @@ from modelpatch.tasks.classification import Classification
 
 AnyPatch = Patch | BoundPatch | str | Path
 Given = AnyPatch | Sequence[AnyPatch] | Cascade
-_SERIAL = count()
+
+
+class SegmentLink:
+    """A segment of the backbone as it is, as a link of plans."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment, self.own, self.name = segment, False, segment.name
+        self.span, self.key = (segment.index, segment.index + 1), f"base {segment.index}"
+        self.nbytes = sum(tensor.nbytes for _, tensor in segment.named_tensors())
+        self.output_bytes = 4 * prod(segment.output_shape)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        return self.segment.macs
 
 
 @dataclass(frozen=True, eq=False)
 class EngineTask:
-    """A task with all that runs it. `serial` is never used twice.
+    """A task with all that runs it.
 
     `path` are the links that cover the chain, or what is left of it after the activations that `root` stands for; without a
     `root` it begins at the images as `preprocessing` sees them.
@@ -51,7 +65,6 @@ class EngineTask:
     root: Hashable = None
     options: tuple[EngineTask, ...] = ()
     stages: tuple[CascadeStage, ...] = ()
-    serial: int = field(default_factory=lambda: next(_SERIAL))
 
     @property
     def parts(self) -> tuple[BoundPart, ...]:
@@ -65,23 +78,21 @@ class EngineTask:
         return (*own, *(patch for option in self.options for patch in option.patches))
 
     @property
-    def serials(self) -> frozenset[int]:
-        """Its own serial, and those of all tasks that run for it."""
-        parts = [part for stage in self.stages for part in (stage.task, *stage.keeps.values())]
-        return frozenset(one.serial for one in (self, *self.options, *parts))
+    def members(self) -> frozenset[EngineTask]:
+        """The task and all tasks that run for it."""
+        return frozenset((self, *self.options, *(task for stage in self.stages for task in stage.running)))
 
     @property
     def kinds(self) -> tuple[Preprocessing, ...]:
         """The preprocessings of its images: one, or for a cascade that of every stage."""
-        seen = dict.fromkeys(option.preprocessing for option in self.options) if self.stages else (self.preprocessing,)
-        return tuple(seen)
+        return tuple(dict.fromkeys(task.preprocessing for task in self.whole))
 
     @property
     def whole(self) -> tuple[EngineTask, ...]:
         """The tasks that run for an image that only the last stage is sure of, each under a name of its own."""
         return self.options if self.stages else (self,)
 
-    def member(self, shape: tuple[int, int] | None, own: int) -> PlannedTask:
+    def planned(self, shape: tuple[int, int] | None, own: int) -> PlannedTask:
         """The task for a plan: one batch of `shape` (height, width), or None for images as the task sees them; the
         backbone's own are `own` x `own`."""
         linear = type(self.head) in (nn.Linear, LinearHead)
@@ -104,10 +115,10 @@ class CascadeStage:
     keeps: Mapping[int, EngineTask]
     confidence: Confidence
 
-
-def fresh(task: EngineTask, **changes: Any) -> EngineTask:
-    """A task that runs something else, with a serial of its own."""
-    return replace(task, serial=next(_SERIAL), **changes)
+    @property
+    def running(self) -> tuple[EngineTask, ...]:
+        """The tasks of its round."""
+        return (self.task, *self.keeps.values())
 
 
 def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, patch: AnyPatch) -> EngineTask:
@@ -141,15 +152,15 @@ def bind_options(
             "one task. Give them names of their own."
         )
     options.sort(key=cost)
-    return fresh(options[-1], name=name, reading=None, beside=(), bound=None, options=tuple(options))
+    return replace(options[-1], name=name, reading=None, beside=(), bound=None, options=tuple(options))
 
 
 def cost(task: EngineTask, done: int = 0) -> float:
     """Multiply-adds of an image, its head left out, in those of the backbone's own resolution times the pixels; without its
     first `done` links. What a siamese head reads of the base counts from where it leaves the task's own path."""
-    member = task.member(None, 1)
-    own, base = member.walks
-    return sum(link.macs for link in (*own[done:], *base[count_alike(own, base) :])) * member.scale
+    planned = task.planned(None, 1)
+    own, base = planned.walks.values()
+    return sum(link.macs for link in (*own[done:], *base[count_alike(own, base) :])) * planned.scale
 
 
 def count_alike(first: Sequence[Link], second: Sequence[Link]) -> int:
@@ -177,12 +188,13 @@ class Wish:
 
     def pick(self, tasks: Sequence[EngineTask], measured: Callable[[EngineTask], float]) -> list[EngineTask]:
         """The task to run for each. Raises `EngineError` if no task has a choice, or none of its patches fits."""
-        if self != ANY and not any(task.options and not task.stages for task in tasks):
+        choices = [task.options and not task.stages for task in tasks]
+        if self != ANY and not any(choices):
             raise EngineError(
                 "resolution and latency choose among several patches of a task, and none of the tasks has several. Add them "
                 "as a list: engine.add('signs', [small, large])."
             )
-        return [self._one(task, measured) if task.options and not task.stages else task for task in tasks]
+        return [self._one(task, measured) if choice else task for task, choice in zip(tasks, choices, strict=True)]
 
     def _one(self, task: EngineTask, measured: Callable[[EngineTask], float]) -> EngineTask:
         if self.resolution is not None:
@@ -203,10 +215,3 @@ class Wish:
 
 
 ANY = Wish()
-
-
-def read_cascade(given: object) -> Cascade | None:
-    """The cascade that is given, or named by its file; None for anything else."""
-    if isinstance(given, Cascade):
-        return given
-    return Cascade.load(given) if isinstance(given, str | Path) and is_cascade(given) else None

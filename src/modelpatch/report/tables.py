@@ -300,7 +300,7 @@ def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) ->
 
 def timing_table(timings: Sequence[Timing]) -> Table:
     """One row a step of a plan: what it does, what it took and its share of the whole."""
-    from modelpatch.engine.describe import describe_step
+    from modelpatch.engine.plan import describe_step
 
     total = sum(timing.seconds for timing in timings)
     rows = [

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning, sample
 from modelpatch.engine.cascade import Cascade
-from modelpatch.engine.describe import grow
 from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
@@ -244,7 +243,7 @@ class Service:
             "shared": round(plan.shared, 6),
             "bytes": plan.bytes,
             "memory": self.engine.memory,
-            "tree": [branch.facts(named) for branch in grow(plan.roots, plan.steps)],
+            "tree": [branch.facts(named) for branch in plan.trees()],
         }
 
     def _backbone(self) -> dict[str, Any]:
