@@ -15,8 +15,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import resident
 from modelpatch.engine.engine import Engine
-from modelpatch.engine.resident import BoundPatch
-from modelpatch.engine.template import Templates
+from modelpatch.engine.resident import BoundPatch, Templates
 from modelpatch.errors import ForeignTensorError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.lora import LoRA

@@ -16,8 +16,7 @@ import torch
 from conftest import draft_patch, make_tiny
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
-from modelpatch.engine.resident import BoundPatch
-from modelpatch.engine.template import Templates
+from modelpatch.engine.resident import BoundPatch, Templates
 from modelpatch.errors import DamagedPatchError, InvalidPatchError, UnknownPatchError
 from modelpatch.methods.piggyback import PackNet, Piggyback
 from modelpatch.methods.scale_bias import ScaleBias

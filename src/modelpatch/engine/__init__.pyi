@@ -9,5 +9,5 @@ from .plan import make_plan as make_plan
 from .program import Timing as Timing
 from .resident import BoundPart as BoundPart
 from .resident import BoundPatch as BoundPatch
+from .resident import Templates as Templates
 from .rounds import Routed as Routed
-from .template import Templates as Templates

@@ -32,10 +32,9 @@ from modelpatch.engine.measuring import least_seconds, measure
 from modelpatch.engine.plan import Batches, Link, Plan, Rows, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
-from modelpatch.engine.resident import BoundPart
+from modelpatch.engine.resident import BoundPart, Templates
 from modelpatch.engine.rounds import Routed, bind_cascade, run_rounds, stage_costs
 from modelpatch.engine.task import ANY, EngineTask, Given, SegmentLink, Wish, bind_one, bind_options
-from modelpatch.engine.template import Templates
 from modelpatch.errors import EngineError, UnknownTaskError
 from modelpatch.heads.reading import pooled_axes
 

@@ -75,18 +75,17 @@ class Residency:
         """The module that runs the variant now: its own if there is one, else the part over its template."""
         with self._lock:
             variant = self._known.get(part.key)
-            if variant is None:  # a call that began before its task was removed
-                return self._bound(part)
-            self._clock += 1
-            before, variant.used = variant.used, self._clock
-            variant.uses += 1
-            if part.key in self._held:
-                self._held.move_to_end(part.key)
-            if variant.module is not None:
-                return variant.module
-            if variant.uses >= OFTEN:
-                self._begin(part, variant, before)
-        return self._bound(part)
+            if variant is not None:  # it is None in a call that began before its task was removed
+                self._clock += 1
+                before, variant.used = variant.used, self._clock
+                variant.uses += 1
+                if part.key in self._held:
+                    self._held.move_to_end(part.key)
+                if variant.module is not None:
+                    return variant.module
+                if variant.uses >= OFTEN:
+                    self._begin(part, variant, before)
+        return casting(part, self.tuning, torch.float32)
 
     def make(self, parts: Iterable[BoundPart]) -> None:
         """Make the variants' modules and wait for them, as far as tasks still have them and the budget has room."""
@@ -103,7 +102,7 @@ class Residency:
         Raises `BudgetError`, with nothing pinned, where the budget has no room beside other pins.
         """
         with self._lock:
-            needed = {part.key: cost(part, self.tuning) for part in parts}
+            needed = {part.key: self._cost(part) for part in parts}
             kept = sum(v.nbytes for key, v in self._held.items() if v.pins and key not in needed)
             if kept + sum(needed.values()) > self.budget:
                 raise BudgetError(
@@ -128,8 +127,9 @@ class Residency:
             making = [variant.making for variant in self._known.values()]
         _wait(making)
 
-    def _bound(self, part: BoundPart) -> Module:
-        return casting(part, self.tuning, torch.float32)
+    def _cost(self, part: BoundPart) -> int:
+        """Bytes of the variant as a module of its own, beyond what the patch and the backbone hold."""
+        return part.made_bytes if self.tuning.plain else part.template.nbytes
 
     def _begin(self, part: BoundPart, variant: _Variant, before: int) -> None:
         """Have the variant's module made in the background, if that helps and there is room; see `_make_room`."""
@@ -143,7 +143,7 @@ class Residency:
 
         Modules in the making are evicted as well: they find their reservation gone when they are ready.
         """
-        needed = cost(part, self.tuning)
+        needed = self._cost(part)
         if needed > self.budget:
             return False
         free, victims = self.budget - self.nbytes, []
@@ -183,8 +183,3 @@ def _wait(futures: Iterable[Future[None] | None]) -> None:
     for future in futures:
         if future is not None:
             future.result()
-
-
-def cost(part: BoundPart, tuning: Tuning) -> int:
-    """Bytes of the variant as a module of its own, beyond what the patch and the backbone hold."""
-    return part.made_bytes if tuning.plain else part.template.nbytes

@@ -1,27 +1,289 @@
-"""A patch bound to its backbone at the cost of its own bytes, among hundreds that share one structure.
+"""Patches bound to their backbone at the cost of their own bytes, hundreds of which share one structure.
 
-BoundPatch: tensors in one flat tensor
-    parts[0]   variant of segments [3, 4)    -- binds its tensors to -->  a template, see `template.py`
-    parts[1]   variant of segments [7, 8)    -- binds ...
-    head
+    BoundPatch: tensors in one flat tensor
+        parts[0]   variant of segments [3, 4)  ─ binds its tensors to ─>  Template: a module over the backbone's bytes
+        parts[1]   variant of segments [7, 8)  ─ binds ...                with room for the tensors of one part
+        head
+
+A template is shared by all patches of one structure and holds no tensors of theirs: those of the part that runs are bound to
+it, one part at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from functools import cached_property
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.engine.template import HEAD, PartTensors, Structure, Template, Templates
+from modelpatch.backbone.chain import Segment, count_macs
+from modelpatch.backbone.clone import clone_module
+from modelpatch.backbone.fingerprint import hash_tensors
+from modelpatch.backbone.frozen import FrozenBackbone
+from modelpatch.backbone.tuning import Tuning, run_in_pieces
 from modelpatch.errors import WrongBackboneError
+from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import ChainPart, Reading
-from modelpatch.patch.changes import MADE, StoredWeight, resolve
+from modelpatch.patch.changes import MADE, StoredWeight, resolve, set_strength
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import check_fit, check_head
+from modelpatch.patch.model import PatchedModel, check_fit, check_head
+
+RECENT = 32  # parts whose views a template keeps, since making them takes time
+LINE = 16  # a tensor in a flat one begins at whole lines of 64 bytes, which kernels read faster
+Entry = tuple[str, torch.Size, int]  # a tensor's name in a patch file, its shape, its place in a flat tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PartTensors:
+    """A patch's tensors for one of its parts: floating ones in a flat tensor, others `whole`, masked weights as bits.
+
+    `strength` is that of the patch, for added modules that scale their effect.
+    """
+
+    flat: Tensor
+    entries: Sequence[Entry]
+    whole: Mapping[str, Tensor]
+    made: Mapping[str, StoredWeight]
+    strength: float = 1.0
+
+    def load(self) -> dict[str, Tensor]:
+        """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""
+        return self._held() | {name: weight.make() for name, weight in self.made.items()}
+
+    def _held(self) -> dict[str, Tensor]:
+        views = {name: self.flat[at : at + shape.numel()].view(shape) for name, shape, at in self.entries}
+        return {**views, **self.whole}
+
+    def digest(self) -> str:
+        """SHA-256 of names, shapes and bytes, of masks as bits."""
+        pieces = self._held()
+        for name, weight in self.made.items():
+            held = enumerate((*weight.planes, weight.places, weight.values))
+            pieces |= {f"{name}#{number}": tensor for number, tensor in held if tensor is not None}
+        return hash_tensors(pieces.items())
+
+
+class Template:
+    """The module of one span, to which parts of one structure bind their tensors one at a time. Thread-safe.
+
+    `names` map a tensor's name in a patch file to its name in the module.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], module: nn.Module, names: Mapping[str, str], structure: str
+    ) -> None:
+        first, last = segments[0], segments[-1]
+        self.span = (first.index, last.index + 1)
+        self.name = first.name if first is last else f"{first.name} to {last.name}"
+        self.input_shape, self.output_bytes = first.input_shape, 4 * prod(last.output_shape)
+        self.structure = structure
+        self.nbytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        self._module, self._names = module, dict(names)
+        self._places = {name: _place(module, path) for name, path in self._names.items()}
+        self._empty = {name: _empty(place[leaf]) for name, (place, leaf) in self._places.items()}
+        self._scaled = [one for one in module.modules() if isinstance(getattr(one, "strength", None), float)]
+        self._strength = 1.0
+        self._lock = threading.Lock()
+        self._bound: weakref.ref[PartTensors] | None = None
+        self._recent: weakref.WeakKeyDictionary[PartTensors, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+        self._unbind()
+        frozen = {tensor.data_ptr() for segment in segments for _, tensor in segment.named_tensors()}
+        own = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
+        self.held = sum(tensor.nbytes for tensor in own if tensor.data_ptr() not in frozen)
+
+    def key(self, tensors: PartTensors) -> str:
+        """The structure and a hash of the tensors: equal for parts that compute the same."""
+        scale = f" {tensors.strength}" if self._scaled else ""
+        return f"{self.span} {self.structure}{scale} {tensors.digest()}"
+
+    def run(self, tensors: PartTensors, x: Tensor) -> Tensor:
+        """The module's output with these tensors. Weights made from masks are freed at once."""
+        with self._lock:
+            self._bind(tensors)
+            try:
+                return self._module(x)
+            finally:
+                if tensors.made:
+                    self._unbind()
+
+    def count_macs(self, tensors: PartTensors) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        with self._lock:
+            if "_macs" not in self.__dict__:
+                self._bind(tensors)
+                self._macs = count_macs(self._module, self.input_shape)
+                self._unbind()
+            return self._macs
+
+    def copy_with(self, tensors: PartTensors) -> nn.Module:
+        """A copy of the module in eval mode with these tensors, over the same frozen bytes."""
+        with self._lock:
+            self._unbind()
+            copy = clone_module(self._module)
+        loaded = tensors.load()
+        for name, path in self._names.items():
+            place, leaf = _place(copy, path)
+            place[leaf] = nn.Parameter(loaded[name], False) if isinstance(place[leaf], nn.Parameter) else loaded[name]
+        set_strength(copy, tensors.strength)
+        return copy.requires_grad_(False)
+
+    def _bind(self, tensors: PartTensors) -> None:
+        if self._bound is not None and self._bound() is tensors:
+            return
+        self._put(self._views(tensors))
+        for module in self._scaled if self._strength != tensors.strength else ():
+            module.strength = tensors.strength  # type: ignore[assignment]
+        self._strength = tensors.strength
+        self._bound = weakref.ref(tensors, self._forget)
+
+    def _views(self, tensors: PartTensors) -> dict[str, Tensor]:
+        if tensors.made:
+            return tensors.load()
+        views = self._recent.pop(tensors, None) or tensors.load()
+        self._recent[tensors] = views
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]  # the one used least recently
+        return views
+
+    def _unbind(self) -> None:
+        self._put(self._empty)
+        self._bound = None
+
+    def _forget(self, gone: weakref.ref[PartTensors]) -> None:
+        """Free the views of the bound part when it is gone, unless another part is running."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._bound is gone:
+                    self._unbind()
+            finally:
+                self._lock.release()
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, (place, leaf) in self._places.items():
+            place[leaf] = tensors[name]
+
+
+def _place(module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """The dictionary of the module that holds the parameter or buffer, and its name there."""
+    owner, _, leaf = path.rpartition(".")
+    held = module.get_submodule(owner)
+    return (held._parameters if leaf in held._parameters else held._buffers), leaf
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    bare = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
+
+
+class FlatLayout:
+    """The places of a patch's tensors in a flat tensor, part after part, the head last."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> None:
+        self.entries: list[list[Entry]] = [[] for _ in range(parts)]
+        self.size = 0
+        for part, held in enumerate(self.entries):
+            for name in sorted(name for name in shapes if owner(name) == part):
+                held.append((name, shapes[name], self.size))
+                self.size += -(-shapes[name].numel() // LINE) * LINE
+
+    def fill(self, values: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """A flat tensor that holds these values."""
+        flat = torch.zeros(self.size, device=device)
+        for name, shape, at in itertools.chain.from_iterable(self.entries):
+            flat[at : at + shape.numel()].copy_(values[name].reshape(-1))
+        return flat
+
+
+class Structure:
+    """All that patches of one structure have in common: a template for every span, and names and shapes of tensors.
+
+    Raises `ForeignTensorError` for a structure that does not fit the backbone.
+    """
+
+    def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        with torch.device("meta"):
+            head = patch.head.build()
+        model = PatchedModel.draft(backbone, patch.blueprint, head)
+        model.parts.to(backbone.device).requires_grad_(False)
+        model.try_grafts(patch.blueprint, backbone)
+        self.reading = model.reading
+        self.templates: list[Template] = []
+        self._owners: dict[str, int] = {}
+        for start, end in model.spans:
+            place = model.starts.index(start)
+            prefix = f"parts.{place}."
+            local = {name: path.removeprefix(prefix) for name, path in model.names.items() if path.startswith(prefix)}
+            grafts = [graft.model_dump_json() for graft in patch.grafts if start <= graft.start and graft.end <= end]
+            self._owners |= dict.fromkeys(local, len(self.templates))
+            template = Template(backbone.chain[start:end], model.parts[place], local, f"{sorted(local)} {grafts}")
+            self.templates.append(template)
+        self.shapes = {name: shape for name, shape in model.shapes().items() if name in self._owners}
+        self._layouts: dict[tuple[HeadRecord, frozenset[str]], FlatLayout] = {}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the templates beyond the backbone's and the patches' own: their copies of buffers."""
+        return sum(template.held for template in self.templates)
+
+    def owner(self, name: str) -> int:
+        """The number of the part that a tensor of a patch file belongs to; the head is the last."""
+        return self._owners.get(name, len(self.templates))
+
+    def layout(self, head: HeadRecord, left_out: Collection[str]) -> FlatLayout:
+        """The layout of a patch's tensors without those `left_out`: one for all patches with such a head."""
+        key = head, frozenset(left_out)
+        if key not in self._layouts:
+            shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in left_out}
+            self._layouts[key] = FlatLayout(shapes, self.owner, len(self.templates) + 1)
+        return self._layouts[key]
+
+
+class Templates:
+    """The structures of a backbone's bound patches, each made once and freed with the last patch that uses it. Thread-safe."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._structures: weakref.WeakValueDictionary[str, Structure] = weakref.WeakValueDictionary()
+        self.frozen = FrozenBackbone(backbone, Tuning())
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Templates:
+        """The templates that the backbone's bound patches outside engines share; new ones where no such patch is left."""
+        with _SHARING:
+            found = _SHARED.get(backbone)
+            templates = found() if found is not None else None
+            if templates is None:
+                templates = cls(backbone)
+                _SHARED[backbone] = weakref.ref(templates)
+            return templates
+
+    def structure(self, patch: Patch) -> Structure:
+        """The structure of a patch. Raises `WrongBackboneError` for a patch of another backbone, or as `Structure` does."""
+        patch.check_backbone(self.backbone)
+        key = f"{self.backbone.device} {patch.blueprint.model_dump_json()} {patch.head.reads}"
+        found = self._structures.get(key)
+        if found is None:
+            made = Structure(self.backbone, patch)
+            with self._lock:
+                found = self._structures.setdefault(key, made)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._structures)
+
+
+_SHARED: weakref.WeakKeyDictionary[Backbone, weakref.ref[Templates]] = weakref.WeakKeyDictionary()
+_SHARING = threading.Lock()
 
 
 class BoundPatch:
@@ -68,7 +330,7 @@ class BoundPatch:
                 {name: weight for name, weight in made.items() if structure.owner(name) == part},
                 patch.strength,
             )
-            for part in (*range(len(structure.templates)), HEAD)
+            for part in range(len(structure.templates) + 1)
         ]
 
     @torch.no_grad()
@@ -81,9 +343,10 @@ class BoundPatch:
         found: list[ChainPart] = []
         for one in self.path():
             if isinstance(one, int):
-                found.append(ChainPart(one, one + 1, self.templates.segment(one)))
+                found.append(ChainPart(one, one + 1, self.templates.frozen.module(one)))
                 continue
-            base = nn.Sequential(*map(self.templates.segment, range(*one.span))) if self.reading.both else None
+            own = [self.templates.frozen.module(index) for index in range(*one.span)]
+            base = partial(run_in_pieces, own, [0] * len(own), tuning=Tuning()) if self.reading.both else None
             found.append(ChainPart(*one.span, one, base))
         return found
 

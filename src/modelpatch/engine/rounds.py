@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.plan import Batches, Rows
+from modelpatch.engine.resident import Templates
 from modelpatch.engine.task import CascadeStage, EngineTask, SegmentLink, bind_one, cost, count_alike
-from modelpatch.engine.template import Templates
 
 Compute = Callable[[Sequence[EngineTask], Sequence[Rows], Batches], dict[str, Tensor]]
 

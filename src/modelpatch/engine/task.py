@@ -18,8 +18,7 @@ from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.cascade import Cascade, Confidence
 from modelpatch.engine.plan import Link, PlannedTask
-from modelpatch.engine.resident import BoundPart, BoundPatch
-from modelpatch.engine.template import Templates
+from modelpatch.engine.resident import BoundPart, BoundPatch, Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
 from modelpatch.heads.reading import Reading

@@ -24,8 +24,7 @@ import torch
 
 from modelpatch.backbone.tuning import sample
 from modelpatch.engine.engine import Engine
-from modelpatch.engine.resident import BoundPatch
-from modelpatch.engine.template import Templates
+from modelpatch.engine.resident import BoundPatch, Templates
 from modelpatch.engine.threads import computing_pool
 from modelpatch.errors import InvalidPatchError
 from modelpatch.patch.contents import decode_patch
