@@ -15,8 +15,8 @@ from pathlib import Path
 
 import modelpatch as mp
 from common import mobilenet, report, unpack
-from modelpatch.convert.checkpoint import read_checkpoint
 from modelpatch.convert.exporting import export
+from modelpatch.convert.extraction import read_checkpoint
 from modelpatch.report.codecs import CodecRow, compare_codecs
 from modelpatch.train import evaluate
 

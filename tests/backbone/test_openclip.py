@@ -16,7 +16,7 @@ from modelpatch.backbone.text_tower import SentenceEncoder, load_text
 from modelpatch.errors import BackboneError, MissingExtraError, PatchError, UnknownBackboneError
 from modelpatch.methods.subset import FullFinetune, Subset
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import BackboneRecord
+from modelpatch.patch.file import BackboneRecord
 from tolerance import close
 
 

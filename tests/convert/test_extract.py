@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from conftest import TinyNet, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert import extract
-from modelpatch.convert.checkpoint import read_checkpoint
 from modelpatch.convert.exporting import state_dict_of
-from modelpatch.convert.extraction import DELTA_CODECS, factorise
+from modelpatch.convert.extraction import DELTA_CODECS, factorise, read_checkpoint
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchError
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch

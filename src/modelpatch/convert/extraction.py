@@ -14,32 +14,36 @@ difference is smaller than the weight, so that the same number of bits has a sma
 
 `sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
 a matrix; `calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
-matrix (output channels, all else).
+matrix (output channels, all else). Of a `.pth` file only tensors are unpickled: it is read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
+import safetensors.torch
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.convert.checkpoint import match_names, read_checkpoint
+from modelpatch.backbone.files import widen
 from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import MethodRecord
+from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
-DeltaCodec = Literal["exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank"]
-DELTA_CODECS: tuple[str, ...] = get_args(DeltaCodec)
+DELTA_CODECS = ("exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank")
 METHOD = "extract"
+HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of the tensors in .pth files of training scripts
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that wrappers add to names
 
 
 def extract(
@@ -75,7 +79,12 @@ def extract(
     for weight, (before, after) in changed.items():
         _store(tensors, int8, weight, before, after, codec, rank)
     for part, tensor in head.items():
-        _store_plain(tensors, int8, f"head.{part}", tensor, codec)
+        if codec in ("float16", "bfloat16"):
+            tensor = tensor.to(getattr(torch, codec))
+        elif codec != "exact" and tensor.ndim > 1:
+            tensor = snap_int8(tensor)
+            int8.add(f"head.{part}")
+        tensors[f"head.{part}"] = tensor
     outputs, features = head["weight"].shape
     names = tuple(classes) or tuple(map(str, range(outputs)))
     if len(names) != outputs:
@@ -88,6 +97,60 @@ def extract(
     method = MethodRecord(name=METHOD, hyperparameters=used)
     seen, record = backbone.preprocessing.with_image_size(image_size), HeadRecord(features=features, outputs=outputs)
     return Patch.of(backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or `.pth` file by their names; half precision is widened to float32, exactly.
+
+    Raises `PatchError` for a file that cannot be read, is no dictionary of tensors, or holds other objects than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PatchError(f"{path} does not exist. Expected a safetensors file or a .pth of tensors.")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Any = safetensors.torch.load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PatchError(
+            f"{path} cannot be read as plain tensors: {reason}. Save the network's state_dict() alone, best as safetensors."
+        ) from error
+    for holder in HOLDERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(holder), Mapping):
+            loaded = loaded[holder]
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise PatchError(f"{path} holds no tensors by name. Expected a state_dict().")
+    return {str(name): widen(value.detach()) for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def match_names(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the backbone's names, without prefixes that wrappers add.
+
+    Raises `PatchError` for missing tensors of the backbone's chain and for tensors that the network does not have.
+    """
+    own = backbone.module.state_dict().keys()
+    while not own & tensors.keys():
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    needed = {name for segment in backbone.chain for name, t in segment.named_tensors() if t.is_floating_point()}
+    needed &= own
+    if missing := sorted(needed - tensors.keys()):
+        raise PatchError(
+            f"the checkpoint lacks {len(missing)} of the {len(needed)} tensors of {backbone.spec}: {', '.join(missing[:3])}. "
+            f"It has {', '.join(sorted(tensors)[:3])}. Expected the state_dict() of the same architecture."
+        )
+    head = f"{backbone.classifier}." if backbone.classifier else None
+    foreign = sorted(name for name in tensors.keys() - own if head is None or not name.startswith(head))
+    if foreign:
+        raise PatchError(
+            f"{backbone.spec} does not have {len(foreign)} tensors of the checkpoint: {', '.join(foreign[:3])}. Expected "
+            "the state_dict() of the same architecture."
+        )
+    return dict(tensors)
 
 
 def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -151,17 +214,6 @@ def _store(
     else:
         tensors[f"delta/{name}"] = snap_int8(delta)
         int8.add(f"delta/{name}")
-
-
-def _store_plain(tensors: dict[str, Tensor], int8: set[str], name: str, tensor: Tensor, codec: str) -> None:
-    """Store a tensor of the head, which has no counterpart in the base, with the codec."""
-    if codec in ("float16", "bfloat16"):
-        tensors[name] = tensor.to(getattr(torch, codec))
-    elif codec == "exact" or tensor.ndim < 2:
-        tensors[name] = tensor
-    else:
-        tensors[name] = snap_int8(tensor)
-        int8.add(name)
 
 
 def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

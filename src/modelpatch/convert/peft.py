@@ -19,7 +19,7 @@ from typing import Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
+from pydantic import BaseModel, PositiveFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_g
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import MethodRecord
+from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -55,10 +55,8 @@ WITHOUT_EFFECT = frozenset(
 STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave the base's weights as they are
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(BaseModel, frozen=True, extra="allow"):
     """The options of `adapter_config.json` that a patch supports; all others must be off (see `check_supported`)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
 
     peft_type: Literal["LORA"] = "LORA"
     r: Rank

@@ -10,4 +10,4 @@ from .program import Timing as Timing
 from .resident import BoundPart as BoundPart
 from .resident import BoundPatch as BoundPatch
 from .resident import Templates as Templates
-from .rounds import Routed as Routed
+from .task import Routed as Routed

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from modelpatch.atomic import write_bytes
@@ -38,13 +38,11 @@ SUFFIX = ".json"
 Weights = tuple[float, float, float]
 
 
-class Confidence(BaseModel):
+class Confidence(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The confidence of a patch: `weights` of the largest probability, the entropy and the gap between the two largest.
 
     The patch answers images whose sum reaches `threshold`; all that are left if that is None.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weights: Weights = (1.0, 0.0, 0.0)
     threshold: float | None = None
@@ -68,10 +66,8 @@ def features(logits: Tensor) -> Tensor:
     return torch.stack([best[:, 0], torch.special.entr(shares).sum(1), gap], 1)
 
 
-class StageRecord(BaseModel):
+class StageRecord(BaseModel, frozen=True, extra="forbid"):
     """A stage in the file: the patch's file beside it, the hash of what the patch computes, and how it sees images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Text
     content: Hash
@@ -86,10 +82,8 @@ class StageRecord(BaseModel):
         return name
 
 
-class CascadeRecord(BaseModel):
+class CascadeRecord(BaseModel, frozen=True, extra="forbid"):
     """The whole file. `sha256` is that of the canonical JSON of everything else."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["modelpatch cascade"]
     version: Literal[1]
@@ -175,19 +169,16 @@ class Cascade:
         return path
 
     def _record(self, names: Sequence[str]) -> bytes:
-        stages = [
+        stages = tuple(
             StageRecord(file=name, content=patch.content_hash, preprocessing=patch.preprocessing, confidence=confidence)
             for name, patch, confidence in zip(names, self.patches, self.confidences, strict=True)
-        ]
+        )
+        facts = {"metrics": self.metrics, "created": self.created}
         try:
-            canonical([self.metrics, self.created])
-            facts: dict[str, Any] = {
-                "task": self.task,
-                "stages": tuple(stages),
-                "metrics": self.metrics,
-                "created": self.created,
-            }
-            record = CascadeRecord(kind="modelpatch cascade", version=1, sha256="0" * 64, **facts)
+            canonical(facts)
+            record = CascadeRecord(
+                kind="modelpatch cascade", version=1, task=self.task, stages=stages, sha256="0" * 64, **facts
+            )
             record = record.model_copy(update={"sha256": record.digest()})
             text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:

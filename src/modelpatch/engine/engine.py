@@ -16,7 +16,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -26,15 +25,13 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
-from modelpatch.engine.cascade import Cascade, is_cascade
 from modelpatch.engine.inputs import Answers, Images, Sources, check_names, count_rows, make_batches, read, stream
 from modelpatch.engine.measuring import least_seconds, measure
-from modelpatch.engine.plan import Batches, Link, Plan, Rows, make_plan
+from modelpatch.engine.plan import Batches, Link, Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
 from modelpatch.engine.resident import BoundPart, Templates
-from modelpatch.engine.rounds import Routed, bind_cascade, run_rounds, stage_costs
-from modelpatch.engine.task import ANY, EngineTask, Given, SegmentLink, Wish, bind_one, bind_options
+from modelpatch.engine.task import ANY, EngineTask, Given, Routed, Turn, Wish, bind, cost, reuse, run_rounds
 from modelpatch.errors import EngineError, UnknownTaskError
 from modelpatch.heads.reading import pooled_axes
 
@@ -81,14 +78,13 @@ class Engine:
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
         self.eager, self.templates = eager, Templates(backbone)
         self._frozen = FrozenBackbone(backbone, self.tuning)
-        self._segments = tuple(SegmentLink(segment) for segment in backbone.chain)
         self._pinned: set[str] = set()
         self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
         head = clone_module(backbone.chain.head)
-        base = EngineTask(BASE, backbone.preprocessing, backbone.classes, head, self._segments)
+        base = EngineTask(BASE, backbone.preprocessing, backbone.classes, head, self.templates.segments)
         self._tasks: dict[str, EngineTask] = {BASE: base}
         for name, patch in (patches or {}).items():
             self.add(name, patch)
@@ -130,7 +126,8 @@ class Engine:
         Heads are left out. Each task is one patch.
         """
         area = self.backbone.preprocessing.image_size**2
-        return [macs / area for macs in stage_costs([self._find(name) for name in tasks])]
+        found = [self._find(name) for name in tasks]
+        return [cost(task, reuse(found[:number], task)[1]) / area for number, task in enumerate(found)]
 
     def add(self, name: str, patch: Given) -> None:
         """Add a patch, several of one task, or a cascade under a new name. Raises `EngineError` for a name that is taken; see
@@ -195,13 +192,7 @@ class Engine:
         if not isinstance(name, str) or not name or name == BASE:
             expected = f"expected a name of its own, and {BASE!r} is the backbone"
             raise EngineError(f"a patch cannot be named {name!r}: {expected}.")
-        if isinstance(patch, str | Path) and is_cascade(patch):
-            patch = Cascade.load(patch)
-        if isinstance(patch, Cascade):
-            return bind_cascade(self.templates, self._segments, name, patch)
-        if isinstance(patch, list | tuple):
-            return bind_options(self.templates, self._segments, name, patch)
-        return bind_one(self.templates, self._segments, name, patch)  # type: ignore[arg-type]
+        return bind(self.templates, name, patch)
 
     def _forget(self, old: EngineTask) -> None:
         for key in [
@@ -229,12 +220,7 @@ class Engine:
 
     @overload
     def __call__(
-        self,
-        images: Images,
-        tasks: Sequence[str],
-        *,
-        resolution: int | None = None,
-        latency: float | None = None,
+        self, images: Images, tasks: Sequence[str], *, resolution: int | None = None, latency: float | None = None
     ) -> list[Tensor]: ...
 
     def __call__(
@@ -294,11 +280,11 @@ class Engine:
         for name, own in (rows or {}).items():
             if list(own) != sorted(set(own)) or not all(0 <= row < count for row in own):
                 raise EngineError(f"{name} is asked for rows {list(own)[:8]}; expected increasing ones below {count}.")
-        wanted = [tuple(range(count) if rows is None else rows[task.name]) for task in tasks]
-        return run_rounds(tasks, wanted, batches, self._run)
+        turns = [(task, tuple(range(count) if rows is None else rows[task.name])) for task in tasks]
+        return run_rounds(turns, batches, self._run)
 
-    def _run(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches) -> dict[str, Tensor]:
-        program = self._program(tasks, rows, batches)
+    def _run(self, turns: Sequence[Turn], batches: Batches) -> dict[str, Tensor]:
+        program = self._program(turns, batches)
         try:
             return program(batches)
         except RuntimeError as error:
@@ -318,7 +304,7 @@ class Engine:
             kind = task.preprocessing
             batches: dict[Hashable, Tensor] = {kind: sample(kind.input_size, self.backbone.device)[:1]}
             self.residency.make(task.parts)
-            self._seconds[task] = least_seconds(lambda: self._run([task], [(0,)], batches), self.backbone.device)
+            self._seconds[task] = least_seconds(lambda: self._run([(task, (0,))], batches), self.backbone.device)
         return self._seconds[task]
 
     def read(
@@ -336,12 +322,7 @@ class Engine:
         return read(sources, [kind for task in chosen for kind in task.kinds])
 
     def stream(
-        self,
-        sources: Sources,
-        *,
-        only: Iterable[str] | None = None,
-        batch_size: int = 16,
-        workers: int = 0,
+        self, sources: Sources, *, only: Iterable[str] | None = None, batch_size: int = 16, workers: int = 0
     ) -> Iterator[Answers]:
         """Answers for many images in order, `batch_size` at a time, for all tasks or those in `only`. See `Answers`.
 
@@ -361,7 +342,7 @@ class Engine:
         chosen = self._whole(only)
         batches = self._batches(chosen, images)
         rows = tuple(range(count_rows(batches)))
-        program = self._program(chosen, [rows] * len(chosen), batches)
+        program = self._program([(task, rows) for task in chosen], batches)
         program(batches)
         timings: list[Timing] = []
         program(batches, timings)
@@ -376,12 +357,12 @@ class Engine:
         """The plan for `rows` images, seen through the tasks' own preprocessing, for all tasks or those in `only`; or for the
         rows of each task, as `answer` takes them. All stages of a cascade are in it."""
         if isinstance(rows, Mapping):
-            pairs = [(one, tuple(rows[task.name])) for task in self._choose(rows) for one in task.whole]
-            return self._program([one for one, _ in pairs], [own for _, own in pairs], None).plan
-        if type(rows) is not int or rows < 0:
+            turns = [(one, tuple(rows[task.name])) for task in self._choose(rows) for one in task.whole]
+        elif type(rows) is not int or rows < 0:
             raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
-        chosen = self._whole(only)
-        return self._program(chosen, [tuple(range(rows))] * len(chosen), None).plan
+        else:
+            turns = [(one, tuple(range(rows))) for one in self._whole(only)]
+        return self._program(turns, None).plan
 
     def _whole(self, only: Iterable[str] | None) -> list[EngineTask]:
         return [one for task in self._pick(only) for one in task.whole]
@@ -396,16 +377,17 @@ class Engine:
     def _batches(self, tasks: Sequence[EngineTask], images: Images) -> dict[Hashable, Tensor]:
         return make_batches(images, {task.name: task.kinds for task in tasks}, self.backbone.device)
 
-    def _program(self, tasks: Sequence[EngineTask], rows: Sequence[Rows], batches: Batches | None) -> Program:
+    def _program(self, turns: Sequence[Turn], batches: Batches | None) -> Program:
         """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
         one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
-        key = (one, tuple(zip(tasks, rows, strict=True)))
+        key = (one, tuple(turns))
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
         own = self.backbone.preprocessing.image_size
-        plan = make_plan([task.planned(one, own) for task in tasks], rows, self._pays)
+        tasks = [task for task, _ in turns]
+        plan = make_plan([task.planned(one, own) for task in tasks], [rows for _, rows in turns], self._pays)
         axes = partial(pooled_axes, self.backbone.chain)
         program = Program(plan, tasks, self._module, self._join, axes, self.tuning)
         with self._lock:

@@ -66,10 +66,7 @@ def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tupl
 
     for rows in (1, 4, 16):
         stream = lay(torch.randn(rows, *segments[0].input_shape, device=backbone.device), tuning)
-        ways = [
-            lambda x: [through(x) for _ in range(4)],
-            lambda x: through(torch.cat([x, x, x, x])).split(len(x)),
-        ]
+        ways = [lambda x: [through(x) for _ in range(4)], lambda x: through(torch.cat([x, x, x, x])).split(len(x))]
         speedup = _ratio(ways, stream, seconds)
         notes.append(f"{speedup:.2f}x at {rows}")
         if speedup > NOTICEABLE:

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -28,8 +28,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment, count_macs
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.fingerprint import hash_tensors
-from modelpatch.backbone.frozen import FrozenBackbone
-from modelpatch.backbone.tuning import Tuning, run_in_pieces
+from modelpatch.backbone.tuning import FrozenBackbone, Tuning, run_in_pieces
+from modelpatch.engine.plan import Link
 from modelpatch.errors import WrongBackboneError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import ChainPart, Reading
@@ -214,7 +214,7 @@ class Structure:
             head = patch.head.build()
         model = PatchedModel.draft(backbone, patch.blueprint, head)
         model.parts.to(backbone.device).requires_grad_(False)
-        model.try_grafts(patch.blueprint, backbone)
+        model.try_grafts()
         self.reading = model.reading
         self.templates: list[Template] = []
         self._owners: dict[str, int] = {}
@@ -254,6 +254,7 @@ class Templates:
         self.backbone = backbone
         self._structures: weakref.WeakValueDictionary[str, Structure] = weakref.WeakValueDictionary()
         self.frozen = FrozenBackbone(backbone, Tuning())
+        self.segments = tuple(SegmentLink(segment) for segment in backbone.chain)
         self._lock = threading.Lock()
 
     @classmethod
@@ -284,6 +285,21 @@ class Templates:
 
 _SHARED: weakref.WeakKeyDictionary[Backbone, weakref.ref[Templates]] = weakref.WeakKeyDictionary()
 _SHARING = threading.Lock()
+
+
+class SegmentLink:
+    """A segment of the backbone as it is, as a link of plans."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment, self.own, self.name = segment, False, segment.name
+        self.span, self.key = (segment.index, segment.index + 1), f"base {segment.index}"
+        self.nbytes = sum(tensor.nbytes for _, tensor in segment.named_tensors())
+        self.output_bytes = 4 * prod(segment.output_shape)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        return self.segment.macs
 
 
 class BoundPatch:
@@ -340,24 +356,23 @@ class BoundPatch:
 
     @cached_property
     def _chain(self) -> list[ChainPart]:
-        found: list[ChainPart] = []
-        for one in self.path():
-            if isinstance(one, int):
-                found.append(ChainPart(one, one + 1, self.templates.frozen.module(one)))
+        frozen, found = self.templates.frozen, list[ChainPart]()
+        for link in self.path:
+            own = [frozen.module(index) for index in range(*link.span)]
+            if not isinstance(link, BoundPart):
+                found.append(ChainPart(*link.span, *own))
                 continue
-            own = [self.templates.frozen.module(index) for index in range(*one.span)]
             base = partial(run_in_pieces, own, [0] * len(own), tuning=Tuning()) if self.reading.both else None
-            found.append(ChainPart(*one.span, one, base))
+            found.append(ChainPart(*link.span, link, base))
         return found
 
-    def path(self) -> Iterator[BoundPart | int]:
-        """The variants and the numbers of the segments between them, in the order of the chain."""
-        at = 0
-        for part in self.parts:
-            yield from range(at, part.span[0])
-            yield part
-            at = part.span[1]
-        yield from range(at, len(self.backbone.chain))
+    @cached_property
+    def path(self) -> tuple[Link, ...]:
+        """The variants and the segments between them, in the order of the chain."""
+        links: list[Link] = [*self.templates.segments]
+        for part in reversed(self.parts):
+            links[slice(*part.span)] = [part]
+        return tuple(links)
 
 
 class BoundPart:

@@ -1,7 +1,13 @@
 """The tasks of an engine: the backbone, a patch, several patches of one task, or a cascade of them.
 
-`bind_one` and `bind_options` make one of patches. Several patches are `options`, the cheapest first; of a cascade they run in
-rounds, see `rounds.py`.
+`bind` makes one of what is given. Several patches are `options`, the cheapest first. Those of a cascade run in rounds, in
+which each stage sees the rows that no stage before it was sure of:
+
+    round 0     every task, and the first stage of every cascade, in one plan; activations for later stages are kept
+    round n     the stages n of all cascades in one plan, each on the rows that are left
+
+A stage starts from the longest prefix that it shares with a stage before it, if both have the same preprocessing, so that it
+is computed once. Rows leave as soon as a stage is sure of them.
 """
 
 from __future__ import annotations
@@ -9,15 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from math import prod
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.engine.cascade import Cascade, Confidence
-from modelpatch.engine.plan import Link, PlannedTask
+from modelpatch.engine.cascade import Cascade, Confidence, is_cascade
+from modelpatch.engine.plan import Batches, Link, PlannedTask, Rows
 from modelpatch.engine.resident import BoundPart, BoundPatch, Templates
 from modelpatch.errors import EngineError, WrongBackboneError
 from modelpatch.heads.linear import LinearHead
@@ -27,21 +32,6 @@ from modelpatch.tasks.classification import Classification
 
 AnyPatch = Patch | BoundPatch | str | Path
 Given = AnyPatch | Sequence[AnyPatch] | Cascade
-
-
-class SegmentLink:
-    """A segment of the backbone as it is, as a link of plans."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment, self.own, self.name = segment, False, segment.name
-        self.span, self.key = (segment.index, segment.index + 1), f"base {segment.index}"
-        self.nbytes = sum(tensor.nbytes for _, tensor in segment.named_tensors())
-        self.output_bytes = 4 * prod(segment.output_shape)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds for one image of the backbone's input size."""
-        return self.segment.macs
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +94,12 @@ class EngineTask:
 
 @dataclass(frozen=True, eq=False)
 class CascadeStage:
-    """A patch in a cascade: the task that runs, on images or on the activations that stage `source` kept for it.
+    """A patch in a cascade: the task that runs, on images or on the activations that a stage before kept for it.
 
     `keeps` are the prefixes whose outputs later stages start from, by the numbers of those stages.
     """
 
     task: EngineTask
-    source: int | None
     keeps: Mapping[int, EngineTask]
     confidence: Confidence
 
@@ -120,28 +109,36 @@ class CascadeStage:
         return (self.task, *self.keeps.values())
 
 
-def bind_one(templates: Templates, segments: Sequence[SegmentLink], name: str, patch: AnyPatch) -> EngineTask:
+def bind(templates: Templates, name: str, given: Given) -> EngineTask:
+    """A task of what an engine is given. Raises what reading and binding raise, and `EngineError`."""
+    if isinstance(given, str | Path) and is_cascade(given):
+        given = Cascade.load(given)
+    if isinstance(given, Cascade):
+        return bind_cascade(templates, name, given)
+    if isinstance(given, list | tuple):
+        return bind_options(templates, name, given)
+    return bind_one(templates, name, given)  # type: ignore[arg-type]
+
+
+def bind_one(templates: Templates, name: str, patch: AnyPatch) -> EngineTask:
     """A patch as a task. Raises `WrongBackboneError` for one that is bound elsewhere, and what reading and binding raise."""
     backbone = templates.backbone
     if not isinstance(patch, BoundPatch):
         patch = BoundPatch(backbone, patch if isinstance(patch, Patch) else Patch.load(patch), templates)
     if patch.backbone is not backbone:
         raise WrongBackboneError(f"{name!r} is bound to another backbone than the engine's, {backbone.spec}.")
-    path = tuple(segments[one] if isinstance(one, int) else one for one in patch.path())
-    beside = tuple(segments) if patch.reading.both else ()
+    beside = templates.segments if patch.reading.both else ()
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
     task, seen = patch.task, patch.preprocessing
-    return EngineTask(name, seen, task.classes, patch.head, path, patch.reading, task.kind, beside, patch)
+    return EngineTask(name, seen, task.classes, patch.head, patch.path, patch.reading, task.kind, beside, patch)
 
 
-def bind_options(
-    templates: Templates, segments: Sequence[SegmentLink], name: str, patches: Sequence[AnyPatch]
-) -> EngineTask:
+def bind_options(templates: Templates, name: str, patches: Sequence[AnyPatch]) -> EngineTask:
     """Several patches of one task, the cheapest first; without a choice the last answers. Raises `EngineError`."""
     if not patches:
         raise EngineError(f"{name!r} has no patches; expected one or more.")
-    options = [bind_one(templates, segments, name, patch) for patch in patches]
+    options = [bind_one(templates, name, patch) for patch in patches]
     if other := [option for option in options if option.kind != options[0].kind]:
         kinds = f"{options[0].kind} and for {other[0].kind}"
         raise EngineError(f"{name!r} has patches for {kinds}. Give them names of their own.")
@@ -152,6 +149,30 @@ def bind_options(
         )
     options.sort(key=cost)
     return replace(options[-1], name=name, reading=None, beside=(), bound=None, options=tuple(options))
+
+
+def bind_cascade(templates: Templates, name: str, cascade: Cascade) -> EngineTask:
+    """A cascade as a task. Raises what binding its patches raises."""
+    bound = [bind_one(templates, name, patch) for patch in cascade.patches]
+    shared = [reuse(bound[:number], task) for number, task in enumerate(bound)]
+    stages = []
+    for number, (task, confidence) in enumerate(zip(bound, cascade.confidences, strict=True)):
+        begun = shared[number][1]
+        turn = replace(task, path=task.path[begun:], root=("stage", task) if number else None)
+        keeps = {
+            later: replace(
+                turn, name=_kept(name, later), path=task.path[begun:links], head=nn.Identity(), reading=None, beside=()
+            )
+            for later, (origin, links) in enumerate(shared)
+            if origin == number
+        }
+        stages.append(CascadeStage(turn, keeps, confidence))
+    options = tuple(replace(task, name=f"{name} (stage {number + 1})") for number, task in enumerate(bound))
+    return replace(options[-1], name=name, reading=None, beside=(), bound=None, options=options, stages=tuple(stages))
+
+
+def _kept(name: str, stage: int) -> str:
+    return f"{name}\0{stage}"  # a name that no task has
 
 
 def cost(task: EngineTask, done: int = 0) -> float:
@@ -166,6 +187,24 @@ def count_alike(first: Sequence[Link], second: Sequence[Link]) -> int:
     """The number of links at their beginning that compute the same."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: (pair[0].span, pair[0].key) == (pair[1].span, pair[1].key), pairs))
+
+
+def reuse(earlier: Sequence[EngineTask], task: EngineTask) -> tuple[int | None, int]:
+    """The number of the earlier task that shares most links with this one, and how many; (None, 0) for none.
+
+    A task whose head reads the base's features as well starts anew; so does one whose head pools segments before the fork. At
+    least one link is left to run.
+    """
+    best: tuple[int | None, int] = (None, 0)
+    for number, other in enumerate(earlier):
+        if other.preprocessing != task.preprocessing or task.beside:
+            continue
+        limit = min(read.segment for read in task.planned(None, 1).inputs)
+        open_links = [link for link in task.path[:-1] if link.span[1] <= limit]
+        alike = count_alike(other.planned(None, 1).walks["patch"], open_links)
+        if alike > best[1]:
+            best = number, alike
+    return best
 
 
 @dataclass(frozen=True)
@@ -214,3 +253,70 @@ class Wish:
 
 
 ANY = Wish()
+
+
+Turn = tuple[EngineTask, Rows]  # a task and the rows that it is asked for
+Compute = Callable[[Sequence[Turn], Batches], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Logits (B, K) and the number of the stage (B,) that answered each row, 0 for tasks that are no cascades."""
+
+    logits: Tensor
+    stages: Tensor
+
+
+class _Walk:
+    """The state of one cascade between rounds. `left` are places in `rows` without an answer yet."""
+
+    def __init__(self, task: EngineTask, rows: Rows) -> None:
+        self.task, self.rows = task, torch.tensor(rows, dtype=torch.long)
+        self.left = torch.arange(len(rows))
+        self.logits: Tensor | None = None
+        self.stages = torch.zeros(len(rows), dtype=torch.long)
+        self.kept: dict[int, Tensor] = {}
+
+    def take(self, number: int, found: Mapping[str, Tensor]) -> None:
+        """Keep the answers of stage `number` that it is sure of, and the activations that later stages need."""
+        stage, logits = self.task.stages[number], found[self.task.name]
+        sure = stage.confidence.sure(logits)
+        if self.logits is None:
+            self.logits = logits.new_zeros(len(self.rows), logits.shape[1])
+        settled = sure.cpu()
+        self.logits[self.left[settled].to(logits.device)] = logits[sure]
+        self.stages[self.left[settled]] = number
+        self.left = self.left[~settled]
+        self.kept |= {later: found[_kept(self.task.name, later)] for later in stage.keeps}
+        self.kept = {later: kept[~sure] for later, kept in self.kept.items() if later > number}
+
+    def images(self, number: int, batches: Batches) -> Tensor:
+        """The input of stage `number`: the rows that are left of the images, or of the activations kept for it."""
+        if number in self.kept:
+            return self.kept.pop(number)
+        batch = batches[None if None in batches else self.task.stages[number].task.preprocessing]
+        return batch[self.rows[self.left].to(batch.device)]
+
+
+@torch.inference_mode()
+def run_rounds(turns: Sequence[Turn], batches: Batches, compute: Compute) -> dict[str, Routed]:
+    """Every task on its rows, cascades in rounds; `compute(turns, batches)` runs one plan."""
+    walks = [_Walk(task, rows) for task, rows in turns if task.stages]
+    firsts = [(one, rows) for task, rows in turns for one in (task.stages[0].running if task.stages else (task,))]
+    found = compute(firsts, batches)
+    answers = {task.name: found[task.name] for task, _ in turns if not task.stages}
+    routed = {name: Routed(logits, torch.zeros(len(logits), dtype=torch.long)) for name, logits in answers.items()}
+    number, going = 0, walks
+    while going:
+        for walk in going:
+            walk.take(number, found)
+        number += 1
+        going = [walk for walk in going if len(walk.left)]
+        if going:
+            inputs = {walk.task.stages[number].task.root: walk.images(number, batches) for walk in going}
+            rest = [(walk.task.stages[number], tuple(range(len(walk.left)))) for walk in going]
+            found = compute([(one, rows) for stage, rows in rest for one in stage.running], inputs)
+    for walk in walks:
+        assert walk.logits is not None
+        routed[walk.task.name] = Routed(walk.logits, walk.stages)
+    return {task.name: routed[task.name] for task, _ in turns}

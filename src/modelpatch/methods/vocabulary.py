@@ -31,7 +31,7 @@ from modelpatch.backbone.text_tower import TextTower, load_text
 from modelpatch.errors import BackboneError, DataError
 from modelpatch.heads.linear import CosineHead
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import MethodRecord
+from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 

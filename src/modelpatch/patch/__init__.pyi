@@ -3,6 +3,6 @@ from .blueprint import Graft as Graft
 from .blueprint import register_graft as register_graft
 from .changes import Reweighting as Reweighting
 from .contents import Patch as Patch
-from .header import BackboneRecord as BackboneRecord
-from .header import MethodRecord as MethodRecord
+from .file import BackboneRecord as BackboneRecord
+from .file import MethodRecord as MethodRecord
 from .model import PatchedModel as PatchedModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
 from modelpatch.backbone.chain import Chain
@@ -26,10 +26,8 @@ GRAFTS = Registry[GraftBuilder](
 _WHOLE: set[str] = set()  # kinds whose effect has no share
 
 
-class Graft(BaseModel):
+class Graft(BaseModel, frozen=True, extra="forbid"):
     """Modules added to the span `[start, end)` by the builder registered as `kind`, called with `arguments`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")
     start: int = Field(ge=0)
@@ -76,10 +74,8 @@ def register_graft(kind: str, *, interpolates: bool = True) -> Callable[[GraftBu
     return register
 
 
-class Blueprint(BaseModel):
+class Blueprint(BaseModel, frozen=True, extra="forbid"):
     """`owned` names the backbone's parameters and buffers that the patch has its own values for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     owned: tuple[str, ...] = ()
     grafts: tuple[Graft, ...] = ()

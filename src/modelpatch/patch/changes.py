@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain
 from modelpatch.errors import ForeignTensorError, PatchError
+from modelpatch.patch.codec import is_sparse
 
 MADE = ("mask/", "delta/", "left/", "right/")
 
@@ -139,7 +140,8 @@ class StoredWeight:
         """The masked weights of a patch and those with a sparse difference, by the backbone's names. Raises as `resolve`."""
         stored = {}
         for name in made_weights(tensors):
-            if f"mask/{name}" not in tensors and not is_sparse(tensors.get(f"delta/{name}")):
+            given = tensors.get(f"delta/{name}")
+            if f"mask/{name}" not in tensors and (given is None or not is_sparse(given)):
                 continue
             weight, mask, delta = _parts(tensors, backbone.chain, name, strength)
             planes = () if mask is None else (mask,) if mask.dtype == torch.bool else (mask != 0, mask < 0)
@@ -164,11 +166,6 @@ class StoredWeight:
         if self.places is not None and self.values is not None:
             made = made.flatten().index_add(0, self.places, self.values.float()).view_as(self.weight)
         return made
-
-
-def is_sparse(delta: Tensor | None) -> bool:
-    """True if a difference is mostly zero, so that its places and values are fewer than its numbers."""
-    return delta is not None and 2 * int(delta.count_nonzero()) < delta.numel()
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -125,9 +125,13 @@ def _has_sizes(name: str, tensor: Tensor, count: int) -> bool:
     return sizes is not None and sizes.shape[1] == count
 
 
-def _is_sparse(name: str, tensor: Tensor) -> bool:
-    difference = name.startswith("delta/") and tensor.dtype == torch.float32
-    return difference and 2 * int(tensor.count_nonzero()) < tensor.numel()
+def is_sparse(delta: Tensor) -> bool:
+    """True if a difference is mostly zero, so that its places and values are fewer than its numbers."""
+    return 2 * int(delta.count_nonzero()) < delta.numel()
+
+
+def _fits_sparse(name: str, tensor: Tensor) -> bool:
+    return name.startswith("delta/") and tensor.dtype == torch.float32 and is_sparse(tensor)
 
 
 def _plain(dtype: torch.dtype) -> CodecKind:
@@ -140,7 +144,7 @@ def _plain(dtype: torch.dtype) -> CodecKind:
 
 KINDS = {
     "signs": CodecKind(partial(_has_sizes, count=1), _pack_sizes, _unpack_sizes, planes=1),
-    "sparse": CodecKind(_is_sparse, _pack_sparse, _unpack_sparse, planes=1, where=WHERE, coded=True),
+    "sparse": CodecKind(_fits_sparse, _pack_sparse, _unpack_sparse, planes=1, where=WHERE, coded=True),
     "sizes": CodecKind(partial(_has_sizes, count=2), _pack_sizes, _unpack_sizes, planes=2),
     "bits": CodecKind(lambda _, mask: mask.dtype == torch.bool, _pack_mask, _unpack_mask, planes=1, coded=True),
     "trits": CodecKind(lambda _, mask: mask.dtype == torch.int8, _pack_mask, _unpack_mask, planes=2, coded=True),

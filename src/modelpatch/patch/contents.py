@@ -26,8 +26,7 @@ from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.changes import MADE
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.entropy import MAX_BITS
-from modelpatch.patch.file import VERSION, ZEROS, decode_file, encode_file
-from modelpatch.patch.header import BackboneRecord, Header, MethodRecord
+from modelpatch.patch.file import BackboneRecord, MethodRecord, decode_file, encode_file
 from modelpatch.patch.inspect import Inspection
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
@@ -122,14 +121,6 @@ class Patch:
             + hash_tensors([(self.backbone.fingerprint.chain + grafts, torch.zeros(0))])[:32]
         )
 
-    @property
-    def header(self) -> Header:
-        """Everything but the tensors, as a patch file has it. Raises `PatchError` for metrics or facts that are not JSON."""
-        try:
-            return Header(version=VERSION, codecs={}, sha256=ZEROS, **{name: getattr(self, name) for name in SHARED})
-        except (TypeError, ValueError) as error:
-            raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
-
     @classmethod
     def load(cls, path: str | Path) -> Patch:
         """Read a patch file, checking everything that can be checked without the backbone.
@@ -158,7 +149,27 @@ class Patch:
         A file does not say which segment a tensor belongs to: with the backbone's `chain` every part has its span, without it
         only added modules have. Raises `ForeignTensorError` for another backbone's chain.
         """
-        return Inspection.of(self.header, self.tensors, self.int8, self.blueprint, self.content_hash, chain)
+        return Inspection.of(
+            encode_patch(self),
+            self.tensors,
+            self.int8,
+            () if chain is None else self.blueprint.spans(chain),
+            chain,
+            task=self.task.name,
+            kind=self.task.kind,
+            classes=len(self.task.classes),
+            method=self.method.name,
+            hyperparameters=dict(self.method.hyperparameters),
+            backbone=self.backbone.spec,
+            backbone_parameters=self.backbone.parameters,
+            backbone_bytes=self.backbone.bytes,
+            fingerprint=self.backbone.fingerprint.whole,
+            image_size=self.preprocessing.image_size,
+            strength=self.strength,
+            content_hash=self.content_hash,
+            metrics=dict(self.metrics),
+            created=dict(self.created),
+        )
 
     def astype(self, dtype: str) -> Patch:
         """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
@@ -269,7 +280,7 @@ def record_task(task: PatchTask) -> TaskRecord:
 
 def encode_patch(patch: Patch, compress: bool = True) -> bytes:
     """The bytes of a patch's file. Raises `PatchError` for a patch that no reader would accept."""
-    return encode_file(patch.header, patch.tensors, patch.int8, compress)
+    return encode_file({name: getattr(patch, name) for name in SHARED}, patch.tensors, patch.int8, compress)
 
 
 def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> Patch:

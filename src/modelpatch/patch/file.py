@@ -6,7 +6,7 @@
 
 The JSON's `sha256` is the SHA-256 of every byte of the file, with the 64 digits of the hash itself read as zeros: a
 flipped bit anywhere, in numbers or in words, is found at load. safetensors alone accepts flipped payload bits, zeroed
-tails, NaN and duplicate metadata keys.
+tails, NaN and duplicate metadata keys. The header's models say what the JSON holds: everything about a patch but its tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ import math
 import re
 import struct
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.files import Arguments
+from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.sources.base import SOURCES
 from modelpatch.errors import (
     DamagedPatchError,
     HostileNameError,
@@ -34,10 +40,11 @@ from modelpatch.errors import (
     PatchLengthError,
     UnknownPatchVersionError,
 )
+from modelpatch.heads.base import HeadRecord
+from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import pack, unpack
-from modelpatch.patch.entropy import MAX_BITS
-from modelpatch.patch.header import Header
-from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, first_problem
+from modelpatch.tasks.record import TaskRecord
+from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, Facts, Text, first_problem
 
 VERSION = 1
 KEY = "modelpatch"
@@ -53,11 +60,98 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+MODULE = "module"  # the kind of a network that was given as a module
+CUSTOM = "custom"  # the method of a patch whose maker named none
 FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
 
 
-def encode_file(header: Header, tensors: Tensors, int8: Collection[str] = (), compress: bool = True) -> bytes:
-    """The bytes of a file with this header, whose codecs and hash are filled in, and these tensors.
+class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
+    """The frozen network of a patch: its specification and arguments, its content hashes and its size."""
+
+    spec: Text
+    arguments: Arguments = {}
+    fingerprint: Fingerprint
+    parameters: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+
+    @field_validator("spec")
+    @classmethod
+    def _no_path(cls, spec: str) -> str:
+        """No folder of this machine: neither in a file's name nor where timm would look for a model."""
+        kind, separator, name = spec.partition(":")
+        source = SOURCES.get(kind) if kind != MODULE else None
+        plain = Path(name).name == name if source is None else source().is_portable(name)
+        if not separator or not plain:
+            raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
+        return spec
+
+    @property
+    def hub(self) -> str | None:
+        """The repository that `spec` names if anybody may have put the network there, for a person to decide on."""
+        kind, _, name = self.spec.partition(":")
+        source = SOURCES.get(kind) if kind != MODULE else None
+        return None if source is None else source().find_repository(name)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> BackboneRecord:
+        """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
+        parameters = list(backbone.module.parameters())
+        try:
+            return cls(
+                spec=backbone.spec,
+                arguments=backbone.arguments,
+                fingerprint=backbone.fingerprints,
+                parameters=sum(parameter.numel() for parameter in parameters),
+                bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
+            )
+        except ValidationError as error:
+            raise PatchError(
+                f"no patch file could say how {backbone.spec} was loaded: {first_problem(error)}. Build the network "
+                "yourself and give the module to load_backbone."
+            ) from error
+
+
+class MethodRecord(BaseModel, frozen=True, extra="forbid"):
+    """The method that made a patch, with every hyperparameter."""
+
+    name: Text
+    hyperparameters: Facts = {}
+
+    @classmethod
+    def of(cls, method: Any) -> MethodRecord:
+        """The record of a method, of a name, or of training that no method of this library did (None).
+
+        Raises `PatchError` for anything else.
+        """
+        if isinstance(method, MethodRecord):
+            return method
+        if method is None or isinstance(method, str):
+            return cls(name=method or CUSTOM)
+        try:
+            return cls(name=method.name, hyperparameters=method.hyperparameters())
+        except (AttributeError, TypeError) as error:
+            raise PatchError(f"method is {method!r}; expected a method of modelpatch.methods or a name.") from error
+
+
+class Header(BaseModel, extra="forbid"):
+    """The canonical JSON in a patch file's metadata. `sha256` is over the whole file with this field as zeros."""
+
+    version: int
+    backbone: BackboneRecord
+    task: TaskRecord
+    preprocessing: Preprocessing
+    head: HeadRecord
+    method: MethodRecord
+    grafts: tuple[Graft, ...]
+    strength: float = Field(ge=0, le=1)
+    codecs: dict[str, str]
+    metrics: Facts
+    created: Facts
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def encode_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str], compress: bool) -> bytes:
+    """The bytes of a file with these tensors, and with these `facts` in its header beside codecs and hash.
 
     `int8` names the tensors that are stored as integers. Raises `PatchError` for what no reader would accept.
     """
@@ -69,10 +163,10 @@ def encode_file(header: Header, tensors: Tensors, int8: Collection[str] = (), co
         stored, codecs = pack(plain, int8, compress)
     except ValueError as error:
         raise PatchError(f"the patch cannot be written: {error}.") from error
-    described = header.model_dump() | {"codecs": codecs, "sha256": ZEROS}
-    if not described["head"]["options"]:
-        del described["head"]["options"]  # which earlier versions do not read
     try:
+        described = Header(version=VERSION, codecs=codecs, sha256=ZEROS, **facts).model_dump()
+        if not described["head"]["options"]:
+            del described["head"]["options"]  # which earlier versions do not read
         text = canonical(described)
     except (TypeError, ValueError) as error:
         raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
@@ -82,7 +176,7 @@ def encode_file(header: Header, tensors: Tensors, int8: Collection[str] = (), co
     return bytes(data)
 
 
-def decode_file(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> tuple[Header, dict[str, Tensor]]:
+def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Tensor]]:
     """The header and the patch's tensors of a file's bytes; `name` stands for the file in error messages.
 
     `most` bounds how many numbers the masks may have.

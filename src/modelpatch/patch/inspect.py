@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.chain import Chain
-from modelpatch.patch.blueprint import Blueprint, Span
+from modelpatch.patch.blueprint import Span
 from modelpatch.patch.codec import SCALE, STREAM, WHERE, pack
 from modelpatch.patch.entropy import entropy_bits
-from modelpatch.patch.file import encode_file
-from modelpatch.patch.header import Header
 
 Tensors = Mapping[str, Tensor]
 
@@ -111,45 +109,31 @@ class Inspection:
     @classmethod
     def of(
         cls,
-        header: Header,
+        data: bytes,
         tensors: Tensors,
         int8: Collection[str],
-        blueprint: Blueprint,
-        content_hash: str,
-        chain: Chain | None = None,
+        spans: tuple[Span, ...],
+        chain: Chain | None,
+        **facts: Any,
     ) -> Inspection:
-        """The figures of a patch, see `Patch.inspect`."""
+        """The figures of a file's bytes and of the tensors in it, beside the `facts` of its header."""
         sizes, codecs = _stored_bytes(tensors, int8)
-        parts = _parts(tensors, () if chain is None else blueprint.spans(chain), chain, sizes, codecs)
+        parts = _parts(tensors, spans, chain, sizes, codecs)
         counts: Counter[str] = Counter()
         for name, codec in codecs.items():
             counts[codec.partition(":")[0]] += tensors[name].numel()
-        data = encode_file(header, tensors, int8)
         tensor_bytes = round(sum(sizes.values()))
         return cls(
-            task=header.task.name,
-            kind=header.task.kind,
-            classes=len(header.task.classes),
-            method=header.method.name,
-            hyperparameters=dict(header.method.hyperparameters),
-            backbone=header.backbone.spec,
-            backbone_parameters=header.backbone.parameters,
-            backbone_bytes=header.backbone.bytes,
-            fingerprint=header.backbone.fingerprint.whole,
-            image_size=header.preprocessing.image_size,
             spans=_spans(parts, chain),
             parts=parts,
             header_bytes=len(data) - tensor_bytes,
             masks=_mask_figures(tensors, sizes),
-            strength=header.strength,
             numbers=sum(part.numbers for part in parts),
             stored=dict(counts.most_common()),
             tensor_bytes=tensor_bytes,
             file_bytes=len(data),
             file_sha256=hashlib.sha256(data).hexdigest(),
-            content_hash=content_hash,
-            metrics=dict(header.metrics),
-            created=dict(header.created),
+            **facts,
         )
 
     def as_dict(self) -> dict[str, Any]:

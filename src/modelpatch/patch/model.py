@@ -56,11 +56,10 @@ class PatchedModel(nn.Module):
         self.preprocessing, self._strength = patch.preprocessing, patch.strength
         self._build(backbone, patch.blueprint, patch.head.build(), {})
         check_head(backbone.chain, patch)
-        own = {name: self._tensor(local).detach() for name, local in self.names.items()}
-        _fill(own, resolve(patch.tensors, backbone.chain, patch.strength))
+        _fill(self.portable_state(), resolve(patch.tensors, backbone.chain, patch.strength))
         set_strength(self, patch.strength)
         self.eval().requires_grad_(False).to(backbone.device)
-        self.try_grafts(patch.blueprint, backbone)
+        self.try_grafts()
 
     @classmethod
     def draft(
@@ -82,8 +81,7 @@ class PatchedModel(nn.Module):
         self.spans = blueprint.spans(chain)
         self.starts: list[int] = []
         self.parts = nn.ModuleList()
-        self.head = head
-        reading = Reading(chain, getattr(head, "reads", (Read(),)), self.spans)
+        self.head, self.reading = head, Reading(chain, getattr(head, "reads", (Read(),)), self.spans)
         self.twins = nn.ModuleDict()  # the base's own segments beside the variants, by part, for heads that read both
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
         self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
@@ -96,27 +94,26 @@ class PatchedModel(nn.Module):
             owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
             self.parts.append(self._variant(chain[index:end], owned, reweightings, (index, end)))
-            if reading.both and index in ends:
+            if self.reading.both and index in ends:
                 clones = [clone_module(segment.module) for segment in chain[index:end]]
                 self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
-        self.reading = reading
 
     @torch.no_grad()
-    def try_grafts(self, blueprint: Blueprint, backbone: Backbone) -> None:
+    def try_grafts(self) -> None:
         """Run every span with added modules once, on zeros.
 
         Raises `ForeignTensorError` where it fails, or answers in another shape than the backbone's own segments.
         """
         for (start, end), variant in zip(self.spans, self.variants, strict=True):
-            if not any(start <= graft.start < end for graft in blueprint.grafts):
+            if not any(start <= graft.start < end for graft in self.blueprint.grafts):
                 continue
-            given, expected = backbone.chain[start].input_shape, backbone.chain[end - 1].output_shape
+            given, expected = self.backbone.chain[start].input_shape, self.backbone.chain[end - 1].output_shape
             with torch.random.fork_rng(devices=[]):  # skips of random weights draw from it
                 added = f"the modules that the patch adds to segments [{start}, {end})"
                 try:
-                    shape = tuple(variant(torch.zeros(1, *given, device=backbone.device)).shape[1:])
+                    shape = tuple(variant(torch.zeros(1, *given, device=self.backbone.device)).shape[1:])
                 except (RuntimeError, ValueError, LookupError, TypeError) as error:
                     raise ForeignTensorError(f"{added} do not fit: {error}") from error
             if shape != tuple(expected):
@@ -178,11 +175,6 @@ class PatchedModel(nn.Module):
             for module in (*self._trained, *(self.owned_norms() if self.learned_statistics else ())):
                 module.training = True
         return self
-
-    @property
-    def uses_batch_statistics(self) -> bool:
-        """True if a BatchNorm layer is in train mode."""
-        return has_batch_statistics(self)
 
     def owned_norms(self) -> list[_BatchNorm]:
         """The BatchNorm layers whose running statistics belong to the patch."""

@@ -32,7 +32,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import norm_tensors
 from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import BackboneRecord, MethodRecord
+from modelpatch.patch.file import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import digest_of, file_name
 from modelpatch.train.batches import Minibatch, RowBatches

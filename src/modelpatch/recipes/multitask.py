@@ -39,7 +39,7 @@ from modelpatch.methods.method import METHODS, Method
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.changes import Reweighting
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import BackboneRecord
+from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import file_name
 from modelpatch.train.callbacks import Checkpoint, MetricLogger

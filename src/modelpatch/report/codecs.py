@@ -16,7 +16,7 @@ from modelpatch.convert.extraction import DELTA_CODECS, extract
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import MethodRecord
+from modelpatch.patch.file import MethodRecord
 from modelpatch.report.tables import new_table, percent
 from modelpatch.train.evaluation import MEMORY, evaluate, with_result
 

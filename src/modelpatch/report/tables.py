@@ -16,7 +16,7 @@ from rich.text import Text
 from modelpatch.text import count_of
 
 if TYPE_CHECKING:
-    from modelpatch.convert.difference import Difference
+    from modelpatch.convert.merging import Difference
     from modelpatch.engine.program import Timing
     from modelpatch.patch.inspect import Inspection
     from modelpatch.recipes.comparison import Comparison, MethodRow

@@ -34,7 +34,7 @@ from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, T
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.header import BackboneRecord
+from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import digest_of
