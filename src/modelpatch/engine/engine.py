@@ -78,7 +78,6 @@ class Engine:
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
         self.eager, self.templates = eager, Templates(backbone)
         self._frozen = FrozenBackbone(backbone, self.tuning)
-        self._pinned: set[str] = set()
         self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
@@ -167,18 +166,13 @@ class Engine:
         """Make a task's variants now and keep them within the budget. Raises `BudgetError` where there is no room."""
         with self._lock:
             task = self._find(name)
-            if name not in self._pinned:
-                self.residency.pin(task.parts)
-                self._pinned.add(name)
+            self.residency.pin(name, task.parts)
         self.residency.make(task.parts)
 
     def unpin(self, name: str) -> None:
         """Allow a task's variants to be evicted again."""
         with self._lock:
-            task = self._find(name)
-            if name in self._pinned:
-                self._pinned.discard(name)
-                self.residency.unpin(task.parts)
+            self.residency.unpin(name, self._find(name).parts)
 
     def settle(self) -> None:
         """Wait for the variants' modules that are being made in the background."""
@@ -199,9 +193,7 @@ class Engine:
             key for key, program in self._programs.items() if not old.members.isdisjoint(program.tasks.values())
         ]:
             del self._programs[key]
-        if old.name in self._pinned:
-            self._pinned.discard(old.name)
-            self.residency.unpin(old.parts)
+        self.residency.unpin(old.name, old.parts)
         self.residency.release(old.parts)
 
     def _find(self, name: str) -> EngineTask:

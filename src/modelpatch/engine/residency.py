@@ -25,10 +25,10 @@ OFTEN = 3
 
 @dataclass
 class _Variant:
-    """The state of one variant: the tasks that have it and pin it, its last use and number of uses, and its module."""
+    """The state of one variant: the tasks that have it, those that pin it, its last use, number of uses, and its module."""
 
     users: int = 0
-    pins: int = 0
+    pins: frozenset[str] = frozenset()
     used: int = 0
     uses: int = 0
     module: Module | None = None
@@ -96,8 +96,8 @@ class Residency:
             making = [variant.making for _, variant in known]
         _wait(making)
 
-    def pin(self, parts: Sequence[BoundPart]) -> None:
-        """Keep the variants' modules once they are made; see `make`.
+    def pin(self, task: str, parts: Sequence[BoundPart]) -> None:
+        """Keep the modules of a task's variants once they are made; see `make`.
 
         Raises `BudgetError`, with nothing pinned, where the budget has no room beside other pins.
         """
@@ -111,15 +111,14 @@ class Residency:
                 )
             for part in parts:
                 variant = self._known[part.key]
-                variant.pins += 1
+                variant.pins |= {task}
                 self._begin(part, variant, self._clock + 1)
 
-    def unpin(self, parts: Iterable[BoundPart]) -> None:
+    def unpin(self, task: str, parts: Iterable[BoundPart]) -> None:
         """The variants may be evicted again, as far as no other task pins them."""
         with self._lock:
             for part in parts:
-                variant = self._known[part.key]
-                variant.pins = max(variant.pins - 1, 0)
+                self._known[part.key].pins -= {task}
 
     def settle(self) -> None:
         """Wait for the modules that are being made."""

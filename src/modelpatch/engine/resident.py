@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -40,6 +40,9 @@ from modelpatch.patch.model import PatchedModel, check_fit, check_head
 RECENT = 32  # parts whose views a template keeps, since making them takes time
 LINE = 16  # a tensor in a flat one begins at whole lines of 64 bytes, which kernels read faster
 Entry = tuple[str, torch.Size, int]  # a tensor's name in a patch file, its shape, its place in a flat tensor
+Layout = tuple[
+    list[list[Entry]], int
+]  # the tensors of every part, the head's last, and the elements of the flat tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,25 +187,6 @@ def _empty(tensor: Tensor) -> Tensor:
     return nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
 
 
-class FlatLayout:
-    """The places of a patch's tensors in a flat tensor, part after part, the head last."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size], owner: Callable[[str], int], parts: int) -> None:
-        self.entries: list[list[Entry]] = [[] for _ in range(parts)]
-        self.size = 0
-        for part, held in enumerate(self.entries):
-            for name in sorted(name for name in shapes if owner(name) == part):
-                held.append((name, shapes[name], self.size))
-                self.size += -(-shapes[name].numel() // LINE) * LINE
-
-    def fill(self, values: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """A flat tensor that holds these values."""
-        flat = torch.zeros(self.size, device=device)
-        for name, shape, at in itertools.chain.from_iterable(self.entries):
-            flat[at : at + shape.numel()].copy_(values[name].reshape(-1))
-        return flat
-
-
 class Structure:
     """All that patches of one structure have in common: a template for every span, and names and shapes of tensors.
 
@@ -227,7 +211,7 @@ class Structure:
             template = Template(backbone.chain[start:end], model.parts[place], local, f"{sorted(local)} {grafts}")
             self.templates.append(template)
         self.shapes = {name: shape for name, shape in model.shapes().items() if name in self._owners}
-        self._layouts: dict[tuple[HeadRecord, frozenset[str]], FlatLayout] = {}
+        self._layouts: dict[tuple[HeadRecord, frozenset[str]], Layout] = {}
 
     @cached_property
     def nbytes(self) -> int:
@@ -238,12 +222,17 @@ class Structure:
         """The number of the part that a tensor of a patch file belongs to; the head is the last."""
         return self._owners.get(name, len(self.templates))
 
-    def layout(self, head: HeadRecord, left_out: Collection[str]) -> FlatLayout:
+    def layout(self, head: HeadRecord, left_out: Collection[str]) -> Layout:
         """The layout of a patch's tensors without those `left_out`: one for all patches with such a head."""
         key = head, frozenset(left_out)
         if key not in self._layouts:
             shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in left_out}
-            self._layouts[key] = FlatLayout(shapes, self.owner, len(self.templates) + 1)
+            entries: list[list[Entry]] = [[] for _ in range(len(self.templates) + 1)]
+            size = 0
+            for part, name in sorted((self.owner(name), name) for name in shapes):
+                entries[part].append((name, shapes[name], size))
+                size += -(-shapes[name].numel() // LINE) * LINE
+            self._layouts[key] = entries, size
         return self._layouts[key]
 
 
@@ -261,11 +250,9 @@ class Templates:
     def of(cls, backbone: Backbone) -> Templates:
         """The templates that the backbone's bound patches outside engines share; new ones where no such patch is left."""
         with _SHARING:
-            found = _SHARED.get(backbone)
-            templates = found() if found is not None else None
+            templates = _SHARED.get(id(backbone))
             if templates is None:
-                templates = cls(backbone)
-                _SHARED[backbone] = weakref.ref(templates)
+                templates = _SHARED[id(backbone)] = cls(backbone)
             return templates
 
     def structure(self, patch: Patch) -> Structure:
@@ -283,7 +270,7 @@ class Templates:
         return len(self._structures)
 
 
-_SHARED: weakref.WeakKeyDictionary[Backbone, weakref.ref[Templates]] = weakref.WeakKeyDictionary()
+_SHARED: weakref.WeakValueDictionary[int, Templates] = weakref.WeakValueDictionary()  # by ids of their backbones
 _SHARING = threading.Lock()
 
 
@@ -335,18 +322,20 @@ class BoundPatch:
         check_fit({n: s for n, s in {**structure.shapes, **patch.head.shapes()}.items() if n not in made}, values)
         check_head(chain, patch)
         whole = {name: t.to(device) for name, t in values.items() if not t.is_floating_point()}
-        layout = structure.layout(patch.head, made.keys() | whole.keys())
-        flat = layout.fill(values, device)
+        entries, size = structure.layout(patch.head, made.keys() | whole.keys())
+        flat = torch.zeros(size, device=device)
+        for name, shape, at in itertools.chain.from_iterable(entries):
+            flat[at : at + shape.numel()].copy_(values[name].reshape(-1))
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
         return [
             PartTensors(
                 flat,
-                layout.entries[part],
+                held,
                 {name: tensor for name, tensor in whole.items() if structure.owner(name) == part},
                 {name: weight for name, weight in made.items() if structure.owner(name) == part},
                 patch.strength,
             )
-            for part in range(len(structure.templates) + 1)
+            for part, held in enumerate(entries)
         ]
 
     @torch.no_grad()
