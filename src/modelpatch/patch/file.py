@@ -62,7 +62,6 @@ DTYPES = {
 }
 MODULE = "module"  # the kind of a network that was given as a module
 CUSTOM = "custom"  # the method of a patch whose maker named none
-FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
 
 
 class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
@@ -200,7 +199,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     _check_hash(data, described, text, name)
     for tensor_name in outer.keys() - {"__metadata__"}:
         _check_name(tensor_name, STORED_NAME, name)
-    header = _validate(described, name)
+    header = _validate(text, name)
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
     stored = {key: _tensor(data, payload_start, entry) for key, entry in outer.items() if key != "__metadata__"}
@@ -327,19 +326,12 @@ def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> 
         raise NonFiniteTensorError(f"{name}: tensor {tensor_name} holds NaN or infinity. Train again with a lower lr.")
 
 
-def _validate(described: dict[str, Any], name: str) -> Header:
+def _validate(text: str, name: str) -> Header:
     try:
-        return Header.model_validate(_with_tuples(described), strict=True)
+        return Header.model_validate_json(text, strict=True)
     except ValidationError as error:
         kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
         raise kind(f"{name}: the header's {first_problem(error)}.") from error
-
-
-def _with_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that the header's models have; free facts keep their lists."""
-    if isinstance(value, dict):
-        return {key: item if key in FREE else _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _tensor(data: bytes, payload: int, entry: dict[str, Any]) -> Tensor:
