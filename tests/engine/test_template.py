@@ -93,7 +93,7 @@ def test_a_template_holds_no_tensors_of_a_patch_that_is_gone(tiny: Backbone, ima
         first, second = (BoundPatch(tiny, draft_patch(tiny, method, seed=seed), templates) for seed in range(2))
         second(images)
         first(images)
-        flat = weakref.ref(first.parts[0].tensors.flat)
+        flat = weakref.ref(first.parts[0].flat)
         del first
         gc.collect()
         assert flat() is None

@@ -165,7 +165,7 @@ class Residency:
         module: Module | None = None
         try:
             made = part.make()
-            images = sample(part.template.input_shape, part.tensors.flat.device)
+            images = sample(part.template.input_shape, part.flat.device)
             module = made if self.tuning.plain else freeze(made, images, self.tuning)
         finally:
             with self._lock:

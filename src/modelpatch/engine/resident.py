@@ -15,11 +15,10 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,39 +39,8 @@ from modelpatch.patch.model import PatchedModel, check_fit, check_head
 RECENT = 32  # parts whose views a template keeps, since making them takes time
 LINE = 16  # a tensor in a flat one begins at whole lines of 64 bytes, which kernels read faster
 Entry = tuple[str, torch.Size, int]  # a tensor's name in a patch file, its shape, its place in a flat tensor
-Layout = tuple[
-    list[list[Entry]], int
-]  # the tensors of every part, the head's last, and the elements of the flat tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PartTensors:
-    """A patch's tensors for one of its parts: floating ones in a flat tensor, others `whole`, masked weights as bits.
-
-    `strength` is that of the patch, for added modules that scale their effect.
-    """
-
-    flat: Tensor
-    entries: Sequence[Entry]
-    whole: Mapping[str, Tensor]
-    made: Mapping[str, StoredWeight]
-    strength: float = 1.0
-
-    def load(self) -> dict[str, Tensor]:
-        """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""
-        return self._held() | {name: weight.make() for name, weight in self.made.items()}
-
-    def _held(self) -> dict[str, Tensor]:
-        views = {name: self.flat[at : at + shape.numel()].view(shape) for name, shape, at in self.entries}
-        return {**views, **self.whole}
-
-    def digest(self) -> str:
-        """SHA-256 of names, shapes and bytes, of masks as bits."""
-        pieces = self._held()
-        for name, weight in self.made.items():
-            held = enumerate((*weight.planes, weight.places, weight.values))
-            pieces |= {f"{name}#{number}": tensor for number, tensor in held if tensor is not None}
-        return hash_tensors(pieces.items())
+Layout = tuple[list[list[Entry]], int]  # the entries of every part, the head's last; the elements of the flat tensor
+T = TypeVar("T")
 
 
 class Template:
@@ -93,66 +61,61 @@ class Template:
         self._module, self._names = module, dict(names)
         self._places = {name: _place(module, path) for name, path in self._names.items()}
         self._empty = {name: _empty(place[leaf]) for name, (place, leaf) in self._places.items()}
-        self._scaled = [one for one in module.modules() if isinstance(getattr(one, "strength", None), float)]
+        self.scaled = [one for one in module.modules() if isinstance(getattr(one, "strength", None), float)]
         self._strength = 1.0
         self._lock = threading.Lock()
-        self._bound: weakref.ref[PartTensors] | None = None
-        self._recent: weakref.WeakKeyDictionary[PartTensors, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+        self._bound: weakref.ref[BoundPart] | None = None
+        self._recent: weakref.WeakKeyDictionary[BoundPart, dict[str, Tensor]] = weakref.WeakKeyDictionary()
         self._unbind()
         frozen = {tensor.data_ptr() for segment in segments for _, tensor in segment.named_tensors()}
         own = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
         self.held = sum(tensor.nbytes for tensor in own if tensor.data_ptr() not in frozen)
 
-    def key(self, tensors: PartTensors) -> str:
-        """The structure and a hash of the tensors: equal for parts that compute the same."""
-        scale = f" {tensors.strength}" if self._scaled else ""
-        return f"{self.span} {self.structure}{scale} {tensors.digest()}"
-
-    def run(self, tensors: PartTensors, x: Tensor) -> Tensor:
-        """The module's output with these tensors. Weights made from masks are freed at once."""
+    def run(self, part: BoundPart, x: Tensor) -> Tensor:
+        """The module's output with the tensors of a part. Weights made from masks are freed at once."""
         with self._lock:
-            self._bind(tensors)
+            self._bind(part)
             try:
                 return self._module(x)
             finally:
-                if tensors.made:
+                if part.made:
                     self._unbind()
 
-    def count_macs(self, tensors: PartTensors) -> int:
+    def count_macs(self, part: BoundPart) -> int:
         """Multiply-adds for one image of the backbone's input size."""
         with self._lock:
             if "_macs" not in self.__dict__:
-                self._bind(tensors)
+                self._bind(part)
                 self._macs = count_macs(self._module, self.input_shape)
                 self._unbind()
             return self._macs
 
-    def copy_with(self, tensors: PartTensors) -> nn.Module:
-        """A copy of the module in eval mode with these tensors, over the same frozen bytes."""
+    def copy_with(self, part: BoundPart) -> nn.Module:
+        """A copy of the module in eval mode with the tensors of a part, over the same frozen bytes."""
         with self._lock:
             self._unbind()
             copy = clone_module(self._module)
-        loaded = tensors.load()
+        loaded = part.load()
         for name, path in self._names.items():
             place, leaf = _place(copy, path)
             place[leaf] = nn.Parameter(loaded[name], False) if isinstance(place[leaf], nn.Parameter) else loaded[name]
-        set_strength(copy, tensors.strength)
+        set_strength(copy, part.strength)
         return copy.requires_grad_(False)
 
-    def _bind(self, tensors: PartTensors) -> None:
-        if self._bound is not None and self._bound() is tensors:
+    def _bind(self, part: BoundPart) -> None:
+        if self._bound is not None and self._bound() is part:
             return
-        self._put(self._views(tensors))
-        for module in self._scaled if self._strength != tensors.strength else ():
-            module.strength = tensors.strength  # type: ignore[assignment]
-        self._strength = tensors.strength
-        self._bound = weakref.ref(tensors, self._forget)
+        self._put(self._views(part))
+        for module in self.scaled if self._strength != part.strength else ():
+            module.strength = part.strength  # type: ignore[assignment]
+        self._strength = part.strength
+        self._bound = weakref.ref(part, self._forget)
 
-    def _views(self, tensors: PartTensors) -> dict[str, Tensor]:
-        if tensors.made:
-            return tensors.load()
-        views = self._recent.pop(tensors, None) or tensors.load()
-        self._recent[tensors] = views
+    def _views(self, part: BoundPart) -> dict[str, Tensor]:
+        if part.made:
+            return part.load()
+        views = self._recent.pop(part, None) or part.load()
+        self._recent[part] = views
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]  # the one used least recently
         return views
@@ -161,7 +124,7 @@ class Template:
         self._put(self._empty)
         self._bound = None
 
-    def _forget(self, gone: weakref.ref[PartTensors]) -> None:
+    def _forget(self, gone: weakref.ref[BoundPart]) -> None:
         """Free the views of the bound part when it is gone, unless another part is running."""
         if self._lock.acquire(blocking=False):
             try:
@@ -221,6 +184,10 @@ class Structure:
     def owner(self, name: str) -> int:
         """The number of the part that a tensor of a patch file belongs to; the head is the last."""
         return self._owners.get(name, len(self.templates))
+
+    def own(self, values: Mapping[str, T], part: int) -> dict[str, T]:
+        """Those of a patch's values that belong to a part."""
+        return {name: value for name, value in values.items() if self.owner(name) == part}
 
     def layout(self, head: HeadRecord, left_out: Collection[str]) -> Layout:
         """The layout of a patch's tensors without those `left_out`: one for all patches with such a head."""
@@ -304,39 +271,28 @@ class BoundPatch:
         self.structure = structure = templates.structure(patch)
         self.backbone, self.task, self.preprocessing = backbone, patch.task, patch.preprocessing
         self.reading: Reading = structure.reading
-        *parts, head = self._load(structure, patch)
-        self.parts = tuple(BoundPart(template, own) for template, own in zip(structure.templates, parts, strict=True))
-        with torch.device("meta"):
-            self.head = patch.head.build()
-        self.head.load_state_dict({name.removeprefix("head."): one for name, one in head.load().items()}, assign=True)
-        self.head.eval().requires_grad_(False)
-
-    def _load(self, structure: Structure, patch: Patch) -> list[PartTensors]:
-        """Check the patch's tensors and lay them out: one for each part, the head's last."""
-        chain, device = self.backbone.chain, self.backbone.device
-        stored = StoredWeight.collect(patch.tensors, self.backbone, patch.strength)
+        stored = StoredWeight.collect(patch.tensors, backbone, patch.strength)
         made = {f"replace/{name}": weight for name, weight in stored.items()}
         kept = {f"{kind}{name}" for name in stored for kind in MADE}
         plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
-        values = resolve(plain, chain, patch.strength)
+        values = resolve(plain, backbone.chain, patch.strength)
         check_fit({n: s for n, s in {**structure.shapes, **patch.head.shapes()}.items() if n not in made}, values)
-        check_head(chain, patch)
-        whole = {name: t.to(device) for name, t in values.items() if not t.is_floating_point()}
-        entries, size = structure.layout(patch.head, made.keys() | whole.keys())
-        flat = torch.zeros(size, device=device)
-        for name, shape, at in itertools.chain.from_iterable(entries):
+        check_head(backbone.chain, patch)
+        whole = {name: t.to(backbone.device) for name, t in values.items() if not t.is_floating_point()}
+        layout, size = structure.layout(patch.head, made.keys() | whole.keys())
+        flat = torch.zeros(size, device=backbone.device)
+        for name, shape, at in itertools.chain.from_iterable(layout):
             flat[at : at + shape.numel()].copy_(values[name].reshape(-1))
         self.nbytes = flat.nbytes + sum(t.nbytes for t in whole.values()) + sum(w.nbytes for w in made.values())
-        return [
-            PartTensors(
-                flat,
-                held,
-                {name: tensor for name, tensor in whole.items() if structure.owner(name) == part},
-                {name: weight for name, weight in made.items() if structure.owner(name) == part},
-                patch.strength,
-            )
-            for part, held in enumerate(entries)
-        ]
+        self.parts = tuple(
+            BoundPart(template, flat, entries, structure.own(whole, part), structure.own(made, part), patch.strength)
+            for part, (template, entries) in enumerate(zip(structure.templates, layout[:-1], strict=True))
+        )
+        head = view_flat(flat, layout[-1]) | structure.own(whole, len(self.parts))
+        with torch.device("meta"):
+            self.head = patch.head.build()
+        self.head.load_state_dict({name.removeprefix("head."): one for name, one in head.items()}, assign=True)
+        self.head.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -365,32 +321,63 @@ class BoundPatch:
 
 
 class BoundPart:
-    """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`."""
+    """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`.
 
-    def __init__(self, template: Template, tensors: PartTensors) -> None:
-        self.template, self.tensors, self.own = template, tensors, True
+    Its floating tensors are `entries` of the patch's `flat` tensor, others are `whole`, and masked weights are `made` at every
+    call. `strength` is that of the patch, for added modules that scale their effect.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        flat: Tensor,
+        entries: Sequence[Entry],
+        whole: Mapping[str, Tensor],
+        made: Mapping[str, StoredWeight],
+        strength: float,
+    ) -> None:
+        self.template, self.strength, self.own = template, strength, True
+        self.flat, self.entries, self.whole, self.made = flat, entries, whole, made
         self.span, self.name = template.span, template.name
         self.nbytes, self.output_bytes = template.nbytes, template.output_bytes
 
     @cached_property
     def key(self) -> str:
-        """A hash of the structure and the tensors: equal for variants that compute the same."""
-        return hashlib.sha256(self.template.key(self.tensors).encode()).hexdigest()
+        """A hash of the structure, the tensors and the masks' bits: equal for variants that compute the same."""
+        pieces = self._held()
+        for name, weight in self.made.items():
+            held = enumerate((*weight.planes, weight.places, weight.values))
+            pieces |= {f"{name}#{number}": tensor for number, tensor in held if tensor is not None}
+        scale = f" {self.strength}" if self.template.scaled else ""
+        text = f"{self.span} {self.template.structure}{scale} {hash_tensors(pieces.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def macs(self) -> int:
         """Multiply-adds for one image of the backbone's input size."""
-        return self.template.count_macs(self.tensors)
+        return self.template.count_macs(self)
 
     @property
     def made_bytes(self) -> int:
         """Bytes of the weights that are made from masks at every call; 0 for a part without masks."""
-        return sum(weight.weight.nbytes for weight in self.tensors.made.values())
+        return sum(weight.weight.nbytes for weight in self.made.values())
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return self.template.run(self.tensors, x)
+        return self.template.run(self, x)
 
     def make(self) -> nn.Module:
         """The variant as a module of its own, in eval mode; frozen tensors stay the backbone's bytes."""
-        return self.template.copy_with(self.tensors)
+        return self.template.copy_with(self)
+
+    def load(self) -> dict[str, Tensor]:
+        """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""
+        return self._held() | {name: weight.make() for name, weight in self.made.items()}
+
+    def _held(self) -> dict[str, Tensor]:
+        return {**view_flat(self.flat, self.entries), **self.whole}
+
+
+def view_flat(flat: Tensor, entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """Views of the entries of a flat tensor, by name."""
+    return {name: flat[at : at + shape.numel()].view(shape) for name, shape, at in entries}
