@@ -247,7 +247,7 @@ def test_one_block_may_have_updates_of_two_ranks() -> None:
     model = PatchedModel.draft(backbone, Blueprint(grafts=grafts), LinearHead(backbone.chain.feature_dim, 3))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(model.names.values())
-    assert sorted({shape[0] for name, shape in model.shapes().items() if "lora_A" in name}) == [2, 4]
+    assert sorted({tensor.shape[0] for name, tensor in model.portable_state().items() if "lora_A" in name}) == [2, 4]
 
 
 def test_two_updates_of_one_layer_are_refused(tiny: Backbone) -> None:

@@ -173,7 +173,8 @@ class Structure:
             self._owners |= dict.fromkeys(local, len(self.templates))
             template = Template(backbone.chain[start:end], model.parts[place], local, f"{sorted(local)} {grafts}")
             self.templates.append(template)
-        self.shapes = {name: shape for name, shape in model.shapes().items() if name in self._owners}
+        tensors = model.portable_state()
+        self.shapes = {name: tensors[name].shape for name in self._owners}
         self._layouts: dict[tuple[HeadRecord, frozenset[str]], Layout] = {}
 
     @cached_property

@@ -316,10 +316,6 @@ class PatchedModel(nn.Module):
             places |= {f"mask/{base}.{name}": f"{path}.{name}" for name in own}
         return places
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every tensor of the patch, by its name in a patch file, masked weights as replaced ones."""
-        return {name: self._tensor(local).shape for name, local in self.names.items()}
-
     def _tensor(self, local: str) -> Tensor:
         owner, _, leaf = local.rpartition(".")
         return getattr(self.get_submodule(owner), leaf)
