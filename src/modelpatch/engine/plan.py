@@ -165,11 +165,10 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order. `roots` are the streams of the images, by what they are seen through; `streams` counts all."""
+    """Steps in order. `roots` are the streams of the images, by what they are seen through."""
 
     steps: tuple[Step, ...]
     roots: Roots
-    streams: int
     members: tuple[PlannedTask, ...]
     rows: tuple[Rows, ...]
 
@@ -320,11 +319,10 @@ def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays =
     """
     known, read = _histories(members, rows)
     kept = {stream.number for ends in read for stream in ends}
-    answers = list(_answers(members, rows, read, len(known)))
+    answers = _answers(members, rows, read, len(known))
     roots = [(root, one.number, tuple(sorted(one.rows))) for (parent, root), one in known.items() if parent is None]
-    streams = len(known) + sum(isinstance(step, PoolStep) for step in answers)
     steps = _schedule([*_fuse(_meet(known.values(), pays), kept), *answers])
-    return Plan(steps, tuple(roots), streams, tuple(members), tuple(rows))
+    return Plan(steps, tuple(roots), tuple(members), tuple(rows))
 
 
 def _meet(streams: Iterable[_Stream], pays: Pays) -> list[RunStep]:

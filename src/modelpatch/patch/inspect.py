@@ -62,14 +62,9 @@ class MaskFigures:
     bits_per_weight: float
     bound: float
 
-    @property
-    def sparsity(self) -> float:
-        """Percent of weights that are masked out."""
-        return 100 * (1 - self.kept)
-
     def __str__(self) -> str:
         return (
-            f"{self.sparsity:.1f} % of {self.weights:,} weights masked out, {self.bits_per_weight:.3f} bits a weight "
+            f"{100 * (1 - self.kept):.1f} % of {self.weights:,} weights masked out, {self.bits_per_weight:.3f} bits a weight "
             f"(entropy bound {self.bound:.3f})"
         )
 
