@@ -27,13 +27,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 def calibrate(
-    backbone: Backbone,
-    patch: Patch,
-    teacher: nn.Module,
-    batches: Callable[[int], Iterable[Tensor]],
-    steps: int = 200,
-    rate: float = RATE,
-    advance: Callable[[int], None] = lambda _: None,
+    backbone: Backbone, patch: Patch, teacher: nn.Module, batches: Callable[[int], Iterable[Tensor]], steps: int = 200
 ) -> Patch:
     """The patch with fitted scales. `batches(epoch)` yields normalised images (B, C, H, W) of the task in random order.
 
@@ -66,7 +60,7 @@ def calibrate(
         made = {name: sized(name) for name in signs} | vectors
         return {names[name]: frozen[name.removeprefix("delta/")] + delta for name, delta in made.items()}
 
-    groups = [{"params": list(logs.values()), "lr": rate}, {"params": list(vectors.values()), "lr": rate / 20}]
+    groups = [{"params": list(logs.values()), "lr": RATE}, {"params": list(vectors.values()), "lr": RATE / 20}]
     search = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.LambdaLR(search, lambda done: 0.5 * (1 + math.cos(math.pi * done / steps)))
     for images in itertools.islice(itertools.chain.from_iterable(map(batches, itertools.count())), steps):
@@ -79,7 +73,6 @@ def calibrate(
             loss.backward()
         search.step()
         schedule.step()
-        advance(1)
     with torch.no_grad():
         better = {name: (sized(name) + 0.0).cpu() for name in signs}
         better |= {name: vector.detach().cpu().to(patch.tensors[name].dtype) for name, vector in vectors.items()}
