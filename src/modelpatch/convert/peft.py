@@ -56,7 +56,7 @@ STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave
 
 
 class AdapterConfig(BaseModel, frozen=True, extra="allow"):
-    """The options of `adapter_config.json` that a patch supports; all others must be off (see `check_supported`)."""
+    """The options of `adapter_config.json` that a patch supports; all others must be off (see `_read_config`)."""
 
     peft_type: Literal["LORA"] = "LORA"
     r: Rank
@@ -159,19 +159,8 @@ def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
     return {name for name, module in clone.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
 
 
-def check_supported(config: AdapterConfig, folder: Path) -> None:
-    """Raise `InvalidPatchError` for an option that changes the adapter's output and that a patch does not support."""
-    defaults = require("peft", "lora", "PEFT's folder format").LoraConfig().to_dict()
-    for name, value in (config.model_extra or {}).items():
-        harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
-        if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
-            raise InvalidPatchError(
-                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected plain LoRA: one rank "
-                "and one alpha, no biases. Train the adapter without that option."
-            )
-
-
 def _read_config(folder: Path) -> AdapterConfig:
+    """The options. Raises `InvalidPatchError` for one that changes the adapter's output and that a patch does not support."""
     try:
         config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
     except OSError as error:
@@ -183,7 +172,14 @@ def _read_config(folder: Path) -> AdapterConfig:
         raise InvalidPatchError(f"{folder / CONFIG}: {given} is not valid: {first['msg']}.") from error
     except (ValueError, RecursionError) as error:
         raise NotAPatchError(f"{folder / CONFIG} is not valid JSON: {error}.") from error
-    check_supported(config, folder)
+    defaults = require("peft", "lora", "PEFT's folder format").LoraConfig().to_dict()
+    for name, value in (config.model_extra or {}).items():
+        harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
+        if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
+            raise InvalidPatchError(
+                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected plain LoRA: one rank "
+                "and one alpha, no biases. Train the adapter without that option."
+            )
     return config
 
 
