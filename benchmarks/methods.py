@@ -199,7 +199,7 @@ def measure_masks(data: Task, epochs: dict[str, int], folder: Path) -> Rows:
         assert figures is not None
         rows.append(
             ("masks", name, "bits a weight", figures.bits_per_weight, figures.bound, figures.bits_per_weight / figures.bound,
-             f"at most 1.04; {100 * (1 - figures.kept):.1f} % masked, {path.stat().st_size:,} bytes, packed {figures.weights // 8:,}")
+             f"at most 1.04; {1 - figures.kept:.1%} masked, {path.stat().st_size:,} bytes, packed {figures.weights // 8:,}")
         )  # fmt: skip
         bits = torch.cat([t.flatten() for n, t in patch.tensors.items() if n.startswith("mask/")]).numpy()
         stream = encode_bits(bits)
