@@ -325,9 +325,11 @@ def test_an_interrupted_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    Trainer(linear(), batches(), epochs=1, callbacks=[CheckpointSaver(tmp_path)]).train()
-    with pytest.raises(CheckpointMismatchError, match="epochs = 1 instead of 2"):
-        Trainer(linear(), batches(), epochs=2, callbacks=[CheckpointSaver(tmp_path)]).train()
+    first = CheckpointSaver(tmp_path)
+    Trainer(linear(), batches(), epochs=1, callbacks=[first]).train()
+    for saver in (first, CheckpointSaver(tmp_path)):
+        with pytest.raises(CheckpointMismatchError, match="epochs = 1 instead of 2"):
+            Trainer(linear(), batches(), epochs=2, callbacks=[saver]).train()
 
 
 # refusals ---------------------------------------------------------------------------------------------------

@@ -209,10 +209,11 @@ class CheckpointSaver(Checkpoint, Callback):
 
     def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
         super().__init__(folder, identity or {})
+        self._described = identity is None
 
     def saved_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
         """The state that an interrupted run left. Raises `CheckpointMismatchError` for another run's."""
-        self.identity = self.identity or describe_run(trainer)
+        self.identity = describe_run(trainer) if self._described else self.identity
         return trainer.team.follow(self.load() if trainer.team.leads else None)
 
     def on_step_end(self, trainer: Trainer) -> None:

@@ -265,7 +265,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         raise TrainingError(
             f"precision = {precision!r} is not valid; expected one of {', '.join(get_args(Precision))}."
         )
-    if precision != "auto":
-        return getattr(torch, precision)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, precision)
