@@ -17,7 +17,7 @@ import modelpatch as mp
 from common import mobilenet, report, unpack
 from modelpatch.convert.exporting import export
 from modelpatch.convert.extraction import read_checkpoint
-from modelpatch.report.codecs import CodecRow, compare_codecs
+from modelpatch.report.measures import CodecRow, compare_codecs
 from modelpatch.train import evaluate
 
 

@@ -42,9 +42,9 @@ def test_every_verb_explains_itself(run: Run, verb: str) -> None:
 
 def test_the_command_lists_all_verbs_and_its_version(run: Run) -> None:
     listed = run("--help").out
-    for verb, (panel, _) in main.VERBS.items():
+    for verb, (module, _) in main.VERBS.items():
         assert re.search(rf"\b{verb}\b", listed)
-        assert panel in listed
+        assert main.PANELS[module] in listed
     assert run("--version").out == f"modelpatch {modelpatch.__version__}\n"
 
 

@@ -36,7 +36,7 @@ def test_multires_writes_a_backbone_and_its_patches_and_compares(run: Run, folde
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--resolutions", "32,big"], "--resolutions 'big' is not a number of pixels"),
+        (["--resolutions", "32,big"], "--resolutions '32,big' is not N1,N2,...: whole numbers above 0"),
         (["--resolutions", "32"], "expected at least two different ones"),
         (
             ["--sharing", "some"],

@@ -18,9 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from conftest import Run, write_folder
 from modelpatch.backbone.files import save_backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.cli import loading
+from modelpatch.cli import options
 from modelpatch.cli.console import UNSEEN_WIDTH, Screen, check_file
-from modelpatch.cli.demo import suggestions
+from modelpatch.cli.training import suggestions
 from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch
 from modelpatch.train.progress import Progress
@@ -162,22 +162,22 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "device"), [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("auto", "cuda:0")]
 )
 def test_a_device_is_found_by_its_name(name: str, device: str) -> None:
-    assert loading.find_device(name) == torch.device(device)
+    assert options.find_device(name) == torch.device(device)
 
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("name", ["cuda:2", "mps", "gpu", ""])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(ModelpatchError, match=f"no device '{name}' here.*auto, cpu, cuda:0, cuda:1, cuda"):
-        loading.find_device(name)
+        options.find_device(name)
 
 
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch, gpus: None) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert loading.find_device("auto") == CPU
+    assert options.find_device("auto") == CPU
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ModelpatchError, match="built without CUDA"):
-        loading.find_device("cuda")
+        options.find_device("cuda")
 
 
 @pytest.mark.parametrize("verb", ["fit", "compare", "eval", "predict"])
@@ -238,7 +238,7 @@ def test_a_patch_is_no_backbone(run: Run, folder: Path, patches: dict[str, Path]
 @pytest.fixture(scope="module")
 def seeded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch of a network that its arguments make: random weights of seed 3."""
-    backbone = loading.open_backbone("timm:test_resnet", {"pretrained": False, "seed": 3}, CPU)
+    backbone = options.open_backbone("timm:test_resnet", {"pretrained": False, "seed": 3}, CPU)
     from modelpatch import methods
     from modelpatch.data.task import load_task
     from modelpatch.train.fitting import fit
@@ -267,9 +267,9 @@ def test_a_file_of_another_name_brings_its_own_arguments(seeded: Path, tmp_path:
     other = tmp_path / "other.safetensors"
     save_backbone(load_backbone("timm:test_resnet", pretrained=False, seed=3), other, "test_resnet")
     patch = Patch.load(seeded)
-    assert loading.backbone_of(patch, seeded, f"file:{other}", {}, CPU).fingerprint == patch.backbone.fingerprint.whole
+    assert options.backbone_of(patch, seeded, f"file:{other}", {}, CPU).fingerprint == patch.backbone.fingerprint.whole
     with pytest.raises(BackboneError, match="has no model"):
-        loading.backbone_of(patch, seeded, "timm:no_such_network", {}, CPU)
+        options.backbone_of(patch, seeded, "timm:no_such_network", {}, CPU)
 
 
 def test_inspect_shows_spans_without_the_weights(
@@ -335,7 +335,7 @@ def stop(*_: Any, **__: Any) -> Any:
 def test_an_interruption_speaks_of_resuming_only_if_something_is_kept(
     run: Run, folder: Path, patches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpatch.train.evaluation.evaluate", stop)
+    monkeypatch.setattr("modelpatch.evaluate", stop)
     hook = register_optimizer_step_pre_hook(stop)
     for command in (["eval", folder, "-p", patches["linear-probe"]], ["fit", folder, "-o", tmp_path / "x.safetensors"]):
         result = run(*command)

@@ -28,7 +28,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
-from modelpatch.report.resolutions import SharingRow
+from modelpatch.report.recipes import SharingRow
 from modelpatch.train import callbacks, evaluate, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import Mean

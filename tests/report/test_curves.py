@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from conftest import Run
-from modelpatch.report.curves import plot_history, read_history
+from modelpatch.report.plots import plot_history, read_history
 
 
 def test_a_log_is_read_as_numbers_and_drawn(tmp_path: Path) -> None:

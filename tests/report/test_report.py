@@ -16,6 +16,7 @@ from rich.table import Table
 
 from conftest import color_task, draft_patch
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.cli.console import Screen
 from modelpatch.errors import ModelpatchError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.method import Method
@@ -28,14 +29,14 @@ from modelpatch.report.html import Report, data_url, write_comparison
 from modelpatch.report.plots import plot_bytes, plot_comparison, plot_confusion, plot_inspection
 from modelpatch.report.tables import (
     LABELS,
-    comparison_markdown,
+    cells_markdown,
+    comparison_cells,
     comparison_table,
     evaluation_table,
     inspection_table,
     parts_table,
     percent,
     prediction_table,
-    show,
     versions_table,
 )
 from modelpatch.store.version import Version
@@ -76,7 +77,7 @@ def test_a_comparison_shows_every_figure_and_what_was_left_out() -> None:
 
 
 def test_the_markdown_has_one_line_a_method_of_equal_width() -> None:
-    header, rule, *rows = comparison_markdown(comparison(base=True)).splitlines()
+    header, rule, *rows = cells_markdown(*comparison_cells(comparison(base=True))).splitlines()
     assert len({line.count("|") for line in (header, rule, *rows)}) == 1
     assert [row.split(" | ")[0] for row in rows] == ["| linear-probe", "| scale-bias"]
     assert "| 169,140 |" in rows[1]
@@ -125,8 +126,8 @@ def test_the_bytes_of_spans_head_and_header_add_up_to_the_file(tiny: Backbone, m
 
 
 def shown(table: Table, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=width)
-    show(console, table)
+    console = Screen(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.show(table)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
@@ -334,6 +335,10 @@ def test_no_two_names_overlap_in_the_picture(tmp_path: Path, monkeypatch: pytest
     boxes = [Text.get_window_extent(text) for text in texts]
     assert [text.get_text() for text in texts] == list(COMPARED)
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = drawn[0].axes[0].get_window_extent()
+    assert all(frame.contains(*corner) for box in boxes for corner in box.corners())
+    points = drawn[0].axes[0].transData.transform([text.xy for text in texts])  # type: ignore[attr-defined]
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_the_versions_of_a_store_show_the_accuracy_that_was_measured(tiny: Backbone) -> None:

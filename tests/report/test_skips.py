@@ -17,7 +17,7 @@ from modelpatch.data.task import Task
 from modelpatch.errors import MethodError
 from modelpatch.methods.delta import DeltaNetwork, SkipWeights, skip_weights
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.report.skips import measure_skips, plot_skip_weights, skips_table, stage_names, variances_table
+from modelpatch.report.measures import measure_skips, plot_skip_weights, skips_table, stage_names, variances_table
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_bars_that_halving_left_early_are_pale(tmp_path: Path, monkeypatch: pyte
     plot_profile(result, tmp_path / "profile.png")
     pale = [bar.get_alpha() is not None for bar in axes.patches]
     assert pale == [row.score.epochs < 4 for row in result.rows]
-    assert [text.get_text() for text in axes.get_legend().get_texts()].count("fewer epochs") == 1
+    assert axes.get_legend_handles_labels()[1].count("fewer epochs") == 1
 
 
 def test_the_best_is_the_first_of_equals_among_those_trained_longest() -> None:

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
+from typer import Option, echo
 
 from modelpatch.atomic import write_bytes
 from modelpatch.cli.runs import QUIET, write_run
 from modelpatch.errors import ModelpatchError
+from modelpatch.report import plots
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelpatch.train.progress import Progress
 
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="A file for all figures; '-' prints them on standard output.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-LogOption = Annotated[
-    Path | None, typer.Option(help="A folder for metrics.csv, TensorBoard events and a picture of the curves.")
-]
+JsonOption = Annotated[Path | None, Option(help="A file for all figures; '-' prints them on standard output.")]
 UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 
 
@@ -36,18 +34,16 @@ class Screen(Console):
     """The console of a verb, which also writes the verb's files and says so.
 
     Tables and lines go to standard output, or to standard error if `json` claims the output; wide unless it is a terminal.
-    `pictures` are options and their values. Raises `ModelpatchError` for a file or picture that cannot be written, and in a
-    verb that torchrun started in several processes though it cannot share its work among them.
+    Raises `ModelpatchError` for a file that cannot be written, and in a verb that torchrun started in several processes
+    though it cannot share its work among them.
     """
 
-    def __init__(self, json: Path | None = None, *pictures: tuple[str, Path | None], quiet: bool = False, **style: Any):
+    def __init__(self, json: Path | None = None, *, quiet: bool = False, **style: Any):
         from modelpatch.train.distributed import is_lonely
 
         if is_lonely():
             raise ModelpatchError("only fit and multitask share their work under torchrun. Start this verb without it.")
         check_file("--json", json)
-        for name, picture in pictures:
-            check_picture(name, picture)
         super().__init__(stderr=str(json) == "-", quiet=quiet or QUIET.get(), **style)
         if not self.is_terminal:
             self.width = UNSEEN_WIDTH
@@ -57,14 +53,21 @@ class Screen(Console):
         """Print a line with paths in it, without markup, wrapping or cuts."""
         self.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, *tables: Table) -> None:
-        """Print tables with an empty line between them."""
-        from modelpatch.report.tables import show
+    def show(self, *shown: Table) -> None:
+        """Print tables with an empty line between them; lines end where their text does.
 
-        for number, table in enumerate(tables):
+        Names wrap; columns of figures (`no_wrap`) are whole even where the console is too narrow for them.
+        """
+        for number, table in enumerate(shown):
             if number:
                 self.print()
-            show(self, table)
+            for column in table.columns:
+                if column.no_wrap:
+                    cells = [Text.from_markup(str(cell)).plain for cell in (column.header, *column.cells)]
+                    column.min_width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
+            with self.capture() as captured:
+                self.print(table, crop=False)
+            self.out(re.sub(" +$", "", captured.get(), flags=re.MULTILINE), end="", highlight=False)
 
     def progress(self, title: str) -> Progress:
         """A progress bar on standard error; hidden where the console is quiet."""
@@ -95,21 +98,12 @@ class Screen(Console):
             return
         text = json.dumps(value, indent=2, sort_keys=True) + "\n"
         if str(self.json) == "-":
-            typer.echo(text, nl=False)
+            echo(text, nl=False)
             return
         try:
             self.json.write_text(text)
         except OSError as error:
             raise ModelpatchError(f"cannot write {self.json}: {error.strerror}.") from error
-
-    def draw_log(self, folder: Path, title: str) -> None:
-        """Draw the curves of a log folder to `curves.png` in it, if matplotlib is installed."""
-        from modelpatch.report.curves import plot_history, read_history
-        from modelpatch.report.plots import has_matplotlib
-
-        history = read_history(folder / "metrics.csv")
-        if history and has_matplotlib():
-            self.draw(folder / "curves.png", plot_history, history, title)
 
     @contextmanager
     def resumable(self, checkpoint: Path, restart: bool) -> Iterator[None]:
@@ -117,11 +111,9 @@ class Screen(Console):
 
         With `restart` an earlier state is removed, unless torchrun starts the run again after a process died.
         """
-        from modelpatch.train.distributed import restarted
-
         if is_resumed(checkpoint, restart):
             self.tell(f"resuming the interrupted run in {checkpoint}")
-        elif restart and not restarted():
+        elif restart:
             shutil.rmtree(checkpoint, ignore_errors=True)
         try:
             yield
@@ -154,11 +146,15 @@ def check_file(option: str, path: Path | None) -> None:
 
 def check_picture(option: str, path: Path | None) -> None:
     """`check_file` for a picture; raises also without matplotlib and for a suffix it does not know."""
-    if path is not None:
-        check_file(option, path)
-        from modelpatch.report.plots import check_picture as check_format
+    if path is None:
+        return
+    check_file(option, path)
+    plots.check_matplotlib(f"{option} {path}")
+    from matplotlib.backend_bases import FigureCanvasBase
 
-        check_format(path, option)
+    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        suffix = path.suffix or "no suffix"
+        raise ModelpatchError(f"{option} {path}: {suffix} is not a supported picture format. Use .png, .svg or .pdf.")
 
 
 def check_out(paths: Path | Iterable[Path], force: bool, option: str = "--out") -> None:

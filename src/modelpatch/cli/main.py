@@ -18,35 +18,38 @@ import modelpatch
 from modelpatch.errors import ModelpatchError, TrainingWarning
 from modelpatch.text import nearest
 
-USE, TRAIN, CHOOSE = "Use a patch", "Train a patch", "Choose what to patch"
-MANY, CONVERT, SERVE = "Many tasks, many resolutions", "Convert", "Store and serve"
-
-
-VERBS = {  # by name: the panel and a line about it
-    "predict": (USE, "Answer for images with one or several patches in one pass."),
-    "eval": (USE, "Measure a patch on the test images of its task."),
-    "inspect": (USE, "Show the contents of a patch file: bytes, hashes, settings, measured figures."),
-    "verify": (USE, "Check every byte of patch files, and that they belong to a backbone."),
-    "fit": (TRAIN, "Train a patch for a task and measure it on the task's test images."),
-    "compare": (TRAIN, "Train several methods on one task and show one table."),
-    "methods": (TRAIN, "List the methods, a method's hyperparameters or the settings of a fit."),
-    "demo": (TRAIN, "Train every method on bundled handwritten digits and write a report."),
-    "profile": (CHOOSE, "Train each block alone and show its gain on held-out images."),
-    "select": (CHOOSE, "Choose blocks greedily by cross-validation and train a patch of them."),
-    "search": (CHOOSE, "Find the best method, blocks and settings within limits on bytes and time."),
-    "label": (CHOOSE, "List the unlabelled images whose labels would help most."),
-    "multitask": (MANY, "Train several tasks together over shared weights."),
-    "paint": (MANY, "Patch a model on new tasks while it keeps its accuracy on others (PAINT)."),
-    "multires": (MANY, "Train one network for several resolutions."),
-    "cascade": (MANY, "Build an early-exit cascade of patches of one task."),
-    "extract": (CONVERT, "Turn a fine-tuned checkpoint into a patch of its base."),
-    "merge": (CONVERT, "Combine several patches of one backbone into one."),
-    "diff": (CONVERT, "Compare two patches tensor by tensor."),
-    "export": (CONVERT, "Write the patched model as an ordinary model or an ONNX graph."),
-    "store": (SERVE, "Keep patches by name, version and tag."),
-    "serve": (SERVE, "Answer over HTTP with the patches of a store."),
+PANELS = {  # of the verbs, by the module that has them
+    "using": "Use a patch",
+    "training": "Train a patch",
+    "selecting": "Choose what to patch",
+    "many": "Many tasks, many resolutions",
+    "converting": "Convert",
+    "serving": "Store and serve",
 }
-MODULES = {"eval": "evaluate", "diff": "merge", "profile": "selecting", "select": "selecting", "search": "selecting"}
+VERBS = {  # by name: its module and a line about it
+    "predict": ("using", "Answer for images with one or several patches in one pass."),
+    "eval": ("using", "Measure a patch on the test images of its task."),
+    "inspect": ("using", "Show the contents of a patch file: bytes, hashes, settings, measured figures."),
+    "verify": ("using", "Check every byte of patch files, and that they belong to a backbone."),
+    "fit": ("training", "Train a patch for a task and measure it on the task's test images."),
+    "compare": ("training", "Train several methods on one task and show one table."),
+    "methods": ("training", "List the methods, a method's hyperparameters or the settings of a fit."),
+    "demo": ("training", "Train every method on bundled handwritten digits and write a report."),
+    "profile": ("selecting", "Train each block alone and show its gain on held-out images."),
+    "select": ("selecting", "Choose blocks greedily by cross-validation and train a patch of them."),
+    "search": ("selecting", "Find the best method, blocks and settings within limits on bytes and time."),
+    "label": ("selecting", "List the unlabelled images whose labels would help most."),
+    "multitask": ("many", "Train several tasks together over shared weights."),
+    "paint": ("many", "Patch a model on new tasks while it keeps its accuracy on others (PAINT)."),
+    "multires": ("many", "Train one network for several resolutions."),
+    "cascade": ("many", "Build an early-exit cascade of patches of one task."),
+    "extract": ("converting", "Turn a fine-tuned checkpoint into a patch of its base."),
+    "merge": ("converting", "Combine several patches of one backbone into one."),
+    "diff": ("converting", "Compare two patches tensor by tensor."),
+    "export": ("converting", "Write the patched model as an ordinary model or an ONNX graph."),
+    "store": ("serving", "Keep patches by name, version and tag."),
+    "serve": ("serving", "Answer over HTTP with the patches of a store."),
+}
 MOVED = {
     "reproduce": "`modelpatch reproduce` is `modelpatch-studies run` now, a project of its own: clone the repository and "
     "`pip install ./studies`."
@@ -64,8 +67,8 @@ class Verbs(TyperGroup):
         """The verb's name, panel and summary, for lists of verbs; None for an unknown name."""
         if cmd_name not in VERBS:
             return None
-        panel, summary = VERBS[cmd_name]
-        return TyperCommand(cmd_name, help=summary, rich_help_panel=panel)
+        module, summary = VERBS[cmd_name]
+        return TyperCommand(cmd_name, help=summary, rich_help_panel=PANELS[module])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb itself, whose module is imported now, its name and its arguments."""
@@ -86,10 +89,10 @@ class Verbs(TyperGroup):
 
 
 def load_verb(name: str) -> Any:
-    """The command of a verb, from the module of its name if `MODULES` names no other."""
+    """The command of a verb, from its module."""
     from modelpatch.cli.verb import command
 
-    module = importlib.import_module(f"modelpatch.cli.{MODULES.get(name, name)}")
+    module = importlib.import_module(f"modelpatch.cli.{VERBS[name][0]}")
     verb = getattr(module, "evaluate" if name == "eval" else name)
     return typer.main.get_command(verb) if isinstance(verb, typer.Typer) else command(verb, name)
 

@@ -1,57 +1,259 @@
-"""Options that several verbs share, singly and in groups."""
+"""Options that several verbs share, singly and in groups, and the devices, backbones and patches that they name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from typer import Argument, Option
 
-from modelpatch.cli.console import ForceOption, check_file, check_out, read_names
-from modelpatch.cli.settings import fit_settings, parse_arguments
+import modelpatch as mp
+from modelpatch.cli.console import check_file, check_out, read_names
 from modelpatch.cli.verb import option
-from modelpatch.errors import MethodError, ModelpatchError
+from modelpatch.errors import (
+    BackboneError,
+    CascadeError,
+    ForeignTensorError,
+    MethodError,
+    ModelpatchError,
+    TrainingError,
+    TrainingWarning,
+    UnknownBackboneError,
+    UnknownGraftError,
+    WrongBackboneError,
+)
+from modelpatch.text import nearest
 
 if TYPE_CHECKING:
-    from modelpatch.backbone.backbone import Backbone
-    from modelpatch.data.task import Task
+    import torch
+
+    from modelpatch.backbone.chain import Chain
+    from modelpatch.engine.cascade import Cascade
     from modelpatch.methods.vocabulary import Vocabulary
-    from modelpatch.patch.contents import Patch
 
 T = TypeVar("T")
 
 LOCAL = "local"
-DataArgument = Annotated[
-    str, Argument(help="The task's data: class folders, a manifest, hf:NAME or bundled:digits, as for fit.")
-]
-MethodOption = Annotated[
-    str, Option("--method", "-m", help="A method, with + for several in one patch; `modelpatch methods` lists them.")
-]
+OWN = "own"  # --backbone own: the backbone that the patch names
+RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
+DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
+MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 BackboneOption = Annotated[
     str, Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME.")
 ]
-ArgumentOption = Annotated[
-    list[str] | None, Option("--argument", help="KEY=VALUE for the backbone's constructor; may be repeated.")
-]
-DeviceOption = Annotated[
-    str, Option("--device", help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")
-]
-AlphaOption = Annotated[
-    float | None, Option("--alpha", help="Strength of the patch, 0 (the base) to 1; by default the file's.")
-]
+ArgumentOption = Annotated[list[str] | None, Option(help="KEY=VALUE for the backbone's constructor; may be repeated.")]
+DeviceOption = Annotated[str, Option(help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")]
+AlphaOption = Annotated[float | None, Option(help="Strength of the patch, 0 (the base) to 1; by default the file's.")]
 SetOption = Annotated[
     list[str] | None,
-    Option(
-        "--set", help="KEY=VALUE, a hyperparameter (lr=0.003; METHOD.KEY=VALUE for one of several); may be repeated."
-    ),
+    Option("--set", help="KEY=VALUE, a hyperparameter (METHOD.KEY for one of several); may be repeated."),
 ]
+ForceOption = Annotated[bool, Option("--force", help="Replace existing files.")]
+LogOption = Annotated[Path | None, Option(help="A folder for metrics.csv, TensorBoard events and a picture of curves.")]
 RestartOption = Annotated[bool, Option("--restart", help="Discard an interrupted run instead of resuming it.")]
+AugmentOption = Annotated[str, Option(help="auto, none, light (no flip, for digits and signs) or standard.")]
 SeedOption = Annotated[int, Option(help="Seed of every random choice, 0 or more.")]
-RayAddressOption = Annotated[
-    str, Option(help="The Ray cluster: 'local' starts one here, 'auto' finds a running one, or HOST:PORT.")
-]
+RayAddressOption = Annotated[str, Option(help="The Ray cluster: 'local' starts one, 'auto' finds one, or HOST:PORT.")]
+
+
+def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """`KEY=VALUE` strings as a dict; values are read as JSON where they are JSON. Raises `MethodError`."""
+    result: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or not key:
+            raise MethodError(f"{option} {pair!r} is not KEY=VALUE.")
+        if key in result:
+            raise MethodError(f"{option} {key}=... is given twice. Give it once.")
+        try:
+            result[key] = json.loads(value)
+        except ValueError:
+            result[key] = value
+    return result
+
+
+def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """--argument KEY=VALUE. Raises `BackboneError` for arguments that a command line cannot give."""
+    arguments = parse_pairs(pairs, "--argument")
+    for key in arguments.keys() & RESERVED:
+        advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
+        raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
+    return arguments
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """`N1,N2,...` of an option as numbers above 0. Raises `TrainingError`."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise TrainingError(f"{option} {text!r} is not N1,N2,...: whole numbers above 0.")
+    return counts
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU, else the CPU. Raises `ModelpatchError` for one that is not there.
+
+    A GPU without a number is the first, or under torchrun the one of this process's number on its machine.
+    """
+    import torch
+
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    own = gpus[int(os.environ.get("LOCAL_RANK", "0")) % len(gpus)] if gpus else ""
+    gpus += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        name = own or (gpus[0] if gpus else "cpu")
+    known = {"cpu": "cpu", **{gpu: gpu for gpu in gpus}, **({"cuda": own} if own else {})}
+    if name in known:
+        return torch.device(known[name])
+    why = " This PyTorch was built without CUDA." if name.startswith("cuda") and torch.version.cuda is None else ""
+    raise ModelpatchError(f"there is no device {name!r} here.{why} Expected one of: auto, {', '.join(known)}.")
+
+
+def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device) -> mp.Backbone:
+    """Load the backbone that a command line names to a device. Raises `BackboneError`, also for a patch file."""
+    from modelpatch.backbone.load import load_backbone
+
+    try:
+        backbone = load_backbone(spec, **arguments)
+    except BackboneError as error:
+        path = Path(spec.removeprefix("file:"))
+        try:
+            patch = mp.Patch.load(path)
+        except ModelpatchError:
+            raise error from None
+        raise BackboneError(
+            f"{path} is a patch, not a backbone. Its own backbone is {patch.backbone.spec}: name that with --backbone."
+        ) from error
+    return backbone if backbone.device == device else backbone.to(device)
+
+
+def backbone_of(
+    patch: mp.Patch, patch_path: Path, spec: str | None, arguments: Mapping[str, Any], device: torch.device
+) -> mp.Backbone:
+    """The backbone a patch belongs to: the one named, else the one its file names (a file is sought beside the patch).
+
+    `arguments` override those that the patch records; the recorded ones hold for any network from the same source.
+    Raises a `BackboneError` where it cannot be loaded, `WrongBackboneError` where it is not the patch's.
+    """
+    record = patch.backbone
+    spec = None if spec == OWN else spec
+    if spec is None or _same_source(spec, record.spec):
+        arguments = {**record.arguments, **arguments}
+    backbone = open_backbone(spec or locate(patch, patch_path), arguments, device)
+    with naming(patch_path):
+        patch.check_backbone(backbone)
+    return backbone
+
+
+def at_alpha(patch: mp.Patch, alpha: float | None) -> mp.Patch:
+    """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
+    return patch if alpha is None else patch.with_alpha(alpha)
+
+
+def read_answering(path: Path, alpha: float | None) -> mp.Patch | Cascade:
+    """The patch, at the strength that --alpha names, or the cascade in a file. Raises `PatchError`."""
+    from modelpatch.engine.cascade import Cascade, is_cascade
+
+    if not is_cascade(path):
+        return at_alpha(mp.Patch.load(path), alpha)
+    if alpha is not None:
+        raise CascadeError(f"--alpha turns the strength of a patch; {path} is a cascade of fixed ones. Leave it out.")
+    return Cascade.load(path)
+
+
+def patch_of(loaded: mp.Patch | Cascade) -> mp.Patch:
+    """The patch, or the first of a cascade."""
+    return loaded if isinstance(loaded, mp.Patch) else loaded.patches[0]
+
+
+def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) -> mp.Task:
+    """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
+    from modelpatch.data.task import join_tasks
+    from modelpatch.train.evaluation import facts_of
+
+    patch = patch_of(loaded)
+    facts = facts_of(patch)
+    names, ignore = facts.get("classes"), facts.get("ignore")
+    classes = [str(name) for name in names] if isinstance(names, list) else None
+    chosen = fitted_seed(patch) if seed is None else seed
+    kind = patch.task.kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingWarning)  # what is unusual about the data was said before the fit
+        return join_tasks([mp.load_task(one, seed=chosen, kind=kind, classes=classes, ignore=ignore) for one in data])
+
+
+def fitted_seed(patch: mp.Patch) -> int:
+    """The seed of the split that was fitted on, as far as the file says: another would test images that were trained on.
+
+    It is that of the data, which the fit's own seed need not be.
+    """
+    from modelpatch.data.splits import split_seed
+    from modelpatch.train.evaluation import facts_of
+
+    if (split := split_seed(facts_of(patch))) is not None:
+        return split
+    settings = patch.created.get("settings")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    return seed if type(seed) is int and seed >= 0 else 0
+
+
+def chain_of(patch: mp.Patch, path: Path, arguments: Mapping[str, Any]) -> Chain | None:
+    """The chain of the patch's own backbone, without downloading its weights; None if it cannot be built."""
+    try:
+        spec = locate(patch, path)
+        pretrained = {"pretrained": False} if spec.startswith(("timm:", "torchvision:")) else {}
+        arguments = {**patch.backbone.arguments, **arguments, **pretrained}
+        chain = open_backbone(spec, arguments, find_device("cpu")).chain
+        patch.blueprint.spans(chain)
+    except ModelpatchError:
+        return None
+    return chain
+
+
+def locate(patch: mp.Patch, patch_path: Path) -> str:
+    """The spec of the patch's own backbone on this machine. Raises `UnknownBackboneError` where it cannot be known."""
+    kind, _, name = patch.backbone.spec.partition(":")
+    if kind == "module":
+        raise UnknownBackboneError(
+            f"{patch_path} was made for a module ({name}) that only your own code can build. Use Python: "
+            "mp.load_backbone(module).patched(mp.Patch.load(path))."
+        )
+    if patch.backbone.hub is not None:
+        raise UnknownBackboneError(
+            f"{patch_path} asks for a network of the hub, where anybody may have put it: {patch.backbone.hub}. If you trust "
+            f"it: --backbone {patch.backbone.spec}"
+        )
+    if kind != "file":
+        return patch.backbone.spec
+    for folder in (patch_path.parent, Path.cwd()):
+        if (folder / name).is_file():
+            return f"file:{folder / name}"
+    raise UnknownBackboneError(f"{patch_path} needs the backbone file {name}. Name it: --backbone file:PATH/{name}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a patch that does not fit its backbone name the patch's file."""
+    try:
+        yield
+    except (WrongBackboneError, ForeignTensorError, UnknownGraftError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _same_source(spec: str, recorded: str) -> bool:
+    """True for the same zoo, or a file of the same name: recorded arguments hold for both."""
+    kind, _, name = spec.partition(":")
+    other, _, other_name = recorded.partition(":")
+    return kind == other and (kind in ("timm", "torchvision", "openclip") or Path(name).name == other_name)
 
 
 @dataclass(frozen=True)
@@ -64,15 +266,11 @@ class Network:
     device: DeviceOption = "cpu"
 
     def __post_init__(self) -> None:
-        from modelpatch.cli.loading import find_device
-
         parse_arguments(self.argument)
         find_device(self.device)
 
-    def open(self) -> Backbone:
+    def open(self) -> mp.Backbone:
         """The backbone, on its device."""
-        from modelpatch.cli.loading import find_device, open_backbone
-
         return open_backbone(self.backbone, parse_arguments(self.argument), find_device(self.device))
 
 
@@ -85,7 +283,7 @@ class Words:
     names: Path | None = option(None, help='JSON of words for names that are no words: {"00014": "a stop sign"}.')
     template: list[str] | None = option(None, help="A prompt: 'a photo of a {}.' ({}: the name); may be repeated.")
 
-    def open(self, backbone: Backbone) -> Vocabulary | None:
+    def open(self, backbone: mp.Backbone) -> Vocabulary | None:
         """The vocabulary that makes heads, from --text or the backbone's own text tower; None for closed heads.
 
         Raises `MethodError` for words or prompts without a text tower.
@@ -104,7 +302,7 @@ class Words:
 
 @dataclass(frozen=True)
 class PatchNetwork:
-    """The frozen network of a patch: by default the one that the patch's file names."""
+    """The frozen network of a patch: by default the one that the patch's file names. Raises `BackboneError`."""
 
     panel: ClassVar[str] = "Backbone"
     backbone: str | None = option(
@@ -112,32 +310,33 @@ class PatchNetwork:
     )
     argument: ArgumentOption = None
 
-    def open(self, patch: Patch, path: Path, device: str = "cpu") -> Backbone:
-        """The backbone of the patch in the file `path`. Raises `BackboneError`, `WrongBackboneError`."""
-        from modelpatch.cli.loading import backbone_of, find_device
+    def __post_init__(self) -> None:
+        parse_arguments(self.argument)
 
-        return backbone_of(patch, path, self.backbone, parse_arguments(self.argument), find_device(device))
+    def open(self, patch: mp.Patch | Cascade, path: Path, device: str = "cpu") -> mp.Backbone:
+        """The backbone of the patch or cascade in the file `path`. Raises `BackboneError`, `WrongBackboneError`."""
+        arguments = parse_arguments(self.argument)
+        return backbone_of(patch_of(patch), path, self.backbone, arguments, find_device(device))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Facts about a task's data that its files do not tell. Raises `ModelpatchError` for invalid names."""
+    """Facts about a task's data that its files do not tell."""
 
     panel: ClassVar[str] = "Data"
     kind: str | None = option(None, help="The kind of task, such as segmentation; by default what the data looks like.")
     classes: str | None = option(None, help="Names of the values of masks, comma-separated or a file with one a line.")
     ignore: int | None = option(None, help="A value of masks to ignore, beside 255.")
 
-    def __post_init__(self) -> None:
-        read_names("--classes", self.classes)
-
-    def load(self, data: Sequence[str], seed: int) -> Task:
-        """The task, several of them as one. Raises `DataError`."""
-        from modelpatch.data.task import join_tasks, load_task
+    def load(self, data: Sequence[str], seed: int) -> mp.Task:
+        """The task, several of them as one. Raises `DataError`, and `ModelpatchError` for invalid names."""
+        from modelpatch.data.task import join_tasks
 
         kind: Any = self.kind  # checked there
         classes = read_names("--classes", self.classes) or None
-        return join_tasks([load_task(one, seed=seed, kind=kind, classes=classes, ignore=self.ignore) for one in data])
+        return join_tasks(
+            [mp.load_task(one, seed=seed, kind=kind, classes=classes, ignore=self.ignore) for one in data]
+        )
 
 
 @dataclass(frozen=True)
@@ -154,9 +353,24 @@ class Training:
     )
 
     def settings(self, **own: Any) -> dict[str, Any]:
-        """The settings of a fit, with those that have options of the verb's `own`. Raises `TrainingError`."""
-        named = {name: getattr(self, name) for name in ("epochs", "batch_size", "image_size", "seed")}
-        return fit_settings(self.option, **named, **own)
+        """The settings of a fit: those above, those with options of the verb's `own`, and those of --fit.
+
+        Raises `TrainingError` for a --fit of a setting that has an option, with that option, or of none, with the nearest.
+        """
+        from modelpatch.train.settings import FitSettings
+
+        own |= {name: getattr(self, name) for name in ("epochs", "batch_size", "image_size", "seed")}
+        given = parse_pairs(self.option, "--fit")
+        others = [name for name in FitSettings.__dataclass_fields__ if name not in own]
+        for key, value in given.items():
+            if key in own:
+                option = key.replace("_", "-")
+                right = f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}"
+                raise TrainingError(f"--fit {key}=... is not taken, since {key} has an option of its own: {right}")
+            if key not in others:
+                hint = nearest(key, others)
+                raise TrainingError(f"fit has no setting {key!r}.{hint} --fit takes: {', '.join(others)}.")
+        return {**own, **given}
 
 
 @dataclass(frozen=True)

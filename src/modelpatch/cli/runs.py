@@ -16,12 +16,8 @@ from modelpatch.text import nearest
 
 NOT_REPEATED = ("config", "quiet", "force", "restart")
 SUFFIX = ".run.yaml"
-
-
 QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
-CURRENT: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar(
-    "run", default=None
-)  # the verb and its options' values
+CURRENT: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar("run", default=None)  # a verb, its options' values
 
 
 def write_run(beside: Path) -> Path | None:
@@ -36,9 +32,8 @@ def write_run(beside: Path) -> Path | None:
     verb, given = run
     path = beside / "run.yaml" if beside.is_dir() else beside.with_suffix(SUFFIX)
     kept = {_key(name): value for name, value in given.items() if name not in NOT_REPEATED}
-    values = json.loads(
-        json.dumps({key: value for key, value in kept.items() if value not in (None, [], ())}, default=str)
-    )
+    kept = {name: value for name, value in kept.items() if value not in (None, [], ())}
+    values = json.loads(json.dumps(kept, default=str))
     name = {"evaluate": "eval"}.get(verb, verb)
     text = yaml.safe_dump({"verb": name, **values}, sort_keys=False, allow_unicode=True, width=1000)
     head = f"# Written by modelpatch {modelpatch.__version__}. Run it again: modelpatch {name} --config {path}\n"
@@ -89,21 +84,18 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _option_value(path: Path, key: str, value: Any, parameter: Any) -> Any:
     """A value of a file as the command line would give it: text, a list of texts, or true and false for a flag."""
-    listed = bool(getattr(parameter, "multiple", False)) or parameter.nargs != 1
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise ConfigError(f"--config {path}: {key} is {value!r}. Expected true or false.")
         return value
-    if isinstance(value, dict) and listed:
-        return [f"{name}={item if isinstance(item, str) else json.dumps(item)}" for name, item in value.items()]
-    if listed:
-        items = value if isinstance(value, list) else [value]
-        if not any(isinstance(item, dict | list) for item in items):
-            return [_text(item) for item in items]
-    elif not isinstance(value, dict | list):
-        return _text(value)
-    expected = "a list of values" if listed else "one value"
-    raise ConfigError(f"--config {path}: {key} is {str(value)[:80]}. Expected {expected}.")
+    listed = getattr(parameter, "multiple", False) or parameter.nargs != 1
+    if listed and isinstance(value, dict):
+        return [f"{name}={_text(item)}" for name, item in value.items()]
+    items = value if listed and isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list) for item in items):
+        expected = "a list of values" if listed else "one value"
+        raise ConfigError(f"--config {path}: {key} is {str(value)[:80]}. Expected {expected}.")
+    return [_text(item) for item in items] if listed else _text(value)
 
 
 def _text(value: Any) -> str:

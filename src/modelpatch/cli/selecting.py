@@ -1,40 +1,29 @@
-"""`modelpatch profile`, `select` and `search`: measure blocks, choose some, and find the best patch within limits."""
+"""Verbs that choose: `profile` and `select` blocks, `search` the best patch within limits, `label` the images that help."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from typer import Option
+from typer import Argument, Option
 
+import modelpatch as mp
+from modelpatch.cli import options as opt
 from modelpatch.cli.console import Screen, check_file
-from modelpatch.cli.options import (
-    LOCAL,
-    DataArgument,
-    MethodOption,
-    Network,
-    PatchFile,
-    RayAddressOption,
-    SetOption,
-    Training,
-)
 from modelpatch.cli.runs import QUIET
-from modelpatch.cli.settings import parse_counts, parse_pairs
+from modelpatch.cli.using import gather_images
 from modelpatch.cli.verb import option, verb
-from modelpatch.errors import ModelpatchError
-
-if TYPE_CHECKING:
-    from modelpatch.backbone.backbone import Backbone
-    from modelpatch.data.task import Task
-
-    Opened = tuple[Backbone, Task, dict[str, Any]]
+from modelpatch.errors import DataError, ModelpatchError
+from modelpatch.report import selection, tables
 
 HalvingOption = Annotated[
     int,
     Option(
-        min=0,
-        help="N, 2 or more: successive halving: all train for few epochs, the best 1/N for N times as many, ...; 0: off.",
+        min=0, help="N > 1: successive halving: all train briefly, the best 1/N N times as long, and so on; 0: off."
     ),
 ]
 FoldsOption = Annotated[int, Option(min=1, help="Folds of the training images; 1: one held-out split.")]
@@ -77,7 +66,7 @@ class Study:
     seeds: int = option(1, min=1, help="Seeds of each candidate and fold.")
     workers: int = option(1, min=1, help="Processes that train candidates side by side.")
     ray: bool = option(False, "--ray", help="Run the workers on Ray (see --ray-address).")
-    ray_address: RayAddressOption = LOCAL
+    ray_address: opt.RayAddressOption = opt.LOCAL
     trials: Path | None = option(None, help="The file of outcomes, not repeated; by default TASK.trials.jsonl.")
     same_steps: bool = option(False, "--same-steps", help="Train candidates for the final patch's steps, not epochs.")
     disk: str = option("16GB", help="Temporary files for cached activations, at most.")
@@ -86,18 +75,19 @@ class Study:
         """Raise `ModelpatchError` for an address without --ray and for an invalid --disk."""
         from modelpatch.select.budget import parse_bytes
 
-        if not self.ray and self.ray_address != LOCAL:
+        if not self.ray and self.ray_address != opt.LOCAL:
             raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray. Give both.")
         parse_bytes(self.disk)
         check_file("--trials", self.trials)
 
-    def open(self, data: str, network: Network, training: Training, file: PatchFile | None = None) -> Opened:
+    def open(
+        self, data: str, network: opt.Network, training: opt.Training, file: opt.PatchFile | None = None
+    ) -> tuple[mp.Backbone, mp.Task, dict[str, Any]]:
         """Check everything, read the task and load the backbone: the checks that fail soonest come first."""
-        from modelpatch.data.task import load_task
         from modelpatch.select.budget import parse_bytes
 
         settings = training.settings()
-        task = load_task(data, seed=training.seed)
+        task = mp.load_task(data, seed=training.seed)
         if self.images is not None:
             task = task.subsample(self.images, training.seed)
         trials = self.trials or Path(f"{task.task.name}.trials.jsonl")
@@ -119,12 +109,12 @@ def _kept(options: dict[str, Any]) -> str:
 @verb(first="method set_ backbone epochs stages plot", panel="Profile", config=True)
 def profile(
     console: Screen,
-    data: DataArgument,
-    network: Network,
-    training: Training,
+    data: opt.DataArgument,
+    network: opt.Network,
+    training: opt.Training,
     study: Study,
-    method: MethodOption = "subset",
-    set_: SetOption = None,
+    method: opt.MethodOption = "subset",
+    set_: opt.SetOption = None,
     consecutive: int = Option(1, min=1, help="Train runs of this many blocks."),
     pairs: bool = Option(False, "--pairs", help="Train every pair of blocks."),
     stages: bool = Option(False, "--stages", help="Train whole stages."),
@@ -137,12 +127,10 @@ def profile(
 
     The test images are not read. An interrupted profile goes on when the same command is given again.
     """
-    from modelpatch.methods.registry import make_method
-    from modelpatch.report.selection import plot_profile, plot_sizes, profile_table, sizes_table
     from modelpatch.select.study import profile as run_profile
 
-    made = make_method(method, **parse_pairs(set_, "--set"))
-    counts = [] if sizes is None else parse_counts("--sizes", sizes)
+    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+    counts = [] if sizes is None else opt.parse_counts("--sizes", sizes)
     if counts and (study.images is not None or pairs):
         raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
     base, task, options = study.open(data, network, training)
@@ -150,23 +138,23 @@ def profile(
     options |= {"consecutive": consecutive, "pairs": pairs, "stages": stages}
     options |= {"folds": folds, "halving": halving}
     results = [run_profile(base, part, made, **options) for part in parts]
-    console.show(sizes_table(results) if counts else profile_table(results[0]))
+    console.show(selection.sizes_table(results) if counts else selection.profile_table(results[0]))
     console.tell(_kept(options))
     console.write_json([result.as_dict() for result in results] if counts else results[0].as_dict())
-    console.draw(plot, *((plot_sizes, results) if counts else (plot_profile, results[0])))
+    console.draw(plot, *((selection.plot_sizes, results) if counts else (selection.plot_profile, results[0])))
 
 
 @verb(first="method set_ backbone epochs max_blocks max_bytes max_latency out", panel="Selection", config=True)
 def select(
     console: Screen,
-    data: DataArgument,
-    network: Network,
-    training: Training,
+    data: opt.DataArgument,
+    network: opt.Network,
+    training: opt.Training,
     study: Study,
-    file: PatchFile,
+    file: opt.PatchFile,
     limits: Limits,
-    method: MethodOption = "subset",
-    set_: SetOption = None,
+    method: opt.MethodOption = "subset",
+    set_: opt.SetOption = None,
     folds: FoldsOption = 5,
     epsilon: float = Option(0.01, help="Accuracy that a block must add to be taken."),
     rule: str = Option("paper", help="paper: Algorithm 1; code: the authors' program."),
@@ -183,37 +171,32 @@ def select(
 
     An interrupted selection goes on when the same command is given again.
     """
-    from modelpatch.methods.registry import make_method
-    from modelpatch.report.selection import plot_order, round_table, selection_table
-    from modelpatch.select.greedy import Greedy, Round
+    from modelpatch.select.greedy import Greedy
     from modelpatch.select.greedy import select as run_select
 
     limits.warn(console)
-    made = make_method(method, **parse_pairs(set_, "--set"))
+    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
     settings: dict[str, Any] = {"rule": rule, "start": start, "epsilon": epsilon, "warm_start": warm_start}
     candidates = tuple(name.strip() for name in among.split(",")) if among else ()
     greedy = Greedy(**settings, halving=halving, candidates=candidates, stages=stages, ends=ends)
     base, task, options = study.open(data, network, training, file)
-
-    def show_round(one: Round) -> None:
-        console.show(round_table(one, task.task.name))
-
     options |= {"folds": folds, "max_blocks": max_blocks, **limits.read()}
-    result = run_select(base, task, made, greedy=greedy, each_round=show_round, **options)
-    console.show(selection_table(result))
+    options["each_round"] = lambda one: console.show(selection.round_table(one, task.task.name))
+    result = run_select(base, task, made, greedy=greedy, **options)
+    console.show(selection.selection_table(result))
     console.tell(_kept(options))
     console.write_json(result.as_dict())
-    console.draw(plot, plot_order, result)
+    console.draw(plot, selection.plot_order, result)
 
 
 @verb(first="methods max_bytes max_latency tries backbone epochs out", panel="Search", config=True)
 def search(
     console: Screen,
-    data: DataArgument,
-    network: Network,
-    training: Training,
+    data: opt.DataArgument,
+    network: opt.Network,
+    training: opt.Training,
     study: Study,
-    file: PatchFile,
+    file: opt.PatchFile,
     limits: Limits,
     methods: str | None = Option(None, help="Comma-separated, as subset(blocks=last); by default those for budgets."),
     tries: int = Option(48, min=1, help="Proposals to train at most."),
@@ -226,8 +209,6 @@ def search(
     An interrupted search goes on when the same command is given again.
     """
     from modelpatch.methods.registry import split_outside
-    from modelpatch.report.search import left_out_table, plot_search, search_table
-    from modelpatch.report.tables import percent
     from modelpatch.select.budget import added_latency
     from modelpatch.select.searching import search as run_search
 
@@ -237,11 +218,112 @@ def search(
     options |= {"tries": tries, "folds": folds, "halving": halving, **limits.read()}
     result = run_search(base, task, names, **options)
     if result.left_out:
-        console.show(left_out_table(result))
-    console.show(search_table(result))
+        console.show(selection.left_out_table(result))
+    console.show(selection.search_table(result))
     patch = result.patch
     added = added_latency(base, patch, limit=result.budget.latency)
-    console.tell(f"{result.chosen.name}: {percent(patch.metrics['test_top1'])} % of the test images, +{added:.1%} time")
+    top1 = tables.percent(patch.metrics["test_top1"])
+    console.tell(f"{result.chosen.name}: {top1} % of the test images, +{added:.1%} time")
     console.tell(_kept(options))
     console.write_json({**result.as_dict(), "file_bytes": patch.inspect().file_bytes, "added_latency": added})
-    console.draw(plot, plot_search, result)
+    console.draw(plot, selection.plot_search, result)
+
+
+@verb(first="unlabeled budget patch method set_ epochs out", panel="Simulation", config=True)
+def label(
+    console: Screen,
+    training: opt.Training,
+    data: str = Argument(..., help="The labelled data, as for fit."),
+    unlabeled: list[Path] | None = Option(None, help="Images or folders to choose from; may be repeated."),
+    budget: int = Option(32, min=1, help="Images to choose."),
+    patch: Path | None = Option(None, "--patch", "-p", help="Use this patch instead of training one on DATA."),
+    out: Path | None = Option(None, "--out", "-o", help="A CSV file for the list."),
+    sheet: Path | None = Option(None, help="A picture of the chosen images."),
+    simulate_: str | None = Option(None, "--simulate", help="N1,N2,...: label DATA in steps, by margin and at random."),
+    seeds: int = Option(1, min=1, help="Seeds of the simulation."),
+    plot: Path | None = Option(None, help="A picture of the simulation's curves."),
+    rounds: Path | None = Option(None, help="The file of finished rounds, not repeated; by default TASK.rounds.jsonl."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="By default bundled:tiny, or the patch's."),
+    method: opt.MethodOption = "subset",
+    set_: opt.SetOption = None,
+    device: opt.DeviceOption = "cpu",
+    argument: opt.ArgumentOption = None,
+) -> None:
+    """List the images whose labels would help most: those with the smallest margin between the two best classes.
+
+    With --simulate, accuracy against the number of labels is measured on DATA, for choice by margin and at random.
+    """
+    from PIL import Image
+
+    from modelpatch.select.active import pick, simulate
+
+    check_file("--out", out)
+    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+        raise ModelpatchError(
+            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is not a picture format. Use .png or .jpg."
+        )
+    if (simulate_ is None) == (unlabeled is None):
+        raise ModelpatchError("give either --unlabeled FOLDER, to choose from it, or --simulate N1,N2,...")
+    if simulate_ is not None and (patch or out or sheet):
+        raise ModelpatchError("--simulate trains patches and lists nothing: leave --patch, --out and --sheet out.")
+    if simulate_ is None and (plot or rounds or seeds > 1):
+        raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
+    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+    settings = training.settings()
+    network = opt.Network(backbone or "bundled:tiny", argument, device)
+    task = mp.load_task(data, seed=training.seed)
+    if simulate_ is not None:
+        file = rounds or Path(f"{task.task.name}.rounds.jsonl")
+        base = network.open()
+        counts = opt.parse_counts("--simulate", simulate_)
+        settings |= {"labels": counts, "seeds": seeds, "rounds": file, "progress": not console.quiet}
+        curves = simulate(base, task, made, **settings)
+        console.show(selection.curves_table(curves))
+        console.tell(f"rounds kept in {file}")
+        console.tell_run(file)
+        console.write_json(curves.as_dict())
+        console.draw(plot, selection.plot_curves, curves)
+        return
+    images = gather_images(unlabeled or [])
+    problems: list[str] = []
+    if next(_readable(images, problems.append), None) is None:
+        raise DataError(f"none of the {len(images)} images can be read: {problems[0]}")
+    if patch is None:
+        base = network.open()
+        asked = mp.fit(base, task, made, progress=not console.quiet, **settings)
+    else:
+        asked = mp.Patch.load(patch)
+        base = opt.PatchNetwork(backbone, argument).open(asked, patch, device)
+    with console.progress("label") as bar, opt.naming(patch or Path("the patch")):
+        try:
+            picks = pick(base, asked, images, budget, bar)
+        except DataError:
+            images = list(_readable(images, lambda problem: console.tell(f"left out: {problem}")))
+            picks = pick(base, asked, images, budget, bar)
+    names = [str(image) for image in images]
+    console.show(selection.picks_table(picks, names))
+    rows = [
+        {"image": names[one.position], "margin": one.margin, "first": one.first, "second": one.second} for one in picks
+    ]
+    console.write_json(rows)
+    if out is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        console.write(out, text.getvalue())
+        console.tell_run(out)
+    console.draw(sheet, selection.contact_sheet, picks, images)
+
+
+def _readable(images: list[Path], report: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the images that can be read; report the errors of the others."""
+    from modelpatch.backbone.preprocessing import open_image
+
+    for image in images:
+        try:
+            open_image(image)
+        except DataError as error:
+            report(str(error))
+        else:
+            yield image

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer import Option
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
-from modelpatch.cli.console import JsonOption, Screen
+from modelpatch.cli.console import JsonOption, Screen, check_file, check_picture
 from modelpatch.cli.runs import CURRENT, QUIET, load_run
 from modelpatch.text import nearest
 
@@ -38,25 +39,22 @@ COMMON = {
     RAY: "ray ray_workers ray_address replicas",
     RUN: "config quiet restart",
 }  # panels of options that have one name and one meaning in all verbs
+PANELS = {name: panel for panel, names in COMMON.items() for name in names.split()}
 LAST = (DATA, BACKBONE, FILES, RAY, RUN)  # panels below those of the verb itself
+CHECKS = {
+    **dict.fromkeys(("markdown", "html", "sheet", "rounds"), check_file),
+    **dict.fromkeys(("plot", "bytes_plot"), check_picture),
+}  # files that a verb writes, checked before it begins
 INFO = "typer"  # key of an option's description in the metadata of a group's field
 
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print errors and nothing else, besides what --json - prints.")
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="A YAML or TOML file of options, as every run writes; the command line overrides it.",
-        is_eager=True,
-        callback=load_run,
-    ),
-]
+QuietOption = Annotated[bool, Option("--quiet", "-q", help="Print errors and what --json - prints, nothing else.")]
+CONFIG = "A YAML or TOML file of options, as every run writes; the command line overrides it."
+ConfigOption = Annotated[Path | None, Option(help=CONFIG, is_eager=True, callback=load_run)]
 
 
 def option(default: Any, *names: str, **details: Any) -> Any:
     """A field of a group with its default and, as for `typer.Option`, its names and details."""
-    return field(default=default, metadata={INFO: typer.Option(*names, **details)})
+    return field(default=default, metadata={INFO: Option(*names, **details)})
 
 
 class Verb(TyperCommand):
@@ -80,51 +78,52 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
 
     `first` names the options that are listed first, separated by spaces; the others stand in the panel of their group, or
     in one of `COMMON`, or in `panel`. With `config` the verb takes --config, and `write_run` repeats it. A parameter of type
-    `Screen` is made of the option --json, and of --plot and --bytes-plot if the verb has them.
+    `Screen` is made of the option --json.
     """
 
     def make(function: Callable[..., None]) -> Any:
         hints = get_type_hints(function, include_extras=True)
         groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
         screen = next((name for name, kind in hints.items() if kind is Screen), None)
-        options: dict[str, tuple[Parameter, str]] = {}
+        options: list[tuple[Parameter, str]] = []
         for name, parameter in signature(function).parameters.items():
-            if name == screen:
-                parameter, name = Parameter("json", Parameter.KEYWORD_ONLY, default=None), "json"
-                hints["json"] = JsonOption
-            own = _annotated(parameter, hints[name])
-            for option, title in _members(groups[name], panel) if name in groups else [(own, panel)]:
-                if option.name in options:
-                    raise TypeError(f"{function.__name__}: two of its options are called {option.name!r}")
-                options[option.name] = option, title
-        if config:
-            options["config"] = Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption), RUN
-        options["quiet"] = Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption), RUN
-        leading = first.split()
-        if unknown := set(leading) - options.keys():
+            if name in groups:
+                options += _members(groups[name], panel)
+            else:
+                own = _keyword("json", JsonOption, None) if name == screen else _annotated(parameter, hints[name])
+                options.append((own, panel))
+        options += [(_keyword("config", ConfigOption, None), RUN)] if config else []
+        options.append((_keyword("quiet", QuietOption, False), RUN))
+        names, leading = [option.name for option, _ in options], first.split()
+        if len(set(names)) < len(names):
+            raise TypeError(f"{function.__name__}: two of its options are called {max(names, key=names.count)!r}")
+        if unknown := set(leading) - set(names):
             raise TypeError(f"{function.__name__} has no options {sorted(unknown)}")
-        placed = [
-            (option, OPTIONS if option.name in leading else _common(option.name) or title)
-            for option, title in options.values()
-        ]
-        order = [OPTIONS, *dict.fromkeys(title for _, title in placed if title not in LAST), *LAST]
+        titles = {option.name: PANELS.get(option.name, title) for option, title in options}
+        titles |= dict.fromkeys(leading, OPTIONS)
+        order = [OPTIONS, *dict.fromkeys(title for title in titles.values() if title not in LAST), *LAST]
         ranks = {name: rank for rank, name in enumerate(leading)}
-        placed.sort(key=lambda one: (not _is_argument(one[0]), order.index(one[1]), ranks.get(one[0].name, len(ranks))))
+
+        def place(option: Parameter) -> tuple[bool, int, int]:
+            """Sort arguments before options, and these by panel and rank."""
+            is_option = isinstance(_info(option), OptionInfo) or option.default is not Parameter.empty
+            return is_option, order.index(titles[option.name]), ranks.get(option.name, len(ranks))
 
         @wraps(function)
         def call(**values: Any) -> None:
             CURRENT.set((function.__name__, dict(values)))
             QUIET.set(bool(values.pop("quiet")))
             values.pop("config", None)
+            for name, check in CHECKS.items():
+                check(f"--{name.replace('_', '-')}", values.get(name))
             for name, group in groups.items():
-                own = {one.name: values.pop(one.name) for one in fields(group)}
-                values[name] = group(**own)
+                values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
             if screen:
-                pictures = ("--plot", values.get("plot")), ("--bytes-plot", values.get("bytes_plot"))
-                values[screen] = Screen(values.pop("json"), *pictures)
+                values[screen] = Screen(values.pop("json"))
             function(**values)
 
-        parameters = [_in_panel(option, title) for option, title in placed]
+        placed = sorted((option for option, _ in options), key=place)
+        parameters = [_in_panel(option, titles[option.name]) for option in placed]
         call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in parameters}
         return call
@@ -148,24 +147,16 @@ def _annotated(option: Parameter, hint: Any) -> Parameter:
     return option.replace(annotation=Annotated[hint, info], default=Parameter.empty if default is ... else default)
 
 
+def _keyword(name: str, hint: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
 def _members(group: Any, panel: str) -> list[tuple[Parameter, str]]:
     """The fields of a dataclass as parameters of its constructor, with the group's panel."""
     hints = get_type_hints(group, include_extras=True)
     title = getattr(group, "panel", panel)
-    infos = {one.name: one.metadata.get(INFO) for one in fields(group)}
-    members = []
-    for name, one in signature(group).parameters.items():
-        hint = Annotated[hints[name], infos[name]] if infos[name] else hints[name]
-        members.append((one.replace(annotation=hint), title))
-    return members
-
-
-def _common(name: str) -> str | None:
-    return next((title for title, names in COMMON.items() if name in names.split()), None)
-
-
-def _is_argument(option: Parameter) -> bool:
-    return not isinstance(_info(option), OptionInfo) and option.default is Parameter.empty
+    hints |= {one.name: Annotated[hints[one.name], one.metadata[INFO]] for one in fields(group) if INFO in one.metadata}
+    return [(one.replace(annotation=hints[name]), title) for name, one in signature(group).parameters.items()]
 
 
 def _info(option: Parameter) -> Any:
@@ -188,14 +179,21 @@ def _in_panel(option: Parameter, title: str) -> Parameter:
 
 def _advice(command: Verb, option: str, words: list[str]) -> str:
     """The nearest option, or the spelling of a setting that was given as an option; empty if there is neither."""
-    from modelpatch.cli.settings import spell_setting
+    from modelpatch.methods.registry import METHODS
+    from modelpatch.train.settings import FitSettings
 
-    if hint := nearest(
-        option, [spelled for one in command.params for spelled in (*one.opts, *one.secondary_opts)], 0.8
-    ):
+    if hint := nearest(option, [known for one in command.params for known in (*one.opts, *one.secondary_opts)], 0.8):
         return hint
-    names = {parameter.name for parameter in command.params}
+    taken = {parameter.name for parameter in command.params}
     place = next((number for number, word in enumerate(words) if word.partition("=")[0] == option), len(words))
-    inline = words[place].partition("=")[2] if place < len(words) else ""
-    after = words[place + 1] if place + 1 < len(words) and not words[place + 1].startswith("-") else "VALUE"
-    return spell_setting(option.strip("-"), inline or after, takes_set="set_" in names, takes_fit="option" in names)
+    inline = "".join(words[place : place + 1]).partition("=")[2]
+    after = [word for word in words[place + 1 : place + 2] if not word.startswith("-")]
+    key = option.strip("-").replace("-", "_")
+    value = inline or "".join(after) or "VALUE"
+    owners = sorted(name for name, kind in METHODS.items() if key in kind.__dataclass_fields__)
+    if "set_" in taken and owners:
+        known = ", ".join(owners[:3]) + (", ..." if len(owners) > 3 else "")
+        return f" Write --set {key}={value}: it is a hyperparameter of methods ({known})."
+    if "option" in taken and key in FitSettings.__dataclass_fields__:
+        return f" Write --fit {key}={value}: it is a setting of fit."
+    return ""

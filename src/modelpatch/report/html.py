@@ -91,7 +91,6 @@ class Report:
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """The comparison as a page: table, bars, and accuracy against bytes."""
-
     report = Report(
         f"Methods on {comparison.task}",
         f"Every method was fitted on the frozen backbone {comparison.backbone} with the same settings and number of steps.",

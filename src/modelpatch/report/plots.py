@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelpatch.errors import MissingExtraError, ModelpatchError
-from modelpatch.report.labels import is_far
 
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
@@ -25,6 +25,10 @@ LABEL = {
     "fontsize": 7,
     "arrowprops": {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
 }
+DISTANCES = (14, 18, 23, 30, 40, 52, 66, 82, 100, 120, 140)  # pixels from a point to a name's nearest edge, about
+DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (-0.7, -0.7), (0.7, -0.7))  # above first
+MARK = 6  # half the side of what a point covers, in pixels
+Row = dict[str, float]
 
 
 def has_matplotlib() -> bool:
@@ -38,19 +42,9 @@ def check_matplotlib(purpose: str = "Drawing a picture") -> None:
         raise MissingExtraError("matplotlib", "plots", purpose)
 
 
-def check_picture(path: Path, option: str) -> None:
-    """Raise `ModelpatchError` for a picture format that cannot be drawn, `MissingExtraError` without matplotlib."""
-    check_matplotlib(f"{option} {path}")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
-        suffix = path.suffix or "no suffix"
-        raise ModelpatchError(f"{option} {path}: {suffix} is not a supported picture format. Use .png, .svg or .pdf.")
-
-
 @contextmanager
 def figure(path: Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Yield axes to draw on, an array of them if there are several, and write the picture on leaving.
+    """Yield axes to draw on, an array of them if there are several; on leaving, add legends and write the picture.
 
     Raises `MissingExtraError` without matplotlib.
     """
@@ -62,6 +56,9 @@ def figure(path: Path, width: float, height: float, columns: int = 1, rows: int 
     for one in drawing.axes:
         one.spines[["top", "right"]].set_visible(False)
     yield axes
+    for one in drawing.axes:
+        if one.get_legend() is None and one.get_legend_handles_labels()[0]:
+            one.legend(frameon=False, fontsize=8)
     try:
         drawing.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
@@ -69,51 +66,83 @@ def figure(path: Path, width: float, height: float, columns: int = 1, rows: int 
         raise ModelpatchError(f"cannot draw {path}: {error}. {advice}") from error
 
 
+def draw_scores(axes: Any, places: Any, scores: Iterable[tuple[float, float | None]], **style: Any) -> None:
+    """Draw shares in [0, 1] in percent, each with its standard error, if there is one."""
+    percents = [(100 * top, 100 * (error or 0)) for top, error in scores]
+    tops, errors = [top for top, _ in percents], [error for _, error in percents]
+    axes.errorbar(places, tops, errors, **{"fmt": "o-", "capsize": 3, **style})
+
+
 def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[str, str]], path: Path) -> None:
     """Draw top-1 against a hyperparameter, one line per method; `sweeps` has the rows' names by method and value."""
     rows = {row.method: row for row in comparison.rows}
     with figure(path, 7, 4.5) as axes:
-        for number, (method, spelled) in enumerate(sweeps.items()):
+        for method, spelled in sweeps.items():
             found = {value: rows[name] for value, name in spelled.items() if name in rows}
-            tops = [100 * row.top1 for row in found.values()]
-            errors = [100 * (row.top1_error or 0) for row in found.values()]
-            places: list[float] | list[str] = _numbers(found) or list(found)
-            axes.errorbar(places, tops, yerr=errors, color=f"C{number}", marker="o", capsize=3, label=method)
-        if all(min(_numbers(spelled), default=0) > 0 for spelled in sweeps.values()):
+            numbers = [_number(value) for value in found]
+            scores = [(row.top1, row.top1_error) for row in found.values()]
+            draw_scores(axes, list(found) if None in numbers else numbers, scores, label=method)
+        if all((_number(value) or 0) > 0 for spelled in sweeps.values() for value in spelled):
             axes.set_xscale("log")
         axes.set(xlabel=key, ylabel="top-1 (%)", title=f"{comparison.task} on {comparison.backbone}")
-        axes.legend(frameon=False)
 
 
-def _numbers(values: Iterable[str]) -> list[float]:
-    """The values as numbers; none if any is no number."""
+def _number(text: Any) -> float | None:
+    """The number that a text spells; None if it spells none."""
     try:
-        return [float(value) for value in values]
-    except ValueError:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def read_history(path: Path) -> list[Row]:
+    """The figures of each epoch in a metrics.csv; empty if there is no such file. Cells that are no numbers are left out."""
+    if not path.is_file():
         return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(stream)]
+    return [{name: number for name, number in row.items() if number is not None} for row in rows]
+
+
+def plot_history(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the losses, the scores and the learning rate against the epoch, a panel each."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    losses = [name for name in names if "loss" in name]
+    rates = [name for name in names if name in ("lr", "rate")]
+    scores = [name for name in names if name not in {"epoch", "step", "seconds", *losses, *rates}]
+    panels = {"loss": losses, "score": scores, "learning rate": rates}
+    panels = {label: chosen for label, chosen in panels.items() if chosen} or {"score": []}
+    with figure(path, 4.2 * len(panels), 3.6, columns=len(panels)) as drawn:
+        every = [drawn] if len(panels) < 2 else list(drawn)
+        for axes, (label, chosen) in zip(every, panels.items(), strict=True):
+            for number, name in enumerate(chosen):
+                points = [(row.get("epoch", place), row[name]) for place, row in enumerate(rows, 1) if name in row]
+                color = (BLUE, ORANGE, GREY)[number] if number < 3 else f"C{number}"
+                style = {"color": color, "marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+            axes.set(xlabel="epoch", ylabel=label)
+        every[0].figure.suptitle(title)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw bars of top-1, and of the harmonic mean with the base if measured, beside bars of file bytes (log)."""
     rows = comparison.rows
-    names = [row.method for row in rows]
-    places = list(range(len(rows)))
+    places = range(len(rows))
+    means = [100 * row.harmonic_mean for row in rows if row.harmonic_mean is not None]
+    height, shift = (0.38, 0.19) if means else (0.6, 0.0)
     with figure(path, 10, 1.2 + 0.5 * len(rows), columns=2) as (left, right):
-        means = [row.harmonic_mean for row in rows]
-        measured = [mean for mean in means if mean is not None]
-        height = 0.38 if measured else 0.6
-        shift = height / 2 if measured else 0.0
-        _bars(left, [p - shift for p in places], [100 * row.top1 for row in rows], height, BLUE, "top-1", "{:.1f}")
-        if len(measured) == len(rows):
-            values = [100 * mean for mean in measured]
-            _bars(left, [p + shift for p in places], values, height, ORANGE, "harmonic mean with the base", "{:.1f}")
+        style: dict[str, Any] = {"height": height, "color": BLUE, "label": "top-1" if means else None}
+        _bars(left, [place - shift for place in places], [100 * row.top1 for row in rows], "{:.1f}", **style)
+        if len(means) == len(rows):
+            style |= {"color": ORANGE, "label": "harmonic mean with the base"}
+            _bars(left, [place + shift for place in places], means, "{:.1f}", **style)
             left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         left.set(xlabel="percent", xlim=(0, 112))
-        _bars(right, places, [row.file_bytes / 1000 for row in rows], 0.6, GREY, "file", "{:,.0f}")
+        _bars(right, places, [row.file_bytes / 1000 for row in rows], "{:,.0f}", height=0.6, color=GREY)
         right.set(xlabel="patch file, kB (log)", xscale="log")
         right.set_xlim(right=max(row.file_bytes for row in rows) / 1000 * 4)
-        for axes in (left, right):
-            axes.set_yticks(places, names if axes is left else [""] * len(names))
+        for axes, names in ((left, [row.method for row in rows]), (right, [""] * len(rows))):
+            axes.set_yticks(places, names)
             axes.invert_yaxis()
         left.figure.suptitle(f"{comparison.task} on {comparison.backbone}")
 
@@ -123,8 +152,7 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
     rows = comparison.rows
     with figure(path, 9, 5.5) as axes:
         sizes = [row.file_bytes / 1000 for row in rows]
-        errors = [100 * (row.top1_error or 0) for row in rows]
-        axes.errorbar(sizes, [100 * row.top1 for row in rows], errors, fmt="o", color=BLUE, capsize=3, label="top-1")
+        draw_scores(axes, sizes, [(row.top1, row.top1_error) for row in rows], fmt="o", color=BLUE)
         axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="top-1, percent")
         axes.margins(x=0.12, y=0.15)
         axes.set_title(f"{comparison.task} on {comparison.backbone}", pad=24)
@@ -140,28 +168,45 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
         for name in names:
             name.set_in_layout(False)
         axes.figure.draw_without_rendering()  # the layout is final now
-        _place(axes, names, [tuple(second.transData.transform(point)) for point in means] if means else [])
+        _place(axes, names, second.transData.transform(means) if means else ())
 
 
-def _place(axes: Any, names: list[Any], marks: list[tuple[float, float]]) -> None:
-    """Move annotations so that they cover neither each other nor points; `marks` are more points, in pixels."""
+def _place(axes: Any, names: Sequence[Any], marks: Sequence[Any]) -> None:
+    """Move annotations to the nearest places where they cover neither each other nor points; `marks` are more points.
+
+    The most crowded points choose first. If no place is free, the one that covers the fewest is taken.
+    """
+    import numpy as np
     from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
-    from modelpatch.report.labels import arrange
+    points = axes.transData.transform([name.xy for name in names])
+    taken = [Bbox.from_extents(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in (*points, *marks)]
+    frame, pixel = axes.get_window_extent(), axes.figure.dpi / 72
+    gaps = np.linalg.norm(points[:, None] - points, axis=-1) + np.diag(np.full(len(points), np.inf))
+    for number in gaps.min(axis=1).argsort(kind="stable"):
+        own = Text.get_window_extent(names[number])  # without the line to the point
+        places = [
+            (right * (distance + own.width / 2 - MARK), up * (distance + own.height / 2 - MARK), distance)
+            for distance in DISTANCES
+            for right, up in DIRECTIONS
+        ]
+        boxes = [own.translated(dx, dy) for dx, dy, _ in places]
+        covered = [
+            box.count_overlaps(taken) + sum(not frame.contains(*corner) for corner in box.corners()) for box in boxes
+        ]
+        best = covered.index(min(covered))
+        dx, dy, distance = places[best]
+        names[number].set_position((dx / pixel, dy / pixel))
+        names[number].arrow_patch.set_visible(distance > DISTANCES[0])
+        taken.append(boxes[best])
 
-    points = [tuple(axes.transData.transform(name.xy)) for name in names]
-    extents = [Text.get_window_extent(name) for name in names]  # without the line to the point
-    sizes = [(extent.width, extent.height) for extent in extents]
-    offsets = arrange(points, sizes, axes.get_window_extent().extents, marks)
-    for name, size, (dx, dy) in zip(names, sizes, offsets, strict=True):
-        pixel = axes.figure.dpi / 72
-        name.set_position((dx / pixel, dy / pixel))
-        name.arrow_patch.set_visible(is_far((dx, dy), size))
 
-
-def _bars(axes: Any, places: list[Any], values: list[float], height: float, color: str, label: str, text: str) -> None:
-    bars = axes.barh(places, values, height=height, color=color, label=label)
-    axes.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=8)
+def _bars(axes: Any, places: Any, values: Sequence[float], texts: str | list[str], size: int = 8, **style: Any) -> None:
+    """Draw horizontal bars with a text beside each, or the values in a format."""
+    if isinstance(texts, str):
+        texts = [texts.format(value) for value in values]
+    axes.bar_label(axes.barh(places, values, **style), texts, padding=3, fontsize=size)
 
 
 def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], path: Path) -> None:
@@ -187,22 +232,19 @@ def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], pa
 def plot_inspection(inspection: Inspection, path: Path) -> None:
     """Draw the bytes of every part of a patch, the head last in its own colour, and beside them the masked shares."""
     parts = sorted(inspection.parts, key=lambda part: part.kind == "head")
-    masked = inspection.masks is not None
+    masked, places = inspection.masks is not None, range(len(parts))
     with figure(path, 9 + 5 * masked, 1.4 + 0.17 * len(parts), columns=1 + masked) as drawn:
-        axes = drawn[0] if masked else drawn
+        every = list(drawn) if masked else [drawn]
         colors = [ORANGE if part.kind == "head" else BLUE for part in parts]
-        bars = axes.barh(range(len(parts)), [part.bytes / 1000 for part in parts], color=colors)
-        axes.bar_label(bars, [f"{part.bytes / 1000:.1f}" for part in parts], padding=2, fontsize=6)
-        axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=6)
-        axes.set(xlabel="kB")
+        _bars(every[0], places, [part.bytes / 1000 for part in parts], "{:.1f}", 6, color=colors)
+        every[0].set_yticks(places, [part.name for part in parts], fontsize=6)
+        every[0].set(xlabel="kB")
         if masked:
             shares = [0.0 if part.kept is None else 100 * (1 - part.kept) for part in parts]
             labels = ["" if part.kept is None else f"{share:.1f}" for part, share in zip(parts, shares, strict=True)]
-            drawn[1].bar_label(drawn[1].barh(range(len(parts)), shares, color=GREY), labels, padding=2, fontsize=6)
-            drawn[1].set_yticks([])
-            drawn[1].set(xlabel="percent of weights masked out")
-        for one in drawn if masked else [axes]:
-            one.invert_yaxis()
-            one.margins(y=0.01)
-        title = f"{inspection.task}: {inspection.method}, {inspection.file_bytes:,} bytes in all"
-        axes.figure.suptitle(title)
+            _bars(every[1], places, shares, labels, 6, color=GREY)
+            every[1].set(xlabel="percent of weights masked out", yticks=[])
+        for axes in every:
+            axes.invert_yaxis()
+            axes.margins(y=0.01)
+        every[0].figure.suptitle(f"{inspection.task}: {inspection.method}, {inspection.file_bytes:,} bytes in all")

@@ -1,22 +1,30 @@
-"""Profiles, rounds of a selection and searches as tables and pictures."""
+"""Profiles, selections, searches and active learning as tables and pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.report.plots import BLUE, GREY, ORANGE, figure
+from modelpatch.errors import ModelpatchError
+from modelpatch.report.plots import BLUE, GREY, ORANGE, draw_scores, figure
 from modelpatch.report.tables import facts_table, new_table, percent
-from modelpatch.select.greedy import Round, Selection
-from modelpatch.select.study import Profile, ProfileRow, Score
+
+if TYPE_CHECKING:
+    from modelpatch.backbone.preprocessing import ImageSource
+    from modelpatch.select.active import Curves, Pick
+    from modelpatch.select.greedy import Round, Selection
+    from modelpatch.select.searching import Proposal, Search
+    from modelpatch.select.study import Profile, ProfileRow, Score
 
 PALE = 0.3  # the opacity of what successive halving stopped early
 TICKS: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 8}  # style of long names below a picture
+SHOWN = 24  # rows of a search's table
+TILE, CAPTION, COLUMNS = 128, 30, 8  # of a contact sheet: pixels, pixels, tiles
 Cells = dict[tuple[int, int], tuple[float, float]]  # value and opacity by row and column of a heat map
 
 
@@ -70,8 +78,8 @@ def round_table(one: Round, task: str) -> Table:
     """A row a candidate, the best first; those that a limit leaves out say which."""
     taken = "taken" if one.accepted else "not taken: it does not improve enough"
     caption = "no candidate keeps the limits" if one.best is None else f"{one.steps[one.best].block}: {taken}"
-    order = sorted(range(len(one.steps)), key=lambda n: (n != one.best, -_top1(one.steps[n].score)))
-    steps = [one.steps[n] for n in order]
+    tops = [-2.0 if step.score is None else step.score.top1 for step in one.steps]
+    steps = [one.steps[n] for n in sorted(range(len(tops)), key=lambda n: (n != one.best, -tops[n]))]
     return new_table(
         f"{task}, round {one.number}",
         "\n".join([caption, *([str(one.effect)] if one.effect else [])]),
@@ -82,31 +90,24 @@ def round_table(one: Round, task: str) -> Table:
     )
 
 
-def _top1(score: Score | None) -> float:
-    return -2.0 if score is None else score.top1
-
-
 def selection_table(selection: Selection) -> Table:
     """The choice and its scores."""
+    given_up = ""
+    if selection.replaced:
+        name, score = selection.replaced
+        given_up = f"{name}: {accuracy(score)} %; {_winner(selection)} better on the folds"
     rows = [
         ("blocks, in the order chosen", ", ".join(selection.blocks) or "none: the linear probe is best"),
         ("cross-validation", f"{accuracy(selection.score)} %"),
         ("linear probe, same folds", f"{accuracy(selection.probe)} %"),
         *([("all blocks, same folds", f"{accuracy(selection.every)} %")] if selection.every else []),
         *([("all blocks", f"not tried: {selection.every_left_out}")] if selection.every_left_out else []),
-        *([("greedy choice, given up", _replaced(selection))] if selection.replaced else []),
+        *([("greedy choice, given up", given_up)] if selection.replaced else []),
         ("Theorem 1's bound", str(selection.complexity)),
         *(("given up", reason) for reason in selection.dropped),
         ("test top-1", f"{percent(selection.patch.metrics['test_top1'])} %"),
     ]
     return facts_table(f"{selection.task} on {selection.backbone}", rows)
-
-
-def _replaced(selection: Selection) -> str:
-    """The greedy choice, and the end that scored better."""
-    assert selection.replaced is not None
-    name, score = selection.replaced
-    return f"{name}: {accuracy(score)} %; {_winner(selection)} better on the folds"
 
 
 def _winner(selection: Selection) -> str:
@@ -132,7 +133,6 @@ def plot_profile(profile: Profile, path: Path) -> None:
         tops = [100 * score.top1 for score in (probe, *(row.score for row in rows)) if score.top1s]
         axes.set_ylim(bottom=max(0, min(tops, default=0) - 10))
         axes.set(ylabel="held-out top-1, percent", title=_title(profile))
-        axes.legend(frameon=False)
 
 
 def _strength(profile: Profile, row: ProfileRow) -> float:
@@ -203,13 +203,122 @@ def plot_order(selection: Selection, path: Path) -> None:
             left.text(0.5, 0.5, "no round took a block", ha="center", transform=left.transAxes, color=GREY)
         left.set(ylabel="round", title="chosen block", ylim=(0.5, len(selection.rounds) + 0.5))
         left.set_yticks([one.number for one in selection.rounds])
-        tops = [100 * step.score.top1 if step.score else 0 for step in best.values()]
-        errors = [100 * (step.score.error or 0) if step.score else 0 for step in best.values()]
-        right.errorbar(list(best), tops, errors, color=BLUE, marker="o", capsize=3)
+        scores = [step.score for step in best.values()]
+        draw_scores(right, list(best), [(one.top1, one.error) if one else (0, 0) for one in scores], color=BLUE)
         right.axhline(100 * selection.probe.top1, color=GREY, linestyle="--", label="linear probe")
         if selection.every is not None:
             right.axhline(100 * selection.every.top1, color=ORANGE, linestyle=":", label="all blocks")
         right.set(xlabel="round", ylabel="held-out top-1, percent", title="best candidate", xticks=list(best))
-        right.legend(frameon=False)
         given_up = f"\ngiven up: {_winner(selection)} better on the folds" if selection.replaced else ""
         left.figure.suptitle(_title(selection, given_up))
+
+
+def search_table(search: Search) -> Table:
+    """A row a proposal, the longest trained and best first; the chosen one in bold, those of the Pareto front with a star."""
+    front = {id(one) for one in search.front}
+    notes = [str(search.effect)] if search.effect else []
+    notes += [f"given up: {reason}" for reason in search.dropped]
+    shown = search.proposals[:SHOWN]
+    rows = [
+        (one.candidate.name, accuracy(one.score), f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}",
+         str(one.score.epochs), "*" if id(one) in front else "")
+        for one in shown
+    ]  # fmt: skip
+    return new_table(
+        f"{search.task} on {search.backbone}",
+        "\n".join(notes),
+        texts=("proposal",),
+        figures=("held-out\ntop-1", "file\nbytes", "added\ntime, %", "epochs", "Pareto"),
+        rows=rows,
+        bold=[number for number, one in enumerate(shown) if one.candidate is search.chosen],
+    )
+
+
+def left_out_table(search: Search) -> Table:
+    """A row a proposal that was not trained, with the reason; where there are many the JSON has them all."""
+    more = len(search.left_out) - SHOWN
+    caption = f"and {more} more, see --json" if more > 0 else ""
+    rows = list(search.left_out.items())[:SHOWN]
+    return new_table("left out before training", caption, texts=("proposal", "reason"), rows=rows)
+
+
+def plot_search(search: Search, path: Path) -> None:
+    """Accuracy against bytes (log), the added time as colour; the Pareto front is joined, the limits are lines."""
+    slowest = max(1, *(100 * one.latency for one in search.proposals))
+    with figure(path, 9, 5.5) as axes:
+        for kept, marker, label in ((False, "x", "given up early"), (True, "o", "trained to the end")):
+            if chosen := [one for one in search.proposals if one.kept is kept]:
+                colors = {"c": [100 * one.latency for one in chosen], "vmin": 0, "vmax": slowest, "cmap": "viridis"}
+                points = axes.scatter(*_places(chosen), marker=marker, label=label, **colors)
+        ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linewidth": 1, "zorder": 0}
+        label = "Pareto front in accuracy, bytes and time"
+        front = sorted(search.front, key=lambda one: one.score.file_bytes)
+        axes.plot(*_places(front), color=ORANGE, label=label, **ring)
+        if search.budget.bytes is not None:
+            axes.axvline(search.budget.bytes / 1000, color=GREY, linestyle="--", label="limit of bytes")
+        axes.set(xlabel="patch file, kB (log)", ylabel="held-out top-1, percent")
+        axes.set(xscale="log", title=f"{search.task} on {search.backbone}")
+        bar = axes.figure.colorbar(points, label="added time, percent of the base's")
+        if search.budget.latency is not None and 100 * search.budget.latency <= slowest:
+            bar.ax.axhline(100 * search.budget.latency, color=ORANGE, linewidth=2)
+            bar.set_label("added time, percent of the base's; orange: limit")
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+
+
+def _places(proposals: Sequence[Proposal]) -> tuple[list[float], list[float]]:
+    """Kilobytes and accuracies in percent."""
+    scores = [one.score for one in proposals]
+    return [score.file_bytes / 1000 for score in scores], [100 * score.top1 for score in scores]
+
+
+def picks_table(picks: Sequence[Pick], names: Sequence[str]) -> Table:
+    """The images to label next, the least sure first."""
+    rows = [(names[one.position], f"{one.first} and {one.second}", f"{one.margin:.3f}") for one in picks]
+    return new_table("label next", texts=("image", "between"), figures=("margin",), rows=rows)
+
+
+def curves_table(curves: Curves) -> Table:
+    """Accuracy by number of labels and strategy."""
+    rows = []
+    for row, count in enumerate(curves.labels):
+        cells = [
+            percent(curves.mean(name)[row], curves.error(name)[row] if len(values) > 1 else None)
+            for name, values in curves.top1s.items()
+        ]
+        rows.append((f"{count:,}", *cells))
+    title = f"{curves.task} on {curves.backbone}: {curves.method}"
+    return new_table(title, figures=("labels", *(f"{name}\ntop-1" for name in curves.top1s)), rows=rows)
+
+
+def plot_curves(curves: Curves, path: Path) -> None:
+    """Test accuracy against labels, a line a strategy with standard errors."""
+    with figure(path, 6.5, 4.5) as axes:
+        for name, color in zip(curves.top1s, (BLUE, ORANGE), strict=True):
+            scores = zip(curves.mean(name), curves.error(name), strict=True)
+            draw_scores(axes, curves.labels, scores, color=color, label=name)
+        axes.set(xlabel="labelled images", ylabel="test top-1, percent", title=f"{curves.task} on {curves.backbone}")
+
+
+def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Path) -> None:
+    """The picked images in rows of eight, with rank, margin and the two classes below each.
+
+    Raises `ModelpatchError` where the picture cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    from modelpatch.backbone.preprocessing import open_image
+
+    columns, rows = min(COLUMNS, len(picks)), -(-len(picks) // COLUMNS)
+    sheet = Image.new("RGB", (columns * TILE, rows * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, one in enumerate(picks):
+        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
+        image = open_image(images[one.position])
+        image.thumbnail((TILE - 4, TILE - 4))
+        sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
+        draw.text((left + 3, top + TILE), f"{number + 1}: {one.margin:.3f}", fill="black")
+        draw.text((left + 3, top + TILE + 13), f"{one.first} / {one.second}"[:22], fill="black")
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise ModelpatchError(f"cannot draw {path}: {error}. Use a .png or .jpg in a folder that exists.") from error

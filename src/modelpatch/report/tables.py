@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from modelpatch.text import count_of
 
@@ -25,20 +24,6 @@ if TYPE_CHECKING:
 
 NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
-
-
-def show(console: Console, table: Table) -> None:
-    """Print a table. Names wrap; columns of figures (`no_wrap`) are whole even where the console is too narrow for them.
-
-    Lines end where their text does: what is piped on is not padded to the table's width.
-    """
-    for column in table.columns:
-        if column.no_wrap:
-            cells = [Text.from_markup(str(cell)).plain for cell in (column.header, *column.cells)]
-            column.min_width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
-    with console.capture() as captured:
-        console.print(table, crop=False)
-    console.out(re.sub(" +$", "", captured.get(), flags=re.MULTILINE), end="", highlight=False)
 
 
 def new_table(
@@ -124,11 +109,6 @@ def comparison_table(comparison: Comparison) -> Table:
     table = new_table(f"{comparison.task} on {comparison.backbone}", caption, texts=(name,), figures=breaks, rows=rows)
     table.columns[0].min_width = NAME_WIDTH - 2
     return table
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """The same table as Markdown."""
-    return cells_markdown(*comparison_cells(comparison))
 
 
 def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
@@ -349,3 +329,45 @@ def version_table(version: Version) -> Table:
         *((LABELS.get(name, name.replace("_", " ")), f"{value:g}") for name, value in version.metrics.items()),
     ]
     return facts_table(version.name, rows, HASH_WIDTH)
+
+
+def describe_fields(settings: type) -> list[dict[str, str]]:
+    """The name, default and values of every field that the constructor of a dataclass takes."""
+    hints = get_type_hints(settings, include_extras=True)
+    defaults = {field.name: field.default for field in fields(settings) if field.init}
+    return [
+        {"name": name, "default": "" if value is MISSING else spell_value(value), "values": spell_type(hints[name])}
+        for name, value in defaults.items()
+    ]
+
+
+def spell_type(hint: Any) -> str:
+    """The values that a type takes, in words: `auto, none or light`, `integer`, `number or none`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return spell_type(args[0])
+    if origin is Literal:
+        return ", ".join(map(str, args))
+    if origin in (list, tuple, set, frozenset) or getattr(origin, "__name__", "") == "Sequence":
+        inner = dict.fromkeys(spell_type(arg) for arg in args if arg is not Ellipsis)
+        return f"list of {' or '.join(inner) or 'values'}"
+    if args:
+        return " or ".join(dict.fromkeys(spell_type(arg) for arg in args))
+    words = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "none"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def spell_value(value: Any) -> str:
+    """A default as the command line takes it."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(spell_value, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def first_line(thing: object) -> str:
+    """The first sentence of a docstring, without markup."""
+    paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0]
+    sentence = re.split(r"(?<=[.:]) ", " ".join(paragraph.split()).replace("`", ""))[0]
+    return sentence.rstrip(".:")

@@ -1,20 +1,27 @@
-"""`modelpatch store`: patches by name, version and tag, in a folder or an object store."""
+"""Verbs of stores and servers: `store` and `serve`."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+import modelpatch as mp
 from modelpatch.atomic import write_bytes
-from modelpatch.cli.console import ForceOption, JsonOption, Screen, check_out
-from modelpatch.errors import ModelpatchError, StoreError
+from modelpatch.cli import options as opt
+from modelpatch.cli.console import JsonOption, Screen, check_out
+from modelpatch.cli.verb import verb
+from modelpatch.errors import ModelpatchError, ServeError, StoreError
+from modelpatch.report import tables
+from modelpatch.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from modelpatch.store.store import Store
+    from modelpatch.engine.cascade import Cascade
 
+DEFAULT = Settings()
 store = typer.Typer(
     name="store",
     help="Keep patches by name, version and tag, in a folder or under s3://, gs:// or hf://.",
@@ -24,8 +31,7 @@ PLACE = "A folder, or a URL such as s3://bucket/patches"
 REFERENCE = "NAME (its tag `latest`), NAME@TAG or NAME@HASH, 8 digits or more."
 StoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}.")]
 NewStoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}; made if nothing is there.")]
-TargetArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy to; made if nothing is there.")]
-SourceArgument = Annotated[str, typer.Argument(metavar="OTHER", help="The store to copy from.")]
+OtherArgument = Annotated[str, Argument(metavar="OTHER", help="The other store; what is copied to is made.")]
 ReferenceArgument = Annotated[str, Argument(metavar="REFERENCE", help=REFERENCE)]
 ReferencesArgument = Annotated[list[str], Argument(metavar="REFERENCE...", help=f"What to copy: {REFERENCE}")]
 
@@ -37,13 +43,11 @@ def list_versions(
     json: JsonOption = None,
 ) -> None:
     """List all versions, or those of one name, the oldest first."""
-    from modelpatch.report.tables import versions_table
-
     console = Screen(json)
     opened = open_store(store)
     versions = opened.list() if name is None else opened.versions(name)
     if versions:
-        console.show(versions_table(versions))
+        console.show(tables.versions_table(versions))
     else:
         console.tell(f"no patches in {opened.url}; `modelpatch store add {store} NAME FILE` publishes one")
     console.write_json([version.as_dict() for version in versions])
@@ -57,20 +61,16 @@ def add(
     tag: list[str] | None = Option(None, help="A tag for it, by default latest; may be repeated."),
 ) -> None:
     """Check a patch file and publish it; the first one makes the store."""
-    from modelpatch.store.store import Store
-
-    version = Store(store).publish(name, patch, tags=tag or ("latest",))
+    version = mp.Store(store).publish(name, patch, tags=tag or ("latest",))
     Screen().tell(f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 
 @store.command("show")
 def show_version(store: StoreArgument, reference: ReferenceArgument, json: JsonOption = None) -> None:
     """Show one version."""
-    from modelpatch.report.tables import version_table
-
     console = Screen(json)
     version = open_store(store).resolve(reference)
-    console.show(version_table(version))
+    console.show(tables.version_table(version))
     console.write_json(version.as_dict())
 
 
@@ -79,7 +79,7 @@ def get(
     store: StoreArgument,
     reference: ReferenceArgument,
     out: Path = Option(..., "--out", "-o", help="The patch file to write."),
-    force: ForceOption = False,
+    force: opt.ForceOption = False,
 ) -> None:
     """Check a version's patch file and write it."""
     check_out(out, force)
@@ -120,7 +120,7 @@ def remove(
 
 
 @store.command("verify")
-def verify(store: StoreArgument, json: JsonOption = None) -> None:
+def verify_store(store: StoreArgument, json: JsonOption = None) -> None:
     """Check every byte of a store and print what is wrong. Exit status 1 if anything is."""
     console = Screen(json)
     opened = open_store(store)
@@ -151,38 +151,94 @@ def collect(
 
 
 @store.command("push")
-def push(store: StoreArgument, other: TargetArgument, references: ReferencesArgument) -> None:
+def push(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
     """Copy versions from STORE to OTHER, each with its tag: flowers@prod is flowers@prod there too.
 
     NAME alone is NAME@latest. A version given by its hash is copied without a tag; `store tag` adds one.
     """
-    from modelpatch.store.store import Store
-
-    _copy(open_store(store), Store(other), references)
+    _copy(open_store(store), mp.Store(other), references)
 
 
 @store.command("pull")
-def pull(store: NewStoreArgument, other: SourceArgument, references: ReferencesArgument) -> None:
+def pull(store: NewStoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
     """Copy versions from OTHER to STORE, with the same tags."""
-    from modelpatch.store.store import Store
-
-    _copy(open_store(other), Store(store), references)
+    _copy(open_store(other), mp.Store(store), references)
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str) -> mp.Store:
     """Open a store to read from it. Raises `StoreError` if nothing is there."""
-    from modelpatch.store.store import Store
-
-    opened = Store(url)
+    opened = mp.Store(url)
     if not opened.exists():
         raise StoreError(f"there is no store at {url}.", f"`modelpatch store add {url} NAME FILE` makes one.")
     return opened
 
 
-def _copy(source: Store, target: Store, references: list[str]) -> None:
+def _copy(source: mp.Store, target: mp.Store, references: list[str]) -> None:
     console = Screen()
     with console.progress("copy") as bar, bar.task(target.url, len(references)) as advance:
         for reference in references:
             (version,) = source.push(target, reference)
             console.tell(f"copied {version} to {target.url}")
             advance(1)
+
+
+@verb(first="backbone host port token workers cascade", panel="Limits")
+def serve(
+    backbone: opt.BackboneOption,
+    store: str = Argument(..., help="The folder or URL of a store of patches."),
+    host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every network."),
+    port: int = Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
+    token: str | None = Option(None, envvar="MODELPATCH_TOKEN", help="To publish, tag and remove; none: nobody may."),
+    workers: int = Option(1, min=1, help="Processes that answer and share the backbone's memory."),
+    cache: int = Option(DEFAULT.cache_bytes, min=1, help="Bytes for resident patches, per worker."),
+    deadline: float = Option(DEFAULT.deadline, min=0.1, help="Seconds per request, at most."),
+    batch: int = Option(DEFAULT.batch, min=1, help="Images in a batch, at most."),
+    queue: int = Option(DEFAULT.queue, min=1, help="Waiting images, at most; more get 429."),
+    pixels: int = Option(DEFAULT.pixels, min=1, help="Pixels of an image, at most."),
+    refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
+    tune: bool = Option(True, help="Measure the fastest way to run first: some seconds."),
+    cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
+    device: opt.DeviceOption = "cpu",
+    argument: opt.ArgumentOption = None,
+    ray: bool = Option(False, "--ray", help="Deploy replicas on Ray Serve instead of workers."),
+    replicas: int = Option(2, min=1, help="Number of replicas, with --ray."),
+) -> None:
+    """Answer over HTTP with the patches of a store: any of them, several, or all at once, loaded on demand.
+
+    The page is at /, the routes are described at /openapi.json. Ctrl-C or SIGTERM finishes what runs, then stops.
+    """
+    from modelpatch.serve.run import check_libraries, serve_forever
+
+    check_libraries()
+    limits: dict[str, Any] = {"cache_bytes": cache, "deadline": deadline, "batch": batch, "queue": queue}
+    limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
+    settings = Settings(token=token, **limits)
+    place = opt.find_device(device)
+    cascades = _read_cascades(cascade or [])
+    arguments = opt.parse_arguments(argument)
+    options: dict[str, Any] = {"host": host, "port": port, "tune": tune, "say": Screen().tell}
+    if ray:
+        from modelpatch.serve.deployment import deploy
+
+        if cascades:
+            raise ServeError("--cascade is for servers of this machine. Leave --ray out, or serve the patches alone.")
+        if workers != 1:
+            raise ServeError("--workers and --ray are two ways to have several processes. With --ray, give --replicas.")
+        deploy(store, backbone, arguments, str(place), settings, replicas=replicas, **options)
+        return
+    load = partial(opt.open_backbone, backbone, arguments, opt.find_device("cpu"))
+    serve_forever(store, load, place, settings, workers=workers, cascades=cascades, **options)
+
+
+def _read_cascades(files: list[Path]) -> dict[str, Cascade]:
+    """Cascades by their tasks' names. Raises `ServeError` for two of one task and for the backbone's name."""
+    from modelpatch.engine.cascade import Cascade
+    from modelpatch.engine.engine import BASE
+
+    read: dict[str, Cascade] = {}
+    for file in files:
+        cascade = Cascade.load(file)
+        if cascade.task.name in read or cascade.task.name == BASE:
+            raise ServeError(f"--cascade {file}: there is a task {cascade.task.name!r} already.")
+        read[cascade.task.name] = cascade
+    return read

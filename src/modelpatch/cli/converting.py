@@ -1,0 +1,173 @@
+"""Verbs that convert: `extract` checkpoints to patches, `merge` and `diff` patches, `export` models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from typer import Argument, Option
+
+import modelpatch as mp
+from modelpatch.cli import options as opt
+from modelpatch.cli.console import Screen, check_out, read_names
+from modelpatch.cli.verb import verb
+from modelpatch.errors import ModelpatchError, PatchError
+from modelpatch.report import tables
+
+
+@verb(first="base finetuned out codec data", panel="Extraction")
+def extract(
+    console: Screen,
+    base: str = Option(..., "--base", "--backbone", "-b", help="The network, with its weights before fine-tuning."),
+    finetuned: Path = Option(..., help="The checkpoint: safetensors, or a .pth of tensors; no other pickle is read."),
+    out: Path | None = Option(None, "--out", "-o", help="The patch file; by default CHECKPOINT.patch.safetensors."),
+    force: opt.ForceOption = False,
+    codec: str = Option("float16", help="Coding: exact, float16, bfloat16, int8, sign, two-bit or low-rank."),
+    rank: int = Option(8, help="Rank of low-rank differences."),
+    data: str | None = Option(None, help="The task's data, as for fit: measure every codec on its test images."),
+    calibrate: int = Option(200, min=0, help="With --data: steps that learn the scales of sign on training images."),
+    classes: str | None = Option(None, help="Names of the head's outputs, comma-separated, or a file with one a line."),
+    image_size: int | None = Option(None, help="Pixels of the checkpoint's images; by default the backbone's."),
+    device: opt.DeviceOption = "cpu",
+    argument: opt.ArgumentOption = None,
+) -> None:
+    """Turn an existing fine-tuned checkpoint into a patch of the base it started from.
+
+    With --data every codec is measured, and the patch of --codec written with its accuracy.
+    """
+    from modelpatch.convert.extraction import DELTA_CODECS, read_checkpoint
+    from modelpatch.report.measures import CALIBRATED, SIZED, codec_table, compare_codecs
+
+    path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
+    check_out(path, force)
+    names = read_names("--classes", classes)
+    if names and data is not None:
+        raise ModelpatchError("--classes and --data both name the head's outputs. Give one of them.")
+    task = None if data is None else mp.load_task(data)
+    state = read_checkpoint(finetuned)
+    backbone = opt.Network(base, argument, device).open()
+    options: dict[str, Any] = {"rank": rank, "image_size": image_size}
+    figures = []
+    if task is None:
+        patch = mp.extract(backbone, state, codec=codec, name=finetuned.stem, classes=names, **options)
+    else:
+        mp.extract(backbone, state, codec=codec, classes=task.classes, **options)  # refuses a wrong checkpoint at once
+        total = len(DELTA_CODECS) + len(SIZED) * bool(calibrate)
+        with console.progress("extract") as bar, bar.task("codecs", total) as advance:
+            rows, patches = compare_codecs(backbone, state, task, advance=advance, calibration=calibrate, **options)
+        patch = patches[f"{codec}{CALIBRATED}" if codec in SIZED and calibrate else codec]
+        console.show(codec_table(f"{task.task.name}: {finetuned.name} over {backbone.spec}", rows))
+        console.print()
+        figures = [asdict(row) for row in rows]
+    _write(console, patch, path, codecs=figures)
+
+
+@verb(first="out weights rule head", panel="Merging")
+def merge(
+    console: Screen,
+    network: opt.PatchNetwork,
+    patches: list[Path] = Argument(..., help="Patch files of one backbone."),
+    out: Path = Option(..., "--out", "-o", help="The merged patch file."),
+    force: opt.ForceOption = False,
+    weights: str | None = Option(None, help="Comma-separated factors of the patches; by default 1 / n, for ties 1."),
+    rule: str = Option("sum", help="The rule: sum, ties or dare."),
+    density: float = Option(0.2, help="ties: share of the largest numbers to keep."),
+    drop: float = Option(0.9, help="dare: share of numbers to drop."),
+    head: str = Option("0", help="The head: a patch's by its number from 0, or 'all' for all classes side by side."),
+    alpha: opt.AlphaOption = None,
+    seed: opt.SeedOption = 0,
+) -> None:
+    """Combine the bodies of several patches of one backbone into one patch."""
+    check_out(out, force)
+    try:
+        factors = None if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise PatchError(f"--weights {weights!r} is not numbers separated by commas.") from None
+    if head != "all" and not head.isdecimal():
+        raise PatchError(f"--head {head!r} is neither 'all' nor the number of a patch from 0.")
+    chosen: int | Literal["all"] = "all" if head == "all" else int(head)
+    loaded = [opt.at_alpha(mp.Patch.load(path), alpha) for path in patches]
+    base = _common_backbone(patches, loaded, network)
+    options: dict[str, Any] = {"rule": rule, "density": density, "drop": drop, "seed": seed}
+    _write(console, mp.merge(base, loaded, weights=factors, head=chosen, **options), out)
+
+
+@verb()
+def diff(
+    console: Screen,
+    network: opt.PatchNetwork,
+    first: Path = Argument(..., help="A patch file."),
+    second: Path = Argument(..., help="Another of the same backbone."),
+) -> None:
+    """Compare two patches: the sizes of their changes, their distance and cosine, one row per tensor."""
+    from modelpatch.convert.merging import diff as run_diff
+
+    loaded = [mp.Patch.load(path) for path in (first, second)]
+    difference = run_diff(_common_backbone([first, second], loaded, network), *loaded)
+    console.show(*tables.difference_tables(difference, first.name, second.name))
+    console.print()
+    console.tell("the two compute the same" if difference.same else "the two compute different answers")
+    console.write_json(difference.as_dict())
+
+
+def _write(console: Screen, patch: mp.Patch, path: Path, **figures: Any) -> None:
+    """Save a patch and show its contents."""
+    patch.save(path)
+    inspection = patch.inspect()
+    console.show(tables.inspection_table(inspection))
+    console.tell(f"wrote {path} ({inspection.file_bytes:,} bytes)")
+    console.write_json({**inspection.as_dict(), **figures})
+
+
+def _common_backbone(paths: list[Path], patches: list[mp.Patch], network: opt.PatchNetwork) -> mp.Backbone:
+    from modelpatch.convert.merging import check_pair
+
+    for path, patch in zip(paths[1:], patches[1:], strict=True):
+        with opt.naming(path):
+            check_pair(patches[0], patch)
+    return network.open(patches[0], paths[0])
+
+
+@verb(first="form out data")
+def export(
+    console: Screen,
+    network: opt.PatchNetwork,
+    patch: Path = Argument(..., help="The patch file."),
+    form: str = Option("safetensors", "--format", "-f", help="safetensors, torch-export or onnx."),
+    out: Path | None = Option(None, "--out", "-o", help="The file; by default PATCH-model with its suffix."),
+    force: opt.ForceOption = False,
+    data: str | None = Option(None, help="onnx: data on whose test images to compare onnxruntime and PyTorch."),
+    images: int = Option(500, min=1, help="Number of these images, at most."),
+    alpha: opt.AlphaOption = None,
+) -> None:
+    """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph."""
+    import torch
+
+    from modelpatch.convert.exporting import SUFFIXES, check_onnx
+    from modelpatch.convert.exporting import export as run_export
+
+    if data is not None and form != "onnx":
+        raise ModelpatchError("--data checks the format onnx. Leave it out, or give --format onnx.")
+    path = out or patch.with_name(f"{patch.stem}-model{SUFFIXES.get(form, '')}")
+    check_out(path, force)
+    loaded = opt.at_alpha(mp.Patch.load(patch), alpha)
+    base = network.open(loaded, patch)
+    task = None if data is None else mp.load_task(data, hold_out=False)
+    agreement = None
+    with opt.naming(patch):
+        run_export(base, loaded, path, form)
+    figures: dict[str, Any] = {"out": str(path), "format": form, "bytes": path.stat().st_size}
+    console.tell(f"wrote {path} ({figures['bytes']:,} bytes, {form})")
+    if task is not None:
+        chosen = torch.linspace(0, len(task.test) - 1, min(images, len(task.test))).long().tolist()
+        batch = loaded.preprocessing(*(task.test.images[row] for row in chosen))
+        agreement = check_onnx(path, base.patched(loaded), batch)
+        figures |= asdict(agreement)
+        console.tell(
+            f"onnxruntime and PyTorch: {agreement.equal_answers} of {agreement.images} answers equal, "
+            f"logits differ by at most {agreement.max_difference:.2g}"
+        )
+    console.write_json(figures)
+    if agreement and not agreement.holds:
+        raise ModelpatchError(f"{path} does not answer as the patched model does; do not use it.")

@@ -1,0 +1,306 @@
+"""Verbs that use a patch: `predict`, `eval`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer import Argument, Option
+
+import modelpatch as mp
+from modelpatch.atomic import write_bytes
+from modelpatch.cli import options as opt
+from modelpatch.cli.console import Screen, make_folder, read_names
+from modelpatch.cli.verb import verb
+from modelpatch.errors import BackboneError, CascadeError, DataError, MissingExtraError, ModelpatchError
+from modelpatch.report import plots, tables
+from modelpatch.text import count_of, file_name
+
+if TYPE_CHECKING:
+    from modelpatch.engine.cascade import Cascade
+    from modelpatch.engine.inputs import Answers
+    from modelpatch.tasks.kind import Result
+
+Row = dict[str, Any]
+COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
+
+
+@verb(first="patch top base labels overlay", panel="Answers")
+def predict(
+    console: Screen,
+    network: opt.PatchNetwork,
+    words: opt.Words,
+    images: list[Path] = Argument(..., help="Image files, or folders that are searched for them."),
+    patch: list[Path] = Option(..., "--patch", "-p", help="A patch file, or a cascade's; may be repeated."),
+    base: bool = Option(False, "--base", help="Print the base's own answer too."),
+    top: int = Option(3, min=1, help="Answers per image and task. Boxes from 50 % on are counted; --json has each."),
+    batch_size: int = Option(16, min=1, help="Images in a batch."),
+    workers: int = Option(0, min=0, help="Processes that decode images; 0: this one."),
+    tune: bool = Option(False, "--tune", help="Measure the fastest way first: some seconds, for hundreds of images."),
+    explain: bool = Option(False, "--explain", help="Print what the patches share and the time of each step."),
+    plot: Path | None = Option(None, help="A picture of the plan."),
+    labels: str | None = Option(None, help="Other answers than the classes, comma-separated or a file of lines."),
+    overlay: Path | None = Option(None, help="A folder for pictures of masks and boxes, drawn over the images."),
+    alpha: opt.AlphaOption = None,
+    device: opt.DeviceOption = "cpu",
+) -> None:
+    """Answer for every image with every patch in one pass. All patches must belong to one backbone.
+
+    An unreadable image gets an error in its row; the others are answered and the exit status is 1.
+    """
+    from modelpatch.backbone.tuning import Tuning
+    from modelpatch.engine.engine import BASE
+    from modelpatch.tasks.kind import kind_of
+
+    files = gather_images(images)
+    labels_given = read_names("--labels", labels)
+    patches = {path: opt.read_answering(path, alpha) for path in patch}
+    if len(patches) < len(patch):
+        raise ModelpatchError("a patch file is given twice. Give each --patch once.")
+    loaded = network.open(patches[patch[0]], patch[0], device)
+    if labels_given:
+        plain = {path: one for path, one in patches.items() if isinstance(one, mp.Patch)}
+        if cascades := [path for path in patches if path not in plain]:
+            raise CascadeError(f"{cascades[0]} is a cascade, bound to its own classes. Leave --labels out.")
+        patches = {path: _relabel(loaded, one, labels_given, words) for path, one in plain.items()}
+    elif words != opt.Words():
+        raise ModelpatchError("--text, --names and --template are for --labels. Give --labels as well.")
+    engine = mp.Engine(loaded, tuning=None if tune else Tuning())
+    for name, path in _names(patches).items():
+        with opt.naming(path):
+            engine.add(name, patches[path])
+    tasks = [name for name in engine if base or name != BASE]
+    if overlay is not None:
+        if not any(kind_of(engine.kind(name)).draws for name in tasks):
+            raise ModelpatchError(f"--overlay {overlay}: none of the patches answers for pixels.")
+        make_folder("--overlay", overlay)
+    rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
+    with console.progress("predict") as bar, bar.task("images", len(files)) as advance:
+        for answers in engine.stream(files, only=tasks, batch_size=batch_size, workers=workers):
+            _fill(rows, answers, engine, top, overlay)
+            advance(len(answers.rows) + len(answers.errors))
+    console.show(tables.prediction_table(rows, {name: engine.kind(name) for name in tasks}))
+    if overlay is not None:
+        console.tell(f"drew {count_of(sum(len(row.get('overlays', {})) for row in rows), 'overlay')} in {overlay}")
+    readable = [file for file, row in zip(files, rows, strict=True) if "error" not in row]
+    report = _explain(engine, readable[:batch_size], tasks, console, plot) if (explain or plot) and readable else None
+    console.write_json({"images": rows, "plan": report} if explain else rows)
+    if broken := len(files) - len(readable):
+        others = "; the others are answered" if readable else ", so that nothing is answered or explained"
+        raise DataError(f"{broken} of {len(files)} images cannot be read{others}.")
+
+
+def _relabel(backbone: mp.Backbone, patch: mp.Patch, labels: tuple[str, ...], words: opt.Words) -> mp.Patch:
+    """The patch with a head for `labels`, made as recorded in its file except for the options given."""
+    from modelpatch.backbone.text_tower import PACKAGES
+
+    recorded = patch.method.hyperparameters
+    told = next((name for name in PACKAGES if recorded.get("text") == name), None)  # files name packages, never folders
+    if words.text is None and backbone.text is None and told is None:
+        raise ModelpatchError(f"the patch of {patch.task.name} names no text tower for labels. Give --text minilm.")
+    kept = recorded.get("templates")
+    written = [one for one in kept if isinstance(one, str)] if isinstance(kept, list) else []
+    vocabulary = replace(words, text=words.text or told, template=words.template or written).open(backbone)
+    if vocabulary is None:
+        raise ModelpatchError("--text none makes no head for --labels. Name a text tower.")
+    return vocabulary.relabel(patch, labels)
+
+
+def gather_images(paths: list[Path]) -> list[Path]:
+    """Image files in the given order; folders are searched. Raises `DataError` if there are none."""
+    from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
+
+    if missing := [path for path in paths if not path.exists()]:
+        raise DataError(f"there is no image or folder {missing[0]}.")
+    files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
+    if not files:
+        raise DataError(f"no images in {', '.join(map(str, paths))}. Known kinds: {' '.join(sorted(IMAGE_SUFFIXES))}.")
+    return files
+
+
+def _names(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
+    """Files by task name, by file name if two tasks have the same name, and by path if these are equal too."""
+    from modelpatch.engine.engine import BASE
+
+    tasks = [patch.task.name for patch in patches.values()]
+    stems = [path.stem for path in patches]
+    named: dict[str, Path] = {}
+    for path, patch in patches.items():
+        name = patch.task.name if tasks.count(patch.task.name) == 1 else path.stem
+        name = str(path) if name == path.stem and stems.count(name) > 1 else name
+        named[f"{name} (patch)" if name == BASE else name] = path
+    return named
+
+
+def _fill(rows: list[Row], answers: Answers, engine: mp.Engine, top: int, folder: Path | None) -> None:
+    """Write a batch's answers and errors into the rows of its images, and draw answers into a folder if there is one."""
+    from modelpatch.tasks.drawing import encode_png
+    from modelpatch.tasks.kind import View, kind_of
+
+    for place, error in answers.errors.items():
+        rows[place]["error"] = error
+    for name, found in answers.logits.items():
+        kind, classes, seen = kind_of(engine.kind(name)), engine.classes(name), engine.preprocessing(name)
+        for place, answer in zip(answers.rows, kind.reduce(found, top), strict=True):
+            row = rows[place]
+            view = View(classes, seen, Path(row["image"]))
+            row["tasks"][name] = kind.describe(answer, view, top)
+            if folder is not None and kind.draws:
+                path = folder / f"{place:05}-{Path(row['image']).stem}-{file_name(name)}.png"
+                write_bytes(path, encode_png(kind.draw(answer, view)))
+                row.setdefault("overlays", {})[name] = str(path)
+
+
+def _explain(engine: mp.Engine, files: list[Path], tasks: list[str], console: Screen, plot: Path | None) -> Row:
+    """Print the plan for one batch and what its steps took; the same as facts for JSON."""
+    from modelpatch.engine.plan import describe_step
+
+    plan, timings = engine.explain(engine.read(files, tasks), only=tasks)
+    console.tell(f"{plan}\n{engine.tuning}")
+    console.show(tables.timing_table(timings))
+    if plot is not None:
+        plan.draw(str(plot))
+    steps = [{"step": describe_step(timing.step), "milliseconds": 1000 * timing.seconds} for timing in timings]
+    facts = {"flops": plan.flops, "separate_flops": plan.separate_flops, "bytes": plan.bytes}
+    return {**facts, "memory": engine.memory, "steps": steps}
+
+
+@verb(first="patch per_class plot base_data", panel="Data")
+def evaluate(
+    console: Screen,
+    network: opt.PatchNetwork,
+    data: list[str] = Argument(..., help="The task's data, as for fit."),
+    patch: Path = Option(..., "--patch", "-p", help="The patch file, or a cascade's."),
+    base_data: str | None = Option(None, help="Data of the base's own classes, for the harmonic mean."),
+    per_class: bool = Option(False, help="List every class."),
+    plot: Path | None = Option(None, help="A picture of the confusion matrix."),
+    seed: int | None = Option(None, help="Seed of the test split if the data has none; by default that of the fit."),
+    alpha: opt.AlphaOption = None,
+    device: opt.DeviceOption = "cpu",
+) -> None:
+    """Measure a patch or a cascade on the test images of its task, with the metrics of its kind of task."""
+    from modelpatch.data.task import accuracy_by_task
+    from modelpatch.recipes.cascading import evaluate_cascade
+    from modelpatch.tasks.classification import Evaluation
+    from modelpatch.tasks.kind import kind_of
+    from modelpatch.train.evaluation import evaluate_base, harmonic_mean
+
+    loaded = opt.read_answering(patch, alpha)
+    base = network.open(loaded, patch, device)
+    task = opt.load_own(loaded, data, seed)
+    own = None if base_data is None else mp.load_task(base_data, hold_out=False)
+    with opt.naming(patch), console.progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
+        result: Result
+        figures: dict[str, Any] = {}
+        if isinstance(loaded, mp.Patch):
+            result = mp.evaluate(base, loaded, task, advance)
+        else:
+            result, routed = evaluate_cascade(base, loaded, task, advance)
+            figures = {"macs": routed.macs, "answered": list(routed.answered)}
+    figures |= result.as_dict()
+    if isinstance(result, Evaluation) and (by_task := accuracy_by_task(result, task)):
+        figures["by_task"] = by_task
+    if own is not None:
+        figures["base_top1"] = evaluate_base(base, own).top1
+        figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
+    console.show(tables.evaluation_table(loaded.task.name, figures, per_class))
+    console.write_json(figures)
+    kind = kind_of(loaded.task.kind)
+    if plot is not None and result.confusion is None:
+        raise ModelpatchError(f"--plot {plot}: {kind.name} tasks have no confusion matrix. Leave it out.")
+    console.draw(plot, plots.plot_confusion, result, kind.metrics[kind.metric], loaded.task.classes)
+
+
+@verb(first="backbone data plot")
+def inspect(
+    console: Screen,
+    patch: Path = Argument(..., help="The patch file."),
+    plot: Path | None = Option(None, help="A picture of the bytes per part, or with --data of the weights of skips."),
+    data: str | None = Option(None, help="The task's data, as for eval: measure the weights of skips, and variances."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="The network, to name segments; own: the patch's."),
+    argument: opt.ArgumentOption = None,
+) -> None:
+    """Show the contents of a patch: hashes, settings, measured figures, and the bytes of every part.
+
+    With `--backbone own` parts are grouped by the segments of the patch's network, which is built without its weights.
+    """
+    loaded = mp.Patch.load(patch)
+    network = opt.PatchNetwork(backbone, argument)
+    if data is not None:
+        import modelpatch.report.measures as measures
+
+        measures.check_skips(loaded)
+    base = chain = None
+    if backbone == opt.OWN and data is None:
+        chain = opt.chain_of(loaded, patch, opt.parse_arguments(argument))
+    elif backbone is not None or data is not None:
+        base = network.open(loaded, patch)
+        chain = base.chain
+    inspection = loaded.inspect(chain)
+    console.show(tables.inspection_table(inspection), tables.parts_table(inspection))
+    if chain is None:
+        why = "cannot be built here: name another with" if backbone else f"names segments: --backbone {opt.OWN}"
+        console.tell(f"the backbone {loaded.backbone.spec} {why}")
+    figures = inspection.as_dict()
+    picture: tuple[Any, ...] = plots.plot_inspection, inspection
+    if data is not None and base is not None:
+        task = mp.load_task(data, hold_out=False)
+        with console.progress("skips") as bar, bar.task("images", len(task.test)) as advance:
+            records = measures.measure_skips(base, loaded, task.test, advance)
+        names = measures.stage_names(base, records)
+        console.print()
+        console.show(measures.skips_table(records, names), measures.variances_table(records, names))
+        figures["skips"] = [{"stage": name, **one.as_dict()} for name, one in zip(names, records, strict=True)]
+        title = f"{loaded.task.name}: weights of the skips over {len(task.test)} images"
+        picture = measures.plot_skip_weights, records, names, title
+    console.write_json(figures)
+    console.draw(plot, *picture)
+
+
+@verb(first="backbone json")
+def verify(
+    console: Screen,
+    patch: list[Path] = Argument(..., help="Patch files."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="A network it must fit too; own: the patch's."),
+    file_only: bool = Option(False, "--file-only", hidden=True),
+    argument: opt.ArgumentOption = None,
+) -> None:
+    """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network.
+
+    A file is intact, refused, or unchecked if its backbone cannot be loaded. Exit status 1 unless all are intact.
+    """
+    from rich.markup import escape
+
+    network = opt.PatchNetwork(backbone, argument)
+    results = []
+    for path in patch:
+        result, line = _check(path, None if backbone is None or file_only else network)
+        results.append(result)
+        status, color = result["status"], COLORS[result["status"]]
+        console.print(f"[{color}]{status:<9}[/{color}] {escape(line)}", soft_wrap=True, highlight=False)
+    console.write_json(results)
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)
+
+
+def _check(path: Path, network: opt.PatchNetwork | None) -> tuple[Row, str]:
+    """The result of one file, as written to the JSON, and the line about it."""
+    checked = "nothing"
+    try:
+        patch = mp.Patch.load(path)
+        checked = "file"
+        if network is not None:
+            mp.PatchedModel(network.open(patch, path), patch)
+            checked = f"file and backbone {patch.backbone.spec}"
+    except ModelpatchError as error:
+        status = "unchecked" if isinstance(error, BackboneError | MissingExtraError) else "refused"
+        name, message = type(error).__name__, str(error)
+        result = {"ok": False, "status": status, "checked": checked, "error": name, "message": message}
+        intact = status == "unchecked" and checked == "file"
+        why = "the file is intact, its backbone was not checked" if intact else name
+        return {"patch": str(path), **result}, f"{path}: {why}: {message.removeprefix(f'{path}: ')}"
+    more = "; -b own checks that it fits its backbone too" if network is None else ""
+    return {"patch": str(path), "ok": True, "status": "intact", "checked": checked}, f"{path}: {checked}{more}"
