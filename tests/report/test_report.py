@@ -127,6 +127,7 @@ def test_the_bytes_of_spans_head_and_header_add_up_to_the_file(tiny: Backbone, m
 
 def shown(table: Table, width: int) -> list[str]:
     console = Screen(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.quiet = False  # a verb that ran before may have been
     console.show(table)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
