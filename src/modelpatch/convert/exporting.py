@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import METADATA_KEY
-from modelpatch.errors import MissingExtraError, PatchError
+from modelpatch.errors import PatchError, require
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.text import first_line
@@ -97,11 +97,8 @@ def _as_program(backbone: Backbone, patch: Patch) -> bytes:
 
 
 def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  torch.onnx needs it
-    except ImportError as error:
-        raise MissingExtraError(error.name or "onnx", "export", "The format onnx") from None
+    onnx = require("onnx", "export", "The format onnx")
+    require("onnxscript", "export", "The format onnx")  # torch.onnx needs it
     with _reported("torch.onnx", patch), tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
         options |= {"input_names": ["images"], "output_names": ["logits"]}
@@ -157,10 +154,7 @@ class Agreement:
 
 def check_onnx(path: str | Path, model: nn.Module, images: Tensor, batch: int = 32) -> Agreement:
     """onnxruntime beside `model` on the CPU for normalised images (N, 3, H, W). Raises `MissingExtraError`."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "export", "Checking an ONNX file") from None
+    onnxruntime = require("onnxruntime", "export", "Checking an ONNX file")
     try:
         session: Any = onnxruntime.InferenceSession(str(path), providers=PROVIDERS)
     except Exception as error:  # onnxruntime's own errors have no common class

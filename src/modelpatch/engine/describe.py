@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpatch.errors import MissingExtraError, ModelpatchError
+from modelpatch.errors import ModelpatchError, require
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,13 @@ def draw(trees: Sequence[Branch], path: str, title: str) -> None:
 
     Raises `MissingExtraError` without matplotlib, `ModelpatchError` for a path that cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "drawing a plan") from error
+    pictures = require("matplotlib.figure", "plots", "drawing a plan", "matplotlib")
     lanes: dict[int, float] = {}
     labels: list[tuple[float, str]] = []
     roots = [*trees]
     for root in roots:
         _place(root, lanes, labels)
-    figure = Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
+    figure = pictures.Figure(figsize=(10, 1.2 + 0.45 * max(len(labels), 2)), layout="constrained")
     axes = figure.subplots()
     length = 1
     while roots:

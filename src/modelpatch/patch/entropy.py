@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpatch.errors import MissingExtraError
+from modelpatch.errors import require
 
 LEVELS = 64
 CHUNKS = (128, 512, 2048)  # bytes
@@ -33,11 +33,7 @@ RAW = np.minimum(DENSITIES, 1 - DENSITIES) >= EVEN  # the levels that are stored
 
 def coder() -> Any:
     """The `constriction` library. Raises `MissingExtraError` without it."""
-    try:
-        import constriction
-    except ImportError:
-        raise MissingExtraError("constriction", "compress", "An entropy-coded mask") from None
-    return constriction
+    return require("constriction", "compress", "An entropy-coded mask")
 
 
 def encode_bits(bits: NDArray[np.bool_]) -> bytes:
