@@ -292,7 +292,7 @@ def _histories(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> tuple[Hi
     known: Histories = {}
     read: list[list[_Stream]] = []
     for member, wanted in zip(members, rows, strict=True):
-        passed: dict[tuple[Stream, int], _Stream] = {}
+        passed: dict[Stream, dict[int, _Stream]] = {"patch": {}, "base": {}}
         for of, links in member.walks.items():
             stream: _Stream | None = None
             for link in (None, *links) if links else ():
@@ -302,8 +302,8 @@ def _histories(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> tuple[Hi
                 stream = known[turn]
                 stream.rows.update(wanted)
                 if link is not None:
-                    passed[of, link.span[1] - 1] = stream
-        read.append([passed[one.of, one.segment] for one in member.inputs])
+                    passed[of][link.span[1] - 1] = stream
+        read.append([passed[one.of][one.segment] for one in member.inputs])
     return known, read
 
 
