@@ -1,16 +1,20 @@
 # make demo: install and run the main job.   make test: install and run the tests.   make check: formatting, lint, types.
+# make quick: the unit tests and the contract of methods on two small networks, in under a minute.
 # make docs: build the documentation into site/; a warning fails it, here and in the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test quick check docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/modelpatch demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal  # one thread a worker: more only get in each other's way
+
+quick: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not slow and not service and not real"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

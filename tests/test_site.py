@@ -23,6 +23,8 @@ from mkdocs.config import load_config
 
 from test_structure import FLOORS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = tuple(sorted(path.parent.name for path in Path(modelpatch.__file__).parent.glob("*/__init__.pyi")))
 

@@ -28,6 +28,8 @@ from modelpatch_studies.recipe import Claim, Job, Recipe, Scale
 from modelpatch_studies.registry import RECIPES
 from modelpatch_studies.results import Results
 
+pytestmark = pytest.mark.slow
+
 TINY = Scale(
     data=("colors",),
     backbones=("bundled:tiny",),

@@ -14,6 +14,8 @@ from modelpatch_studies import registry
 from modelpatch_studies.normalisation import TABLE_6
 from modelpatch_studies.registry import RECIPES, choose
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

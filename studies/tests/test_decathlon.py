@@ -7,6 +7,8 @@ import pytest
 from modelpatch.errors import DataError
 from modelpatch_studies.decathlon import MAX_ERRORS, decathlon_score, parameter_ratio
 
+pytestmark = pytest.mark.slow
+
 # Mallya et al., Piggyback, Table 4: top-1 of ten tasks in the order of MAX_ERRORS, and the printed score
 PUBLISHED = {
     "scratch": ([59.87, 57.10, 75.73, 91.20, 37.77, 96.55, 56.30, 88.74, 96.63, 43.27], 1625),

@@ -21,6 +21,8 @@ from modelpatch_studies.made_tasks import (
     write_words,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def many_classes(count: int) -> Task:
     labels = np.arange(3 * count) % count

@@ -14,6 +14,8 @@ from modelpatch_studies.recipe import Recipe
 from modelpatch_studies.registry import PAPERS, RECIPES, choose
 from modelpatch_studies.transfer import TABLE_7
 
+pytestmark = pytest.mark.slow
+
 PLANS = [(recipe, scale) for recipe in RECIPES for scale in recipe.scales]
 
 

@@ -21,6 +21,8 @@ from modelpatch.tasks import TaskRecord
 from modelpatch_studies.rivals import BASELINES, EWC, STRENGTHS, Mix, frontier
 from modelpatch_studies.scoring import Reader
 
+pytestmark = pytest.mark.slow
+
 
 def task(name: str, classes: tuple[str, ...], seed: int) -> mp.Task:
     return replace(color_task(24, seed=seed), task=TaskRecord(name=name, classes=classes))

@@ -34,6 +34,8 @@ from modelpatch_studies.jobs import top1
 from modelpatch_studies.recipe import Recipe, Scale
 from tests.test_bench import write_images
 
+pytestmark = pytest.mark.slow
+
 
 def bench_of(recipe: Recipe, folder: Path, **changes: object) -> Workbench:
     write_images(folder / "data" / "colors", ("red", "green", "blue"))

@@ -19,6 +19,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", CLIP_MODELS)
 def test_an_image_tower_gives_open_clip_s_features_and_its_text_tower_is_frozen(clip_models: None, name: str) -> None:

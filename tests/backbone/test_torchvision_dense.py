@@ -13,6 +13,8 @@ from modelpatch.backbone.sources.torchvision import DetectorTrunk, dense_models
 from modelpatch.errors import UnknownBackboneError
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 SMALL = Preprocessing(input_size=(3, 64, 64), crop_pct=1.0)
 
 

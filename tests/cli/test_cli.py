@@ -25,6 +25,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.recipes.cascading import held_out
 from modelpatch.train import callbacks, evaluate, fit, harmonic_mean
 
+pytestmark = pytest.mark.slow
+
 VERBS = tuple(main.VERBS)
 TINY = "bundled:tiny"
 

@@ -10,6 +10,8 @@ import pytest
 from conftest import Run
 from modelpatch.engine.cascade import Cascade
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

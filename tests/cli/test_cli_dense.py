@@ -16,6 +16,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.tasks.kind import View
 from modelpatch.tasks.segmentation import Segmentation, lay_over
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torchmetrics")
 
 

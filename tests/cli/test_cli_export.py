@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from conftest import Run
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
+
+pytestmark = pytest.mark.slow
 
 
 def test_export_writes_a_model_and_checks_it_on_images(

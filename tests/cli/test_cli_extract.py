@@ -16,6 +16,8 @@ from modelpatch.data.task import load_task
 from modelpatch.patch.contents import Patch
 from modelpatch.train import evaluate
 
+pytestmark = pytest.mark.slow
+
 TINY = "bundled:tiny"
 
 

@@ -10,6 +10,8 @@ import pytest
 from conftest import Run
 from modelpatch.patch.contents import Patch
 
+pytestmark = pytest.mark.slow
+
 
 def test_merge_writes_one_patch_of_several(run: Run, patches: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"

@@ -10,6 +10,8 @@ import pytest
 from conftest import Run
 from modelpatch.patch.contents import Patch
 
+pytestmark = pytest.mark.slow
+
 
 def test_multires_writes_a_backbone_and_its_patches_and_compares(run: Run, folder: Path, tmp_path: Path) -> None:
     command = ["multires", folder, "--resolutions", "32,48", "--epochs", 1, "--batch-size", 12, "-o", tmp_path / "out"]

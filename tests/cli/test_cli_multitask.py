@@ -14,6 +14,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.train import callbacks
 from modelpatch.train.callbacks import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 FAST = ("--epochs", 1, "--batch-size", 8, "--image-size", 32)
 
 

@@ -14,6 +14,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.fitting import PatchTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:

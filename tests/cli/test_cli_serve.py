@@ -9,6 +9,8 @@ import pytest
 
 from conftest import Run
 
+pytestmark = pytest.mark.service
+
 pytest.importorskip("fastapi")
 
 

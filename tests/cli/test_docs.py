@@ -36,6 +36,8 @@ from modelpatch.cli.main import app
 from modelpatch.engine import engine, measure
 from modelpatch.methods import vocabulary
 
+pytestmark = pytest.mark.slow
+
 for library in ("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib"):
     pytest.importorskip(library)
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,8 @@ from PIL import Image
 from conftest import Run
 from modelpatch.patch.contents import Patch
 
+pytestmark = pytest.mark.slow
+
 FAST = ("--epochs", 1, "--image-size", 32)
 
 

@@ -12,6 +12,8 @@ import pytest
 from modelpatch.cli.main import VERBS
 from modelpatch.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "numpy", "timm", "torchvision", "datasets", "pyarrow", "fastapi", "matplotlib", "PIL"}
 USED = {"torch", "numpy", "PIL"}  # what reading a patch needs
 PROGRAM = """

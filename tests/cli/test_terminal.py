@@ -25,6 +25,8 @@ from modelpatch.errors import BackboneError, ModelpatchError
 from modelpatch.patch.contents import Patch
 from modelpatch.train.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from modelpatch.convert.calibrate import calibrate
 from modelpatch.errors import TrainingError
 from modelpatch.patch.contents import decode_patch, encode_patch
 
+pytestmark = pytest.mark.slow
+
 IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 

@@ -26,6 +26,8 @@ from modelpatch.methods.subset import FullFinetune
 from modelpatch.methods.widened import Widened
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, Method] = {
     "full": FullFinetune(),
     "mask": Piggyback(),

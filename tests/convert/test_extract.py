@@ -22,6 +22,8 @@ from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchErr
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 
 def finetuned(base: Backbone, size: float = 0.05, classes: int = 4, frozen: tuple[str, ...] = ()) -> nn.Module:
     """A network with other numbers than the base's but in the modules named in `frozen`, and another head."""

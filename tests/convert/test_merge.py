@@ -20,6 +20,8 @@ from modelpatch.methods.subset import FullFinetune, Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.record import TaskRecord
 
+pytestmark = pytest.mark.slow
+
 
 def pair(tiny: Backbone) -> tuple[Patch, Patch]:
     """Two patches that share some changed weights."""

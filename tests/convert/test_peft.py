@@ -37,6 +37,8 @@ from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.record import TaskRecord
 
+pytestmark = pytest.mark.slow
+
 TASK = TaskRecord(name="draft", classes=("class 0", "class 1", "class 2"))
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "tiny": make_tiny,

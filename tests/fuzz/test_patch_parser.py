@@ -20,6 +20,8 @@ from patch_parser import CORPUS, assemble, mutate, read_twice, split, try_input
 from modelpatch.patch.codec import KINDS
 from modelpatch.patch.contents import decode_patch
 
+pytestmark = pytest.mark.slow
+
 RUNS = int(os.environ.get("MODELPATCH_FUZZ", "3000"))
 SECONDS = 1.0  # for one input
 SEEDS = sorted(CORPUS.iterdir())

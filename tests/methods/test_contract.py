@@ -47,6 +47,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
 WITHOUT_BATCH_NORM = {"convnext_tiny", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
 VARIED = {"tiny", "mobilenetv2_100"}  # the networks on which every option is tried as well
+QUICK = {"tiny", "vit_tiny"}  # the networks of `make quick`
 TINY_STAGES = 2
 
 METHODS: dict[str, Method] = {
@@ -102,7 +103,11 @@ MORE_METHODS: dict[str, Method] = {
     "delta norm alone": DeltaNetwork(skips="unchanged", batch_norm=True),
 }
 PAIRS = [
-    pytest.param((architecture, method), id=f"{architecture}, {name}")
+    pytest.param(
+        (architecture, method),
+        id=f"{architecture}, {name}",
+        marks=() if architecture in QUICK else pytest.mark.slow,
+    )
     for architecture in ARCHITECTURES
     for name, method in {**METHODS, **(MORE_METHODS if architecture in VARIED else {})}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"

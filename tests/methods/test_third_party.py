@@ -18,7 +18,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.store.store import Store
 from serving import picture, serving
 
-pytestmark = pytest.mark.usefixtures("registries")
+pytestmark = [pytest.mark.service, pytest.mark.usefixtures("registries")]
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
 

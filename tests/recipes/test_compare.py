@@ -26,6 +26,8 @@ from modelpatch.train import evaluate
 from modelpatch.train.evaluation import harmonic_mean
 from modelpatch.train.fitting import Fit, PatchTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base() -> Task:

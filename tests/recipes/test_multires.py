@@ -37,6 +37,8 @@ from modelpatch.train.settings import FitSettings
 from modelpatch.train.trainer import Callback, Trainer
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 SIZES = (16, 24)
 
 

@@ -39,6 +39,8 @@ from modelpatch.train.callbacks import Checkpoint
 from modelpatch.train.evaluation import logits_of
 from modelpatch.train.fitting import Fit, PatchTrainer
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {"epochs": 2, "batch_size": 6, "augment": "none"}
 PRIVATE: tuple[Method, ...] = (
     LinearProbe(),

@@ -33,6 +33,8 @@ from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import fit
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 
 def task(name: str, classes: tuple[str, ...], seed: int, count: int = 24) -> Task:
     return replace(color_task(count, seed=seed), task=TaskRecord(name=name, classes=classes))

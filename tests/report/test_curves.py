@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from conftest import Run
 from modelpatch.report.plots import plot_history, read_history
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_log_is_read_as_numbers_and_drawn(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ from modelpatch.report.tables import (
 from modelpatch.store.version import Version
 from modelpatch.tasks.classification import Evaluation
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '<script src="http://evil.example/x.js">[red]&"\''
 
 

@@ -19,6 +19,8 @@ from modelpatch.methods.delta import DeltaNetwork, SkipWeights, skip_weights
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.report.measures import measure_skips, plot_skip_weights, skips_table, stage_names, variances_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def records(tiny: Backbone, colors: Task) -> list[SkipWeights]:

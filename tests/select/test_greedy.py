@@ -20,6 +20,8 @@ from modelpatch.select.budget import Budget, added_latency, draft_patch, parse_b
 from modelpatch.select.greedy import Greedy, Selection, select
 from modelpatch.select.trials import Bench, Outcome, Trial, file_bytes
 
+pytestmark = pytest.mark.slow
+
 FAST = {"epochs": 1, "batch_size": 8, "folds": 2}
 WORTH = {"stage1.0": 0.3, "stage1.1": 0.2, "stage2.0": 0.05, "stage2.1": -0.1}
 

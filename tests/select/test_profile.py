@@ -20,6 +20,8 @@ from modelpatch.select import profile
 from modelpatch.select.study import Profile, Score, best, rungs, units
 from modelpatch.select.trials import Bench
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = ["stage1.0", "stage1.1", "stage2.0", "stage2.1"]
 FAST = {"epochs": 2, "batch_size": 8}
 

@@ -20,6 +20,8 @@ from modelpatch.select.searching import Proposal, Search, front, propose
 from modelpatch.select.study import Candidate, Score, profile
 from modelpatch.select.trials import file_bytes
 
+pytestmark = pytest.mark.slow
+
 FAST = {"epochs": 3, "batch_size": 8, "tries": 6}
 
 

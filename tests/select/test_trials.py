@@ -26,6 +26,8 @@ from modelpatch.train import fit
 from modelpatch.train.batches import Inputs
 from modelpatch.train.settings import FitSettings
 
+pytestmark = pytest.mark.slow
+
 METHODS: list[Method] = [
     LinearProbe(),
     Subset(blocks=("stage1.1",)),

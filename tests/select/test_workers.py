@@ -14,6 +14,8 @@ import torch
 from conftest import color_task, make_tiny
 from modelpatch.select.greedy import Greedy, Selection, select
 
+pytestmark = pytest.mark.service
+
 ACTOR = b"ray::Actor"
 
 

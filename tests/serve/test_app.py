@@ -26,6 +26,8 @@ from modelpatch.serve.schemas import PIXEL
 from modelpatch.store.store import Store
 from serving import TOKEN, Serving, close, damage, drafts, fill, network, picture, serving, wait_until
 
+pytestmark = pytest.mark.service
+
 
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:

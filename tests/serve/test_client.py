@@ -13,6 +13,8 @@ from modelpatch.serve.client import Client
 from modelpatch.serve.problems import Problem
 from serving import Serving, close, drafts, picture
 
+pytestmark = pytest.mark.service
+
 
 def test_paths_bytes_and_pictures_are_the_same_image(
     client: Client, server: Serving, image: bytes, tmp_path: Path

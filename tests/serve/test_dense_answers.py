@@ -24,6 +24,8 @@ from modelpatch.tasks.segmentation import Segmentation
 from modelpatch.train import fit
 from serving import Serving, fill, network, serving
 
+pytestmark = pytest.mark.service
+
 pytest.importorskip("torchmetrics")
 
 

@@ -27,7 +27,10 @@ from modelpatch.store.store import Store
 from serving import alive, children, close, picture, told, wait_until
 
 pytest.importorskip("ray.serve")
-pytestmark = pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1")
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1"),
+]
 METHODS = {"flowers": ScaleBias(), "birds": LinearProbe()}
 
 

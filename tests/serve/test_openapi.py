@@ -14,6 +14,8 @@ schemathesis = pytest.importorskip("schemathesis")
 
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
+pytestmark = pytest.mark.service
+
 EXAMPLES = 300 if os.environ.get("MODELPATCH_LONG") == "1" else 12
 PATHS = {
     "/v1/predict": ["POST"],

@@ -18,7 +18,10 @@ from serving import TOKEN, Serving, damage, drafts, network, picture
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine"),
+]
 SHOTS = os.environ.get("MODELPATCH_SCREENSHOTS")
 
 

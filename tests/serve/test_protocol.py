@@ -13,6 +13,8 @@ from modelpatch.serve import protocol
 from modelpatch.serve.protocol import HEAD_BYTES
 from serving import Serving, picture
 
+pytestmark = pytest.mark.service
+
 CHUNKED = (
     b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 )

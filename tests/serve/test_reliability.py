@@ -28,6 +28,8 @@ from modelpatch.serve.problems import Problem
 from modelpatch.store.store import Store
 from serving import Serving, alive, children, close, drafts, fill, network, picture, process, serving, told, wait_until
 
+pytestmark = pytest.mark.service
+
 LONG = os.environ.get("MODELPATCH_LONG") == "1"
 
 

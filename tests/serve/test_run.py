@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from modelpatch.serve.run import TRIES
+
+pytestmark = pytest.mark.service
 
 SCRIPT = """
 import os, signal, sys, time

@@ -18,6 +18,8 @@ from modelpatch.store.store import Store
 from modelpatch.tasks.record import TaskRecord
 from serving import close, network, picture, serving
 
+pytestmark = pytest.mark.service
+
 PICTURES = [picture(seed, 40) for seed in range(6)]
 
 

@@ -19,6 +19,8 @@ from modelpatch.serve.problems import Problem
 from modelpatch.serve.question import FORMATS, decode
 from modelpatch.serve.settings import Settings
 
+pytestmark = pytest.mark.service
+
 KIND = small_preprocessing()
 LIMIT = 1_000_000
 

@@ -25,6 +25,8 @@ from modelpatch.store.files import Records
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
 
+pytestmark = pytest.mark.service
+
 KILLS = int(os.environ.get("MODELPATCH_KILLS", "20"))
 TINY = make_tiny()
 FILES = [encode_patch(draft_patch(TINY, seed=seed)) for seed in range(5)]

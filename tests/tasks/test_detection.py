@@ -37,6 +37,8 @@ from modelpatch.tasks.segmentation import PixelMask
 from modelpatch.train import evaluate, fit
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, Method] = {
     "probe": LinearProbe(),
     "scale-bias": ScaleBias(),

@@ -40,6 +40,8 @@ from modelpatch.tasks.segmentation import IGNORED, MaskMeter, PixelMask, Segment
 from modelpatch.train import Callback, Trainer, evaluate, fit
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, Method] = {
     "probe": LinearProbe(),
     "scale-bias": ScaleBias(),

@@ -27,6 +27,8 @@ from modelpatch.train.batches import Minibatch
 from modelpatch.train.callbacks import Checkpoint
 from modelpatch.train.fitting import Fit, PatchTrainer
 
+pytestmark = pytest.mark.slow
+
 METHOD = ScaleBias(statistics="learned")
 SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2, "ema": 0.9, "validation": 0.25}
 

@@ -26,6 +26,8 @@ from modelpatch.train import fit
 from modelpatch.train.distributed import Team, joined, restarted
 from modelpatch.train.trainer import Trainer
 
+pytestmark = pytest.mark.service
+
 long = pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1")
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05, "head_lr": 0.1}
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 7, "augment": "light"}

@@ -24,6 +24,8 @@ from modelpatch.train.batches import Minibatch
 from modelpatch.train.fitting import PatchTrainer
 from modelpatch.train.ray import run_on_ray
 
+pytestmark = pytest.mark.service
+
 TWO = [named("first", 24, 0), named("second", 11, 1)]
 
 

@@ -13,6 +13,8 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import LinearProbe
 from modelpatch.train import fit
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 10
 MARGIN = 0.05  # half of what was measured
 
