@@ -69,13 +69,13 @@ def main() -> None:
     parser.add_argument("--against", default="HEAD~1", help="the revision to compare with")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("arguments", nargs="*", help="options of the benchmark, behind --")
-    options = parser.parse_args()
+    own, _, arguments = " ".join(sys.argv[1:]).partition(" -- ")
+    options = parser.parse_args(own.split())
     seen: dict[Figure, dict[str, list[float]]] = defaultdict(lambda: {"before": [], "now": []})
     with checkout(options.against) as other:
         for _ in range(options.turns):
             for side, root in (("before", other), ("now", HERE)):
-                for figure, value in measure(root, options.benchmark, options.arguments).items():
+                for figure, value in measure(root, options.benchmark, arguments.split()).items():
                     seen[figure][side].append(value)
     rows = []
     for (row, column), sides in seen.items():

@@ -97,17 +97,17 @@ def test_every_tuning_and_budget_gives_the_same_answers(
 ) -> None:
     patches = many(tiny)
     engine = Engine(tiny, patches, tuning=tuning, budget=budget)
+    alone = {"base": tiny(images)} | {name: tiny.patched(patch)(images) for name, patch in patches.items()}
     for _ in range(OFTEN + 1):
         answers = engine(images)
         engine.settle()
-        assert close(answers["base"], tiny(images))
-        for name, patch in patches.items():
-            assert close(answers[name], tiny.patched(patch)(images)), name
+        for name, expected in alone.items():
+            assert close(answers[name], expected), name
     assert Fingerprint.of(tiny.chain) == tiny.fingerprints
     assert engine.memory["variants"] <= budget
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     spans=st.lists(st.sets(st.sampled_from(BLOCKS), min_size=1), min_size=1, max_size=4),
     tasks=st.lists(st.integers(0, 4), max_size=8),
@@ -364,7 +364,7 @@ def test_calls_get_one_valid_version_while_patches_come_and_go(tiny: Backbone, i
     for thread in threads:
         thread.start()
     try:
-        for change in range(334):  # a swap, an addition and a removal each: 1,000 changes
+        for change in range(100):  # a swap, an addition and a removal each
             engine.swap("a", versions[change % len(versions)])
             engine.add("c", versions[(change + 1) % len(versions)])
             engine.remove("c")

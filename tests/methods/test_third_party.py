@@ -13,6 +13,7 @@ import torch
 
 import modelpatch as mp
 from conftest import write_folder
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.patch.contents import Patch
 from modelpatch.store.store import Store
@@ -66,7 +67,7 @@ def test_a_method_of_another_distribution_is_trained_saved_loaded_and_served(tmp
     backbone = mp.load_backbone("bundled:tiny")
     images = torch.randn(2, *patch.preprocessing.input_size)
     expected = backbone.patched(patch)(images)
-    answers = Engine(backbone, {"colors": patch})(images, only=["colors"])["colors"]
+    answers = Engine(backbone, {"colors": patch}, tuning=Tuning())(images, only=["colors"])["colors"]
     assert torch.allclose(answers, expected, atol=1e-4)
 
     store = Store(tmp_path / "store")

@@ -34,14 +34,14 @@ NETWORKS: dict[str, tuple[str, Callable[[], Backbone]]] = {
     "tiny": ("conv", make_tiny),
     "resnet18": ("conv", lambda: make_timm("resnet18", 32)),
     "mobilenetv2": ("conv", lambda: make_timm("mobilenetv2_100", 32)),
-    "inception": ("conv", lambda: make_timm("inception_v3", 96)),  # some of its blocks have no padding
+    "inception": ("conv", lambda: make_timm("inception_v3", 80)),  # some of its blocks have no padding
     "vgg": ("conv", lambda: make_timm("vgg11", 32)),
     "vit": ("linear", lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=2)),
     "swin": ("linear", lambda: make_timm("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2)),
 }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=NETWORKS, scope="module")
 def network(request: pytest.FixtureRequest) -> tuple[str, Backbone]:
     kind, make = NETWORKS[request.param]
     return kind, make()
@@ -62,7 +62,7 @@ def test_a_draft_computes_what_the_base_computes(network: tuple[str, Backbone]) 
         assert close(model(images), model.head(backbone.chain(images)))
 
 
-@pytest.mark.parametrize(("filters", "kernel"), [(1, 1), (4, 3), (3, 2)])
+@pytest.mark.parametrize(("filters", "kernel"), [(4, 3), (3, 2)])
 def test_numbers_are_counted_as_the_formula_says(network: tuple[str, Backbone], filters: int, kernel: int) -> None:
     kind, backbone = network
     method = Widened(filters=filters, kernel=kernel)

@@ -15,6 +15,7 @@ from torch import Tensor
 from conftest import color_task, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.engine.engine import Engine
@@ -212,7 +213,7 @@ def test_the_result_is_a_backbone_file_with_patches_that_engine_and_store_take(
     assert loaded.spec == result.backbone.spec == result.patches["first"].backbone.spec
     assert loaded.about["multitask"]["base_fingerprint"] == base.fingerprint
     files = {name: tmp_path / "out" / f"{name}.safetensors" for name in ("first", "second")}
-    engine = Engine(loaded, files)
+    engine = Engine(loaded, files, tuning=Tuning())
     images = torch.rand(2, 3, 32, 32)
     for name, path in files.items():
         patch = Patch.load(path)

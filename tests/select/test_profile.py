@@ -142,7 +142,7 @@ def test_a_method_is_confined_as_it_is_spelled(tiny: Backbone) -> None:
     spelled = make_method("scale-bias(blocks=[stage1.0,stage2])")
     owned = spelled.blueprint(tiny).owned
     assert {name.rpartition(".bn")[0] for name in owned} == {"stage1.0", "stage2.0", "stage2.1"}
-    assert spelled.hyperparameters()["blocks"] == ["stage1.0", "stage2"]
+    assert spelled.hyperparameters()["blocks"] == ("stage1.0", "stage2")
     assert make_method("scale-bias", blocks="stage1.0").count_parameters(tiny) == 2 * (8 + 8)
     assert isinstance(make_method("subset(blocks=stage1)"), Subset)
     with pytest.raises(MethodError, match="blocks = 3 is not valid"):
