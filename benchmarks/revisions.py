@@ -3,7 +3,7 @@
 Every run is a process of its own over its revision's `src/` and `benchmarks/`, with the same interpreter and packages.
 Arguments behind `--` go to both.
 
-    python benchmarks/revisions.py fit_speed --against 9115b2b --json benchmarks/results/revisions_fit_speed.json -- --epochs 3
+    python benchmarks/revisions.py fit_speed --against 9115b2b --same-script -- --epochs 3 --rounds 1 --sides fit
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,14 +69,18 @@ def main() -> None:
     parser.add_argument("benchmark", help="a script of benchmarks/, without its suffix")
     parser.add_argument("--against", default="HEAD~1", help="the revision to compare with")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--same-script", action="store_true", help="run this checkout's script over both packages")
     parser.add_argument("--json", type=Path)
-    own, _, arguments = " ".join(sys.argv[1:]).partition(" -- ")
-    options = parser.parse_args(own.split())
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, arguments = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     seen: dict[Figure, dict[str, list[float]]] = defaultdict(lambda: {"before": [], "now": []})
     with checkout(options.against) as other:
+        if options.same_script:
+            script = f"benchmarks/{options.benchmark}.py"
+            shutil.copyfile(HERE / script, other / script)
         for _ in range(options.turns):
             for side, root in (("before", other), ("now", HERE)):
-                for figure, value in measure(root, options.benchmark, arguments.split()).items():
+                for figure, value in measure(root, options.benchmark, arguments).items():
                     seen[figure][side].append(value)
     rows = []
     for (row, column), sides in seen.items():
