@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelpatch.errors import StoreError
-from modelpatch.store.files import DONE, FOLD, INDEX, RECORD, TAG, Index, Records, pack, path_of, unpack
+from modelpatch.store.files import DONE, FOLD, INDEX, RECORD, TAG, Index, pack, path_of, unpack
 from modelpatch.store.storage import Storage, open_storage
 from modelpatch.store.version import Version
 
@@ -194,10 +194,10 @@ def test_no_change_is_lost_whatever_order_writers_and_readers_come_in(
     first = Index(Interleaved(storage, chance, second))  # type: ignore[arg-type]
     for number in range(12):
         put(first, make_version(f"patch-{number}", number))
-        published = {one.reference for one in Records(storage).scan()}
+        published = {one.reference for one in Index(storage).scan()}
         seen = {one.reference for one in first.listing()}
         assert published <= seen
-    truth = Records(storage).scan()
+    truth = Index(storage).scan()
     assert Index(storage).listing() == truth
     assert second.listing() == truth
 

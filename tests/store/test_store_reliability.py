@@ -21,7 +21,7 @@ import pytest
 from conftest import draft_patch, make_tiny
 from modelpatch.errors import UnknownPatchError
 from modelpatch.patch.contents import encode_patch
-from modelpatch.store.files import Records
+from modelpatch.store.files import Index
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
 
@@ -115,7 +115,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_version_or_the_new(
             assert store.read(f"flowers@{tag}") == FILES[HASHES.index(version.hash)]
             store.load(f"flowers@{tag}")
             old[tag] = version.hash
-        assert store.list() == Records(store._storage).scan()
+        assert store.list() == Index(store._storage).scan()
         assert store.verify() == []
         turn = begun[-1] + 1 if begun else turn
     print(f"{KILLS} kills, {interrupted} of them inside a publication")
@@ -143,7 +143,7 @@ def test_processes_publish_at_once_while_others_read_and_collect(publishers: Pub
     assert done == [[0, 0, 0]]
     assert reads > 0
     assert store.verify() == []
-    assert store.list() == Records(store._storage).scan()
+    assert store.list() == Index(store._storage).scan()
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"])
@@ -189,7 +189,7 @@ def test_threads_publish_tag_remove_collect_and_list_at_once(place: str, tmp_pat
     assert failures == []
     store = Store(url)
     assert store.verify() == []
-    assert store.list() == Records(store._storage).scan()
+    assert store.list() == Index(store._storage).scan()
     for version in store.list():
         store.load(version)
     store.collect()

@@ -7,18 +7,11 @@
     index/NAME@TOKEN.begun          a writer is changing the files of NAME
     index/NAME@TOKEN.done           a writer has changed them since
 
-Tags are replaced whole; all other files never change. The files of the names alone define the content. The index is a cache,
-so that a listing reads a few files and not all of them; a damaged one costs time, never a version. A listing takes the
-table, reads the files of the names that are marked, and now and then makes a new table of both.
-
-Why many writers need no lock. A mark stands before the first file changes and stays until a table that was made after the
-change is there; `.begun` becomes `.done`, and only `.done` is cleared away. A new table is written before the old one is
-deleted, and the old one before the marks; so a reader of a table, which finds after reading it that it is still the only one,
-has also seen every mark that it lacks. Two tables at once are two that were made without knowledge of each other; none, that
-the index is lost. In both cases a table is made from all files.
+Tags are replaced whole; all other files never change. The index is a cache of what the files of the names say (docs/store.md).
+A mark stands before the first file changes; only `.done` ones are cleared away. A new table is written before the old one is
+deleted, and that before the marks: a reader that finds its table still the only one after reading it has seen all marks that
+the table lacks.
 """
-
-from __future__ import annotations
 
 import gc
 import re
@@ -47,18 +40,19 @@ TRIES = 10
 SHARED = ("method", "task", "backbone", "fingerprint", "chain", "tags")  # columns whose values repeat
 
 
-class Records:
-    """Reads the files of names. Names, tags and hashes are checked before they come here."""
+class Index:
+    """The files of names, and the index over them. Names, tags and hashes are checked before they come here."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._read: dict[str, list[Version]] = {}  # the last table, which never changes
 
     def files(self, name: str) -> set[str]:
         """The files of a name."""
         return self.storage.names(path_of(name))
 
     def tag(self, name: str, tag: str) -> str:
-        """The hash that a tag names. Raises `FileNotFoundError`, or `DamagedPatchError` for a file without a hash."""
+        """The hash that a tag names. Raises `FileNotFoundError` or `DamagedPatchError`."""
         hash = self.storage.read(path_of(name, tag + TAG)).decode("ascii", "replace").strip()
         if not HASH.fullmatch(hash):
             said = f"the tag {tag} of {name} is damaged: it holds no hash."
@@ -87,10 +81,7 @@ class Records:
         return with_tags(Version.read(self.storage.read(path_of(name, hash + RECORD)), name, hash), tags)
 
     def versions(self, name: str, files: Iterable[str] | None = None) -> list[Version]:
-        """All versions of a name, the oldest first, without those whose record is damaged.
-
-        One damaged file must not hide the others: `Store.verify` finds it, and asking for that version names it.
-        """
+        """All versions of a name, the oldest first; one damaged record, which `Store.verify` finds, hides no others."""
         files = self.files(name) if files is None else files
         tags, found = self.tags(name, files), []
         for hash in self.hashes(name, files):
@@ -112,14 +103,6 @@ class Records:
         files = self.all_files() if names is None else dict.fromkeys(names)
         found = self.storage.map(lambda item: self.versions(*item), sorted(files.items()))
         return [version for versions in found for version in versions]
-
-
-class Index(Records):
-    """Those files with the index over them."""
-
-    def __init__(self, storage: Storage) -> None:
-        super().__init__(storage)
-        self._read: dict[str, list[Version]] = {}  # the last table, which never changes
 
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:
@@ -167,17 +150,10 @@ class Index(Records):
         self._replace(_tables(entries), versions, [entry for entry in entries if MARK.fullmatch(entry)])
         return versions
 
-    def sweep(self) -> None:
-        """Remove the temporary files of writers that died."""
-        self.storage.sweep(entry for entry in self._entries() if is_temporary(entry.removeprefix(f"{INDEX}/")))
-
     def _replace(self, tables: list[str], versions: list[Version], marks: Iterable[str]) -> None:
-        """A new table in the place of those that were read before `versions` were, which hold what `marks` announce.
-
-        Readers may be forbidden to write: the listing is right without it, and the next one tries again.
-        """
+        """A new table in the place of those that were read before `versions` were, which hold what `marks` announce."""
         generation = 1 + max((int(table.removeprefix(f"{INDEX}/").partition("-")[0]) for table in tables), default=0)
-        with suppress(StoreError):
+        with suppress(StoreError):  # readers may be forbidden to write; the next listing tries again
             self.storage.write(f"{INDEX}/{generation:012}-{_token()}.table", pack(versions))
             for table in tables:
                 self.storage.delete(table)
@@ -209,14 +185,10 @@ def is_temporary(file: str) -> bool:
 
 def pack(versions: Sequence[Version]) -> bytes:
     """A table: one column a field; repeating values stand once and are numbered."""
-    columns: dict[str, Any] = {}
-    for name in _COLUMNS:
-        values = [getattr(version, name) for version in versions]
-        if name in SHARED:
-            numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
-            columns[name] = {"values": list(numbers), "numbers": [numbers[value] for value in values]}
-        else:
-            columns[name] = values
+    columns: dict[str, Any] = {name: [getattr(version, name) for version in versions] for name in _COLUMNS}
+    for name in SHARED:
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(columns[name]))}
+        columns[name] = {"values": list(numbers), "numbers": [numbers[value] for value in columns[name]]}
     return canonical(columns).encode()
 
 

@@ -4,8 +4,6 @@ Only what object stores have as well: a file is written whole or not at all and 
 and deleted. No rename, no lock, no append, no "create unless it exists".
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,7 @@ TRIES = 10
 ABANDONED = 3600.0  # seconds after which a file that has to go by then was left by a writer that died
 
 
-def open_storage(url: str | os.PathLike[str], options: dict[str, Any]) -> Storage:
+def open_storage(url: str | os.PathLike[str], options: dict[str, Any]) -> "Storage":
     """The place that a folder or URL names, with `fsspec`'s options for it. Nothing is made or read yet.
 
     Raises `StoreError` for a URL that nothing here can reach, `MissingExtraError` where a library is missing.
@@ -82,10 +80,10 @@ class Storage:
 
     def names(self, folder: str) -> set[str]:
         """The names of the files and folders in a folder; none where there is no such folder."""
-        found: list[str] = []
         with self._errors("list", folder), suppress(FileNotFoundError):
             found = self._list(lambda: self.system.ls(self._place(folder), detail=False))
-        return {name for path in found if (name := path.rstrip("/").rpartition("/")[2])}
+            return {name for path in found if (name := path.rstrip("/").rpartition("/")[2])}
+        return set()
 
     def walk(self, folder: str) -> list[str]:
         """The paths of all files below a folder."""
@@ -157,10 +155,9 @@ class Folder(Storage):
             Path(self.url, path).unlink(missing_ok=True)
 
     def names(self, folder: str) -> set[str]:
-        found: list[str] = []
         with self._errors("list", folder), suppress(FileNotFoundError):
-            found = os.listdir(self._place(folder))
-        return set(found)
+            return set(os.listdir(self._place(folder)))
+        return set()
 
     def walk(self, folder: str) -> list[str]:
         found, whole = [], self._place("")

@@ -1,16 +1,9 @@
 """A store: patches by name, version and tag, in a folder or a place that `fsspec` reaches.
 
-    publish(name, patch)     bytes, then record, then tags: a version is visible once all of it is there
-    load(name@tag)           tag -> hash -> bytes, checked by the hash and by the patch reader
-    collect()                removes versions that no tag names
-
-Versions are named by their content and never change, as in a container registry (OCI image layout) or in git; tags are
-small files that are replaced whole. So a reader sees the old version or the new one, and writers need no lock: those that
-publish the same bytes write the same files, and of those that move one tag the last one wins. After a removal the
-tags are read again, and after setting a tag the version: of two writers that meet, one repairs the store.
+Versions are named by their content and never change; tags are small files that are replaced whole. A version is published as
+its bytes, then its record, then its tags, so a reader sees the old version or the new one, and writers need no lock. After a
+removal the tags are read again, and after setting a tag the version: of two writers that meet, one repairs the store.
 """
-
-from __future__ import annotations
 
 import difflib
 import hashlib
@@ -31,7 +24,7 @@ from modelpatch.errors import (
     UnknownPatchError,
 )
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
-from modelpatch.store.files import FILE, PATCHES, RECORD, TAG, Index, is_temporary, is_whole, path_of, with_tags
+from modelpatch.store.files import FILE, INDEX, PATCHES, RECORD, TAG, Index, is_temporary, is_whole, path_of, with_tags
 from modelpatch.store.storage import open_storage
 from modelpatch.store.version import HASH, LATEST, NAME, PREFIX, Version, check_name, check_tag, parse_reference
 
@@ -60,17 +53,13 @@ class Store:
 
     `storage_options` go to `fsspec`. Any number of threads and processes, on any number of machines, may read and write one
     store at the same time. Names of patches and tags match `[a-z0-9][a-z0-9._-]{0,63}`. Every method raises `StoreError`
-    where the place cannot be read or written, and `InvalidReferenceError` for a name that is none.
+    where the place cannot be read or written, and `InvalidReferenceError` for a name that is none. `url` is that place.
     """
 
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
         self._storage = open_storage(url, storage_options)
         self._files = Index(self._storage)
-
-    @property
-    def url(self) -> str:
-        """The folder or URL of the store."""
-        return self._storage.url
+        self.url = self._storage.url
 
     def exists(self) -> bool:
         """Return True if there is a store already. Publishing makes one."""
@@ -149,7 +138,7 @@ class Store:
             left = [file for file in files if is_temporary(file) or (file.endswith(FILE) and file not in whole)]
             self._storage.sweep(path_of(name, file) for file in left)
         if not dry_run:
-            self._files.sweep()
+            self._storage.sweep(f"{INDEX}/{file}" for file in self._storage.names(INDEX) if is_temporary(file))
         return removed
 
     def rebuild(self) -> Versions:
@@ -216,11 +205,8 @@ class Store:
             problems.append(Fault("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
         return problems
 
-    def push(self, other: Store, references: str | Iterable[str]) -> Versions:
-        """Copy versions to another store, with the tag that each reference names. Returns them as they are there.
-
-        Every file is checked when it is read and again before it is visible there.
-        """
+    def push(self, other: "Store", references: str | Iterable[str]) -> Versions:
+        """Copy versions to another store, checked, with the tag that each reference names. Returns them as they are there."""
         copied = []
         for reference in (references,) if isinstance(references, str) else tuple(references):
             version, data = self._read(reference)
@@ -229,7 +215,7 @@ class Store:
             copied.append(other._publish(version, data, (rest,) if rest in version.tags else ()))
         return copied
 
-    def pull(self, other: Store, references: str | Iterable[str]) -> Versions:
+    def pull(self, other: "Store", references: str | Iterable[str]) -> Versions:
         """Copy versions from another store: `other.push(self, references)`."""
         return other.push(self, references)
 

@@ -1,13 +1,8 @@
-"""A version of a patch in a store: its names and its record.
+"""A version of a patch in a store: its record, and references to it.
 
-    flowers                 the version that the tag `latest` names
-    flowers@prod            the version that the tag `prod` names
-    flowers@1f0c2a9b        the version whose hash begins so: 8 digits or more, as many as tell it from the others
-
-A hash is the SHA-256 of the bytes of the patch file, so a version never changes; tags are moved from version to version.
+`flowers` is the version that the tag `latest` names, `flowers@prod` that of the tag `prod`, and `flowers@1f0c2a9b` the one
+whose hash, the SHA-256 of its file, begins with these 8 digits or more.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math
@@ -15,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
@@ -54,7 +49,7 @@ class Version:
     tags: tuple[Name, ...] = ()
 
     @classmethod
-    def of(cls, name: str, data: bytes, patch: Patch) -> Version:
+    def of(cls, name: str, data: bytes, patch: Patch) -> Self:
         """The version that a patch file's bytes make, created now."""
         fingerprint = patch.backbone.fingerprint
         return cls(
@@ -81,12 +76,10 @@ class Version:
 
     def record(self) -> bytes:
         """The JSON that a store keeps beside the patch file; tags are kept elsewhere."""
-        plain = self.as_dict()
-        del plain["tags"]
-        return canonical(plain).encode()
+        return canonical({name: value for name, value in self.as_dict().items() if name != "tags"}).encode()
 
     @classmethod
-    def read(cls, record: bytes, name: str, hash: str) -> Version:
+    def read(cls, record: bytes, name: str, hash: str) -> "Version":
         """The version that a record describes. Raises `DamagedPatchError` unless it is one of that name and hash."""
         where = f"the record of {name}@{hash[:12]}"
         try:
