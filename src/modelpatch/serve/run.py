@@ -1,14 +1,9 @@
 """Start a server: everything is checked and loaded once, then workers serve, and a parent replaces those that end.
 
-    parent: imports, loads the backbone, binds and listens ── fork ── worker 1: engine, event loop, requests
-            waits for children                             └─ fork ── worker 2: ...
-
-The workers share one listening socket. One is forked from a parent that has everything loaded, so a new one serves at once and
-all share the backbone's memory. The parent starts no thread, which makes forking safe, and holds the writing end of a pipe:
-when it dies, workers read its end.
+The workers are forked from a parent that has everything loaded: a new one serves at once, and all share one socket and the
+backbone's memory. The parent starts no thread, which makes forking safe, and holds the writing end of a pipe: when it dies,
+workers read its end.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import logging
@@ -38,6 +33,7 @@ from modelpatch.store.store import Store
 
 T = TypeVar("T")
 BACKLOG = 2048
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where the workers of one server add up their counts
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 TRIES = 5  # workers in a row that end before they serve, until the server gives up
 CONNECTIONS = 1024  # open at once, a worker; more are told 503 at once
@@ -101,7 +97,7 @@ def serve_forever(
         say(str(tuning))
     with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
         if workers > 1:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+            os.environ[FOLDER] = folder
         import uvicorn  # here, and after that, so that a new worker finds all imports done
 
         from modelpatch.serve.app import create_app
@@ -143,9 +139,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         opened = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        raise ServeError(
-            f"cannot listen on {host} port {port}: {error}. Choose another with --host and --port."
-        ) from error
+        said = f"cannot listen on {host} port {port}: {error}."
+        raise ServeError(said, "Choose another with --host and --port.") from error
     opened.set_inheritable(True)
     return opened
 
@@ -177,10 +172,9 @@ def rehearse(work: Callable[[], T]) -> T:
 
 @dataclass(eq=False)
 class Supervisor:
-    """Keeps `workers` processes alive that each run `serve(listening, ready)` until SIGTERM, which they answer by finishing
-    their work. They call `ready` once they serve.
+    """Keeps `workers` processes alive that each run `serve(listening, ready)` until SIGTERM, and call `ready` once they serve.
 
-    `grace` is how long they may take to finish, in seconds; then they are killed.
+    `grace` is how long they may take to finish their work after SIGTERM, in seconds; then they are killed.
     """
 
     serve: Callable[[socket.socket, Callable[[], object]], None]
@@ -192,7 +186,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises `ServeError` if workers end before they serve."""
-        from modelpatch.serve.metrics import forget
+        from prometheus_client.multiprocess import mark_process_dead
 
         self._lifeline, self._held = os.pipe()
         for number in STOPPING:
@@ -204,7 +198,8 @@ class Supervisor:
         while self._children:
             child, status = os.waitpid(-1, 0)
             serving = self._children.pop(child, None)
-            forget(child)
+            if FOLDER in os.environ:
+                mark_process_dead(child)  # removes its gauges; its counters stay
             if serving is None or self._stopping:
                 continue
             failed = 0 if serving[0] else failed + 1

@@ -1,10 +1,9 @@
 """The bodies of requests and answers, with examples, as OpenAPI shows them."""
 
-from __future__ import annotations
+from typing import Annotated
 
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
+from pydantic.config import JsonDict
 
 from modelpatch.store.version import NAME, Name
 
@@ -16,17 +15,15 @@ Color = Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$", description="In pictures
 Rectangle = Annotated[list[float], Field(min_length=4, max_length=4)]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 HASH = "9f2c" + "0" * 60
-ROSE = {"class": "rose", "index": 7, "probability": 0.93}
+ROSE: JsonDict = {"class": "rose", "index": 7, "probability": 0.93}
 
 
-def _config(extra: Literal["allow", "forbid", "ignore"] = "ignore", **example: Any) -> ConfigDict:
-    return ConfigDict(extra=extra, json_schema_extra={"examples": [example]} if example else None)
+EXAMPLE: JsonDict = {"images": [PIXEL], "tasks": ["base"], "top": 3}
+ANSWER: JsonDict = {"images": [{"answers": {"flowers": {"version": HASH, "top": [ROSE]}}}], "refused": {}}
 
 
-class PredictRequest(BaseModel):
+class PredictRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [EXAMPLE]}):
     """Images and what to ask about them."""
-
-    model_config = _config("forbid", images=[PIXEL], tasks=["base"], top=3)
 
     images: list[str] = Field(min_length=1, description="Image files in base64: JPEG, PNG, WebP, GIF, BMP or PPM.")
     tasks: list[Reference] | None = Field(
@@ -85,10 +82,8 @@ class TaskAnswer(BaseModel):
     size: list[int] | None = None
 
 
-class ProblemBody(BaseModel):
+class ProblemBody(BaseModel, extra="allow"):
     """An error (RFC 9457): what happened, and what to do."""
-
-    model_config = _config("allow")
 
     type: str
     title: str
@@ -106,10 +101,8 @@ class ImageAnswers(BaseModel):
     answers: dict[str, TaskAnswer]
 
 
-class Prediction(BaseModel):
+class Prediction(BaseModel, json_schema_extra={"examples": [ANSWER]}):
     """Answers in the order of the images. `refused` names tasks that could not be answered, and why."""
-
-    model_config = _config(images=[{"answers": {"flowers": {"version": HASH, "top": [ROSE]}}}], refused={})
 
     images: list[ImageAnswers]
     refused: dict[str, ProblemBody]
@@ -155,10 +148,8 @@ class VersionList(BaseModel):
     versions: list[PatchInfo]
 
 
-class TagRequest(BaseModel):
+class TagRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{"tag": "prod", "version": "latest"}]}):
     """The version that the tag shall name: the beginning of its hash, or another tag."""
-
-    model_config = _config("forbid", tag="prod", version="latest")
 
     tag: Name
     version: Name = "latest"
@@ -172,7 +163,7 @@ class PlanNode(BaseModel):
     flops: int
     own: bool
     tasks: list[str]
-    children: list[PlanNode]
+    children: list["PlanNode"]
 
 
 class PlanAnswer(BaseModel):

@@ -1,7 +1,5 @@
 """The limits of a server in one place, checked when it starts."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
@@ -12,40 +10,23 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Limits of a server. Sizes are in bytes, times in seconds; waiting images, resident patches and running requests count
-    in each worker.
+    """Limits of a server; waiting images, resident patches and running requests count in each worker."""
 
-    | setting | what it limits |
-    |---|---|
-    | token | admin verbs need it; None turns them off |
-    | cache_bytes | tensors of the patches that are resident; those being loaded, at most `loaders`, come on top |
-    | deadline | a request, from its first byte to its answer |
-    | requests | predictions and plans at once; more get 429 |
-    | queue | images that wait for the engine; more get 429 |
-    | batch | images that go through the engine together |
-    | images, tasks | of one request |
-    | body_bytes, patch_bytes | of a request's body, and of an uploaded patch; counted as they arrive |
-    | pixels | of an image, read from its header before it is decoded, and of what it is resized to |
-    | refresh | how old an answer of the store may be |
-    | remember | how long a patch that failed to load is refused without another try |
-    | loaders, decoders | threads that load patches, and that decode images |
-    """
-
-    token: str | None = None
-    cache_bytes: int = 1024 * MIB
-    deadline: float = 30.0
-    requests: int = 128
-    queue: int = 512
-    batch: int = 32
-    images: int = 64
-    tasks: int = 64
-    body_bytes: int = 32 * MIB
-    patch_bytes: int = 512 * MIB
-    pixels: int = 20_000_000  # with which an image of any kind takes less than 200 MB
-    refresh: float = 1.0
-    remember: float = 30.0
-    loaders: int = 8
-    decoders: int = min(4, os.cpu_count() or 1)
+    token: str | None = None  # for admin verbs; None turns them off
+    cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
+    deadline: float = 30.0  # seconds from a request's first byte to its answer
+    requests: int = 128  # predictions and plans at once; more get 429
+    queue: int = 512  # images that wait for the engine; more get 429
+    batch: int = 32  # images that go through the engine together
+    images: int = 64  # of one request
+    tasks: int = 64  # of one request
+    body_bytes: int = 32 * MIB  # of a request, counted as they arrive
+    patch_bytes: int = 512 * MIB  # of an uploaded patch
+    pixels: int = 20_000_000  # of an image and of what it is resized to; one of any kind then takes less than 200 MB
+    refresh: float = 1.0  # seconds that an answer of the store is remembered
+    remember: float = 30.0  # seconds for which a patch that failed to load is refused without another try
+    loaders: int = 8  # threads that load patches
+    decoders: int = min(4, os.cpu_count() or 1)  # threads that decode images
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
