@@ -1,29 +1,23 @@
-"""A client for the server.
+"""A client for the server."""
 
-client = Client("http://127.0.0.1:8000")
-client.predict(["photo.jpg"], tasks=["flowers", "birds"])      [{"flowers": [("rose", 0.93), ...], "birds": [...]}]
-client.predict(["a.jpg", "b.jpg"], per_image=["flowers", "birds@prod"])
-"""
-
-from __future__ import annotations
-
-import io
 import json
 import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote, urlencode
 
 from PIL import Image
 
-from modelpatch.backbone.preprocessing import open_image
-from modelpatch.errors import DataError, MissingExtraError, ServeError
+from modelpatch.backbone.preprocessing import image_bytes, open_image
+from modelpatch.errors import DataError, ServeError, require
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.problems import Problem
+from modelpatch.tasks.drawing import encode_png
 
 ImageFile = str | Path | bytes | Image.Image
+Names = Sequence[str] | None
 Answers = dict[str, list[tuple[str, float]]]
 CONNECTIONS = 64  # kept open for threads that ask at the same time
 PREDICT = "/v1/predict"
@@ -40,30 +34,22 @@ class Client:
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
-        try:
-            import urllib3
-        except ImportError as error:
-            raise MissingExtraError("urllib3", "serve", "asking a server") from error
+        urllib3 = require("urllib3", "serve", "asking a server")
         self.url, self.retries = url.rstrip("/"), retries
         self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError,)
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ServeError("the token has characters other than printable ASCII. Make one: openssl rand -hex 16")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             address = urllib3.util.parse_url(self.url)
         except urllib3.exceptions.LocationParseError as error:
             raise ServeError(f"{url!r} is no address of a server: {error}.") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise ServeError(f"{url!r} is no address of a server. Expected http://HOST:PORT.")
-        self._http = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=timeout, retries=False)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=timeout, retries=False, headers=headers)
 
     def predict(
-        self,
-        images: Sequence[ImageFile],
-        tasks: Sequence[str] | None = None,
-        *,
-        per_image: Sequence[str] | None = None,
-        top: int = 3,
+        self, images: Sequence[ImageFile], tasks: Names = None, *, per_image: Names = None, top: int = 3
     ) -> list[Answers]:
         """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
         one task an image, or for all. Of a segmentation the classes with the shares of the image that they cover, of a
@@ -78,12 +64,7 @@ class Client:
         return [{task: _pairs(answer, top) for task, answer in image["answers"].items()} for image in said["images"]]
 
     def ask(
-        self,
-        images: Sequence[ImageFile],
-        tasks: Sequence[str] | None = None,
-        *,
-        per_image: Sequence[str] | None = None,
-        top: int = 3,
+        self, images: Sequence[ImageFile], tasks: Names = None, *, per_image: Names = None, top: int = 3
     ) -> dict[str, Any]:
         """The whole answer behind `predict`: versions, indices, patches that were left out."""
         if isinstance(images, str | Path | bytes | Image.Image) or isinstance(tasks, str) or isinstance(per_image, str):
@@ -95,20 +76,19 @@ class Client:
         chosen = {"tasks": tasks, "per_image": per_image}
         words = {"top": str(top), **{name: ",".join(said) for name, said in chosen.items() if said is not None}}
         only = set(tasks or per_image or ())
-        hint = {MODEL: next(iter(only))} if len(only) == 1 else {}
+        headers = {**self._http.headers, **({MODEL: next(iter(only))} if len(only) == 1 else {})}
         files = [_encode(image) for image in images]
         if len(files) == 1:
-            own = {"Content-Type": OCTETS, **hint}
-            return self._send("POST", PREDICT, body=files[0], params=words, headers=own)
+            return self._send("POST", PREDICT, words, body=files[0], headers={**headers, "Content-Type": OCTETS})
         parts = [("images", (f"image {place}", data)) for place, data in enumerate(files)]
-        return self._send("POST", PREDICT, fields=[*parts, *words.items()], headers=hint)
+        return self._send("POST", PREDICT, fields=[*parts, *words.items()], headers=headers)
 
     def patches(self) -> list[dict[str, Any]]:
         """All patches of the store, with their latest versions."""
         found: list[dict[str, Any]] = []
         after: str | None = ""
         while after is not None:
-            page = self._send("GET", "/v1/patches", params={"after": after})
+            page = self._send("GET", "/v1/patches", {"after": after})
             found, after = found + page["patches"], page["next"]
         return found
 
@@ -116,15 +96,18 @@ class Client:
         """All versions of a patch."""
         return list(self._send("GET", f"/v1/patches/{quote(name, '@')}")["versions"])
 
-    def plan(self, tasks: Sequence[str] | None = None, images: int = 1) -> dict[str, Any]:
+    def plan(self, tasks: Names = None, images: int = 1) -> dict[str, Any]:
         """The work that tasks share in one pass, see `GET /v1/plan`."""
         chosen = {} if tasks is None else {"tasks": ",".join(tasks)}
-        return self._send("GET", "/v1/plan", params={"images": images, **chosen})
+        return self._send("GET", "/v1/plan", {"images": images, **chosen})
 
     def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
         """Publish a patch or its file as the newest version. Needs the token."""
-        data = encode_patch(patch) if isinstance(patch, Patch) else _read(patch)
-        return self._send("PUT", f"/v1/patches/{quote(name, '@')}", body=data, params={"tag": list(tags)})
+        try:
+            data = encode_patch(patch) if isinstance(patch, Patch) else Path(patch).read_bytes()
+        except OSError as error:
+            raise DataError(f"{patch} cannot be read: {error.strerror}.") from error
+        return self._send("PUT", f"/v1/patches/{quote(name, '@')}", {"tag": list(tags)}, body=data)
 
     def tag(self, name: str, tag: str, version: str = "latest") -> dict[str, Any]:
         """Let a tag name a version. Needs the token."""
@@ -144,26 +127,18 @@ class Client:
     def close(self) -> None:
         self._http.clear()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _send(
-        self,
-        verb: str,
-        path: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        **rest: Any,
-    ) -> dict[str, Any]:
+    def _send(self, verb: str, path: str, params: Mapping[str, Any] | None = None, **rest: Any) -> dict[str, Any]:
         url = f"{self.url}{path}" + (f"?{urlencode(params, doseq=True)}" if params else "")
         for left in range(self.retries if verb == "GET" or path == PREDICT else 0, -1, -1):
             wait = 0.1 * 2 ** (self.retries - left) * (1 + random.random())
             try:
-                answer = self._http.request(verb, url, headers={**self._headers, **(headers or {})}, **rest)
+                answer = self._http.request(verb, url, **rest)
             except self._broken as error:
                 if not left:
                     advice = "Is `modelpatch serve` running?"
@@ -188,18 +163,7 @@ def _pairs(answer: dict[str, Any], top: int) -> list[tuple[str, float]]:
 
 
 def _encode(image: ImageFile) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | Path):
-        return _read(image)
-    stream = io.BytesIO()
-    writable = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-    (image if writable else open_image(image)).save(stream, "PNG")  # PNG has no CMYK, YCbCr or floats
-    return stream.getvalue()
-
-
-def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    if not isinstance(image, Image.Image):
+        return image_bytes(image)
+    writable = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # PNG has no CMYK, YCbCr or floats
+    return encode_png(image if writable else open_image(image))
