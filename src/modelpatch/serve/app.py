@@ -1,7 +1,5 @@
 """The HTTP routes over a service: requests are read within limits, answers are JSON, errors are problem+json."""
 
-from __future__ import annotations
-
 import hmac
 import time
 from collections.abc import AsyncIterator, Callable
@@ -38,8 +36,6 @@ FILE_BODY = {"required": True, "content": {OCTETS: {"schema": BINARY}}}
 ROUTES = "GET /openapi.json lists routes."
 PatchTags = Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")]
 PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
-
-
 ALWAYS = ("bad-request", "invalid-request", "failed")
 BUSY = (*ALWAYS, "too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
 ADMIN = (*ALWAYS, "no-token", "wrong-token", "unknown-patch", "store-unreachable")
@@ -52,8 +48,7 @@ def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
 
 
 async def service_of(request: Request) -> Service:
-    service = request.app.state.service
-    assert isinstance(service, Service)
+    service: Service = request.app.state.service
     return service
 
 
@@ -242,7 +237,7 @@ async def _tell(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             first = error.errors()[0]
             kind = "bad-request" if first["type"] == "json_invalid" else "invalid-request"
-            where = ".".join(str(part) for part in first["loc"])[:80]
+            where = ".".join(str(part) for part in first["loc"])[:80] or "body"
             problem = Problem(kind, f"{where!r} is not valid: {first['msg'][:300]}.", "GET /openapi.json says more.")
         case ClientDisconnect():
             problem = Problem("bad-request", "The request ended before its body did.")

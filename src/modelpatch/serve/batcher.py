@@ -1,14 +1,7 @@
 """Images of many requests through the engine together.
 
-    request 1: image, {flowers, birds} ─┐
-    request 2: image, {signs}           ├─ queue ─ [as many as are there, at most `batch`] ─ engine.answer ─ each its own
-    request 3: image, {flowers, birds} ─┘
-
-No image waits for others: a free engine takes all that are there, and the next batch gathers while it computes. Images are
-ordered by their tasks, so that batches of one composition share one plan.
+No image waits for others: a free engine takes all that are there, at most `batch`; the next batch gathers while it computes.
 """
-
-from __future__ import annotations
 
 import asyncio
 import time
@@ -104,14 +97,18 @@ class Batcher:
 
     @torch.inference_mode()
     def _compute(self, batch: list[QueuedImage]) -> None:
-        rows = sorted(batch, key=lambda row: row.tasks)
+        rows = sorted(batch, key=lambda row: row.tasks)  # so that batches of one composition share one plan
         wanted: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
             for task in row.tasks:
                 wanted.setdefault(task, []).append(place)
         self.metrics.batch_images.observe(len(rows))
         self.metrics.shared.observe(self.engine.plan_for(wanted).shared)
-        logits = self.engine.answer(_stack(rows), wanted)
+        images = {}
+        for seen in dict.fromkeys(seen for row in rows for seen in row.crops):
+            unread = torch.zeros((), dtype=torch.uint8).expand(seen.input_size)  # for those that no task sees that way
+            images[seen] = seen.normalize(torch.stack([row.crops.get(seen, unread) for row in rows]))
+        logits = self.engine.answer(images, wanted)
         answers: list[dict[str, Said]] = [{} for _ in rows]
         for task, places in wanted.items():
             own = logits[task].float()
@@ -122,12 +119,3 @@ class Batcher:
                 answers[place][task] = one
         for row, answer in zip(rows, answers, strict=True):
             row.answer.set_result(answer)
-
-
-def _stack(rows: Sequence[QueuedImage]) -> dict[Preprocessing, Tensor]:
-    """Normalised batches (B, 3, S, S) by preprocessing; images that no task sees that way are zeros, which are not read."""
-    batches = {}
-    for kind in dict.fromkeys(kind for row in rows for kind in row.crops):
-        unseen = torch.zeros((), dtype=torch.uint8).expand(kind.input_size)
-        batches[kind] = kind.normalize(torch.stack([row.crops.get(kind, unseen) for row in rows]))
-    return batches

@@ -1,7 +1,5 @@
 """References to versions as the store has them, remembered for a moment: requests come by the thousand, a store may be far."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import OrderedDict
@@ -21,23 +19,19 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class ServedTask:
-    """A task that a request names, resolved once; everything from the cache to the answer is handed this.
+    """A task that a request names."""
 
-    `name` is the request's, `key` the engine's and `identity` the hash that answers report; `version` is the store's, None
-    for tasks of the server's own: the backbone and cascades.
-    """
-
-    name: str
-    key: str
-    identity: str
-    version: Version | None = None
+    name: str  # the request's
+    key: str  # the engine's
+    identity: str  # the hash that answers report
+    version: Version | None = None  # the store's; None for tasks of the server's own: the backbone and cascades
 
 
 class Catalogue:
     """The tasks that requests may name: the server's `own` and the store's, at most `refresh` seconds old.
 
     For one event loop. Threads of its own read the store, so that slow loads do not block lookups; equal
-    lookups at the same time wait for one answer. Its own changes are seen at once, other writers' within `refresh`.
+    lookups at the same time wait for one answer. Its own changes are seen at once.
     """
 
     def __init__(self, store: Store, refresh: float, own: Mapping[str, ServedTask]) -> None:

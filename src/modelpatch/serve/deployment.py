@@ -1,11 +1,4 @@
-"""The same server as replicas on Ray Serve: Ray places requests, every replica keeps its own cache.
-
-A request's header `serve_multiplexed_model_id` names its patch, and Ray sends it where that patch was answered before; that is
-a hint, and loading, the budget and failures stay with each replica's cache. Calls of Ray's may wait for processes that are
-gone, so stopping has a limit of time.
-"""
-
-from __future__ import annotations
+"""The same server as replicas on Ray Serve: Ray places requests, every replica keeps its own cache."""
 
 import logging
 import os
@@ -16,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from modelpatch.backbone.load import load_backbone
-from modelpatch.errors import MissingExtraError, ServeError
+from modelpatch.errors import ServeError, require
 from modelpatch.serve.run import DRAIN, bind, check_store, rehearse
 from modelpatch.serve.settings import Settings
 from modelpatch.store.store import Store
@@ -24,7 +17,7 @@ from modelpatch.text import first_line
 
 NAME = "modelpatch"
 LOCAL = "local"  # Ray's word for a Ray of this machine that ends with this process
-HINTS = 1000  # patches a replica may be known for
+HINTS = 1000  # patches a replica may be known for: Ray sends it requests whose header names one of them
 HEARTBEAT = 1.0  # seconds between two looks whether a replica lives
 PAUSE = 0.5  # seconds between two looks whether all replicas have started
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -45,25 +38,21 @@ def deploy(
 ) -> None:
     """Run replicas until SIGTERM or Ctrl-C, on the Ray cluster that `RAY_ADDRESS` names or on one of this machine.
 
-    Raises `MissingExtraError` without Ray Serve, `ServeError` where it cannot start, and the errors of the store or
-    the backbone before anything is started.
+    Raises `MissingExtraError` without Ray Serve, `ServeError` where it, the store or the backbone cannot be used.
     """
 
     def check() -> None:
-        """Raise what a replica would raise, which Ray would start again and again."""
         check_store(url, settings)
         load_backbone(spec, **arguments)
 
-    rehearse(check)  # before Ray is imported, which starts threads
+    rehearse(check)  # a replica that raises is started again and again; before Ray is imported, which starts threads
     address = os.environ.get("RAY_ADDRESS", LOCAL)
     if address == LOCAL:
         with bind(host, port) as free:
             port = free.getsockname()[1]
-    try:
-        import ray
-        from ray import serve  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("ray[serve]", "ray", "--ray") from error
+    require("ray.serve", "ray", "--ray", "ray[serve]")
+    import ray
+
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's is 15: other processes would run before requests
     threads = max(1, (os.cpu_count() or 1) // replicas)
     own: dict[str, Any] = {"num_cpus": threads * replicas, "include_dashboard": False} if address == LOCAL else {}
@@ -156,9 +145,9 @@ def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bo
 
 
 def _stop(seconds: float, last: bool) -> None:
-    """End what was started: let replicas finish what runs, then end Ray if it is ours (`last`), else Serve if it is not used.
+    """Let replicas finish what runs, then end Ray if it is ours (`last`), else Serve if it is not used.
 
-    If that takes longer than `seconds`, this process ends on the spot, and a Ray of its own with it.
+    Ray's calls may wait for processes that are gone: after `seconds` this process ends on the spot.
     """
     import ray
     from ray import serve

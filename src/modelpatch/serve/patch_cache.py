@@ -1,17 +1,9 @@
 """The patches in memory: loaded when a request asks for them, within a budget of bytes.
 
-    ask ── resident? ── yes ───────────────────────────────────────────────────────┐
-             no                                                                    │
-             └─ load, once for all who ask:  read ─ validate ─ bind ─ try ─ enter ─┴─ hold ─ answer ─ let go
-                                               any failure: remembered, and nothing else changes
-
 A patch is evicted only once another has been loaded and tried in its place, and never while a request holds it. A request
 first claims the bytes of all patches it needs, in the order of arrival, and only then waits for loads, so that requests cannot
-block each other. A patch is known by the hash of its file. One file may be in the store under several names, and of those
-copies each can fail for itself.
+block each other. One file may be in the store under several names, and of those copies each can fail for itself.
 """
-
-from __future__ import annotations
 
 import asyncio
 import time
@@ -39,10 +31,7 @@ MOST = 65_536  # failures and sizes that are remembered
 
 
 def load(templates: Templates, data: bytes) -> BoundPatch:
-    """Bind a patch file's bytes and try the patch on an image.
-
-    Raises the errors of reading and binding, and `InvalidPatchError` for values that are not finite.
-    """
+    """Bind a patch file's bytes and try the patch on an image. Raises a `PatchError`."""
     backbone = templates.backbone
     most = 2 * sum(parameter.numel() for parameter in backbone.module.parameters())  # a mask and a difference of each
     bound = BoundPatch(backbone, decode_patch(data, "the patch", most=most), templates)
@@ -57,10 +46,7 @@ def load(templates: Templates, data: bytes) -> BoundPatch:
 
 
 class PatchCache:
-    """The patches that an engine has, named there by the hashes of their files. For one event loop.
-
-    `read` gives the bytes of a version; it is called in threads. Problems are `about` a hash.
-    """
+    """The patches that an engine has, named there by the hashes of their files. For one event loop; threads call `read`."""
 
     def __init__(self, engine: Engine, read: Callable[[Version], bytes], settings: Settings, metrics: Metrics) -> None:
         self.engine, self.read, self.settings, self.metrics = engine, read, settings, metrics
@@ -118,10 +104,7 @@ class PatchCache:
         self._put(version.hash, bound)
 
     def drop(self, versions: Sequence[Version], kept: Collection[str]) -> None:
-        """Evict patches that were removed from the store, but for those that requests hold; they leave when others need room.
-
-        So do those whose hashes are `kept`, as other names have the same bytes.
-        """
+        """Evict patches that were removed from the store, but for `kept` hashes and those that requests hold."""
         for version in versions:
             self._failed.pop((version.hash, version.name), None)
             if version.hash in self.sizes and version.hash not in kept and not self._claims[version.hash]:

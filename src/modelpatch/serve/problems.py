@@ -1,11 +1,9 @@
 """Errors as the server tells them: problem+json (RFC 9457) with what was given, what was expected and what to do."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import modelpatch.errors as errors
 
@@ -36,6 +34,7 @@ TITLES = {
     "store-unreachable": (503, "The store cannot be read"),
     "stopping": (503, "The server is stopping"),
 }
+DAMAGED = (errors.DamagedPatchError, errors.PatchLengthError, errors.NotAPatchError)
 HEADERS = {
     "no-token": {"WWW-Authenticate": 'Bearer realm="modelpatch"'},
     "too-slow": {"Connection": "close"},
@@ -43,7 +42,6 @@ HEADERS = {
     "store-unreachable": {"Retry-After": "5"},
     **{kind: {"Retry-After": "1"} for kind in ("too-busy", "deadline", "no-room", "stopping")},
 }
-DAMAGED = (errors.DamagedPatchError, errors.PatchLengthError, errors.NotAPatchError)
 KINDS: dict[Any, tuple[str, str]] = {  # by types of errors, the first that fits; its advice replaces the error's
     errors.UnknownPatchError: ("unknown-patch", "GET /v1/patches lists those there are."),
     errors.WrongBackboneError: ("wrong-backbone", "GET /v1/plan names the server's backbone."),
@@ -78,7 +76,7 @@ class Problem(errors.ServeError):
         wait = self.headers.get("Retry-After", "")
         return float(wait) if wait.isdigit() else None
 
-    def named(self, patch: str) -> Problem:
+    def named(self, patch: str) -> "Problem":
         """The problem with the name of the patch that it is about."""
         return Problem(self.kind, self.detail, self.advice, about=self.about, **{**self.facts, "patch": patch})
 
@@ -88,7 +86,7 @@ class Problem(errors.ServeError):
         return {"type": kind, "title": self.title, "status": self.status, "detail": self.detail, **advice, **self.facts}
 
     @classmethod
-    def read(cls, status: int, said: bytes | Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Problem:
+    def read(cls, status: int, said: bytes | Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Self:
         """The problem that a server sent; one that is none of ours keeps its words."""
         try:
             body = json.loads(said) if isinstance(said, bytes) else said

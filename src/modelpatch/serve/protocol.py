@@ -5,8 +5,6 @@ event loop; and it waits for the first byte for ever. So bytes are counted until
 message (an endless line, trailer or chunk extension does not), and connections that stay in between too long are closed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 

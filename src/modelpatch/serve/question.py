@@ -1,14 +1,7 @@
-"""Requests for answers: one image's file with options in the address, a multipart form of several, or JSON with base64.
-
-Everything is read within limits: bytes are counted as they arrive, independent of the headers; formats of images are on a
-list, and pixels are counted before they are decoded.
-"""
-
-from __future__ import annotations
+"""Requests for answers, read within limits: an image's file with options in the address, a multipart form, or JSON."""
 
 import asyncio
 import base64
-import binascii
 import io
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -26,7 +20,6 @@ from modelpatch.backbone.preprocessing import Preprocessing, open_image
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.schemas import MOST_TOP, REFERENCE, PredictRequest
 from modelpatch.serve.settings import Settings
-from modelpatch.text import first_problem
 
 OCTETS = "application/octet-stream"
 SILENCE = 10.0  # seconds without a byte
@@ -34,20 +27,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 TOP = {"type": "integer", "minimum": 1, "maximum": MOST_TOP, "default": 3}
 BINARY = {"type": "string", "format": "binary"}
 NAMES = {"type": "array", "items": {"type": "string", "pattern": REFERENCE}}
-FILES = {"type": "array", "items": BINARY, "minItems": 1}
-EXAMPLES = {
-    "every patch": {"images": ["@photo.jpg"]},
-    "two patches": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5},
-    "one patch an image": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]},
-}
+FIELDS = {"images": {"type": "array", "items": BINARY, "minItems": 1}, "tasks": NAMES, "per_image": NAMES, "top": TOP}
 FORM = {
-    "schema": {
-        "type": "object",
-        "required": ["images"],
-        "properties": {"images": FILES, "tasks": NAMES, "per_image": NAMES, "top": TOP},
-    },
+    "schema": {"type": "object", "required": ["images"], "properties": FIELDS},
     "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
-    "examples": {name: {"value": value} for name, value in EXAMPLES.items()},
+    "examples": {
+        "every patch": {"value": {"images": ["@photo.jpg"]}},
+        "two patches": {"value": {"images": ["@photo.jpg"], "tasks": ["flowers", "birds@prod"], "top": 5}},
+        "one patch an image": {"value": {"images": ["@a.jpg", "@b.jpg"], "per_image": ["flowers", "birds"]}},
+    },
 }
 
 
@@ -74,7 +62,7 @@ QUESTION: dict[str, Any] = {
 
 
 async def read_question(request: Request, settings: Settings) -> tuple[PredictRequest, list[bytes]]:
-    """The request's options, and its image files. Raises `Problem`, 400, 408, 413, 415 or 422."""
+    """The request's options, and its image files. Raises `Problem` or `RequestValidationError`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     limit = settings.body_bytes
     if kind.startswith("image/") or kind == OCTETS:
@@ -121,15 +109,13 @@ def _validate(given: bytes | dict[str, Any]) -> PredictRequest:
             return PredictRequest.model_validate_json(given, strict=True)
         return PredictRequest.model_validate(given, strict=False)
     except ValidationError as error:
-        kind = "bad-request" if error.errors()[0]["type"] == "json_invalid" else "invalid-request"
-        advice = "GET /openapi.json shows what is expected."
-        raise Problem(kind, f"The request's {first_problem(error)}.", advice) from error
+        raise RequestValidationError(error.errors()) from error
 
 
 def _decode_base64(text: str, place: int) -> bytes:
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         said = f"Image {place} is no base64: {error}."
         raise Problem("unreadable-image", said, "Encode the bytes of the file.", image=place) from error
 
@@ -171,10 +157,9 @@ class Decoded:
 
 
 def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
-    """An encoded image as every preprocessing sees it.
+    """An encoded image, of an animation the first frame, as every preprocessing sees it.
 
-    Only the first frame of an animation is read. Raises `Problem`: 413 for more than `pixels`, in the file or as resized,
-    422 for anything but an image of a known format.
+    Raises `Problem`: 413 for more than `pixels`, in the file or as resized, 422 for anything but an image of a known format.
     """
     wanted = list(dict.fromkeys(kinds))
     if not data:

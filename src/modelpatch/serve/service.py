@@ -1,7 +1,5 @@
 """A server without HTTP: a store, an engine, the cache of patches and the queue, put together."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -34,8 +32,7 @@ class Service:
     """Answers for images with the patches of a store. `start` and `stop` belong to the event loop that calls it.
 
     `cascades` are tasks of the server's own, by name; they are always resident. `threads` compute each batch (PyTorch's
-    number by default); a server gives the engine all it has, and sets PyTorch's number to 1 for what decodes and loads.
-    Raises `Problem` for requests that cannot be answered.
+    number by default). Raises `Problem` for requests that cannot be answered.
     """
 
     def __init__(
@@ -92,11 +89,7 @@ class Service:
             self._running -= 1
 
     async def predict(self, images: Sequence[bytes], asked: PredictRequest) -> dict[str, Any]:
-        """The best classes of every image: for tasks or for one task an image; without either for all there are.
-
-        Tasks that cannot be answered are left out and named in the answer; it is an error if none can be. Tasks that do not
-        fit into one pass are answered in several.
-        """
+        """The best classes of every image: for tasks or for one task an image; without either for all there are."""
         self._check(images, asked)
         names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked)
         passes, refused = await self._work(names, work, self._groups)
@@ -117,17 +110,6 @@ class Service:
         if asked.per_image is not None and len(asked.per_image) != len(images):
             said = f"per_image names {len(asked.per_image)} tasks for {len(images)} images."
             raise Problem("invalid-request", said, "Name one task for every image.")
-
-    async def _names(self, names: Sequence[str] | None) -> Sequence[str]:
-        """The names, checked; without any those of the server's own tasks and of all patches."""
-        if names is None:
-            return list(dict.fromkeys([*self.own, *(version.name for version in await self.catalogue.latest())]))
-        if not names:
-            raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
-        if (count := len(set(names))) > self.settings.tasks:
-            said = f"The request asks for {count} tasks; this server answers {self.settings.tasks} at once."
-            raise Problem("too-large", said, "Name the tasks you need.")
-        return names
 
     def _groups(self, targets: list[ServedTask]) -> list[list[ServedTask]]:
         """The targets in as few passes as their number and the bytes that stay resident allow."""
@@ -151,9 +133,16 @@ class Service:
     ) -> tuple[list[T], dict[str, Any]]:
         """The results of `work` on the targets of names, as they are `split`, while the engine has them; and what was refused.
 
-        Work is done again without those that a problem is about. Raises the first `Problem` if none is left.
+        None names all tasks. Work is done again without those that a problem is about; if none is left, raises the first.
         """
-        targets, refused = await self.catalogue.find(await self._names(names))
+        if names is None:
+            names = [*self.own, *(version.name for version in await self.catalogue.latest())]
+        elif not names:
+            raise Problem("invalid-request", "No task is named.", "Name tasks, or leave the field out for all of them.")
+        elif (count := len(set(names))) > self.settings.tasks:
+            said = f"The request asks for {count} tasks; this server answers {self.settings.tasks} at once."
+            raise Problem("too-large", said, "Name the tasks you need.")
+        targets, refused = await self.catalogue.find(names)
         results = []
         for left in split(targets):
             while left:
@@ -301,10 +290,6 @@ class Service:
         """Remove a patch with all its versions and tags; or one version, with its tags only if `force`."""
         whole = "@" not in reference
         gone = list(await self.catalogue.versions(reference)) if whole else [await self.catalogue.resolve(reference)]
-
-        def work() -> None:
-            for version in gone:
-                self.store.remove(version, force=whole or force)
-
-        await self.catalogue.change(work, patch=reference)
+        drop = partial(self.store.remove, force=whole or force)
+        await self.catalogue.change(lambda: list(map(drop, gone)), patch=reference)
         self.cache.drop(gone, kept={version.hash for version in await self.catalogue.list()})
