@@ -52,7 +52,7 @@ def bomb(width: int, height: int, lines: int | None = None) -> bytes:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_on_the_list_decodes_as_the_library_does(kind: str) -> None:
     data = encoded(noise(), kind)
-    assert torch.equal(decode(data, [KIND], LIMIT).crops[KIND], KIND.center_crop(KIND.decode(data)))
+    assert torch.equal(decode(data, [KIND], LIMIT)[0][KIND], KIND.center_crop(KIND.decode(data)))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16", "LA"])
@@ -63,7 +63,7 @@ def test_every_mode_is_a_right_answer(mode: str) -> None:
         gray = Image.new("RGB", (40, 30), (128, 128, 128))
         image = gray.quantize(4) if mode == "P" else gray.convert(mode)
     data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
-    crop = decode(data, [KIND], LIMIT).crops[KIND]
+    crop = decode(data, [KIND], LIMIT)[0][KIND]
     if mode == "1":  # dithered
         assert 100 < crop.float().mean() < 156
     else:
@@ -76,17 +76,17 @@ def test_an_animation_is_its_first_frame() -> None:
         data = encoded(
             frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
         )
-        red, _, blue = decode(data, [KIND], LIMIT).crops[KIND][:, 8, 8].tolist()
+        red, _, blue = decode(data, [KIND], LIMIT)[0][KIND][:, 8, 8].tolist()
         assert (red, blue) == (255, 0)
 
 
 def test_one_pixel_is_an_image() -> None:
-    assert decode(encoded(Image.new("RGB", (1, 1), "red")), [KIND], LIMIT).crops[KIND][:, 0, 0].tolist() == [255, 0, 0]
+    assert decode(encoded(Image.new("RGB", (1, 1), "red")), [KIND], LIMIT)[0][KIND][:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_an_image_is_seen_by_every_preprocessing() -> None:
     kinds = [KIND, small_preprocessing(24)]
-    assert [crop.shape for crop in decode(encoded(noise()), kinds, LIMIT).crops.values()] == [(3, 16, 16), (3, 24, 24)]
+    assert [crop.shape for crop in decode(encoded(noise()), kinds, LIMIT)[0].values()] == [(3, 16, 16), (3, 24, 24)]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_flipped_bytes_are_an_image_or_a_refusal() -> None:
             places = generator.integers(0, len(data), 3)
             data[places] = generator.integers(0, 256, 3)
             try:
-                assert decode(data.tobytes(), [KIND], LIMIT).crops[KIND].shape == (3, 16, 16)
+                assert decode(data.tobytes(), [KIND], LIMIT)[0][KIND].shape == (3, 16, 16)
             except Problem as problem:
                 assert problem.kind in ("unreadable-image", "too-large")  # noqa: PT017 (either outcome is right)
 
@@ -152,7 +152,7 @@ from test_served_images import KIND, decode
 from modelpatch.serve.settings import Settings
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sys.argv[1:]:
-    assert decode(Path(file).read_bytes(), [KIND], Settings().pixels).crops[KIND].shape == (3, 16, 16)
+    assert decode(Path(file).read_bytes(), [KIND], Settings().pixels)[0][KIND].shape == (3, 16, 16)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

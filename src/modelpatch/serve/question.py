@@ -4,8 +4,7 @@ import asyncio
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import Request
@@ -21,6 +20,7 @@ from modelpatch.serve.problems import Problem
 from modelpatch.serve.schemas import MOST_TOP, REFERENCE, PredictRequest
 from modelpatch.serve.settings import Settings
 
+Decoded = tuple[dict[Preprocessing, Tensor], tuple[int, int]]  # uint8 crops (3, S, S), the width and height, upright
 OCTETS = "application/octet-stream"
 SILENCE = 10.0  # seconds without a byte
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
@@ -148,14 +148,6 @@ def _counted(request: Request, limit: int) -> Request:
     return Request(request.scope, receive)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """uint8 crops (3, S, S) of an image, one for every preprocessing, and its own width and height, upright."""
-
-    crops: Mapping[Preprocessing, Tensor]
-    size: tuple[int, int]
-
-
 def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
     """An encoded image, of an animation the first frame, as every preprocessing sees it.
 
@@ -171,7 +163,7 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
         _check_size(image, wanted, pixels)
         ImageOps.exif_transpose(image, in_place=True)  # so that the image as it was is not kept beside
         whole = open_image(image)
-        return Decoded({kind: kind.center_crop(kind.decode(whole)) for kind in wanted}, whole.size)
+        return {kind: kind.center_crop(kind.decode(whole)) for kind in wanted}, whole.size
     except Problem:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:

@@ -172,15 +172,12 @@ def rehearse(work: Callable[[], T]) -> T:
 
 @dataclass(eq=False)
 class Supervisor:
-    """Keeps `workers` processes alive that each run `serve(listening, ready)` until SIGTERM, and call `ready` once they serve.
-
-    `grace` is how long they may take to finish their work after SIGTERM, in seconds; then they are killed.
-    """
+    """Keeps `workers` processes alive that run `serve(listening, ready)` until SIGTERM, and call `ready` once they serve."""
 
     serve: Callable[[socket.socket, Callable[[], object]], None]
     listening: socket.socket
     workers: int
-    grace: float
+    grace: float  # seconds that they may take to finish their work after SIGTERM; then they are killed
     _children: dict[int, mmap.mmap] = field(default_factory=dict, init=False)  # each sets a byte once it serves
     _stopping: bool = field(default=False, init=False)
 

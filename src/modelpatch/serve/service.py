@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, TypeVar
 
 from modelpatch.backbone.backbone import Backbone
@@ -93,10 +94,7 @@ class Service:
         self._check(images, asked)
         names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked)
         passes, refused = await self._work(names, work, self._groups)
-        answers = [
-            {name: answer for one in parts for name, answer in one.items()} for parts in zip(*passes, strict=True)
-        ]
-        return {"images": [{"answers": answer} for answer in answers], "refused": refused}
+        return {"images": [{"answers": reduce(or_, parts)} for parts in zip(*passes, strict=True)], "refused": refused}
 
     def _check(self, images: Sequence[bytes], asked: PredictRequest) -> None:
         if asked.tasks is not None and asked.per_image is not None:
@@ -168,8 +166,8 @@ class Service:
         wanted = [[one for one in targets if name in (None, one.name)] for name in names]
         decoded = await self._decode(images, wanted)
         rows = [
-            QueuedImage(one.crops, tuple(sorted({target.key for target in own})), asked.top)
-            for one, own in zip(decoded, wanted, strict=True)
+            QueuedImage(crops, tuple(sorted({target.key for target in own})), asked.top)
+            for (crops, _), own in zip(decoded, wanted, strict=True)
         ]
         found = iter(await self.batcher.answer([row for row in rows if row.tasks]))
         said = [next(found) if row.tasks else {} for row in rows]
@@ -201,7 +199,7 @@ class Service:
         """The answers of one image as JSON."""
         answers = {}
         for target in targets:
-            view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=image.size)
+            view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=image[1])
             answer = kind_of(self.engine.kind(target.key)).to_json(said[target.key], view, top)
             answers[target.name] = {"version": target.identity, "top": [], **answer}
         return answers
