@@ -290,6 +290,8 @@ def test_a_chain_reads_like_a_sequence(tiny: Backbone) -> None:
     assert [segment.index for segment in tiny.chain] == list(range(len(tiny.chain)))
     assert tiny.chain[0:2] == tiny.chain.segments[:2]
     assert "4 blocks in 2 stages" in repr(tiny.chain)
+    shown = "name='stage1.0', is_block=True, stage=0, input_shape=(8, 8, 8), output_shape=(8, 8, 8))"
+    assert repr(tiny.chain.blocks[0]).endswith(shown)  # neither the module nor names of tensors
 
 
 def test_the_same_network_is_cut_the_same_way_twice() -> None:

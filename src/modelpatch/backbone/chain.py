@@ -7,13 +7,12 @@ network's own modules in the network's own order. A chain is checked against the
 network cannot be traced, the chain is coarser, never wrong.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -39,8 +38,8 @@ class Segment:
 
     index: int
     name: str
-    module: nn.Module
-    tensor_names: Mapping[str, str]
+    module: nn.Module = field(repr=False)
+    tensor_names: Mapping[str, str] = field(repr=False)
     is_block: bool
     stage: int | None
     input_shape: tuple[int, ...]
@@ -96,8 +95,7 @@ class Chain(Sequence[Segment]):
     @property
     def stages(self) -> tuple[tuple[Segment, ...], ...]:
         """The blocks grouped into runs at one resolution."""
-        count = 1 + max((block.stage for block in self.blocks if block.stage is not None), default=-1)
-        return tuple(tuple(block for block in self.blocks if block.stage == stage) for stage in range(count))
+        return tuple(tuple(run) for _, run in itertools.groupby(self.blocks, lambda block: block.stage))
 
     @property
     def feature_dim(self) -> int:
@@ -106,19 +104,17 @@ class Chain(Sequence[Segment]):
 
     def segment_of(self, name: str) -> Segment:
         """The segment that holds the backbone tensor `name`. Raises KeyError for none, or for one that several share."""
-        return self.segments[self._owners[name]]
+        return self._owners[name]
 
     def tensor(self, name: str) -> Tensor:
         """The backbone tensor `name`. Raises KeyError as `segment_of` does."""
         return dict(self.segment_of(name).named_tensors())[name]
 
     @cached_property
-    def _owners(self) -> dict[str, int]:
-        owners: dict[str, list[int]] = {}
-        for segment in self.segments:
-            for name, _ in segment.named_tensors():
-                owners.setdefault(name, []).append(segment.index)
-        return {name: indices[0] for name, indices in owners.items() if len(indices) == 1}
+    def _owners(self) -> dict[str, Segment]:
+        pairs = [(name, segment) for segment in self.segments for name, _ in segment.named_tensors()]
+        counts = Counter(name for name, _ in pairs)
+        return {name: segment for name, segment in pairs if counts[name] == 1}
 
     def __repr__(self) -> str:
         return f"Chain({len(self)} segments, {len(self.blocks)} blocks in {len(self.stages)} stages)"
@@ -147,7 +143,7 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
                     f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
                 ) from error
         try:
-            return _check(_traced_chain(module, example, classifier), module, example, classifier)
+            return _traced_chain(module, example, classifier)
         except UntraceableBackboneError as error:
             if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
                 raise UntraceableBackboneError(f"{error}. {NAME_PARTS}") from error
@@ -189,7 +185,7 @@ def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) ->
         source = run[-1]
         shapes.append(tuple(values[source].shape[1:]))
     head = _part(nodes[end:], module, source)[1] if nodes[end:] else nn.Identity()
-    return _assemble(parts, head, module, shapes)
+    return _assemble(parts, head, shapes, module, example, classifier)
 
 
 def _find_cuts(
@@ -252,11 +248,10 @@ class PooledFeatures(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
 
     def forward(self, x: Tensor) -> Tensor:
-        model: Any = self.module
-        return model.forward_head(model.forward_features(x), pre_logits=True)
+        return self.module.forward_head(self.module.forward_features(x), pre_logits=True)
 
 
 def _listed_chain(parts: Parts, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
@@ -271,11 +266,21 @@ def _listed_chain(parts: Parts, module: nn.Module, example: Tensor, classifier: 
             )
         versions.append((x, x._version))
     head = nn.Identity() if classifier is None else module.get_submodule(classifier)
-    return _check(_assemble(parts, head, module, shapes), module, example, classifier)
+    return _assemble(parts, head, shapes, module, example, classifier)
 
 
-def _assemble(parts: Parts, head: nn.Module, module: nn.Module, shapes: list[tuple[int, ...]]) -> Chain:
-    """`shapes` are those of the image and of every part's output, without the batch axis."""
+def _assemble(
+    parts: Parts,
+    head: nn.Module,
+    shapes: list[tuple[int, ...]],
+    module: nn.Module,
+    example: Tensor,
+    classifier: str | None,
+) -> Chain:
+    """The chain of `parts`, if it and its head give the network's own output, bit for bit, and that is finite.
+
+    `shapes` are those of the image and of every part's output, without the batch axis.
+    """
     if len(shapes[-1]) != 1:
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
     blocks = _find_blocks([part for _, part in parts])
@@ -295,7 +300,15 @@ def _assemble(parts: Parts, head: nn.Module, module: nn.Module, shapes: list[tup
         )
         for index, (name, part) in enumerate(parts)
     ]
-    return Chain(segments, head)
+    chain = Chain(segments, head)
+    probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    expected = module(probe) if classifier else module(probe).flatten(1)
+    if not torch.isfinite(expected).all():
+        raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
+    if not torch.equal(head(chain(probe)), expected):
+        found = f"the {len(chain)} segments found in {type(module).__name__}"
+        raise UntraceableBackboneError(f"{found} do not reproduce it. {NAME_PARTS}")
+    return chain
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -305,13 +318,10 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _find_blocks(parts: Sequence[nn.Module]) -> list[int]:
     """Composite segments with at least two weights; where they are the minority (VGG), every segment with weights."""
-    weighted = [index for index, part in enumerate(parts) if _count_weights(part)]
-    composite = [index for index in weighted if _count_weights(parts[index]) > 1 and has_children(parts[index])]
+    counts = [sum(parameter.ndim >= 2 for parameter in part.parameters()) for part in parts]
+    weighted = [index for index, count in enumerate(counts) if count]
+    composite = [index for index in weighted if counts[index] > 1 and has_children(parts[index])]
     return composite if 2 * len(composite) >= len(weighted) else weighted
-
-
-def _count_weights(module: nn.Module) -> int:
-    return sum(parameter.ndim >= 2 for name, parameter in module.named_parameters())
 
 
 def spatial_size(shape: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
@@ -334,15 +344,3 @@ def count_macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         clone(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops() // 2
-
-
-def _check(chain: Chain, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
-    """The chain, if it and its head give the network's own output, bit for bit, and that is finite."""
-    probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
-    expected = module(probe) if classifier else module(probe).flatten(1)
-    if not torch.isfinite(expected).all():
-        raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
-    if not torch.equal(chain.head(chain(probe)), expected):
-        found = f"the {len(chain)} segments found in {type(module).__name__}"
-        raise UntraceableBackboneError(f"{found} do not reproduce it. {NAME_PARTS}")
-    return chain
