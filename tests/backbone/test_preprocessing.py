@@ -153,7 +153,7 @@ def test_timms_own_evaluation_transform_gives_the_same_pixels() -> None:
     config["crop_pct"] = 0.875
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     expected = timm.data.create_transform(**config)(Image.fromarray(noise))
-    torch.testing.assert_close(Preprocessing.from_timm(config)(noise)[0], expected)
+    torch.testing.assert_close(Preprocessing(**config)(noise)[0], expected)
 
 
 @pytest.mark.parametrize("pixels", [0, -1, MAX_PIXELS + 1, 2.5, True, "16"])

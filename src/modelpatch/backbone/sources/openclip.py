@@ -6,19 +6,16 @@ Radford et al., *Learning Transferable Visual Models From Natural Language Super
 `pretrained=False`, the weights are random and follow the seed.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.text_tower import ClipText
-from modelpatch.errors import BackboneError, MissingExtraError, UnknownBackboneError
+from modelpatch.errors import BackboneError, UnknownBackboneError, require
 
 NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)(?:/([A-Za-z0-9_-][A-Za-z0-9_.-]*))?")
 
@@ -39,8 +36,7 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         visual: Any = self.visual
         if not self.blockwise:
-            features: Tensor = visual(images)
-            return features
+            return visual(images)
         x = visual._embeds(images)
         turned = not visual.transformer.batch_first
         x = x.transpose(0, 1) if turned else x
@@ -63,10 +59,7 @@ class OpenClipSource(BackboneSource):
         Raises `MissingExtraError` without open_clip, `UnknownBackboneError` for a name or tag that it does not list (a tag
         that is a path would be read as a pickle), `BackboneError` where the network cannot be built.
         """
-        try:
-            import open_clip
-        except ImportError:
-            raise MissingExtraError("open_clip_torch", "clip", f"The backbone openclip:{name}") from None
+        open_clip = require("open_clip", "clip", f"The backbone openclip:{name}", "open_clip_torch")
         match = NAME.fullmatch(name)
         if match is None or match[1] not in open_clip.list_models():
             raise UnknownBackboneError(
@@ -94,5 +87,4 @@ class OpenClipSource(BackboneSource):
         preprocessing = Preprocessing(input_size=(3, pixels, pixels), crop_pct=1.0, **own)
         visual = model.visual
         model.visual = nn.Identity()  # the text tower does not hold the image tower
-        with torch.no_grad():
-            return BuiltNetwork(module=ImageTower(visual), preprocessing=preprocessing, text=ClipText(model, tokenizer))
+        return BuiltNetwork(module=ImageTower(visual), preprocessing=preprocessing, text=ClipText(model, tokenizer))

@@ -3,8 +3,6 @@
 `timm:hf-hub:OWNER/NAME` is one that anybody may have put on the Hugging Face hub.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,13 +25,11 @@ class TimmSource(BackboneSource):
 
         try:
             module = timm.create_model(name, pretrained=pretrained, **arguments)
-        except RuntimeError as error:
+        except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
             if "Unknown model" in str(error):
                 close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
                 hint = f"Similar: {', '.join(close)}." if close else "See timm.list_models()."
                 raise UnknownBackboneError(f"timm has no model {name!r}. {hint}") from error
-            raise BackboneError(f"timm could not build {name!r}: {error}") from error
-        except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
             raise BackboneError(f"timm could not build {name!r} with {arguments}: {error}") from error
         return BuiltNetwork(module=module, preprocessing=preprocessing_of(module))
 
@@ -55,8 +51,10 @@ def preprocessing_of(module: nn.Module) -> Preprocessing:
     import timm
 
     config = timm.data.config.resolve_model_data_config(module)
+    size = int(config["input_size"][-1])
+    own = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     try:
-        return Preprocessing.from_timm(config)
+        return Preprocessing(input_size=(3, size, size), **own)
     except ValidationError as error:
         raise BackboneError(
             f"{type(module).__name__} sees images in a way that is not supported: {first_problem(error)}. Expected square "

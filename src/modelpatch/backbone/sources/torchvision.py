@@ -4,16 +4,12 @@ Of segmentation and detection networks the trained trunk is taken, with features
 
     segmentation   trunk -> decoder -> mean over positions -> the last 1x1 convolution as a linear layer
 
-Averaging and a 1x1 convolution commute, so that this network's own answer is the mean of the original's logits over all
-positions: which class fills the image. Patches read the maps of the trunk and the decoder as they read any other network's.
-
     detection      trunk -> mean over positions
 
-A detector's own answer needs its boxes; its trunk has no classes of whole images, and gives features alone. Tensors keep
-torchvision's names, so that its state dicts load; those of what is left out (auxiliary classifiers, boxes) are dropped.
+Averaging and a 1x1 convolution commute, so that a segmenter's own answer is the mean of the original's logits over all
+positions; a detector's trunk gives features alone. Tensors keep torchvision's names, so that its state dicts load; those of
+what is left out (auxiliary classifiers, boxes) are dropped.
 """
-
-from __future__ import annotations
 
 import inspect
 from typing import Any
@@ -42,7 +38,7 @@ class WholeImageSegmenter(nn.Module):
             linear.weight.copy_(last.weight.flatten(1))
             linear.bias.copy_(last.bias)
         self.classifier = nn.Sequential(*layers, linear)
-        self.register_load_state_dict_pre_hook(_flatten_last)
+        self.register_load_state_dict_pre_hook(_keep_own)
 
     def forward(self, x: Tensor) -> Tensor:
         *decoder, linear = self.classifier
@@ -66,18 +62,14 @@ class DetectorTrunk(nn.Module):
         return x.mean((2, 3))
 
 
-def _flatten_last(module: WholeImageSegmenter, state: dict[str, Any], *rest: Any) -> None:
-    _keep_own(module, state)
-    name = f"classifier.{len(module.classifier) - 1}.weight"
-    if name in state:
-        state[name] = state[name].flatten(1)
-
-
 def _keep_own(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
-    """Drop what the original has beside the trunk."""
-    own = set(module.state_dict())
-    for name in [name for name in state if name not in own and name.startswith(LEFT_OUT)]:
-        del state[name]
+    """Drop what the original has beside the trunk, and make its last 1x1 convolution a linear layer."""
+    own = module.state_dict()
+    for name in list(state):
+        if name not in own and name.startswith(LEFT_OUT):
+            del state[name]
+        elif name in own and own[name].ndim == 2:
+            state[name] = state[name].flatten(1)
 
 
 def dense_models() -> dict[str, type[nn.Module]]:
@@ -111,19 +103,13 @@ class TorchvisionSource(BackboneSource):
             model: Any = builder(**{"weights": published if pretrained else None, **taken, **arguments})
         except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take
             raise BackboneError(f"torchvision could not build {name!r} with {arguments}: {error}") from error
-        seen = _find_preprocessing(model, published.transforms())
-        return BuiltNetwork(module=model if wrapper is None else wrapper(model), preprocessing=seen)
-
-
-def _find_preprocessing(model: Any, transform: Any) -> Preprocessing:
-    """The preprocessing of a network and the transform of its weights."""
-    interpolation: Any
-    if hasattr(model, "transform"):  # a detector, whose weights' transform resizes nothing
-        own = model.transform
-        size, mean, std = (own.fixed_size or [DETECTION_SIZE])[0], own.image_mean, own.image_std
-        interpolation, crop_pct = "bilinear", 1.0
-    else:
-        mean, std, interpolation = transform.mean, transform.std, transform.interpolation.value
-        size = getattr(transform, "crop_size", transform.resize_size)[0]
-        crop_pct = size / transform.resize_size[0]
-    return Preprocessing(input_size=(3, size, size), mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        if own := getattr(model, "transform", None):  # a detector, whose weights' transform resizes nothing
+            size = (own.fixed_size or [DETECTION_SIZE])[0]
+            seen = {"mean": own.image_mean, "std": own.image_std, "interpolation": "bilinear", "crop_pct": 1.0}
+        else:
+            own = published.transforms()
+            size = getattr(own, "crop_size", own.resize_size)[0]
+            seen = {"mean": own.mean, "std": own.std, "interpolation": own.interpolation.value}
+            seen |= {"crop_pct": size / own.resize_size[0]}
+        preprocessing = Preprocessing(input_size=(3, size, size), **seen)
+        return BuiltNetwork(module=model if wrapper is None else wrapper(model), preprocessing=preprocessing)
