@@ -7,8 +7,6 @@ bias of norm layers, biases) are trained for a few hundred steps of Adam on unla
 (2024), section 3.1, scale distillation.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -38,7 +36,10 @@ def calibrate(
     found = {name: sizes_of(delta) for name, delta in patch.tensors.items() if name.startswith("delta/")}
     first = {name: sizes.to(device) for name, sizes in found.items() if sizes is not None}
     signs = {name: torch.where(patch.tensors[name] < 0, -1.0, 1.0).to(device) for name in first}
-    places = {name: _places(patch.tensors[name].to(device), sizes) for name, sizes in first.items()}
+    places = {  # of each number's scale among the k of its channel: (C, N)
+        name: (patch.tensors[name].to(device).flatten(1).abs() == sizes[:, -1:]).long() * (sizes.shape[1] - 1)
+        for name, sizes in first.items()
+    }
     if steps < 1:
         raise TrainingError(f"steps={steps} is too few. Expected at least 1.")
     if not signs:
@@ -77,8 +78,3 @@ def calibrate(
         better = {name: (sized(name) + 0.0).cpu() for name in signs}
         better |= {name: vector.detach().cpu().to(patch.tensors[name].dtype) for name, vector in vectors.items()}
     return replace(patch, tensors={**patch.tensors, **better})
-
-
-def _places(delta: Tensor, sizes: Tensor) -> Tensor:
-    """Indices (C, N) into the scales (C, k) of each channel, for every number of `delta`."""
-    return (delta.flatten(1).abs() == sizes[:, -1:]).long() * (sizes.shape[1] - 1)

@@ -7,8 +7,6 @@
 The file is complete: neither the patch nor the backbone is needed to run it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -33,7 +31,6 @@ from modelpatch.patch.contents import Patch
 from modelpatch.text import first_line
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
-PROVIDERS = ["CPUExecutionProvider"]
 
 
 def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Path:
@@ -74,8 +71,7 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
 def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
     """A state dict; its metadata let `load_backbone("file:...")` build the network if timm knows it by name."""
     metadata = {"format": "pt", "classes": json.dumps(patch.task.classes)}
-    architecture = backbone.architecture
-    if architecture:
+    if architecture := backbone.architecture:
         arguments = {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")}
         described = {
             "architecture": architecture,
@@ -107,12 +103,8 @@ def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
         file = Path(folder) / "model.onnx"
         program.save(str(file))
         model = onnx.load(str(file))
-    facts = {
-        "task": patch.task.name,
-        "classes": json.dumps(patch.task.classes),
-        "preprocessing": patch.preprocessing.model_dump_json(),
-    }
-    onnx.helper.set_model_props(model, facts)
+    facts = {"task": patch.task.name, "classes": json.dumps(patch.task.classes)}
+    onnx.helper.set_model_props(model, {**facts, "preprocessing": patch.preprocessing.model_dump_json()})
     return model.SerializeToString()
 
 
@@ -156,7 +148,7 @@ def check_onnx(path: str | Path, model: nn.Module, images: Tensor, batch: int = 
     """onnxruntime beside `model` on the CPU for normalised images (N, 3, H, W). Raises `MissingExtraError`."""
     onnxruntime = require("onnxruntime", "export", "Checking an ONNX file")
     try:
-        session: Any = onnxruntime.InferenceSession(str(path), providers=PROVIDERS)
+        session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors have no common class
         raise PatchError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     difference, equal = 0.0, 0

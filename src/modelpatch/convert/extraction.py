@@ -9,15 +9,10 @@
     low-rank          left right, the best approximation of delta of      8 bits
                       a rank r, 16 bits; int8 where that is smaller
 
-Differences of vectors (norm layers, biases) are stored as float16 by every lossy codec but `bfloat16`: they take few bytes. A
-difference is smaller than the weight, so that the same number of bits has a smaller rounding error.
-
+Differences of vectors (norm layers, biases) are stored as float16 by every lossy codec but `bfloat16`.
 `sign`: Liu et al., *BitDelta: Your Fine-Tune May Only Be Worth One Bit* (2024), with a scale an output channel in place of one
-a matrix; `calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition of a weight as a
-matrix (output channels, all else). Of a `.pth` file only tensors are unpickled: it is read with `weights_only=True`.
+a matrix; `calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition, see `factorise`.
 """
-
-from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -41,7 +36,6 @@ from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
 DELTA_CODECS = ("exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank")
-METHOD = "extract"
 HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of the tensors in .pth files of training scripts
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that wrappers add to names
 
@@ -72,12 +66,25 @@ def extract(
         raise PatchError(f"the rank is {rank}; expected at least 1.")
     state = finetuned if isinstance(finetuned, Mapping) else read_checkpoint(finetuned)
     state = match_names(backbone, state)
-    changed = find_changes(backbone, state)
-    head = _read_head(backbone, state)
     tensors: dict[str, Tensor] = {}
     int8: set[str] = set()
-    for weight, (before, after) in changed.items():
-        _store(tensors, int8, weight, before, after, codec, rank)
+    for weight, (before, after) in find_changes(backbone, state).items():
+        delta, place = after - before, f"delta/{weight}"
+        if codec == "exact":
+            tensors[f"replace/{weight}"] = after
+        elif codec == "bfloat16":
+            tensors[place] = delta.bfloat16()
+        elif codec == "float16" or delta.ndim < 2 or delta[0].numel() < 2:
+            tensors[place] = delta.half()
+        elif codec in ("sign", "two-bit"):
+            tensors[place] = snap_signs(delta) if codec == "sign" else snap_sizes(delta)
+        elif codec == "low-rank" and 2 * rank * (len(delta) + delta[0].numel()) < delta.numel():
+            left, right = factorise(delta, rank)
+            tensors |= {f"left/{weight}": left.half(), f"right/{weight}": right.half()}
+        else:
+            tensors[place] = snap_int8(delta)
+            int8.add(place)
+    head = _read_head(backbone, state)
     for part, tensor in head.items():
         if codec in ("float16", "bfloat16"):
             tensor = tensor.to(getattr(torch, codec))
@@ -94,7 +101,7 @@ def extract(
     except ValidationError as error:
         raise PatchError(f"the task's or its classes' names cannot be used: {first_problem(error)}.") from error
     used = {"codec": codec, **({"rank": rank} if codec == "low-rank" else {})}
-    method = MethodRecord(name=METHOD, hyperparameters=used)
+    method = MethodRecord(name="extract", hyperparameters=used)
     seen, record = backbone.preprocessing.with_image_size(image_size), HeadRecord(features=features, outputs=outputs)
     return Patch.of(backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method)
 
@@ -193,27 +200,6 @@ def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Ten
         )
     bias = state.get(f"{backbone.classifier}.bias", torch.zeros(len(weight)))
     return {"weight": weight, "bias": bias.float().cpu()}
-
-
-def _store(
-    tensors: dict[str, Tensor], int8: set[str], name: str, before: Tensor, after: Tensor, codec: str, rank: int
-) -> None:
-    if codec == "exact":
-        tensors[f"replace/{name}"] = after
-        return
-    delta = after - before
-    if codec == "bfloat16":
-        tensors[f"delta/{name}"] = delta.bfloat16()
-    elif codec == "float16" or delta.ndim < 2 or delta[0].numel() < 2:
-        tensors[f"delta/{name}"] = delta.half()
-    elif codec in ("sign", "two-bit"):
-        tensors[f"delta/{name}"] = snap_signs(delta) if codec == "sign" else snap_sizes(delta)
-    elif codec == "low-rank" and 2 * rank * (len(delta) + delta[0].numel()) < delta.numel():
-        left, right = factorise(delta, rank)
-        tensors |= {f"left/{name}": left.half(), f"right/{name}": right.half()}
-    else:
-        tensors[f"delta/{name}"] = snap_int8(delta)
-        int8.add(f"delta/{name}")
 
 
 def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

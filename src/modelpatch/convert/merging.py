@@ -2,25 +2,21 @@
 
     distance = |delta_a - delta_b|        cosine = delta_a . delta_b / (|delta_a| |delta_b|)
 
-The change of a weight is W' - W, whether the patch stores a replaced weight, a mask, a difference or factors. Added modules
-and heads are compared by their own tensors. Merging adds up changes by one of three rules:
+The change of a weight is W' - W, whatever the patch stores; added modules and heads are compared by their own tensors.
+Merging adds up changes by one of three rules, with delta_i = W_i - W, the change of patch i at its strength:
 
-    delta_i = W_i - W                                the change of patch i, at its strength
     sum     W + sum_i a_i delta_i                    model soups, task arithmetic, PAINT's parallel patching (section 2)
     ties    keep the `density` largest numbers of every a_i delta_i, choose the sign of their sum for every weight,
             then the mean of those that agree with it
     dare    drop each number of delta_i with probability `drop`, divide the others by 1 - drop; then `sum`
 
 Ilharco et al., *Editing Models with Task Arithmetic* (2023); Yadav et al., *TIES-Merging* (2023), algorithm 1; Yu et al.,
-*Language Models are Super Mario* (2024), equations 2 to 4. Heads are never averaged: the merged patch has the head of one of
-the patches, or all of them side by side.
+*Language Models are Super Mario* (2024), equations 2 to 4. Heads are never averaged.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +30,6 @@ from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 
 RULES = ("sum", "ties", "dare")
-METHOD = "merge"
 Change = dict[str, Tensor]
 
 
@@ -50,8 +45,7 @@ class TensorDifference:
     cosine: float | None
 
     @classmethod
-    def of(cls, name: str, first: Tensor, second: Tensor) -> TensorDifference:
-        """Of two changes of one shape."""
+    def of(cls, name: str, first: Tensor, second: Tensor) -> Self:
         a, b = first.double().flatten(), second.double().flatten()
         sizes = float(a.norm()), float(b.norm())
         cosine = float(a @ b) / (sizes[0] * sizes[1]) if all(sizes) else None
@@ -79,16 +73,25 @@ class Difference:
 def diff(backbone: Backbone, first: Patch, second: Patch) -> Difference:
     """Compare two patches. Raises `WrongBackboneError` unless both are of this backbone."""
     changes = [compute_changes(backbone, patch) for patch in (first, second)]
-    rows = []
+    pairs: dict[str, list[Tensor]] = {}
     for name in sorted(changes[0].keys() | changes[1].keys()):
         given = [change.get(name) for change in changes]
         present = [tensor for tensor in given if tensor is not None]
         if len({tensor.shape for tensor in present}) == 1:
-            a, b = (torch.zeros_like(present[0]) if tensor is None else tensor for tensor in given)
-            rows.append(TensorDifference.of(name, a, b))
-    body = [row.name for row in rows if not row.name.startswith("head.")]
-    total = _total(body, changes) if body else None
-    return Difference(_facts(first, second), tuple(rows), total)
+            pairs[name] = [torch.zeros_like(present[0]) if tensor is None else tensor for tensor in given]
+    rows = tuple(TensorDifference.of(name, *pair) for name, pair in pairs.items())
+    body = [[tensor.flatten() for tensor in pair] for name, pair in pairs.items() if not name.startswith("head.")]
+    total = TensorDifference.of("all", *map(torch.cat, zip(*body, strict=True))) if body else None
+    told = {
+        "task": [patch.task.name for patch in (first, second)],
+        "classes": [", ".join(patch.task.classes) for patch in (first, second)],
+        "method": [patch.method.name for patch in (first, second)],
+        "image size": [f"{patch.preprocessing.image_size} px" for patch in (first, second)],
+        "strength": [f"{patch.strength:g}" for patch in (first, second)],
+        "head": [f"{p.head.kind}, {p.head.outputs} of {p.head.features}" for p in (first, second)],
+        "added modules": [", ".join(graft.kind for graft in patch.grafts) or "none" for patch in (first, second)],
+    }
+    return Difference(tuple((what, a, b) for what, (a, b) in told.items() if a != b), rows, total)
 
 
 def compute_changes(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
@@ -100,26 +103,6 @@ def compute_changes(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
         change = tensor.float().cpu()
         numbers[base] = change - backbone.chain.tensor(base).detach().cpu() if base != name else change
     return numbers
-
-
-def _total(names: list[str], changes: list[dict[str, Tensor]]) -> TensorDifference:
-    def flat(change: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([change[n].flatten() if n in change else torch.zeros(other[n].numel()) for n in names])
-
-    return TensorDifference.of("all", flat(changes[0], changes[1]), flat(changes[1], changes[0]))
-
-
-def _facts(first: Patch, second: Patch) -> tuple[tuple[str, str, str], ...]:
-    told = {
-        "task": [patch.task.name for patch in (first, second)],
-        "classes": [", ".join(patch.task.classes) for patch in (first, second)],
-        "method": [patch.method.name for patch in (first, second)],
-        "image size": [f"{patch.preprocessing.image_size} px" for patch in (first, second)],
-        "strength": [f"{patch.strength:g}" for patch in (first, second)],
-        "head": [f"{p.head.kind}, {p.head.outputs} of {p.head.features}" for p in (first, second)],
-        "added modules": [", ".join(graft.kind for graft in patch.grafts) or "none" for patch in (first, second)],
-    }
-    return tuple((what, a, b) for what, (a, b) in told.items() if a != b)
 
 
 def check_pair(first: Patch, second: Patch) -> None:
@@ -167,20 +150,32 @@ def merge(
     """
     if not patches:
         raise PatchError("no patches were given. Expected at least one.")
-    _check_options(len(patches), weights, rule, density, drop, head)
-    default = 1.0 if rule == "ties" else 1 / len(patches)
-    factors = list(weights) if weights is not None else [default] * len(patches)
+    count = len(patches)
+    if rule not in RULES:
+        raise PatchError(f"there is no rule {rule!r}. Expected one of: {', '.join(RULES)}.")
+    if weights is not None and len(weights) != count:
+        raise PatchError(f"{len(weights)} weights are given for {count} patches.")
+    if not 0 < density <= 1:
+        raise PatchError(f"the density is {density}; expected a share of the numbers above 0, at most 1.")
+    if not 0 <= drop < 1:
+        raise PatchError(f"the share to drop is {drop}; expected one from 0 to below 1.")
+    if head != "all" and not (isinstance(head, int) and 0 <= head < count):
+        raise PatchError(f"head is {head!r}; expected 'all', or the number of a patch from 0 to {count - 1}.")
+    factors = [1.0 if rule == "ties" else 1 / count] * count if weights is None else list(weights)
     changes = [change_of(backbone, patch) for patch in patches]
     if rule == "dare":
         generator = torch.Generator().manual_seed(seed)
-        changes = [_dropped(change, drop, generator) for change in changes]
+        for change in changes:
+            for name, delta in change.items():
+                dropped = torch.rand(delta.shape, generator=generator) < drop
+                change[name] = torch.where(dropped, 0.0, delta / (1 - drop))
     scaled = [{name: a * delta for name, delta in one.items()} for a, one in zip(factors, changes, strict=True)]
     merged = elect(scaled, density) if rule == "ties" else add(scaled)
     start = patches[0] if head == "all" else patches[head]
     task, record, tensors = _join_heads(patches) if head == "all" else (start.task, start.head, _head(start))
     used: dict[str, Any] = {"rule": rule, "weights": factors, "tasks": [patch.task.name for patch in patches]}
     used |= {"ties": {"density": density}, "dare": {"drop": drop, "seed": seed}}.get(rule, {})
-    method = MethodRecord(name=METHOD, hyperparameters=used)
+    method = MethodRecord(name="merge", hyperparameters=used)
     tensors |= {f"delta/{name}": delta for name, delta in merged.items() if delta.any()}
     made = replace(start, task=task, head=record, method=method, tensors=tensors)
     return replace(made, int8=frozenset(), strength=1.0, metrics={}, created={})
@@ -196,30 +191,19 @@ def add(changes: Sequence[Mapping[str, Tensor]]) -> Change:
 
 
 def elect(changes: Sequence[Mapping[str, Tensor]], density: float) -> Change:
-    """TIES: trim every change to its largest numbers, elect a sign a weight, and average what agrees with it."""
-    trimmed = [_trimmed(change, density) for change in changes if change]
+    """TIES: trim every change to the share `density` of its numbers, elect a sign a weight, average what agrees with it."""
+    trimmed = []
+    for change in filter(None, changes):
+        sizes = torch.cat([delta.abs().flatten() for delta in change.values()])
+        keep = max(round(density * len(sizes)), 1)
+        least = torch.kthvalue(sizes, len(sizes) - keep + 1).values
+        trimmed.append({name: torch.where(delta.abs() >= least, delta, 0.0) for name, delta in change.items()})
     merged = {}
     for name in dict.fromkeys(name for change in trimmed for name in change):
         stack = torch.stack([change[name] for change in trimmed if name in change])
         agreeing = stack * (stack.sign() == stack.sum(0).sign())
         merged[name] = agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
     return merged
-
-
-def _trimmed(change: Mapping[str, Tensor], density: float) -> Change:
-    """The share `density` of all numbers of a change that are largest in size; the others are zero."""
-    sizes = torch.cat([delta.abs().flatten() for delta in change.values()])
-    keep = max(round(density * len(sizes)), 1)
-    least = torch.kthvalue(sizes, len(sizes) - keep + 1).values
-    return {name: torch.where(delta.abs() >= least, delta, 0.0) for name, delta in change.items()}
-
-
-def _dropped(change: Mapping[str, Tensor], drop: float, generator: torch.Generator) -> Change:
-    """DARE: every number dropped with probability `drop`, the others divided by 1 - drop."""
-    return {
-        name: torch.where(torch.rand(delta.shape, generator=generator) < drop, 0.0, delta / (1 - drop))
-        for name, delta in change.items()
-    }
 
 
 def _head(patch: Patch) -> dict[str, Tensor]:
@@ -239,18 +223,3 @@ def _join_heads(patches: Sequence[Patch]) -> tuple[TaskRecord, HeadRecord, dict[
     parts = {name: torch.cat([patch.tensors[name].float() for patch in patches]) for name in _head(first)}
     task = TaskRecord(name="+".join(patch.task.name for patch in patches)[:256], classes=tuple(classes))
     return task, first.head.model_copy(update={"outputs": len(classes)}), parts
-
-
-def _check_options(
-    count: int, weights: Sequence[float] | None, rule: str, density: float, drop: float, head: int | str
-) -> None:
-    if rule not in RULES:
-        raise PatchError(f"there is no rule {rule!r}. Expected one of: {', '.join(RULES)}.")
-    if weights is not None and len(weights) != count:
-        raise PatchError(f"{len(weights)} weights are given for {count} patches.")
-    if not 0 < density <= 1:
-        raise PatchError(f"the density is {density}; expected a share of the numbers above 0, at most 1.")
-    if not 0 <= drop < 1:
-        raise PatchError(f"the share to drop is {drop}; expected one from 0 to below 1.")
-    if head != "all" and not (isinstance(head, int) and 0 <= head < count):
-        raise PatchError(f"head is {head!r}; expected 'all', or the number of a patch from 0 to {count - 1}.")

@@ -9,8 +9,6 @@
 an imported folder gives the logits of that model. Options of PEFT that a patch does not support are refused by name.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
@@ -76,7 +74,14 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
     `MissingExtraError` without peft.
     """
     patch.check_backbone(backbone)
-    grafts = _only_updates(patch)
+    grafts = patch.grafts
+    kinds = {graft.kind for graft in grafts} | ({"replace"} if patch.blueprint.owned else set())
+    kinds |= {f"{patch.head.kind} head"} - {"linear head"}
+    if kinds != {GRAFT}:
+        raise PatchError(
+            f"PEFT's folder holds low-rank updates and a head; this patch, made by {patch.method.name}, has "
+            f"{', '.join(sorted(kinds)) or 'a head alone'}. Keep it as a patch file."
+        )
     classifier = _classifier(backbone)
     others = [name for name, _ in backbone.module.named_modules() if name.endswith(classifier) and name != classifier]
     if others:
@@ -84,7 +89,9 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
             f"PEFT knows modules to save by the end of their names: besides the classifier {classifier!r} it would store "
             f"{', '.join(others[:3])}. Keep the patch as a patch file."
         )
-    layers = [layer for graft in grafts for layer in _layer_names(backbone, graft).values()]
+    keys = _keys(backbone, grafts)
+    downs = [key for key in keys.values() if key.endswith(".lora_A.weight")]  # one of each layer
+    layers = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in downs]
     (rank, scale), *rest = {(graft.arguments["rank"], graft.arguments["scale"]) for graft in grafts}
     scale *= patch.strength
     if scale == 0:
@@ -99,7 +106,7 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
     )
     if _targeted(config, backbone) != set(layers):
         raise PatchError(f"PEFT would not adapt the layers of this patch in {backbone.spec}. Keep it as a patch file.")
-    keys = _keys(backbone, grafts) | _head_keys(classifier)
+    keys |= _head_keys(classifier)
     tensors = {key: patch.tensors[name].detach().cpu().contiguous() for name, key in keys.items()}
     folder = Path(folder)
     try:
@@ -131,15 +138,23 @@ def import_peft(
     keys = _keys(backbone, grafts)
     own_head = not any(classifier.endswith(name) for name in config.modules_to_save or ())
     keys |= {} if own_head else _head_keys(classifier)
-    _check_names(set(keys.values()), set(tensors), folder)
+    expected, given = set(keys.values()), set(tensors)
+    if missing := sorted(expected - given):
+        names = f"{len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}"
+        raise ForeignTensorError(f"{folder / WEIGHTS} lacks {names}.")
+    if foreign := sorted(given - expected):
+        raise ForeignTensorError(
+            f"{folder / WEIGHTS} holds {len(foreign)} tensors that are no update of a layer named in {CONFIG} and not the "
+            f"classifier's: {', '.join(foreign[:3])}."
+        )
     named = {name: tensors[key] for name, key in keys.items()}
     if own_head:
         head = backbone.module.get_submodule(classifier).state_dict()
         named |= {f"head.{leaf}": tensor.detach().clone() for leaf, tensor in head.items()}
     outputs = len(named["head.weight"])
     if outputs != len(task.classes):
-        given = f"the classifier of {folder} has {outputs} outputs"
-        raise ForeignTensorError(f"{given}; the task {task.name!r} has {len(task.classes)} classes.")
+        found = f"the classifier of {folder} has {outputs} outputs"
+        raise ForeignTensorError(f"{found}; the task {task.name!r} has {len(task.classes)} classes.")
     record = HeadRecord(features=backbone.chain.feature_dim, outputs=outputs)
     method = MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha})
     patch = Patch.of(backbone, task, record, named, grafts=grafts, preprocessing=preprocessing, method=method)
@@ -209,17 +224,6 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_names(expected: set[str], given: set[str], folder: Path) -> None:
-    if missing := sorted(expected - given):
-        names = f"{len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}"
-        raise ForeignTensorError(f"{folder / WEIGHTS} lacks {names}.")
-    if foreign := sorted(given - expected):
-        raise ForeignTensorError(
-            f"{folder / WEIGHTS} holds {len(foreign)} tensors that are no update of a layer named in {CONFIG} and not the "
-            f"classifier's: {', '.join(foreign[:3])}."
-        )
-
-
 def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
     """Grafts that add updates to the backbone's layers of these names."""
     found: dict[int, list[str]] = {}
@@ -241,17 +245,12 @@ def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) ->
     return tuple(make_graft(index, names, config.r, config.lora_alpha) for index, names in sorted(found.items()))
 
 
-def _layer_names(backbone: Backbone, graft: Graft) -> dict[str, str]:
-    """Names of the graft's layers in the backbone, by their names in its segment."""
-    segment = backbone.chain[graft.start]
-    return {name: weight_name(segment, name).removesuffix(".weight") for name in graft.arguments["layers"]}
-
-
 def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
     """Keys in PEFT's file of the updates' tensors, by their names in a patch file."""
     keys: dict[str, str] = {}
     for graft in grafts:
-        for name, layer in _layer_names(backbone, graft).items():
+        for name in graft.arguments["layers"]:
+            layer = weight_name(backbone.chain[graft.start], name).removesuffix(".weight")
             for part in ("lora_A", "lora_B"):
                 local = f"{name}.{part}.{ADAPTER}.weight".lstrip(".")
                 keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.{part}.weight"
@@ -260,18 +259,6 @@ def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
 
 def _head_keys(classifier: str) -> dict[str, str]:
     return {f"head.{leaf}": f"{PREFIX}{classifier}.{leaf}" for leaf in ("weight", "bias")}
-
-
-def _only_updates(patch: Patch) -> tuple[Graft, ...]:
-    """The patch's grafts. Raises `PatchError` unless it consists of low-rank updates and a linear head."""
-    kinds = {graft.kind for graft in patch.grafts} | ({"replace"} if patch.blueprint.owned else set())
-    kinds |= {f"{patch.head.kind} head"} - {"linear head"}
-    if kinds != {GRAFT}:
-        raise PatchError(
-            f"PEFT's folder holds low-rank updates and a head; this patch, made by {patch.method.name}, has "
-            f"{', '.join(sorted(kinds)) or 'a head alone'}. Keep it as a patch file."
-        )
-    return patch.grafts
 
 
 def _classifier(backbone: Backbone) -> str:
