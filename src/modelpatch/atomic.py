@@ -1,7 +1,5 @@
 """Writes that leave the old file or the new file, never a mixture, and survive a power cut."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from pathlib import Path
@@ -24,9 +22,8 @@ def write_bytes(path: Path, data: bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         sync_folder(path.parent)
     except OSError as error:
         raise ModelpatchError(

@@ -1,7 +1,5 @@
 """Errors and warnings for users. Each message says what was given, what was expected and what to do."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

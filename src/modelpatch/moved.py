@@ -3,8 +3,6 @@
 Every folder's `__init__.py` is a face: its `__init__.pyi` lists public names, which are imported when they are used.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
@@ -51,15 +49,11 @@ NAMES = {  # by old place: names and their new places
     }
     for package, folders in PLACES.items()
 }
-MODULES = {  # modules whose paths the documentation named
-    "modelpatch.patch.detectors": "modelpatch.heads",
-    "modelpatch.patch.heads": "modelpatch.heads",
-}
-
-Face = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
+# modules whose paths the documentation named
+MODULES = dict.fromkeys(("modelpatch.patch.detectors", "modelpatch.patch.heads"), "modelpatch.heads")
 
 
-def attach(package: str, file: str) -> Face:
+def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a face: the names of its stub, its folders, and names that moved."""
     find, names, public = lazy_loader.attach_stub(package, file)
     moved = NAMES.get(package, {})
@@ -82,11 +76,9 @@ class MovedModules(Loader):
     """An import hook that imports a module that moved from its new place, with a warning."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of a module that moved, None for all others."""
         return ModuleSpec(name, self) if name in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module with the names of its new place."""
         new = MODULES[module.__name__]
         _warn(module.__name__, new)
         place = importlib.import_module(new)

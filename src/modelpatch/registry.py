@@ -7,13 +7,8 @@
 
 A folder of the package is a catalogue: the name `scale-bias` is looked for in its file `scale_bias.py`, or in those that hold
 it in quotes, which are imported when the name is first asked for. Other distributions list theirs as entry points of the
-group `modelpatch.heads`:
-
-    [project.entry-points."modelpatch.heads"]
-    attentive = "their_package.heads:AttentiveHead"
+group `modelpatch.heads`.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util

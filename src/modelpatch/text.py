@@ -1,7 +1,5 @@
 """Text of files, terminals and web pages: printable, short, with the nearest name for a mistyped one."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json
@@ -41,12 +39,8 @@ def check_facts(value: Any) -> Any:
     """Raise ValueError if any text inside nested dicts and lists is not printable."""
     if isinstance(value, str):
         check_printable(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_facts(key)
-            check_facts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, dict | list | tuple):
+        for item in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
             check_facts(item)
     return value
 
