@@ -104,14 +104,12 @@ def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]
     while True:
         tracer = _Tracer(lambda m, name: name not in opened and (type(m) in closed or not opens(m)))
         try:
-            graph = _run(tracer, module)
+            return _run(tracer, module), tracer.scopes[:-1]
         except UntraceableBackboneError:
             culprits = [scope.kind for scope in tracer.stack if closable(scope.kind)]
             if len(tracer.stack) <= 1 or not culprits or culprits[-1] in closed or culprits[-1] is type(module):
                 raise
             closed.add(culprits[-1])
-            continue
-        return graph, tracer.scopes[:-1]
 
 
 def closable(kind: type[nn.Module]) -> bool:

@@ -10,7 +10,6 @@ The file is complete: neither the patch nor the backbone is needed to run it.
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,14 +94,12 @@ def _as_program(backbone: Backbone, patch: Patch) -> bytes:
 def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
     onnx = require("onnx", "export", "The format onnx")
     require("onnxscript", "export", "The format onnx")  # torch.onnx needs it
-    with _reported("torch.onnx", patch), tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
-        options |= {"input_names": ["images"], "output_names": ["logits"]}
-        program = torch.onnx.export(_trace(backbone, patch), **options)
+    with _reported("torch.onnx", patch):
+        program = torch.onnx.export(
+            _trace(backbone, patch), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
         assert program is not None
-        file = Path(folder) / "model.onnx"
-        program.save(str(file))
-        model = onnx.load(str(file))
+        model = program.model_proto
     facts = {"task": patch.task.name, "classes": json.dumps(patch.task.classes)}
     onnx.helper.set_model_props(model, {**facts, "preprocessing": patch.preprocessing.model_dump_json()})
     return model.SerializeToString()
