@@ -1,12 +1,8 @@
 """Random views of images: the library's own, a whole batch at a time, and a user's transform, one image at a time.
 
-The library's own views cut a crop from every image of a batch on its own, stretch it and flip it, in one `grid_sample`.
-torchvision's transforms draw one crop for a whole batch, so they are applied to single images where a user gives them, with
-masks and boxes as tv_tensors. For 32 images on one thread the batch took 1.2 ms at 32 px, 4.9 at 64 px and 55.5 at 224 px;
-torchvision, image by image, 6.3, 8.1 and 23.9 ms: the batch is faster for small images and slower for large ones.
+The library's own views cut a crop from every image of a batch on its own, stretch it and flip it, in one `grid_sample`. For
+32 images on one thread that took 1.2 ms at 32 px, 4.9 at 64 and 55.5 at 224; torchvision, image by image, 6.3, 8.1 and 23.9.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,11 +68,9 @@ def choose_augmentation(name: AugmentName, split: Split) -> Augmentation:
     `auto` is `none` for images with random transforms of the user's, `light` for small pictures (digits, signs: a flip may
     change the answer), `standard` for photos.
     """
-    if name != "auto":
-        return AUGMENTATIONS[name]
-    if split.augments:
-        return AUGMENTATIONS["none"]
-    return AUGMENTATIONS["light" if source_size(split) <= SMALL_SOURCE else "standard"]
+    if name == "auto":
+        name = "none" if split.augments else "light" if source_size(split) <= SMALL_SOURCE else "standard"
+    return AUGMENTATIONS[name]
 
 
 def apply_transform(transform: Transform, image: Image.Image, target: Target | int) -> tuple[Image.Image, Target | int]:
@@ -96,12 +90,8 @@ def apply_transform(transform: Transform, image: Image.Image, target: Target | i
         assert isinstance(target, Boxes)
         corners = torch.from_numpy(target.corners)
         boxes: Any = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(image.height, image.width))
-        given = {
-            "boxes": boxes,
-            "labels": torch.from_numpy(target.labels),
-            "difficult": torch.from_numpy(target.difficult),
-        }
-        view, found = transform(image, given)
+        labels, difficult = torch.from_numpy(target.labels), torch.from_numpy(target.difficult)
+        view, found = transform(image, {"boxes": boxes, "labels": labels, "difficult": difficult})
         return open_image(to_image(view)), to_boxes(found)
     except DataError as error:
         raise DataError(f"the transform's result cannot be used: {error}") from error

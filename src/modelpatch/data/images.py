@@ -6,8 +6,6 @@
 when it is first asked for; `SequentialImages` reads a stream, which has no rows. `open_images` chooses.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile
@@ -35,7 +33,7 @@ PLAIN_BATCH = 64
 BUFFER = 2**27  # bytes of images among which a stream is shuffled
 MOST_BUFFERED = 1000
 AHEAD = 2  # batches that threads decode in advance
-View = tuple[int, int]  # seed and epoch of random transforms
+View = tuple[int, ...]  # seed and epoch of random transforms
 Decoded = tuple[Tensor, Any, type[Target] | None]  # uint8 (3, R, R), a class index or framed target, its type
 NO_AUGMENTATION = AUGMENTATIONS["none"]
 
@@ -154,8 +152,7 @@ class Images:
 
     def batch(self, rows: Tensor, augmentation: Augmentation, seed: tuple[int, ...]) -> ImageBatch:
         """Random views of these rows, which follow the seed (seed, epoch, step); with no seed, transforms are left out."""
-        view = (seed[0], seed[1]) if seed else None
-        return self._finish(next(iter(self.read([rows], view))), augmentation, seed)
+        return self._finish(next(iter(self.read([rows], seed[:2] or None))), augmentation, seed)
 
     def batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, first: int = 0
@@ -166,7 +163,7 @@ class Images:
 
     def plain_batches(self, size: int = PLAIN_BATCH) -> Iterator[ImageBatch]:
         """All images in order, not augmented, read ahead."""
-        for pixels in self.read_all(size):
+        for pixels in self.read(torch.arange(len(self)).split(size), None):
             yield self._finish(pixels, NO_AUGMENTATION, ())
 
     def views(self, count: int, augmentation: Augmentation, seed: int) -> Iterator[tuple[int, Tensor, ImageBatch]]:
@@ -180,21 +177,17 @@ class Images:
                 for view in group:
                     yield view, batches[step], self._finish(pixels, augmentation, (seed, view, step))
 
-    def read_all(self, size: int) -> Iterator[Pixels]:
-        """All decoded images in order, in batches of a size."""
-        return self.read(torch.arange(len(self)).split(size), None)
-
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
         """The decoded images of every batch of rows from number `first` on, read ahead in processes or threads if many."""
         reader, batches = Reader(self.split, self.preprocessing, view), batches[first:]
         workers = count_workers(self.split) if len(batches) > 1 else 0
-        if workers:
-            return load(reader, workers, sampler=batches)
-        return _read_in_threads(reader, batches) if reader.threaded else _raising(map(reader.__getitem__, batches))
+        if reader.threaded and not workers:
+            return _read_in_threads(reader, batches)
+        return load(reader, workers, sampler=batches)
 
     def _finish(self, pixels: Pixels, augmentation: Augmentation, seed: tuple[int, ...]) -> ImageBatch:
         """Random views or centre crops, normalised, with targets."""
-        seen = Reader(self.split, self.preprocessing, (seed[0], seed[1]) if seed else None).preprocessing
+        seen = Reader(self.split, self.preprocessing, seed[:2] or None).preprocessing
         matrices = None
         if augmentation.name == "none":
             images = seen.center_crop(pixels.images)
@@ -250,11 +243,10 @@ class SequentialImages(Images):
         super().__init__(split, preprocessing)
         self.shuffle = shuffle
 
-    def read_all(self, size: int) -> Iterator[Pixels]:
-        """All decoded images in the stream's order, in batches of a size."""
+    def plain_batches(self, size: int = PLAIN_BATCH) -> Iterator[ImageBatch]:
         samples = self._open(None)
         while read := list(islice(samples, size)):
-            yield collate(read)
+            yield self._finish(collate(read), NO_AUGMENTATION, ())
 
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
         """Batches of the sizes that are given, from number `first` on. A stream that ends early begins anew."""
@@ -306,32 +298,23 @@ def open_images(
 
 
 def load(dataset: Any, workers: int, seed: tuple[int, ...] = (0,), **options: Any) -> Iterator[Any]:
-    """The items of a data set through a DataLoader whose random numbers follow the seed. Raises a `DataError` among them."""
+    """The items of a data set through a DataLoader, with random numbers from the seed. Raises a `DataError` among them."""
     loader = DataLoader(
         dataset, batch_size=None, num_workers=workers, collate_fn=_keep, generator=make_generator(seed), **options
     )
-    return _raising(iter(loader) if workers else _iterate_seeded(iter(loader), seed))
-
-
-def _keep(item: Any) -> Any:
-    return item
-
-
-def _raising(items: Iterator[Any]) -> Iterator[Any]:
-    for item in items:
+    items = iter(loader)
+    for number in count():
+        with nullcontext() if workers else seeded(*seed, number):  # workers seed their own
+            item = next(items, None)
+        if item is None:
+            return
         if isinstance(item, DataError):
             raise item
         yield item
 
 
-def _iterate_seeded(items: Iterator[Any], seed: tuple[int, ...]) -> Iterator[Any]:
-    """The items of an iterator whose random numbers follow the seed and the number of the item alone."""
-    for number in count():
-        with seeded(*seed, number):
-            item = list(islice(items, 1))
-        if not item:
-            return
-        yield item[0]
+def _keep(item: Any) -> Any:
+    return item
 
 
 def _read_in_threads(reader: Reader, batches: Sequence[Tensor]) -> Iterator[Pixels]:

@@ -1,15 +1,4 @@
-"""Samples of data sets, converted and checked: (image, label), (image, mask) or (image, boxes).
-
-| part  | accepted                                                                                             |
-|-------|------------------------------------------------------------------------------------------------------|
-| item  | a tuple or list whose first two entries are image and label; a dict with usual keys                   |
-| image | PIL image; array (H, W[, C]); tensor (C, H, W) or (H, W), uint8 or float in [0, 1]; path; encoded bytes |
-| label | class index or class name                                                                             |
-| mask  | PIL image; array or tensor (H, W) of class indices                                                    |
-| boxes | dict of `boxes` (N, 4), left, top, right, bottom in pixels or tv_tensors, and `labels` (N,)               |
-"""
-
-from __future__ import annotations
+"""Samples of data sets, converted and checked: (image, label), (image, mask) or (image, boxes)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,7 +94,10 @@ def split_item(item: Any) -> tuple[Any, Any]:
 
 
 def to_image(value: Any) -> ImageSource:
-    """The image as PIL, uint8 array (H, W[, C]), path or bytes. Raises `DataError` for other values and ranges."""
+    """The image as PIL, uint8 array (H, W[, C]), path or bytes, from one of these or a tensor (C, H, W) or (H, W).
+
+    Raises `DataError` for other values than uint8, bool, and floats in [0, 1].
+    """
     if isinstance(value, Mapping):  # as `datasets` keeps an image that is not decoded
         value = value.get("bytes") or value.get("path")
     if isinstance(value, Image.Image | str | Path | bytes):
@@ -164,7 +156,7 @@ def to_mask(value: Any) -> ImageSource:
 
 
 def to_boxes(value: Any) -> Boxes:
-    """The boxes and labels of a dict as torchvision's detectors take them."""
+    """The boxes of a dict of `boxes` (N, 4), left, top, right, bottom in pixels or tv_tensors, and `labels` (N,)."""
     if not isinstance(value, Mapping) or "boxes" not in value or "labels" not in value:
         raise DataError("its target has no boxes; expected a dict of 'boxes' (N, 4) and 'labels' (N,).")
     boxes = value["boxes"]

@@ -1,7 +1,5 @@
 """Random numbers that follow a seed of several numbers."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

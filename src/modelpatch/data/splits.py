@@ -3,14 +3,12 @@
 A `Split` lists its images. The samples of a `DatasetSplit` and a `StreamSplit` are read from data sets of other libraries.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
@@ -86,7 +84,7 @@ class Split:
         """At most `count` samples, spread over all."""
         return (self[row] for row in np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)))
 
-    def take(self, rows: np.ndarray) -> Split:
+    def take(self, rows: np.ndarray) -> "Split":
         """The rows with these indices."""
         targets = None if self.targets is None else [self.targets[row] for row in rows]
         return replace(self, images=[self.images[row] for row in rows], labels=self.labels[rows], targets=targets)
@@ -192,10 +190,10 @@ class DatasetSplit(FormedSplit):
         loader = DataLoader(chosen, batch_size=64, num_workers=workers, collate_fn=self.form.read_labels)
         return np.array([label for batch in loader for label in batch], dtype=np.int64)
 
-    def take(self, rows: np.ndarray) -> DatasetSplit:
+    def take(self, rows: np.ndarray) -> "DatasetSplit":
         """The rows with these indices."""
-        labels, options = self.labels[rows] if self.labels_known else None, {"changes": self.own_changes}
-        split = DatasetSplit(self.dataset, self.form, self.rows[rows], labels, workers=self.workers, **options)
+        labels, changes = self.labels[rows] if self.labels_known else None, self.own_changes
+        split = DatasetSplit(self.dataset, self.form, self.rows[rows], labels, workers=self.workers, changes=changes)
         return split.with_transform(self.transform)
 
     def _read(self, part: int, row: int) -> Any:
@@ -218,24 +216,19 @@ class StreamSplit(FormedSplit):
 
     is_stream = True
 
-    def __init__(self, stream: Iterable[Any], form: SampleForm, size: int | None, *, workers: int | None) -> None:
-        super().__init__(stream, form, size, workers)
-        self._length = size
-
     def __len__(self) -> int:
-        if self._length is None:
+        if self.length is None:
             warnings.warn(
                 f"{self.form.source} is a stream of unknown length, and is read once to count its images. Give length=N to "
                 "avoid this.",
                 TrainingWarning,
                 stacklevel=2,
             )
-            self._length = len(self.labels)
-        return self._length
+        return len(self.labels) if self.size is None else self.size
 
     @property
     def length(self) -> int | None:
-        return self._length
+        return len(self.labels) if self.size is None and self.labels_known else self.size
 
     @property
     def images(self) -> Sequence[Any]:  # type: ignore[override]

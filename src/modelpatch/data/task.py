@@ -1,13 +1,4 @@
-"""Tasks with their images, from whatever source they come.
-
-| source            | contents                                                      | file                   |
-|-------------------|---------------------------------------------------------------|------------------------|
-| a folder          | class folders, with or without `train/`, `test/` and `val/`   | `sources/classes.py`   |
-| a folder, a file  | manifests in CSV or parquet                                   | `sources/classes.py`   |
-| a folder          | images with masks; Pascal VOC; COCO                           | `sources/masks.py` ... |
-| `hf:NAME`         | a data set of the Hugging Face hub, or a local one            | `sources/datasets.py`  |
-| `bundled:digits`  | scikit-learn's 1,797 real 8 x 8 images of handwritten digits  | `sources/classes.py`   |
-| an object         | torch and Hugging Face data sets, streams and DataLoaders     | `sources/datasets.py`  |
+"""Tasks with their images, from whatever source they come: `load_task` finds the file of `sources/` that reads it.
 
 A seeded stratified test split is cut from the training images of a source that has none.
 
@@ -15,13 +6,11 @@ A seeded stratified test split is cut from the training images of a source that 
 Δ-Networks and PAINT both train joint patches for tasks that are known together, with images of an unknown task.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import ValidationError
@@ -74,20 +63,18 @@ class Task:
         ignore: int | None = None,
         length: int | None = None,
         seed: int = 0,
-    ) -> Task:
+    ) -> "Task":
         """A task from data sets of (image, label): torch `Dataset`s, streams, Hugging Face data sets or DataLoaders.
 
         Images are PIL images, arrays (H, W[, 3]), or tensors (C, H, W), uint8 or float in [0, 1], not normalised. Samples are
         tuples, or dicts with keys such as `image` and `label`. A label is a class index or a class name; a mask (H, W) makes a
-        segmentation task, a dict of `boxes` and `labels` a detection task. `classes` are names, or their number; without them
-        they are taken from the data set (`classes`, a `ClassLabel`), or found by reading all labels. Without `test`, a
-        stratified share of the training images is held out, as `seed` says.
+        segmentation task, a dict of `boxes` and `labels` a detection task. `classes` are names, or their number, by default
+        those of the data set, or found by reading all labels. Without `test`, a stratified share of the training images is
+        held out, as `seed` says. Raises `DataError` for anything else.
 
         `transform` is applied to the images that are trained on, in place of the library's augmentation unless that is asked
         for by name. Random transforms, its own and those of the data set, follow (seed, epoch, row). `workers` is the number
         of processes that read images, `length` the number of images in an epoch of a stream that has no length of its own.
-
-        Raises `DataError` for anything else, and says what was found and what is expected.
         """
         given = {"train": train, "test": test, "validation": validation}
         options = SourceOptions(kind, classes if isinstance(classes, int) else _names(classes), ignore)
@@ -100,7 +87,7 @@ class Task:
         """The names of its classes."""
         return self.task.classes
 
-    def with_transform(self, transform: Transform | None) -> Task:
+    def with_transform(self, transform: Transform | None) -> Self:
         """The task with a transform of its training images, and of targets of dense tasks (see `from_datasets`)."""
         if transform is None:
             return self
@@ -109,7 +96,7 @@ class Task:
         facts = {**self.facts, "transform": getattr(transform, "__qualname__", type(transform).__name__)}
         return replace(self, train=self.train.with_transform(transform), facts=facts)
 
-    def with_validation(self, fraction: float, seed: int) -> Task:
+    def with_validation(self, fraction: float, seed: int) -> Self:
         """The task with a stratified share of its training images as validation split, unless it has one.
 
         Raises `DataError` for a share that leaves a class without training images, or nothing to validate on.
@@ -130,7 +117,7 @@ class Task:
         held_out = self.train.take(held).with_transform(None)
         return replace(self, train=self.train.take(keep), validation=held_out)
 
-    def subsample(self, count: int, seed: int = 0) -> Task:
+    def subsample(self, count: int, seed: int = 0) -> Self:
         """The task with `count` training images as `drawn` chooses them, or all. Raises `DataError` below 1."""
         if count < 1:
             raise DataError(f"a subsample of {count} images is no task; expected at least one.")
@@ -155,16 +142,14 @@ def load_task(
     ignore: int | None = None,
     transform: Transform | None = None,
 ) -> Task:
-    """A task from a source (see the module's table). `seed` makes the test split where there is none.
+    """A task from a folder, a manifest, `hf:NAME` or `bundled:digits`. `seed` makes the test split where there is none.
 
     A data set of torch or `datasets` is a source too, as is a mapping from `train`, `test` and `validation` to them; see
     `Task.from_datasets`, which has more options for them. With `hold_out=False` a source without a test split is tested on all
     its images: for data that is only measured. `kind` is found from the source where it is not given. For segmentation
     `classes` name the values of masks from 0 on, and `ignore` is one that stands for no class, beside 255. `transform` is
-    applied to the images that are trained on.
-
-    Raises `DataError` for a source that cannot be read or holds no images, has one class, or has labels of classes that
-    are not trained.
+    applied to the images that are trained on. Raises `DataError` for a source that cannot be read or holds no images, has one
+    class, or has labels of classes that are not trained.
     """
     check_seed(seed)
     options = SourceOptions(kind, _names(classes), ignore)
@@ -202,9 +187,7 @@ def join_tasks(tasks: Sequence[Task]) -> Task:
         check_classification(task, "A joint task")
     names = [task.task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise DataError(
-            f"tasks that are joined need names of their own; these are {', '.join(names)}. Rename a folder."
-        )
+        raise DataError(f"joined tasks need names of their own; these are {', '.join(names)}. Rename a folder.")
     lacking = [name for name, task in zip(names, tasks, strict=True) if task.validation is None]
     if 0 < len(lacking) < len(tasks):
         raise DataError(
@@ -213,9 +196,8 @@ def join_tasks(tasks: Sequence[Task]) -> Task:
     starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
 
     def together(parts: Sequence[Split]) -> Split:
-        return join_splits(
-            parts, np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=True)])
-        )
+        labels = [part.labels + start for part, start in zip(parts, starts, strict=True)]
+        return join_splits(parts, np.concatenate(labels))
 
     return Task(
         joint_task([task.task for task in tasks]),
@@ -254,10 +236,7 @@ def check_classification(data: Task, purpose: str) -> None:
 
 
 def check_same_split(facts: Mapping[str, Any], data: Task) -> None:
-    """Raise `DataError` where a patch was fitted on another split of this source, as the facts in its file record.
-
-    Some of the test images would be images that it was trained on.
-    """
+    """Raise `DataError` where the facts of a patch tell of another split of this source: it was trained on test images."""
     fitted, now = split_seed(facts), split_seed(data.facts)
     if facts.get("source") == data.facts.get("source") and None not in (fitted, now) and fitted != now:
         raise DataError(

@@ -11,8 +11,6 @@ distribution:
         def read(self, source, options): ...   # its images, labels or targets, and class names
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -32,9 +30,7 @@ from modelpatch.tasks.kind import Target, kind_of
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 LARGEST_VALUE = 255  # of a mask
 CLASS_FILES = ("classes.txt", "labels.txt")
-Scene = tuple[
-    ImageSource, Sequence[tuple[str, tuple[float, ...], bool]]
-]  # an image, its objects: class, corners, difficult
+Scene = tuple[ImageSource, Sequence[tuple[str, tuple[float, ...], bool]]]  # image, objects: class, corners, difficult
 
 
 @dataclass(frozen=True)

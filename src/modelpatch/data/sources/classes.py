@@ -6,8 +6,6 @@ ROOT/train.csv, ROOT/test.csv, or one file: CSV or parquet with columns `image` 
 bundled:digits
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import defaultdict
@@ -21,7 +19,7 @@ from modelpatch.backbone.preprocessing import ImageSource, find_images
 from modelpatch.data.samples import order_name
 from modelpatch.data.sources import base
 from modelpatch.data.splits import Split
-from modelpatch.errors import DataError, MissingExtraError
+from modelpatch.errors import DataError, require
 from modelpatch.tasks.classification import Classification
 
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename")
@@ -104,11 +102,7 @@ class Digits(base.DataSource):
         return isinstance(source, str) and source == "bundled:digits"
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise MissingExtraError("scikit-learn", "demo", "Loading bundled:digits") from None
-        bunch = load_digits()
+        bunch = require("sklearn.datasets", "demo", "Loading bundled:digits", "scikit-learn").load_digits()
         images = np.round(bunch.images / 16 * 255).astype(np.uint8)
         split = Split(list(images), bunch.target.astype(np.int64))
         return base.Found(Classification.name, {"train": split}, [str(digit) for digit in range(10)])

@@ -1,7 +1,5 @@
 """COCO: `SPLIT.json` or `annotations/instances_SPLIT*.json`, with images beside them, in `images/` or in a split's folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,19 +1,9 @@
 """Data sets of torch and of the Hugging Face hub: objects with random access or streams, DataLoaders, and `hf:NAME`.
 
-| object                                          | how it is read                              |
-|-------------------------------------------------|---------------------------------------------|
-| torch `Dataset`, anything with length and index     | by row, through a DataLoader with workers   |
-| torch `IterableDataset`, streaming `datasets`         | as a stream, once an epoch                  |
-| `datasets.Dataset` with an image column             | by row, encoded images as they are stored   |
-| `DataLoader` with usual sampler and collation       | its data set, by row                        |
-| any other `DataLoader`                              | as a stream of its batches, taken apart     |
-| `hf:NAME`, of the hub or local                      | through `datasets.load_dataset`             |
-
+A `DataLoader` with the usual sampler and collation is read as its data set, any other one as a stream of its batches' samples.
 Of `datasets`, an image column with a class label is a classification task, two image columns a segmentation task, and a column
 `objects` of `bbox` and `category` a detection task. Images are decoded when they are asked for.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +24,7 @@ from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.masks import make_segmentation, read_classes
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
-from modelpatch.errors import DataError, MissingExtraError, TrainingWarning
+from modelpatch.errors import DataError, TrainingWarning, require
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import kind_of
@@ -266,10 +256,7 @@ class Hub(base.DataSource):
         return isinstance(source, str) and source.startswith(PREFIX)
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        try:
-            import datasets
-        except ImportError:
-            raise MissingExtraError("datasets", "data", f"Loading {source}") from None
+        datasets = require("datasets", "data", f"Loading {source}")
         try:
             loaded = datasets.load_dataset(str(source).removeprefix(PREFIX))
         except Exception as error:  # no network, no such data set, a script it refuses to run

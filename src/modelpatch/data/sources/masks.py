@@ -3,8 +3,6 @@
 Names of classes are listed in `classes.txt` or `labels.txt`, one a line, or are given. The value 255 is never a class.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial

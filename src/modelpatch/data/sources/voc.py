@@ -3,8 +3,6 @@
 A folder that has `train` and `val` alone is tested on `val`, as is the custom. VOC's own class names are known.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -64,8 +62,7 @@ class VocBoxes(base.DataSource):
 
 
 def read_annotation(path: Path, image: Path) -> base.Scene:
-    """An image's objects. VOC's corners are pixels from 1 on, both within the box: (xmin - 1, ymin - 1, xmax, ymax) are its
-    edges."""
+    """An image's objects. VOC counts pixels from 1, corners included: a box's edges are xmin - 1, ymin - 1, xmax and ymax."""
     try:
         root = ElementTree.parse(path).getroot()
         objects = []
