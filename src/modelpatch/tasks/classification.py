@@ -4,11 +4,9 @@ answers   logits (B, K)             loss      cross entropy
 targets   classes (B,) int64        metrics   top-1, top-5
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ class Evaluation(Result):
     confusion: list[list[int]]
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Evaluation:
+    def of(cls, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Self:
         """From logits (N, K) and labels (N,). Classes without an image have no entry in `per_class`."""
         answers, count = logits.argmax(1), len(classes)
         best = logits.topk(min(5, count), dim=1).indices
@@ -49,7 +47,7 @@ class ClassMeter(Meter):
     """Collects logits (B, K) and labels (B,)."""
 
     def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = classes
+        super().__init__(classes)
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, answers: Tensor, targets: Tensor) -> None:
@@ -66,6 +64,7 @@ class Classification(Kind):
 
     name: ClassVar[str] = "classification"
     metrics: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+    meter_type = ClassMeter
     per_class = "top-1"
     fewest_classes = 2
     classifies = True
@@ -80,9 +79,6 @@ class Classification(Kind):
         self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         return F.cross_entropy(output.float(), targets, class_weights, label_smoothing=label_smoothing)
-
-    def make_meter(self, classes: Sequence[str]) -> ClassMeter:
-        return ClassMeter(classes)
 
     def reduce(self, answers: Tensor, top: int = 5) -> list[Best]:
         best = answers.softmax(1).topk(min(top, answers.shape[1]), dim=1)

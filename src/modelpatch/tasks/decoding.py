@@ -4,8 +4,6 @@ A segment's output is a map where it has positions; its stride is the image's si
 stride the last is read, unless segments are named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,10 +68,8 @@ def make_decoder(
             f"no segment of {backbone.spec} gives a map whose side divides {pixels} px. Choose another image_size."
         )
     segments, widths, strides = zip(*chosen, strict=True)
-    reads: dict[str, Any] = {"taps": segments, "widths": widths, "strides": strides}
-    head = HeadRecord(
-        kind=decoding.head, features=sum(widths), outputs=classes, hidden=decoding.hidden, **reads
-    ).build()
+    own: dict[str, Any] = {"taps": segments, "widths": widths, "strides": strides, "hidden": decoding.hidden}
+    head = HeadRecord(kind=decoding.head, features=sum(widths), outputs=classes, **own).build()
     assert isinstance(head, Decoder)
     return head
 

@@ -8,8 +8,6 @@
 An answer is told as the boxes of at least 50 %, in the image's own pixels, and shown as frames with names.
 """
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -100,7 +98,8 @@ class BoxMeter(Meter):
     def __init__(self, classes: Sequence[str]) -> None:
         from torchmetrics.detection import MeanAveragePrecision
 
-        self.classes, self.images = classes, 0
+        super().__init__(classes)
+        self.images = 0
         self._precision = MeanAveragePrecision(class_metrics=True)
         self._precision.warn_on_many_detections = False
 
@@ -138,6 +137,7 @@ class Detection(Kind):
 
     name: ClassVar[str] = "detection"
     metrics: ClassVar[Mapping[str, str]] = {"map": "mAP 0.5:0.95", "map50": "mAP 0.5"}
+    meter_type = BoxMeter
     per_class = "AP 0.5:0.95"
     target = Boxes
     draws = True
@@ -167,9 +167,6 @@ class Detection(Kind):
         self, output: Tensor, targets: Any, class_weights: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         return output.float()
-
-    def make_meter(self, classes: Sequence[str]) -> BoxMeter:
-        return BoxMeter(classes)
 
     def reduce(self, answers: Tensor, top: int = 5) -> list[Tensor]:
         """The boxes (N, 6) of each image."""
@@ -206,12 +203,12 @@ class Detection(Kind):
         return draw_frames(view.image, frames)
 
 
-def find_boxes(answer: Tensor, view: View, least: float = SURE) -> list[FoundBox]:
-    """The boxes of an answer (N, 6) of at least this probability, the surest first, in the image's own pixels."""
+def find_boxes(answer: Tensor, view: View) -> list[FoundBox]:
+    """The sure boxes of an answer (N, 6), the surest first, in the image's own pixels."""
     left, top, width, height = view.area
     across, down = width / view.preprocessing.image_size, height / view.preprocessing.image_size
     found = []
-    for x0, y0, x1, y1, probability, index in answer[answer[:, 4] >= least].tolist():
+    for x0, y0, x1, y1, probability, index in answer[answer[:, 4] >= SURE].tolist():
         corners = (left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down)
         found.append(FoundBox(int(index), probability, corners))
     return found

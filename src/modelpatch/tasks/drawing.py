@@ -1,7 +1,5 @@
 """Colours, fonts and names of pictures that show answers over an image."""
 
-from __future__ import annotations
-
 import colorsys
 import io
 from collections.abc import Sequence

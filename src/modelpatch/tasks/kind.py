@@ -3,14 +3,12 @@
     @register_kind
     class Classification(Kind):
         name, metrics, ...        facts
-        loss, meter               how a head is trained and measured
+        loss, meter_type          how a head is trained and measured
         reduce, describe, to_json, draw     the meaning of an answer
 
 A new kind is one file of this folder, or an entry point of the group `modelpatch.kinds` in another distribution. Nothing
 outside its file asks for a kind by name; other parts of the library read its attributes.
 """
-
-from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -81,6 +79,9 @@ class Result(ABC):
 class Meter(ABC):
     """Collects answers and targets batch by batch."""
 
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = classes
+
     @abstractmethod
     def update(self, answers: Tensor, targets: Any) -> None:
         """Add a batch of a head's answers on the CPU and its targets."""
@@ -137,6 +138,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     metrics: ClassVar[Mapping[str, str]]
+    meter_type: ClassVar[type[Meter]]
     per_class: ClassVar[str] = ""  # title of the figure that each class has
     fewest_classes: ClassVar[int] = 1
     target: ClassVar[type[Target] | None] = None
@@ -220,11 +222,7 @@ class Kind(ABC):
     def meter(self, classes: Sequence[str]) -> Meter:
         """A meter for answers about these classes. Raises `MissingExtraError`."""
         self.check_libraries()
-        return self.make_meter(classes)
-
-    @abstractmethod
-    def make_meter(self, classes: Sequence[str]) -> Meter:
-        """A meter whose libraries are installed."""
+        return self.meter_type(classes)
 
     def measure(self, classes: Sequence[str], batches: Iterable[tuple[Tensor, Any]]) -> Result:
         """Figures for batches of answers and targets."""
@@ -249,8 +247,7 @@ class Kind(ABC):
 
     def summarize(self, facts: Sequence[Facts]) -> list[str]:
         """Lines of text for what `describe` returned: a percentage and a label each."""
-        values = [one["probability"] if "probability" in one else one["share"] for one in facts]
-        return [f"{100 * value:5.1f} %  {one['label']}" for value, one in zip(values, facts, strict=True)]
+        return [f"{100 * one.get('probability', one.get('share')):5.1f} %  {one['label']}" for one in facts]
 
     def draw(self, answer: Any, view: View) -> Image.Image:
         """A picture of one reduced answer over its image, where the kind `draws`."""

@@ -1,8 +1,8 @@
 """A task as patch files describe it: name, kind, classes and metric."""
 
-from __future__ import annotations
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
@@ -10,11 +10,8 @@ from modelpatch.tasks.kind import kind_of
 from modelpatch.text import Text
 
 
-class TaskRecord(BaseModel):
-    """A task without its data. `classes` are in the order of the head's outputs; `metric` is that of the kind
-    if it is left out."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TaskRecord(BaseModel, frozen=True, extra="forbid"):
+    """A task without its data. `classes` are in the order of the head's outputs; `metric` is, by default, that of the kind."""
 
     name: Text
     kind: Text = Classification.name
@@ -22,7 +19,7 @@ class TaskRecord(BaseModel):
     metric: Text = ""
 
     @model_validator(mode="after")
-    def _fitting_metric(self) -> TaskRecord:
+    def _fitting_metric(self) -> Self:
         try:
             metric = kind_of(self.kind).metric
         except DataError as error:

@@ -7,8 +7,6 @@
 An answer is told as the share of each class and shown as an overlay of colours with a legend.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence
@@ -122,7 +120,8 @@ class MaskMeter(Meter):
     def __init__(self, classes: Sequence[str]) -> None:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
-        self.classes, self.images = classes, 0
+        super().__init__(classes)
+        self.images = 0
         self._matrix = MulticlassConfusionMatrix(max(len(classes), 2), ignore_index=IGNORED)
 
     def update(self, answers: Tensor, targets: Tensor) -> None:
@@ -149,6 +148,7 @@ class Segmentation(Kind):
 
     name: ClassVar[str] = "segmentation"
     metrics: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+    meter_type = MaskMeter
     per_class = "IoU"
     target = PixelMask
     draws = True
@@ -172,18 +172,11 @@ class Segmentation(Kind):
     def loss(
         self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
+        logits = output.float()
         total = F.cross_entropy(
-            output.float(),
-            targets,
-            class_weights,
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=label_smoothing,
+            logits, targets, class_weights, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
         )
         return total / self.weigh_images(targets, class_weights).sum().clamp(min=1e-12)
-
-    def make_meter(self, classes: Sequence[str]) -> MaskMeter:
-        return MaskMeter(classes)
 
     def reduce(self, answers: Tensor, top: int = 5) -> list[np.ndarray]:
         """The best class of every pixel, uint8 (H, W), for each image."""
