@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -171,7 +172,7 @@ def test_a_trial_that_kills_every_worker_is_given_up(data: Task, tmp_path: Path)
 
 
 def test_ray_that_is_not_installed_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"modelpatch\[ray\]"), open_workers(bench, 2, ray="local"):
         pass
 

@@ -6,8 +6,6 @@ Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023),
 the base; images are scored as they are, not augmented.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -3,11 +3,8 @@
     added latency = (t(base and patch) - t(base)) / t(base)          what both share runs once
 
 It is measured by running both in turns on this machine at batch 1. The fastest of many runs of each counts: whatever else the
-machine does makes runs slower, never faster. A limit that seems broken is measured on, up to `PATIENCE` times as long, before
-the patch is given up for it.
+machine does makes runs slower, never faster.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -53,8 +50,7 @@ def added_latency(
     """The share of the base's time that the patch adds, 0 for nothing; the fastest of `runs` runs of each counts.
 
     Both run at the patch's image size. With a `limit`, a share, up to `PATIENCE` times as many runs are made while the patch
-    seems to break it. `tuning` is how the engine computes; by default with channels last and as it is. `timer` runs
-    a function and returns the seconds that it took.
+    seems to break it. `timer` runs a function and returns the seconds that it took.
     """
     engine = Engine(backbone, {"patch": patch}, tuning=tuning or Tuning(channels_last=True), budget=2**62)
     images = torch.randn(batch, *patch.preprocessing.input_size)

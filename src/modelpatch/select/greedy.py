@@ -8,12 +8,9 @@ Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023),
 authors' code does: it begins with the linear probe (or all blocks, or the better), goes on while the best candidate is at
 most epsilon worse than the best so far, adds blocks to none and removes them from all, and returns the best set seen.
 
-Greedy choice sees one step ahead: it stops where two blocks would gain together what neither gains alone. So what it finds is
-compared with both ends, no blocks and all of them, on the same folds, and the best of the three is trained.
-Every accuracy that decides comes from the folds; the test images are read once, for the final patch.
+Greedy choice stops where two blocks would gain together what neither gains alone. So what it finds is compared with both ends,
+no blocks and all of them, on the same folds, and the best of the three is trained.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -31,7 +28,6 @@ from modelpatch.patch.contents import Patch
 from modelpatch.select.budget import Budget
 from modelpatch.select.study import (
     Candidate,
-    Effect,
     Rater,
     Score,
     applicable,
@@ -68,18 +64,19 @@ class Round:
     steps: tuple[Step, ...]
     best: int | None
     accepted: bool
-    effect: Effect | None = None
+    effect: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        rows = [{"block": one.block, "left_out": one.left_out, "top1": None} for one in self.steps]
+        scores = [one.score.as_dict() if one.score else {"top1": None} for one in self.steps]
         return {
             "round": self.number,
             "best": None if self.best is None else self.steps[self.best].block,
             "accepted": self.accepted,
-            "halving": str(self.effect) if self.effect else None,
+            "halving": self.effect,
             "candidates": [
-                row | (one.score.as_dict() if one.score else {}) for row, one in zip(rows, self.steps, strict=True)
+                {"block": one.block, "left_out": one.left_out, **score}
+                for one, score in zip(self.steps, scores, strict=True)
             ],
         }
 
@@ -121,9 +118,8 @@ class Selection:
     """The blocks in the order they were chosen, the rounds that chose them, and the patch trained on all training images.
 
     `score` is the chosen set's on the folds, `probe` the linear probe's and `every` that of all blocks to choose among, None
-    where it was not measured; `every_left_out` says which limit they break. `replaced` names what greedy choice had found
-    and its score, where one of these two ends did better and was trained instead. `dropped` says why blocks chosen last
-    were given up again: the trained patch would have broken a limit.
+    where it was not measured; `every_left_out` says which limit they break. `replaced` is what greedy choice had found, where
+    one of these two ends did better. `dropped` says which limit the patch would have broken with blocks that were given up.
     """
 
     task: str
@@ -221,7 +217,10 @@ class GreedySearch:
             if not changes:
                 return
             parent = current if self.greedy.warm_start and current.blocks else None
-            sets = [_change(current.blocks, unit) for unit in changes.values()]
+            sets = [
+                tuple(block for block in current.blocks if block not in unit) if removing else (*current.blocks, *unit)
+                for unit in changes.values()
+            ]
             candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
             one, found = self._score(list(changes), candidates)
             accepted = found is not None and self._accepts(found.top1, bar)
@@ -235,14 +234,17 @@ class GreedySearch:
     def _begin(self) -> tuple[Candidate, Score]:
         """The set to start from: none, all blocks, or the better of both."""
         none = Candidate.of(self.method, ())
-        starts: dict[Start, list[Candidate]] = {"none": [none], "all": [self.every], "better": [none, self.every]}
-        candidates = starts[self.greedy.start]
-        reasons = [self.why_not(candidate) for candidate in candidates]
-        scores = self.study.score(candidates, title="start")
-        number = best(scores, [reason is None for reason in reasons])
+        starts = {"none": [none], "all": [self.every], "better": [none, self.every]}[self.greedy.start]
+        able = self.score_able(starts, "start")
+        number = best([score for _, score in able])
         if number is None:
-            raise TrainingError(f"nothing to start from keeps the limits: {reasons[0]}.")
-        return candidates[number], scores[number]
+            raise TrainingError(f"nothing to start from keeps the limits: {self.why_not(starts[0])}.")
+        return able[number]
+
+    def score_able(self, candidates: Sequence[Candidate], title: str) -> list[tuple[Candidate, Score]]:
+        """Those of the candidates that keep the limits, with their scores."""
+        able = [candidate for candidate in candidates if self.why_not(candidate) is None]
+        return list(zip(able, self.study.score(able, title=title), strict=True))
 
     def why_not(self, candidate: Candidate) -> str | None:
         """The limit that a candidate breaks."""
@@ -276,16 +278,6 @@ class GreedySearch:
             return self.sets[::-1]
         return sorted(self.sets, key=lambda pair: -pair[1].top1)
 
-    def ends(self) -> list[tuple[Candidate, Score]]:
-        """No blocks and all of them with their scores, as far as they keep the limits."""
-        able = [end for end in (Candidate.of(self.method, ()), self.every) if not self.why_not(end)]
-        return list(zip(able, self.study.score(able, title="both ends"), strict=True))
-
-
-def _change(blocks: tuple[str, ...], unit: tuple[str, ...]) -> tuple[str, ...]:
-    """The blocks without the unit where they hold it, else with it."""
-    return tuple(block for block in blocks if block not in unit) if unit[0] in blocks else (*blocks, *unit)
-
 
 def select(
     backbone: Backbone,
@@ -306,18 +298,20 @@ def select(
 
     `max_blocks`, `max_bytes` (of the file) and `max_latency` (share of the base's time, see `added_latency`) are limits:
     what cannot keep them is not tried, and the trained patch is measured against them again. `folds` folds of the training
-    images, or one held-out split. `each_round` is called with every round as it ends. `out` and
-    `checkpoint` are those of the final `fit`; for the other options see
-    `open_study`, the rest are settings of `fit`. Run again after an interruption with the same `trials` file, it goes on.
+    images, or one held-out split. `each_round` is called with every round as it ends. `out` and `checkpoint` are those of the
+    final `fit`; for the other options see `open_study`, the rest are settings of `fit`. Run again after an interruption with
+    the same `trials` file, it goes on.
     """
     chosen = make_method(method) if isinstance(method, str) else method
     budget = Budget(max_blocks, max_bytes, max_latency)
     with open_study(backbone, data, title="select", folds=folds, **options) as study:
         search = GreedySearch(study, chosen, greedy or Greedy(), budget, each_round)
-        probe = study.score([Candidate.of(chosen, ())], title="linear probe")[0]
+        none = Candidate.of(chosen, ())
+        probe = study.score([none], title="linear probe")[0]
         search.run()
         ranked = search.chosen()
-        found, ends = ranked[0], search.ends() if search.greedy.ends else []
+        found = ranked[0]
+        ends = search.score_able([none, search.every], "both ends") if search.greedy.ends else []
         better = sorted((end for end in ends if end[1].top1 > found[1].top1), key=lambda end: -end[1].top1)
         candidate, score, patch, dropped = train_first_within(
             study, [*better, *ranked], budget, out=out, checkpoint=checkpoint

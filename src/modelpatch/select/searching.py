@@ -9,14 +9,12 @@
 What comes out is also the set of proposals that no other one beats in accuracy, bytes and time at once.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
@@ -28,7 +26,6 @@ from modelpatch.select.budget import Budget
 from modelpatch.select.greedy import train_first_within
 from modelpatch.select.study import (
     Candidate,
-    Effect,
     Profile,
     Score,
     describe,
@@ -53,7 +50,7 @@ class Proposal:
     latency: float
     kept: bool
 
-    def beats(self, other: Proposal) -> bool:
+    def beats(self, other: Self) -> bool:
         """True if this one is at least as good in accuracy, bytes and time, and better in one of them."""
         mine = (-self.score.top1, self.score.file_bytes, self.latency)
         theirs = (-other.score.top1, other.score.file_bytes, other.latency)
@@ -79,7 +76,7 @@ class Search:
     chosen: Candidate
     patch: Patch
     dropped: tuple[str, ...]
-    effect: Effect | None
+    effect: str | None
 
     @property
     def front(self) -> tuple[Proposal, ...]:
@@ -88,12 +85,11 @@ class Search:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        front = {one.candidate.name for one in self.front}
+        front = self.front
         limits = {name: getattr(self.budget, name) for name in ("bytes", "latency", "blocks")}
-        names = [one.candidate.name for one in self.proposals]
         rows = [
-            {"name": name, "latency": one.latency, "pareto": name in front, **one.score.as_dict()}
-            for name, one in zip(names, self.proposals, strict=True)
+            {"name": one.candidate.name, "latency": one.latency, "pareto": one in front, **one.score.as_dict()}
+            for one in self.proposals
         ]
         return {
             "task": self.task,
@@ -104,7 +100,7 @@ class Search:
             "left_out": self.left_out,
             "chosen": self.chosen.name,
             "dropped": list(self.dropped),
-            "halving": str(self.effect) if self.effect else None,
+            "halving": self.effect,
             "test": dict(self.patch.metrics),
         }
 
@@ -125,10 +121,9 @@ def search(
     """Find and train the best patch of at most `max_bytes` that adds at most the share `max_latency` to the base's time.
 
     `methods` are spellings (see `make_method`), by default those in `Method.searched`. At most `tries` proposals are trained;
-    where there are more, a seeded draw leaves some out, but never the linear probe.
-    `halving=0` trains all of them to the end. With `max_bytes` patches are stored as float16 unless `dtype` says otherwise.
-    For the other options see `open_study`; the rest are settings of `fit`. Raises `TrainingError` if nothing keeps the
-    budget.
+    where there are more, a seeded draw leaves some out, but never the linear probe. `halving=0` trains all of them to the end.
+    With `max_bytes` patches are stored as float16 unless `dtype` says otherwise. For the other options see `open_study`; the
+    rest are settings of `fit`. Raises `TrainingError` if nothing keeps the budget.
     """
     budget = Budget(bytes=max_bytes, latency=max_latency)
     methods = spellings("searched") if methods is None else methods

@@ -3,17 +3,13 @@
     score = mean ± standard error of the accuracies on the images that each fold holds out
     profile(u) = score of the patch that trains {u, head}
 
-Every fold and every seed is a trial; trials run in parallel where there are workers, and known outcomes are reused. The
-profile is that of Kaplun et al.: *Less is More: Selective Layer Finetuning with SubTuning* (2023), section 2.1. Any method can
-take the place of full fine-tuning of the unit: scale and bias of a stage, masks over a block.
+Every fold and every seed is a trial. The profile is that of Kaplun et al.: *Less is More: Selective Layer Finetuning with
+SubTuning* (2023), section 2.1; any method can take the place of full fine-tuning.
 
 Successive halving gives few epochs to all candidates and more to the best of them: rung r has epochs / eta^(R - r) of them
 for the best ceil(n / eta^r) candidates of the rung before (Jamieson and Talwalkar: *Non-stochastic Best Arm Identification
-and Hyperparameter Optimization*, 2016). Every rung trains from the start with its own schedule, so that an outcome depends
-on its trial alone.
+and Hyperparameter Optimization*, 2016). Every rung trains from the start: an outcome depends on its trial alone.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -22,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
@@ -43,10 +39,10 @@ class Candidate:
     name: str
     blocks: tuple[str, ...]
     method: Method
-    parent: Candidate | None = None
+    parent: Self | None = None
 
     @classmethod
-    def of(cls, method: Method, blocks: Sequence[str], parent: Candidate | None = None) -> Candidate:
+    def of(cls, method: Method, blocks: Sequence[str], parent: Self | None = None) -> Self:
         """The method over these blocks; over none, the linear probe with the method's head rate and optimizer."""
         if not blocks:
             probe = LinearProbe(head_lr=method.head_lr, optimizer=method.optimizer)
@@ -123,6 +119,14 @@ class Score:
     seconds: float
     failure: str | None = None
 
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], epochs: int) -> Self:
+        """The score of a candidate's trials."""
+        failure = next((outcome.failure for outcome in outcomes if outcome.failure), None)
+        top1s = () if failure else tuple(outcome.top1 for outcome in outcomes if outcome.top1 is not None)
+        size, seconds = max(one.file_bytes for one in outcomes), sum(one.seconds for one in outcomes)
+        return cls(epochs, top1s, size, seconds, failure)
+
     @property
     def top1(self) -> float:
         """The mean, -1 for a candidate that failed."""
@@ -167,18 +171,7 @@ class Rater:
                 key, trial = todo[position]
                 self.journal.add(key, trial.as_dict(), outcome)
                 advance(1)
-        return [_summarise([known[key] for key in group], epochs) for group in keys]
-
-
-def _summarise(outcomes: Sequence[Outcome], epochs: int) -> Score:
-    failures = [outcome.failure for outcome in outcomes if outcome.failure]
-    return Score(
-        epochs=epochs,
-        top1s=() if failures else tuple(outcome.top1 for outcome in outcomes if outcome.top1 is not None),
-        file_bytes=max(outcome.file_bytes for outcome in outcomes),
-        seconds=sum(outcome.seconds for outcome in outcomes),
-        failure=failures[0] if failures else None,
-    )
+        return [Score.of([known[key] for key in group], epochs) for group in keys]
 
 
 @contextmanager
@@ -225,27 +218,13 @@ def open_study(
 # successive halving -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Effect:
-    """Epochs trained by all trials of a successive halving, and their number without it."""
-
-    epochs: int
-    without: int
-
-    def __str__(self) -> str:
-        if self.epochs < self.without:
-            return f"successive halving: {self.epochs:,} epochs instead of {self.without:,}"
-        return f"successive halving saved nothing: {self.epochs:,} epochs, {self.without:,} without it"
-
-
 def score_by_halving(
     study: Rater, candidates: Sequence[Candidate], eta: int, title: str, epochs: int | None = None
-) -> tuple[list[Score], Effect | None]:
-    """The candidates' scores, each after the epochs of the last rung it reached; with `eta` 0, of full trials for
-    all. `epochs` are those of a full trial, by default the study's.
+) -> tuple[list[Score], str | None]:
+    """The candidates' scores, each after the epochs of the last rung it reached, and what halving saved, in words.
 
-    Compare scores of different epochs with care: only those that reached the last rung are final. Raises `TrainingError`
-    for an `eta` of 1 or below 0.
+    With `eta` 0 all have full trials. `epochs` are those of a full trial, by default the study's. Only scores that reached the
+    last rung are final. Raises `TrainingError` for an `eta` of 1 or below 0.
     """
     if eta == 0 or not candidates:
         return study.score(candidates, epochs, title), None
@@ -260,7 +239,10 @@ def score_by_halving(
         ranked = sorted(alive, key=lambda number: -scores[number].top1)
         alive = sorted(ranked[: math.ceil(len(alive) / eta)])
     repeats = len(study.bench.data) * len(study.seeds)
-    effect = Effect(spent * repeats, full * len(candidates) * repeats)
+    spent, without = spent * repeats, full * len(candidates) * repeats
+    effect = f"successive halving: {spent:,} epochs instead of {without:,}"
+    if spent >= without:
+        effect = f"successive halving saved nothing: {spent:,} epochs, {without:,} without it"
     return [scores[number] for number in range(len(candidates))], effect
 
 
@@ -308,7 +290,7 @@ class Profile:
     probe: Score
     rows: tuple[ProfileRow, ...]
     skipped: dict[str, str]
-    effect: Effect | None = None
+    effect: str | None = None
 
     @property
     def best(self) -> ProfileRow | None:
@@ -323,8 +305,8 @@ class Profile:
             {"name": row.name, "blocks": list(row.blocks), "parameters": row.parameters, **row.score.as_dict()}
             for row in self.rows
         ]
-        scores = {"linear_probe": self.probe.as_dict(), "rows": rows}
-        return {**own, "blocks": list(self.blocks), **scores, "halving": str(self.effect) if self.effect else None}
+        probe = self.probe.as_dict()
+        return {**own, "blocks": list(self.blocks), "linear_probe": probe, "rows": rows, "halving": self.effect}
 
 
 def profile(

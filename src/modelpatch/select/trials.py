@@ -6,13 +6,10 @@
     journal   outcomes on disk, a line each, so that an interrupted run goes on and a later one starts from what is known
     worker    this process, another on this machine, or an actor on a Ray cluster, with a bench of its own
 
-A trial is an ordinary `fit` whose test images are the held-out ones, on activations that are computed once for all trials.
-A worker that dies, whatever killed it, is replaced, and its trial is tried again; the outcomes are those of one process with
-as many threads. An outcome is found by the hash of everything it depends on. One journal may thus serve many runs; lines
-that no run asks for do no harm.
+A trial is an ordinary `fit` whose test images are the held-out ones. A worker that dies is replaced, and its trial is tried
+again; outcomes are those of one process with as many threads. An outcome is found by the hash of everything it depends on, so
+that one journal may serve many runs.
 """
-
-from __future__ import annotations
 
 import json
 import multiprocessing
@@ -28,7 +25,7 @@ from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock, local
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +35,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.augmentation import choose_augmentation
 from modelpatch.data.splits import Split, drawn, join_splits
 from modelpatch.data.task import Task, check_classification
-from modelpatch.errors import DataError, DivergedError, ModelpatchError, TrainingError
+from modelpatch.errors import DataError, DivergedError, ModelpatchError, TrainingError, require
 from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
@@ -46,7 +43,7 @@ from modelpatch.text import digest_of
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.ray import connected, require_ray
+from modelpatch.train.ray import connected
 from modelpatch.train.settings import FitSettings
 
 HELD_OUT = 0.2  # of the training images, where one split is scored on and the source brings none
@@ -62,7 +59,7 @@ class Folds:
     rows: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
-    def of(cls, data: Task, count: int, seed: int) -> Folds:
+    def of(cls, data: Task, count: int, seed: int) -> Self:
         """`count` folds of the training images; with one, the source's validation split or a fifth of the images.
 
         Raises `DataError` where nothing is left to score on, or a class is scored that has no image to train on.
@@ -116,13 +113,13 @@ class Trial:
     fold: int
     seed: int
     epochs: int
-    start: Trial | None = None
+    start: Self | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        described = {"method": self.method.name, "hyperparameters": self.method.hyperparameters()}
-        rest = {"fold": self.fold, "seed": self.seed, "epochs": self.epochs}
-        return {**described, **rest, "start": self.start.as_dict() if self.start else None}
+        method = {"method": self.method.name, "hyperparameters": self.method.hyperparameters()}
+        start = self.start.as_dict() if self.start else None
+        return {**method, "fold": self.fold, "seed": self.seed, "epochs": self.epochs, "start": start}
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,7 @@ class Bench:
 
     `settings` hold for all trials, but for the seed and the epochs, which every trial brings. With `same_steps` a trial's
     epochs are those of a fit on all training images, and on a fold it makes as many more as that has fewer images. `memory`
-    of the settings and `disk` are the budgets, in bytes, for shared activations. `for_workers(n)` makes a bench with an nth of
-    these budgets, in the process that calls it.
+    of the settings and `disk` are the budgets, in bytes, for shared activations.
     """
 
     def __init__(
@@ -172,8 +168,8 @@ class Bench:
         self._states: dict[str, dict[str, Tensor]] = {}
         self._again = partial(Bench, backbone, data, folds=folds, same_steps=same_steps)
 
-    def for_workers(self, count: int) -> Callable[[], Bench]:
-        """A function that makes a bench for one of `count` workers."""
+    def for_workers(self, count: int) -> "Callable[[], Bench]":
+        """A function that makes a bench for one of `count` workers, with its share of the memory and the disk."""
         part = replace(self.settings, memory=max(self.settings.memory // count, 1))
         return partial(self._again, part, disk=self.disk // count)
 
@@ -295,11 +291,10 @@ Run = Callable[[Sequence[Trial]], Iterator[tuple[int, Outcome]]]
 
 @contextmanager
 def open_workers(bench: Bench, workers: int, ray: str | None = None) -> Iterator[Run]:
-    """A function that runs trials: in this process for one worker, in processes for more, and on the Ray cluster at the
-    address `ray` (`local` starts one here, `auto` finds a running one) in actors of so many threads.
+    """A function that runs trials: in this process, in several, or in actors on the Ray cluster at the address `ray`.
 
-    What trials need travels with them: images lie in files on this machine or, for data from parquet or the hub, in memory.
-    On several machines those files must be readable under the same paths. Raises `MissingExtraError` without Ray.
+    `local` starts a cluster here, `auto` finds a running one; its machines must read the files of images under the same paths.
+    Raises `MissingExtraError` without Ray.
     """
     if workers < 1:
         raise TrainingError(f"the number of workers is {workers}; expected at least 1.")
@@ -307,12 +302,13 @@ def open_workers(bench: Bench, workers: int, ray: str | None = None) -> Iterator
         yield lambda trials: ((position, bench.run(trial)) for position, trial in enumerate(trials))
         return
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
+    make = bench.for_workers(workers)
     with ExitStack() as stack:
-        start: Callable[[], Worker] = partial(LocalWorker, bench.for_workers(workers), threads)
+        start: Callable[[], Worker] = partial(LocalWorker, make, threads)
         if ray is not None:
-            require_ray("--ray")
+            library = require("ray", "ray", "--ray")
             stack.enter_context(connected(ray, workers * threads))
-            start = RayWorker.starter(bench.for_workers(workers), threads)
+            start = partial(RayWorker, library, library.put(make), threads)  # what benches are made of travels once
         yield stack.enter_context(closing(Pool(start, workers))).run
 
 
@@ -398,11 +394,10 @@ class LocalWorker:
     def run(self, trial: Trial) -> Outcome | Exception:
         try:
             self.pipe.send(trial)
-            answer: Outcome | Exception = self.pipe.recv()
+            return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             raise EOFError(f"exit status {self.process.exitcode}") from None
-        return answer
 
     def stop(self) -> None:
         self.process.kill()
@@ -424,19 +419,11 @@ class RayWorker:
     def __init__(self, ray: Any, stored: Any, threads: int) -> None:
         self.ray, self.actor = ray, ray.remote(num_cpus=threads)(Actor).remote(stored, threads)
 
-    @classmethod
-    def starter(cls, make: Callable[[], Bench], threads: int) -> Callable[[], Worker]:
-        """A function that starts a worker; what they make their benches of lies in the cluster once."""
-        import ray
-
-        return partial(cls, ray, ray.put(make), threads)
-
     def run(self, trial: Trial) -> Outcome | Exception:
         try:
-            answer: Outcome | Exception = self.ray.get(self.actor.run.remote(trial))
+            return self.ray.get(self.actor.run.remote(trial))
         except self.ray.exceptions.RayActorError as error:
             raise EOFError(str(error).strip().splitlines()[-1]) from None
-        return answer
 
     def stop(self) -> None:
         self.ray.kill(self.actor)
