@@ -130,10 +130,7 @@ class FormedSplit(Split):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the number of samples that was given, the labels that a data set lists, and 64 samples, decoded.
-
-        Data that differs in other samples alone has the same digest. Random transforms are seeded.
-        """
+        """SHA-256 of the given number of samples, the labels that a data set lists, and 64 samples, decoded, with a seed."""
         digest = hashlib.sha256(f"{self.form.source} {self.size} {self.form.classes}".encode())
         if self.labels_known and not self.is_stream:
             digest.update(self.labels.tobytes())

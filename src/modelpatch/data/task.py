@@ -1,9 +1,7 @@
 """Tasks with their images, from whatever source they come: `load_task` finds the file of `sources/` that reads it.
 
-A seeded stratified test split is cut from the training images of a source that has none.
-
-`join_tasks` makes several tasks one, over all their classes: joint patching, one patch and one head for the union.
-Δ-Networks and PAINT both train joint patches for tasks that are known together, with images of an unknown task.
+A seeded stratified test split is cut from the training images of a source that has none. Δ-Networks and PAINT both train
+joint patches, of `join_tasks`, for tasks that are known together, with images of an unknown task.
 """
 
 import warnings
@@ -77,7 +75,7 @@ class Task:
         of processes that read images, `length` the number of images in an epoch of a stream that has no length of its own.
         """
         given = {"train": train, "test": test, "validation": validation}
-        options = SourceOptions(kind, classes if isinstance(classes, int) else _names(classes), ignore)
+        options = SourceOptions(kind, classes, ignore)
         found = read_datasets({key: one for key, one in given.items() if one is not None}, options, workers, length)
         task = _assemble(found, name or describe(train), describe(train), seed)
         return task.with_transform(transform)
@@ -152,7 +150,7 @@ def load_task(
     class, or has labels of classes that are not trained.
     """
     check_seed(seed)
-    options = SourceOptions(kind, _names(classes), ignore)
+    options = SourceOptions(kind, classes, ignore)
     if is_dataset(source):
         splits = source if isinstance(source, Mapping) else {"train": source}
         text = stem = describe(splits.get("train"))
@@ -243,12 +241,6 @@ def check_same_split(facts: Mapping[str, Any], data: Task) -> None:
             f"{data.task.name} was split with seed {now}, but the patch was fitted on the split of seed {fitted}: images it "
             f"was trained on would be tested. Load the data with seed {fitted}."
         )
-
-
-def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
-    if isinstance(classes, str):
-        raise DataError(f"classes={classes!r}; expected a list of names.")
-    return None if classes is None else tuple(classes)
 
 
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:

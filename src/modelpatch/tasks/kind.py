@@ -1,10 +1,4 @@
-"""Kinds of tasks: one class a kind says all that the library needs to know of it.
-
-    @register_kind
-    class Classification(Kind):
-        name, metrics, ...        facts
-        loss, meter_type          how a head is trained and measured
-        reduce, describe, to_json, draw     the meaning of an answer
+"""Kinds of tasks: one class a kind says how heads are trained and measured, and the meaning of their answers.
 
 A new kind is one file of this folder, or an entry point of the group `modelpatch.kinds` in another distribution. Nothing
 outside its file asks for a kind by name; other parts of the library read its attributes.
@@ -34,11 +28,7 @@ EXTRA = "dense"  # installs the libraries of `Kind.libraries`
 
 
 class Target(ABC):
-    """The target of one image of a dense task: read from disk when it is needed, framed and augmented with its image.
-
-    image  ─ resize, crop ─ random view ─ network ─ answer ─┐
-    target ─ the same ──────────────────────────────────────┴ loss
-    """
+    """The target of one image of a dense task: read from disk when it is needed, framed and augmented with its image."""
 
     @abstractmethod
     def content(self) -> bytes:
@@ -93,10 +83,7 @@ class Meter(ABC):
 
 @dataclass(frozen=True)
 class View:
-    """An image as a task sees it: the task's classes, its preprocessing, and the image or its width and height.
-
-    Unnamed outputs, of a backbone's own head, have no classes.
-    """
+    """An image as a task sees it: classes (none for a backbone's own head), preprocessing, and the image or its size."""
 
     classes: Sequence[str]
     preprocessing: Preprocessing
@@ -247,7 +234,8 @@ class Kind(ABC):
 
     def summarize(self, facts: Sequence[Facts]) -> list[str]:
         """Lines of text for what `describe` returned: a percentage and a label each."""
-        return [f"{100 * one.get('probability', one.get('share')):5.1f} %  {one['label']}" for one in facts]
+        values = [one["probability"] if "probability" in one else one["share"] for one in facts]
+        return [f"{100 * value:5.1f} %  {one['label']}" for value, one in zip(values, facts, strict=True)]
 
     def draw(self, answer: Any, view: View) -> Image.Image:
         """A picture of one reduced answer over its image, where the kind `draws`."""

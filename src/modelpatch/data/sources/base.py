@@ -13,7 +13,7 @@ distribution:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,15 +45,19 @@ class Found:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options for reading a source, as a user gives them. Raises `DataError` for values that no source could have."""
+    """The options for reading a source; `classes` become a tuple. Raises `DataError` for values that no source could have."""
 
     kind: str | None = None
-    classes: tuple[str, ...] | int | None = None
+    classes: Sequence[str] | int | None = None
     ignore: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None:
             kind_of(self.kind)
+        if isinstance(self.classes, str):
+            raise DataError(f"classes={self.classes!r}; expected a list of names.")
+        if isinstance(self.classes, Iterable):
+            object.__setattr__(self, "classes", tuple(self.classes))
         if self.ignore is not None and (type(self.ignore) is not int or not 0 <= self.ignore <= LARGEST_VALUE):
             raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {LARGEST_VALUE}.")
 

@@ -188,7 +188,7 @@ def _find_classes(
             TrainingWarning,
             stacklevel=4,
         )
-    return names, None
+    return tuple(names), None
 
 
 def _names_of(data: Any) -> tuple[str, ...] | None:
