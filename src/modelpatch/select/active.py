@@ -192,14 +192,10 @@ class Simulation:
     def _round(self, strategy: str, seed: int, labelled: np.ndarray, more: int) -> LabelRound:
         count = len(self.data.train)
         pool = np.setdiff1d(np.arange(count), labelled)
-        rows = {"train": labelled, "test": np.arange(count, count + len(self.data.test)), "pool": pool}
-        fit = Fit(
-            self.backbone,
-            replace(self.data, train=self.data.train.take(labelled), validation=None),
-            self.method,
-            replace(self.settings, seed=seed),
-            source=self.shared.fold(**{name: torch.from_numpy(part) for name, part in rows.items()}),
-        )
+        test = torch.arange(count, count + len(self.data.test))
+        source = self.shared.fold(train=torch.from_numpy(labelled), test=test, pool=torch.from_numpy(pool))
+        data = replace(self.data, train=self.data.train.take(labelled), validation=None)
+        fit = Fit(self.backbone, data, self.method, replace(self.settings, seed=seed), source=source)
         top1 = fit.run().metrics["test_top1"]
         if strategy == "random" or not more:
             picked = np.random.default_rng([seed, len(labelled)]).choice(pool, more, replace=False)

@@ -55,9 +55,8 @@ def added_latency(
     engine = Engine(backbone, {"patch": patch}, tuning=tuning or Tuning(channels_last=True), budget=2**62)
     images = torch.randn(batch, *patch.preprocessing.input_size)
     ways = partial(engine, images, only=["base"]), partial(engine, images)
-    for _ in range(WARM_UP):
-        for way in ways:
-            way()
+    for way in ways * WARM_UP:
+        way()
     times: list[tuple[float, float]] = []
     added = 0.0
     for _ in range(1 if limit is None else PATIENCE):
@@ -129,10 +128,7 @@ def _draft_on(bench: Bench, method: Method) -> Patch:
 
 
 def draft_patch(backbone: Backbone, task: TaskRecord, method: Method, image_size: int) -> Patch:
-    """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run.
-
-    Torch's random state stays as it was.
-    """
+    """An untrained patch of the method: as large as a trained one, but for masks and the facts of a run."""
     with torch.random.fork_rng(devices=[]):
         model = method.draft(backbone, len(task.classes))
     return model.to_patch(task, preprocessing=backbone.preprocessing.with_image_size(image_size), method=method)

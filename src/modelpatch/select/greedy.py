@@ -45,10 +45,7 @@ Start = Literal["none", "all", "better"]
 
 @dataclass(frozen=True)
 class Step:
-    """One candidate of a round: the block or stage it adds or removes, the blocks it has then, and its score.
-
-    `left_out` says which limit it breaks; without training it has no score.
-    """
+    """A candidate of a round: the block or stage it adds or removes, its blocks then, its score, and the limit it breaks."""
 
     block: str
     blocks: tuple[str, ...]
@@ -158,8 +155,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Greedy:
-    """The rules by which blocks are chosen. `candidates` are the blocks to choose among, all by default; `stages`
-    chooses whole stages.
+    """The rules by which blocks are chosen, of `candidates`, by default all, or as whole `stages`.
 
     `ends` compares what was found with no blocks and with all of them; without it the algorithm's own choice is trained.
     """
@@ -222,13 +218,15 @@ class GreedySearch:
                 for unit in changes.values()
             ]
             candidates = [Candidate.of(self.method, blocks, parent) for blocks in sets]
-            one, found = self._score(list(changes), candidates)
+            steps, effect = self._score(list(changes), candidates)
+            number = best([None if step.left_out else step.score for step in steps])
+            found = None if number is None else steps[number].score
             accepted = found is not None and self._accepts(found.top1, bar)
-            self.rounds.append(replace(one, accepted=accepted))
+            self.rounds.append(Round(len(self.rounds) + 1, steps, number, accepted, effect))
             self.each_round(self.rounds[-1])
-            if found is None or one.best is None or not accepted:
+            if found is None or number is None or not accepted:
                 return
-            current, bar = candidates[one.best], max(bar, found.top1)
+            current, bar = candidates[number], max(bar, found.top1)
             self.sets.append((current, found))
 
     def _begin(self) -> tuple[Candidate, Score]:
@@ -250,22 +248,17 @@ class GreedySearch:
         """The limit that a candidate breaks."""
         return self.budget.why_not(self.study.bench, candidate)
 
-    def _score(self, names: Sequence[str], candidates: Sequence[Candidate]) -> tuple[Round, Score | None]:
-        """A round over these sets, each of which has one block more (or fewer) than the current one, and its best score."""
-        number = len(self.rounds) + 1
-        reasons = [self.why_not(candidate) for candidate in candidates]
-        trained = [n for n, reason in enumerate(reasons) if reason is None]
-        able = [candidates[n] for n in trained]
-        scores, effect = score_by_halving(self.study, able, self.greedy.halving, f"round {number}")
-        found = dict(zip(trained, scores, strict=True))
-        for n, score in found.items():
+    def _score(self, names: Sequence[str], candidates: Sequence[Candidate]) -> tuple[tuple[Step, ...], str | None]:
+        """The steps of a round to these sets, each with one block more (or fewer) than the current one, and its halving."""
+        steps = [Step(name, one.blocks, None, self.why_not(one)) for name, one in zip(names, candidates, strict=True)]
+        trained = [n for n, step in enumerate(steps) if step.left_out is None]
+        able, title = [candidates[n] for n in trained], f"round {len(self.rounds) + 1}"
+        scores, effect = score_by_halving(self.study, able, self.greedy.halving, title)
+        for n, score in zip(trained, scores, strict=True):
             too_large = self.budget.bytes is not None and score.file_bytes > self.budget.bytes
-            reasons[n] = f"{score.file_bytes:,} bytes" if too_large else score.failure
-        winner = best(scores, [reasons[n] is None for n in trained])
-        chosen = None if winner is None else trained[winner]
-        rows = enumerate(zip(names, candidates, strict=True))
-        steps = tuple(Step(name, one.blocks, found.get(n), reasons[n]) for n, (name, one) in rows)
-        return Round(number, steps, chosen, False, effect), None if chosen is None else found[chosen]
+            reason = f"{score.file_bytes:,} bytes" if too_large else score.failure
+            steps[n] = replace(steps[n], score=score, left_out=reason)
+        return tuple(steps), effect
 
     def _accepts(self, top1: float, bar: float) -> bool:
         if self.greedy.rule == "code":

@@ -1,12 +1,10 @@
 """The best patch within a budget: method, blocks and settings chosen by validation.
 
-    1. profile     every block alone, few epochs: which blocks are worth training
-    2. propose     methods over the best, the last and all blocks, the last stages; every number of Δ-modules; learning rates
-    3. leave out   what cannot keep the budget, by the bytes and the time of an untrained patch
-    4. halve       few epochs for all that is left, more for the best third, and so on (Jamieson and Talwalkar, 2016)
-    5. train       the best on all training images; its patch is measured again, and must keep the budget
-
-What comes out is also the set of proposals that no other one beats in accuracy, bytes and time at once.
+1. profile     every block alone, few epochs: which blocks are worth training
+2. propose     methods over the best, the last and all blocks, the last stages; every number of Δ-modules; learning rates
+3. leave out   what cannot keep the budget, by the bytes and the time of an untrained patch
+4. halve       few epochs for all that is left, more for the best third, and so on (Jamieson and Talwalkar, 2016)
+5. train       the best on all training images; its patch is measured again, and must keep the budget
 """
 
 import json

@@ -254,10 +254,10 @@ def rungs(epochs: int, eta: int) -> list[int]:
     return result
 
 
-def best(scores: Sequence[Score], allowed: Sequence[bool] | None = None) -> int | None:
-    """The position of the highest score among those trained longest; the first of equals. None where none is left."""
-    able = [n for n, score in enumerate(scores) if score.top1s and (allowed is None or allowed[n])]
-    return max(able, key=lambda n: (scores[n].epochs, scores[n].top1, -n), default=None)
+def best(scores: Sequence[Score | None]) -> int | None:
+    """The position of the highest score among those trained longest; the first of equals. None where there is none."""
+    ranks = {n: (score.epochs, score.top1, -n) for n, score in enumerate(scores) if score and score.top1s}
+    return max(ranks, key=lambda n: ranks[n], default=None)
 
 
 # the finetuning profile --------------------------------------------------------------------------------------

@@ -94,10 +94,7 @@ class Folds:
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-    """Disjoint row indices; every fold holds an equal share of every class, give or take one.
-
-    Together they are all rows but those of classes with a single image, which is always trained on.
-    """
+    """Disjoint row indices: an equal share of every class, give or take one, but for single images, always trained on."""
     generator = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     dealt = [generator.permutation(rows) for rows in classes if len(rows) > 1]
@@ -206,14 +203,10 @@ class Bench:
         return Outcome(patch.metrics["test_top1"], file_bytes(patch), time.perf_counter() - begin)
 
     def _fit(self, trial: Trial) -> Fit:
-        rows = [torch.from_numpy(part) for part in self.folds.rows[trial.fold]]
-        return Fit(
-            self.backbone,
-            self.data[trial.fold],
-            trial.method,
-            replace(self.settings, seed=trial.seed, epochs=round(trial.epochs * self.more[trial.fold])),
-            source=self.shared.fold(train=rows[0], test=rows[1]),
-        )
+        train, held = (torch.from_numpy(part) for part in self.folds.rows[trial.fold])
+        settings = replace(self.settings, seed=trial.seed, epochs=round(trial.epochs * self.more[trial.fold]))
+        source = self.shared.fold(train=train, test=held)
+        return Fit(self.backbone, self.data[trial.fold], trial.method, settings, source=source)
 
     def _start(self, trial: Trial) -> Mapping[str, Tensor] | None:
         """The state that the trial's `start` ended with; it is trained again where it was not trained in this process."""
