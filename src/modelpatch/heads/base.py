@@ -7,15 +7,13 @@ A head turns what it reads of a chain (see `reading.py`) into a task's answer. I
 fields of the record it fills and what it reads. Other distributions register theirs as entry points `modelpatch.heads`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from modelpatch.backbone.chain import Chain
@@ -29,15 +27,13 @@ MAPS = frozenset({"taps", "widths", "strides"})  # what every decoder's record s
 Positive = Annotated[int, Field(gt=0, le=2**16)]
 
 
-class HeadRecord(BaseModel):
+class HeadRecord(BaseModel, frozen=True, extra="forbid"):
     """A head in a patch file: its kind, the `features` (D) that it reads and the `outputs` (K) that it gives.
 
     Heads that read inner segments name them in `taps`. Decoders read them as maps: `widths` are the channels of each,
     `strides` the pixels between two positions of it, `hidden` the channels of the decoder's own layers. `options` are plain
     values for heads of other distributions.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str = Field(default="linear", pattern=r"^[a-z][a-z0-9-]{0,63}$")
     features: int = Field(gt=0, le=2**24)
@@ -49,7 +45,7 @@ class HeadRecord(BaseModel):
     options: Facts = {}
 
     @model_validator(mode="after")
-    def _known_and_complete(self) -> HeadRecord:
+    def _known_and_complete(self) -> Self:
         try:
             head = self.head
         except PatchError as error:
@@ -63,7 +59,7 @@ class HeadRecord(BaseModel):
         return hash(self.model_dump_json())
 
     @property
-    def head(self) -> type[Head]:
+    def head(self) -> type["Head"]:
         """The class that is registered for the kind. Raises `PatchError` for a kind that is not."""
         return HEADS.find(self.kind)
 
@@ -72,7 +68,7 @@ class HeadRecord(BaseModel):
         """The inputs of the head."""
         return self.head.list_reads(self)
 
-    def build(self) -> Head:
+    def build(self) -> "Head":
         """A freshly initialised head of this kind."""
         return self.head.build(self)
 
@@ -97,7 +93,7 @@ class Head(nn.Module, ABC):
         """The head as a patch file describes it. It may be stored as another kind than the one that is trained."""
 
     @classmethod
-    def build(cls, record: HeadRecord) -> Head:
+    def build(cls, record: HeadRecord) -> "Head":
         """A freshly initialised head of this kind."""
         return cls(record)
 

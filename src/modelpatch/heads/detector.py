@@ -8,8 +8,6 @@ Sandler et al.: *MobileNetV2* (CVPR 2018), section 6.2. Layers are narrower than
 patch; SSDlite's are normalised in groups, which needs no batch statistics.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial

@@ -6,9 +6,8 @@ siamese    logits = [f, f_base] Wᵀ + b      Kaplun et al., *Less is More: ... 
 selected   logits = h_S Wᵀ + b          h pooled outputs of segments: Evci et al., *Head2Toe* (2022), section 3
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ class SelectedHead(nn.Linear, Head):
         return super().forward(input.index_select(1, self.selected))
 
     @classmethod
-    def build(cls, record: HeadRecord) -> SelectedHead:
+    def build(cls, record: HeadRecord) -> Self:
         return cls(record.features, record.outputs, record.taps)
 
     @classmethod

@@ -7,8 +7,6 @@ Every user of a chain with variants runs it here: models in training and at infe
 is frozen for both streams of a head that reads the base's features too runs once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

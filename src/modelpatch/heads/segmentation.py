@@ -8,8 +8,6 @@ it (section 4.4): one map is FCN-32s, two are FCN-16s. Chen et al.: *Encoder-Dec
 2018), sections 3.1 and 3.2: where it dilates the backbone to stride 16, maps of strides 16 and 32 are read side by side.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

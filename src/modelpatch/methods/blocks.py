@@ -1,7 +1,5 @@
 """Blocks of a chain by name, the tensors that a patch owns of them, and the values that these start at."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal

@@ -13,18 +13,16 @@ Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), arXiv:230
 of Table 5. `residual.py` finds the stages.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,10 +40,8 @@ MAX_CHANNELS = 8192  # a file that asks for more is refused before memory is
 Skips = Literal["conditioned", "existing", "all", "learned", "random", "unchanged"]
 
 
-class StageSettings(BaseModel):
+class StageSettings(BaseModel, frozen=True, extra="forbid"):
     """One stage as a patch file describes it: `channels` of its input, `width` of its nodes, and the method's options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     skips: Skips
     batch_norm: bool
@@ -363,7 +359,7 @@ class SkipWeights:
     moments: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
 
     @classmethod
-    def join(cls, records: Sequence[SkipWeights]) -> SkipWeights:
+    def join(cls, records: Sequence[Self]) -> Self:
         """The record of all images of several records of one stage."""
         weights = torch.cat([one.weights.cpu() for one in records])
         moments = torch.stack([len(one.weights) * one.moments for one in records]).sum(0)

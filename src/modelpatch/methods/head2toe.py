@@ -8,8 +8,6 @@ Evci, Dumoulin, Larochelle and Mozer: *Head2Toe: Utilizing Intermediate Represen
 (ICML 2022), section 3. Nothing of the backbone changes; the patch is its head and which features it reads.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -9,8 +9,6 @@
 Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

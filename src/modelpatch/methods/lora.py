@@ -7,8 +7,6 @@ section 4.1. Beside a convolution A has its kernel, stride and padding, and B is
 shape there too. A patch of rank r holds r (in + out) numbers for a linear layer and r (in k² + out) for a k x k convolution.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -10,14 +10,12 @@ Only `changes` must be written. A new method is one file: a dataclass decorated 
 another distribution that lists it as an entry point of the group `modelpatch.methods` (docs/own-method.md).
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, dataclass_transform, get_type_hints
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
@@ -136,7 +134,7 @@ class Method(ABC):
         """A warning before a run whose steps' learning rates add up to `reach` times the full ones, None without any."""
         return None
 
-    def sizes(self, backbone: Backbone) -> Sequence[tuple[str, Method]]:
+    def sizes(self, backbone: Backbone) -> Sequence[tuple[str, "Method"]]:
         """The method at each of its sizes with a label, for a search; empty where blocks decide the size."""
         return ()
 
@@ -148,7 +146,7 @@ class Method(ABC):
         return values | ({"loss": self.losses[0].describe()} if self.losses else {})
 
     @property
-    def members(self) -> tuple[Method, ...]:
+    def members(self) -> tuple["Method", ...]:
         """The methods that are combined in this one; itself alone if none are."""
         return (self,)
 
@@ -243,7 +241,7 @@ class Method(ABC):
             groups.setdefault((method.rate(name), decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
-    def trainers(self, model: Trainable, backbone: Backbone) -> Mapping[str, Method]:
+    def trainers(self, model: Trainable, backbone: Backbone) -> Mapping[str, "Method"]:
         """The member that trains a tensor, by its name in the patch file, where it is not the method itself."""
         return {}
 
@@ -259,7 +257,7 @@ class Method(ABC):
         kind, options = OPTIMIZERS[self.optimizer]
         return kind(groups, lr=self.lr, **options)
 
-    def __add__(self, other: Method) -> Method:
+    def __add__(self, other: "Method") -> "Method":
         """Both methods in one patch. Raises `MethodError` for methods that exclude each other."""
         if not isinstance(other, Method):
             return NotImplemented
@@ -280,7 +278,7 @@ class Composite(Method):
     methods: tuple[Method, ...]
 
     @classmethod
-    def of(cls, *methods: Method) -> Composite:
+    def of(cls, *methods: Method) -> Self:
         """A composite of these methods and of the members of composites among them. Raises `MethodError`."""
         members = [replace(member, losses=()) for method in methods for member in method.members]
         names = [member.name for member in members]

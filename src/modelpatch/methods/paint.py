@@ -7,8 +7,6 @@ weights* (NeurIPS 2022), section 2. The paper's head is made of class names. Wit
 that stays frozen: trained together with the body it would belong to theta_1 alone. `recipes/painting.py` does all steps.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field

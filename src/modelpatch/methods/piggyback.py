@@ -17,8 +17,6 @@ masks. Tasks are packed one after another into what was pruned, so that their or
 is untouched here, because the patch holds what it keeps as a mask and what it adds as a sparse difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ scale-bias + subset(blocks=[layer4,head])    several methods in one patch
 scale-bias(blocks=[layer4])                  a method confined to some blocks
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -7,17 +7,15 @@
 Nothing depends on a network's family: which form a block has follows from how its children are wired.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor, fx, nn
 
 from modelpatch.backbone.chain import Chain, channels_first
@@ -181,14 +179,12 @@ def _part(block: nn.Module, source: fx.Node, results: Sequence[fx.Node]) -> fx.G
     return fx.GraphModule(block, graph, class_name="Part")
 
 
-class Layout(BaseModel):
+class Layout(BaseModel, frozen=True, extra="forbid"):
     """Axes of an activation: channels and positions.
 
     `tokens` are (B, N, C): `prefix` tokens without a position, then a grid of `height` x `width` of them (for images of
     another size a grid of the same proportions).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["channels-first", "channels-last", "tokens"] = "channels-first"
     prefix: int = Field(default=0, ge=0)
@@ -196,7 +192,7 @@ class Layout(BaseModel):
     width: int = Field(default=1, ge=1)
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], image: tuple[int, ...]) -> Layout:
+    def of(cls, shape: tuple[int, ...], image: tuple[int, ...]) -> Self:
         """The layout of an activation of `shape`, without batch axis, in a network that reads images (C, H, W).
 
         Of tokens, the largest grid of square patches that they fill is the image; those before it have no position.

@@ -8,8 +8,6 @@ Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficie
 and bias per channel is added after every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Literal
 

@@ -10,8 +10,6 @@ are coupled is found by Torch-Pruning (Fang et al., *DepGraph: Towards Any Struc
 logits = W f(x) + b, is the baseline every patch has to beat, full fine-tuning the upper one in accuracy and in bytes.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

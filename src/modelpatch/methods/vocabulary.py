@@ -12,8 +12,6 @@ its own classifier Y (C, D), both centred (a shift common to all classes changes
 Radford et al. (CLIP, 2021), section 3.1.4, prompts; Frome et al. (DeViSE, 2013) for classifiers made of words.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

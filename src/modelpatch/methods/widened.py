@@ -8,8 +8,6 @@ Learning to Mask Weights* (ECCV 2018). The extra filters go through no frozen la
 vectors V is a linear layer, as if k were 1.
 """
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated
 
