@@ -32,10 +32,9 @@ from modelpatch.methods.delta import (
     delta_stages,
     skip_variances,
     skip_weights,
-    stages_of,
 )
 from modelpatch.methods.registry import make_method
-from modelpatch.methods.residual import Layout
+from modelpatch.methods.residual import Layout, stages_of
 from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel

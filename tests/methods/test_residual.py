@@ -97,19 +97,19 @@ def test_the_form_of_a_block_follows_from_its_wiring(kind: Callable[[], nn.Modul
     assert type(taken) is part
     with torch.no_grad():
         assert close(taken(x), block(x))
-        branch, added = taken.split(x)
+        branch, added = taken.before(x)
         assert (added is None) == (shortcut == "none")
         if shortcut == "identity":
             assert added is x or torch.equal(added, x)  # type: ignore[arg-type]
         together = branch if added is None else branch + added
-        torch.testing.assert_close(taken.join(together), block(x))
+        torch.testing.assert_close(taken.after(together), block(x))
 
 
 def test_the_branch_holds_the_weights_and_the_shortcut_the_projection() -> None:
     block = TinyBlock(4, 8, 2).eval()
     x = torch.randn(2, 4, 6, 6)
     with torch.no_grad():
-        branch, shortcut = split_block(block).split(x)
+        branch, shortcut = split_block(block).before(x)
         assert close(shortcut, block.shortcut(x))  # type: ignore[arg-type]
         assert close(branch, block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
 
@@ -126,7 +126,7 @@ def test_taking_a_block_apart_leaves_its_input_as_it_was() -> None:
     before = x.clone()
     for kind in (Projected, AddsMethod, Twice):
         taken = split_block(kind().eval())
-        taken.join(taken.split(x)[0])
+        taken.after(taken.before(x)[0])
         assert torch.equal(x, before)
 
 

@@ -18,10 +18,10 @@ from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.scale_bias import (
     ChannelAffine,
     Depthwise,
+    RecomputeStatistics,
     ScaleBias,
     add_channel_affines,
     is_norm,
-    recompute_statistics,
 )
 from modelpatch.train import fit
 from tolerance import close
@@ -187,7 +187,7 @@ def test_one_affine_follows_every_convolution(tiny: Backbone) -> None:
 def test_recomputed_statistics_are_the_average_over_the_batches(tiny: Backbone) -> None:
     batches = [torch.randn(6, *tiny.input_size), 2 + torch.randn(6, *tiny.input_size)]
     model = ScaleBias(statistics="recomputed").draft(tiny, 3)
-    recompute_statistics(model, lambda: batches)
+    RecomputeStatistics().begin(model, lambda: batches)
     stem = tiny.module.get_submodule("stem.0")
     with torch.no_grad():
         outputs = [stem(batch).transpose(0, 1).flatten(1) for batch in batches]

@@ -36,7 +36,8 @@ from modelpatch.errors import (
     require,
 )
 from modelpatch.heads.base import HeadRecord
-from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, make_graft, weight_name
+from modelpatch.methods.blocks import graft_on
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, weight_name
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
@@ -226,15 +227,17 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
 
 def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
     """Grafts that add updates to the backbone's layers of these names."""
-    found: dict[int, list[str]] = {}
-    left = set(layers)
+    grafts, left = list[Graft](), set(layers)
     for segment in backbone.chain:
+        names = []
         for name, module in segment.module.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and is_owner(backbone, segment, name):
                 layer = weight_name(segment, name).removesuffix(".weight")
                 if layer in left and layer != backbone.classifier:
-                    found.setdefault(segment.index, []).append(name)
+                    names.append(name)
                     left.remove(layer)
+        if names:
+            grafts.append(graft_on(segment, GRAFT, rank=config.r, scale=config.lora_alpha, layers=names))
     if left:
         first = min(left)
         kind = type(backbone.module.get_submodule(first)).__name__
@@ -242,7 +245,7 @@ def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) ->
             f"the adapter changes {len(left)} layers that a patch has no update of, first {first!r} ({kind}). Expected linear "
             "layers and 2-d convolutions before the classifier, each used in one place."
         )
-    return tuple(make_graft(index, names, config.r, config.lora_alpha) for index, names in sorted(found.items()))
+    return tuple(grafts)
 
 
 def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:

@@ -1,8 +1,5 @@
 """The interface of heads, their registry and their record in a patch file.
 
-    @register_head("linear")
-    class LinearHead(nn.Linear, Head): ...
-
 A head turns what it reads of a chain (see `reading.py`) into a task's answer. It says how it is built from its record, which
 fields of the record it fills and what it reads. Other distributions register theirs as entry points `modelpatch.heads`.
 """
@@ -122,18 +119,13 @@ class Head(nn.Module, ABC):
                 raise ValueError(f"a {record.kind} head needs {field}; the record has none")
 
     @classmethod
-    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int) -> None:
-        """Raises `ForeignTensorError` unless the chain gives what the head reads, for images of `pixels` x `pixels`."""
+    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raises `ForeignTensorError` unless chain, side of images and `tensors` of a patch file give what the head reads."""
         given = sum(pooled_width(chain, read.segment) for read in cls.list_reads(record))
         if record.features != given:
             raise ForeignTensorError(
                 f"the patch's {record.kind} head reads {record.features} features; the backbone gives {given}."
             )
-
-    @classmethod
-    def check_tensors(cls, record: HeadRecord, tensors: Mapping[str, Tensor], chain: Chain) -> None:
-        """Raises `ForeignTensorError` for values in a patch file (`head.NAME`) that make no sense for the chain."""
-        return
 
 
 class DraftHead(Head):
@@ -189,12 +181,10 @@ class Decoder(Head):
                 f"one of each for every map, and at most {MOST_MAPS} maps"
             )
         if record.features != sum(record.widths) or list(record.strides) != sorted(record.strides):
-            raise ValueError(
-                f"maps of {record.widths} channels at strides {record.strides} are not {record.features} features"
-            )
+            raise ValueError(f"{record.widths} channels at strides {record.strides} are not {record.features} features")
 
     @classmethod
-    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int) -> None:
+    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int, tensors: Mapping[str, Tensor]) -> None:
         widths = tuple(pooled_width(chain, tap) if pooled_axes(chain, tap) else 0 for tap in record.taps)
         if widths != record.widths:
             raise ForeignTensorError(

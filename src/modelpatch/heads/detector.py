@@ -4,8 +4,7 @@
     ssdlite        depthwise separable layers over the maps, and over three coarser ones made of the last
 
 Ren et al.: *Faster R-CNN* (NeurIPS 2015); Lin et al.: *Feature Pyramid Networks* (CVPR 2017); Liu et al.: *SSD* (ECCV 2016);
-Sandler et al.: *MobileNetV2* (CVPR 2018), section 6.2. Layers are narrower than the papers', since they are part of every
-patch; SSDlite's are normalised in groups, which needs no batch statistics.
+Sandler et al.: *MobileNetV2* (CVPR 2018), section 6.2. Layers are narrower than the papers', as part of every patch.
 """
 
 from abc import abstractmethod
@@ -34,10 +33,7 @@ Targets = Sequence[dict[str, Tensor]]  # of each image "boxes" (N, 4) in pixels 
 
 
 class Detector(Decoder):
-    """A decoder that gives boxes (B, `BOXES`, 6): left, top, right, bottom in pixels, score and class.
-
-    The boxes with the highest scores come first; rows of zeros are no boxes.
-    """
+    """A decoder that gives boxes (B, `BOXES`, 6), best first, then zeros: left, top, right, bottom in pixels, score, class."""
 
     takes = MAPS | {"hidden"}
 

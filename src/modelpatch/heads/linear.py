@@ -22,13 +22,15 @@ from modelpatch.heads.reading import Read, pooled_width
 class LinearHead(nn.Linear, Head):
     """Features (B, D) to logits (B, K)."""
 
+    taps: tuple[int, ...] = ()
+
     @classmethod
     def build(cls, record: HeadRecord) -> Head:
         return cls(record.features, record.outputs)
 
     @property
     def record(self) -> HeadRecord:
-        return HeadRecord(kind=self.kind, features=self.in_features, outputs=self.out_features)
+        return HeadRecord(kind=self.kind, features=self.in_features, outputs=self.out_features, taps=self.taps)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.flatten(1))
@@ -55,7 +57,7 @@ class CosineHead(LinearHead):
 
 
 @register_head("selected")
-class SelectedHead(nn.Linear, Head):
+class SelectedHead(LinearHead):
     """Logits (B, K) from the `selected` ones of all pooled outputs (B, D) of the segments `taps`."""
 
     takes = frozenset({"taps"})
@@ -77,16 +79,8 @@ class SelectedHead(nn.Linear, Head):
     def list_reads(cls, record: HeadRecord) -> tuple[Read, ...]:
         return tuple(Read(tap, "pooled") for tap in record.taps)
 
-    @property
-    def record(self) -> HeadRecord:
-        return HeadRecord(kind="selected", features=self.in_features, outputs=self.out_features, taps=self.taps)
-
     @classmethod
-    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int) -> None:
-        return
-
-    @classmethod
-    def check_tensors(cls, record: HeadRecord, tensors: Mapping[str, Tensor], chain: Chain) -> None:
+    def check_chain(cls, record: HeadRecord, chain: Chain, pixels: int, tensors: Mapping[str, Tensor]) -> None:
         selected, count = tensors.get("head.selected"), sum(pooled_width(chain, tap) for tap in record.taps)
         if selected is not None and not bool(((selected >= 0) & (selected < count)).all()):
             raise ForeignTensorError(f"the head selects features up to {selected.max()}; the backbone gives {count}.")

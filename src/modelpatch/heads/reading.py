@@ -1,10 +1,7 @@
 """Running a chain for what a head reads of it.
 
-    Read(segment, form, of)      one input of a head: the output of a segment, of the patched chain or of the base's own
-    run_chain(parts, x, reads)   runs the chain, with a patch's variants in place of their spans, as far as it is read
-
-Every user of a chain with variants runs it here: models in training and at inference, and patches bound in an engine. What
-is frozen for both streams of a head that reads the base's features too runs once.
+Read(segment, form, of)      one input of a head: the output of a segment, of the patched chain or of the base's own
+run_chain(parts, x, reads)   runs the chain, with a patch's variants in place of their spans, as far as it is read
 """
 
 import math
@@ -77,12 +74,10 @@ def run_chain(parts: Sequence[ChainPart], x: Tensor, reads: Sequence[Read], star
 
 
 class Reading:
-    """The reads of a head on a chain, of which the segments of `spans` are replaced as one.
+    """The reads of a head on a chain whose `spans` are replaced as one; `segments` are those that are read, in order.
 
-    `segments` are those that are read, in order. `both` says that the base's own features are read beside the patch's, `maps`
-    that the head is a decoder, which reads maps, and `inner` that outputs are read in other forms than as features.
-
-    Raises `ForeignTensorError` for a segment that the chain does not have, and for one inside a span.
+    `both` says that the base's own features are read too, `maps` that the head is a decoder, `inner` that outputs are read in
+    other forms than as features. Raises `ForeignTensorError` for a segment outside of the chain or inside a span.
     """
 
     def __init__(self, chain: Chain, reads: Sequence[Read], spans: Sequence[tuple[int, int]] = ()) -> None:
@@ -106,10 +101,7 @@ class Reading:
         return self.join(run_chain(parts, x, self.reads, start))
 
     def join(self, outputs: Sequence[Tensor], pooled: bool = False) -> HeadInput:
-        """The head's input from the outputs of its reads: their forms side by side, or a tuple of maps.
-
-        `pooled` says that those which are read so are pooled already.
-        """
+        """The head's input from the outputs of its reads, of which those to be pooled may be `pooled` already."""
         shape = {"map": as_map} if pooled else {"map": as_map, "pooled": pool}
         reads = zip(self.reads, outputs, self._axes, strict=True)
         formed = tuple(shape[read.form](x, axes) if read.form in shape else x for read, x, axes in reads)

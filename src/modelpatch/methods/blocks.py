@@ -28,10 +28,7 @@ def start_at(model: PatchedModel, segment: Segment, values: nn.Module) -> None:
 
 
 def find_segments(backbone: Backbone, names: Sequence[str]) -> list[Segment]:
-    """The segments that `names` mean (see `Subset.blocks`), in order; all blocks without names.
-
-    Raises `MethodError` for a name that means none.
-    """
+    """The segments that `names` mean (see `Subset.blocks`), in order; all blocks without any. Raises `MethodError`."""
     chain = backbone.chain
     if not names:
         return list(chain.blocks)

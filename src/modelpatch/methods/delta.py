@@ -4,13 +4,12 @@
         ├─> M_1 ─> + ─> n_1 ─> M_2 ─> + ─> n_2 ─> ...          z_j = M_j(n_{j-1}) + Σ_{i<j} λ_ij n_i
         └──────────┴─────────────────┘                         n_j = act(z_j),   λ = Δ(x) in (0, 1)^p,   p = k(k+1)/2
 
-One Δ-module, a small convolutional network, reads the input x of a stage of k blocks and gives every pair of nodes
-i < j of that stage a weight, its own for each sample; skips that the network has are weighed instead of kept. n_0 is the
-shortcut of the first block, where it has one; M_1 reads x itself. The frozen network is λ = 1 on the skips that it has and 0
-on all others. In a dense stage layer j reads cat(λ_0j n_0, ..., λ_{j-1,j} n_{j-1}), and has all skips.
+One Δ-module, a small convolutional network, reads the input x of a stage of k blocks and weighs every pair of nodes i < j
+of it. n_0 is the shortcut of the first block, where it has one; M_1 reads x itself. The frozen network is λ = 1 on the skips
+that it has and 0 on all others. In a dense stage layer j reads cat(λ_0j n_0, ..., λ_{j-1,j} n_{j-1}), and has all skips.
 
 Devaguptapu et al.: *Δ-Networks for Efficient Model Patching* (2023), arXiv:2303.14772, equations 3 to 6 and the ablations
-of Table 5. `residual.py` finds the stages.
+of Table 5.
 """
 
 import re
@@ -28,9 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import count_macs
-from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.errors import MethodError
 from modelpatch.methods.method import Method, Optimizer, register_method
-from modelpatch.methods.residual import Edge, Layout, SkipStage, find_stages, form_of, skip_edges, split_block
+from modelpatch.methods.residual import Edge, Layout, SkipStage, form_of, skip_edges, split_block, stages_of
 from modelpatch.patch.blueprint import Blueprint, Graft, Span, register_graft
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import count_of
@@ -114,11 +113,10 @@ class FixedWeights(nn.Module):
 
 
 class DeltaStage(nn.Module, ABC):
-    """A stage in which every node is joined to every later one by a weighted skip.
+    """A stage with a weighted skip on each of its `edges` (i, j); `existing` says which of them the frozen network has.
 
-    `edges` (i, j) are in the order of the weights; `existing` says which of them the frozen network has. `strength` α
-    turns the patch after training: λ_α = (1 - α) λ_frozen + α λ, and likewise for the BatchNorm of z. At 0, base mode, the
-    `frozen` stage runs.
+    `strength` α turns the patch after training: λ_α = (1 - α) λ_frozen + α λ, and likewise for the BatchNorm of z. At 0
+    the `frozen` stage runs.
     """
 
     strength: float = 1.0
@@ -177,12 +175,12 @@ class ResidualStage(DeltaStage):
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
         nodes: dict[int, Tensor] = {}
         for j, block in enumerate(self.frozen, 1):
-            z, shortcut = block.split(x)
+            z, shortcut = block.before(x)
             if j == 1 and shortcut is not None:
                 nodes[0] = shortcut
             for number, i in self._incoming[j]:
                 z = torch.addcmul(z, _each(weights[:, number], z), nodes[i])  # faster than a product and a sum
-            nodes[j] = x = block.join(self._normalise(z, j))
+            nodes[j] = x = block.after(self._normalise(z, j))
         return x
 
 
@@ -224,8 +222,7 @@ class DeltaNetwork(Method):
 
     `skips` chooses what weighs the skips (Table 5): the Δ-modules (`conditioned`); one learned weight for each skip the
     network has (`existing`) or for every pair of nodes (`learned`), started at 1; 1 everywhere (`all`); or numbers drawn
-    from U(0, 1) for every sample in every pass, at inference too (`random`). `unchanged` leaves the skips as they are: with
-    `batch_norm` it says what those norms alone do.
+    from U(0, 1) for every sample in every pass, at inference too (`random`); or nothing (`unchanged`).
     """
 
     name = "delta"
@@ -252,9 +249,7 @@ class DeltaNetwork(Method):
         if self.norm_lr is not None and not self.batch_norm:
             raise MethodError(f"delta: norm_lr={self.norm_lr} is for batch_norm=True. Set both or neither.")
         if self.start == "identity" and self.skips != "conditioned":
-            raise MethodError(
-                f"delta: start='identity' is how Δ-modules start; skips={self.skips!r} has none. Drop one of them."
-            )
+            raise MethodError(f"delta: start='identity' is for Δ-modules; skips={self.skips!r} has none. Drop one.")
         return Blueprint(grafts=tuple(self._graft(backbone, stage) for stage in self._choose(backbone)))
 
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
@@ -286,9 +281,7 @@ class DeltaNetwork(Method):
         for name in self.stages:
             within = {n for n, blocks in enumerate(names) if all(f"{one}.".startswith(f"{name}.") for one in blocks)}
             if not within and name not in numbers:
-                raise MethodError(
-                    f"delta: {name!r} names no stage of {backbone.spec} with skips. Its stages: {listed}."
-                )
+                raise MethodError(f"delta: {name!r} names no stage of {backbone.spec} with skips. Stages: {listed}.")
             chosen |= within or numbers[name]
         return [found[n] for n in sorted(chosen)] if self.stages else list(found[-count:])
 
@@ -306,17 +299,6 @@ class DeltaNetwork(Method):
         return Graft(kind=GRAFT, start=stage.start, end=stage.end, arguments=settings.model_dump())
 
 
-def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
-    """The stages of a backbone that have skips. Raises `MethodNotApplicableError` if there are none."""
-    found = find_stages(backbone.chain)
-    if not found:
-        raise MethodNotApplicableError(
-            f"{backbone.spec} has no blocks that add their input, so there are no skips to weigh. Delta needs a residual, "
-            "dense or transformer network. Try the method `scale-bias` or `subset`."
-        )
-    return found
-
-
 @dataclass(frozen=True)
 class DeltaCost:
     """The cost of `modules` Δ-modules on the last stages: parameters, and multiply-adds for one image."""
@@ -327,10 +309,7 @@ class DeltaCost:
 
 
 def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
-    """The dial between size and capacity: what each possible number of Δ-modules adds to a backbone, head excluded.
-
-    The multiply-adds are those of the modules' convolutions and linear layers. Nothing is allocated or trained.
-    """
+    """The cost of each possible number of Δ-modules on a backbone, head excluded. Nothing is allocated or trained."""
     costs: list[DeltaCost] = []
     parameters = macs = 0
     for number, stage in enumerate(reversed(stages_of(backbone)), 1):
@@ -348,8 +327,7 @@ def delta_costs(backbone: Backbone) -> tuple[DeltaCost, ...]:
 class SkipWeights:
     """The λ that a stage over the segments `span` gave its `edges` (i, j): `weights` (B, p) for B images.
 
-    `existing` says which of the edges the frozen network has. `moments` (k, 2) are mean and mean square of z_1 ... z_k, as
-    they enter their activations, over the same images.
+    `existing` says which edges the frozen network has, `moments` (k, 2) are mean and mean square of z_1 ... z_k.
     """
 
     span: Span
@@ -367,11 +345,7 @@ class SkipWeights:
 
     @property
     def variances(self) -> list[float]:
-        """The variance of z_1 ... z_k.
-
-        Along skips that are added without a norm it grows from node to node, and doubles where what is added is as large as
-        the branch and independent of it (equations 5 and 6); with `batch_norm=True` it is about 1.
-        """
+        """The variance of z_1 ... z_k (equations 5 and 6)."""
         mean, square = self.moments.unbind(1)
         return list((square - mean**2).tolist())
 
@@ -420,9 +394,8 @@ def skip_weights(model: PatchedModel, images: Tensor) -> list[SkipWeights]:
         model(images)
     records = []
     for span, stage in found:
-        measured = [moments[norm] for norm in stage.norms if norm in moments]
-        own = torch.tensor(measured, dtype=torch.float64).view(-1, 2)
-        records.append(SkipWeights(span, stage.edges, stage.existing, weights[stage], own))
+        own = torch.tensor([moments[norm] for norm in stage.norms if norm in moments], dtype=torch.float64)
+        records.append(SkipWeights(span, stage.edges, stage.existing, weights[stage], own.view(-1, 2)))
     return records
 
 

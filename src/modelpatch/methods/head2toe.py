@@ -49,10 +49,8 @@ class Head2Toe(LinearProbe):
     def make_head(self, backbone: Backbone, classes: int) -> nn.Module:
         """A head on the blocks that are read. Raises `MethodError` where `until` lies before all of them."""
         chain = backbone.chain
-        taps = sorted({block.index for block in chain.blocks} | {len(chain) - 1})
-        if self.until is not None:
-            last = max(segment.index for segment in find_segments(backbone, (self.until,)))
-            taps = [tap for tap in taps if tap <= last]
+        last = len(chain) - 1 if self.until is None else find_segments(backbone, (self.until,))[-1].index
+        taps = [tap for tap in sorted({block.index for block in chain.blocks} | {len(chain) - 1}) if tap <= last]
         if not taps:
             raise MethodError(f"head2toe: until={self.until!r} lies before the first block, {chain.blocks[0].name!r}.")
         return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)

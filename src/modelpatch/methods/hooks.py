@@ -1,12 +1,9 @@
 """Hooks: work that a method does while its model is trained, and losses that it adds.
 
-    L2       strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018
-    LwF      strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
-             on the new task's images
-    Custom   a function of the features, logits and classes of a batch
-
-`with_loss` adds such a loss to a method's own and that of the task's kind, as in Devaguptapu et al.: *Δ-Networks for Efficient
-Model Patching* (2023), Table 7 and the hosts of its domain adaptation.
+L2       strength / 2 |theta - theta_0|² + head_strength / 2 |head|²      Xuhong et al., L2-SP, 2018
+LwF      strength KL(base's answers for supported tasks || the model's),  Li and Hoiem, 2016, section 3
+         on the new task's images
+Custom   a function of the features, logits and classes of a batch
 """
 
 import itertools
@@ -25,8 +22,7 @@ Batches = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one training step: the inputs (B, ...) of segment `start` (0: normalised images), logits (B, K) and classes
-    (B,) int64."""
+    """The inputs (B, ...) of segment `start` (0: normalised images) in one training step, logits (B, K) and classes (B,)."""
 
     inputs: Tensor
     start: int
@@ -97,21 +93,19 @@ class LwF(Keeper):
     _held: Iterator[tuple[Tensor, list[Tensor]]] = field(default_factory=lambda: iter(()))
 
     def begin(self, model: PatchedModel, batches: Batches) -> None:
-        held = []
         with torch.no_grad():
-            for images in batches():
-                features = model.head_input(images, 0)
-                held.append((images, [(head(features) / self.temperature).softmax(1) for head in self.heads]))
+            held = [(images, [one.softmax(1) for one in self._answers(model, images)]) for images in batches()]
         self._held = itertools.cycle(held)
 
     def penalty(self, model: PatchedModel) -> Tensor | float:
-        images, answers = next(self._held)
-        features = model.head_input(images, 0)
-        divergences = (
-            F.kl_div((head(features) / self.temperature).log_softmax(1), answer, reduction="batchmean")
-            for head, answer in zip(self.heads, answers, strict=True)
-        )
+        images, wanted = next(self._held)
+        answers = zip(self._answers(model, images), wanted, strict=True)
+        divergences = (F.kl_div(one.log_softmax(1), held, reduction="batchmean") for one, held in answers)
         return self.strength * self.temperature**2 * sum(divergences)
+
+    def _answers(self, model: PatchedModel, images: Tensor) -> list[Tensor]:
+        features = model.head_input(images, 0)
+        return [head(features) / self.temperature for head in self.heads]
 
 
 class FeatureLoss(Keeper):

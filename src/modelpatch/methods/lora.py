@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,9 +24,9 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import MethodNotApplicableError, require
-from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.blocks import find_segments, graft_on
 from modelpatch.methods.method import Method, register_method
-from modelpatch.patch.blueprint import Blueprint, Graft, register_graft
+from modelpatch.patch.blueprint import Blueprint, register_graft
 
 GRAFT = "lora"
 ADAPTER = "default"  # what peft calls the one set of updates a layer has here
@@ -44,8 +45,7 @@ class LoRA(Method):
     `scale` is LoRA's alpha: the update is scale / rank times B A. `blocks` holds names as in `Subset`; none means all
     blocks. `layers` picks `linear` layers, `convolution`s or `all`. Left out is what has no low-rank update that could be
     added to its weight: grouped (depthwise), dilated and non-zero-padded convolutions and layers of other types; so are
-    layers whose weight is read without calling them (inside `nn.MultiheadAttention`) or used in several places. All
-    frozen parts stay in eval mode while training.
+    layers whose weight is read without calling them (inside `nn.MultiheadAttention`) or used in several places.
     """
 
     name = "lora"
@@ -65,8 +65,9 @@ class LoRA(Method):
         """Adds updates beside the layers of the blocks. Raises `MissingExtraError` without peft, too."""
         require("peft", "lora", "The method lora")  # only where it is used, since it brings `transformers`
         segments = find_segments(backbone, self.blocks)
-        found = {segment.index: find_layers(backbone, segment, LAYERS[self.layers]) for segment in segments}
-        grafts = tuple(make_graft(index, layers, self.rank, self.scale) for index, layers in found.items() if layers)
+        found = [(segment, find_layers(backbone, segment, LAYERS[self.layers])) for segment in segments]
+        given = {"rank": self.rank, "scale": self.scale}
+        grafts = tuple(graft_on(segment, GRAFT, **given, layers=layers) for segment, layers in found if layers)
         if not grafts:
             kind = "layer" if self.layers == "all" else f"{self.layers} layer"
             others = "other blocks" if self.layers == "all" else "layers='all', other blocks"
@@ -75,12 +76,6 @@ class LoRA(Method):
                 f"update. Try {others}, or the methods `scale-bias` or `subset`."
             )
         return Blueprint(grafts=grafts)
-
-
-def make_graft(index: int, layers: list[str], rank: int, scale: float) -> Graft:
-    """The graft that adds updates to the named layers of segment `index`."""
-    arguments = {"rank": rank, "scale": float(scale), "layers": layers}
-    return Graft(kind=GRAFT, start=index, end=index + 1, arguments=arguments)
 
 
 def find_layers(backbone: Backbone, segment: Segment, kinds: tuple[type[nn.Module], ...]) -> list[str]:
@@ -118,17 +113,14 @@ def called_layers(segment: Segment, names: Iterable[str]) -> set[str]:
     """
     clone, called = clone_module(segment.module), set[str]()
 
-    def recorded(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*inputs: Any, **named: Any) -> Tensor:
-            if len(inputs) == 1 and not named:
-                called.add(name)
-            return forward(*inputs, **named)
-
-        return run
+    def run(name: str, forward: Callable[..., Tensor], /, *inputs: Any, **named: Any) -> Tensor:
+        if len(inputs) == 1 and not named:
+            called.add(name)
+        return forward(*inputs, **named)
 
     for name in names:  # not hooks: PyTorch gives up its fused kernels where it sees some
         layer = clone.get_submodule(name)
-        layer.forward = recorded(name, layer.forward)
+        layer.forward = partial(run, name, layer.forward)
     device = next(segment.module.parameters()).device
     with torch.no_grad():
         clone(torch.zeros(1, *segment.input_shape, device=device))
@@ -150,8 +142,7 @@ class Strength(nn.Module):
 def add_updates(variant: nn.Module, rank: int, scale: float, layers: list[str]) -> nn.Module:
     """Put peft's layers in place of those named in `layers` (the empty name is the variant itself), which they hold.
 
-    Frozen and trained parameters of the variant stay the objects they are. Raises `MissingExtraError` without peft,
-    TypeError or ValueError for layers or ranks that peft cannot adapt.
+    Raises `MissingExtraError` without peft, TypeError or ValueError for layers or ranks that peft cannot adapt.
     """
     peft = require("peft", "lora", "A patch with low-rank updates")
     if not 0 < rank <= MAX_RANK:

@@ -1,11 +1,5 @@
 """Method: a dataclass of hyperparameters that says what a patch owns and how it is trained.
 
-    changes(backbone)       tensors that the patch owns and modules that it adds          -> Blueprint
-    reweightings(backbone)  owned weights that are made from the frozen ones              (masks, packed weights)
-    make_head, initialise   the head, and values to start from, if not as built
-    hooks()                 work before the first step and before every other, and losses to add
-    rate(name)              the learning rate of a tensor
-
 Only `changes` must be written. A new method is one file: a dataclass decorated with `register_method`, in this folder or in
 another distribution that lists it as an entry point of the group `modelpatch.methods` (docs/own-method.md).
 """
@@ -41,7 +35,7 @@ OPTIMIZERS: dict[Optimizer, tuple[Callable[..., torch.optim.Optimizer], dict[str
     "adamw": (torch.optim.AdamW, {"fused": True}),
     "adam": (torch.optim.Adam, {"fused": True}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "rmsprop": (torch.optim.RMSprop, {"alpha": 0.9, "momentum": 0.9, "eps": 1.0}),
+    "rmsprop": (torch.optim.RMSprop, {"alpha": 0.9, "momentum": 0.9, "eps": 1.0}),  # TF-slim's for MobileNets
 }
 
 
@@ -177,8 +171,7 @@ class Method(ABC):
     def build(self, backbone: Backbone, task: Any, decoder: Decoder | None = None) -> PatchedModel:
         """A model to train on a task: a `Task`, a `TaskRecord`, the names of its classes, or their number.
 
-        Its head is a `decoder`, that of the task's kind, or a fresh one for classes of whole images, and follows torch's
-        random state. Raises `MethodError` and `MethodNotApplicableError`.
+        Its head is a `decoder`, that of the task's kind, or a fresh one for classes of whole images. Raises `MethodError`.
 
             >>> model = ScaleBias().build(backbone, ["cat", "dog"])
             >>> optimizer = torch.optim.AdamW(parameter for _, parameter in model.trainable())
@@ -246,11 +239,7 @@ class Method(ABC):
         return {}
 
     def make_optimizer(self, model: Trainable, backbone: Backbone) -> torch.optim.Optimizer:
-        """The method's optimizer over its parameter groups. Adam and AdamW use PyTorch's other defaults, `sgd` Nesterov's
-        momentum of 0.9, `rmsprop` the constants that TF-slim trains MobileNets with (decay and momentum 0.9, epsilon 1).
-
-        Raises `MethodError` if there is nothing to train.
-        """
+        """The method's optimizer over its parameter groups. Raises `MethodError` if there is nothing to train."""
         groups = self.parameter_groups(model, backbone)
         if not groups:
             raise MethodError(f"{self.name} trains nothing with head={self.head!r}. Set head='trained'.")
@@ -270,9 +259,8 @@ class Composite(Method):
 
         W' = (fine-tuned copy | W + strength δ | W) ⊙ mask + low-rank update, then the task's norm, then skips, then the head
 
-    Each member trains what its own blueprint names, at its own learning rates. Tensors that two members would change in ways
-    that exclude each other, such as a mask over a fine-tuned weight, are refused. Head and optimizer are the first member's,
-    which must not contradict the others'.
+    Each member trains what its own blueprint names, at its own learning rates. Changes of a tensor that exclude each other,
+    such as a mask over a fine-tuned weight, are refused.
     """
 
     methods: tuple[Method, ...]
@@ -367,9 +355,9 @@ class Composite(Method):
 
 
 def _agreed(field: str, members: Sequence[Method], fields: str = "") -> Any:
-    """The value of a field that all members have which have it. Raises `MethodError` if they have several.
+    """The one value of a field that some members have, for statistics besides `frozen`. Raises `MethodError` for several.
 
-    Statistics may be frozen beside any others. Adam and AdamW make AdamW, which decays as both do where the decay is 0.
+    Adam and AdamW make AdamW, which decays as both do where the decay is 0.
     """
     given = {getattr(member, field) for member in members if hasattr(member, field)} - {"frozen"}
     if given == {"adam", "adamw"}:
@@ -393,10 +381,7 @@ def register_method(method: M) -> M:
 
 
 def confine(method: Method, blocks: Sequence[str]) -> Method:
-    """The method with only the named segments to change (names as in `Subset.blocks`).
-
-    Of several methods in one patch those are confined that name blocks by themselves; if none does, all are.
-    """
+    """The method with only the named segments to change; of a `Composite` the members that name blocks, else all."""
     if len(method.members) == 1:
         return replace(method, blocks=tuple(blocks))
     some = any(member.names_blocks for member in method.members)
@@ -407,8 +392,7 @@ def confine(method: Method, blocks: Sequence[str]) -> Method:
 def with_loss(method: Method, keeper: Hook) -> Method:
     """The method with another loss added to its own: `with_loss(FullFinetune() + DeltaNetwork(), L2(0.001))`.
 
-    A keeper serves one fit after the other, not two at once. It holds what it has seen so far, which no checkpoint has: such
-    a fit cannot be resumed.
+    A keeper serves one fit at a time. It holds what it has seen so far, which no checkpoint has: such a fit cannot be resumed.
     """
     return replace(method, losses=(*method.losses, keeper))
 

@@ -31,19 +31,11 @@ class Start:
     head: nn.Module | None = None
     body: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits of the numbers."""
-        head = {} if self.head is None else {f"head.{name}": one for name, one in self.head.state_dict().items()}
-        return hash_tensors([*head.items(), *self.body.items()])[:16]
-
 
 @register_method
 class Paint(FullFinetune):
     """Trains every parameter of the body under a frozen head: `head_from` names a patch file of the task, a linear probe for
-    one, whose head it is. Without any the head is trained along (the naive way).
-
-    `start` is for Python: a head and earlier weights.
+    one, whose head it is. Without any the head is trained along (the naive way). `start` is for Python.
     """
 
     name = "paint"
@@ -67,26 +59,25 @@ class Paint(FullFinetune):
         else:
             return super().make_head(backbone, classes)
         if classes != (outputs := head.record.outputs):
-            raise MethodError(
-                f"paint: the head has {outputs} outputs, the task {classes} classes. Give the task's own."
-            )
+            raise MethodError(f"paint: the head has {outputs} outputs, the task {classes} classes. Give the task's.")
         return head.requires_grad_(False)
 
     @property
     def has_own_head(self) -> bool:
         return self.head_from is not None or bool(self.start and self.start.head)
 
+    @torch.no_grad()
     def initialise(self, model: PatchedModel, backbone: Backbone) -> None:
-        body = self.start.body if self.start else {}
-        with torch.no_grad():
-            for name, value in body.items():
-                local = model.names.get(f"replace/{name}")
-                if local is None:
-                    raise MethodError(f"paint: the given weights hold {name}, which is not trained here.")
-                model.get_parameter(local).copy_(value)
+        for name, value in self.start.body.items() if self.start else ():
+            local = model.names.get(f"replace/{name}")
+            if local is None:
+                raise MethodError(f"paint: the given weights hold {name}, which is not trained here.")
+            model.get_parameter(local).copy_(value)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values; a digest stands for `start`, so that runs are told apart."""
         plain = super().hyperparameters()
-        start = plain.pop("start")
-        return plain if start is None else {**plain, "start": start.digest}
+        if (start := plain.pop("start")) is None:
+            return plain
+        head = {} if start.head is None else {f"head.{name}": one for name, one in start.head.state_dict().items()}
+        return {**plain, "start": hash_tensors([*head.items(), *start.body.items()])[:16]}

@@ -4,17 +4,15 @@
     ∂E/∂r = ∂E/∂(W ⊙ m) ⊙ W               straight through the threshold
 
 Mallya, Davis and Lazebnik: *Piggyback: Adapting a Single Network to Multiple Tasks by Learning to Mask Weights* (ECCV 2018),
-sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. Masks are on every
-convolution and linear weight, by parameter name, since attention may keep its projections outside any `Linear`. A patch
-stores the masks, one bit a weight at most, never the scores.
+sections 3 and 4. Scores start above the threshold, so that the first forward pass is the base's. A patch stores the masks,
+one bit a weight at most, never the scores.
 
     1. free the smallest |W| of every layer, keep the rest            W ⊙ kept
     2. train the freed weights, from zero                             W ⊙ kept + V
     3. prune the smallest |V| and go on with what is left             W ⊙ kept + V ⊙ left
 
 Mallya and Lazebnik: *PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning* (CVPR 2018), a baseline for
-masks. Tasks are packed one after another into what was pruned, so that their order matters and room runs out; the base itself
-is untouched here, because the patch holds what it keeps as a mask and what it adds as a sparse difference.
+masks. A patch holds what it keeps of the base as a mask and what it adds as a sparse difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -74,7 +72,6 @@ class Piggyback(Method):
     warm_start: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises `MethodError` for starts that contradict each other, too."""
         super().__post_init__()
         if self.start_at <= self.threshold:
             raise MethodError(
@@ -128,10 +125,7 @@ class Piggyback(Method):
 
 
 def weight_names(backbone: Backbone) -> tuple[str, ...]:
-    """The backbone's names of every parameter of at least two axes that a layer multiplies with (not embeddings or tokens).
-
-    Raises `MethodNotApplicableError` without any.
-    """
+    """The backbone's names of every matrix or kernel that a layer multiplies with. Raises `MethodNotApplicableError`."""
 
     def pick(module: nn.Module) -> list[str]:
         multiplies = isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention)
@@ -177,10 +171,7 @@ class Mask(Reweighting):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W ⊙ m, whose gradient passes the threshold unchanged: ∂E/∂r = δ ⊙ W, divided as `scaling` says.
-
-    Where tasks train W along, ∂E/∂W = δ ⊙ m.
-    """
+    """W ⊙ m, whose gradient passes the threshold unchanged: ∂E/∂r = δ ⊙ W, divided as `scaling` says; ∂E/∂W = δ ⊙ m."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, scaling: Scaling) -> Tensor:
@@ -228,9 +219,7 @@ class PackNet(Method):
             patch = Patch.load(self.after)
             patch.check_backbone(backbone)
             if patch.method.name != self.name:
-                raise MethodError(
-                    f"packnet: after={self.after!r} is a patch of {patch.method.name}. Name one of packnet."
-                )
+                raise MethodError(f"packnet: after={self.after!r} is a patch of {patch.method.name}, not of packnet.")
             earlier = patch.tensors
 
         def pack(name: str) -> Packed:
@@ -273,10 +262,7 @@ def largest(tensor: Tensor, share: float) -> Tensor:
 
 
 class Packed(Reweighting):
-    """W -> V where the task has weights `left`, else `fixed`: W where it is `kept`, or an earlier task's own weight.
-
-    V is trained; `left` starts as all that is free.
-    """
+    """W -> V, trained, where the task has weights `left`, else `fixed`: W where `kept`, or an earlier task's own weight."""
 
     follows = False
     kept: Tensor

@@ -19,10 +19,7 @@ __all__ = ["METHODS", "make_method", "spellings", "split_outside", "sweep"]
 
 
 def spellings(attribute: str) -> tuple[str, ...]:
-    """The spellings that registered methods list in `compared` or `searched`.
-
-    Single methods come first, from small patches to large, then combinations.
-    """
+    """The spellings that methods list in `compared` or `searched`: single ones from small patches to large, then others."""
     kinds = sorted(METHODS.values(), key=lambda kind: kind.order)
     listed = [spelled for kind in kinds for spelled in vars(kind).get(attribute, ())]
     return tuple(sorted(listed, key=lambda spelled: len(split_outside(spelled, "+"))))
@@ -58,8 +55,8 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
 def sweep(spec: str, key: str, values: Iterable[str]) -> dict[str, str]:
     """The spellings of a method with a hyperparameter at each of several values, by the values: for `compare`.
 
-    `sweep("scale-bias", "lr", ["0.001", "0.01"])` gives `scale-bias(lr=0.001)` and `scale-bias(lr=0.01)`. Of several methods
-    the key says whose it is, as in `make_method`. Raises `MethodError` for what cannot be made.
+    `sweep("scale-bias", "lr", ["0.001", "0.01"])` gives `scale-bias(lr=0.001)` and `scale-bias(lr=0.01)`. Raises
+    `MethodError` for what cannot be made.
     """
     parts = split_outside(spec, "+")
     number, name = _owner(key, [_parse(part)[0] for part in parts])

@@ -1,10 +1,8 @@
 """Residual blocks taken apart, and the stages in which their outputs can be wired anew.
 
-    block(x) = after(branch(x) + shortcut(x))          the sum is found in the block's own graph (ResNet, ConvNeXt, ...)
-    block(x) = (block(x) - x) + x                      a block of several sums in a row is one branch (transformers)
-    block(x) = block(x)                                no shortcut (the first block of a MobileNet group)
-
-Nothing depends on a network's family: which form a block has follows from how its children are wired.
+block(x) = after(branch(x) + shortcut(x))          the sum is found in the block's own graph (ResNet, ConvNeXt, ...)
+block(x) = (block(x) - x) + x                      a block of several sums in a row is one branch (transformers)
+block(x) = block(x)                                no shortcut (the first block of a MobileNet group)
 """
 
 import itertools
@@ -18,37 +16,27 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, fx, nn
 
+from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, channels_first
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import MethodError, MethodNotApplicableError, UntraceableBackboneError
 
 Edge = tuple[int, int]
 Cut = tuple[fx.Node, fx.Node, fx.Node]  # the node that adds branch and shortcut, and those two
-Shortcut = Literal["none", "identity", "projection"]
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
 
 
 class SplitBlock(nn.Module):
-    """A block in two halves: `before` the sum, x to (branch, shortcut), and `after` it. Runs the block's own modules."""
+    """A block in two halves, bit for bit: `before` the sum, x to (branch, shortcut), and `after` it. Runs its modules."""
 
     shortcut = True
 
     def __init__(self, before: nn.Module, after: nn.Module) -> None:
         super().__init__()
-        self.before = before
-        self.after = after
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The branch and the shortcut of `x`."""
-        return self.before(x)
-
-    def join(self, z: Tensor) -> Tensor:
-        """The rest of the block, from the sum on."""
-        return self.after(z)
+        self.before, self.after = before, after
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block itself, bit for bit."""
         branch, shortcut = self.before(x)
         return self.after(branch + shortcut)
 
@@ -58,13 +46,12 @@ class WholeBlock(nn.Module):
 
     def __init__(self, block: nn.Module, shortcut: bool) -> None:
         super().__init__()
-        self.block = block
-        self.shortcut = shortcut
+        self.block, self.shortcut = block, shortcut
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (self.block(x) - x, x) if self.shortcut else (self.block(x), None)
 
-    def join(self, z: Tensor) -> Tensor:
+    def after(self, z: Tensor) -> Tensor:
         return z
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,10 +60,9 @@ class WholeBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """Wiring of a block: it adds its input, a projection of it, or nothing to what it computes; for a dense
-    block the names of its layers, each of which reads the list of all features before it."""
+    """Wiring of a block: what it adds to what it computes; for a dense block its layers, which read all features before."""
 
-    shortcut: Shortcut
+    shortcut: Literal["none", "identity", "projection"]
     layers: tuple[str, ...] = ()
     cut: Cut | None = None
 
@@ -144,8 +130,7 @@ def _cut_at(node: fx.Node, source: fx.Node, block: nn.Module, sums: Collection[f
 
 def _ancestors(nodes: Iterable[fx.Node], stop: fx.Node | None = None) -> set[fx.Node]:
     """The nodes and all they are computed from, not looking beyond `stop`."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
+    found, waiting = set[fx.Node](), list(nodes)
     while waiting:
         node = waiting.pop()
         if node not in found:
@@ -259,10 +244,10 @@ def skip_edges(first: int, depth: int) -> tuple[Edge, ...]:
     return tuple((i, j) for j in range(first + 1, depth + 1) for i in range(first, j))
 
 
-def find_stages(chain: Chain) -> tuple[SkipStage, ...]:
-    """The stages of a chain that have at least one skip, in order; none for networks without shortcuts (VGG)."""
+def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
+    """The stages that have at least one skip, in order. Raises `MethodNotApplicableError` for networks without any (VGG)."""
     stages: list[SkipStage] = []
-    for block in chain.blocks:
+    for block in backbone.chain.blocks:
         form = form_of(block.module) if len(block.output_shape) > 1 else Form("none")
         joins = form.shortcut == "identity" and block.input_shape == block.output_shape
         if joins and stages and stages[-1].end == block.index and not stages[-1].dense:
@@ -271,8 +256,13 @@ def find_stages(chain: Chain) -> tuple[SkipStage, ...]:
             stages.append(SkipStage(block.index, block.index + 1, first=0, depth=len(form.layers), dense=True))
         else:
             stages.append(SkipStage(block.index, block.index + 1, first=int(form.shortcut == "none"), depth=1))
-    divided = [part for stage in stages for part in _divide(stage, chain)]
-    return tuple(stage for stage in divided if stage.edges)
+    found = tuple(part for stage in stages for part in _divide(stage, backbone.chain) if part.edges)
+    if not found:
+        raise MethodNotApplicableError(
+            f"{backbone.spec} has no blocks that add their input, so there are no skips to weigh. Delta needs a residual, "
+            "dense or transformer network. Try the method `scale-bias` or `subset`."
+        )
+    return found
 
 
 def _divide(stage: SkipStage, chain: Chain) -> list[SkipStage]:

@@ -9,7 +9,7 @@ and bias per channel is added after every convolution, which folds into it: W' =
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import PositiveFloat
@@ -102,13 +102,6 @@ class Depthwise(Method):
         return Blueprint(owned=owned)
 
 
-class RecomputeStatistics(Hook):
-    """Measure the patch's own running statistics on the task's images before the first step."""
-
-    def begin(self, model: PatchedModel, batches: Batches) -> None:
-        recompute_statistics(model, batches)
-
-
 def norm_tensors(segments: Iterable[Segment], affine: bool, statistics: bool) -> tuple[str, ...]:
     """The backbone's names of the segments' norm parameters, if `affine`, and running statistics, if `statistics`."""
 
@@ -133,21 +126,22 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
-@torch.no_grad()
-def recompute_statistics(model: PatchedModel, batches: Batches) -> None:
-    """Replace running means and variances by the average over one pass of the task's images."""
-    model.eval()
-    norms = model.owned_norms()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average, not an exponential one
-        norm.train()
-    for images in batches():
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+class RecomputeStatistics(Hook):
+    """Replace the patch's own running means and variances by their average over one pass of the task's images."""
+
+    @torch.no_grad()
+    def begin(self, model: PatchedModel, batches: Batches) -> None:
+        model.eval()
+        momenta = {norm: norm.momentum for norm in model.owned_norms()}
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average, not an exponential one
+            norm.train()
+        for images in batches():
+            model(images)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            norm.eval()
 
 
 class ChannelAffine(nn.Module):
@@ -165,8 +159,7 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layer.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale: Tensor = self.scale
-        bias: Tensor = self.bias
+        scale, bias = cast(Tensor, self.scale), cast(Tensor, self.bias)
         if self.strength != 1:
             scale, bias = torch.lerp(torch.ones_like(scale), scale, self.strength), self.strength * bias
         return self.layer(x) * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
@@ -176,8 +169,9 @@ class ChannelAffine(nn.Module):
 def add_channel_affines(variant: nn.Module, layers: list[str]) -> nn.Module:
     """Wrap the convolutions named in `layers` (the empty name is the variant itself) in a `ChannelAffine`."""
     for name in layers:
+        layer = ChannelAffine(variant.get_submodule(name))  # type: ignore[arg-type]
         if not name:
-            return ChannelAffine(variant.get_submodule(name))  # type: ignore[arg-type]
+            return layer
         owner, _, leaf = name.rpartition(".")
-        setattr(variant.get_submodule(owner), leaf, ChannelAffine(variant.get_submodule(name)))  # type: ignore[arg-type]
+        setattr(variant.get_submodule(owner), leaf, layer)
     return variant

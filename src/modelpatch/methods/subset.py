@@ -4,9 +4,8 @@
     pruned: keep the (1 - ratio) n channels of each group of coupled layers with the largest |W|_p,  then train what is left
 
 Kaplun, Gurevich, Swisa, David, Shalev-Shwartz, Malach: *Less is More: Selective Layer Finetuning with SubTuning*
-(2023), sections 2 and 4.2. Blocks are chosen by the profile and by greedy selection there; here they are named. Channels
-inside a block are pruned; what enters and leaves it keeps its shape, so that the frozen blocks around it run on. Which layers
-are coupled is found by Torch-Pruning (Fang et al., *DepGraph: Towards Any Structural Pruning*, CVPR 2023). A linear probe,
+(2023), sections 2 and 4.2. Channels inside a block are pruned; what enters and leaves it keeps its shape. Which layers are
+coupled is found by Torch-Pruning (Fang et al., *DepGraph: Towards Any Structural Pruning*, CVPR 2023). A linear probe,
 logits = W f(x) + b, is the baseline every patch has to beat, full fine-tuning the upper one in accuracy and in bytes.
 """
 
@@ -33,6 +32,7 @@ from modelpatch.patch.model import PatchedModel
 
 GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together
+_KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDictionary()  # what is left of pruned blocks
 
 
 @register_method
@@ -41,10 +41,9 @@ class Subset(Method):
 
     `blocks` needs no keyword. It holds names of segments (`layer4.1`), prefixes of names (`layer4`), stages (`stage0`,
     `stage-1`) or `last`, the last block; a name that the network itself uses means the network's. `statistics="learned"`
-    runs their BatchNorm layers in train mode and stores what they learn, as the paper's code does; that needs large
-    batches. `reinitialize` starts the blocks from random values, the paper's control: every layer with a
-    `reset_parameters` is reset, while frozen statistics and parameters outside such layers (a layer scale) keep the
-    base's values.
+    runs their BatchNorm layers in train mode and stores what they learn, which needs large batches. `reinitialize`, the
+    paper's control, resets every layer with a `reset_parameters`; frozen statistics and other parameters (a layer scale)
+    keep the base's values.
     """
 
     name = "subset"
@@ -115,7 +114,6 @@ class LinearProbe(Method):
     trains_head_alone = True
 
     def __post_init__(self) -> None:
-        """Raise `MethodError` for an `lr`, too."""
         super().__post_init__()
         if self.lr != Method.lr:
             raise MethodError(f"{self.name} trains a head alone: give head_lr={self.lr} instead of lr.")
@@ -166,16 +164,11 @@ class Pruned(Subset):
         return list(zip(segments, known[key], strict=True))
 
 
-_KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDictionary()
-
-
 def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[nn.Module]:
     """Copies of the segments' modules without their weakest inner channels.
 
-    Raises `MethodNotApplicableError` for a segment that has none and a ratio that removes none, `MissingExtraError` without
-    Torch-Pruning.
+    Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
-    require("torch_pruning", "prune", "the method `pruned`", "torch-pruning")
     copies = [_Prunable(segment.module, torch.zeros(1, *segment.input_shape)) for segment in segments]
     scores = {(number, name): score for number, one in enumerate(copies) for name, score in one.scores(norm).items()}
     for number, segment in enumerate(segments):
@@ -211,12 +204,11 @@ class _Prunable:
     """A copy of a module whose layers can lose channels, together with all that is coupled to them."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
-        import torch_pruning as tp
-
+        self.library = require("torch_pruning", "prune", "the method `pruned`", "torch-pruning")
         self.module, self.example = copy.deepcopy(module).cpu().eval().requires_grad_(True), example
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on parameters outside layers, which no inner group touches
-            self.graph = tp.DependencyGraph().build_dependency(self.module, example_inputs=example)
+            self.graph = self.library.DependencyGraph().build_dependency(self.module, example_inputs=example)
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove some outputs of a layer and what is coupled to them."""
@@ -226,9 +218,8 @@ class _Prunable:
 
     def scores(self, norm: str) -> dict[str, Tensor]:
         """The mean norm of every inner channel over the layers coupled to it, relative to its group's mean, by the root."""
-        import torch_pruning as tp
-
-        importance = tp.importance.MagnitudeImportance(p=1 if norm == "l1" else 2, normalizer="mean")
+        measures = self.library.importance
+        importance = measures.MagnitudeImportance(p=1 if norm == "l1" else 2, normalizer="mean")
         names = {id(child): name for name, child in self.module.named_modules()}
         groups = self.graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
         roots = {names[id(group[0].dep.target.module)]: group for group in groups}
@@ -257,10 +248,7 @@ def shrink(variant: nn.Module, shapes: dict[str, list[int]]) -> nn.Module:
         if len(shape) != tensor.ndim or any(side > most for side, most in zip(shape, tensor.shape, strict=True)):
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} cannot be pruned to {tuple(shape)}")
         new = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-        if isinstance(tensor, nn.Parameter):
-            setattr(owner, leaf, nn.Parameter(new))
-        else:
-            owner.register_buffer(leaf, new)
+        setattr(owner, leaf, nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new)
         if leaf == "weight":
             _resize(owner, shape)
     return variant

@@ -49,7 +49,6 @@ class Vocabulary:
     words: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises `DataError` for templates without one place for the name."""
         for template in self.templates:
             if template.count("{}") != 1:
                 raise DataError(f"the prompt template {template!r} needs {{}} once, where the name goes.")
@@ -82,9 +81,7 @@ class Vocabulary:
         if not kind_of(patch.task.kind).classifies:
             raise DataError(f"{patch.task.name} is a {patch.task.kind} task; labels name classes of whole images.")
         if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise DataError(
-                f"{len(labels)} labels, {len(set(labels))} of them different: give at least two, each once."
-            )
+            raise DataError(f"{len(labels)} labels, {len(set(labels))} different: give at least two, each once.")
         return patch.with_head(self.head(labels), TaskRecord(name=patch.task.name, classes=tuple(labels)))
 
     def mark(self, patch: Patch) -> Patch:
@@ -101,16 +98,12 @@ class Vocabulary:
                 f"{self.backbone.spec} has no linear classifier of its own that says what words look like. Use a backbone "
                 "with one, or an openclip: backbone."
             )
-        names = own_names(self.backbone)
-        plain = replace(self, templates=TEMPLATES)
-        return fit_bridge(plain.embed(names), own.weight.detach().float().cpu())
+        embeddings = replace(self, templates=TEMPLATES).embed(own_names(self.backbone))
+        return fit_bridge(embeddings, own.weight.detach().float().cpu())
 
 
 def fit_bridge(embeddings: Tensor, rows: Tensor, penalties: Sequence[float] = PENALTIES) -> tuple[Tensor, Tensor]:
-    """(mean (E,), M (E, D)) from embeddings (C, E) and a classifier's rows (C, D), with the penalty that predicts best.
-
-    The best penalty has the highest mean cosine between rows held out and their prediction.
-    """
+    """(mean (E,), M (E, D)) from embeddings (C, E) and a classifier's rows (C, D), with the penalty that predicts best."""
     y = rows - rows.mean(0)
     folds = torch.arange(len(embeddings)) % FOLDS
 
@@ -134,18 +127,13 @@ def _ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 
 def own_names(backbone: Backbone) -> tuple[str, ...]:
-    """The names of the outputs of the base's own head; ImageNet's where it has 1,000 without names.
-
-    Raises `BackboneError` for a backbone whose classes are not known.
-    """
+    """The names of the outputs of the base's own head; ImageNet's for 1,000 without names. Raises `BackboneError`."""
     outputs = backbone.chain.head.out_features if isinstance(backbone.chain.head, nn.Linear) else 0
     if len(backbone.classes) == outputs:
         return backbone.classes
     if outputs == 1000:
         return tuple(_imagenet().label_names())  # in the order all zoos use
-    raise BackboneError(
-        f"{backbone.spec} does not name its {outputs} classes, so that no words can be learned from them."
-    )
+    raise BackboneError(f"{backbone.spec} does not name its {outputs} classes, so no words can be learned from them.")
 
 
 def spell(name: str) -> str:

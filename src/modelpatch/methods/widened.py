@@ -3,15 +3,13 @@
     block'(x) = after(branch(x) + shortcut(x) + U ReLU(V x + b))      V (filters, C, k, k) random, U (C', filters) zero
 
 Added capacity is what Mallya, Davis and Lazebnik leave open in *Piggyback: Adapting a Single Network to Multiple Tasks by
-Learning to Mask Weights* (ECCV 2018). The extra filters go through no frozen layer: a branch whose last layer is linear is
-`filters` hidden channels wider. A patch holds filters (C k² + 1 + C') numbers a block; on tokens, channels-last maps and
-vectors V is a linear layer, as if k were 1.
+Learning to Mask Weights* (ECCV 2018). A patch holds filters (C k² + 1 + C') numbers a block; on tokens, channels-last maps
+and vectors V is a linear layer, as if k were 1.
 """
 
 from dataclasses import field
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, validate_call
 from torch import Tensor, nn
 
@@ -37,8 +35,7 @@ class Widened(Method):
     """Trains `filters` extra filters in each of the named blocks, and the head.
 
     The filters read the block's input through kernels of `kernel` x `kernel` positions. `blocks` holds names as in `Subset`;
-    none means all blocks that can have some. All frozen parts stay in eval mode while training. `Piggyback() + Widened()`
-    masks the frozen filters and adds others.
+    none means all blocks that can have some. `Piggyback() + Widened()` masks the frozen filters and adds others.
     """
 
     name = "widened"
@@ -80,7 +77,7 @@ class Widened(Method):
         return {**channels, "kernel": self.kernel, "stride": stride}
 
 
-class ExtraFilters(nn.Module):
+class ExtraFilters(nn.Sequential):
     """U ReLU(V x + b): an input (B, C, H, W), or (B, ..., C) without kernels, to what is added to the block's output."""
 
     def __init__(self, inputs: int, outputs: int, filters: int, kernel: int | None, stride: int) -> None:
@@ -88,22 +85,16 @@ class ExtraFilters(nn.Module):
         self.first: nn.Module
         self.last: nn.Linear | nn.Conv2d
         if kernel is None:
-            self.first, self.last = nn.Linear(inputs, filters), nn.Linear(filters, outputs, bias=False)
+            self.first, self.relu = nn.Linear(inputs, filters), nn.ReLU()
+            self.last = nn.Linear(filters, outputs, bias=False)
         else:
             self.first = nn.Conv2d(inputs, filters, kernel, stride, padding=kernel // 2)
-            self.last = nn.Conv2d(filters, outputs, 1, bias=False)
+            self.relu, self.last = nn.ReLU(), nn.Conv2d(filters, outputs, 1, bias=False)
         nn.init.zeros_(self.last.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.last(F.relu(self.first(x)))
-        return added
 
 
 class WidenedBlock(nn.Module):
-    """A block with extra filters, added where its branch and shortcut are, else to its output.
-
-    At a `strength` below 1 they add that share of what they compute.
-    """
+    """A block with extra filters, added at their `strength` where its branch and shortcut are, else to its output."""
 
     strength = 1.0
 
@@ -114,7 +105,7 @@ class WidenedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.block, SplitBlock):
             branch, shortcut = self.block.before(x)
-            return self.block.join(self._widen(branch + shortcut, x))
+            return self.block.after(self._widen(branch + shortcut, x))
         return self._widen(self.block(x), x)
 
     def _widen(self, y: Tensor, x: Tensor) -> Tensor:

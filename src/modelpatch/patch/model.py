@@ -343,9 +343,7 @@ def has_batch_statistics(module: nn.Module) -> bool:
 
 def check_head(chain: Chain, patch: Patch) -> None:
     """Raises `ForeignTensorError` for a head that does not fit the chain: its features, its maps or its tensors' values."""
-    head = patch.head.head
-    head.check_chain(patch.head, chain, patch.preprocessing.image_size)
-    head.check_tensors(patch.head, patch.tensors, chain)
+    patch.head.head.check_chain(patch.head, chain, patch.preprocessing.image_size, patch.tensors)
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.errors import TrainingError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.scale_bias import recompute_statistics
+from modelpatch.methods.scale_bias import RecomputeStatistics
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train.evaluation import MEMORY, harmonic_mean
@@ -244,7 +244,7 @@ class Scorer:
                 images = [self.store(split).plain(torch.tensor([row])) for split, row in rows]
                 yield torch.cat(images).to(self.backbone.device)
 
-        recompute_statistics(model, batches)
+        RecomputeStatistics().begin(model, batches)
 
     def mixed(self, patches: Sequence[Patch], weights: Sequence[float]) -> Patch:
         """W + sum of weights times the patches' changes. One patch keeps its tensors and is only turned."""
