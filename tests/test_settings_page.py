@@ -11,6 +11,7 @@ import pytest
 
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import METHODS
+from modelpatch.train.fitting import fit
 from modelpatch.train.settings import FitOptions, FitSettings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
@@ -42,6 +43,13 @@ def spell(value: Any) -> str:
 def test_every_setting_of_a_fit_is_listed_with_its_default() -> None:
     listed = {cells[0].strip("`"): cells[1] for cells in rows(FIT, 4)}
     assert listed == {field.name: spell(field.default) for field in dataclasses.fields(FitSettings)}
+
+
+def test_the_docstring_of_fit_lists_every_setting_with_its_default() -> None:
+    written = {"memory": "2 * 2**30", "drops": "(2/3, 5/6)"}
+    for field in dataclasses.fields(FitSettings):
+        default = written.get(field.name, repr(field.default).replace("'", '"'))
+        assert f" {field.name}={default}" in (fit.__doc__ or "")
 
 
 def test_every_option_of_a_fit_in_python_is_listed_with_its_default() -> None:

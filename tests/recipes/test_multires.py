@@ -187,7 +187,7 @@ def test_patches_are_stored_as_asked_and_measured_so(backbone: Backbone, colors:
 def test_results_are_files_that_are_read_again(named: Backbone, colors: Task, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 12, "out": tmp_path}
     made = fit_multires(named, colors, (32, 48), **settings)
-    files = Files.of(tmp_path, colors, "private", 0)
+    files = Files(tmp_path, colors, "private", 0)
     assert {path.name for path in tmp_path.iterdir()} == {
         "colors-private-seed0.safetensors",
         "colors-private-seed0-32px.safetensors",

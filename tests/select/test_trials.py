@@ -24,7 +24,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
 from modelpatch.select.trials import Bench, Journal, LocalWorker, Outcome, Pool, Trial, open_workers
 from modelpatch.train import fit
-from modelpatch.train.batches import Inputs
+from modelpatch.train.inputs import Inputs, SharedInputs
 from modelpatch.train.settings import FitSettings
 
 pytestmark = pytest.mark.slow
@@ -108,11 +108,11 @@ def test_held_out_images_are_seen_without_augmentation(data: Task) -> None:
     shared = Bench(make_tiny(), data, FitSettings(epochs=3, augment="light"), folds=2).shared
     rows = torch.arange(5)
     model = LinearProbe().draft(shared.backbone, 3)
-    held = shared.fold(test=rows).inputs(model, "test", augmented=False)
+    held = SharedInputs(shared, {"test": rows}).inputs(model, "test", augmented=False)
     plain = shared.backbone.chain(shared.store.plain(rows))
     assert torch.allclose(seen(held, rows, 0), plain, atol=1e-6)
     assert torch.equal(seen(held, rows, 0), seen(held, rows, 1))
-    train = shared.fold(train=rows).inputs(model, "train", augmented=True)
+    train = SharedInputs(shared, {"train": rows}).inputs(model, "train", augmented=True)
     assert not torch.allclose(seen(train, rows, 0), seen(train, rows, 1))
     assert not torch.allclose(seen(train, rows, 0), plain)
 
@@ -121,7 +121,7 @@ def test_views_are_few_only_where_they_save_work(data: Task) -> None:
     shared = Bench(make_tiny(), data, FitSettings(epochs=9, views=3, augment="light"), folds=2).shared
     rows = torch.arange(5)
     for method, repeats in ((LinearProbe(), True), (FullFinetune(), False)):
-        train = shared.fold(train=rows).inputs(method.draft(shared.backbone, 3), "train", augmented=True)
+        train = SharedInputs(shared, {"train": rows}).inputs(method.draft(shared.backbone, 3), "train", augmented=True)
         assert torch.equal(seen(train, rows, 0), seen(train, rows, 3)) == repeats
         assert not torch.equal(seen(train, rows, 0), seen(train, rows, 1))
 

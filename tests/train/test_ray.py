@@ -76,7 +76,7 @@ def test_actors_train_what_one_process_trains_though_one_dies(ray: None, tmp_pat
 
 
 def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"modelpatch\[ray\]"):
         run_on_ray(refused, 2)
 

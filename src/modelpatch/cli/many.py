@@ -201,7 +201,7 @@ def multires(
     runs: dict[str, list[MultiResolution]] = {}
     for one, seed in itertools.product(dict.fromkeys(sharings), range(training.seed, training.seed + seeds)):
         if restart:
-            shutil.rmtree(Files.of(folder, task, one, seed).checkpoint, ignore_errors=True)
+            shutil.rmtree(Files(folder, task, one, seed).checkpoint, ignore_errors=True)
         settings |= {"sharing": one, "seed": seed}
         runs.setdefault(one, []).append(fit_multires(base, task, pixels, **settings))
     rows, title = [recipes.SharingRow.of(own) for own in runs.values()], f"{task.task.name} on {base.spec}"

@@ -5,11 +5,7 @@
 Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning*
 (ICLR 2019), the experiment with several resolutions, and its two baselines: `shared` keeps nothing private, `independent`
 shares nothing. A step sees the same images at every resolution, scaled bilinearly; gradients of what is shared are averaged.
-
-What comes out is a backbone with the shared weights and one small patch a resolution, like any others.
 """
-
-from __future__ import annotations
 
 import copy
 import time
@@ -18,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +31,17 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import digest_of, file_name
-from modelpatch.train.batches import Minibatch, RowBatches
+from modelpatch.train.batches import Minibatch
 from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import store_as
 from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, check_parts, read_patch
+from modelpatch.train.inputs import RowBatches
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 from modelpatch.train.trainer import Callback
 
-Sharing = Literal["private", "shared", "independent"]
-SHARINGS: tuple[str, ...] = get_args(Sharing)
+SHARINGS = ("private", "shared", "independent")
 METHOD = FullFinetune(statistics="learned")
 
 
@@ -83,24 +79,13 @@ class MultiResolution:
         return sum(tensor.nbytes for tensor in state) + sum(p.inspect().file_bytes for p in self.patches.values())
 
 
-@dataclass(frozen=True)
 class Files:
     """Files of a run's results in a folder: `stem.safetensors` is the backbone, `stem-96px.safetensors` a patch."""
 
-    folder: Path
-    stem: str
-
-    @classmethod
-    def of(cls, folder: str | Path, data: Task, sharing: str, seed: int) -> Files:
-        return cls(Path(folder), file_name(f"{data.task.name}-{sharing}-seed{seed}"))
-
-    @property
-    def backbone(self) -> Path:
-        return self.folder / f"{self.stem}.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / f"{self.stem}.training"
+    def __init__(self, folder: str | Path, data: Task, sharing: str, seed: int) -> None:
+        self.folder, self.stem = Path(folder), file_name(f"{data.task.name}-{sharing}-seed{seed}")
+        self.backbone = self.folder / f"{self.stem}.safetensors"
+        self.checkpoint = self.folder / f"{self.stem}.training"
 
     def patch(self, pixels: int) -> Path:
         return self.folder / f"{self.stem}-{pixels}px.safetensors"
@@ -135,7 +120,7 @@ def fit_multires(
     _check(data, resolutions, sharing, tuning, chosen)
     if out is not None and sharing != "independent":
         check_writable(backbone)
-    files = None if out is None else Files.of(out, data, sharing, chosen.seed)
+    files = None if out is None else Files(out, data, sharing, chosen.seed)
     if files is not None:
         files.folder.mkdir(parents=True, exist_ok=True)
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
@@ -175,6 +160,8 @@ class TiedModels(nn.Module):
     model alone, while gradients of shared parameters are averaged.
     """
 
+    reweighted: Mapping[str, str] = {}  # no weight of these models is made from another
+
     def __init__(self, models: Mapping[int, PatchedModel], private: frozenset[str]) -> None:
         super().__init__()
         self.sizes, self.private = tuple(models), private
@@ -192,22 +179,12 @@ class TiedModels(nn.Module):
         return self.model_of(images)(images)
 
     def model_of(self, images: Tensor) -> Any:
-        """Return the model for images of this size."""
         return self.models[self.sizes.index(images.shape[-1])]
-
-    @property
-    def reweighted(self) -> Mapping[str, str]:
-        """Empty: no weight of these models is made from another."""
-        return {}
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, by its name in a patch file."""
-        seen: set[int] = set()
-        for model in self.models:
-            for name, parameter in model.trainable():  # type: ignore[operator]
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield name, parameter
+        models: Any = self.models
+        yield from {id(one): (name, one) for model in models for name, one in model.trainable()}.values()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training may change, shared tensors once, detached."""
@@ -220,7 +197,6 @@ class TiedModels(nn.Module):
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
@@ -240,14 +216,6 @@ class ResolutionBatches:
         return chain.from_iterable(zip(*epochs, strict=True) if self.together else epochs)
 
 
-class ResolutionTrainer(PatchTrainer):
-    """A trainer of tied models."""
-
-    def model_for(self, batch: Minibatch) -> Any:
-        """Return the model of the batch's resolution."""
-        return cast(TiedModels, self.model).model_of(batch.inputs)
-
-
 class ResolutionRun:
     """One run of `fit_multires`: a `Fit` for each resolution, whose models are tied and trained by one trainer."""
 
@@ -265,13 +233,12 @@ class ResolutionRun:
         self.backbone, self.method, self.sharing, self.files = backbone, method, sharing, files
         self.resolutions = tuple(sorted(resolutions))
         self.whole = Fit(backbone, data, method, settings, bar=bar)
-        make = partial(Fit, backbone, self.whole.data, method, bar=bar)
         self.data, self.settings = self.whole.data, self.whole.settings
         seen = self.whole.preprocessing.model_copy(update={"interpolation": "bilinear"})
-        self.fits = {
-            pixels: make(replace(self.settings, image_size=pixels), preprocessing=seen.with_image_size(pixels))
-            for pixels in self.resolutions
-        }
+        self.fits = {}
+        for pixels in self.resolutions:
+            own, size = replace(self.settings, image_size=pixels), seen.with_image_size(pixels)
+            self.fits[pixels] = Fit(backbone, self.data, method, own, preprocessing=size, bar=bar)
         self.identity = {**self.whole.identity, "resolutions": list(self.resolutions), "sharing": sharing}
         self.digest = digest_of(self.identity)
 
@@ -303,7 +270,7 @@ class ResolutionRun:
         if self.whole.validates:
             held = ResolutionBatches([fit.batches(one, "validation") for fit, one in pairs], together=False)
         events = MethodEvents(self.method, [(one, fit.plain_batches) for fit, one in pairs])
-        return ResolutionTrainer(self.whole, model, data, held, [events, *callbacks], len(pairs))
+        return PatchTrainer(self.whole, model, data, held, [events, *callbacks], len(pairs))
 
     # results ------------------------------------------------------------------------------------------------
 
@@ -372,14 +339,11 @@ class ResolutionRun:
         return shared
 
     def read(self) -> MultiResolution | None:
-        """Return the results from their files, None where one is missing.
-
-        Raises `CheckpointMismatchError` for those of another run.
-        """
+        """Return the results from their files, if all are there. Raises `CheckpointMismatchError` for those of another run."""
         files, shares = self.files, self.sharing != "independent"
-        if files is None or not all(files.patch(pixels).exists() for pixels in self.resolutions):
+        if files is None:
             return None
-        if shares and not files.backbone.exists():
+        if not all(file.exists() for file in [*map(files.patch, self.resolutions), *[files.backbone] * shares]):
             return None
         shared = load_backbone(f"file:{files.backbone}").to(self.backbone.device) if shares else self.backbone
         patches = {pixels: read_patch(files.patch(pixels), self.digest) for pixels in self.resolutions}

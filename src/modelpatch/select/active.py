@@ -30,7 +30,7 @@ from modelpatch.select.trials import DISK, Journal, share_images
 from modelpatch.text import digest_of
 from modelpatch.train.evaluation import logits_of, standard_error
 from modelpatch.train.fitting import Fit
-from modelpatch.train.inputs import SharedImages
+from modelpatch.train.inputs import SharedImages, SharedInputs
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 
@@ -192,8 +192,8 @@ class Simulation:
     def _round(self, strategy: str, seed: int, labelled: np.ndarray, more: int) -> LabelRound:
         count = len(self.data.train)
         pool = np.setdiff1d(np.arange(count), labelled)
-        test = torch.arange(count, count + len(self.data.test))
-        source = self.shared.fold(train=torch.from_numpy(labelled), test=test, pool=torch.from_numpy(pool))
+        rows = {"train": labelled, "test": np.arange(count, count + len(self.data.test)), "pool": pool}
+        source = SharedInputs(self.shared, {name: torch.from_numpy(part) for name, part in rows.items()})
         data = replace(self.data, train=self.data.train.take(labelled), validation=None)
         fit = Fit(self.backbone, data, self.method, replace(self.settings, seed=seed), source=source)
         top1 = fit.run().metrics["test_top1"]

@@ -41,7 +41,7 @@ from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
 from modelpatch.text import digest_of
 from modelpatch.train.fitting import Fit
-from modelpatch.train.inputs import SharedImages
+from modelpatch.train.inputs import SharedImages, SharedInputs
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.ray import connected
 from modelpatch.train.settings import FitSettings
@@ -205,7 +205,7 @@ class Bench:
     def _fit(self, trial: Trial) -> Fit:
         train, held = (torch.from_numpy(part) for part in self.folds.rows[trial.fold])
         settings = replace(self.settings, seed=trial.seed, epochs=round(trial.epochs * self.more[trial.fold]))
-        source = self.shared.fold(train=train, test=held)
+        source = SharedInputs(self.shared, {"train": train, "test": held})
         return Fit(self.backbone, self.data[trial.fold], trial.method, settings, source=source)
 
     def _start(self, trial: Trial) -> Mapping[str, Tensor] | None:

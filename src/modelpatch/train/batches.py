@@ -6,18 +6,15 @@ The order and the augmentation of a batch follow (seed, epoch, number of the bat
 continues with the very batches it would have had.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modelpatch.data.images import ImageBatch
 from modelpatch.data.seeding import mix, seeded
 from modelpatch.data.task import Task
 from modelpatch.errors import DataError
@@ -34,12 +31,10 @@ class Minibatch:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def part(self, rows: slice) -> Minibatch:
-        """Some rows of the batch."""
+    def part(self, rows: slice) -> Self:
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
-    def to(self, device: torch.device) -> Minibatch:
-        """The batch on a device."""
+    def to(self, device: torch.device) -> Self:
         return replace(self, inputs=place(self.inputs, device), targets=move(self.targets, device))
 
 
@@ -66,14 +61,6 @@ def move(targets: Any, device: torch.device) -> Any:
     if isinstance(targets, list | tuple):
         return type(targets)(move(value, device) for value in targets)
     return targets
-
-
-def count_batches(source: Any) -> int | None:
-    """The number of batches in an epoch, None where it is unknown."""
-    try:
-        return len(source)
-    except TypeError:
-        return None
 
 
 def as_source(given: Any, seed: int, purpose: str = "data") -> BatchSource:
@@ -109,7 +96,6 @@ class LoaderBatches:
         return len(self.loader)  # type: ignore[arg-type]
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
-        """The batches of an epoch, beginning with batch `first`."""
         names = ("sampler", "batch_sampler", "dataset")
         parts: list[Any] = [self.loader, *(getattr(self.loader, name, None) for name in names)]
         for part in parts:
@@ -135,54 +121,8 @@ def as_minibatch(given: Any) -> Minibatch:
     if isinstance(given, list | tuple) and len(given) == 2 and isinstance(given[0], Tensor):
         return Minibatch(*given)
     shape = f"a {type(given).__name__}"
-    if isinstance(given, dict):
-        shape += f" of {', '.join(map(str, given))}"
-    elif isinstance(given, list | tuple):
-        shape += f" of {', '.join(type(part).__name__ for part in given)}"
+    if isinstance(given, dict | list | tuple):
+        shape += f" of {', '.join(str(one) if isinstance(given, dict) else type(one).__name__ for one in given)}"
     raise DataError(
         f"a batch is {shape}; expected a pair (images, targets) of tensors. Give the DataLoader a collate_fn that makes one."
     )
-
-
-class Inputs(Protocol):
-    """Inputs of segment `start` for the rows of batches, and their targets. `len` is the number of rows."""
-
-    @property
-    def start(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
-        """Yield the inputs and targets of every batch from number `first` on."""
-
-
-@dataclass(frozen=True)
-class RowBatches:
-    """Batches of `size` rows of inputs, in a random order that follows (seed, epoch), or in order without a seed."""
-
-    inputs: Inputs
-    size: int
-    seed: int | None = None
-
-    def __len__(self) -> int:
-        return len(cut_rows(len(self.inputs), self.size, self.seed))
-
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
-        """Yield the batches of an epoch, beginning with batch `first`."""
-        rows = cut_rows(len(self.inputs), self.size, self.seed, epoch)
-        for inputs, targets in self.inputs.batches(rows, epoch, first):
-            yield Minibatch(inputs, targets, self.inputs.start)
-
-
-def cut_rows(rows: int, size: int, seed: int | None, epoch: int = 0) -> list[Tensor]:
-    """Return the rows of each batch of an epoch, in order without a seed.
-
-    In random order a last row of its own joins the batch before, for layers that need two.
-    """
-    if seed is None:
-        return list(torch.arange(rows).split(size))
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [order[-size - 1 :]]
-    return batches

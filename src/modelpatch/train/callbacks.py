@@ -6,8 +6,6 @@ One of your own overrides the events of `Callback` that it needs, and reads the 
 `history` and `row`, the figures of the epoch that ended. `trainer.stop()` ends the run after the epoch.
 """
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import io
@@ -25,7 +23,7 @@ from modelpatch.atomic import write_bytes
 from modelpatch.errors import CheckpointMismatchError, TrainingError
 from modelpatch.text import digest_of
 from modelpatch.train.progress import Progress
-from modelpatch.train.settings import name_of
+from modelpatch.train.settings import check_limits, name_of
 from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
 
 EVERY_SECONDS = 60.0  # between checkpoints
@@ -45,10 +43,7 @@ class EarlyStopping(Callback):
     def __init__(
         self, patience: int | None = None, monitor: str | None = None, mode: Literal["auto", "min", "max"] = "auto"
     ) -> None:
-        if patience is not None and patience < 1:
-            raise TrainingError(
-                f"patience = {patience!r} is not valid; expected a number of epochs from 1 on, or None."
-            )
+        check_limits(patience=patience)
         if mode not in ("auto", "min", "max"):
             raise TrainingError(f"mode = {mode!r} is not valid; expected auto, min or max.")
         self.patience, self.monitor, self.mode = patience, monitor, mode
@@ -64,7 +59,6 @@ class EarlyStopping(Callback):
             self.mode = "min" if "loss" in self.monitor else "max"
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Keep the weights where the figure is the best so far."""
         value = trainer.figure(self.monitor)
         if not self.best or (value < self.best_value if self.mode == "min" else value > self.best_value):
             self.best_value, self.stale = value, 0
@@ -75,7 +69,6 @@ class EarlyStopping(Callback):
             trainer.stop()
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Restore the best weights."""
         if self.best:
             load_state(trainer.model, self.best)
 
@@ -97,31 +90,26 @@ class WeightAverage(Callback):
         self._trained: dict[str, Tensor] = {}
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Start from the weights as they are."""
         self.average = self.average or copy_state(trainer.model)
 
     @torch.no_grad()
     def on_step_end(self, trainer: Trainer) -> None:
-        """Move the average towards the weights; integers are copied."""
         state = get_state(trainer.model)
         moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in moving], [state[n] for n in moving], 1 - self.decay)
         for name in state.keys() - set(moving):
-            self.average[name].copy_(state[name])
+            self.average[name].copy_(state[name])  # integers
 
     def on_validation_begin(self, trainer: Trainer) -> None:
-        """Put the average in place of the weights."""
         self._trained = copy_state(trainer.model)
         load_state(trainer.model, self.average)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Put the weights back."""
         if self._trained:
             load_state(trainer.model, self._trained)
         self._trained = {}
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Leave the average in the model."""
         load_state(trainer.model, self.average)
 
 
@@ -132,7 +120,6 @@ class EagerSteps(Callback):
     """
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Begin, unless gradients are scaled."""
         if not trainer.scaler.is_enabled():
             self.watch(trainer.optimizer)
 
@@ -165,7 +152,6 @@ class Checkpoint:
         return time.monotonic() - self._saved >= EVERY_SECONDS
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the saved state."""
         make_folder(self.folder, "checkpoint")
         buffer = io.BytesIO()
         torch.save({"identity": self.identity, **state}, buffer)
@@ -173,10 +159,7 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state; None where there is none.
-
-        Raises `CheckpointMismatchError` for the state of a run with other settings.
-        """
+        """Return the saved state, if any. Raises `CheckpointMismatchError` for the state of a run with other settings."""
         if not self.file.exists():
             return None
         try:
@@ -212,17 +195,14 @@ class CheckpointSaver(Checkpoint, Callback):
         self._described = identity is None
 
     def saved_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
-        """The state that an interrupted run left. Raises `CheckpointMismatchError` for another run's."""
         self.identity = describe_run(trainer) if self._described else self.identity
         return trainer.team.follow(self.load() if trainer.team.leads else None)
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Save once a minute."""
         if self.due():
             self.on_epoch_end(trainer)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Save after every epoch."""
         if trainer.team.leads:
             self.save(trainer.state_dict())
 
@@ -236,16 +216,14 @@ class MetricLogger(Callback):
         make_folder(self.folder, "log")
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Begin the file with the epochs that are done, if the run was interrupted."""
         self.file.unlink(missing_ok=True)
-        self._write(trainer.history)
+        self._write(trainer.history)  # the epochs that are done, if the run was interrupted
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(self.folder))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Write the epoch's row."""
         self._write(trainer.history)
         if self._events is not None:
             for name, value in trainer.row.items():
@@ -259,7 +237,6 @@ class MetricLogger(Callback):
                 writer.writerows(history)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Close TensorBoard's events."""
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -274,21 +251,17 @@ class ProgressBar(Callback):
         self.progress, self._stack, self._shared = progress or Progress("training"), ExitStack(), progress is not None
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Show the bar."""
         if not self._shared:
             self._stack.enter_context(self.progress)
         self._advance = self._stack.enter_context(self.progress.task("training", trainer.total or 0, trainer.step))
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Move it by a step."""
         self._advance(1)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Show the epoch's figures."""
         self.progress.note("  ".join(f"{name} {value:.4g}" for name, value in trainer.row.items()))
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Remove the bar."""
         self._stack.close()
 
     on_exception = on_train_end

@@ -7,14 +7,12 @@ so that a run of any number of processes equals the run of one, but for rounding
 they train. Process 0 of a team leads: it writes files.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,16 +32,16 @@ class Team:
     group: Any = None
 
     @classmethod
-    def everyone(cls) -> Team:
+    def everyone(cls) -> Self:
         """All processes that `torch.distributed` knows; this one alone where it was not started."""
         if not dist.is_available() or not dist.is_initialized():
-            return ALONE
+            return cls()
         return cls(tuple(range(dist.get_world_size())), dist.get_rank())
 
-    def some(self, ranks: Sequence[int]) -> Team:
+    def some(self, ranks: Sequence[int]) -> Self:
         """A part of the team. Every process of the team must ask for the same parts in the same order."""
         group = dist.new_group(list(ranks)) if 1 < len(ranks) < len(self.ranks) else self.group
-        return Team(tuple(ranks), self.rank, group)
+        return replace(self, ranks=tuple(ranks), group=group)
 
     @property
     def alone(self) -> bool:

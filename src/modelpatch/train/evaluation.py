@@ -1,12 +1,10 @@
 """Measuring a patch on its task, the base on its own, and the harmonic mean of the two."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +42,7 @@ class Mean:
     error: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def of(cls, values: Sequence[float]) -> Self:
         return cls(statistics.fmean(values), standard_error(values))
 
     def __str__(self) -> str:
@@ -54,8 +52,7 @@ class Mean:
 def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Advance = lambda _: None) -> Result:
     """A patch on the test images of its task: an `Evaluation`, `SegmentationResult`, `DetectionResult`.
 
-    Raises `DataError` if the data's classes are not the patch's, or are asked of something else than the patch answers for,
-    or if another split of the same data was trained on.
+    Raises `DataError` for data of another kind, of other classes, or of another split than was trained on.
     """
     check_same_split(facts_of(patch), data)
     if data.task.kind != patch.task.kind:
@@ -123,11 +120,7 @@ def own_classes(backbone: Backbone, classes: tuple[str, ...]) -> Tensor | None:
 
 
 def _name_outputs(backbone: Backbone, classes: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """The names of the base's outputs, and their number.
-
-    Where it names none, they are the WordNet ids of ImageNet's 1,000 classes in the order all zoos use, if `classes` are
-    among them; else none.
-    """
+    """The names of the base's outputs, and their number; WordNet ids for an unnamed thousand that have all `classes`."""
     with torch.no_grad():
         count = int(backbone(torch.zeros(1, *backbone.input_size, device=backbone.device)).shape[1])
     if backbone.classes or count != 1000:

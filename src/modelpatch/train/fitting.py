@@ -7,12 +7,10 @@ batch's order and augmentation follow (seed, epoch, step) alone, so that a run k
 checkpoint to the same patch.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import modelpatch
 from modelpatch.backbone.backbone import Backbone
@@ -38,7 +37,7 @@ from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import digest_of
-from modelpatch.train.batches import Minibatch, RowBatches, cut_rows, place
+from modelpatch.train.batches import Minibatch, place
 from modelpatch.train.callbacks import (
     CheckpointSaver,
     EagerSteps,
@@ -49,12 +48,11 @@ from modelpatch.train.callbacks import (
 )
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as, with_result
-from modelpatch.train.inputs import InputSource, OwnInputs
+from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_rows
 from modelpatch.train.progress import Progress, quiet_progress
-from modelpatch.train.settings import FitOptions, FitSettings, check_callbacks, check_settings
+from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
 
-NO_OPTIONS = FitOptions()
 HELD = 64  # images of a batch that is measured
 
 
@@ -69,15 +67,27 @@ def fit(
     log: str | Path | None = None,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
+    optimizer: Callable[..., Optimizer] | None = None,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    schedule_every: Every | None = None,
+    loss: Callable[..., Any] | None = None,
+    transform: Callable[..., Any] | None = None,
+    accumulate: int = 1,
+    monitor: str | None = None,
+    ema: float | None = None,
+    checkpoint_activations: bool = False,
     **settings: Any,
 ) -> Patch:
     """Train a patch of `method` (or of its spelling, see `make_method`) for the task and measure it on the test images.
 
-    `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings` and the
-    options below. `out` names the patch's file; with `reuse` a file that the very same run wrote earlier is read instead.
-    `checkpoint` names a folder in which training state is kept every minute and every epoch and from which an interrupted run
-    resumes exactly; it is emptied once the patch is made and its file, if any, written. `log` names a folder for
-    `metrics.csv`, a row an epoch, and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
+    `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings`:
+    epochs=10, batch_size=32, seed=0, image_size=None (the backbone's, pixels), augment="auto", framing="auto", decoder=None,
+    taps=(), views=4, cache=True, memory=2 * 2**30 (bytes), schedule="cosine", drops=(2/3, 5/6), warmup=0.05 (share of the
+    steps), label_smoothing=0.0, class_weights="none", validation=0.0 (share of the images), early_stopping=0 (epochs),
+    clip=0.0, precision="auto", dtype="float32". `out` names the patch's file; with `reuse` a file that the very same run wrote
+    earlier is read instead. `checkpoint` names a folder of training state, saved every minute and every epoch, from which an
+    interrupted run resumes exactly; it is emptied at the end. `log` names a folder for `metrics.csv`, a row an epoch, and for
+    TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
 
     `optimizer` is a class or a function from the method's parameter groups to an optimizer, `scheduler` a function from it to
     a scheduler, stepped `schedule_every` epoch or step, in place of the settings' schedule; `loss` a function of (outputs,
@@ -94,7 +104,7 @@ def fit(
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
     options = FitOptions(
-        **{name: settings.pop(name) for name in FitOptions.__dataclass_fields__.keys() & settings.keys()}
+        optimizer, scheduler, schedule_every, loss, transform, accumulate, monitor, ema, checkpoint_activations
     )
     chosen = check_settings(settings)
     callbacks = check_callbacks(callbacks, Callback)
@@ -142,13 +152,14 @@ class Fit:
         method: Method,
         settings: FitSettings,
         *,
-        options: FitOptions = NO_OPTIONS,
+        options: FitOptions | None = None,
         preprocessing: Preprocessing | None = None,
-        source: InputSource | None = None,
+        source: OwnInputs | SharedInputs | None = None,
         bar: Progress | None = None,
         team: Team = ALONE,
     ) -> None:
-        self.backbone, self.method, self.options, self.team = backbone, method, options, team
+        self.options = options = options or FitOptions()
+        self.backbone, self.method, self.team = backbone, method, team
         self.bar = bar or quiet_progress()
         if settings.early_stopping and data.validation is None and not settings.validation:
             settings = replace(settings, validation=0.1)
@@ -167,9 +178,7 @@ class Fit:
         )
         self.validates = self.data.validation is not None and bool(settings.early_stopping or settings.validation)
         if options.monitor and not self.validates:
-            raise TrainingError(
-                f"monitor={options.monitor!r} chooses among epochs. Give validation= or early_stopping= too."
-            )
+            raise TrainingError(f"monitor={options.monitor!r} picks an epoch. Give validation= or early_stopping= too.")
         self.identity = {  # all that must be equal for a checkpoint to be continued, or a patch's file to be of this run
             "backbone": backbone.fingerprint,
             "task": self.data.task.model_dump(mode="json"),
@@ -211,7 +220,7 @@ class Fit:
 
     def make_trainer(
         self, model: PatchedModel, callbacks: Sequence[Callback] = (), steps: int | None = None
-    ) -> PatchTrainer:
+    ) -> "PatchTrainer":
         """Return the trainer of a model that `build` made, for the settings' epochs or a number of `steps`."""
         events = MethodEvents(self.method, [(model, self.plain_batches)])
         data = self.batches(model, "train")
@@ -316,6 +325,8 @@ class PatchTrainer(Trainer):
         settings, options, method = fit.settings, fit.options, fit.method
         self.kind, self.classes, self.method = fit.kind, fit.data.classes, method
         self.class_weights = fit.weigh_classes()
+        # the model of several that answers images, by their size
+        self.model_of: Callable[[Tensor], Any] = getattr(model, "model_of", lambda images: model)
         self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
         loss = partial(fit.kind.loss, class_weights=self.class_weights, label_smoothing=settings.label_smoothing)
         own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if validation is not None else []
@@ -347,13 +358,9 @@ class PatchTrainer(Trainer):
             team=fit.team,
         )
 
-    def model_for(self, batch: Minibatch) -> Any:
-        """Return the patched model that answers a batch."""
-        return self.model
-
     def train_step(self, batch: Minibatch) -> Tensor:
         """Return the loss of the task and of the method."""
-        model, targets = self.model_for(batch), self.kind.move(batch.targets, self.device)
+        model, targets = self.model_of(batch.inputs), self.kind.move(batch.targets, self.device)
         try:
             with self.autocast(), self.remade():
                 output = self.kind.run_head(model.head, model.head_input(batch.inputs, batch.start), targets)
@@ -368,8 +375,7 @@ class PatchTrainer(Trainer):
         return self.loss(output, targets) + sum(hook.added_loss(model, seen) for hook in self.method.all_hooks())
 
     def validation_step(self, batch: Minibatch) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs, and the loss of the task."""
-        model = self.model_for(batch)
+        model = self.model_of(batch.inputs)
         read, targets = model.head_input(batch.inputs, batch.start), self.kind.move(batch.targets, self.device)
         outputs = model.head(read)
         own = type(self.kind).run_head is not Kind.run_head
@@ -377,11 +383,9 @@ class PatchTrainer(Trainer):
         return outputs.float(), loss
 
     def weigh(self, batch: Minibatch) -> Tensor:
-        """Return how much each image counts in the kind's loss."""
         return self.kind.weigh_images(self.kind.move(batch.targets, self.device), self.class_weights)
 
     def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
-        """Return the figures of the task's kind."""
         figures = self.kind.measure(self.classes, answers).figures
         return {name: value for name, value in figures.items() if name in self.kind.metrics}
 
@@ -436,7 +440,6 @@ class MethodEvents(Callback):
                 hook.begin(model, batches)
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        """Work of the method before a step, such as pruning once."""
         for model, _ in self.models:
             for hook in self.method.all_hooks():
                 hook.step(model, trainer.step, trainer.total or 0)

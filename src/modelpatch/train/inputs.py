@@ -2,15 +2,10 @@
 
     images -> [frozen segments, cached] -> inputs of segment `start` -> trained segments
 
-Everything before a patch's first span is frozen and deterministic, so its output for an image never changes. It is kept in
-memory up to a budget and in a temporary file beyond it. With augmentation a stated number of augmented views of every image
-is cached, and epoch k trains on view k modulo that number.
-
-`OwnInputs` cache what one model needs. `SharedImages` computes the activations before every block in one pass, for many fits:
-those of a selection train different parts, on different rows.
+The cache is kept in memory up to a budget and in a temporary file beyond it. With augmentation it holds a stated number of
+views of every image. `OwnInputs` cache what one model needs. `SharedImages` computes the activations before every block in
+one pass, for many fits: those of a selection train different parts, on different rows.
 """
-
-from __future__ import annotations
 
 import copy
 import itertools
@@ -18,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +40,7 @@ from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import count_of
-from modelpatch.train.batches import Inputs, place
+from modelpatch.train.batches import Minibatch, place
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings
 
@@ -69,7 +63,6 @@ class PlainInputs:
         return len(self.images)
 
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
-        """Images and targets for the rows of every batch from number `first` on, read ahead."""
         return self.images.batches(rows, self.augmentation, self.seed, epoch, first)
 
 
@@ -89,11 +82,44 @@ class CachedInputs:
         return self.values.shape[1] if self.rows is None else len(self.rows)
 
     def batches(self, rows: Sequence[Tensor], epoch: int, first: int = 0) -> Iterator[ImageBatch]:
-        """Inputs of segment `start` and class indices for the rows of every batch from number `first` on."""
         view = epoch % len(self.values)
         for batch in rows[first:]:
             own = batch if self.rows is None else self.rows[batch]
             yield ImageBatch(self.values[view, own], self.labels[view, own])
+
+
+Inputs = PlainInputs | CachedInputs  # `batches` gives inputs of segment `start` and targets for the rows of every batch
+
+
+@dataclass(frozen=True)
+class RowBatches:
+    """Batches of `size` rows of inputs, in a random order that follows (seed, epoch), or in order without a seed."""
+
+    inputs: Inputs
+    size: int
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(cut_rows(len(self.inputs), self.size, self.seed))
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
+        rows = cut_rows(len(self.inputs), self.size, self.seed, epoch)
+        for inputs, targets in self.inputs.batches(rows, epoch, first):
+            yield Minibatch(inputs, targets, self.inputs.start)
+
+
+def cut_rows(rows: int, size: int, seed: int | None, epoch: int = 0) -> list[Tensor]:
+    """Return the rows of each batch of an epoch, in order without a seed.
+
+    In random order a last row of its own joins the batch before, for layers that need two.
+    """
+    if seed is None:
+        return list(torch.arange(rows).split(size))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [order[-size - 1 :]]
+    return batches
 
 
 def cache_prefix(
@@ -119,10 +145,10 @@ def cache_prefix(
 
 
 def make_prefix(backbone: Backbone, model: PatchedModel, images: int) -> Prefix:
-    """A function that computes the frozen prefix, through folded copies of the segments for a large number of images.
+    """A function that computes the frozen prefix, for a large number of images through folded copies of the segments.
 
-    Folded segments agree with the model's to rounding and take less time; making them takes as long as some hundred images.
-    A head that reads inner segments needs the model's own, which keep what they pool.
+    These agree to rounding; making them takes as long as some hundred images. A head that reads inner segments needs the
+    model's own, which keep what they pool.
     """
     if images < FOLDING or model.reading.inner or backbone.device.type != "cpu":
         return partial(run_prefix, model)
@@ -147,22 +173,8 @@ def cache_worthwhile(backbone: Backbone, start: int) -> bool:
     return prefix_share(backbone, start) >= WORTHWHILE
 
 
-class InputSource(Protocol):
-    """The images of a fit by split: `train`, `test` and others."""
-
-    def images(self, split: str) -> Images:
-        """Return the images, not augmented."""
-
-    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
-        """Return inputs of a segment of the model before its first span, or of its head."""
-
-    def prepare(self, model: PatchedModel) -> None:
-        """Replace frozen segments of the model by equal ones that take less time, if there are any."""
-        return
-
-
 @dataclass(frozen=True)
-class OwnInputs(InputSource):
+class OwnInputs:
     """Images that are decoded for one fit, with a cache before its model's first span unless `cache=False` is set."""
 
     backbone: Backbone
@@ -173,7 +185,11 @@ class OwnInputs(InputSource):
     bar: Progress
     _opened: dict[tuple[str, bool], Images] = field(default_factory=dict)
 
+    def prepare(self, model: PatchedModel) -> None:
+        """Leave the model's frozen segments as they are."""
+
     def images(self, split: str) -> Images:
+        """Return a split's images, not augmented."""
         return self._open(split, False)
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
@@ -227,17 +243,7 @@ class SharedImages:
         self.views = min(settings.views, settings.epochs) if augmentation.name != "none" else 0
         self.bar = bar or quiet_progress()
         self.store = ImageStore(split, preprocessing, settings.memory)
-        self._folded: dict[int, nn.Module] = {}
-
-    def folded(self, segment: int) -> nn.Module:
-        """The frozen segment with its normalisation folded, made once; equal to rounding."""
-        if segment not in self._folded:
-            self._folded[segment] = fold_segment(self.backbone.chain[segment])
-        return self._folded[segment]
-
-    def fold(self, **rows: Tensor) -> SharedInputs:
-        """The source of one fit: `fold(train=..., test=...)` names the rows of each of its splits."""
-        return SharedInputs(self, rows)
+        self.folded: dict[int, nn.Module] = {}  # frozen segments with their normalisation folded, by number
 
     @cached_property
     @torch.no_grad()
@@ -280,8 +286,8 @@ class SharedImages:
 
 
 @dataclass(frozen=True)
-class SharedInputs(InputSource):
-    """Some rows of shared images as the splits of one fit."""
+class SharedInputs:
+    """Some `rows` of shared images as the splits of one fit, by name: `train`, `test`, ..."""
 
     shared: SharedImages
     rows: dict[str, Tensor]
@@ -290,11 +296,13 @@ class SharedInputs(InputSource):
         return ImageRows(self.shared.store, self.rows[split])
 
     def prepare(self, model: PatchedModel) -> None:
-        """Replace frozen segments by ones whose normalisation is folded, shared by all fits."""
-        spans = dict(model.spans)
+        """Replace frozen segments by ones whose normalisation is folded, shared by all fits; equal to rounding."""
+        spans, folded = dict(model.spans), self.shared.folded
         for number, start in enumerate(model.starts):
             if start not in spans and start >= model.first:
-                model.parts[number] = self.shared.folded(start)
+                if start not in folded:
+                    folded[start] = fold_segment(self.shared.backbone.chain[start])
+                model.parts[number] = folded[start]
 
     def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
         """Return shared activations before the model's first span, or the images where a cache saves no work."""
@@ -326,7 +334,6 @@ class ImageRows(Images):
         return self.store.labels[self.rows]
 
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
-        """The decoded images of every batch of rows from number `first` on."""
         return self.store.read([self.rows[rows] for rows in batches[first:]], view)
 
 

@@ -1,7 +1,5 @@
 """A progress bar with time left on a terminal, silence elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -5,9 +5,6 @@
 If an actor dies all of them are started again, and the work goes on from its checkpoint.
 """
 
-from __future__ import annotations
-
-import importlib.util
 import logging
 import os
 import socket
@@ -18,19 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from modelpatch.errors import MissingExtraError, ModelpatchError, TrainingError
+from modelpatch.errors import ModelpatchError, TrainingError, require
 from modelpatch.text import first_line
 from modelpatch.train.distributed import process_group
 
 T = TypeVar("T")
 LOCAL = "local"
 STARTS = 4
-
-
-def require_ray(purpose: str) -> None:
-    """Raises `MissingExtraError` without Ray."""
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", purpose)
 
 
 @contextmanager
@@ -65,10 +56,7 @@ def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: 
     folders writable, under the same paths on all machines. Raises what it raises, `MissingExtraError` without Ray, and
     `TrainingError` for actors that die in each of several starts.
     """
-    require_ray("Training on a cluster")
-    import ray
-    from ray.exceptions import RayActorError
-
+    ray = require("ray", "ray", "Training on a cluster")
     with connected(address, count * threads):
         stored = ray.put(work)
         kind: Any = ray.remote(num_cpus=threads)(RayProcess)
@@ -76,7 +64,7 @@ def run_on_ray(work: Callable[[], T], count: int, *, threads: int = 1, address: 
             actors = [kind.remote(threads, Path.cwd()) for _ in range(count)]
             try:
                 return _result(actors, stored)
-            except RayActorError as error:
+            except ray.exceptions.RayActorError as error:
                 died = str(error).strip().splitlines()[-1]
             finally:
                 for actor in actors:

@@ -1,7 +1,5 @@
 """Settings of a fit, plain values, its options, objects from Python, and the arguments of a trainer, checked."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -17,7 +15,6 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AugmentName
 from modelpatch.errors import TrainingError
-from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import kind_of
 
 OptimizerLike = Optimizer | Callable[[Any], Optimizer]
@@ -98,7 +95,7 @@ class FitSettings:
         return 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FitOptions:
     """Options of `fit` that stand in place of a setting, or add to it (see `fit`)."""
 
@@ -113,7 +110,6 @@ class FitOptions:
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `TrainingError` for an option that cannot be used."""
         for name in ("optimizer", "scheduler", "loss", "transform"):
             given = getattr(self, name)
             if isinstance(given, Optimizer | LRScheduler):
@@ -138,10 +134,9 @@ class FitOptions:
 
 def check_settings(values: dict[str, Any]) -> FitSettings:
     """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
-    if unknown := sorted(values.keys() - FitSettings.__dataclass_fields__.keys()):
-        raise TrainingError(
-            f"fit has no setting {unknown[0]!r}. It has: {', '.join(FitSettings.__dataclass_fields__)}."
-        )
+    known = FitSettings.__dataclass_fields__
+    if unknown := sorted(values.keys() - known.keys()):
+        raise TrainingError(f"fit has no setting {unknown[0]!r}. It has: {', '.join(known)}.")
     try:
         return TypeAdapter(FitSettings).validate_python(values)
     except ValidationError as error:
@@ -215,27 +210,13 @@ def name_of(given: Any) -> str:
 def check_model(model: Any, loss: Any) -> None:
     """Raises `TrainingError` for a model without parameters to train, or a loss that cannot be called."""
     if not isinstance(model, nn.Module):
-        raise TrainingError(
-            f"the model is {str(model)[:100]!r}. Expected an nn.Module, such as method.build(backbone, task)."
-        )
+        raise TrainingError(f"the model is {str(model)[:100]!r}. Expected an nn.Module: method.build(backbone, task).")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(
             f"no parameter of the {type(model).__name__} requires gradients. Call requires_grad_() on what is to be trained."
         )
     if not callable(loss):
-        raise TrainingError(
-            f"the loss is {loss!r}. Expected a function of (outputs, targets), such as F.cross_entropy."
-        )
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Have a patched model compute activations again in the backward pass. Raises `TrainingError` for another model."""
-    if not isinstance(model, PatchedModel):
-        raise TrainingError(
-            f"checkpoint_activations takes the segments of a PatchedModel; the model is a {type(model).__name__}. Leave it "
-            "out and use torch.utils.checkpoint in the model."
-        )
-    model.gradient_checkpointing = True
+        raise TrainingError(f"the loss is {loss!r}. Expected a function of (outputs, targets) such as F.cross_entropy.")
 
 
 def check_limits(**limits: Any) -> None:
@@ -262,9 +243,7 @@ def check_callbacks(given: Any, kind: type) -> list[Any]:
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type of the forward pass; `auto` is bfloat16 on GPUs that have it. Raises `TrainingError` for others."""
     if precision not in get_args(Precision):
-        raise TrainingError(
-            f"precision = {precision!r} is not valid; expected one of {', '.join(get_args(Precision))}."
-        )
+        raise TrainingError(f"{precision = } is not valid; expected one of {', '.join(get_args(Precision))}.")
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, precision)

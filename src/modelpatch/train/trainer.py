@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from operator import length_hint
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from modelpatch.errors import DataError, DivergedError, TrainingError
-from modelpatch.patch.model import has_batch_statistics
-from modelpatch.train.batches import BatchSource, Minibatch, as_source, count_batches
+from modelpatch.patch.model import PatchedModel, has_batch_statistics
+from modelpatch.train.batches import BatchSource, Minibatch, as_source
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.settings import (
     Every,
@@ -35,7 +36,6 @@ from modelpatch.train.settings import (
     choose_dtype,
     make_optimizer,
     make_scheduler,
-    recompute_activations,
 )
 
 Figures = dict[str, float]
@@ -138,7 +138,7 @@ class Trainer:
         self.validation = None if validation is None else as_source(validation, seed, "validation")
         self.accumulate, self.clip, self.metrics = accumulate, clip, dict(metrics or {})
         self.monitor = monitor or ("loss" if validation is None else "validation_loss")
-        self.per_epoch = None if (count := count_batches(self.data)) is None else -(-count // accumulate)
+        self.per_epoch = -(-length_hint(self.data) // accumulate) or None  # where the number of batches is known
         self.epochs = epochs or (None if steps else 10)
         self.total = steps or (self.per_epoch * self.epochs if self.per_epoch and self.epochs else None)
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -150,7 +150,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.callbacks: list[Callback] = check_callbacks(callbacks, Callback)
         if checkpoint_activations:
-            recompute_activations(model)
+            if not isinstance(model, PatchedModel):
+                raise TrainingError(
+                    f"checkpoint_activations takes the segments of a PatchedModel; the model is a {type(model).__name__}. "
+                    "Leave it out and use torch.utils.checkpoint in the model."
+                )
+            model.gradient_checkpointing = True
         self.step = self.epoch = self.step_of_epoch = 0
         self.lr: float = self.optimizer.param_groups[0]["lr"]
         self.begun = self.resumed = self.stopping = False
@@ -340,9 +345,7 @@ class Trainer:
         """Return a figure of the last epoch, the one that is monitored by default. Raises `TrainingError` for another name."""
         name = name or self.monitor
         if name not in self.row:
-            raise TrainingError(
-                f"there is no figure {name!r} to monitor. The figures of an epoch: {', '.join(self.row)}."
-            )
+            raise TrainingError(f"there is no figure {name!r} to monitor. An epoch's figures: {', '.join(self.row)}.")
         return self.row[name]
 
     def autocast(self) -> AbstractContextManager[Any]:
