@@ -7,20 +7,16 @@
         S += the patch with the most answers for its multiply-adds beyond what S has done already;  R -= what it answers
 
 Streeter: *Approximation Algorithms for Cascading Prediction Models* (ICML 2018), the greedy algorithm with an accuracy
-constraint relative to a reference, here the best single patch. The reference at no threshold is always allowed, so the loop
-ends; and since every stage keeps the ratio on what it answers, so does the cascade on all held-out images. The smallest
-threshold of many tried is one that luck favoured there: hence the caution, 0 in the paper. Thresholds still fit these images:
-the test figures are the ones to report.
+constraint relative to a reference, here the best single patch, which is always allowed at no threshold. The smallest
+threshold of many tried is one that luck favoured on these images: hence the caution, 0 in the paper.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +35,7 @@ from modelpatch.tasks.classification import Evaluation
 from modelpatch.train.evaluation import facts_of, logits_of
 from modelpatch.train.progress import Progress, quiet_progress
 
-Kind = Literal["probability", "fitted"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS = ("probability", "fitted")
 Costs = Callable[..., float]  # (name, patches before it) to the multiply-adds that it adds
 PROBABILITY: Weights = (1.0, 0.0, 0.0)
 CAUTION = 1.0  # standard errors
@@ -69,8 +64,7 @@ class Single:
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """A cascade beside the patches it was built from. `reference` names the best of them on held-out images, `order` the
-    patches that became stages."""
+    """A cascade, the patches it was built from, the best of them on held-out images, and the stages in `order`, by name."""
 
     cascade: Cascade
     singles: tuple[Single, ...]
@@ -86,7 +80,6 @@ class CascadeResult:
         return 1 - self.test.macs / whole
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {
             "singles": [asdict(single) for single in self.singles],
             "reference": self.reference,
@@ -210,9 +203,7 @@ def held_out(patches: Sequence[Patch], data: Task) -> Split:
 
 def _check_classes(patch: Patch, data: Task) -> None:
     if data.classes != patch.task.classes:
-        raise DataError(
-            f"{data.task.name} has other classes than the patches of {patch.task.name}. Give their own data."
-        )
+        raise DataError(f"{data.task.name} has other classes than the patches of {patch.task.name}. Give its own data.")
 
 
 def costs_of(backbone: Backbone, patches: Mapping[str, Patch]) -> Costs:
@@ -279,8 +270,7 @@ def greedy(
 
 
 def smallest_threshold(scores: Tensor, gains: Tensor, caution: float = 0.0) -> float | None:
-    """The smallest threshold t at which the gains of the rows with scores >= t add up to no less than `caution` standard
-    errors of that sum; None for none."""
+    """The least t, if any, for which the gains of rows with scores >= t add up to `caution` standard errors of the sum."""
     order = scores.argsort(descending=True)
     ranked, total = scores[order], gains[order].cumsum(0)
     last = torch.ones(len(ranked), dtype=torch.bool)
@@ -340,8 +330,7 @@ def fit_confidence(logits: Tensor, labels: Tensor) -> Weights:
 def evaluate_cascade(
     backbone: Backbone, cascade: Cascade, data: Task, advance: Callable[[int], None] = lambda _: None
 ) -> tuple[Evaluation, Figures]:
-    """A cascade on the test images of its task as the engine runs it, and what that cost. Raises `DataError` for other
-    classes."""
+    """A cascade on test images as the engine runs it, and what that cost. Raises `DataError` for data of other classes."""
     _check_classes(cascade.patches[0], data)
     images = data.test
     engine = Engine(backbone, {"cascade": cascade}, tuning=Tuning())

@@ -1,13 +1,11 @@
 """Methods side by side on one task with equal step budgets: accuracy, what is kept of the base, parameters, bytes, seconds."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
@@ -24,11 +22,8 @@ from modelpatch.train.settings import check_settings
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method's figures, averaged over the seeds. Accuracies in [0, 1].
-
-    `top1_error` is the standard error of the mean over seeds, None for one seed; `base_*` and the harmonic mean are None
-    without base data. `file_bytes` is the mean size of the seeds' files.
-    """
+    """Means over a method's seeds. Accuracies lie in [0, 1]; those of the base and `harmonic_mean` are None without base data,
+    `top1_error`, the standard error of `top1`, for one seed."""
 
     method: str
     top1: float
@@ -54,10 +49,7 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of methods, the runs behind it and the first seed's patches.
-
-    `skipped` says why a method is not among them.
-    """
+    """A table of methods, the runs behind it, the first seed's patches, and why methods were `skipped`."""
 
     task: str
     backbone: str
@@ -67,7 +59,6 @@ class Comparison:
     skipped: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {
             "task": self.task,
             "backbone": self.backbone,
@@ -93,10 +84,9 @@ def compare(
     """Fit every method on the task with the same settings and number of steps and put the results in one table.
 
     `methods` are methods or their spellings (see `make_method`), by default those in `Method.compared`. Each is fitted `seeds`
-    times, from `seed` on. `base` is a
-    test set of the backbone's own classes: its accuracy is measured before the first fit and after the last, each of which
-    checks the fingerprint, and the harmonic mean with it is reported. A method that cannot patch this backbone, whose
-    library is not installed or whose training fails is left out, with the reason.
+    times, from `seed` on. `base` is a test set of the backbone's own classes, measured before the first fit and after the
+    last. A method that cannot patch this backbone, whose library is not installed or whose training fails is left out, with
+    the reason.
 
     `out` names a folder for the patches, `TASK-METHOD-seedN.safetensors`. A comparison that was interrupted goes on there:
     patches that are in it already are not trained again, unless `reuse=False` replaces them. Raises
@@ -132,26 +122,13 @@ def compare(
                 trained[name] += sum(tensor.numel() for tensor in patches[name].head_tensors.values())
     after = evaluate_base(backbone, base).top1 if base is not None else None
     runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
-    rows = tuple(_summarise(name, trained[name], fitted, before, after) for name, fitted in runs.items())
-    return Comparison(data.task.name, backbone.spec, rows, runs, patches, skipped)
-
-
-def _summarise(
-    name: str, parameters: int, runs: Sequence[SeedRun], before: float | None, after: float | None
-) -> MethodRow:
-    """Return the row of one method's runs."""
-    top1 = Mean.of([run.top1 for run in runs])
-    return MethodRow(
-        method=name,
-        top1=top1.value,
-        top1_error=top1.error,
-        base_before=before,
-        base_after=after,
-        harmonic_mean=None if after is None else statistics.fmean(harmonic_mean(run.top1, after) for run in runs),
-        trainable_parameters=parameters,
-        file_bytes=round(statistics.fmean(run.file_bytes for run in runs)),
-        seconds=statistics.fmean(run.seconds for run in runs),
-    )
+    rows = []
+    for name, own in runs.items():
+        top1, seconds = Mean.of([run.top1 for run in own]), fmean(run.seconds for run in own)
+        both = None if after is None else fmean(harmonic_mean(run.top1, after) for run in own)
+        size = round(fmean(run.file_bytes for run in own))
+        rows.append(MethodRow(name, top1.value, top1.error, before, after, both, trained[name], size, seconds))
+    return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
 
 
 def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:

@@ -5,9 +5,7 @@
     rate_t  = rate f(e / E_t)         e the epochs that task t has made, E_t those it will make
 
 Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning* (ICLR
-2019), section 4.3 and 5.4. The decay is tied to every task's own epochs, so that all learning rates agree at any time. The
-paper's workers write to a parameter server as they come; here one batch of every task makes a round, after which the shared
-weights take one step.
+2019), section 4.3 and 5.4. Here one batch of every task makes a round, after which the shared weights take one step.
 
     sampling        images of task t in a round                     s_t
     equal           the batch size                                  w_t / sum w             w_t the task's weight
@@ -15,8 +13,6 @@ weights take one step.
 
 The result is a backbone of its own with a patch a task. Statistics of BatchNorm that no patch owns stay the base's.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -92,7 +88,6 @@ class Multitask:
         return sum(read.values()) + sum(t.numel() for patch in self.patches.values() for t in patch.tensors.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         tasks = {}
         for name, patch in self.patches.items():
             head = sum(tensor.numel() for tensor in patch.head_tensors.values())
@@ -200,8 +195,7 @@ class _Run:
         self.models = {name: fit.build() for name, fit in self.served.items()}
         self.trainers = {}
         for name, fit in self.served.items():
-            log = None if self.log is None or not fit.team.leads else Path(self.log) / file_name(name)
-            logs = [] if log is None else [MetricLogger(log)]
+            logs = [MetricLogger(Path(self.log) / file_name(name))] if self.log is not None and fit.team.leads else []
             self.trainers[name] = fit.make_trainer(self.models[name], logs, self.rounds)
         for name, trainer in self.trainers.items():
             trainer.begin(saved["tasks"][name] if saved else None)
@@ -233,8 +227,7 @@ class _Run:
 
     def _finish(self, spec: str, seconds: float) -> Multitask:
         plain = {key: value for key, value in self.base.arguments.items() if key not in ("pretrained", "seed")}
-        trained = self.copy.around(self.copy.module, spec, plain)
-        trained.about = {}  # facts of the base, such as its accuracy, are not this one's
+        trained = replace(self.copy, spec=spec, arguments=plain, about={})  # the base's facts are not this one's
         record = BackboneRecord.of(trained)
         patches = self._collect(lambda name, fit: self._patch(name, fit, trained, record, seconds))
         self.base.verify()
@@ -255,12 +248,10 @@ class _Run:
 
 
 class SharedWeights:
-    """The weights of `backbone`, a copy, which `method` would train in a patch. Every task's model reads the same bytes; the
-    gradients of all are added up here, and one step is taken when every task has taken its own.
+    """The weights of `backbone`, a copy, which `method` would train in a patch, with its rates, weight decay and optimizer.
 
-    The method's rates, weight decay and optimizer are the shared weights'; its settings of heads are not used. Raises
-    `MethodError` for a method that trains anything but weights as they are: masks, added modules and statistics belong to a
-    task.
+    Every task's model reads the same bytes; the gradients of all are added up here, and one step is taken when every task has
+    taken its own. Raises `MethodError` for a method that trains anything but weights as they are.
     """
 
     origins: Mapping[str, Graft] = {}  # none of them was added
@@ -288,9 +279,7 @@ class SharedWeights:
         if model.reading.both:
             raise MethodError(f"{private.name}: a siamese head reads the base's own features, which move here.")
         if not all(cast(Reweighting, model.get_submodule(path)).follows for path in model.reweighted.values()):
-            raise MethodError(
-                f"{private.name} holds weights at the base's values, which move here. Choose another private method."
-            )
+            raise MethodError(f"{private.name} holds weights at the base's values, which move here. Choose another.")
         places = {parameter.data_ptr(): name for name, parameter in self._candidates.items()}
         for parameter in model.parameters():
             name = places.get(parameter.data_ptr())
@@ -314,7 +303,6 @@ class SharedWeights:
             self.optimizer.load_state_dict(saved["optimizer"])
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights by the names that they would have in a patch file."""
         return ((f"replace/{name}", weight) for name, weight in self.weights.items())
 
     def step(self, factor: float, clip: float, team: Team) -> None:
@@ -328,7 +316,6 @@ class SharedWeights:
         self.optimizer.zero_grad(set_to_none=True)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state that an interrupted run resumes from."""
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         return {"weights": weights, "optimizer": self.optimizer.state_dict()}
 

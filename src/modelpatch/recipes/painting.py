@@ -4,20 +4,17 @@
     sequential   one after another, each from the mixture chosen before   theta = (1 - alpha) theta_before + alpha theta_new
     parallel     one fine-tuning a task, mixed at the end                  theta = W + sum_i alpha_i delta_i
 
-Ilharco et al. (NeurIPS 2022), section 2. Every mixture re-uses stored changes: nothing is trained again. With a closed
-vocabulary a supported task is answered by the base's own classifier where it has its classes, else, like a patched task, by a
-linear probe on the base's features; alpha 0 is then the linear probe itself. `naive` trains the head along, as the baseline
-of Δ-Networks' tables does.
+Ilharco et al. (NeurIPS 2022), section 2. With a closed vocabulary a supported task is answered by the base's own classifier
+where it has its classes, else, like a patched task, by a linear probe on the base's features. `naive` trains the head along,
+as the baseline of Δ-Networks' tables does.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -27,7 +24,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert.merging import change_of
 from modelpatch.data.splits import Split, join_splits
 from modelpatch.data.task import Task, check_classification, join_tasks, joint_task
-from modelpatch.errors import DataError, MissingExtraError, TrainingError
+from modelpatch.errors import DataError, TrainingError, require
 from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.paint import Paint, Start
@@ -81,24 +78,20 @@ class PaintSettings:
     interpolate: bool = True
 
     def __post_init__(self) -> None:
-        """Raises `TrainingError` for values that make no sense."""
         Rule.parse(self.rule)
         alphas(self.steps)
-        known = {"mode": Mode, "mixing": Mixing, "norms": Norms}
-        for name, kind in known.items():
-            if getattr(self, name) not in kind.__args__:  # type: ignore[attr-defined]
-                raise TrainingError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(kind.__args__)}.")  # type: ignore[attr-defined]
+        for name, kind in {"mode": Mode, "mixing": Mixing, "norms": Norms}.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise TrainingError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}.")
         if self.orders < 1 or self.trials < 1 or not 0 < self.validation < 1:
             raise TrainingError("orders and trials count from 1, validation is a share between 0 and 1.")
         if self.naive and self.refit:
-            raise TrainingError(
-                "naive keeps the fine-tuned head at every alpha, refit fits a new one. Give one of them."
-            )
+            raise TrainingError("naive keeps the fine-tuned head at every alpha, refit fits another. Give one of them.")
 
 
 @dataclass(frozen=True)
 class Order:
-    """A sequence of tasks: the alpha chosen after each, and the last point with and without interpolation."""
+    """A sequence of tasks, the alpha chosen after each, and the last point."""
 
     tasks: tuple[str, ...]
     alphas: tuple[float, ...]
@@ -124,7 +117,6 @@ class Painting:
     orders: tuple[Order, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         figures = {"distance_to_optimal": self.distance, "cka": self.cka, "weight_cosine": self.cosine}
         points = {"base": self.base.as_dict(), "curve": [one.as_dict() for one in self.curve]}
         orders = [{**asdict(one), "point": one.point.as_dict()} for one in self.orders]
@@ -194,11 +186,10 @@ class Painter:
 
     def _scored(self, data: Task, role: Role) -> ScoredTask:
         held = data.with_validation(self.exploration.validation, self.seed)
-        return ScoredTask(held, role, self._head(held, role))
+        return ScoredTask(held, role, self.heads(held.classes) if self.heads is not None else self._head(held, role))
 
     def _head(self, data: Task, role: Role) -> nn.Module:
-        if self.heads is not None:
-            return self.heads(data.classes)
+        """The base's own rows for a supported task whose classes it has, else a probe of its features."""
         own = self.backbone.chain.head
         rows = own_classes(self.backbone, data.classes) if role == "supported" and isinstance(own, nn.Linear) else None
         if rows is None:
@@ -212,8 +203,7 @@ class Painter:
     # fine-tuning --------------------------------------------------------------------------------------------
 
     def fine_tune(self, tasks: Sequence[ScoredTask], before: Patch | None = None) -> Tuned:
-        """A patch of these tasks, from the base or another patch on, and the tasks with the heads they have now: the same
-        ones, unless trained along (`naive`)."""
+        """A patch of these tasks, from the base or another patch on, and the tasks with heads, trained along if `naive`."""
         head = None if self.exploration.naive else join_heads([task.head for task in tasks])
         body = {}
         if before is not None:
@@ -241,7 +231,6 @@ class Painter:
     def sweep(
         self, patches: Sequence[Patch], mixtures: Sequence[Sequence[float]], tasks: Sequence[ScoredTask]
     ) -> list[Point]:
-        """The points of several mixtures of patches."""
         points = []
         bar = Progress("paint") if self.progress else quiet_progress()
         with bar, bar.task("mixtures", len(mixtures)) as advance:
@@ -251,11 +240,9 @@ class Painter:
         return points
 
     def joint(self) -> Painting:
-        """One fine-tuning on all tasks together."""
         return self._mix([self.fine_tune(self.patched)])
 
     def parallel(self) -> Painting:
-        """One fine-tuning a task, and a mixture of them all."""
         return self._mix([self.fine_tune([task]) for task in self.patched], self.exploration.mixing)
 
     def _mix(self, results: Sequence[Tuned], mixing: Mixing = "scalar") -> Painting:
@@ -267,9 +254,7 @@ class Painter:
         farthest = curve[-1]
         if mixing == "exhaustive":
             if count > MAX_EXHAUSTIVE:
-                raise TrainingError(
-                    f"{count} tasks are too many for a grid of all alphas; at most {MAX_EXHAUSTIVE}. Use search."
-                )
+                raise TrainingError(f"{count} tasks are too many for a grid; at most {MAX_EXHAUSTIVE}. Use search.")
             curve += self.sweep(patches, list(itertools.product(self.grid, repeat=count)), tasks)
         elif mixing == "search":
             curve += self._search(patches, tasks, base, self.rule.choose(curve, base))
@@ -279,17 +264,13 @@ class Painter:
 
     def sequential(self) -> Painting:
         """The tasks one after another, in several orders; the first order's patch is kept."""
-        paintings, orders = [], []
+        runs = []
         for number in range(self.exploration.orders):
             places = np.random.default_rng(self.seed + number).permutation(len(self.patched))
-            painting, taken = self._one_after_another([self.patched[place] for place in places])
-            paintings.append(painting)
-            names = tuple(self.patched[place].name for place in places)
-            orders.append(Order(names, tuple(taken), painting.chosen))
-        return replace(paintings[0], orders=tuple(orders))
+            runs.append(self._one_after_another([self.patched[place] for place in places]))
+        return replace(runs[0][0], orders=tuple(order for _, order in runs))
 
-    def _one_after_another(self, tasks: Sequence[ScoredTask]) -> tuple[Painting, list[float]]:
-        """The painting and the alpha taken after each of the tasks."""
+    def _one_after_another(self, tasks: Sequence[ScoredTask]) -> tuple[Painting, Order]:
         seen: list[ScoredTask] = []
         before: Patch | None = None
         taken = []
@@ -303,14 +284,12 @@ class Painter:
             taken.append(chosen.weights[-1])
             before = self.scorer.mixed(patches, chosen.weights)
         base = self._base([*seen, *self.supported])
-        return self._result(patches, seen, base, curve, chosen, curve[-1].weights), taken
+        order = Order(tuple(task.name for task in tasks), tuple(taken), chosen)
+        return self._result(patches, seen, base, curve, chosen, curve[-1].weights), order
 
     def _search(self, patches: Sequence[Patch], tasks: Sequence[ScoredTask], base: Point, start: Point) -> list[Point]:
         """Points that a tree-structured Parzen estimator tries, from the best equal weights on."""
-        try:
-            import optuna
-        except ImportError:
-            raise MissingExtraError("optuna", "search", "A search over all alphas") from None
+        optuna = require("optuna", "search", "A search over all alphas")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed))
         names = [f"alpha_{number}" for number in range(len(patches))]

@@ -7,14 +7,12 @@ Points are chosen on held-out images, never on test images. Accuracies lie in [0
 computed once a body, and every task is answered by its own head.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -68,14 +66,10 @@ class Point:
         return (self.mean("supported", split) + self.mean("patched", split)) / 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         pairs = itertools.product(get_args(Role), get_args(Part))
         means = {f"{role}_{part}": self.mean(role, part) for role, part in pairs}
-        return {
-            "weights": list(self.weights),
-            **means,
-            "tasks": {name: asdict(one) for name, one in self.tasks.items()},
-        }
+        tasks = {name: asdict(one) for name, one in self.tasks.items()}
+        return {"weights": list(self.weights), **means, "tasks": tasks}
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Rule:
     points: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Rule:
+    def parse(cls, text: str) -> Self:
         """`mean`, `harmonic` or `drop=POINTS`. Raises `TrainingError`."""
         kind, _, points = text.partition("=")
         try:
@@ -106,7 +100,7 @@ class Rule:
         """Higher is better; minus infinity for a point that the rule excludes."""
         supported, patched = point.mean("supported", "validation"), point.mean("patched", "validation")
         if self.kind == "mean":
-            return (supported + patched) / 2
+            return point.combined("validation")
         if self.kind == "harmonic":
             return harmonic_mean(supported, patched)
         allowed = base.mean("supported", "validation") - self.points / 100
@@ -119,9 +113,8 @@ class Rule:
 
 def distance_to_optimal(points: Sequence[Point]) -> float:
     """PAINT's equation 1 on test accuracies: what one model loses to the best of two, in [0, 1]."""
-    supported = [point.mean("supported") for point in points]
-    patched = [point.mean("patched") for point in points]
-    return (max(supported) + max(patched)) / 2 - max(s + q for s, q in zip(supported, patched, strict=True)) / 2
+    supported, patched = (max(point.mean(role) for point in points) for role in ("supported", "patched"))
+    return (supported + patched) / 2 - max(point.combined() for point in points)
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
@@ -206,7 +199,6 @@ class Scorer:
         return fit_probe(self.features(data.train, model), labels, len(data.classes)).to(self.backbone.device)
 
     def base(self, tasks: Sequence[ScoredTask]) -> Point:
-        """Every task's accuracy on the frozen base."""
         return Point((0.0,), {task.name: self._accuracy(task, task.head) for task in tasks})
 
     def point(self, patch: Patch, tasks: Sequence[ScoredTask], weights: Sequence[float]) -> Point:
