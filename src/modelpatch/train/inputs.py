@@ -41,7 +41,7 @@ from modelpatch.data.task import Task
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import count_of
 from modelpatch.train.batches import Minibatch, place
-from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.progress import Progress
 from modelpatch.train.settings import FitSettings
 
 FOLDING = 1000  # images
@@ -219,6 +219,7 @@ class OwnInputs:
         return opened
 
 
+@dataclass(eq=False)
 class SharedImages:
     """Images that many fits of one backbone train on: decoded once, activations before blocks computed once.
 
@@ -229,20 +230,17 @@ class SharedImages:
     images on, for which a cache would save nothing, sees new views in every epoch, as in a fit alone.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        split: Split,
-        preprocessing: Preprocessing,
-        augmentation: Augmentation,
-        settings: FitSettings,
-        disk: int,
-        bar: Progress | None = None,
-    ) -> None:
-        self.backbone, self.augmentation, self.settings, self.disk = backbone, augmentation, settings, disk
-        self.views = min(settings.views, settings.epochs) if augmentation.name != "none" else 0
-        self.bar = bar or quiet_progress()
-        self.store = ImageStore(split, preprocessing, settings.memory)
+    backbone: Backbone
+    split: Split
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    settings: FitSettings
+    disk: int
+    bar: Progress
+
+    def __post_init__(self) -> None:
+        self.views = min(self.settings.views, self.settings.epochs) if self.augmentation.name != "none" else 0
+        self.store = ImageStore(self.split, self.preprocessing, self.settings.memory)
         self.folded: dict[int, nn.Module] = {}  # frozen segments with their normalisation folded, by number
 
     @cached_property

@@ -154,14 +154,13 @@ def make(given: Any, kind: type, name: str, source: str, argument: Any, example:
         return given
     if not callable(given):
         raise TrainingError(f"the {name} is {given!r}. {expected}")
+    what = f"the {name} {name_of(given)}"
     try:
         made = given(argument)
     except (TypeError, ValueError) as error:
-        raise TrainingError(
-            f"the {name} {name_of(given)} cannot be made from {source} alone ({error}). {expected}"
-        ) from error
+        raise TrainingError(f"{what} cannot be made from {source} alone ({error}). {expected}") from error
     if not isinstance(made, kind):
-        raise TrainingError(f"the {name} {name_of(given)} made a {type(made).__name__}. {expected}")
+        raise TrainingError(f"{what} made a {type(made).__name__}. {expected}")
     return made
 
 
