@@ -256,8 +256,6 @@ class ResolutionRun:
             raise MethodNotApplicableError(f"{self.backbone.spec} has no normalisation layers to keep private.")
         return frozenset(f"replace/{name}" for name in norms & set(blueprint.owned))
 
-    # training -----------------------------------------------------------------------------------------------
-
     def build(self) -> TiedModels:
         """Return a model for each resolution, all alike at first, tied."""
         return TiedModels({pixels: fit.build() for pixels, fit in self.fits.items()}, self.private)
@@ -272,14 +270,12 @@ class ResolutionRun:
         events = MethodEvents(self.method, [(one, fit.plain_batches) for fit, one in pairs])
         return PatchTrainer(self.whole, model, data, held, [events, *callbacks], len(pairs))
 
-    # results ------------------------------------------------------------------------------------------------
-
     def run(self, callbacks: Sequence[Callback] = ()) -> MultiResolution:
         """Train, measure and write. The backbone that training began from stays as it was."""
         record, began = BackboneRecord.of(self.backbone), time.perf_counter()
         model = self.build()
-        saver = CheckpointSaver(self.files.checkpoint, self.identity) if self.files is not None else None
-        self.make_trainer(model, [*callbacks, *([saver] if saver else [])]).train()
+        savers = [CheckpointSaver(self.files.checkpoint, self.identity)] if self.files is not None else []
+        self.make_trainer(model, [*callbacks, *savers]).train()
         seconds = time.perf_counter() - began
         models, whole = cast(list[PatchedModel], list(model.models)), {}
         for (pixels, fit), one in zip(self.fits.items(), models, strict=True):
@@ -287,28 +283,25 @@ class ResolutionRun:
         self.backbone.verify()
         shared = self.backbone if self.sharing == "independent" else self._shared(whole[self.resolutions[-1]])
         trained = dict(models[0].trainable())
-        own = sum(trained[name].numel() for name in trained.keys() & self.private if not name.startswith("head."))
+        count = sum(trained[name].numel() for name in trained.keys() & self.private if not name.startswith("head."))
         total = sum(parameter.numel() for _, parameter in model.trainable())
-        facts = {"run": self.digest, "trainable_parameters": own, "parameters": total}
+        facts = {"run": self.digest, "trainable_parameters": count, "parameters": total}
+        own = {"sharing": self.sharing, "resolutions": list(self.resolutions)}
         record, patches = BackboneRecord.of(shared), {}
         for pixels, patch in whole.items():
-            patches[pixels] = store_as(shared, self._own(patch, record, facts), self.data, self.settings.dtype)
+            made = replace(
+                patch,
+                backbone=record,
+                method=MethodRecord(name="multires", hyperparameters={**own, **patch.method.hyperparameters}),
+                tensors={n: t for n, t in patch.tensors.items() if n in self.private or n.startswith("head.")},
+                created={**patch.created, **facts},
+            )
+            patches[pixels] = store_as(shared, made, self.data, self.settings.dtype)
             if self.files is not None:
                 patches[pixels].save(self.files.patch(pixels))
-        if saver is not None:
+        for saver in savers:
             saver.clear()
         return MultiResolution(self.sharing, shared, patches)
-
-    def _own(self, patch: Patch, backbone: BackboneRecord, facts: Mapping[str, Any]) -> Patch:
-        """Return the patch of a resolution's private tensors and the head, over the backbone with the rest."""
-        hyperparameters = {"sharing": self.sharing, "resolutions": list(self.resolutions)}
-        return replace(
-            patch,
-            backbone=backbone,
-            method=MethodRecord(name="multires", hyperparameters={**hyperparameters, **patch.method.hyperparameters}),
-            tensors={n: t for n, t in patch.tensors.items() if n in self.private or n.startswith("head.")},
-            created={**patch.created, **facts},
-        )
 
     def _shared(self, patch: Patch) -> Backbone:
         """The network with what the largest resolution's patch holds, as a backbone of its own, written if it is to be."""
@@ -343,7 +336,8 @@ class ResolutionRun:
         files, shares = self.files, self.sharing != "independent"
         if files is None:
             return None
-        if not all(file.exists() for file in [*map(files.patch, self.resolutions), *[files.backbone] * shares]):
+        needed = [*map(files.patch, self.resolutions), *([files.backbone] if shares else [])]
+        if not all(file.exists() for file in needed):
             return None
         shared = load_backbone(f"file:{files.backbone}").to(self.backbone.device) if shares else self.backbone
         patches = {pixels: read_patch(files.patch(pixels), self.digest) for pixels in self.resolutions}

@@ -49,10 +49,8 @@ Sampling = Literal["equal", "proportional"]
 BACKBONE = "backbone.safetensors"
 PRIVATE, SHARED = "scale-bias(lr=0.001)", "full-finetune"  # a rate for weights that move together
 FOR_FROZEN = {  # settings that only make sense over a frozen backbone, or for a task that ends on its own
-    "cache": "what lies before a patch moves",
-    "views": "what lies before a patch moves",
-    "validation": "all tasks end together",
-    "early_stopping": "all tasks end together",
+    **dict.fromkeys(("cache", "views"), "what lies before a patch moves"),
+    **dict.fromkeys(("validation", "early_stopping"), "all tasks end together"),
 }
 
 
@@ -323,10 +321,7 @@ class SharedWeights:
 def _add_gradient(weight: nn.Parameter, share: float, parameter: Tensor) -> None:
     """Move a task's share of its gradient to the shared weight."""
     assert parameter.grad is not None
-    if weight.grad is None:
-        weight.grad = share * parameter.grad
-    else:
-        weight.grad.add_(parameter.grad, alpha=share)
+    weight.grad = share * parameter.grad if weight.grad is None else weight.grad.add_(parameter.grad, alpha=share)
     parameter.grad = None
 
 

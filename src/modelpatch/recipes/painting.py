@@ -208,9 +208,8 @@ class Painter:
         body = {}
         if before is not None:
             frozen = {name: tensor for segment in self.backbone.chain for name, tensor in segment.named_tensors()}
-            body = {
-                name: frozen[name].detach().cpu() + delta for name, delta in change_of(self.backbone, before).items()
-            }
+            changes = change_of(self.backbone, before)
+            body = {name: frozen[name].detach().cpu() + delta for name, delta in changes.items()}
         files: dict[str, Any] = {}
         if self.checkpoint is not None:
             self.trained += 1
