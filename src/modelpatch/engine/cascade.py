@@ -9,14 +9,12 @@ weighted sum of what its class probabilities look like, reaches the stage's thre
 file beside its patches: it has their names, a hash of what each computes, and a hash over its own content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -128,7 +126,7 @@ class Cascade:
         return self.patches[0].task
 
     @classmethod
-    def load(cls, path: str | Path) -> Cascade:
+    def load(cls, path: str | Path) -> Self:
         """Read a cascade's file and the patches beside it.
 
         Raises `CascadeFileError` for a file that is none, is damaged or whose patches are not those it was made of, and what
@@ -194,7 +192,7 @@ class Cascade:
         ]
         return hashlib.sha256(canonical(stages).encode()).hexdigest()
 
-    def with_metrics(self, **metrics: Any) -> Cascade:
+    def with_metrics(self, **metrics: Any) -> Self:
         """The cascade with more measured figures."""
         return replace(self, metrics={**self.metrics, **metrics})
 

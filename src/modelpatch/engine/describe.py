@@ -1,7 +1,5 @@
 """The trees of a plan's streams for people: as text, as facts for JSON and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ class Branch:
     others: tuple[int, ...] = ()
     span: tuple[int, int] = (0, 0)
     tasks: Sequence[str] = ()
-    children: Sequence[Branch] = ()
+    children: Sequence["Branch"] = ()
 
     def facts(self, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """The branch and all that follows as nested facts for JSON, with the `names` of every task."""

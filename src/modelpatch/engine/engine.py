@@ -10,8 +10,6 @@
 Members are added, removed and swapped while other threads call the engine: every call keeps the members it started with.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence

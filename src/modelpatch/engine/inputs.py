@@ -3,8 +3,6 @@
 Streams are decoded ahead in worker processes, answered batch by batch, broken images named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Settings depend on one another (folded convolutions are fast on channels-last im
 make nothing faster are switched off. The least of all times counts: other work on the machine only adds to it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -12,8 +12,6 @@ of distinct (history, module) pairs, each on the rows that a task wants.
 `make_plan` is a pure function of what the patches are made of: it runs nothing and knows no tensor.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -270,7 +268,7 @@ class _Stream:
     """A history: the link that ends it after its parent's, None at a root."""
 
     number: int
-    parent: _Stream | None
+    parent: "_Stream | None"
     link: Link | None
     shape: Hashable
     scale: float

@@ -1,7 +1,5 @@
 """A plan with its modules, which a call of the engine runs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,29 @@ class Timing:
 
     step: Step
     seconds: float
+
+
+class JoinedHeads:
+    """Linear `heads` that read the same features for the same rows, as one matrix product."""
+
+    def __init__(self, heads: tuple[nn.Module, ...]) -> None:
+        self.heads = heads
+        weights = [head.get_parameter("weight").detach() for head in heads]
+        self._widths = [len(weight) for weight in weights]
+        self._weight = torch.cat(weights)
+        biases = [getattr(head, "bias", None) for head in heads]
+        zeros = map(Tensor.new_zeros, weights, self._widths)
+        self._bias = torch.cat([zero if own is None else own.detach() for own, zero in zip(biases, zeros, strict=True)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the heads' own."""
+        return self._weight.nbytes + self._bias.nbytes
+
+    def __call__(self, features: Tensor) -> list[Tensor]:
+        """Logits (B, K) of every head for features (B, D)."""
+        logits = torch.addmm(self._bias, features, self._weight.t())
+        return [one.contiguous() for one in logits.split(self._widths, 1)]
 
 
 class Program:
@@ -92,29 +113,6 @@ class Program:
             task = self.tasks[name]
             answers[name] = task.head(inputs[0] if task.reading is None else task.reading.join(inputs, pooled=True))
         return answers
-
-
-class JoinedHeads:
-    """Linear `heads` that read the same features for the same rows, as one matrix product."""
-
-    def __init__(self, heads: tuple[nn.Module, ...]) -> None:
-        self.heads = heads
-        weights = [head.get_parameter("weight").detach() for head in heads]
-        self._widths = [len(weight) for weight in weights]
-        self._weight = torch.cat(weights)
-        biases = [getattr(head, "bias", None) for head in heads]
-        zeros = map(Tensor.new_zeros, weights, self._widths)
-        self._bias = torch.cat([zero if own is None else own.detach() for own, zero in zip(biases, zeros, strict=True)])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the heads' own."""
-        return self._weight.nbytes + self._bias.nbytes
-
-    def __call__(self, features: Tensor) -> list[Tensor]:
-        """Logits (B, K) of every head for features (B, D)."""
-        logits = torch.addmm(self._bias, features, self._weight.t())
-        return [one.contiguous() for one in logits.split(self._widths, 1)]
 
 
 def _take(streams: Mapping[int, Tensor], take: Take) -> Tensor:

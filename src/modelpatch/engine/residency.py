@@ -5,8 +5,6 @@ masked weights made once and BatchNorm folded, at the cost of the bytes of all i
 background from a variant's `OFTEN`th use on, if the budget has room beside modules that were used more recently.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence

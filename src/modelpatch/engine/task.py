@@ -10,8 +10,6 @@ A stage starts from the longest prefix that it shares with a stage before it, if
 is computed once. Rows leave as soon as a stage is sure of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -52,8 +50,8 @@ class EngineTask:
     beside: tuple[Link, ...] = ()
     bound: BoundPatch | None = None
     root: Hashable = None
-    options: tuple[EngineTask, ...] = ()
-    stages: tuple[CascadeStage, ...] = ()
+    options: tuple["EngineTask", ...] = ()
+    stages: tuple["CascadeStage", ...] = ()
 
     @property
     def parts(self) -> tuple[BoundPart, ...]:
@@ -67,7 +65,7 @@ class EngineTask:
         return (*own, *(patch for option in self.options for patch in option.patches))
 
     @property
-    def members(self) -> frozenset[EngineTask]:
+    def members(self) -> frozenset["EngineTask"]:
         """The task and all tasks that run for it."""
         return frozenset((self, *self.options, *(task for stage in self.stages for task in stage.running)))
 
@@ -77,7 +75,7 @@ class EngineTask:
         return tuple(dict.fromkeys(task.preprocessing for task in self.whole))
 
     @property
-    def whole(self) -> tuple[EngineTask, ...]:
+    def whole(self) -> tuple["EngineTask", ...]:
         """The tasks that run for an image that only the last stage is sure of, each under a name of its own."""
         return self.options if self.stages else (self,)
 

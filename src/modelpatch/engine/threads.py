@@ -5,8 +5,6 @@ between any two layers. So one thread computes with all cores, and any other wit
 thread whose first work is a convolution starts with as many workers as there are cores.
 """
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 

@@ -5,10 +5,9 @@ a run of segments that the patch replaces by a variant; where a patch only owns 
 a span of length one.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
+from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
@@ -35,7 +34,7 @@ class Graft(BaseModel, frozen=True, extra="forbid"):
     arguments: Facts = {}
 
     @model_validator(mode="after")
-    def _ordered(self) -> Graft:
+    def _ordered(self) -> Self:
         if self.end <= self.start:
             raise ValueError(f"the span [{self.start}, {self.end}) is empty")
         return self

@@ -10,12 +10,11 @@
 patches that keep their masks as bits.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -136,7 +135,7 @@ class StoredWeight:
     values: Tensor | None
 
     @classmethod
-    def collect(cls, tensors: Mapping[str, Tensor], backbone: Backbone, strength: float) -> dict[str, StoredWeight]:
+    def collect(cls, tensors: Mapping[str, Tensor], backbone: Backbone, strength: float) -> dict[str, Self]:
         """The masked weights of a patch and those with a sparse difference, by the backbone's names. Raises as `resolve`."""
         stored = {}
         for name in made_weights(tensors):

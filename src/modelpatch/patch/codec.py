@@ -16,13 +16,12 @@
 The header names the codec of every tensor, with the shape where the stored tensor does not have it: `bits:64x32x3x3`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -165,7 +164,7 @@ class Codec:
         return f"{'entropy-' * self.coded}{self.kind}" + (f":{'x'.join(map(str, self.shape))}" if self.shape else "")
 
     @classmethod
-    def parse(cls, text: str) -> Codec:
+    def parse(cls, text: str) -> Self:
         """Raises ValueError for a text that is no codec."""
         match = CODEC.fullmatch(text)
         kind = KINDS.get(match[2]) if match else None
@@ -174,7 +173,7 @@ class Codec:
         return cls(match[2], tuple(map(int, match[3].split("x"))) if match[3] else (), bool(match[1]))
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, int8: bool = False) -> Codec:
+    def of(cls, name: str, tensor: Tensor, int8: bool = False) -> Self:
         """The codec of a tensor in memory. Raises ValueError where none can hold it."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         if int8 and (dtype != "float32" or tensor.ndim < 2):

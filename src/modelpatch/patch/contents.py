@@ -1,14 +1,12 @@
 """A patch: tensors, a head and a task that turn a frozen backbone into the model for the task."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from pydantic import ValidationError
@@ -83,7 +81,7 @@ class Patch:
         method: Any = None,
         metrics: Mapping[str, Any] | None = None,
         created: Mapping[str, Any] | None = None,
-    ) -> Patch:
+    ) -> Self:
         """A patch of strength 1 for a backbone at hand. The arguments are those of `PatchedModel.to_patch`.
 
         Raises `PatchError` for a task or method that has no record.
@@ -122,7 +120,7 @@ class Patch:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Patch:
+    def load(cls, path: str | Path) -> "Patch":
         """Read a patch file, checking everything that can be checked without the backbone.
 
         Raises a `PatchFileError` that names what is wrong with the file.
@@ -171,7 +169,7 @@ class Patch:
             created=dict(self.created),
         )
 
-    def astype(self, dtype: str) -> Patch:
+    def astype(self, dtype: str) -> Self:
         """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
 
         `int8` stores matrices and convolutions as 8-bit integers with one scale per output channel, vectors as float32.
@@ -192,13 +190,13 @@ class Patch:
         """The head's tensors by its own names."""
         return {name.removeprefix("head."): tensor for name, tensor in self.tensors.items() if name.startswith("head.")}
 
-    def with_head(self, head: Any, task: TaskRecord) -> Patch:
+    def with_head(self, head: Any, task: TaskRecord) -> Self:
         """The patch with another head, for another task."""
         body = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("head.")}
         own = {f"head.{name}": tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
         return replace(self, task=task, head=head.record, tensors={**body, **own}, int8=self.int8 & body.keys())
 
-    def at_strength(self, strength: float) -> Patch:
+    def at_strength(self, strength: float) -> Self:
         """The patch with `strength` in [0, 1] of its change: 0 computes the base's features, 1 what was trained.
 
         Replaced tensors become W + strength (W' - W), as in PAINT's weight interpolation; added modules scale their effect.
@@ -212,11 +210,11 @@ class Patch:
             raise PatchError(f"{whole[0]} blocks do not interpolate: this patch works at strength 1 only.")
         return replace(self, strength=float(strength))
 
-    def with_alpha(self, alpha: float) -> Patch:
+    def with_alpha(self, alpha: float) -> Self:
         """`at_strength` by PAINT's name for it: theta = (1 - alpha) theta_0 + alpha theta_1."""
         return self.at_strength(alpha)
 
-    def with_metrics(self, **metrics: Any) -> Patch:
+    def with_metrics(self, **metrics: Any) -> Self:
         """The patch with more measured figures."""
         return replace(self, metrics={**self.metrics, **metrics})
 
@@ -252,7 +250,7 @@ class Patch:
         return hub.upload(encode_patch(self), card, repo_id, message, private=private, token=token)
 
     @classmethod
-    def from_pretrained(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Patch:
+    def from_pretrained(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> "Patch":
         """Download a patch from the Hugging Face hub and check it like any file."""
         return decode_patch(hub.download(repo_id, revision=revision, token=token), f"{repo_id}/{hub.FILE}")
 

@@ -9,8 +9,6 @@ is the one of a few that gives the shortest stream. Probabilities are made of ad
 give the same bits on every machine, and a hash of the bits is checked after decoding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from typing import Any

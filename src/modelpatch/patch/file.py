@@ -9,8 +9,6 @@ flipped bit anywhere, in numbers or in words, is found at load. safetensors alon
 tails, NaN and duplicate metadata keys. The header's models say what the JSON holds: everything about a patch but its tensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -18,7 +16,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -92,7 +90,7 @@ class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
         return None if source is None else source().find_repository(name)
 
     @classmethod
-    def of(cls, backbone: Backbone) -> BackboneRecord:
+    def of(cls, backbone: Backbone) -> Self:
         """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
         parameters = list(backbone.module.parameters())
         try:
@@ -117,7 +115,7 @@ class MethodRecord(BaseModel, frozen=True, extra="forbid"):
     hyperparameters: Facts = {}
 
     @classmethod
-    def of(cls, method: Any) -> MethodRecord:
+    def of(cls, method: Any) -> "MethodRecord":
         """The record of a method, of a name, or of training that no method of this library did (None).
 
         Raises `PatchError` for anything else.

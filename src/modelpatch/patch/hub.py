@@ -1,7 +1,5 @@
 """Patches on the Hugging Face hub: one file and a model card with the figures that were measured."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

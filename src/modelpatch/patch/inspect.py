@@ -1,12 +1,10 @@
 """Figures of a patch, for people and for scripts: its parts, bytes, hashes and metrics."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -110,7 +108,7 @@ class Inspection:
         spans: tuple[Span, ...],
         chain: Chain | None,
         **facts: Any,
-    ) -> Inspection:
+    ) -> Self:
         """The figures of a file's bytes and of the tensors in it, beside the `facts` of its header."""
         sizes, codecs = _stored_bytes(tensors, int8)
         parts = _parts(tensors, spans, chain, sizes, codecs)

@@ -3,12 +3,10 @@
 `engine/resident.py` has the light form for patches that are used by the hundred.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +62,7 @@ class PatchedModel(nn.Module):
     @classmethod
     def draft(
         cls, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Reweightings | None = None
-    ) -> PatchedModel:
+    ) -> Self:
         """A model to be trained: owned parameters and the head require gradients, owned values start at the base's.
 
         `reweightings` say, by the backbone's names, which owned weights are not replaced but made from the frozen one.
@@ -162,7 +160,7 @@ class PatchedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.run_from(images, 0)
 
-    def train(self, mode: bool = True) -> PatchedModel:
+    def train(self, mode: bool = True) -> Self:
         """Put what the patch trains into train mode and everything frozen into eval mode; with `mode=False` everything.
 
         The patch trains its head, all of the spans of which it owns tensors, and the modules it adds to others. BatchNorm
@@ -206,7 +204,7 @@ class PatchedModel(nn.Module):
         seen, facts = preprocessing or self.preprocessing, {"method": method, "metrics": metrics, "created": created}
         return Patch.of(self.backbone, task, record, tensors, grafts=self.blueprint.grafts, preprocessing=seen, **facts)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedModel:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with tensors of its own that belongs to the same backbone."""
         memo[id(self.backbone)] = self.backbone
         twin = type(self).__new__(type(self))
@@ -320,7 +318,7 @@ class PatchedModel(nn.Module):
         owner, _, leaf = local.rpartition(".")
         return getattr(self.get_submodule(owner), leaf)
 
-    def requires_grad_(self, requires_grad: bool = True) -> PatchedModel:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Applies to the patch's own parameters; those of the backbone stay frozen."""
         for name in self.state():
             tensor = self._tensor(name)
