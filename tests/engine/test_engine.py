@@ -23,7 +23,7 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import measure
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.residency import OFTEN
-from modelpatch.engine.resident import BoundPart, BoundPatch
+from modelpatch.engine.resident import BoundPart, BoundPatch, Template
 from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.head2toe import Head2Toe
@@ -428,14 +428,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        make = BoundPart.make
+        make = Template.copy_with
 
-        def wait(part: BoundPart) -> nn.Module:
+        def wait(template: Template, part: BoundPart) -> nn.Module:
             self.reached.set()
             assert self.opened.wait(30)
-            return make(part)
+            return make(template, part)
 
-        monkeypatch.setattr(BoundPart, "make", wait)
+        monkeypatch.setattr(Template, "copy_with", wait)
 
     def pinning(self, backbone: Backbone) -> tuple[Engine, threading.Thread]:
         """An engine whose task "a" is being pinned by a thread that stands before the gate."""

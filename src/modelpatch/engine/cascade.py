@@ -4,9 +4,8 @@
                no -> patch 2, sure? -> its answer
                        no -> ... -> the last patch answers all that are left
 
-Streeter: *Approximation Algorithms for Cascading Prediction Models* (ICML 2018). A patch is sure where its confidence, a
-weighted sum of what its class probabilities look like, reaches the stage's threshold. On disk a cascade is a small JSON
-file beside its patches: it has their names, a hash of what each computes, and a hash over its own content.
+Streeter: *Approximation Algorithms for Cascading Prediction Models* (ICML 2018). On disk a cascade is a small JSON file beside
+its patches.
 """
 
 import hashlib
@@ -65,7 +64,7 @@ def features(logits: Tensor) -> Tensor:
 
 
 class StageRecord(BaseModel, frozen=True, extra="forbid"):
-    """A stage in the file: the patch's file beside it, the hash of what the patch computes, and how it sees images."""
+    """A stage in the file: the patch's file beside it and the hash of what the patch computes."""
 
     file: Text
     content: Hash
@@ -100,8 +99,8 @@ class CascadeRecord(BaseModel, frozen=True, extra="forbid"):
 class Cascade:
     """Patches of one task over one backbone in the order in which they are asked, with the confidence each needs to answer.
 
-    The last one answers all that are left. `metrics` are measured figures, `created` the facts of its making.
-    Raises `CascadeError` for patches that answer different questions or belong to different backbones.
+    `metrics` are measured figures, `created` the facts of its making. Raises `CascadeError` for patches that answer different
+    questions or belong to different backbones, and for thresholds that leave images without an answer.
     """
 
     patches: tuple[Patch, ...]
@@ -129,16 +128,15 @@ class Cascade:
     def load(cls, path: str | Path) -> Self:
         """Read a cascade's file and the patches beside it.
 
-        Raises `CascadeFileError` for a file that is none, is damaged or whose patches are not those it was made of, and what
-        `Patch.load` raises.
+        Raises `CascadeFileError` for a file that is none, damaged or beside other patches, and what `Patch.load` raises.
         """
         path = Path(path)
         record = _read(path)
         patches = []
         for stage in record.stages:
             patch = Patch.load(path.parent / stage.file)
-            same = patch.content_hash == stage.content and patch.preprocessing == stage.preprocessing
-            if not same or patch.task.classes != record.task.classes:
+            found = patch.content_hash, patch.preprocessing, patch.task.classes
+            if found != (stage.content, stage.preprocessing, record.task.classes):
                 said = f"{path}: {stage.file} is not the patch that the cascade was made of."
                 raise CascadeFileError(said, "Put that one beside it, or make the cascade anew.")
             patches.append(patch)

@@ -41,11 +41,9 @@ class Branch:
         for number, entry in enumerate(entries):
             corner, bar = ("└─ ", "   ") if number == len(entries) - 1 else ("├─ ", "│  ")
             if isinstance(entry, Branch):
-                facts = [f"{entry.rows} rows", flops_text(entry.flops)]
-                facts += ["its own"] if entry.own else []
-                facts += (
-                    [f"concatenated with {', '.join(f's{other}' for other in entry.others)}"] if entry.others else []
-                )
+                facts = [f"{entry.rows} rows", flops_text(entry.flops), *["its own"] * entry.own]
+                if entry.others:
+                    facts.append(f"concatenated with {', '.join(f's{other}' for other in entry.others)}")
                 yield f"{indent}{corner}s{entry.stream}  {entry.name}  ({', '.join(facts)})"
                 yield from entry.outline(indent + bar)
             else:
@@ -61,7 +59,7 @@ def flops_text(flops: float) -> str:
 
 
 def draw(trees: Sequence[Branch], path: str, title: str) -> None:
-    """Streams from left to right along the chain, a lane a task; what a patch owns is coloured.
+    """Draw streams from left to right along the chain, a lane a task; what a patch owns is coloured.
 
     Raises `MissingExtraError` without matplotlib, `ModelpatchError` for a path that cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The engine: many patches of one backbone on the same images; what they share is computed once.
+"""Many patches of one backbone on the same images; what they share is computed once.
 
     engine = Engine(backbone, {"flowers": patch, "birds": "birds.safetensors"})
     engine(images)                                    {"base": (B, K0), "flowers": (B, K1), "birds": (B, K2)}
@@ -127,27 +127,29 @@ class Engine:
         return [cost(task, reuse(found[:number], task)[1]) / area for number, task in enumerate(found)]
 
     def add(self, name: str, patch: Given) -> None:
-        """Add a patch, several of one task, or a cascade under a new name. Raises `EngineError` for a name that is taken; see
-        `swap`."""
-        task = self._bind(name, patch)
-        with self._lock:
-            if name in self._tasks:
-                raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
-            self._enter(task)
-        if self.eager:
-            self.residency.make(task.parts)
+        """Add a patch, several of one task, or a cascade. Raises `EngineError` for a name that is taken; see `swap`."""
+        self._enter(name, patch, anew=True)
 
     def swap(self, name: str, patch: Given) -> None:
         """Replace a task's patch at once: calls that are running finish with the old one, later ones get the new one.
 
-        A `BoundPatch` is swapped in well under a millisecond; patches and files are bound first, while calls go on. The new
-        patch is not pinned.
+        Patches and files are bound first, while calls go on. The new patch is not pinned.
         """
-        task = self._bind(name, patch)
+        self._enter(name, patch, anew=False)
+
+    def _enter(self, name: str, patch: Given, *, anew: bool) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            expected = f"expected a name of its own, and {BASE!r} is the backbone"
+            raise EngineError(f"a patch cannot be named {name!r}: {expected}.")
+        task = bind(self.templates, name, patch)
         with self._lock:
-            old = self._find(name)
-            self._enter(task)
-            self._forget(old)
+            if anew and name in self._tasks:
+                raise EngineError(f"there is a task {name!r} already. swap({name!r}, patch) replaces it.")
+            old = [] if anew else self._choose([name])
+            self.residency.retain(task.parts)
+            self._tasks = {**self._tasks, name: task}
+            for one in old:
+                self._forget(one)
         if self.eager:
             self.residency.make(task.parts)
 
@@ -176,21 +178,10 @@ class Engine:
         """Wait for the variants' modules that are being made in the background."""
         self.residency.settle()
 
-    def _enter(self, task: EngineTask) -> None:
-        self.residency.retain(task.parts)
-        self._tasks = {**self._tasks, task.name: task}
-
-    def _bind(self, name: str, patch: Given) -> EngineTask:
-        if not isinstance(name, str) or not name or name == BASE:
-            expected = f"expected a name of its own, and {BASE!r} is the backbone"
-            raise EngineError(f"a patch cannot be named {name!r}: {expected}.")
-        return bind(self.templates, name, patch)
-
     def _forget(self, old: EngineTask) -> None:
-        for key in [
-            key for key, program in self._programs.items() if not old.members.isdisjoint(program.tasks.values())
-        ]:
-            del self._programs[key]
+        for key, program in [*self._programs.items()]:
+            if not old.members.isdisjoint(program.tasks.values()):
+                del self._programs[key]
         self.residency.unpin(old.name, old.parts)
         self.residency.release(old.parts)
 
@@ -245,9 +236,9 @@ class Engine:
         return [placed[row] for row in range(len(names))]
 
     def answer(self, images: Images, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Logits by task, each (len(rows[task]), K) for its own rows of the images: any tasks for any image.
+        """Logits by task, each (len(rows[task]), K) for its own rows of the images: increasing places in the batch.
 
-        `rows` are places in the batch, increasing. Raises `EngineError` for others, and what a call raises.
+        Raises `EngineError` for others, and what a call raises.
         """
         return {name: routed.logits for name, routed in self._route(self._pick(rows), images, rows).items()}
 
@@ -262,7 +253,7 @@ class Engine:
         rows: Mapping[str, Sequence[int]] | None = None,
         expected: int | None = None,
     ) -> dict[str, Routed]:
-        """The answers of tasks for all images, or each for its `rows` of them, which are `expected` images."""
+        """The answers of tasks for all images, which are `expected` ones, or each for its `rows` of them."""
         batches = self._batches(tasks, images)
         count = count_rows(batches)
         if expected not in (None, count):
@@ -291,8 +282,7 @@ class Engine:
 
     def _measured(self, task: EngineTask) -> float:
         if task not in self._seconds:
-            kind = task.preprocessing
-            batches: dict[Hashable, Tensor] = {kind: sample(kind.input_size, self.backbone.device)[:1]}
+            batches: Batches = {task.preprocessing: sample(task.preprocessing.input_size, self.backbone.device)[:1]}
             self.residency.make(task.parts)
             self._seconds[task] = least_seconds(lambda: self._run([(task, (0,))], batches), self.backbone.device)
         return self._seconds[task]
@@ -317,13 +307,12 @@ class Engine:
         """Answers for many images in order, `batch_size` at a time, for all tasks or those in `only`. See `Answers`.
 
         `sources` are files and pictures in a list, a folder (its image files as `find_images` orders them), or a data set
-        whose items are pictures, tuples that begin with one, or rows with an "image". `workers` processes decode ahead; 0
-        decodes in this one. The tasks are those of this moment: one that is removed meanwhile ends the stream with
-        `UnknownTaskError`. Raises `EngineError` for what is none of these.
+        whose items are pictures, tuples that begin with one, or rows with an "image". `workers` processes decode ahead, or
+        this one. A task that is removed meanwhile ends the stream with `UnknownTaskError`. Raises `EngineError`.
         """
-        tasks = {task.name: task.kinds for task in self._choose(only)}
-        kinds = [kind for own in tasks.values() for kind in own]
-        return stream(lambda images: self(images, only=tasks), kinds, sources, batch_size, workers)
+        tasks = self._choose(only)
+        names, kinds = [task.name for task in tasks], [kind for task in tasks for kind in task.kinds]
+        return stream(lambda images: self(images, only=names), kinds, sources, batch_size, workers)
 
     def explain(self, images: Images, only: Iterable[str] | None = None) -> tuple[Plan, list[Timing]]:
         """The plan for these images and what each of its steps took, after a first run that does not count.

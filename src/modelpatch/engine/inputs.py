@@ -1,7 +1,4 @@
-"""The images that an engine is given: a batch, batches by preprocessing, files and pictures, or a long stream of them.
-
-Streams are decoded ahead in worker processes, answered batch by batch, broken images named.
-"""
+"""The images that an engine is given: a batch, batches by preprocessing, files and pictures, or a long stream of them."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,18 +66,15 @@ def check_sources(sources: object) -> None:
 
 def check_batch(images: object, name: str) -> None:
     """Raises `EngineError` unless these are normalised images."""
-    if not isinstance(images, Tensor):
-        raise EngineError(f"{name} are a {type(images).__name__}; expected normalised floats (B, 3, H, W).")
-    sized = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
-    if not sized or images.dtype != torch.float32:
-        raise EngineError(
-            f"{name} are a {images.dtype} tensor of shape {tuple(images.shape)}; expected normalised floats (float32) "
-            "(B, 3, H, W), or a list of files or pictures."
-        )
+    given, expected = type(images).__name__, "normalised floats (float32) (B, 3, H, W), or a list of files or pictures"
+    if isinstance(images, Tensor):
+        if images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0 and images.dtype == torch.float32:
+            return
+        given = f"{images.dtype} tensor of shape {tuple(images.shape)}"
+    raise EngineError(f"{name} are a {given}; expected {expected}.")
 
 
 def _check_one_batch(kinds: Mapping[str, Sequence[Preprocessing]]) -> None:
-    """Raises `EngineError` for tasks that no single batch of images can be right for."""
     first: dict[Hashable, str] = {}
     for task, own in kinds.items():
         if len(own) > 1:

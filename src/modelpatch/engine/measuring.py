@@ -74,9 +74,8 @@ def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tupl
 
 def least_seconds(work: Callable[[], object], device: torch.device, runs: int = 15) -> float:
     """The least time of `runs` runs, after two that do not count."""
-    for _ in range(2):
-        work()
-    return min(_seconds(lambda _: work(), torch.empty(0, device=device)) for _ in range(runs))
+    times = [_seconds(lambda _: work(), torch.empty(0, device=device)) for _ in range(2 + runs)]
+    return min(times[2:])
 
 
 @torch.inference_mode()

@@ -1,15 +1,12 @@
-"""The plan: which modules run on which streams so that many patches cost what differs between them.
+"""Plans: which modules run on which streams so that many patches cost what differs between them.
 
     image ─ stem ─ block 1 ─┬─ block 2 (flowers) ──┐
                             └─ block 2 ─┬──────────┴─ block 3  both streams, concatenated ─┬─ head flowers
                                         └──────────────────────────────────────────────────┴─ heads birds, base
 
-A *stream* is one activation on its way through the chain; two patches with the same history are one stream. A step runs
-a stretch of modules on one or several streams; where several meet the same module, they are concatenated along the
-batch axis if that pays, and split again after it (SubTuning, section on inference). What is computed is then the set
-of distinct (history, module) pairs, each on the rows that a task wants.
-
-`make_plan` is a pure function of what the patches are made of: it runs nothing and knows no tensor.
+A *stream* is one activation on its way through the chain; two patches with the same history are one stream. Where several
+meet the same module, they are concatenated along the batch axis if that pays, and split again after it (SubTuning, section
+on inference). What is computed is the set of distinct (history, module) pairs, each on the rows that a task wants.
 """
 
 from collections import Counter
@@ -27,7 +24,6 @@ from modelpatch.text import count_of
 
 Rows = tuple[int, ...]  # of the batch, in order
 Batches = Mapping[Hashable, Tensor]  # images by root
-Roots = tuple[tuple[Hashable, int, Rows], ...]  # preprocessing, stream and rows of the images
 
 
 class Link(Protocol):
@@ -163,10 +159,10 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order. `roots` are the streams of the images, by what they are seen through."""
+    """Steps in order. `roots` are the streams of the images: preprocessing, number and rows."""
 
     steps: tuple[Step, ...]
-    roots: Roots
+    roots: tuple[tuple[Hashable, int, Rows], ...]
     members: tuple[PlannedTask, ...]
     rows: tuple[Rows, ...]
 
@@ -228,16 +224,15 @@ class Plan:
                     names = heads.setdefault(stream, [])
                     names += [name for name in step.members if name not in names]
 
-        def follow(stream: int) -> list[Branch]:
-            return [branch(run, place) for run, place in ways.get(stream, [])]
-
-        def branch(run: RunStep, place: int) -> Branch:
-            stream, span = run.outputs[place], (run.links[0].span[0], run.links[-1].span[1])
-            others = tuple(other for other in run.outputs if other != stream)
-            own, tasks = any(link.own for link in run.links), heads.get(stream, [])
-            return Branch(
-                run.name, stream, run.sizes[place], run.flops(place), own, others, span, tasks, follow(stream)
-            )
+        def follow(before: int) -> list[Branch]:
+            found = []
+            for run, place in ways.get(before, []):
+                stream, span = run.outputs[place], (run.links[0].span[0], run.links[-1].span[1])
+                others = tuple(other for other in run.outputs if other != stream)
+                own, rows, flops = any(link.own for link in run.links), run.sizes[place], run.flops(place)
+                tasks, children = heads.get(stream, []), follow(stream)
+                found.append(Branch(run.name, stream, rows, flops, own, others, span, tasks, children))
+            return found
 
         trees = []
         for root, stream, rows in self.roots:
@@ -311,7 +306,7 @@ def _operations(members: Sequence[PlannedTask], rows: Sequence[Rows]) -> int:
 
 
 def make_plan(members: Sequence[PlannedTask], rows: Sequence[Rows], pays: Pays = lambda link, sizes: True) -> Plan:
-    """The plan for `members`, each on its `rows` of the batch.
+    """The plan for `members`, each on its `rows` of the batch: a pure function, which runs nothing and knows no tensor.
 
     `pays(link, sizes)` returns True if streams of these numbers of rows are to be concatenated where they meet `link`.
     """
@@ -414,7 +409,5 @@ def _schedule(steps: list[Step]) -> tuple[Step, ...]:
                 released.append(follower)
         ready += sorted(released, key=lambda i: isinstance(steps[i], RunStep), reverse=True)
     last = {stream: index for index, step in enumerate(order) for stream in reads(step)}
-    frees: dict[int, list[int]] = {}
-    for stream, index in last.items():
-        frees.setdefault(index, []).append(stream)
-    return tuple(replace(step, frees=tuple(frees.get(index, ()))) for index, step in enumerate(order))
+    frees = [tuple(stream for stream in reads(step) if last[stream] == index) for index, step in enumerate(order)]
+    return tuple(replace(step, frees=streams) for step, streams in zip(order, frees, strict=True))

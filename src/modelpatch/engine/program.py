@@ -1,4 +1,4 @@
-"""A plan with its modules, which a call of the engine runs."""
+"""Plans with their modules, which calls of the engine run."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping

@@ -1,8 +1,8 @@
 """The variants that have modules of their own, under a byte budget.
 
-A variant works without one: its tensors are bound to a template. One that is used often is faster as a module of its own, with
-masked weights made once and BatchNorm folded, at the cost of the bytes of all its weights. So a module is made in the
-background from a variant's `OFTEN`th use on, if the budget has room beside modules that were used more recently.
+A variant works without one, its tensors bound to a template. With masked weights made once and BatchNorm folded it is faster,
+at the cost of the bytes of all its weights. So a module is made in the background from a variant's `OFTEN`th use on, if the
+budget has room beside modules that were used more recently.
 """
 
 import threading
@@ -23,7 +23,7 @@ OFTEN = 3
 
 @dataclass
 class _Variant:
-    """The state of one variant: the tasks that have it, those that pin it, its last use, number of uses, and its module."""
+    """The state of one variant: number of tasks that have it, those that pin it, last use, number of uses, module."""
 
     users: int = 0
     pins: frozenset[str] = frozenset()
@@ -141,8 +141,6 @@ class Residency:
         Modules in the making are evicted as well: they find their reservation gone when they are ready.
         """
         needed = self._cost(part)
-        if needed > self.budget:
-            return False
         free, victims = self.budget - self.nbytes, []
         for key, other in self._held.items():
             if free >= needed:
@@ -162,7 +160,7 @@ class Residency:
     def _make(self, part: BoundPart, variant: _Variant) -> None:
         module: Module | None = None
         try:
-            made = part.make()
+            made = part.template.copy_with(part)
             images = sample(part.template.input_shape, part.flat.device)
             module = made if self.tuning.plain else freeze(made, images, self.tuning)
         finally:

@@ -1,12 +1,9 @@
 """Patches bound to their backbone at the cost of their own bytes, hundreds of which share one structure.
 
-    BoundPatch: tensors in one flat tensor
-        parts[0]   variant of segments [3, 4)  ─ binds its tensors to ─>  Template: a module over the backbone's bytes
-        parts[1]   variant of segments [7, 8)  ─ binds ...                with room for the tensors of one part
-        head
-
-A template is shared by all patches of one structure and holds no tensors of theirs: those of the part that runs are bound to
-it, one part at a time.
+BoundPatch: tensors in one flat tensor
+    parts[0]   variant of segments [3, 4)  ─ binds its tensors to ─>  Template: a module over the backbone's bytes
+    parts[1]   variant of segments [7, 8)  ─ binds ...                with room for the tensors of one part at a time
+    head
 """
 
 from __future__ import annotations
@@ -91,7 +88,7 @@ class Template:
             return self._macs
 
     def copy_with(self, part: BoundPart) -> nn.Module:
-        """A copy of the module in eval mode with the tensors of a part, over the same frozen bytes."""
+        """A copy of the module in eval mode with the tensors of a part; frozen tensors stay the backbone's bytes."""
         with self._lock:
             self._unbind()
             copy = clone_module(self._module)
@@ -153,7 +150,7 @@ def _empty(tensor: Tensor) -> Tensor:
 class Structure:
     """All that patches of one structure have in common: a template for every span, and names and shapes of tensors.
 
-    Raises `ForeignTensorError` for a structure that does not fit the backbone.
+    `nbytes` are the templates' copies of buffers. Raises `ForeignTensorError` for a structure that does not fit the backbone.
     """
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
@@ -173,14 +170,10 @@ class Structure:
             self._owners |= dict.fromkeys(local, len(self.templates))
             template = Template(backbone.chain[start:end], model.parts[place], local, f"{sorted(local)} {grafts}")
             self.templates.append(template)
+        self.nbytes = sum(template.held for template in self.templates)
         tensors = model.portable_state()
         self.shapes = {name: tensors[name].shape for name in self._owners}
         self._layouts: dict[tuple[HeadRecord, frozenset[str]], Layout] = {}
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the templates beyond the backbone's and the patches' own: their copies of buffers."""
-        return sum(template.held for template in self.templates)
 
     def owner(self, name: str) -> int:
         """The number of the part that a tensor of a patch file belongs to; the head is the last."""
@@ -366,10 +359,6 @@ class BoundPart:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         return self.template.run(self, x)
-
-    def make(self) -> nn.Module:
-        """The variant as a module of its own, in eval mode; frozen tensors stay the backbone's bytes."""
-        return self.template.copy_with(self)
 
     def load(self) -> dict[str, Tensor]:
         """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""

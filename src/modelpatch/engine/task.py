@@ -1,13 +1,12 @@
 """The tasks of an engine: the backbone, a patch, several patches of one task, or a cascade of them.
 
-`bind` makes one of what is given. Several patches are `options`, the cheapest first. Those of a cascade run in rounds, in
-which each stage sees the rows that no stage before it was sure of:
+Several patches are `options`, the cheapest first. Those of a cascade run in rounds:
 
     round 0     every task, and the first stage of every cascade, in one plan; activations for later stages are kept
     round n     the stages n of all cascades in one plan, each on the rows that are left
 
-A stage starts from the longest prefix that it shares with a stage before it, if both have the same preprocessing, so that it
-is computed once. Rows leave as soon as a stage is sure of them.
+A stage starts from the longest prefix that it shares with a stage before it, if both have the same preprocessing. Rows leave
+as soon as a stage is sure of them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -60,9 +59,8 @@ class EngineTask:
 
     @property
     def patches(self) -> tuple[BoundPatch, ...]:
-        """The bound patches."""
-        own = () if self.bound is None else (self.bound,)
-        return (*own, *(patch for option in self.options for patch in option.patches))
+        """The bound patches, those of `options` if there are any."""
+        return tuple(task.bound for task in (self, *self.options) if task.bound is not None)
 
     @property
     def members(self) -> frozenset["EngineTask"]:
@@ -137,14 +135,13 @@ def bind_options(templates: Templates, name: str, patches: Sequence[AnyPatch]) -
     if not patches:
         raise EngineError(f"{name!r} has no patches; expected one or more.")
     options = [bind_one(templates, name, patch) for patch in patches]
-    if other := [option for option in options if option.kind != options[0].kind]:
-        kinds = f"{options[0].kind} and for {other[0].kind}"
-        raise EngineError(f"{name!r} has patches for {kinds}. Give them names of their own.")
-    if other := [option for option in options if option.classes != options[0].classes]:
-        raise EngineError(
-            f"{name!r} has patches with {len(options[0].classes)} and {len(other[0].classes)} classes, which are not those of "
-            "one task. Give them names of their own."
-        )
+    first, *others = options
+    for other in others:
+        given = f"with {len(first.classes)} and {len(other.classes)} classes, which are not those of one task"
+        if first.kind != other.kind:
+            given = f"for {first.kind} and for {other.kind}"
+        if (first.kind, first.classes) != (other.kind, other.classes):
+            raise EngineError(f"{name!r} has patches {given}. Give them names of their own.")
     options.sort(key=cost)
     return replace(options[-1], name=name, reading=None, beside=(), bound=None, options=tuple(options))
 
