@@ -122,8 +122,8 @@ def test_metrics_are_added_not_replaced(patch: Patch) -> None:
 
 
 def test_the_structure_ignores_numbers_and_classes(tiny: Backbone, patch: Patch) -> None:
-    assert draft_patch(tiny, ScaleBias(), classes=9, seed=4).structure == patch.structure
-    assert draft_patch(tiny, Subset()).structure != patch.structure
+    assert draft_patch(tiny, ScaleBias(), classes=9, seed=4).blueprint == patch.blueprint
+    assert draft_patch(tiny, Subset()).blueprint != patch.blueprint
     assert patch.blueprint.owned == tuple(sorted(patch.blueprint.owned))
 
 

@@ -1,8 +1,7 @@
 """The structure of a patch: the tensors of the backbone that it owns and the modules that it adds.
 
-A blueprint is all that is needed to build the patched model, in training and at inference alike. A *span* `[i, j)` is
-a run of segments that the patch replaces by a variant; where a patch only owns tensors, every segment that holds one is
-a span of length one.
+A *span* `[i, j)` is a run of segments that the patch replaces by a variant; where a patch only owns tensors, every segment
+that holds one is a span of length one.
 """
 
 import itertools
@@ -63,7 +62,7 @@ def register_graft(kind: str, *, interpolates: bool = True) -> Callable[[GraftBu
     """Register a builder `(variant, **arguments) -> module` under a name that patch files can hold.
 
     `interpolates=False` says that the modules work as trained only, at no lower strength. Other distributions also list
-    their builders as entry points of the group `modelpatch.grafts`, so that their patches can be loaded in a new process.
+    their builders as entry points of the group `modelpatch.grafts`.
     """
 
     def register(builder: GraftBuilder) -> GraftBuilder:

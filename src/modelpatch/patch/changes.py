@@ -6,8 +6,7 @@
     left/W       W' = W + strength (left right)    of low rank; kernels as matrices, output channels first
     right/W
 
-`Reweighting` makes such a weight while it is trained, `resolve` when a patch is bound, `StoredWeight` at every call for
-patches that keep their masks as bits.
+`Reweighting` makes such a weight in training, `resolve` when a patch is bound, `StoredWeight` at every call.
 """
 
 from abc import ABC, abstractmethod
@@ -104,7 +103,7 @@ def _product(left: Tensor | None, right: Tensor | None, chain: Chain, name: str)
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Tell the modules that a patch adds how much of their effect is wanted."""
+    """Set the share of their effect of modules that a patch adds."""
     for module in model.modules():
         if isinstance(getattr(module, "strength", None), float):
             module.strength = float(strength)  # type: ignore[assignment]
@@ -126,7 +125,8 @@ def _frozen(chain: Chain, name: str, like: Tensor | None = None) -> Tensor:
 class StoredWeight:
     """A masked weight at the cost of its bits: `make()` gives W * mask + delta.
 
-    `planes` holds packed bits, one plane for a binary mask and two for a ternary one; `places` and `values` the difference.
+    `planes` holds packed bits (uint8), the first weight in the lowest one: one plane for a binary mask and two for a ternary
+    one, not zero and negative. `places` and `values` are the difference.
     """
 
     weight: Tensor
@@ -144,11 +144,12 @@ class StoredWeight:
                 continue
             weight, mask, delta = _parts(tensors, backbone.chain, name, strength)
             planes = () if mask is None else (mask,) if mask.dtype == torch.bool else (mask != 0, mask < 0)
+            packed = (np.packbits(plane.flatten().cpu().numpy(), bitorder="little") for plane in planes)
             places = values = None
             if delta is not None:
                 places = delta.flatten().nonzero()[:, 0].to(weight.device)
                 values = delta.flatten()[delta.flatten() != 0].to(weight.device)
-            stored[name] = cls(weight, tuple(pack_bits(plane).to(weight.device) for plane in planes), places, values)
+            stored[name] = cls(weight, tuple(torch.from_numpy(p).to(weight.device) for p in packed), places, values)
         return stored
 
     @property
@@ -160,19 +161,14 @@ class StoredWeight:
         """The weight for one call, float32."""
         made = self.weight
         if self.planes:
-            masks = [unpack_bits(plane, self.weight.numel()).view_as(self.weight) for plane in self.planes]
+            masks = [_unpack_bits(plane, self.weight.numel()).view_as(self.weight) for plane in self.planes]
             made = made * (masks[0] if len(masks) == 1 else masks[0] - 2 * masks[1])
         if self.places is not None and self.values is not None:
             made = made.flatten().index_add(0, self.places, self.values.float()).view_as(self.weight)
         return made
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """A boolean tensor of n elements as ceil(n / 8) bytes (uint8) on the CPU, the first element in the lowest bit."""
-    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
+def _unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` bits as 0 and 1 (float32). Bytes are looked up: one read and one write a weight."""
     return _bytes_as_bits(packed.device).index_select(0, packed.int()).flatten()[:count]
 

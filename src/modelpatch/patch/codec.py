@@ -1,17 +1,4 @@
-"""Codecs: a patch's tensors to the tensors of its file and back, value for value.
-
-    kind                        a tensor in memory                stored as
-    float32 float16 bfloat16    that dtype                        itself
-    int32                       int32                             itself
-    int8                        float32 on a grid per channel     NAME int8 and scale/NAME float32 (C,)
-    bits                        bool, a binary mask               NAME packed, one bit a weight
-    trits                       int8 in {-1, 0, 1}                NAME packed, two planes: not zero, positive
-    sparse                      float32, a sparse difference      NAME its non-zero values, bits/NAME where they are
-    signs                       float32, a difference of one      NAME packed, one bit a weight: negative; scale/NAME
-                                size in every channel             float32 (C,)
-    sizes                       float32, a difference of two      NAME packed, two planes: negative, of the larger size;
-                                sizes in every channel            scale/NAME float32 (C, 2)
-    entropy-bits and so on      the same                          the bits of all of them in `masks`, entropy-coded
+"""Codecs: a patch's tensors to the tensors of its file and back, value for value. docs/patch-format.md has a table of them.
 
 The header names the codec of every tensor, with the shape where the stored tensor does not have it: `bits:64x32x3x3`.
 """
@@ -36,9 +23,9 @@ FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PLAIN = {**FLOATS, "int32": torch.int32}
 STORAGE = (*FLOATS, "int8")  # what floating tensors can be stored as
 CODEC = re.compile(r"(entropy-)?([a-z0-9]+)(?::([0-9]{1,9}(?:x[0-9]{1,9}){0,7}))?")
+Entries = dict[str, Tensor]  # of the file
 Bits = NDArray[np.bool_]
 Planes = tuple[Bits, ...]  # flat, one bit a number; a second coded plane counts where the first is set
-Packed = tuple[dict[str, Tensor], dict[str, str]]
 Take = Callable[[str, torch.dtype], Tensor]  # an entry of the file by its name
 
 
@@ -51,14 +38,14 @@ class CodecKind:
     """
 
     fits: Callable[[str, Tensor], object]
-    pack: Callable[[Tensor], tuple[dict[str, Tensor], Planes]]
+    pack: Callable[[Tensor], tuple[Entries, Planes]]
     unpack: Callable[[str, tuple[int, ...], Planes, Take], Tensor]
     planes: int = 0
     where: str = ""
     coded: bool = False
 
 
-def _pack_int8(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+def _pack_int8(tensor: Tensor) -> tuple[Entries, Planes]:
     scale = channel_scale(tensor)
     return {"": (tensor / _per_channel(scale, tensor)).round().to(torch.int8), SCALE: scale}, ()
 
@@ -73,7 +60,7 @@ def _unpack_int8(name: str, shape: tuple[int, ...], planes: Planes, take: Take) 
     return values
 
 
-def _pack_mask(mask: Tensor) -> tuple[dict[str, Tensor], Planes]:
+def _pack_mask(mask: Tensor) -> tuple[Entries, Planes]:
     values = mask.reshape(-1).numpy()
     return {}, (values != 0, values > 0)[: 1 if mask.dtype == torch.bool else 2]
 
@@ -84,7 +71,7 @@ def _unpack_mask(name: str, shape: tuple[int, ...], planes: Planes, take: Take) 
     return torch.from_numpy(mask).view(shape)
 
 
-def _pack_sparse(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+def _pack_sparse(tensor: Tensor) -> tuple[Entries, Planes]:
     return {"": tensor[tensor != 0]}, (tensor.reshape(-1).numpy() != 0,)
 
 
@@ -95,7 +82,7 @@ def _unpack_sparse(name: str, shape: tuple[int, ...], planes: Planes, take: Take
     return torch.zeros(math.prod(shape)).masked_scatter(places, values).view(shape)
 
 
-def _pack_sizes(tensor: Tensor) -> tuple[dict[str, Tensor], Planes]:
+def _pack_sizes(tensor: Tensor) -> tuple[Entries, Planes]:
     sizes = sizes_of(tensor)
     assert sizes is not None
     planes = (tensor < 0, tensor.abs() == _per_channel(sizes[:, -1], tensor))[: sizes.shape[1]]
@@ -109,9 +96,8 @@ def _unpack_sizes(name: str, shape: tuple[int, ...], planes: Planes, take: Take)
     fits = scale.shape == (shape[0], 2)[: len(planes)]
     sizes = scale.view(shape[0], len(planes)) if fits else scale
     if not fits or not (sizes >= 0).all() or not (sizes.diff(dim=1) >= 0).all():
-        raise ValueError(
-            f"tensor {name} of shape {shape} has scales of shape {tuple(scale.shape)}, below 0 or not in order"
-        )
+        given = f"scales of shape {tuple(scale.shape)}, below 0 or not in order"
+        raise ValueError(f"tensor {name} of shape {shape} has {given}")
     negative, *large = (torch.from_numpy(plane).view(shape) for plane in planes)
     chosen = _per_channel(sizes[:, 0], negative)
     if large:
@@ -192,7 +178,9 @@ class Codec:
         return KINDS[self.kind].planes
 
 
-def pack(tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True) -> Packed:
+def pack(
+    tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
+) -> tuple[Entries, dict[str, str]]:
     """The file's tensors and the codec of every patch tensor.
 
     `int8` names the tensors stored as integers. Bits are entropy-coded if that is allowed, available and smaller.
@@ -273,10 +261,9 @@ def snap_signs(delta: Tensor) -> Tensor:
 
 
 def snap_sizes(delta: Tensor, rounds: int = 20) -> Tensor:
-    """A near float32 tensor of two sizes in every channel (first axis): what `sizes` stores.
+    """A near float32 tensor of two sizes in every channel (first axis), as `sizes` stores.
 
-    The sizes are those of Lloyd's algorithm (1982) on |delta|: every number takes the nearer one, each is the mean of its
-    numbers, `rounds` times over.
+    Lloyd's algorithm (1982) on |delta|: every number takes the nearer size, each size is the mean of its numbers.
     """
     sizes = delta.float().reshape(len(delta), -1).abs()
     high = 2 * sizes.mean(1, keepdim=True)

@@ -105,19 +105,12 @@ class Patch:
         owned = {name.partition("/")[2] for name in self.tensors if name.startswith(CHANGES)}
         return Blueprint(owned=tuple(sorted(owned)), grafts=self.grafts)
 
-    @property
-    def structure(self) -> str:
-        """Equal for two patches of one backbone whose models differ in numbers and number of classes only."""
-        return f"{self.blueprint.model_dump_json()} {self.head.reads} {self.strength}"
-
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of what the patch computes: its tensors, grafts and backbone, not its provenance or its file's coding."""
         grafts = json.dumps([[graft.model_dump() for graft in self.grafts], self.strength], sort_keys=True)
-        return (
-            hash_tensors(self.tensors.items())[:32]
-            + hash_tensors([(self.backbone.fingerprint.chain + grafts, torch.zeros(0))])[:32]
-        )
+        frozen = self.backbone.fingerprint.chain + grafts
+        return hash_tensors(self.tensors.items())[:32] + hash_tensors([(frozen, torch.zeros(0))])[:32]
 
     @classmethod
     def load(cls, path: str | Path) -> "Patch":
@@ -144,8 +137,7 @@ class Patch:
     def inspect(self, chain: Chain | None = None) -> Inspection:
         """Figures of the patch: per span, bytes, hashes and metrics. `print()` them.
 
-        A file does not say which segment a tensor belongs to: with the backbone's `chain` every part has its span, without it
-        only added modules have. Raises `ForeignTensorError` for another backbone's chain.
+        Without the backbone's `chain` only added modules have their span. Raises `ForeignTensorError` for another chain.
         """
         return Inspection.of(
             encode_patch(self),
@@ -178,12 +170,12 @@ class Patch:
         if dtype not in STORAGE:
             raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
         floating = {name: tensor for name, tensor in self.tensors.items() if tensor.is_floating_point()}
+        changed = {name: tensor.to(FLOATS.get(dtype, torch.float32)) for name, tensor in floating.items()}
+        int8 = frozenset[str]()
         if dtype == "int8":
-            matrices = frozenset(n for n, t in floating.items() if t.ndim > 1 and not n.startswith("delta/"))
-            changed = {n: snap_int8(t) if n in matrices else t.float() for n, t in floating.items()}
-            return replace(self, tensors={**self.tensors, **changed}, int8=matrices)
-        changed = {name: tensor.to(FLOATS[dtype]) for name, tensor in floating.items()}
-        return replace(self, tensors={**self.tensors, **changed}, int8=frozenset())
+            int8 = frozenset(n for n, t in floating.items() if t.ndim > 1 and not n.startswith("delta/"))
+            changed |= {name: snap_int8(floating[name]) for name in int8}
+        return replace(self, tensors={**self.tensors, **changed}, int8=int8)
 
     @property
     def head_tensors(self) -> dict[str, Tensor]:
@@ -260,10 +252,7 @@ class Patch:
 
 
 def record_task(task: PatchTask) -> TaskRecord:
-    """The record of a task given as its data, as its record, or as a pair of a name and the names of the classes.
-
-    Raises `PatchError` for anything else.
-    """
+    """The record of a task given as data, record, or name and classes. Raises `PatchError` for anything else."""
     record: Any = getattr(task, "task", task)
     if isinstance(record, TaskRecord):
         return record
@@ -282,10 +271,9 @@ def encode_patch(patch: Patch, compress: bool = True) -> bytes:
 
 
 def decode_patch(data: bytes, name: str = "the patch", most: int = MAX_BITS) -> Patch:
-    """A patch from a file's bytes; `name` stands for the file in error messages.
+    """A patch from a file's bytes; `name` stands for the file in error messages. Raises what `decode_file` does.
 
-    A file of masks may unfold to thousands of times its bytes: `most` bounds how many numbers its masks may have. Readers of
-    untrusted files give the backbone's own number. Raises what `decode_file` does.
+    Masks may unfold to thousands of times their bytes: readers of untrusted files give the backbone's numbers as `most`.
     """
     header, tensors = decode_file(data, name, most)
     int8 = frozenset(tensor_name for tensor_name, codec in header.codecs.items() if codec == "int8")

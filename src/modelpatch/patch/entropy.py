@@ -4,9 +4,8 @@
     stream = the chunks' levels, then all bytes of level 0, of level 1, ...
 
 A byte of a chunk of density p with k set bits is coded at probability p^k (1-p)^(8-k), so that n bits take close to n H(p).
-Densities differ between layers and channels; chunks follow them at a cost of a few bits each, and the length of the chunks
-is the one of a few that gives the shortest stream. Probabilities are made of additions and multiplications alone, which
-give the same bits on every machine, and a hash of the bits is checked after decoding.
+Chunks follow densities, which differ between layers, at a cost of a few bits each. Probabilities are made of additions and
+multiplications alone, which give the same bits on every machine, and a hash of the bits is checked after decoding.
 """
 
 import hashlib

@@ -1,12 +1,8 @@
 """The patch file, version 1: one safetensors file whose metadata holds canonical JSON and a hash of the whole file.
 
-    8 bytes  length of the header
-    header   {"__metadata__": {"modelpatch": "<canonical JSON>"}, "<tensor>": {dtype, shape, data_offsets}, ...}
-    payload  the tensors' bytes, in the order of their offsets, without gaps
-
-The JSON's `sha256` is the SHA-256 of every byte of the file, with the 64 digits of the hash itself read as zeros: a
-flipped bit anywhere, in numbers or in words, is found at load. safetensors alone accepts flipped payload bits, zeroed
-tails, NaN and duplicate metadata keys. The header's models say what the JSON holds: everything about a patch but its tensors.
+docs/patch-format.md describes it. The JSON's `sha256` is that of every byte of the file, with the 64 digits of the hash itself
+read as zeros: a flipped bit anywhere is found at load. safetensors alone accepts flipped payload bits, zeroed tails, NaN and
+duplicate metadata keys.
 """
 
 import hashlib
@@ -59,7 +55,6 @@ DTYPES = {
     "U8": torch.uint8,
 }
 MODULE = "module"  # the kind of a network that was given as a module
-CUSTOM = "custom"  # the method of a patch whose maker named none
 
 
 class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
@@ -123,7 +118,7 @@ class MethodRecord(BaseModel, frozen=True, extra="forbid"):
         if isinstance(method, MethodRecord):
             return method
         if method is None or isinstance(method, str):
-            return cls(name=method or CUSTOM)
+            return cls(name=method or "custom")
         try:
             return cls(name=method.name, hyperparameters=method.hyperparameters())
         except (AttributeError, TypeError) as error:
@@ -176,10 +171,8 @@ def encode_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str
 def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Tensor]]:
     """The header and the patch's tensors of a file's bytes; `name` stands for the file in error messages.
 
-    `most` bounds how many numbers the masks may have.
-
-    Raises `NotAPatchError`, `PatchLengthError`, `UnknownPatchVersionError`, `DamagedPatchError`, `HostileNameError`,
-    `NonFiniteTensorError` or `InvalidPatchError`; `MissingExtraError` for entropy-coded masks without `constriction`.
+    `most` bounds how many numbers the masks may have. Raises a `PatchFileError` that names what is wrong, and
+    `MissingExtraError` for entropy-coded masks without `constriction`.
     """
     outer, payload_start = _read_outer(data, name)
     text = outer["__metadata__"][KEY]
@@ -200,12 +193,12 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     header = _validate(text, name)
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
-    stored = {key: _tensor(data, payload_start, entry) for key, entry in outer.items() if key != "__metadata__"}
-    for tensor_name, tensor in stored.items():
-        _check_finite(tensor_name, tensor, name)
     try:
+        stored = safetensors.torch.load(data)
+        for tensor_name, tensor in stored.items():
+            _check_finite(tensor_name, tensor, name)
         tensors = unpack(stored, header.codecs, most)
-    except ValueError as error:
+    except (ValueError, safetensors.SafetensorError) as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     _check_head(header, tensors, name)
     return header, tensors
@@ -286,19 +279,15 @@ def _span(entry: dict[str, Any]) -> tuple[int, int]:
 
 def _check_hash(data: bytes, described: dict[str, Any], text: str, name: str) -> None:
     digest = described.get("sha256")
-    said = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch)."
-    problem = DamagedPatchError(said, "Fetch it again.")
     try:
         intact = isinstance(digest, str) and len(digest) == 64 and canonical(described) == text
     except (ValueError, RecursionError):  # infinite numbers, or nested deeper than can be written
         intact = False
-    at = _hash_position(data, digest) if intact else -1
-    if at < 0:
-        raise problem
-    blank = bytearray(data)
+    at, blank = _hash_position(data, digest) if intact else -1, bytearray(data)
     blank[at : at + 64] = ZEROS.encode()
-    if hashlib.sha256(blank).hexdigest() != digest:
-        raise problem
+    if at < 0 or hashlib.sha256(blank).hexdigest() != digest:
+        said = f"{name} is damaged: its bytes are not the ones that were written (SHA-256 mismatch)."
+        raise DamagedPatchError(said, "Fetch it again.")
 
 
 def _hash_position(data: bytes | bytearray, digest: Any) -> int:
@@ -330,14 +319,6 @@ def _validate(text: str, name: str) -> Header:
     except ValidationError as error:
         kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
         raise kind(f"{name}: the header's {first_problem(error)}.") from error
-
-
-def _tensor(data: bytes, payload: int, entry: dict[str, Any]) -> Tensor:
-    start, end = entry["data_offsets"]
-    if start == end:
-        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-    piece = bytearray(memoryview(data)[payload + start : payload + end])
-    return torch.frombuffer(piece, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:
