@@ -45,7 +45,7 @@ def test_sixty_strengths_of_a_patch_share_one_structure_and_each_answers_at_its_
     for number in range(1, 60):
         engine.add(str(number), patch.at_strength(strengths[number]))
     assert engine.memory["templates"] == one
-    assert len(engine.templates) == 1
+    assert len(engine.templates._structures) == 1
     answers = engine(images)
     for number in (0, 1, 30, 59, 2):
         expected = tiny.patched(patch.at_strength(strengths[number]))(images)
@@ -73,7 +73,7 @@ def test_a_structure_is_freed_with_the_last_patch_that_uses_it(tiny: Backbone, i
     assert gone() is None
     engine.remove("b")
     gc.collect()
-    assert (engine.memory["templates"], len(engine.templates)) == (0, 0)
+    assert (engine.memory["templates"], len(engine.templates._structures)) == (0, 0)
 
 
 def test_patches_outside_engines_share_templates_that_go_with_the_last(tiny: Backbone, images: Tensor) -> None:
@@ -120,4 +120,4 @@ def test_a_structure_whose_first_patch_is_refused_is_not_kept(tiny: Backbone) ->
     with pytest.raises(ForeignTensorError):
         BoundPatch(tiny, replace(patch, tensors={**patch.tensors, name: torch.zeros(1, 1, 1, 1)}), templates)
     gc.collect()
-    assert len(templates) == 0
+    assert len(templates._structures) == 0

@@ -161,10 +161,7 @@ class Cascade:
                 patch.save(file)
         if away := [file for file in files if Path(file).resolve().parent != path.resolve().parent]:
             raise CascadeError(f"{away[0]} does not lie beside {path}.", "Write the cascade into its patches' folder.")
-        write_bytes(path, self._record([Path(file).name for file in files]))
-        return path
-
-    def _record(self, names: Sequence[str]) -> bytes:
+        names = [Path(file).name for file in files]
         stages = tuple(
             StageRecord(file=name, content=patch.content_hash, preprocessing=patch.preprocessing, confidence=confidence)
             for name, patch, confidence in zip(names, self.patches, self.confidences, strict=True)
@@ -179,7 +176,8 @@ class Cascade:
             text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CascadeError(f"the cascade's metrics or facts cannot be written as JSON: {error}") from error
-        return (text + "\n").encode()
+        write_bytes(path, f"{text}\n".encode())
+        return path
 
     @property
     def content_hash(self) -> str:

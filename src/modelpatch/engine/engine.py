@@ -76,7 +76,7 @@ class Engine:
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
         self.eager, self.templates = eager, Templates(backbone)
         self._frozen = FrozenBackbone(backbone, self.tuning)
-        self._joined: WeakValueDictionary[tuple[int, ...], JoinedHeads] = WeakValueDictionary()
+        self._joined: WeakValueDictionary[tuple[nn.Module, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
@@ -118,10 +118,7 @@ class Engine:
         return tuple(self._measured(option) for option in found.options or (found,))
 
     def stage_costs(self, tasks: Sequence[str]) -> list[float]:
-        """Multiply-adds an image of each of these tasks when they run one after another, what they share counted once.
-
-        Heads are left out. Each task is one patch.
-        """
+        """Multiply-adds an image of tasks of one patch each, one after another: what they share counts once, heads do not."""
         area = self.backbone.preprocessing.image_size**2
         found = [self._find(name) for name in tasks]
         return [cost(task, reuse(found[:number], task)[1]) / area for number, task in enumerate(found)]
@@ -254,7 +251,7 @@ class Engine:
         expected: int | None = None,
     ) -> dict[str, Routed]:
         """The answers of tasks for all images, which are `expected` ones, or each for its `rows` of them."""
-        batches = self._batches(tasks, images)
+        batches = make_batches(images, {task.name: task.kinds for task in tasks}, self.backbone.device)
         count = count_rows(batches)
         if expected not in (None, count):
             raise EngineError(f"{count} images and {expected} tasks; expected one task an image.")
@@ -319,7 +316,7 @@ class Engine:
 
         Of a cascade all stages run: what an image takes that none but the last is sure of."""
         chosen = self._whole(only)
-        batches = self._batches(chosen, images)
+        batches = make_batches(images, {task.name: task.kinds for task in chosen}, self.backbone.device)
         rows = tuple(range(count_rows(batches)))
         program = self._program([(task, rows) for task in chosen], batches)
         program(batches)
@@ -353,9 +350,6 @@ class Engine:
             raise UnknownTaskError(f"there is no task {unknown[0]!r}. Known tasks: {', '.join(now)}.")
         return [now[name] for name in (now if names is None else dict.fromkeys(names))]
 
-    def _batches(self, tasks: Sequence[EngineTask], images: Images) -> dict[Hashable, Tensor]:
-        return make_batches(images, {task.name: task.kinds for task in tasks}, self.backbone.device)
-
     def _program(self, turns: Sequence[Turn], batches: Batches | None) -> Program:
         """The program for tasks, each on its rows of the batches; None are images as each task sees them."""
         one = None if batches is None or None not in batches else (batches[None].shape[2], batches[None].shape[3])
@@ -378,10 +372,9 @@ class Engine:
 
     def _join(self, heads: tuple[nn.Module, ...]) -> JoinedHeads:
         """Linear heads as one, kept as long as a program needs it and shared by all that do."""
-        key = tuple(map(id, heads))
-        joined = self._joined.get(key)
-        if joined is None or joined.heads != heads:
-            joined = self._joined[key] = JoinedHeads(heads)
+        joined = self._joined.get(heads)
+        if joined is None:
+            joined = self._joined[heads] = JoinedHeads(heads)
         return joined
 
     def _module(self, link: Link) -> Module:

@@ -382,10 +382,7 @@ def _answers(
 
 
 def _schedule(steps: list[Step]) -> tuple[Step, ...]:
-    """Depth first: a step runs as soon as its streams are there, the latest ones first, so that few are alive at once.
-
-    Every step frees the streams that none reads after it.
-    """
+    """Depth first: steps run as soon as their streams are there, the latest first, and free those that none reads after."""
     makers: dict[int, int] = {}
     for index, step in enumerate(steps):
         if isinstance(step, RunStep):

@@ -26,7 +26,6 @@ class JoinedHeads:
     """Linear `heads` that read the same features for the same rows, as one matrix product."""
 
     def __init__(self, heads: tuple[nn.Module, ...]) -> None:
-        self.heads = heads
         weights = [head.get_parameter("weight").detach() for head in heads]
         self._widths = [len(weight) for weight in weights]
         self._weight = torch.cat(weights)

@@ -95,10 +95,7 @@ class Residency:
         _wait(making)
 
     def pin(self, task: str, parts: Sequence[BoundPart]) -> None:
-        """Keep the modules of a task's variants once they are made; see `make`.
-
-        Raises `BudgetError`, with nothing pinned, where the budget has no room beside other pins.
-        """
+        """Keep the modules of a task's variants. Raises `BudgetError`, with nothing pinned, where the budget has no room."""
         with self._lock:
             needed = {part.key: self._cost(part) for part in parts}
             kept = sum(v.nbytes for key, v in self._held.items() if v.pins and key not in needed)

@@ -6,8 +6,6 @@ BoundPatch: tensors in one flat tensor
     head
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import threading
@@ -38,6 +36,60 @@ LINE = 16  # a tensor in a flat one begins at whole lines of 64 bytes, which ker
 Entry = tuple[str, torch.Size, int]  # a tensor's name in a patch file, its shape, its place in a flat tensor
 Layout = tuple[list[list[Entry]], int]  # the entries of every part, the head's last; the elements of the flat tensor
 T = TypeVar("T")
+
+
+class BoundPart:
+    """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`.
+
+    Its floating tensors are `entries` of the patch's `flat` tensor, others are `whole`, and masked weights are `made` at every
+    call. `strength` is that of the patch, for added modules that scale their effect.
+    """
+
+    def __init__(
+        self,
+        template: "Template",
+        flat: Tensor,
+        entries: Sequence[Entry],
+        whole: Mapping[str, Tensor],
+        made: Mapping[str, StoredWeight],
+        strength: float,
+    ) -> None:
+        self.template, self.strength, self.own = template, strength, True
+        self.flat, self.entries, self.whole, self.made = flat, entries, whole, made
+        self.span, self.name = template.span, template.name
+        self.nbytes, self.output_bytes = template.nbytes, template.output_bytes
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the structure, the tensors and the masks' bits: equal for variants that compute the same."""
+        pieces = self._held()
+        for name, weight in self.made.items():
+            held = enumerate((*weight.planes, weight.places, weight.values))
+            pieces |= {f"{name}#{number}": tensor for number, tensor in held if tensor is not None}
+        scale = f" {self.strength}" if self.template.scaled else ""
+        text = f"{self.span} {self.template.structure}{scale} {hash_tensors(pieces.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        return self.template.count_macs(self)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of the weights that are made from masks at every call; 0 for a part without masks."""
+        return sum(weight.weight.nbytes for weight in self.made.values())
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.template.run(self, x)
+
+    def load(self) -> dict[str, Tensor]:
+        """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""
+        return self._held() | {name: weight.make() for name, weight in self.made.items()}
+
+    def _held(self) -> dict[str, Tensor]:
+        return {**view_flat(self.flat, self.entries), **self.whole}
 
 
 class Template:
@@ -208,7 +260,7 @@ class Templates:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, backbone: Backbone) -> Templates:
+    def of(cls, backbone: Backbone) -> "Templates":
         """The templates that the backbone's bound patches outside engines share; new ones where no such patch is left."""
         with _SHARING:
             templates = _SHARED.get(id(backbone))
@@ -226,9 +278,6 @@ class Templates:
             with self._lock:
                 found = self._structures.setdefault(key, made)
         return found
-
-    def __len__(self) -> int:
-        return len(self._structures)
 
 
 _SHARED: weakref.WeakValueDictionary[int, Templates] = weakref.WeakValueDictionary()  # by ids of their backbones
@@ -312,60 +361,6 @@ class BoundPatch:
         for part in reversed(self.parts):
             links[slice(*part.span)] = [part]
         return tuple(links)
-
-
-class BoundPart:
-    """One variant of a bound patch, and a link of plans: it stands in for the segments `[span[0], span[1])`.
-
-    Its floating tensors are `entries` of the patch's `flat` tensor, others are `whole`, and masked weights are `made` at every
-    call. `strength` is that of the patch, for added modules that scale their effect.
-    """
-
-    def __init__(
-        self,
-        template: Template,
-        flat: Tensor,
-        entries: Sequence[Entry],
-        whole: Mapping[str, Tensor],
-        made: Mapping[str, StoredWeight],
-        strength: float,
-    ) -> None:
-        self.template, self.strength, self.own = template, strength, True
-        self.flat, self.entries, self.whole, self.made = flat, entries, whole, made
-        self.span, self.name = template.span, template.name
-        self.nbytes, self.output_bytes = template.nbytes, template.output_bytes
-
-    @cached_property
-    def key(self) -> str:
-        """A hash of the structure, the tensors and the masks' bits: equal for variants that compute the same."""
-        pieces = self._held()
-        for name, weight in self.made.items():
-            held = enumerate((*weight.planes, weight.places, weight.values))
-            pieces |= {f"{name}#{number}": tensor for number, tensor in held if tensor is not None}
-        scale = f" {self.strength}" if self.template.scaled else ""
-        text = f"{self.span} {self.template.structure}{scale} {hash_tensors(pieces.items())}"
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds for one image of the backbone's input size."""
-        return self.template.count_macs(self)
-
-    @property
-    def made_bytes(self) -> int:
-        """Bytes of the weights that are made from masks at every call; 0 for a part without masks."""
-        return sum(weight.weight.nbytes for weight in self.made.values())
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.template.run(self, x)
-
-    def load(self) -> dict[str, Tensor]:
-        """Tensors by their names in a patch file: views of what is held, and masked weights, which are made anew."""
-        return self._held() | {name: weight.make() for name, weight in self.made.items()}
-
-    def _held(self) -> dict[str, Tensor]:
-        return {**view_flat(self.flat, self.entries), **self.whole}
 
 
 def view_flat(flat: Tensor, entries: Iterable[Entry]) -> dict[str, Tensor]:

@@ -213,10 +213,9 @@ class Wish:
     def __post_init__(self) -> None:
         if self.resolution is not None and self.latency is not None:
             raise EngineError("give resolution or latency, not both.")
-        for name in ("resolution", "latency"):
+        for name, unit in (("resolution", "pixels"), ("latency", "seconds")):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-                unit = "pixels" if name == "resolution" else "seconds"
                 raise EngineError(f"{name}={value!r}; expected a number of {unit} above 0.")
 
     def pick(self, tasks: Sequence[EngineTask], measured: Callable[[EngineTask], float]) -> list[EngineTask]:
@@ -248,8 +247,6 @@ class Wish:
 
 
 ANY = Wish()
-
-
 Turn = tuple[EngineTask, Rows]  # a task and the rows that it is asked for
 Compute = Callable[[Sequence[Turn], Batches], dict[str, Tensor]]
 
