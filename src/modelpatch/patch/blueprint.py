@@ -45,10 +45,7 @@ class Graft(BaseModel, frozen=True, extra="forbid"):
         return self.kind not in _WHOLE
 
     def apply(self, variant: nn.Module) -> nn.Module:
-        """`variant` with the added modules.
-
-        Raises `UnknownGraftError` for a kind that is not registered, `ForeignTensorError` for arguments that do not fit.
-        """
+        """`variant` with the added modules. Raises `UnknownGraftError`, `ForeignTensorError` for arguments that do not fit."""
         builder = GRAFTS.find(self.kind)
         try:
             return builder(variant, **self.arguments)

@@ -230,18 +230,16 @@ def unpack(stored: Mapping[str, Tensor], codecs: Mapping[str, str], most: int = 
     for name, codec in parsed.items():
         kind = KINDS[codec.kind]
         if kind.planes and not codec.coded:
-            planes[name] = _unpack_bits(take(kind.where + name, torch.uint8), kind.where + name, codec)
+            entry = kind.where + name
+            packed = take(entry, torch.uint8)
+            if packed.shape != (kind.planes * -(-codec.numbers // 8),):
+                raise ValueError(f"tensor {entry} does not hold {kind.planes} bits for each of {codec.numbers} numbers")
+            bits = (np.unpackbits(plane, count=codec.numbers) for plane in np.split(packed.numpy(), kind.planes))
+            planes[name] = tuple(plane.view(np.bool_) for plane in bits)
         tensors[name] = kind.unpack(name, codec.shape, planes.pop(name, ()), take)
     if left:
         raise ValueError(f"no codec describes tensor {sorted(left)[0]!r}")
     return tensors
-
-
-def _unpack_bits(tensor: Tensor, entry: str, codec: Codec) -> Planes:
-    if tensor.shape != (codec.planes * -(-codec.numbers // 8),):
-        raise ValueError(f"tensor {entry} does not hold {codec.planes} bits for each of {codec.numbers} numbers")
-    planes = np.split(tensor.numpy(), codec.planes)
-    return tuple(np.unpackbits(plane, count=codec.numbers).view(np.bool_) for plane in planes)
 
 
 def snap_int8(tensor: Tensor) -> Tensor:

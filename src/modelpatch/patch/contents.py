@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -37,8 +36,7 @@ class HasTask(Protocol):
     """Data of a task, such as `modelpatch.Task`."""
 
     @property
-    def task(self) -> TaskRecord:
-        """The task without its data."""
+    def task(self) -> TaskRecord: ...
 
 
 PatchTask = TaskRecord | HasTask | tuple[str, Sequence[str]]
@@ -114,15 +112,10 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | Path) -> "Patch":
-        """Read a patch file, checking everything that can be checked without the backbone.
-
-        Raises a `PatchFileError` that names what is wrong with the file.
-        """
-        if not isinstance(path, str | PathLike):
-            raise NotAPatchError(f"{path!r} is no path. Expected that of a patch file.")
+        """Read a patch file. Raises a `PatchFileError` that names what can be seen to be wrong without the backbone."""
         try:
             data = Path(path).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, TypeError, ValueError) as error:  # ValueError: a name that no file can have
             raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
         return decode_patch(data, str(path))
 
@@ -164,8 +157,8 @@ class Patch:
     def astype(self, dtype: str) -> Self:
         """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
 
-        `int8` stores matrices and convolutions as 8-bit integers with one scale per output channel, vectors as float32.
-        Models compute in float32 whatever the file stores. Raises `PatchError` for another name.
+        `int8` stores matrices and convolutions with one scale per output channel, vectors as float32. Models compute in
+        float32 whatever the file stores. Raises `PatchError` for another name.
         """
         if dtype not in STORAGE:
             raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(STORAGE)}.")

@@ -46,14 +46,7 @@ MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
 Tensors = Mapping[str, Tensor]
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
 MODULE = "module"  # the kind of a network that was given as a module
 
 
@@ -111,10 +104,7 @@ class MethodRecord(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def of(cls, method: Any) -> "MethodRecord":
-        """The record of a method, of a name, or of training that no method of this library did (None).
-
-        Raises `PatchError` for anything else.
-        """
+        """The record of a method, a name, or other training (None). Raises `PatchError` for anything else."""
         if isinstance(method, MethodRecord):
             return method
         if method is None or isinstance(method, str):
@@ -174,8 +164,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     `most` bounds how many numbers the masks may have. Raises a `PatchFileError` that names what is wrong, and
     `MissingExtraError` for entropy-coded masks without `constriction`.
     """
-    outer, payload_start = _read_outer(data, name)
-    text = outer["__metadata__"][KEY]
+    text, table, payload = _read_outer(data, name)
     described = _read_json(text, name)
     version = described.get("version")
     if type(version) is not int or version != VERSION:
@@ -183,24 +172,33 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
             f"{name} is a patch of format version {version!r}; this library reads version {VERSION}. Upgrade modelpatch."
         )
     try:
-        _check_table(outer, len(data) - payload_start, name)
+        _check_table(table, payload, name)
     except InvalidPatchError:
         _check_hash(data, described, text, name)  # a damaged table is damage first
         raise
     _check_hash(data, described, text, name)
-    for tensor_name in outer.keys() - {"__metadata__"}:
+    for tensor_name in table:
         _check_name(tensor_name, STORED_NAME, name)
-    header = _validate(text, name)
+    try:
+        header = Header.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
+        raise kind(f"{name}: the header's {first_problem(error)}.") from error
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
     try:
-        stored = safetensors.torch.load(data)
+        stored = safetensors.torch.load(bytes(data))
         for tensor_name, tensor in stored.items():
             _check_finite(tensor_name, tensor, name)
         tensors = unpack(stored, header.codecs, most)
     except (ValueError, safetensors.SafetensorError) as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
-    _check_head(header, tensors, name)
+    outputs, classes = header.head.outputs, len(header.task.classes)
+    if outputs != classes:
+        raise InvalidPatchError(f"{name}: the head has {outputs} outputs for {classes} classes.")
+    heads = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
+    if heads != header.head.shapes():
+        raise InvalidPatchError(f"{name}: the head's tensors are not those of a {header.head.kind} head.")
     return header, tensors
 
 
@@ -209,8 +207,8 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _read_outer(data: bytes, name: str) -> tuple[dict[str, Any], int]:
-    """The safetensors header and where the payload starts."""
+def _read_outer(data: bytes, name: str) -> tuple[str, dict[str, Any], int]:
+    """The JSON in the safetensors header, its table of tensors, and the bytes of the payload."""
     if len(data) < 8:
         raise PatchLengthError(f"{name} has {len(data)} bytes; no patch file is that short.")
     length = struct.unpack("<Q", data[:8])[0]
@@ -220,10 +218,10 @@ def _read_outer(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if 8 + length > len(data):
         raise PatchLengthError(f"{name} is truncated: its header needs {8 + length} bytes, the file has {len(data)}.")
     outer = _read_json(data[8 : 8 + length], name)
-    metadata = outer.get("__metadata__")
+    metadata = outer.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.keys() != {KEY} or not isinstance(metadata[KEY], str):
         raise NotAPatchError(f"{name} is a safetensors file but not a patch: its metadata has no single key {KEY!r}.")
-    return outer, 8 + length
+    return metadata[KEY], outer, len(data) - 8 - length
 
 
 def _read_json(text: str | bytes, name: str) -> dict[str, Any]:
@@ -242,12 +240,10 @@ def _read_json(text: str | bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def _check_table(outer: dict[str, Any], payload: int, name: str) -> None:
+def _check_table(table: dict[str, Any], payload: int, name: str) -> None:
     """Every tensor entry is well formed, and together they cover the payload exactly."""
     spans = []
-    for tensor_name, entry in outer.items():
-        if tensor_name == "__metadata__":
-            continue
+    for tensor_name, entry in table.items():
         try:
             spans.append(_span(entry))
         except (KeyError, TypeError, ValueError) as error:
@@ -272,7 +268,7 @@ def _span(entry: dict[str, Any]) -> tuple[int, int]:
         raise ValueError(f"a side of {str(wrong[0])[:80]!r}")
     if math.prod(max(side, 1) for side in shape) > MAX_SIDES:
         raise ValueError("sides whose product is larger than any tensor")
-    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - start != math.prod(shape) * NUMBER_BYTES[dtype]:
         raise ValueError("length and shape disagree")
     return start, end
 
@@ -311,20 +307,3 @@ def _check_name(tensor_name: str, allowed: re.Pattern[str], name: str = "the pat
 def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise NonFiniteTensorError(f"{name}: tensor {tensor_name} holds NaN or infinity. Train again with a lower lr.")
-
-
-def _validate(text: str, name: str) -> Header:
-    try:
-        return Header.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
-        raise kind(f"{name}: the header's {first_problem(error)}.") from error
-
-
-def _check_head(header: Header, tensors: dict[str, Tensor], name: str) -> None:
-    if header.head.outputs != len(header.task.classes):
-        outputs, classes = header.head.outputs, len(header.task.classes)
-        raise InvalidPatchError(f"{name}: the head has {outputs} outputs for {classes} classes.")
-    heads = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
-    if heads != header.head.shapes():
-        raise InvalidPatchError(f"{name}: the head's tensors are not those of a {header.head.kind} head.")

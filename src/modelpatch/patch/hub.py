@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from modelpatch.errors import PatchError
 from modelpatch.patch.inspect import Inspection
@@ -14,10 +13,7 @@ FILE = "patch.safetensors"
 
 
 def upload(data: bytes, card: str, repo_id: str, message: str, *, private: bool, token: str | None) -> str:
-    """Create the repository if need be and upload a patch file and its card in one commit. Returns the commit's URL.
-
-    Raises `PatchError` with the hub's own words if it refuses or cannot be reached.
-    """
+    """Upload a patch file and its card, to a new repository if need be. Returns the commit's URL. Raises `PatchError`."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
@@ -51,7 +47,8 @@ def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
         "base_model_spec": patch.backbone,
     }
     facts = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    rows = "".join(f"\n| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in patch.metrics.items())
+    figures = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in patch.metrics.items()}
+    rows = "".join(f"\n| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
     names = ", ".join(name.replace("|", "\\|") for name in classes)
     return f"""---
 {facts}
@@ -77,7 +74,3 @@ Base fingerprint `{patch.fingerprint}`; content hash `{patch.content_hash}`.
 
 Classes: {names}
 """
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -22,8 +22,7 @@ class Part:
     """A group of tensors: one module of the backbone, one graft, or the head.
 
     `bytes` are those in the file; of an entropy-coded stream every mask counts its share of the bound. `kept` is the share
-    of weights that a mask keeps. `span` [i, j) are the segments of the span it belongs to, None for the head and where the
-    backbone's chain is not known.
+    of weights that a mask keeps, `span` None for the head and where the backbone's chain is not known.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SpanFigures:
-    """All parts of one span, the segments [i, j): what the backbone calls them, numbers, and bytes in the file."""
+    """All parts of one span, the segments [i, j), by the backbone's name for them."""
 
     segments: Span
     name: str
@@ -134,12 +133,11 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [(f"{part.kind} {part.name}", f"{part.numbers:,}", f"{part.bytes:,}") for part in self.parts]
-        table = [f"  {name:<48}{numbers:>12} numbers{size:>14} bytes" for name, numbers, size in rows]
+        rows = [(f"{part.kind} {part.name}", part.numbers, part.bytes) for part in self.parts]
         return "\n".join(
             [
                 f"{self.task}: {self.kind}, {self.classes} classes, made by {self.method} for {self.backbone}",
-                *table,
+                *(f"  {name:<48}{numbers:>12,} numbers{size:>14,} bytes" for name, numbers, size in rows),
                 f"  {'header':<48}{'':>20}{self.header_bytes:>14,} bytes",
                 f"  file {self.file_bytes:,} bytes, sha256 {self.file_sha256[:16]}, image size {self.image_size} px",
                 *([f"  masks: {self.masks}"] if self.masks else []),

@@ -1,7 +1,4 @@
-"""A patch on its backbone as a module of its own: a plain `nn.Module` whose frozen parameters are the backbone's bytes.
-
-`engine/resident.py` has the light form for patches that are used by the hundred.
-"""
+"""A patch on its backbone as a plain `nn.Module`; `engine/resident.py` has the light form for patches by the hundred."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -34,8 +31,7 @@ class PatchedModel(nn.Module):
     All parameters but the patch's own lie in the backbone's bytes; no buffer is shared. Built from a patch, it is in
     eval mode and nothing requires gradients. Moving or casting it does not touch the backbone.
 
-    `train()` puts into train mode what the patch trains. `learned_statistics` says that the running statistics of BatchNorm
-    layers which the patch owns are learned in train mode; otherwise those layers stay in eval mode.
+    `learned_statistics` says that the running statistics of BatchNorm layers which the patch owns are learned in train mode.
     `gradient_checkpointing` computes activations anew in the backward pass instead of keeping them.
 
         >>> model = method.build(backbone, 10)
@@ -100,10 +96,7 @@ class PatchedModel(nn.Module):
 
     @torch.no_grad()
     def try_grafts(self) -> None:
-        """Run every span with added modules once, on zeros.
-
-        Raises `ForeignTensorError` where it fails, or answers in another shape than the backbone's own segments.
-        """
+        """Run every span with added modules once, on zeros. Raises `ForeignTensorError` for a failure or another shape."""
         for (start, end), variant in zip(self.spans, self.variants, strict=True):
             if not any(start <= graft.start < end for graft in self.blueprint.grafts):
                 continue
@@ -164,7 +157,7 @@ class PatchedModel(nn.Module):
         """Put what the patch trains into train mode and everything frozen into eval mode; with `mode=False` everything.
 
         The patch trains its head, all of the spans of which it owns tensors, and the modules it adds to others. BatchNorm
-        layers with the backbone's running statistics stay in eval mode, so that no statistic moves which no patch stores.
+        layers with the backbone's running statistics stay in eval mode: no patch stores them.
         """
         super().train(False)
         self.training = mode
@@ -191,9 +184,9 @@ class PatchedModel(nn.Module):
     ) -> Patch:
         """The patch that the model has become, of strength 1, with copies of its tensors on the CPU.
 
-        `task` is a `Task`, a `TaskRecord` or a pair of a name and the names of the classes. `preprocessing`, by default the
-        model's, is how the task's images are seen; `method` is the one that made the model, or a name; `metrics` are measured
-        figures and `created` facts of the run. Raises `PatchError` for a model that no patch file could hold.
+        `task` is a `Task`, a `TaskRecord` or a name with the names of the classes; `preprocessing` the model's by default;
+        `method` the one that made the model, or a name; `metrics` are measured figures and `created` facts of the run. Raises
+        `PatchError` for a model that no patch file could hold.
         """
         if self._strength != 1 and self.blueprint.grafts:
             raise PatchError(f"the model has added modules at strength {self._strength}. Bind the patch at strength 1.")
@@ -255,8 +248,7 @@ class PatchedModel(nn.Module):
     def first(self) -> int:
         """The first segment that has to run for every step of training; everything before it is frozen and deterministic.
 
-        That is the first segment of the first span, or of the first part whose output the head reads if that lies before it;
-        the end of the chain where nothing but the head differs from the backbone and its input is one tensor.
+        The end of the chain where nothing but the head differs from the backbone and its input is one tensor.
         """
         if not self.spans and not self.reading.maps:
             return self.end
@@ -299,10 +291,7 @@ class PatchedModel(nn.Module):
         return {name: self._tensor(local).detach() for name, local in self._places().items()}
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what another model's `portable_state` holds of this one's; the rest stays as it is.
-
-        Raises `ForeignTensorError` for a tensor of another shape.
-        """
+        """Take over what another model's `portable_state` has of this one's. Raises `ForeignTensorError` for other shapes."""
         own = {name: tensor for name, tensor in self.portable_state().items() if name in state}
         _fill(own, {name: state[name] for name in own})
 
