@@ -1,19 +1,8 @@
-"""Verbs: functions whose parameters are options, singly or in groups, shown in panels.
-
-    @dataclass(frozen=True)
-    class Network:
-        panel: ClassVar = "Backbone"
-        backbone: BackboneOption = "bundled:tiny"
-        device: DeviceOption = "cpu"
-
-    @verb(first="method", panel="Method")
-    def fit(data: str, network: Network, method: MethodOption = "scale-bias"): ...    # DATA --method --backbone --device
+"""Verbs: functions whose parameters are options, singly or in groups (frozen dataclasses), shown in panels.
 
 A group checks its values when it is made, before the verb begins. Nothing here, and nothing in a declaration of options,
 imports torch: the work's imports stand in the body of the verb.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable
@@ -26,7 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer import Option
 from typer.core import TyperCommand
-from typer.models import OptionInfo
+from typer.models import OptionInfo, ParameterInfo
 
 from modelpatch.cli.console import JsonOption, Screen, check_file, check_picture
 from modelpatch.cli.runs import CURRENT, QUIET, load_run
@@ -34,6 +23,7 @@ from modelpatch.text import nearest
 
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
 COMMON = {
+    DATA: "kind classes ignore",
     BACKBONE: "backbone argument device alpha",
     FILES: "out force dtype log json plot bytes_plot markdown html sheet overlay rounds",
     RAY: "ray ray_workers ray_address replicas",
@@ -85,29 +75,29 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
         hints = get_type_hints(function, include_extras=True)
         groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
         screen = next((name for name, kind in hints.items() if kind is Screen), None)
-        options: list[tuple[Parameter, str]] = []
+        given: list[tuple[str, Any, Any, str]] = []  # name, type, default, panel
         for name, parameter in signature(function).parameters.items():
             if name in groups:
-                options += _members(groups[name], panel)
+                given += _members(groups[name], panel)
+            elif name == screen:
+                given.append(("json", JsonOption, None, panel))
             else:
-                own = _keyword("json", JsonOption, None) if name == screen else _annotated(parameter, hints[name])
-                options.append((own, panel))
-        options += [(_keyword("config", ConfigOption, None), RUN)] if config else []
-        options.append((_keyword("quiet", QuietOption, False), RUN))
-        names, leading = [option.name for option, _ in options], first.split()
+                given.append((name, hints[name], parameter.default, panel))
+        given += [("config", ConfigOption, None, RUN)] if config else []
+        given.append(("quiet", QuietOption, False, RUN))
+        names, leading = [name for name, *_ in given], first.split()
         if len(set(names)) < len(names):
             raise TypeError(f"{function.__name__}: two of its options are called {max(names, key=names.count)!r}")
         if unknown := set(leading) - set(names):
             raise TypeError(f"{function.__name__} has no options {sorted(unknown)}")
-        titles = {option.name: PANELS.get(option.name, title) for option, title in options}
-        titles |= dict.fromkeys(leading, OPTIONS)
+        titles = {name: OPTIONS if name in leading else PANELS.get(name, title) for name, _, _, title in given}
         order = [OPTIONS, *dict.fromkeys(title for title in titles.values() if title not in LAST), *LAST]
-        ranks = {name: rank for rank, name in enumerate(leading)}
 
         def place(option: Parameter) -> tuple[bool, int, int]:
             """Sort arguments before options, and these by panel and rank."""
-            is_option = isinstance(_info(option), OptionInfo) or option.default is not Parameter.empty
-            return is_option, order.index(titles[option.name]), ranks.get(option.name, len(ranks))
+            described = any(isinstance(part, OptionInfo) for part in get_args(option.annotation))
+            rank = leading.index(option.name) if option.name in leading else len(leading)
+            return described or option.default is not Parameter.empty, order.index(titles[option.name]), rank
 
         @wraps(function)
         def call(**values: Any) -> None:
@@ -122,8 +112,7 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
                 values[screen] = Screen(values.pop("json"))
             function(**values)
 
-        placed = sorted((option for option, _ in options), key=place)
-        parameters = [_in_panel(option, titles[option.name]) for option in placed]
+        parameters = sorted((_parameter(n, hint, default, titles[n]) for n, hint, default, _ in given), key=place)
         call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in parameters}
         return call
@@ -131,50 +120,34 @@ def verb(*, first: str = "", panel: str = OPTIONS, config: bool = False) -> Call
     return make
 
 
-def command(function: Callable[..., None], name: str) -> TyperCommand:
+def command(function: Callable[..., None], name: str) -> Any:
     """The command of a verb."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name, cls=Verb)(function)
-    made: Any = typer.main.get_command(app)
-    return made
+    return typer.main.get_command(app)
 
 
-def _annotated(option: Parameter, hint: Any) -> Parameter:
-    """The parameter with typer's description, which may be its default, in its annotation."""
-    if not isinstance(info := copy.copy(option.default), typer.models.ParameterInfo):
-        return option.replace(annotation=hint)
-    default, info.default = info.default, ...
-    return option.replace(annotation=Annotated[hint, info], default=Parameter.empty if default is ... else default)
-
-
-def _keyword(name: str, hint: Any, default: Any) -> Parameter:
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def _members(group: Any, panel: str) -> list[tuple[Parameter, str]]:
-    """The fields of a dataclass as parameters of its constructor, with the group's panel."""
+def _members(group: Any, panel: str) -> list[tuple[str, Any, Any, str]]:
+    """The fields of a dataclass: name, type, default and the group's panel."""
     hints = get_type_hints(group, include_extras=True)
     title = getattr(group, "panel", panel)
     hints |= {one.name: Annotated[hints[one.name], one.metadata[INFO]] for one in fields(group) if INFO in one.metadata}
-    return [(one.replace(annotation=hints[name]), title) for name, one in signature(group).parameters.items()]
+    return [(name, hints[name], one.default, title) for name, one in signature(group).parameters.items()]
 
 
-def _info(option: Parameter) -> Any:
-    """Typer's description of an option or argument; None for a parameter without one."""
-    parts = get_args(option.annotation) if get_origin(option.annotation) is Annotated else ()
-    return next((part for part in parts[1:] if isinstance(part, typer.models.ParameterInfo)), None)
-
-
-def _in_panel(option: Parameter, title: str) -> Parameter:
-    """The parameter, keyword-only, with its option in that panel of the help."""
-    option = option.replace(kind=Parameter.KEYWORD_ONLY)
-    if (info := copy.copy(_info(option))) is None:
-        return option
-    if not isinstance(info, OptionInfo):
-        info.metavar = info.metavar or option.name.upper()
-    elif title != OPTIONS:
-        info.rich_help_panel = title
-    return option.replace(annotation=Annotated[get_args(option.annotation)[0], info])
+def _parameter(name: str, hint: Any, default: Any, title: str) -> Parameter:
+    """The option as a keyword, with typer's description, which may be its default, in its annotation, and in a panel."""
+    kind, *details = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    info: Any = next((copy.copy(part) for part in (default, *details) if isinstance(part, ParameterInfo)), None)
+    if isinstance(default, ParameterInfo):
+        default, info.default = default.default, ...
+    if isinstance(info, OptionInfo):
+        info.rich_help_panel = info.rich_help_panel if title == OPTIONS else title
+    elif info is not None:
+        info.metavar = info.metavar or name.upper()
+    default = Parameter.empty if default is ... else default
+    annotation = hint if info is None else Annotated[kind, info]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _advice(command: Verb, option: str, words: list[str]) -> str:
