@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +30,8 @@ pre { background: #8882; padding: .8rem 1rem; border-radius: 6px; overflow-x: au
 .samples { display: flex; flex-wrap: wrap; gap: .8rem; }
 figure { margin: 0; width: 7rem; text-align: center; font-size: .85rem; }
 figure img { width: 7rem; image-rendering: pixelated; }
-.ok { color: #1f7a3d; } .bad, .failed td:last-child { color: #b3261e; font-weight: 600; }
-@media (prefers-color-scheme: dark) { .ok { color: #7bd497; } .bad, .failed td:last-child { color: #ff9d92; } }
+.ok { color: #1f7a3d; } .bad { color: #b3261e; font-weight: 600; }
+@media (prefers-color-scheme: dark) { .ok { color: #7bd497; } .bad { color: #ff9d92; } }
 """
 
 
@@ -49,15 +49,12 @@ class Report:
             self.text(text)
 
     def text(self, text: str) -> None:
-        """A paragraph."""
         self.parts.append(f"<p>{escape(text)}</p>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], bad: Collection[int] = ()) -> None:
-        """A table; the first column is the rows' names. Rows whose numbers are in `bad` stand out."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first column is the rows' names."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-        marks = ["<tr class=failed>" if number in bad else "<tr>" for number in range(len(rows))]
-        cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-        body = "".join(f"{mark}{row}</tr>" for mark, row in zip(marks, cells, strict=True))
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         self.parts.append(f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
     def picture(self, path: Path, description: str) -> None:
@@ -77,7 +74,6 @@ class Report:
         self.parts.append(f"<div class=samples>{''.join(cells)}</div>")
 
     def code(self, text: str) -> None:
-        """Preformatted text."""
         self.parts.append(f"<pre>{escape(text)}</pre>")
 
     def write(self, path: Path) -> None:

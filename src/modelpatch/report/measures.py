@@ -1,7 +1,5 @@
 """Figures that take runs over a task's images, as tables: the weights of skips, and codecs of an extracted patch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,24 +79,17 @@ def variances_table(records: Sequence[SkipWeights], names: Sequence[str]) -> Tab
 
 
 def plot_skip_weights(records: Sequence[SkipWeights], names: Sequence[str], title: str, path: Path) -> None:
-    """For every stage its weights over the images: a box from quartile to quartile, whiskers from the 5th to the 95th
-    percentile, a dot at the mean, all stages on one scale; and below them the variance of its nodes."""
+    """Draw every stage's weights over the images (quartiles, 5th to 95th percentile, mean), and its nodes' variances."""
     longest = min(max(len(record.edges) for record in records), MAX_LABELS)
     width = min(max((1 + 0.28 * longest) * len(records) + 1, 5), 24)
     every = torch.cat([record.weights.flatten() for record in records])
     low, high = min(every.min().item(), 0), max(every.max().item(), 1)
+    dots = {"marker": "o", "markersize": 3, "markerfacecolor": "black", "markeredgecolor": "black"}
+    style: dict[str, Any] = {"whis": (5, 95), "showfliers": False, "showmeans": True, "patch_artist": True}
+    style |= {"widths": 0.6, "medianprops": {"color": "white"}}
     with figure(path, width, 6, columns=len(records), rows=2) as drawn:
         for axes, below, record, name in zip(*drawn.reshape(2, -1), records, names, strict=True):
-            boxes = axes.boxplot(
-                record.weights.float().numpy(),
-                whis=(5, 95),
-                showfliers=False,
-                showmeans=True,
-                patch_artist=True,
-                widths=0.6,
-                medianprops={"color": "white"},
-                meanprops={"marker": "o", "markersize": 3, "markerfacecolor": "black", "markeredgecolor": "black"},
-            )
+            boxes = axes.boxplot(record.weights.float().numpy(), meanprops=dots, **style)
             for box, existing in zip(boxes["boxes"], record.existing, strict=True):
                 box.set(facecolor=BLUE if existing else ORANGE, edgecolor="none")
             labels = [f"{i}→{j}" for i, j in record.edges] if len(record.edges) <= MAX_LABELS else []
@@ -132,8 +123,7 @@ def compare_codecs(
 ) -> tuple[list[CodecRow], dict[str, Patch]]:
     """Rows and patches of the same checkpoint under several codecs; `options` go to `extract`.
 
-    With `calibration`, a number of steps, the sizes of `sign` and `two-bit` are learned on training images, in rows of
-    their own.
+    With steps of `calibration`, rows of their own have the sizes of `sign` and `two-bit` learned on training images.
     """
     size = sum(tensor.nbytes for tensor in state.values())
     rows, patches = [], {}
@@ -168,7 +158,6 @@ def _calibrated(backbone: Backbone, patch: Patch, exact: Patch, data: Task, step
 
 
 def codec_table(title: str, rows: Sequence[CodecRow]) -> Table:
-    """One row a codec."""
     return new_table(
         title,
         "bytes beside those of all tensors of the checkpoint",

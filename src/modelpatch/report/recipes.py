@@ -134,7 +134,6 @@ def painting_cells(painting: Painting) -> tuple[list[str], list[list[str]]]:
 
 
 def painting_table(painting: Painting) -> Table:
-    """One row a mixture."""
     (first, *others), rows = painting_cells(painting)
     title = f"{painting.settings.mode} patching, test accuracy"
     return new_table(title, texts=(first,), figures=others, rows=rows)

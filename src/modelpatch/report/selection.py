@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.errors import ModelpatchError
 from modelpatch.report.plots import BLUE, GREY, ORANGE, draw_scores, figure
 from modelpatch.report.tables import facts_table, new_table, percent
 
@@ -91,7 +90,6 @@ def round_table(one: Round, task: str) -> Table:
 
 
 def selection_table(selection: Selection) -> Table:
-    """The choice and its scores."""
     given_up = ""
     if selection.replaced:
         name, score = selection.replaced
@@ -189,10 +187,7 @@ def _draw_cells(axes: Any, cells: Cells, shape: tuple[int, int], label: str, **s
 
 
 def plot_order(selection: Selection, path: Path) -> None:
-    """Draw the round of each chosen block (SubTuning's Figure 5), and the accuracy of every round.
-
-    If no round took a block, the left picture says so.
-    """
+    """Draw the round of each chosen block (SubTuning's Figure 5), and the accuracy of every round."""
     with figure(path, 10, 4.5, columns=2) as (left, right):
         blocks = [step.block for step in selection.rounds[0].steps] if selection.rounds else []
         best = {one.number: one.steps[one.best] for one in selection.rounds if one.best is not None}
@@ -267,8 +262,7 @@ def plot_search(search: Search, path: Path) -> None:
 
 def _places(proposals: Sequence[Proposal]) -> tuple[list[float], list[float]]:
     """Kilobytes and accuracies in percent."""
-    scores = [one.score for one in proposals]
-    return [score.file_bytes / 1000 for score in scores], [100 * score.top1 for score in scores]
+    return [one.score.file_bytes / 1000 for one in proposals], [100 * one.score.top1 for one in proposals]
 
 
 def picks_table(picks: Sequence[Pick], names: Sequence[str]) -> Table:
@@ -300,10 +294,7 @@ def plot_curves(curves: Curves, path: Path) -> None:
 
 
 def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Path) -> None:
-    """The picked images in rows of eight, with rank, margin and the two classes below each.
-
-    Raises `ModelpatchError` where the picture cannot be written.
-    """
+    """The picked images in rows of eight, with rank, margin and the two classes below each."""
     from PIL import Image, ImageDraw
 
     from modelpatch.backbone.preprocessing import open_image
@@ -318,7 +309,4 @@ def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Pa
         sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
         draw.text((left + 3, top + TILE), f"{number + 1}: {one.margin:.3f}", fill="black")
         draw.text((left + 3, top + TILE + 13), f"{one.first} / {one.second}"[:22], fill="black")
-    try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise ModelpatchError(f"cannot draw {path}: {error}. Use a .png or .jpg in a folder that exists.") from error
+    sheet.save(path)

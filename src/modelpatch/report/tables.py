@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from modelpatch.convert.merging import Difference
     from modelpatch.engine.program import Timing
     from modelpatch.patch.inspect import Inspection
-    from modelpatch.recipes.comparison import Comparison, MethodRow
+    from modelpatch.recipes.comparison import Comparison
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
 
@@ -83,26 +83,17 @@ def percent(share: float | None, error: float | None = None) -> str:
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison as text; columns about the base only if it was measured."""
-    columns: dict[str, Callable[[MethodRow], str]] = {
-        "method": lambda row: row.method,
-        "top-1": lambda row: percent(row.top1, row.top1_error),
-    }
-    if any(row.base_after is not None for row in comparison.rows):
-        columns |= {
-            "base before": lambda row: percent(row.base_before),
-            "base after": lambda row: percent(row.base_after),
-            "harmonic mean": lambda row: percent(row.harmonic_mean),
-        }
-    columns |= {
-        "trained": lambda row: f"{row.trainable_parameters:,}",
-        "file bytes": lambda row: f"{row.file_bytes:,}",
-        "seconds": lambda row: f"{row.seconds:.1f}",
-    }
-    return list(columns), [[cell(row) for cell in columns.values()] for row in comparison.rows]
+    measured = any(row.base_after is not None for row in comparison.rows)
+    about_base = ["base before", "base after", "harmonic mean"] * measured
+    rows = []
+    for row in comparison.rows:
+        base = [percent(share) for share in (row.base_before, row.base_after, row.harmonic_mean)] * measured
+        costs = [f"{row.trainable_parameters:,}", f"{row.file_bytes:,}", f"{row.seconds:.1f}"]
+        rows.append([row.method, percent(row.top1, row.top1_error), *base, *costs])
+    return ["method", "top-1", *about_base, "trained", "file bytes", "seconds"], rows
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row a method."""
     caption = "\n".join(f"{name} left out: {why}" for name, why in comparison.skipped.items())
     (name, *figures), rows = comparison_cells(comparison)
     breaks = [column.replace(" ", "\n") for column in figures]
@@ -131,15 +122,16 @@ def multitask_table(result: Multitask, sizes: Mapping[str, int]) -> Table:
 
 
 def inspection_table(inspection: Inspection) -> Table:
-    """A patch in figures."""
     settings = ", ".join(f"{name}={value}" for name, value in inspection.hyperparameters.items())
+    stored = ", ".join(f"{kind} {count:,}" for kind, count in inspection.stored.items())
+    why = " (int8 is for matrices; vectors stay float32)"
     rows: list[tuple[str, str]] = [
         ("method", f"{inspection.method} ({settings})"),
         ("backbone", f"{inspection.backbone}, {inspection.backbone_parameters:,} parameters"),
         ("fingerprint", inspection.fingerprint),
         ("image size", f"{inspection.image_size} px"),
         ("numbers", f"{inspection.numbers:,} in {inspection.tensor_bytes:,} bytes"),
-        ("stored as", _stored(inspection)),
+        ("stored as", stored + why * (inspection.stored.keys() > {"int8"})),
         *([("masks", str(inspection.masks))] if inspection.masks else []),
         *([("strength", f"{inspection.strength:g}")] if inspection.strength != 1 else []),
         ("file", _size(inspection)),
@@ -173,28 +165,21 @@ def parts_table(inspection: Inspection) -> Table:
     masked = inspection.masks is not None
     rows: list[list[str]] = []
     bold = []
-
-    def add(name: str, stored: str, numbers: str, size: int, share: str = "") -> None:
-        rows.append([name, stored, numbers, f"{size:,}", *[share] * masked])
-
-    def add_parts(span: tuple[int, int] | None, indent: str = "") -> None:
+    for span in (*inspection.spans, None):
+        if span is not None:
+            bold.append(len(rows))
+            rows.append([str(span), "", f"{span.numbers:,}", f"{span.bytes:,}", ""])
         for part in inspection.parts:
-            if part.span == span:
+            if part.span == (None if span is None else span.segments):
                 name = part.name if part.kind == part.name else f"{part.kind} {part.name}"
-                share = "" if part.kept is None else percent(1 - part.kept)
-                add(indent + name, "/".join(part.codecs), f"{part.numbers:,}", part.bytes, share)
-
-    for span in inspection.spans:
-        bold.append(len(rows))
-        add(str(span), "", f"{span.numbers:,}", span.bytes)
-        add_parts(span.segments, "  ")
-    add_parts(None)
-    add("header", "JSON: names, settings, hashes", "", inspection.header_bytes)
-    add("file", "", f"{inspection.numbers:,}", inspection.file_bytes)
-    figures = ("numbers", "bytes", *["masked\nout, %"] * masked)
-    return new_table(
-        "bytes by part", texts=("part", "stored as"), figures=figures, rows=rows, bold=[*bold, len(rows) - 1]
-    )
+                sizes = [f"{part.numbers:,}", f"{part.bytes:,}", "" if part.kept is None else percent(1 - part.kept)]
+                rows.append([name if span is None else f"  {name}", "/".join(part.codecs), *sizes])
+    bold.append(len(rows) + 1)
+    rows.append(["header", "JSON: names, settings, hashes", "", f"{inspection.header_bytes:,}", ""])
+    rows.append(["file", "", f"{inspection.numbers:,}", f"{inspection.file_bytes:,}", ""])
+    figures = ["numbers", "bytes", *["masked\nout, %"] * masked]
+    cells = [row[: 4 + masked] for row in rows]
+    return new_table("bytes by part", texts=("part", "stored as"), figures=figures, rows=cells, bold=bold)
 
 
 def _title(inspection: Inspection) -> str:
@@ -204,12 +189,6 @@ def _title(inspection: Inspection) -> str:
 def _size(inspection: Inspection) -> str:
     share = 100 * inspection.file_bytes / inspection.backbone_bytes
     return f"{inspection.file_bytes:,} bytes, {share:.2g} % of the backbone's"
-
-
-def _stored(inspection: Inspection) -> str:
-    """The count of numbers of each type, and the reason for float32 beside int8."""
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in inspection.stored.items())
-    return f"{kinds} (int8 is for matrices; vectors stay float32)" if inspection.stored.keys() > {"int8"} else kinds
 
 
 def _figure(name: str, value: Any, inspection: Inspection) -> str:
@@ -268,10 +247,8 @@ def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) ->
     tasks = list(dict.fromkeys(task for answer in answers for task in answer["tasks"])) or ["answer"]
     table = new_table("", texts=("image", *tasks))
     for answer in answers:
-        lines = [
-            kind_of(kinds[task]).summarize(answer["tasks"][task]) if task in answer["tasks"] else [] for task in tasks
-        ]
-        cells = [escape("\n".join(of_task)) for of_task in lines]
+        found = [(kinds.get(task, ""), answer["tasks"].get(task)) for task in tasks]
+        cells = ["" if one is None else escape("\n".join(kind_of(kind).summarize(one))) for kind, one in found]
         if "error" in answer:
             cells[0] = f"[red]error:[/red] {escape(answer['error'].removeprefix(answer['image']).strip())}"
         table.add_row(escape(answer["image"]), *cells)
@@ -283,12 +260,9 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     from modelpatch.engine.plan import describe_step
 
     total = sum(timing.seconds for timing in timings)
-    rows = [
-        (describe_step(one.step), f"{1000 * one.seconds:.2f}", f"{one.seconds / total if total else 0:.0%}")
-        for one in timings
-    ]
-    all_ = ("all", f"{1000 * total:.2f}", "100%")
-    return new_table("", texts=("step",), figures=("ms", "share"), rows=[*rows, all_])
+    took = [(describe_step(one.step), one.seconds, one.seconds / total if total else 0) for one in timings]
+    rows = [(step, f"{1000 * seconds:.2f}", f"{share:.0%}") for step, seconds, share in (*took, ("all", total, 1))]
+    return new_table("", texts=("step",), figures=("ms", "share"), rows=rows)
 
 
 def versions_table(versions: Sequence[Version]) -> Table:
@@ -307,11 +281,8 @@ def versions_table(versions: Sequence[Version]) -> Table:
 
 def _score(metrics: Mapping[str, float]) -> str:
     """The first test metric in percent, with its name unless it is top-1; a dash without one."""
-    names = [name for name in metrics if name.startswith("test_") and name != "test_images"]
-    if not names:
-        return percent(None)
-    name = names[0].removeprefix("test_")
-    return percent(metrics[names[0]]) + ("" if name == "top1" else f" {name}")
+    name = next((name for name in metrics if name.startswith("test_") and name != "test_images"), "")
+    return percent(metrics.get(name)) + (f" {name.removeprefix('test_')}" if name not in ("", "test_top1") else "")
 
 
 def version_table(version: Version) -> Table:
@@ -321,10 +292,7 @@ def version_table(version: Version) -> Table:
         ("tags", " ".join(version.tags) or "none"),
         ("published", version.created),
         ("file", f"{version.nbytes:,} bytes"),
-        ("task", version.task),
-        ("method", version.method),
-        ("backbone", version.backbone),
-        ("fingerprint", version.fingerprint),
+        *((name, getattr(version, name)) for name in ("task", "method", "backbone", "fingerprint")),
         ("its chain", version.chain),
         *((LABELS.get(name, name.replace("_", " ")), f"{value:g}") for name, value in version.metrics.items()),
     ]
