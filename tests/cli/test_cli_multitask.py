@@ -29,8 +29,10 @@ def test_multitask_writes_a_backbone_and_patches_that_predict_finds(
 ) -> None:
     out, figures = tmp_path / "together", tmp_path / "figures.json"
     options = ["--set", "statistics=frozen", "--weight", "shades=2", "--dtype", "float16", "--fit", "clip=1"]
-    result = run("multitask", folder, other, "-m", "scale-bias", *FAST, *options, "-o", out, "--json", figures)
+    command = ["multitask", folder, other, "-m", "scale-bias", *FAST, *options, "-o", out]
+    result = run(*command, "--json", figures, "--log", tmp_path / "log")
     assert result.code == 0, result.err
+    assert all((tmp_path / "log" / name / "curves.png").stat().st_size for name in ("colors", "shades"))
     assert sorted(path.name for path in out.iterdir()) == [
         "backbone.safetensors",
         "colors.safetensors",

@@ -269,9 +269,10 @@ def test_a_file_of_another_name_brings_its_own_arguments(seeded: Path, tmp_path:
     other = tmp_path / "other.safetensors"
     save_backbone(load_backbone("timm:test_resnet", pretrained=False, seed=3), other, "test_resnet")
     patch = Patch.load(seeded)
-    assert options.backbone_of(patch, seeded, f"file:{other}", {}, CPU).fingerprint == patch.backbone.fingerprint.whole
+    network = options.PatchNetwork(f"file:{other}")
+    assert network.open(patch, seeded).fingerprint == patch.backbone.fingerprint.whole
     with pytest.raises(BackboneError, match="has no model"):
-        options.backbone_of(patch, seeded, "timm:no_such_network", {}, CPU)
+        options.PatchNetwork("timm:no_such_network").open(patch, seeded)
 
 
 def test_inspect_shows_spans_without_the_weights(

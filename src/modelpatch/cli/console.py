@@ -1,41 +1,35 @@
 """The console of a verb, and the files it writes, which are checked before any work begins."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from typer import Option, echo
 
 from modelpatch.atomic import write_bytes
 from modelpatch.cli.runs import QUIET, write_run
-from modelpatch.errors import ModelpatchError
+from modelpatch.errors import MissingExtraError, ModelpatchError, require
 from modelpatch.report import plots
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from modelpatch.train.progress import Progress
+from modelpatch.train.progress import Progress, quiet_progress
 
 JsonOption = Annotated[Path | None, Option(help="A file for all figures; '-' prints them on standard output.")]
 UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
 
 
 class Screen(Console):
-    """The console of a verb, which also writes the verb's files and says so.
+    """The console of a verb, which also writes the verb's files and says so; wide unless it is a terminal.
 
-    Tables and lines go to standard output, or to standard error if `json` claims the output; wide unless it is a terminal.
-    Raises `ModelpatchError` for a file that cannot be written, and in a verb that torchrun started in several processes
-    though it cannot share its work among them.
+    It is standard output, or standard error if `json` claims the output. Raises `ModelpatchError` for a file that cannot
+    be written, and if torchrun started the verb in several processes that cannot share its work.
     """
 
     def __init__(self, json: Path | None = None, *, quiet: bool = False, **style: Any):
@@ -54,10 +48,7 @@ class Screen(Console):
         self.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, *shown: Table) -> None:
-        """Print tables with an empty line between them; lines end where their text does.
-
-        Names wrap; columns of figures (`no_wrap`) are whole even where the console is too narrow for them.
-        """
+        """Print tables with an empty line between them: names wrap, columns of figures (`no_wrap`) are always whole."""
         for number, table in enumerate(shown):
             if number:
                 self.print()
@@ -71,8 +62,6 @@ class Screen(Console):
 
     def progress(self, title: str) -> Progress:
         """A progress bar on standard error; hidden where the console is quiet."""
-        from modelpatch.train.progress import Progress, quiet_progress
-
         return quiet_progress() if self.quiet else Progress(title)
 
     def tell_run(self, beside: Path) -> None:
@@ -86,6 +75,12 @@ class Screen(Console):
             write_bytes(path, text.encode())
             self.tell(f"wrote {path}")
 
+    def draw_curves(self, log: Path, title: str) -> None:
+        """Draw `curves.png` beside a log's `metrics.csv`; nothing without that file or matplotlib."""
+        if history := plots.read_history(log / "metrics.csv"):
+            with suppress(MissingExtraError):
+                self.draw(log / "curves.png", plots.plot_history, history, title)
+
     def draw(self, path: Path | None, draw: Callable[..., None], *values: Any) -> None:
         """Call `draw(*values, path)` for a picture; None is no picture."""
         if path is not None:
@@ -94,23 +89,18 @@ class Screen(Console):
 
     def write_json(self, value: Any) -> None:
         """Write figures to the file of --json, as indented JSON; '-' is standard output and None nothing."""
-        if self.json is None:
-            return
-        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(value, indent=2, sort_keys=True)
         if str(self.json) == "-":
-            echo(text, nl=False)
-            return
-        try:
-            self.json.write_text(text)
-        except OSError as error:
-            raise ModelpatchError(f"cannot write {self.json}: {error.strerror}.") from error
+            echo(text)
+        elif self.json is not None:
+            try:
+                self.json.write_text(f"{text}\n")
+            except OSError as error:
+                raise ModelpatchError(f"cannot write {self.json}: {error.strerror}.") from error
 
     @contextmanager
     def resumable(self, checkpoint: Path, restart: bool) -> Iterator[None]:
-        """Announce that a run resumes from the folder `checkpoint`, when it starts and when it is stopped.
-
-        With `restart` an earlier state is removed, unless torchrun starts the run again after a process died.
-        """
+        """Announce that a run resumes from `checkpoint`, when it starts and when it is stopped; or `restart` it."""
         if is_resumed(checkpoint, restart):
             self.tell(f"resuming the interrupted run in {checkpoint}")
         elif restart:
@@ -149,20 +139,18 @@ def check_picture(option: str, path: Path | None) -> None:
     if path is None:
         return
     check_file(option, path)
-    plots.check_matplotlib(f"{option} {path}")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if path.suffix.lower().removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+    canvases = require("matplotlib.backend_bases", "plots", f"{option} {path}", "matplotlib")
+    if path.suffix.lower().removeprefix(".") not in canvases.FigureCanvasBase.get_supported_filetypes():
         suffix = path.suffix or "no suffix"
         raise ModelpatchError(f"{option} {path}: {suffix} is not a supported picture format. Use .png, .svg or .pdf.")
 
 
-def check_out(paths: Path | Iterable[Path], force: bool, option: str = "--out") -> None:
+def check_out(paths: Path | Iterable[Path], force: bool) -> None:
     """Raise `ModelpatchError` if no file can be written to one of the paths, or if one exists, unless `force`."""
     for path in [paths] if isinstance(paths, Path) else paths:
-        check_file(option, path)
+        check_file("--out", path)
         if path.exists() and not force:
-            raise ModelpatchError(f"{path} exists already. Give --force to replace it, or another place with {option}.")
+            raise ModelpatchError(f"{path} exists already. Give --force to replace it, or another place with --out.")
 
 
 def make_folder(option: str, folder: Path | None) -> None:
@@ -194,7 +182,7 @@ def read_names(option: str, text: str | None) -> tuple[str, ...]:
 
 
 def is_resumed(checkpoint: Path, restart: bool) -> bool:
-    """True if a run resumes the state in the folder `checkpoint`."""
+    """True if a run resumes the state in a folder: not with `restart`, unless torchrun replaces a process that died."""
     from modelpatch.train.distributed import restarted
 
     return checkpoint.exists() and (not restart or restarted())

@@ -1,7 +1,5 @@
 """Verbs for many tasks or resolutions: `multitask`, `paint`, `multires` and `cascade`."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from dataclasses import asdict
@@ -17,7 +15,7 @@ from modelpatch.cli.console import JsonOption, Screen, check_file, check_out, is
 from modelpatch.cli.verb import verb
 from modelpatch.errors import CascadeError, TrainingError
 from modelpatch.report import recipes, tables
-from modelpatch.text import count_of
+from modelpatch.text import count_of, file_name
 
 
 @verb(first="private set_ shared backbone epochs out", panel="Training", config=True)
@@ -71,6 +69,9 @@ def multitask(
             result = cluster.run(partial(recipe.fit_multitask, base, tasks, method, **settings))
         if not team.leads:
             return
+        if log is not None:
+            for name in result.patches:
+                console.draw_curves(log / file_name(name), name)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         console.show(tables.multitask_table(result, sizes))
         console.tell(

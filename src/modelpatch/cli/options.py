@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from typer import Argument, Option
 
 import modelpatch as mp
-from modelpatch.cli.console import check_file, check_out, read_names
+from modelpatch.cli.console import check_file, check_out
 from modelpatch.cli.verb import option
 from modelpatch.errors import (
     BackboneError,
@@ -41,7 +41,6 @@ T = TypeVar("T")
 
 LOCAL = "local"
 OWN = "own"  # --backbone own: the backbone that the patch names
-RESERVED = {"spec", "preprocessing"}  # parameters of `load_backbone` that no text can give
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 BackboneOption = Annotated[
@@ -51,8 +50,7 @@ ArgumentOption = Annotated[list[str] | None, Option(help="KEY=VALUE for the back
 DeviceOption = Annotated[str, Option(help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")]
 AlphaOption = Annotated[float | None, Option(help="Strength of the patch, 0 (the base) to 1; by default the file's.")]
 SetOption = Annotated[
-    list[str] | None,
-    Option("--set", help="KEY=VALUE, a hyperparameter (METHOD.KEY for one of several); may be repeated."),
+    list[str] | None, Option("--set", help="KEY=VALUE, a hyperparameter (METHOD.KEY: of one of several); repeatable.")
 ]
 ForceOption = Annotated[bool, Option("--force", help="Replace existing files.")]
 LogOption = Annotated[Path | None, Option(help="A folder for metrics.csv, TensorBoard events and a picture of curves.")]
@@ -82,7 +80,7 @@ def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
 def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
     """--argument KEY=VALUE. Raises `BackboneError` for arguments that a command line cannot give."""
     arguments = parse_pairs(pairs, "--argument")
-    for key in arguments.keys() & RESERVED:
+    for key in arguments.keys() & {"spec", "preprocessing"}:
         advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
         raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
     return arguments
@@ -136,24 +134,6 @@ def open_backbone(spec: str, arguments: Mapping[str, Any], device: torch.device)
     return backbone if backbone.device == device else backbone.to(device)
 
 
-def backbone_of(
-    patch: mp.Patch, patch_path: Path, spec: str | None, arguments: Mapping[str, Any], device: torch.device
-) -> mp.Backbone:
-    """The backbone a patch belongs to: the one named, else the one its file names (a file is sought beside the patch).
-
-    `arguments` override those that the patch records; the recorded ones hold for any network from the same source.
-    Raises a `BackboneError` where it cannot be loaded, `WrongBackboneError` where it is not the patch's.
-    """
-    record = patch.backbone
-    spec = None if spec == OWN else spec
-    if spec is None or _same_source(spec, record.spec):
-        arguments = {**record.arguments, **arguments}
-    backbone = open_backbone(spec or locate(patch, patch_path), arguments, device)
-    with naming(patch_path):
-        patch.check_backbone(backbone)
-    return backbone
-
-
 def at_alpha(patch: mp.Patch, alpha: float | None) -> mp.Patch:
     """The patch at the strength that --alpha names. Raises `PatchError` for one that has no such strength."""
     return patch if alpha is None else patch.with_alpha(alpha)
@@ -192,10 +172,7 @@ def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) 
 
 
 def fitted_seed(patch: mp.Patch) -> int:
-    """The seed of the split that was fitted on, as far as the file says: another would test images that were trained on.
-
-    It is that of the data, which the fit's own seed need not be.
-    """
+    """The seed of the fitted data's split, as far as the file says: another would test images that were trained on."""
     from modelpatch.data.splits import split_seed
     from modelpatch.train.evaluation import facts_of
 
@@ -284,10 +261,7 @@ class Words:
     template: list[str] | None = option(None, help="A prompt: 'a photo of a {}.' ({}: the name); may be repeated.")
 
     def open(self, backbone: mp.Backbone) -> Vocabulary | None:
-        """The vocabulary that makes heads, from --text or the backbone's own text tower; None for closed heads.
-
-        Raises `MethodError` for words or prompts without a text tower.
-        """
+        """The vocabulary that makes heads; None for closed ones. Raises `MethodError` for words without a text tower."""
         from modelpatch.backbone.text_tower import OWN
         from modelpatch.methods.vocabulary import read_words, vocabulary_of
 
@@ -305,38 +279,26 @@ class PatchNetwork:
     """The frozen network of a patch: by default the one that the patch's file names. Raises `BackboneError`."""
 
     panel: ClassVar[str] = "Backbone"
-    backbone: str | None = option(
-        None, "--backbone", "-b", help="The frozen network; by default the one the patch names."
-    )
+    backbone: str | None = option(None, "--backbone", "-b", help="The frozen network; by default the patch's own.")
     argument: ArgumentOption = None
 
     def __post_init__(self) -> None:
         parse_arguments(self.argument)
 
     def open(self, patch: mp.Patch | Cascade, path: Path, device: str = "cpu") -> mp.Backbone:
-        """The backbone of the patch or cascade in the file `path`. Raises `BackboneError`, `WrongBackboneError`."""
-        arguments = parse_arguments(self.argument)
-        return backbone_of(patch_of(patch), path, self.backbone, arguments, find_device(device))
+        """The backbone of the patch or cascade in a file: the one named, else the file's own (a file is sought beside it).
 
-
-@dataclass(frozen=True)
-class Asked:
-    """Facts about a task's data that its files do not tell."""
-
-    panel: ClassVar[str] = "Data"
-    kind: str | None = option(None, help="The kind of task, such as segmentation; by default what the data looks like.")
-    classes: str | None = option(None, help="Names of the values of masks, comma-separated or a file with one a line.")
-    ignore: int | None = option(None, help="A value of masks to ignore, beside 255.")
-
-    def load(self, data: Sequence[str], seed: int) -> mp.Task:
-        """The task, several of them as one. Raises `DataError`, and `ModelpatchError` for invalid names."""
-        from modelpatch.data.task import join_tasks
-
-        kind: Any = self.kind  # checked there
-        classes = read_names("--classes", self.classes) or None
-        return join_tasks(
-            [mp.load_task(one, seed=seed, kind=kind, classes=classes, ignore=self.ignore) for one in data]
-        )
+        Arguments override those that the patch records; the recorded ones hold for any network from the same source.
+        Raises `BackboneError` where it cannot be loaded, `WrongBackboneError` where it is not the patch's.
+        """
+        first = patch_of(patch)
+        spec, arguments = None if self.backbone == OWN else self.backbone, parse_arguments(self.argument)
+        if spec is None or _same_source(spec, first.backbone.spec):
+            arguments = {**first.backbone.arguments, **arguments}
+        backbone = open_backbone(spec or locate(first, path), arguments, find_device(device))
+        with naming(path):
+            first.check_backbone(backbone)
+        return backbone
 
 
 @dataclass(frozen=True)
@@ -353,9 +315,9 @@ class Training:
     )
 
     def settings(self, **own: Any) -> dict[str, Any]:
-        """The settings of a fit: those above, those with options of the verb's `own`, and those of --fit.
+        """The settings of a fit: those above, the verb's `own`, and those of --fit.
 
-        Raises `TrainingError` for a --fit of a setting that has an option, with that option, or of none, with the nearest.
+        Raises `TrainingError` for a --fit of a setting that has an option, or of no setting.
         """
         from modelpatch.train.settings import FitSettings
 
@@ -375,14 +337,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Processes of a run: this one, or workers on Ray."""
+    """Processes of a run: this one, or workers on Ray. Raises `ModelpatchError` for an address without workers."""
 
     panel: ClassVar[str] = "Ray"
     ray_workers: int = option(0, min=0, help="Processes on Ray that share tasks and batches; 0: without Ray.")
     ray_address: RayAddressOption = LOCAL
 
     def __post_init__(self) -> None:
-        """Raise `ModelpatchError` for an address without workers."""
         if not self.ray_workers and self.ray_address != LOCAL:
             raise ModelpatchError(f"--ray-address {self.ray_address} is given without --ray-workers. Give both.")
 

@@ -1,27 +1,22 @@
 """Verbs that train: `fit`, `compare` and `demo`; and `methods`, the list of what `fit` can do."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import JsonOption, Screen, make_folder
+from modelpatch.cli.console import JsonOption, Screen, make_folder, read_names
 from modelpatch.cli.verb import verb
-from modelpatch.errors import MethodError
+from modelpatch.errors import MethodError, require
 from modelpatch.report import plots, tables
 from modelpatch.report.html import Report, write_comparison
-
-if TYPE_CHECKING:
-    from modelpatch.recipes.comparison import Comparison
 
 SHOWN = "scale-bias"  # the method of the demo's pictures
 FASTER = {"piggyback": "piggyback(lr=0.0003)"}  # at its own rate no bit flips in so few steps
@@ -37,13 +32,15 @@ NEXT = {  # purpose: command
 def fit(
     network: opt.Network,
     training: opt.Training,
-    asked: opt.Asked,
     file: opt.PatchFile,
     cluster: opt.Cluster,
     data: list[str] = Argument(
         ...,
         help="Class folders, a CSV or parquet manifest, masks or boxes, hf:NAME or bundled:digits; several: one task.",
     ),
+    kind: str | None = Option(None, help="The kind of task, such as segmentation; by default that of the data."),
+    classes: str | None = Option(None, help="Names of the values of masks, comma-separated or a file with one a line."),
+    ignore: int | None = Option(None, help="A value of masks to ignore, beside 255."),
     method: opt.MethodOption = "scale-bias",
     set_: opt.SetOption = None,
     augment: opt.AugmentOption = "auto",
@@ -58,6 +55,7 @@ def fit(
 
     An interrupted run resumes exactly when the same command is given again. Under torchrun, processes share the batches.
     """
+    from modelpatch.data.task import join_tasks
     from modelpatch.train.distributed import joined
 
     with joined() as team:
@@ -65,7 +63,8 @@ def fit(
         make_folder("--log", log)
         made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
-        task = asked.load(data, training.seed)
+        facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "ignore": ignore}
+        task = join_tasks([mp.load_task(one, seed=training.seed, **facts) for one in data])
         path = file.path(task.task.name)
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")
@@ -74,8 +73,8 @@ def fit(
             patch = cluster.run(partial(mp.fit, base, task, made, **settings))
         if not team.leads:
             return
-        if log is not None and plots.has_matplotlib() and (history := plots.read_history(log / "metrics.csv")):
-            console.draw(log / "curves.png", plots.plot_history, history, patch.task.name)
+        if log is not None:
+            console.draw_curves(log, patch.task.name)
         inspection = patch.inspect()
         console.show(tables.fit_table(inspection))
         kept = f"the base is unchanged (fingerprint {base.fingerprint[:12]})"
@@ -108,7 +107,7 @@ def compare(
     from modelpatch.methods.registry import COMPARED, split_outside
 
     if html is not None:
-        plots.check_matplotlib("--html")
+        require("matplotlib", "plots", "--html")
     names = list(COMPARED) if methods == "all" else split_outside(methods, ",")
     key, sweeps = _sweeps(names, sweep, console)
     names = [spelled for name in names for spelled in sweeps.get(name, {name: name}).values()]
@@ -133,10 +132,7 @@ def compare(
 
 
 def _sweeps(names: list[str], text: str | None, console: Screen) -> tuple[str, dict[str, dict[str, str]]]:
-    """The key of --sweep, and the spellings of every method that has it, at each value; none of either without a text.
-
-    Raises `MethodError` for another text, and if no method has the key.
-    """
+    """The key of --sweep, and the spellings of every method that has it by value. Raises `MethodError` if none has."""
     from modelpatch.methods.registry import split_outside
     from modelpatch.methods.registry import sweep as make_sweep
 
@@ -182,8 +178,7 @@ def methods(
         kind, title = type(mp.methods.make_method(name)), f"hyperparameters of {name}: --set KEY=VALUE"
         console.tell(tables.first_line(kind))
     rows = tables.describe_fields(kind)
-    cells = [list(row.values()) for row in rows]
-    console.show(tables.new_table(title, texts=("name", "default", "values"), rows=cells))
+    console.show(tables.new_table(title, texts=tuple(rows[0]), rows=[list(row.values()) for row in rows]))
     console.write_json(rows)
 
 
@@ -194,9 +189,14 @@ def demo(
     seed: opt.SeedOption = 0,
 ) -> None:
     """Train patches with every method on real handwritten digits, show that the base is unchanged, write a report."""
+    from PIL import Image
+
+    from modelpatch.engine.resident import BoundPatch
+    from modelpatch.tasks.drawing import encode_png
+
     make_folder("--out", out)
     console = Screen(out / "comparison.json")
-    plots.check_matplotlib("The demo's report")
+    require("matplotlib", "plots", "The demo's report")
     begin = time.perf_counter()
     backbone = mp.load_backbone("bundled:tiny")
     task = mp.load_task("bundled:digits", seed=seed)
@@ -204,44 +204,21 @@ def demo(
     console.print(
         f"One frozen backbone, [b]bundled:tiny[/b]: {sum(p.numel() for p in backbone.module.parameters()):,} parameters, "
         f"trained on CIFAR-10 photos ({accuracy} % there).\n"
-        f"A task it has never seen: {len(task.train):,} real images of handwritten digits. opt.Training one patch a method ..."
+        f"A task it has never seen: {len(task.train):,} real images of handwritten digits. Training one patch a method ..."
     )
-    before = backbone.fingerprint
     chosen = [mp.methods.make_method(FASTER.get(name, name)) for name in mp.methods.METHODS]
     result = mp.compare(backbone, task, chosen, epochs=epochs, seed=seed, batch_size=64, progress=not console.quiet)
     console.show(tables.comparison_table(result))
     backbone.verify()
-    console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({before[:16]}).")
+    console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({backbone.fingerprint[:16]}).")
     for name, patch in result.patches.items():
         patch.save(out / f"digits-{name}.safetensors")
     seconds = time.perf_counter() - begin
     console.write_json(result.as_dict())
-    _write_report(out, backbone, task, result, accuracy)
-    console.print(f"Wrote the patches and [b]{out / 'report.html'}[/b] in {seconds:.0f} s. Try next:\n")
-    console.tell(suggestions(out))
-
-
-def suggestions(folder: Path) -> str:
-    """Commands to try next, each below its purpose, as they can be run from here."""
-    program = "modelpatch"
-    if not shutil.which(program):
-        started = Path(sys.argv[0]).stem == program
-        program = shlex.quote(sys.argv[0]) if started else "python -m modelpatch"
-    pairs = [(comment, command.format(folder=shlex.quote(str(folder)))) for comment, command in NEXT.items()]
-    return "\n".join(f"# {comment}\n{program} {command}" for comment, command in pairs)
-
-
-def _write_report(out: Path, backbone: mp.Backbone, task: mp.Task, result: Comparison, accuracy: str) -> None:
-    from PIL import Image
-
-    from modelpatch.engine.resident import BoundPatch
-    from modelpatch.tasks.drawing import encode_png
-    from modelpatch.train.evaluation import evaluate
-
     best = max(result.rows, key=lambda row: row.top1).method
     small = result.patches[SHOWN]
     plots.plot_comparison(result, out / "comparison.png")
-    plots.plot_confusion(evaluate(backbone, small, task), "top-1", task.classes, out / "confusion.png")
+    plots.plot_confusion(mp.evaluate(backbone, small, task), "top-1", task.classes, out / "confusion.png")
     plots.plot_inspection(small.inspect(), out / f"{SHOWN}.png")
     images = task.test.images[:16]
     pictures = [encode_png(Image.fromarray(image)) for image in images]  # type: ignore[arg-type]
@@ -269,3 +246,15 @@ def _write_report(out: Path, backbone: mp.Backbone, task: mp.Task, result: Compa
     report.section("Try next")
     report.code(suggestions(out))
     report.write(out / "report.html")
+    console.print(f"Wrote the patches and [b]{out / 'report.html'}[/b] in {seconds:.0f} s. Try next:\n")
+    console.tell(suggestions(out))
+
+
+def suggestions(folder: Path) -> str:
+    """Commands to try next, each below its purpose, as they can be run from here."""
+    program = "modelpatch"
+    if not shutil.which(program):
+        started = Path(sys.argv[0]).stem == program
+        program = shlex.quote(sys.argv[0]) if started else "python -m modelpatch"
+    pairs = [(comment, command.format(folder=shlex.quote(str(folder)))) for comment, command in NEXT.items()]
+    return "\n".join(f"# {comment}\n{program} {command}" for comment, command in pairs)

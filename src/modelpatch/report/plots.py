@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelpatch.errors import MissingExtraError, ModelpatchError
+from modelpatch.errors import ModelpatchError, require
 
 if TYPE_CHECKING:
     from modelpatch.patch.inspect import Inspection
@@ -17,41 +16,19 @@ if TYPE_CHECKING:
     from modelpatch.tasks.kind import Result
 
 BLUE, ORANGE, GREY = "#3366aa", "#dd8833", "#b8bcc4"
-LABEL = {
-    "xytext": (0, 0),
-    "textcoords": "offset points",
-    "ha": "center",
-    "va": "center",
-    "fontsize": 7,
-    "arrowprops": {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-}
+LABEL: dict[str, Any] = {"xytext": (0, 0), "textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+LABEL |= {"arrowprops": {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}}
 DISTANCES = (14, 18, 23, 30, 40, 52, 66, 82, 100, 120, 140)  # pixels from a point to a name's nearest edge, about
 DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (-0.7, -0.7), (0.7, -0.7))  # above first
 MARK = 6  # half the side of what a point covers, in pixels
 Row = dict[str, float]
 
 
-def has_matplotlib() -> bool:
-    """True if matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def check_matplotlib(purpose: str = "Drawing a picture") -> None:
-    """Raise `MissingExtraError` without matplotlib."""
-    if not has_matplotlib():
-        raise MissingExtraError("matplotlib", "plots", purpose)
-
-
 @contextmanager
 def figure(path: Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Yield axes to draw on, an array of them if there are several; on leaving, add legends and write the picture.
-
-    Raises `MissingExtraError` without matplotlib.
-    """
-    check_matplotlib()
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(width, height), layout="constrained")
+    """Yield axes to draw on, an array of them if there are several; on leaving, add legends and write the picture."""
+    figures = require("matplotlib.figure", "plots", "Drawing a picture", "matplotlib")
+    drawing = figures.Figure(figsize=(width, height), layout="constrained")
     axes = drawing.subplots(rows, columns)
     for one in drawing.axes:
         one.spines[["top", "right"]].set_visible(False)
@@ -162,9 +139,8 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
             second.plot(*zip(*means, strict=True), "s", color=ORANGE, markersize=4)
             second.set_ylabel("harmonic mean with the base, percent", color=ORANGE)
             second.spines["top"].set_visible(False)
-        names = [
-            axes.annotate(row.method, (size, 100 * row.top1), **LABEL) for size, row in zip(sizes, rows, strict=True)
-        ]
+        places = [(size, 100 * row.top1) for size, row in zip(sizes, rows, strict=True)]
+        names = [axes.annotate(row.method, place, **LABEL) for row, place in zip(rows, places, strict=True)]
         for name in names:
             name.set_in_layout(False)
         axes.figure.draw_without_rendering()  # the layout is final now
@@ -210,8 +186,7 @@ def _bars(axes: Any, places: Any, values: Sequence[float], texts: str | list[str
 
 
 def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], path: Path) -> None:
-    """The confusion matrix under the title of its metric, rows normalised, with counts for up to 12 classes and names for
-    up to 40."""
+    """Draw the confusion matrix, rows normalised, with counts for up to 12 classes and names for up to 40."""
     assert evaluation.confusion is not None
     side = min(4 + 0.16 * len(classes), 14)
     with figure(path, side + 1, side) as axes:
