@@ -1,7 +1,5 @@
 """Verbs that convert: `extract` checkpoints to patches, `merge` and `diff` patches, `export` models."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +109,7 @@ def diff(
     console.write_json(difference.as_dict())
 
 
-def _write(console: Screen, patch: mp.Patch, path: Path, **figures: Any) -> None:
+def _write(console: Screen, patch: "mp.Patch", path: Path, **figures: Any) -> None:
     """Save a patch and show its contents."""
     patch.save(path)
     inspection = patch.inspect()
@@ -120,7 +118,7 @@ def _write(console: Screen, patch: mp.Patch, path: Path, **figures: Any) -> None
     console.write_json({**inspection.as_dict(), **figures})
 
 
-def _common_backbone(paths: list[Path], patches: list[mp.Patch], network: opt.PatchNetwork) -> mp.Backbone:
+def _common_backbone(paths: list[Path], patches: "list[mp.Patch]", network: opt.PatchNetwork) -> "mp.Backbone":
     from modelpatch.convert.merging import check_pair
 
     for path, patch in zip(paths[1:], patches[1:], strict=True):
@@ -154,7 +152,6 @@ def export(
     loaded = opt.at_alpha(mp.Patch.load(patch), alpha)
     base = network.open(loaded, patch)
     task = None if data is None else mp.load_task(data, hold_out=False)
-    agreement = None
     with opt.naming(patch):
         run_export(base, loaded, path, form)
     figures: dict[str, Any] = {"out": str(path), "format": form, "bytes": path.stat().st_size}
@@ -169,5 +166,5 @@ def export(
             f"logits differ by at most {agreement.max_difference:.2g}"
         )
     console.write_json(figures)
-    if agreement and not agreement.holds:
+    if task is not None and not agreement.holds:
         raise ModelpatchError(f"{path} does not answer as the patched model does; do not use it.")

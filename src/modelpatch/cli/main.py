@@ -3,8 +3,6 @@
 A verb's module is imported when the verb is asked for; the help of the command itself needs this file alone.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -50,30 +48,24 @@ VERBS = {  # by name: its module and a line about it
     "store": ("serving", "Keep patches by name, version and tag."),
     "serve": ("serving", "Answer over HTTP with the patches of a store."),
 }
-MOVED = {
-    "reproduce": "`modelpatch reproduce` is `modelpatch-studies run` now, a project of its own: clone the repository and "
-    "`pip install ./studies`."
-}
 
 
 class Verbs(TyperGroup):
     """The verbs, imported by name; Ctrl-C ends one with a line about resuming it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb's name, panel and summary, for lists of verbs; None for an unknown name."""
-        if cmd_name not in VERBS:
-            return None
-        module, summary = VERBS[cmd_name]
-        return TyperCommand(cmd_name, help=summary, rich_help_panel=PANELS[module])
+        module, summary = VERBS.get(cmd_name, ("", ""))
+        return TyperCommand(cmd_name, help=summary, rich_help_panel=PANELS[module]) if module else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb itself, whose module is imported now, its name and its arguments."""
-        if args[0] in MOVED:
-            raise ModelpatchError(MOVED[args[0]])
+        if args[0] == "reproduce":
+            now = "`modelpatch-studies run` now, a project of its own"
+            raise ModelpatchError(f"`modelpatch reproduce` is {now}: clone the repository and `pip install ./studies`.")
         if args[0] not in VERBS and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], VERBS)}")
         name, found, rest = super().resolve_command(ctx, args)

@@ -1,10 +1,7 @@
 """Runs as files: --config reads the options of a run, and every run that trains writes the file that repeats it."""
 
-from __future__ import annotations
-
 import json
 import tomllib
-from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -15,25 +12,20 @@ from modelpatch.errors import ConfigError
 from modelpatch.text import nearest
 
 NOT_REPEATED = ("config", "quiet", "force", "restart")
-SUFFIX = ".run.yaml"
 QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 CURRENT: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar("run", default=None)  # a verb, its options' values
 
 
 def write_run(beside: Path) -> Path | None:
-    """Write the current run's options: `NAME.run.yaml` beside the file NAME.safetensors, `run.yaml` in a folder.
-
-    Returns the file; None outside a run.
-    """
+    """Write the options of the current run, if there is one: to `run.yaml` in a folder, `NAME.run.yaml` beside a file."""
     import yaml
 
     if (run := CURRENT.get()) is None:
         return None
     verb, given = run
-    path = beside / "run.yaml" if beside.is_dir() else beside.with_suffix(SUFFIX)
-    kept = {_key(name): value for name, value in given.items() if name not in NOT_REPEATED}
-    kept = {name: value for name, value in kept.items() if value not in (None, [], ())}
-    values = json.loads(json.dumps(kept, default=str))
+    path = beside / "run.yaml" if beside.is_dir() else beside.with_suffix(".run.yaml")
+    kept = {n: value for n, value in given.items() if n not in NOT_REPEATED and value not in (None, [], ())}
+    values = json.loads(json.dumps({_key(n): value for n, value in kept.items()}, default=str))
     name = {"evaluate": "eval"}.get(verb, verb)
     text = yaml.safe_dump({"verb": name, **values}, sort_keys=False, allow_unicode=True, width=1000)
     head = f"# Written by modelpatch {modelpatch.__version__}. Run it again: modelpatch {name} --config {path}\n"
@@ -48,7 +40,18 @@ def load_run(ctx: Any, path: Path | None) -> Path | None:
     """
     if path is None or ctx.resilient_parsing:
         return path
-    given = dict(_read(path))
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        given = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--config {path} is not valid YAML or TOML: {reason}.") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"--config {path} holds {type(given).__name__}. Expected options, such as `epochs: 10`.")
     verb = given.pop("verb", None)
     if verb not in (None, ctx.info_name):
         raise ConfigError(f"--config {path} is a run of `{verb}`. Run: modelpatch {verb} --config {path}")
@@ -63,23 +66,6 @@ def load_run(ctx: Any, path: Path | None) -> Path | None:
             values[parameter.name] = _option_value(path, str(key), value, parameter)
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """A mapping from a TOML, YAML or JSON file."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--config {path} is not valid YAML or TOML: {reason}.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"--config {path} holds {type(value).__name__}. Expected options, such as `epochs: 10`.")
-    return value
 
 
 def _option_value(path: Path, key: str, value: Any, parameter: Any) -> Any:

@@ -1,7 +1,5 @@
 """Verbs that choose: `profile` and `select` blocks, `search` the best patch within limits, `label` the images that help."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Iterator
@@ -21,10 +19,7 @@ from modelpatch.errors import DataError, ModelpatchError
 from modelpatch.report import selection, tables
 
 HalvingOption = Annotated[
-    int,
-    Option(
-        min=0, help="N > 1: successive halving: all train briefly, the best 1/N N times as long, and so on; 0: off."
-    ),
+    int, Option(min=0, help="N > 1: successive halving, where the best 1/N train N times as long, and so on; 0: off.")
 ]
 FoldsOption = Annotated[int, Option(min=1, help="Folds of the training images; 1: one held-out split.")]
 
@@ -59,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Study:
-    """Trials of candidates: images, seeds, workers, and the file of their outcomes."""
+    """Trials of candidates and the file of their outcomes. Raises `ModelpatchError` for an address without --ray."""
 
     panel: ClassVar[str] = "Trials"
     images: int | None = option(None, min=1, help="Training images to use, stratified; by default all.")
@@ -72,7 +67,6 @@ class Study:
     disk: str = option("16GB", help="Temporary files for cached activations, at most.")
 
     def __post_init__(self) -> None:
-        """Raise `ModelpatchError` for an address without --ray and for an invalid --disk."""
         from modelpatch.select.budget import parse_bytes
 
         if not self.ray and self.ray_address != opt.LOCAL:
@@ -82,7 +76,7 @@ class Study:
 
     def open(
         self, data: str, network: opt.Network, training: opt.Training, file: opt.PatchFile | None = None
-    ) -> tuple[mp.Backbone, mp.Task, dict[str, Any]]:
+    ) -> "tuple[mp.Backbone, mp.Task, dict[str, Any]]":
         """Check everything, read the task and load the backbone: the checks that fail soonest come first."""
         from modelpatch.select.budget import parse_bytes
 
@@ -258,7 +252,7 @@ def label(
     from modelpatch.select.active import pick, simulate
 
     check_file("--out", out)
-    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+    if sheet is not None and Image.registered_extensions().get(sheet.suffix.lower()) not in Image.SAVE:
         raise ModelpatchError(
             f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is not a picture format. Use .png or .jpg."
         )

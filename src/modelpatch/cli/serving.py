@@ -1,10 +1,8 @@
 """Verbs of stores and servers: `store` and `serve`."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -17,9 +15,6 @@ from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, ServeError, StoreError
 from modelpatch.report import tables
 from modelpatch.serve.settings import Settings
-
-if TYPE_CHECKING:
-    from modelpatch.engine.cascade import Cascade
 
 DEFAULT = Settings()
 store = typer.Typer(
@@ -165,7 +160,7 @@ def pull(store: NewStoreArgument, other: OtherArgument, references: ReferencesAr
     _copy(open_store(other), mp.Store(store), references)
 
 
-def open_store(url: str) -> mp.Store:
+def open_store(url: str) -> "mp.Store":
     """Open a store to read from it. Raises `StoreError` if nothing is there."""
     opened = mp.Store(url)
     if not opened.exists():
@@ -173,7 +168,7 @@ def open_store(url: str) -> mp.Store:
     return opened
 
 
-def _copy(source: mp.Store, target: mp.Store, references: list[str]) -> None:
+def _copy(source: "mp.Store", target: "mp.Store", references: list[str]) -> None:
     console = Screen()
     with console.progress("copy") as bar, bar.task(target.url, len(references)) as advance:
         for reference in references:
@@ -207,6 +202,8 @@ def serve(
 
     The page is at /, the routes are described at /openapi.json. Ctrl-C or SIGTERM finishes what runs, then stops.
     """
+    from modelpatch.engine.cascade import Cascade
+    from modelpatch.engine.engine import BASE
     from modelpatch.serve.run import check_libraries, serve_forever
 
     check_libraries()
@@ -214,7 +211,12 @@ def serve(
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
     settings = Settings(token=token, **limits)
     place = opt.find_device(device)
-    cascades = _read_cascades(cascade or [])
+    cascades: dict[str, Cascade] = {}
+    for file in cascade or []:
+        loaded = Cascade.load(file)
+        if loaded.task.name in (BASE, *cascades):
+            raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
+        cascades[loaded.task.name] = loaded
     arguments = opt.parse_arguments(argument)
     options: dict[str, Any] = {"host": host, "port": port, "tune": tune, "say": Screen().tell}
     if ray:
@@ -228,17 +230,3 @@ def serve(
         return
     load = partial(opt.open_backbone, backbone, arguments, opt.find_device("cpu"))
     serve_forever(store, load, place, settings, workers=workers, cascades=cascades, **options)
-
-
-def _read_cascades(files: list[Path]) -> dict[str, Cascade]:
-    """Cascades by their tasks' names. Raises `ServeError` for two of one task and for the backbone's name."""
-    from modelpatch.engine.cascade import Cascade
-    from modelpatch.engine.engine import BASE
-
-    read: dict[str, Cascade] = {}
-    for file in files:
-        cascade = Cascade.load(file)
-        if cascade.task.name in read or cascade.task.name == BASE:
-            raise ServeError(f"--cascade {file}: there is a task {cascade.task.name!r} already.")
-        read[cascade.task.name] = cascade
-    return read

@@ -22,7 +22,6 @@ from modelpatch.text import count_of, file_name
 if TYPE_CHECKING:
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.inputs import Answers
-    from modelpatch.tasks.kind import Result
 
 Row = dict[str, Any]
 COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
@@ -62,10 +61,10 @@ def predict(
         raise ModelpatchError("a patch file is given twice. Give each --patch once.")
     loaded = network.open(patches[patch[0]], patch[0], device)
     if labels_given:
-        plain = {path: one for path, one in patches.items() if isinstance(one, mp.Patch)}
-        if cascades := [path for path in patches if path not in plain]:
-            raise CascadeError(f"{cascades[0]} is a cascade, bound to its own classes. Leave --labels out.")
-        patches = {path: _relabel(loaded, one, labels_given, words) for path, one in plain.items()}
+        for path, one in patches.items():
+            if not isinstance(one, mp.Patch):
+                raise CascadeError(f"{path} is a cascade, bound to its own classes. Leave --labels out.")
+            patches[path] = _relabel(loaded, one, labels_given, words)
     elif words != opt.Words():
         raise ModelpatchError("--text, --names and --template are for --labels. Give --labels as well.")
     engine = mp.Engine(loaded, tuning=None if tune else Tuning())
@@ -193,7 +192,6 @@ def evaluate(
     task = opt.load_own(loaded, data, seed)
     own = None if base_data is None else mp.load_task(base_data, hold_out=False)
     with opt.naming(patch), console.progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
-        result: Result
         figures: dict[str, Any] = {}
         if isinstance(loaded, mp.Patch):
             result = mp.evaluate(base, loaded, task, advance)
@@ -288,19 +286,17 @@ def verify(
 
 def _check(path: Path, network: opt.PatchNetwork | None) -> tuple[Row, str]:
     """The result of one file, as written to the JSON, and the line about it."""
-    checked = "nothing"
+    row: Row = {"patch": str(path), "ok": True, "status": "intact", "checked": "nothing"}
     try:
         patch = mp.Patch.load(path)
-        checked = "file"
+        row["checked"] = "file"
         if network is not None:
             mp.PatchedModel(network.open(patch, path), patch)
-            checked = f"file and backbone {patch.backbone.spec}"
+            row["checked"] = f"file and backbone {patch.backbone.spec}"
     except ModelpatchError as error:
-        status = "unchecked" if isinstance(error, BackboneError | MissingExtraError) else "refused"
-        name, message = type(error).__name__, str(error)
-        result = {"ok": False, "status": status, "checked": checked, "error": name, "message": message}
-        intact = status == "unchecked" and checked == "file"
-        why = "the file is intact, its backbone was not checked" if intact else name
-        return {"patch": str(path), **result}, f"{path}: {why}: {message.removeprefix(f'{path}: ')}"
+        name, unchecked = type(error).__name__, isinstance(error, BackboneError | MissingExtraError)
+        row |= {"ok": False, "status": "unchecked" if unchecked else "refused", "error": name, "message": str(error)}
+        why = "the file is intact, its backbone was not checked" if unchecked and row["checked"] == "file" else name
+        return row, f"{path}: {why}: {str(error).removeprefix(f'{path}: ')}"
     more = "; -b own checks that it fits its backbone too" if network is None else ""
-    return {"patch": str(path), "ok": True, "status": "intact", "checked": checked}, f"{path}: {checked}{more}"
+    return row, f"{path}: {row['checked']}{more}"
