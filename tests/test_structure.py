@@ -34,7 +34,7 @@ FLOORS = (
 )
 LEVEL = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 MAX_LINES = 500
-MOST_LINES = 33_500  # falls with every clean-up; the design asks for 28,000
+MOST_LINES = 28_000
 MOST_NAMES = 20
 RIDDLES = {"What", "Whether", "Where", "Which", "How"}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
