@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from conftest import Result, colors, real_backbone, real_data, small_bundled, tiny
+from conftest import Result, colors, real_backbone, real_data, tiny
 from modelpatch_studies.command import main
 
-__all__ = ["colors", "real_backbone", "real_data", "small_bundled", "tiny"]
+__all__ = ["colors", "real_backbone", "real_data", "tiny"]
 Run = Callable[..., Result]
 
 

@@ -356,7 +356,6 @@ def kinds(jobs: Iterable[Job]) -> list[Job]:
     return list(first.values())
 
 
-@pytest.mark.usefixtures("small_bundled")
 @pytest.mark.parametrize("recipe", SMALL, ids=lambda recipe: recipe.name)
 def test_a_job_of_every_kind_fills_its_cells(recipe: Recipe, tmp_path: Path) -> None:
     """One seed, one step or epoch, a few images; one data set, or as many as the recipe needs."""

@@ -122,18 +122,18 @@ PRINTED = [  # the paper's tables: architecture, Δ-modules, millions of paramet
 ]
 
 
-@pytest.mark.parametrize(("name", "modules", "millions"), PRINTED)
-def test_the_built_modules_have_as_many_parameters_as_the_paper_prints(
-    name: str, modules: int, millions: float
-) -> None:
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, *_ in PRINTED))
+def test_the_built_modules_have_as_many_parameters_as_the_paper_prints(name: str) -> None:
     backbone = hollow(name)
-    counted = delta_costs(backbone)[modules - 1].parameters
-    assert round(counted / 1e6, 1) == millions
-    formula = 0.0
-    for stage in backbone.chain.stages[-modules:]:
-        c, k = stage[0].input_shape[0], len(stage)
-        formula += 6.75 * c**2 + 2 * c + (c / 2 + 1) * k * (k + 1) / 2
-    assert counted == formula
+    costs = delta_costs(backbone)
+    for modules, millions in [row for architecture, *row in PRINTED if architecture == name]:
+        counted = costs[modules - 1].parameters
+        assert round(counted / 1e6, 1) == millions
+        formula = 0.0
+        for stage in backbone.chain.stages[-modules:]:
+            c, k = stage[0].input_shape[0], len(stage)
+            formula += 6.75 * c**2 + 2 * c + (c / 2 + 1) * k * (k + 1) / 2
+        assert counted == formula
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "densenet121", "vit_tiny_patch16_224"])
