@@ -434,3 +434,7 @@ def test_a_row_without_a_label_is_named(image_folder: Path) -> None:
     (image_folder / "ragged.csv").write_text("\n".join(rows))
     with pytest.raises(DataError, match="row 5: it has no label"):
         load_task(image_folder / "ragged.csv")
+
+
+def test_a_folder_is_the_same_source_however_it_is_spelled(image_folder: Path) -> None:
+    assert load_task(image_folder).facts["source"] == load_task(f"{image_folder}/").facts["source"] == image_folder.name

@@ -463,3 +463,8 @@ def test_a_copy_of_a_model_has_tensors_of_its_own_and_the_same_backbone(tiny: Ba
     assert not any(
         torch.equal(twin.tensors()[name], tensor) for name, tensor in model.tensors().items() if "weight" in name
     )
+
+
+def test_a_patch_has_an_output_for_each_class(tiny: Backbone) -> None:
+    with pytest.raises(PatchError, match="the head has 3 outputs for 2 classes of 'pets'"):
+        ScaleBias().build(tiny, 3).to_patch(("pets", ["cat", "dog"]))

@@ -281,7 +281,7 @@ def test_early_stopping_holds_out_a_tenth_where_nothing_else_is_said(backbone: B
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epoch": 3}, "fit has no setting 'epoch'. It has: epochs"),
+        ({"epoch": 3}, r"fit has no setting 'epoch'. Did you mean 'epochs'\? It has: epochs"),
         ({"epochs": 0}, "epochs = 0 is not valid"),
         ({"image_size": 0}, "image_size = 0 is not valid"),
         ({"epochs": "many"}, "epochs = 'many' is not valid"),

@@ -74,7 +74,8 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
     def decode(self, source: ImageSource) -> Tensor:
         """uint8 (3, R, R) with R = `resize_to`: decoded, turned upright, framed. Raises `DataError` for what is no image."""
         pixels = np.array(self.frame(open_image(source)))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        # numpy copies in this thread alone: torch would give each thread that decodes OpenMP helpers, which slow all others
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def frame(self, image: Image.Image, interpolation: Interpolation | None = None) -> Image.Image:
         """The picture as a square of `resize_to` pixels a side: resized, and its centre cropped unless it is stretched.

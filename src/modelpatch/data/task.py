@@ -250,7 +250,7 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
         raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
     if "train" not in splits or splits["train"].length == 0:
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(splits) or 'none'}.")
-    facts: dict[str, Any] = {"source": source.rsplit("/", 1)[-1]}
+    facts: dict[str, Any] = {"source": source.rstrip("/").rsplit("/", 1)[-1]}
     train = splits["train"]
     if "test" not in splits and seed is not None:
         keep, held = stratified(train.labels, TEST_FRACTION, seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 from modelpatch.errors import MethodError
 from modelpatch.methods.method import METHODS, Composite, Method
+from modelpatch.text import nearest
 
 __all__ = ["METHODS", "make_method", "spellings", "split_outside", "sweep"]
 
@@ -47,7 +48,8 @@ def make_method(spec: str, **hyperparameters: Any) -> Method:
     for name, values in parts:
         known = _hyperparameters(name)
         if unknown := sorted(values.keys() - {*known, "blocks"}):
-            raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}. It has: {', '.join(known)}.")
+            near = nearest(unknown[0], [*known, "blocks"])
+            raise MethodError(f"{name} has no hyperparameter {unknown[0]!r}.{near} It has: {', '.join(known)}.")
         methods.append(METHODS[name](**values))
     return methods[0] if len(methods) == 1 else Composite.of(*methods)
 

@@ -164,5 +164,5 @@ def read_words(path: str | Path) -> dict[str, str]:
 def vocabulary_of(
     backbone: Backbone, text: str, templates: Sequence[str] = (), words: Mapping[str, str] | None = None
 ) -> Vocabulary:
-    """The vocabulary that a text tower's spec gives a backbone (see `backbone/text.py`)."""
+    """The vocabulary that a text tower's spec gives a backbone (see `backbone/text_tower.py`)."""
     return Vocabulary(backbone, load_text(text, backbone.text), tuple(templates) or TEMPLATES, dict(words or {}))

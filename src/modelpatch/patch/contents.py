@@ -82,11 +82,16 @@ class Patch:
     ) -> Self:
         """A patch of strength 1 for a backbone at hand. The arguments are those of `PatchedModel.to_patch`.
 
-        Raises `PatchError` for a task or method that has no record.
+        Raises `PatchError` for a task or method that has no record and a head with another number of outputs than classes.
         """
+        record = record_task(task)
+        if head.outputs != len(record.classes):
+            raise PatchError(
+                f"the head has {head.outputs} outputs for {len(record.classes)} classes of {record.name!r}."
+            )
         return cls(
             backbone=BackboneRecord.of(backbone),
-            task=record_task(task),
+            task=record,
             preprocessing=preprocessing or backbone.preprocessing,
             head=head,
             method=MethodRecord.of(method),

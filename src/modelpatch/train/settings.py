@@ -16,6 +16,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AugmentName
 from modelpatch.errors import TrainingError
 from modelpatch.tasks.kind import kind_of
+from modelpatch.text import nearest
 
 OptimizerLike = Optimizer | Callable[[Any], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
@@ -136,7 +137,8 @@ def check_settings(values: dict[str, Any]) -> FitSettings:
     """Settings given by name, checked. Raises `TrainingError` for an unknown one or a value that makes no sense."""
     known = FitSettings.__dataclass_fields__
     if unknown := sorted(values.keys() - known.keys()):
-        raise TrainingError(f"fit has no setting {unknown[0]!r}. It has: {', '.join(known)}.")
+        near = nearest(unknown[0], known)
+        raise TrainingError(f"fit has no setting {unknown[0]!r}.{near} It has: {', '.join(known)}.")
     try:
         return TypeAdapter(FitSettings).validate_python(values)
     except ValidationError as error:
