@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
 }
 WITHOUT_BATCH_NORM = {"convnext_tiny", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
-VARIED = "tiny"  # the network on which every option is tried as well
+VARIED = {"tiny", "mobilenetv2_100"}  # the networks on which every option is tried as well
 QUICK = {"tiny", "vit_tiny"}  # the networks of `make quick`
 TINY_STAGES = 2
 
@@ -109,8 +109,7 @@ PAIRS = [
         marks=() if architecture in QUICK else pytest.mark.slow,
     )
     for architecture in ARCHITECTURES
-    for name, method in {**METHODS, **MORE_METHODS}.items()
-    if name in METHODS or architecture == VARIED or (architecture == "mobilenetv2_100" and "pruned" in method.name)
+    for name, method in {**METHODS, **(MORE_METHODS if architecture in VARIED else {})}.items()
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
     if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES

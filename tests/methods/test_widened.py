@@ -62,7 +62,7 @@ def test_a_draft_computes_what_the_base_computes(network: tuple[str, Backbone]) 
         assert close(model(images), model.head(backbone.chain(images)))
 
 
-@pytest.mark.parametrize(("filters", "kernel"), [(4, 3), (3, 2)])
+@pytest.mark.parametrize(("filters", "kernel"), [(1, 1), (4, 3), (3, 2)])
 def test_numbers_are_counted_as_the_formula_says(network: tuple[str, Backbone], filters: int, kernel: int) -> None:
     kind, backbone = network
     method = Widened(filters=filters, kernel=kernel)

@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import modelpatch
 import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
 from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question
 from modelpatch.serve.service import Service
 from modelpatch.store.version import NAME
+from modelpatch.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -183,7 +183,7 @@ def create_app(service: Service, ready: Callable[[], object] = lambda: None) -> 
 
     app = FastAPI(
         title="modelpatch",
-        version=modelpatch.__version__,
+        version=__version__,
         summary="One frozen vision backbone, many tasks.",
         lifespan=lifespan,
         redoc_url=None,

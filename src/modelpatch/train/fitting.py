@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-import modelpatch
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import choose_augmentation
@@ -52,6 +51,7 @@ from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_row
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
+from modelpatch.version import __version__
 
 HELD = 64  # images of a batch that is measured
 
@@ -292,7 +292,7 @@ class Fit:
             preprocessing=self.preprocessing,
             method=self.method,
             created={
-                "modelpatch": modelpatch.__version__,
+                "modelpatch": __version__,
                 "torch": torch.__version__,
                 "date": datetime.now(UTC).date().isoformat(),
                 "seconds": round(seconds, 2),
