@@ -12,6 +12,8 @@ from modelpatch.errors import DataError
 from modelpatch.tasks.record import TaskRecord
 from modelpatch_studies.corruptions import KINDS, corrupt, corrupted
 
+pytestmark = pytest.mark.slow
+
 # constants that trade shifts for bending, and swapped pixels for blur
 UNORDERED = {("elastic_transform", 32), ("elastic_transform", 224), ("glass_blur", 32)}
 EVERY = pytest.mark.parametrize("kind", KINDS)

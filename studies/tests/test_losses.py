@@ -16,6 +16,8 @@ from modelpatch.heads import LinearHead
 from modelpatch.methods import Batch, Custom, DeltaNetwork, FullFinetune, Hook, Method, ScaleBias, with_loss
 from modelpatch_studies.losses import BSS, DELTA, Confusion, UniformPrior, contrast_classes
 
+pytestmark = pytest.mark.slow
+
 DATA = color_task(24)
 SETTINGS: dict[str, Any] = {"epochs": 4, "batch_size": 8, "augment": "none", "schedule": "constant", "warmup": 0}
 

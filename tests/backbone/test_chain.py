@@ -56,6 +56,7 @@ def images(backbone: Backbone) -> Tensor:
     return torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_chain_and_its_head_give_the_network_s_answer(network: Backbone) -> None:
     x = images(network)
@@ -67,6 +68,7 @@ def test_the_chain_and_its_head_give_the_network_s_answer(network: Backbone) -> 
     assert close(network.chain.head(features), network(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prefix_and_suffix_equal_the_whole_at_every_cut_and_leave_the_cut_tensor_alone(network: Backbone) -> None:
     chain, x = network.chain, images(network)

@@ -33,6 +33,8 @@ from modelpatch.train.evaluation import evaluate
 from modelpatch.train.fitting import fit
 from modelpatch.train.trainer import Callback
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Preprocessing(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.8)
 GENEROUS = 2**30
 

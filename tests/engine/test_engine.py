@@ -90,6 +90,7 @@ def test_answers_are_those_of_each_patch_alone_when_nothing_is_tuned(tiny: Backb
         assert close(answers[name], tiny.patched(patch)(images)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", [PLAIN, FAST, Tuning(merge_rows=64), Tuning(channels_last=True)], ids=str)
 @pytest.mark.parametrize("budget", [0, 10**8])
 def test_every_tuning_and_budget_gives_the_same_answers(
@@ -107,6 +108,7 @@ def test_every_tuning_and_budget_gives_the_same_answers(
     assert engine.memory["variants"] <= budget
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     spans=st.lists(st.sets(st.sampled_from(BLOCKS), min_size=1), min_size=1, max_size=4),
@@ -342,6 +344,7 @@ def test_a_patch_that_does_not_fit_leaves_the_engine_as_it_was(tiny: Backbone, i
     assert close(engine(images)["a"], before)
 
 
+@pytest.mark.slow
 def test_calls_get_one_valid_version_while_patches_come_and_go(tiny: Backbone, images: Tensor) -> None:
     versions = [draft_patch(tiny, method, seed=seed) for seed in range(2) for method in (ScaleBias(), Subset())]
     engine = Engine(tiny, {"a": versions[0], "b": draft_patch(tiny, seed=9)}, tuning=PLAIN, budget=4000)

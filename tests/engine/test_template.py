@@ -34,6 +34,7 @@ def images() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_sixty_strengths_of_a_patch_share_one_structure_and_each_answers_at_its_own(
     tiny: Backbone, method: Method, images: Tensor

@@ -24,6 +24,8 @@ from modelpatch.patch.contents import decode_patch, encode_patch
 from modelpatch.train import fit
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_composite_owns_what_its_members_own(tiny: Backbone) -> None:
     both = ScaleBias() + Subset(blocks=("stage2.1",))

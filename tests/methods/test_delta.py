@@ -40,6 +40,8 @@ from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 TRANSFORMERS = {"vit_tiny_patch16_224", "torchvision swin_t"}
 ARCHITECTURES = (
     "tiny",

@@ -315,6 +315,7 @@ def test_a_mask_of_vgg_has_the_size_that_the_paper_prints() -> None:
     assert bits / 8e6 == pytest.approx((621 - 537) / 5, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["vgg16", "vgg16_bn"])
 @pytest.mark.parametrize("make", [vgg_of_timm, vgg_of_torchvision])
 def test_vgg_is_masked_up_to_its_logits(make: Callable[[bool], nn.Module], batch_norm: bool, tmp_path: Path) -> None:

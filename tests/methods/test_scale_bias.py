@@ -72,6 +72,7 @@ def test_mobilenet_v2_has_the_papers_34_thousand_and_as_many_statistics() -> Non
     assert ScaleBias(affine=False, statistics="recomputed").count_parameters(backbone) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pixels", "arguments", "count"),
     [

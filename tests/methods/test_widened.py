@@ -30,6 +30,8 @@ from modelpatch.patch.model import PatchedModel
 from modelpatch.train import fit
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 NETWORKS: dict[str, tuple[str, Callable[[], Backbone]]] = {
     "tiny": ("conv", make_tiny),
     "resnet18": ("conv", lambda: make_timm("resnet18", 32)),

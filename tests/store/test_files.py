@@ -183,6 +183,7 @@ class Interleaved:
         return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_no_change_is_lost_whatever_order_writers_and_readers_come_in(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +203,7 @@ def test_no_change_is_lost_whatever_order_writers_and_readers_come_in(
     assert second.listing() == truth
 
 
+@pytest.mark.slow
 def test_100_000_versions_are_listed_in_little_more_than_it_takes_to_parse_their_json(tmp_path: Path) -> None:
     storage = open_storage(tmp_path, {})
     versions = [make_version(f"patch-{number:06}", number) for number in range(100_000)]
