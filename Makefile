@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal  # one thread a worker: more only get in each other's way
 
 quick: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not slow and not service and not real"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -p no:schemathesis -m "not slow and not service and not real"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -16,6 +16,8 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import UntraceableBackboneError
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 # architecture -> the classes of its blocks; the layers with weights where it has no blocks
 BLOCKS = {
     "timm:resnet18": {"BasicBlock"},
@@ -56,7 +58,6 @@ def images(backbone: Backbone) -> Tensor:
     return torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_chain_and_its_head_give_the_network_s_answer(network: Backbone) -> None:
     x = images(network)
@@ -68,7 +69,6 @@ def test_the_chain_and_its_head_give_the_network_s_answer(network: Backbone) -> 
     assert close(network.chain.head(features), network(x))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_prefix_and_suffix_equal_the_whole_at_every_cut_and_leave_the_cut_tensor_alone(network: Backbone) -> None:
     chain, x = network.chain, images(network)

@@ -401,6 +401,7 @@ def test_a_source_of_another_distribution_is_found_by_its_name(registries: None)
     assert load_backbone("shop:shoes", classes=4).arguments == {"classes": 4}
 
 
+@pytest.mark.service
 def test_no_library_of_networks_is_imported_before_it_is_used() -> None:
     code = "import sys, modelpatch.backbone.load, modelpatch.patch; print({'timm', 'torchvision'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

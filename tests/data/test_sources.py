@@ -148,6 +148,7 @@ def test_manifests_are_read_or_refused(columns: list[str], rows: list[list[str]]
             assert len(task.classes) >= 2
 
 
+@pytest.mark.service
 def test_a_task_is_imported_without_the_libraries_of_its_sources() -> None:
     heavy = ("torchvision", "timm", "datasets", "pyarrow", "transformers", "sklearn")
     code = f"import sys, modelpatch.data.task; print([name for name in {heavy} if name in sys.modules])"

@@ -547,6 +547,7 @@ def test_scale_and_bias_patches_cost_their_numbers_and_nothing_else_without_fold
 # tuning and explanations ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_measurement_reports_what_it_chose(tiny: Backbone, images: Tensor) -> None:
     tuning = measure(tiny, seconds=0.05)
     text = str(tuning)
@@ -566,6 +567,7 @@ def test_sixteen_bits_are_used_only_where_they_are_asked_for(tiny: Backbone, ima
     assert not measure(tiny, seconds=0.05).bfloat16
 
 
+@pytest.mark.slow
 def test_segments_may_be_compiled_and_a_compiler_that_fails_is_named(tiny: Backbone, images: Tensor) -> None:
     patch = draft_patch(tiny, Subset())
     engine = Engine(tiny, {"a": patch}, tuning=Tuning(compile="eager"))

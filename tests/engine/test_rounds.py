@@ -26,6 +26,8 @@ from modelpatch.methods.subset import LinearProbe, Subset
 from modelpatch.patch.contents import Patch
 from tolerance import close
 
+pytestmark = pytest.mark.slow
+
 PICTURES = list(np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3), dtype=np.uint8))
 
 

@@ -55,6 +55,7 @@ def test_sixty_strengths_of_a_patch_share_one_structure_and_each_answers_at_its_
         assert close(alone(images)["a"], expected), number
 
 
+@pytest.mark.slow
 def test_a_structure_is_freed_with_the_last_patch_that_uses_it(tiny: Backbone, images: Tensor) -> None:
     engine = Engine(tiny, tuning=Tuning())
     bound = BoundPatch(tiny, draft_patch(tiny, Subset()), engine.templates)
@@ -88,6 +89,7 @@ def test_patches_outside_engines_share_templates_that_go_with_the_last(tiny: Bac
     assert gone() is None
 
 
+@pytest.mark.slow
 def test_a_template_holds_no_tensors_of_a_patch_that_is_gone(tiny: Backbone, images: Tensor) -> None:
     templates = Templates(tiny)
     for method in (ScaleBias(), Piggyback()):

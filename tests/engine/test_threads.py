@@ -53,6 +53,7 @@ for count in (1, 3):
 """
 
 
+@pytest.mark.service
 @pytest.mark.skipif(
     sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="counts Linux threads of several cores"
 )

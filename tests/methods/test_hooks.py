@@ -54,6 +54,7 @@ def keepers() -> dict[str, Hook]:
 # any method ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l2-sp", "lwf", "custom"])
 @pytest.mark.parametrize("method", [ScaleBias(), FullFinetune() + DeltaNetwork()], ids=lambda method: method.name)
 def test_a_loss_changes_what_is_trained_and_the_patch_says_so(tiny: Backbone, method: Method, name: str) -> None:

@@ -30,6 +30,7 @@ def variant(backbone: Backbone, method: Pruned) -> nn.Module:
     return method.draft(backbone, 3).variants[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9])
 def test_the_ratio_of_inner_channels_is_gone(mobilenet: Backbone, ratio: float) -> None:
     block = variant(mobilenet, Pruned(blocks=(BLOCK,), ratio=ratio))

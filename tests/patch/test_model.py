@@ -187,6 +187,7 @@ def run_in_train_mode(model: PatchedModel, images: Tensor) -> None:
     model(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize(
     "act",

@@ -16,6 +16,7 @@ def norms(module: torch.nn.Module) -> int:
     return sum(isinstance(child, _BatchNorm) for child in module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "densenet121", "convnext_atto"])
 def test_every_segment_computes_the_same(name: str) -> None:
     backbone = make_timm(name, 32)
