@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 from conftest import Run
+from modelpatch.errors import ModelpatchError
 from modelpatch.patch.contents import Patch
+from modelpatch.report.selection import contact_sheet
+from modelpatch.select.active import Pick
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +126,12 @@ def test_label_lists_and_shows_images(run: Run, folder: Path, patches: dict[str,
     assert all(Path(row["image"]).exists() for row in rows)
     assert [float(row["margin"]) for row in rows] == sorted(float(row["margin"]) for row in rows)
     assert Image.open("sheet.png").width == 5 * 128
+
+
+def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    picks, sheet = [Pick(0, 0.1, "red", "blue")], tmp_path / "gone" / "sheet.png"
+    with pytest.raises(ModelpatchError, match=r"cannot write .*sheet\.png.*has room"):
+        contact_sheet(picks, [Image.new("RGB", (8, 8))], sheet)
 
 
 def test_an_unreadable_image_is_named_and_left_out(run: Run, folder: Path, patches: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from modelpatch.atomic import write_bytes
 from modelpatch.report.plots import BLUE, GREY, ORANGE, draw_scores, figure
 from modelpatch.report.tables import facts_table, new_table, percent
 
@@ -294,7 +296,10 @@ def plot_curves(curves: Curves, path: Path) -> None:
 
 
 def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Path) -> None:
-    """The picked images in rows of eight, with rank, margin and the two classes below each."""
+    """The picked images in rows of eight, with rank, margin and the two classes below each.
+
+    Raises `ModelpatchError` where the picture cannot be written.
+    """
     from PIL import Image, ImageDraw
 
     from modelpatch.backbone.preprocessing import open_image
@@ -309,4 +314,6 @@ def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Pa
         sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
         draw.text((left + 3, top + TILE), f"{number + 1}: {one.margin:.3f}", fill="black")
         draw.text((left + 3, top + TILE + 13), f"{one.first} / {one.second}"[:22], fill="black")
-    sheet.save(path)
+    stream = io.BytesIO()
+    sheet.save(stream, Image.registered_extensions()[path.suffix.lower()])
+    write_bytes(path, stream.getvalue())
