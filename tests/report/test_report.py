@@ -33,6 +33,7 @@ from modelpatch.report.tables import (
     comparison_cells,
     comparison_table,
     evaluation_table,
+    fit_table,
     inspection_table,
     parts_table,
     percent,
@@ -174,8 +175,9 @@ ODD = ["abc", True, None, -1, 10**400, 1e308, [1, [2]], {"a": {"b": 1}}, HOSTILE
 @pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
 def test_any_fact_of_a_file_is_shown(tiny: Backbone, name: str, value: object) -> None:
     inspection = draft_patch(tiny).inspect()
+    label = {"test_top1": "test top-1", **LABELS}.get(name, name)
     for facts in ({"metrics": {name: value}}, {"created": {name: value}}):
-        assert LABELS.get(name, name.replace("_", " ")) in text_of(inspection_table(replace(inspection, **facts)))
+        assert label in text_of(inspection_table(replace(inspection, **facts)))
 
 
 def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) -> None:
@@ -186,11 +188,29 @@ def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) 
 
 def test_an_evaluation_lists_classes_only_when_asked() -> None:
     figures = {"top1": 0.5, "top5": 1.0, "images": 12, "per_class": {"red[/]": 0.25}}
-    assert "red" not in text_of(evaluation_table("colors", figures, per_class=False))
-    text = text_of(evaluation_table("colors", {**figures, "base_top1": 0.7, "harmonic_mean": 0.58}, per_class=True))
+    assert "red" not in text_of(evaluation_table("colors", figures, per_class=False, classes=9))
+    figures |= {"base_top1": 0.7, "harmonic_mean": 0.58}
+    text = text_of(evaluation_table("colors", figures, per_class=True, classes=9))
     assert "top-1 of red[/]" in text
     for figure in ("50.0", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
         assert figure in text
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_the_best_five_of_no_more_classes_are_no_figure(tiny: Backbone, classes: int, shown: bool) -> None:
+    figures = {"top1": 0.5, "top5": 1.0, "images": 12, "per_class": {}}
+    measured = (
+        draft_patch(tiny, classes=classes).with_metrics(test_top1=0.5, test_top5=1.0, validation_top5=1.0).inspect()
+    )
+    evaluated = evaluation_table("colors", figures, per_class=False, classes=classes)
+    for table in (evaluated, fit_table(measured), inspection_table(measured)):
+        assert "top-1" in text_of(table)
+        assert ("top-5" in text_of(table)) is shown
+
+
+def test_names_of_figures_are_whole_at_80_columns(tiny: Backbone) -> None:
+    inspection = draft_patch(tiny).with_metrics(validation_top1=0.5).inspect()
+    assert any(line.startswith("held-out top-1 ") for line in shown(inspection_table(inspection), 80))
 
 
 def test_a_broken_image_has_its_error_in_the_table() -> None:

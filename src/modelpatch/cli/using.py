@@ -204,7 +204,7 @@ def evaluate(
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
-    console.show(tables.evaluation_table(loaded.task.name, figures, per_class))
+    console.show(tables.evaluation_table(loaded.task.name, figures, per_class, len(loaded.task.classes)))
     console.write_json(figures)
     kind = kind_of(loaded.task.kind)
     if plot is not None and result.confusion is None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
 
-NAME_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 64, 12  # characters
+NAME_WIDTH, FACT_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 15, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
+SPLITS = {"validation": "held-out"}
 
 
 def new_table(
@@ -63,7 +64,7 @@ def new_table(
 def facts_table(title: str, rows: Iterable[tuple[str, str]], width: int | None = None) -> Table:
     """Names and values, one pair a row; values have at least `width` characters, if that is given."""
     table = new_table(title, header=False)
-    table.add_column("", overflow="fold", max_width=width and NAME_WIDTH)
+    table.add_column("", overflow="fold", max_width=width and FACT_WIDTH)
     table.add_column("", overflow="fold", min_width=width)
     for name, value in rows:
         table.add_row(escape(name), escape(value))
@@ -139,8 +140,9 @@ def inspection_table(inspection: Inspection) -> Table:
         ("content hash", inspection.content_hash),
     ]
     rows += [
-        (LABELS.get(name, name.replace("_", " ")), _figure(name, value, inspection))
+        (_label(name, inspection.kind), _figure(name, value, inspection))
         for name, value in (*inspection.metrics.items(), *inspection.created.items())
+        if not _is_certain(name, inspection.classes)
     ]
     return facts_table(_title(inspection), rows, HASH_WIDTH)
 
@@ -154,7 +156,7 @@ def fit_table(inspection: Inspection) -> Table:
     rows += [] if trained is None else [("trained", _figure("trainable_parameters", trained, inspection))]
     images = f" of {measured['test_images']:,} images" if "test_images" in measured else ""
     for name, title in kind_of(inspection.kind).metrics.items():
-        if f"test_{name}" in measured:
+        if f"test_{name}" in measured and not _is_certain(name, inspection.classes):
             rows.append((f"test {title}", f"{percent(measured[f'test_{name}'])} %{images}"))
             images = ""
     return facts_table(_title(inspection), [*rows, ("file", _size(inspection))])
@@ -180,6 +182,22 @@ def parts_table(inspection: Inspection) -> Table:
     figures = ["numbers", "bytes", *["masked\nout, %"] * masked]
     cells = [row[: 4 + masked] for row in rows]
     return new_table("bytes by part", texts=("part", "stored as"), figures=figures, rows=cells, bold=bold)
+
+
+def _is_certain(figure: str, classes: int) -> bool:
+    """True for a top-k that is 100 % for any answers, since the task has no more than k classes."""
+    number = figure.rpartition("top")[2]
+    return number.isdecimal() and int(number) >= classes
+
+
+def _label(name: str, kind: str) -> str:
+    """A fact's name as it is read: `held-out top-1` for `validation_top1`."""
+    from modelpatch.tasks.kind import kind_of
+
+    split, _, metric = name.partition("_")
+    if title := kind_of(kind).metrics.get(metric):
+        return f"{SPLITS.get(split, split)} {title}"
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def _title(inspection: Inspection) -> str:
@@ -222,12 +240,13 @@ def difference_tables(difference: Difference, first: str, second: str) -> list[T
     return [*tables, new_table("differences of the tensors", texts=("tensor",), figures=columns, rows=rows)]
 
 
-def evaluation_table(task: str, figures: dict[str, Any], per_class: bool) -> Table:
-    """Accuracies of one patch on one task."""
+def evaluation_table(task: str, figures: dict[str, Any], per_class: bool, classes: int) -> Table:
+    """Accuracies of one patch on one task of so many classes."""
     from modelpatch.tasks.kind import KINDS
 
     kind = next(kind for kind in KINDS.values() if kind.metric in figures)
-    rows = [(title, percent(figures[name])) for name, title in kind.metrics.items() if name in figures]
+    shown = [name for name in kind.metrics if name in figures and not _is_certain(name, classes)]
+    rows = [(kind.metrics[name], percent(figures[name])) for name in shown]
     rows.append(("images", str(figures["images"])))
     rows += [(f"top-1 of {name}", percent(value)) for name, value in figures.get("by_task", {}).items()]
     if "base_top1" in figures:
@@ -300,9 +319,10 @@ def version_table(version: Version) -> Table:
 
 
 def describe_fields(settings: type) -> list[dict[str, str]]:
-    """The name, default and values of every field that the constructor of a dataclass takes."""
+    """The name, default and values of every field of a dataclass that a command line can give."""
     hints = get_type_hints(settings, include_extras=True)
-    defaults = {field.name: field.default for field in fields(settings) if field.init}
+    given = [field for field in fields(settings) if field.init and not field.metadata.get("internal")]
+    defaults = {field.name: field.default for field in given}
     return [
         {"name": name, "default": "" if value is MISSING else spell_value(value), "values": spell_type(hints[name])}
         for name, value in defaults.items()
@@ -335,7 +355,7 @@ def spell_value(value: Any) -> str:
 
 
 def first_line(thing: object) -> str:
-    """The first sentence of a docstring, without markup."""
+    """The first sentence of a docstring, up to a colon."""
     paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0]
-    sentence = re.split(r"(?<=[.:]) ", " ".join(paragraph.split()).replace("`", ""))[0]
+    sentence = re.split(r"(?<=[.:]) ", " ".join(paragraph.split()))[0]
     return sentence.rstrip(".:")
