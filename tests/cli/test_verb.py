@@ -165,6 +165,12 @@ def test_a_file_that_is_no_run_of_the_verb_is_refused(tmp_path: Path, text: str,
         (("search", "x", "--trials", "8"), "--trials 8: expected a file"),
         (("fit", "x", "-m", "scal-bias"), "'scale-bias'"),
         (("methods", "scal-bias"), "'scale-bias'"),
+        (("fit", "x", "--fit", "lr=0.1"), "no setting 'lr'. Write --set lr=0.1"),
+        (("search", "x", "--fit", "lr=0.1"), "no setting 'lr'. --fit takes"),
+        (("fit", "x", "--set", "epochs=3"), "no hyperparameter 'epochs'. Write --epochs 3"),
+        (("fit", "x", "--set", "cache=false"), "no hyperparameter 'cache'. Write --no-cache"),
+        (("profile", "x", "--set", "views=3"), "no hyperparameter 'views'. Write --fit views=3"),
+        (("fit", "bundled:digits", "-b", "bundled:tinny"), "Did you mean 'tiny'?"),
         (("fit", "x", "--fit", "label_smothing=1"), "Did you mean 'label_smoothing'?"),
     ],
 )
@@ -190,7 +196,10 @@ def test_methods_lists_every_method_its_hyperparameters_and_the_settings_of_a_fi
     listed = run("methods", "--json", tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()).keys() == set(METHODS)
     assert all(name in listed.out for name in METHODS)
-    assert {row["name"] for row in json.loads(run("methods", "scale-bias", "--json", "-").out)} >= {"lr", "head_lr"}
+    names = {row["name"] for row in json.loads(run("methods", "scale-bias", "--json", "-").out)}
+    assert names >= {"lr", "head_lr"}
+    assert "losses" not in names, "a command line cannot give them"
+    assert "or `last`, the last block" in run("methods", "subset").out
     rows = {row["name"]: row for row in json.loads(run("methods", "--settings", "--json", "-").out)}
     assert rows.keys() == set(FitSettings.__dataclass_fields__)
     assert rows["dtype"] == {"name": "dtype", "default": "float32", "values": "float32, float16, bfloat16, int8"}

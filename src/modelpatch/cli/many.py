@@ -49,7 +49,7 @@ def multitask(
     with joined() as team:
         console = Screen(json, quiet=not team.leads)
         make_folder("--log", log)
-        method = mp.methods.make_method(private or recipe.PRIVATE, **opt.parse_pairs(set_, "--set"))
+        method = opt.make_method(private or recipe.PRIVATE, set_)
         common = mp.methods.make_method(shared or recipe.SHARED)
         settings = training.settings(augment=augment, dtype=dtype)
         recipe.check_joint_settings(settings)
@@ -137,7 +137,7 @@ def paint(
     mixture: dict[str, Any] = {"mode": mode, "mixing": mixing, "rule": rule, "norms": norms, "naive": naive}
     mixture |= {"steps": steps, "trials": trials, "refit": refit, "orders": orders, "interpolate": interpolate}
     common: dict[str, Any] = {"exploration": PaintSettings(**mixture, validation=validation)}
-    common |= {"method": mp.methods.make_method(Paint.name, **opt.parse_pairs(set_, "--set")), **training.settings()}
+    common |= {"method": opt.make_method(Paint.name, set_), **training.settings()}
     tasks = [mp.load_task(one, seed=training.seed) for one in data]
     kept = [mp.load_task(one, seed=training.seed) for one in supported]
     target = file.path(joint_task([task.task for task in tasks]).name)
@@ -192,7 +192,7 @@ def multires(
     pixels = opt.parse_counts("--resolutions", resolutions)
     if training.image_size is not None:
         raise TrainingError("--image-size is given beside --resolutions. Give the latter alone.")
-    method = mp.methods.make_method(METHOD.name, **{"statistics": METHOD.statistics, **opt.parse_pairs(set_, "--set")})
+    method = opt.make_method(METHOD.name, set_, statistics=METHOD.statistics)
     settings: dict[str, Any] = training.settings()
     task = mp.load_task(data, seed=training.seed)
     base = network.open()

@@ -15,7 +15,8 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli.console import check_file, check_out
-from modelpatch.cli.verb import option
+from modelpatch.cli.runs import CURRENT
+from modelpatch.cli.verb import option, spell_option, spell_setting
 from modelpatch.errors import (
     BackboneError,
     CascadeError,
@@ -75,6 +76,20 @@ def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
         except ValueError:
             result[key] = value
     return result
+
+
+def make_method(spec: str, pairs: list[str] | None, **defaults: Any) -> mp.methods.Method:
+    """The method with the hyperparameters of --set over `defaults`. Raises `MethodError`, also for a setting of the fit."""
+    given = parse_pairs(pairs, "--set")
+    for key, value in given.items():
+        if advice := spell_setting(key, value, _taken() - {"set_"}):
+            raise MethodError(f"{spec} has no hyperparameter {key!r}.{advice}")
+    return mp.methods.make_method(spec, **{**defaults, **given})
+
+
+def _taken() -> set[str]:
+    """The names of the parameters of the verb that runs."""
+    return set() if (run := CURRENT.get()) is None else set(run[1])
 
 
 def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
@@ -306,7 +321,7 @@ class Training:
     """The settings of a fit, the same for all verbs that train."""
 
     panel: ClassVar[str] = "Training"
-    epochs: int = option(10, help="Passes over the training images, 1 or more, equal for all candidates.")
+    epochs: int = option(10, help="Passes over the training images, 1 or more.")
     batch_size: int = option(32, help="Images a step, 1 or more.")
     image_size: int | None = option(None, help="Pixels; by default the backbone's.")
     seed: SeedOption = 0
@@ -326,11 +341,10 @@ class Training:
         others = [name for name in FitSettings.__dataclass_fields__ if name not in own]
         for key, value in given.items():
             if key in own:
-                option = key.replace("_", "-")
-                right = f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}"
+                right = spell_option(key, value)
                 raise TrainingError(f"--fit {key}=... is not taken, since {key} has an option of its own: {right}")
             if key not in others:
-                hint = nearest(key, others)
+                hint = spell_setting(key, value, _taken()) or nearest(key, others)
                 raise TrainingError(f"fit has no setting {key!r}.{hint} --fit takes: {', '.join(others)}.")
         return {**own, **given}
 

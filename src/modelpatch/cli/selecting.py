@@ -123,7 +123,7 @@ def profile(
     """
     from modelpatch.select.study import profile as run_profile
 
-    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+    made = opt.make_method(method, set_)
     counts = [] if sizes is None else opt.parse_counts("--sizes", sizes)
     if counts and (study.images is not None or pairs):
         raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
@@ -169,7 +169,7 @@ def select(
     from modelpatch.select.greedy import select as run_select
 
     limits.warn(console)
-    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+    made = opt.make_method(method, set_)
     settings: dict[str, Any] = {"rule": rule, "start": start, "epsilon": epsilon, "warm_start": warm_start}
     candidates = tuple(name.strip() for name in among.split(",")) if among else ()
     greedy = Greedy(**settings, halving=halving, candidates=candidates, stages=stages, ends=ends)
@@ -262,7 +262,7 @@ def label(
         raise ModelpatchError("--simulate trains patches and lists nothing: leave --patch, --out and --sheet out.")
     if simulate_ is None and (plot or rounds or seeds > 1):
         raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
-    made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+    made = opt.make_method(method, set_)
     settings = training.settings()
     network = opt.Network(backbone or "bundled:tiny", argument, device)
     task = mp.load_task(data, seed=training.seed)

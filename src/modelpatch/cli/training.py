@@ -1,5 +1,6 @@
 """Verbs that train: `fit`, `compare` and `demo`; and `methods`, the list of what `fit` can do."""
 
+import inspect
 import shlex
 import shutil
 import sys
@@ -61,7 +62,7 @@ def fit(
     with joined() as team:
         console = Screen(json, quiet=not team.leads)
         make_folder("--log", log)
-        made = mp.methods.make_method(method, **opt.parse_pairs(set_, "--set"))
+        made = opt.make_method(method, set_)
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
         facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "ignore": ignore}
         task = join_tasks([mp.load_task(one, seed=training.seed, **facts) for one in data])
@@ -176,7 +177,7 @@ def methods(
         kind, title = FitSettings, "settings of a fit: an option, or --fit KEY=VALUE"
     else:
         kind, title = type(mp.methods.make_method(name)), f"hyperparameters of {name}: --set KEY=VALUE"
-        console.tell(tables.first_line(kind))
+        console.tell(f"{inspect.getdoc(kind)}\n")
     rows = tables.describe_fields(kind)
     console.show(tables.new_table(title, texts=tuple(rows[0]), rows=[list(row.values()) for row in rows]))
     console.write_json(rows)

@@ -5,7 +5,7 @@ imports torch: the work's imports stand in the body of the verb.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import field, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -150,11 +150,29 @@ def _parameter(name: str, hint: Any, default: Any, title: str) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _advice(command: Verb, option: str, words: list[str]) -> str:
-    """The nearest option, or the spelling of a setting that was given as an option; empty if there is neither."""
+def spell_option(name: str, value: Any) -> str:
+    """An option with a value as a command line gives it: `--batch-size 8`, `--no-cache`."""
+    name = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+
+
+def spell_setting(key: str, value: Any, taken: Collection[str]) -> str:
+    """Advice for a setting that was given in the wrong way; empty if no parameter that the verb has `taken` sets it."""
     from modelpatch.methods.registry import METHODS
     from modelpatch.train.settings import FitSettings
 
+    if owners := sorted(name for name, kind in METHODS.items() if key in kind.__dataclass_fields__):
+        known = ", ".join(owners[:3]) + (", ..." if len(owners) > 3 else "")
+        return f" Write --set {key}={value}: it is a hyperparameter of methods ({known})." if "set_" in taken else ""
+    if key not in FitSettings.__dataclass_fields__:
+        return ""
+    if key in taken:
+        return f" Write {spell_option(key, value)}: it is a setting of fit."
+    return f" Write --fit {key}={value}: it is a setting of fit." if "option" in taken else ""
+
+
+def _advice(command: Verb, option: str, words: list[str]) -> str:
+    """The nearest option, or the spelling of a setting that was given as an option; empty if there is neither."""
     if hint := nearest(option, [known for one in command.params for known in (*one.opts, *one.secondary_opts)], 0.8):
         return hint
     taken = {parameter.name for parameter in command.params}
@@ -162,11 +180,4 @@ def _advice(command: Verb, option: str, words: list[str]) -> str:
     inline = "".join(words[place : place + 1]).partition("=")[2]
     after = [word for word in words[place + 1 : place + 2] if not word.startswith("-")]
     key = option.strip("-").replace("-", "_")
-    value = inline or "".join(after) or "VALUE"
-    owners = sorted(name for name, kind in METHODS.items() if key in kind.__dataclass_fields__)
-    if "set_" in taken and owners:
-        known = ", ".join(owners[:3]) + (", ..." if len(owners) > 3 else "")
-        return f" Write --set {key}={value}: it is a hyperparameter of methods ({known})."
-    if "option" in taken and key in FitSettings.__dataclass_fields__:
-        return f" Write --fit {key}={value}: it is a setting of fit."
-    return ""
+    return spell_setting(key, inline or "".join(after) or "VALUE", taken)

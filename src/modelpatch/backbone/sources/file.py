@@ -12,6 +12,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.sources.timm import TimmSource
 from modelpatch.errors import BackboneError, UnknownBackboneError
+from modelpatch.text import nearest
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -36,7 +37,8 @@ class BundledSource(BackboneSource):
         bundled = {asset.stem: asset for asset in sorted(ASSETS.glob("*.safetensors"))}
         if name not in bundled:
             have = ", ".join(f"bundled:{stem}" for stem in bundled)
-            raise UnknownBackboneError(f"the package bundles no backbone {name[:80]!r}. It has: {have}.")
+            hint = nearest(name[:80], bundled)
+            raise UnknownBackboneError(f"the package bundles no backbone {name[:80]!r}.{hint} It has: {have}.")
         return build_file(bundled[name], f"bundled:{name}", arguments)
 
 
