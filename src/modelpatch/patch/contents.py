@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -118,9 +119,11 @@ class Patch:
     @classmethod
     def load(cls, path: str | Path) -> "Patch":
         """Read a patch file. Raises a `PatchFileError` that names what can be seen to be wrong without the backbone."""
+        if not isinstance(path, str | PathLike):
+            raise NotAPatchError(f"{path!r:.200} is no path. Expected that of a patch file.")
         try:
             data = Path(path).read_bytes()
-        except (OSError, TypeError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
         return decode_patch(data, str(path))
 

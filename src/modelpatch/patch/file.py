@@ -47,6 +47,7 @@ MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows 
 ZEROS = "0" * 64
 Tensors = Mapping[str, Tensor]
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
+FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
 MODULE = "module"  # the kind of a network that was given as a module
 
 
@@ -180,18 +181,23 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     for tensor_name in table:
         _check_name(tensor_name, STORED_NAME, name)
     try:
-        header = Header.model_validate_json(text, strict=True)
+        header = Header.model_validate(_with_tuples(described), strict=True)
     except ValidationError as error:
         kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
         raise kind(f"{name}: the header's {first_problem(error)}.") from error
+    except RecursionError as error:
+        raise InvalidPatchError(f"{name}: the header is nested deeper than can be read.") from error
     for tensor_name in header.codecs:
         _check_name(tensor_name, TENSOR_NAME, name)
     try:
         stored = safetensors.torch.load(bytes(data))
-        for tensor_name, tensor in stored.items():
-            _check_finite(tensor_name, tensor, name)
+    except safetensors.SafetensorError as error:
+        raise InvalidPatchError(f"{name}: safetensors does not read its table of tensors: {error}.") from error
+    for tensor_name, tensor in stored.items():
+        _check_finite(tensor_name, tensor, name)
+    try:
         tensors = unpack(stored, header.codecs, most)
-    except (ValueError, safetensors.SafetensorError) as error:
+    except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     outputs, classes = header.head.outputs, len(header.task.classes)
     if outputs != classes:
@@ -238,6 +244,13 @@ def _read_json(text: str | bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NotAPatchError(f"{name} is not a patch file: its header is not a JSON object.")
     return value
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples of the header's models; free fields keep theirs. Validating text would limit their depth."""
+    if isinstance(value, dict):
+        return {key: item if key in FREE else _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _check_table(table: dict[str, Any], payload: int, name: str) -> None:
