@@ -398,6 +398,14 @@ def test_modules_of_variants_stay_within_the_budget_and_the_most_recent_have_the
     assert engine.residency.evicted > 0
 
 
+def test_a_variant_larger_than_the_whole_budget_looks_at_no_other(
+    tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny, {"mask": draft_patch(tiny, Piggyback())}, tuning=PLAIN, budget=1)
+    monkeypatch.delattr(type(engine.residency), "nbytes")
+    use_often(engine, images)
+
+
 def test_eager_engines_make_modules_when_a_patch_is_added_lazy_ones_when_it_is_used(
     tiny: Backbone, images: Tensor
 ) -> None:

@@ -138,6 +138,8 @@ class Residency:
         Modules in the making are evicted as well: they find their reservation gone when they are ready.
         """
         needed = self._cost(part)
+        if needed > self.budget:  # asked at every use
+            return False
         free, victims = self.budget - self.nbytes, []
         for key, other in self._held.items():
             if free >= needed:
