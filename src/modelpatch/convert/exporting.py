@@ -29,6 +29,7 @@ from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.text import first_line
 
+MOST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf writes less than 2 GiB, the graph included
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 
 
@@ -95,9 +96,13 @@ def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
     onnx = require("onnx", "export", "The format onnx")
     require("onnxscript", "export", "The format onnx")  # torch.onnx needs it
     with _reported("torch.onnx", patch):
-        program = torch.onnx.export(
-            _trace(backbone, patch), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        traced = _trace(backbone, patch)
+    if (size := sum(tensor.nbytes for tensor in traced.state_dict.values())) > MOST_ONNX:
+        raise PatchError(
+            f"the model has {size:,} bytes of weights; a file of the format onnx holds {MOST_ONNX:,}. Use torch-export."
         )
+    with _reported("torch.onnx", patch):
+        program = torch.onnx.export(traced, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
         assert program is not None
         model = program.model_proto
     facts = {"task": patch.task.name, "classes": json.dumps(patch.task.classes)}
