@@ -456,6 +456,16 @@ def test_a_model_that_no_file_could_hold_is_refused(tiny: Backbone) -> None:
         ScaleBias().draft(tiny, 3).to_patch(("a", ["x", "y", "z"]), method=7)
 
 
+def test_a_model_whose_frozen_parameters_were_unfrozen_makes_no_patch() -> None:
+    backbone = make_tiny()
+    model = ScaleBias().build(backbone, 3)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    train_by_hand(model)
+    with pytest.raises(PatchError, match=r"of the backbone's tensors require gradients in this model, first parts\."):
+        model.to_patch(("a", ["x", "y", "z"]))
+
+
 def test_a_copy_of_a_model_has_tensors_of_its_own_and_the_same_backbone(tiny: Backbone) -> None:
     model = ScaleBias().draft(tiny, 3)
     twin = copy.deepcopy(model)

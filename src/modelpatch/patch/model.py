@@ -43,6 +43,7 @@ class PatchedModel(nn.Module):
 
     learned_statistics = False
     gradient_checkpointing = False
+    _open: frozenset[str] = frozenset()  # weights of the backbone that are trained on purpose, for several tasks
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
         super().__init__()
@@ -93,6 +94,7 @@ class PatchedModel(nn.Module):
                 self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
             index = end
         self.names |= {f"head.{name}": f"head.{name}" for name in head.state_dict()}
+        self._open = frozenset(self._unfrozen())
 
     @torch.no_grad()
     def try_grafts(self) -> None:
@@ -193,6 +195,12 @@ class PatchedModel(nn.Module):
         record = getattr(self.head, "record", None)
         if not isinstance(record, HeadRecord):
             raise PatchError(f"the model's head, a {type(self.head).__name__}, has no record to store it under.")
+        if unfrozen := self._unfrozen():
+            raise PatchError(
+                f"{len(unfrozen)} of the backbone's tensors require gradients in this model, first {unfrozen[0]}; a patch "
+                "does not store them, and training writes to the backbone. Load the backbone again, leave frozen parameters "
+                "frozen, and choose a method that owns what is to be trained."
+            )
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
         seen, facts = preprocessing or self.preprocessing, {"method": method, "metrics": metrics, "created": created}
         return Patch.of(self.backbone, task, record, tensors, grafts=self.blueprint.grafts, preprocessing=seen, **facts)
@@ -277,6 +285,12 @@ class PatchedModel(nn.Module):
             for parameter in self.get_submodule(path).parameters():
                 if parameter.requires_grad:
                     yield f"mask/{name}", parameter
+
+    def _unfrozen(self) -> list[str]:
+        """Parameters that require gradients though no patch stores them and they were frozen when the model was built."""
+        stored = {id(parameter) for parameter in (*(own for _, own in self.trainable()), *self.head.parameters())}
+        asking = [name for name, tensor in self.named_parameters() if tensor.requires_grad and id(tensor) not in stored]
+        return [name for name in asking if name not in self._open]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training may change, under the names it has here; more exact than `tensors` for masks."""
