@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import dataclass
@@ -187,6 +188,16 @@ def test_a_quiet_run_prints_its_errors_alone(run: Run, folder: Path, patches: di
     refused = run("verify", "-q", folder / "test" / "red" / "000.png", tmp_path / "missing")
     assert (refused.code, refused.out) == (1, "")
     assert run("inspect", patches["linear-probe"]).out != "", "the next command is not quiet"
+
+
+def test_a_full_disk_is_named_by_whatever_finds_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("modelpatch.report.tables.new_table", fail)
+    stopped = run("methods")
+    assert stopped.code == 1
+    assert stopped.err == "error: the disk has no room left. Make room and give the same command again.\n"
 
 
 # methods ----------------------------------------------------------------------------------------------------

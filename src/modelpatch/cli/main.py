@@ -3,6 +3,7 @@
 A verb's module is imported when the verb is asked for; the help of the command itself needs this file alone.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -122,6 +123,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("MODELPATCH_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            _say("red", "error", f"the disk has no room left{where}. Make room and give the same command again.")
+            sys.exit(1)
         detail = f"{type(error).__name__}: {error}".rstrip(": ")
         _say("red", "error", f"{detail}. This was not foreseen; MODELPATCH_TRACEBACK=1 shows where it happened.")
         sys.exit(1)

@@ -26,7 +26,10 @@ Row = dict[str, float]
 
 @contextmanager
 def figure(path: Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Yield axes to draw on, an array of them if there are several; on leaving, add legends and write the picture."""
+    """Yield axes to draw on, an array of them if there are several; on leaving, add legends and write the picture.
+
+    Raises `MissingExtraError` without matplotlib, `ModelpatchError` where the picture cannot be written.
+    """
     figures = require("matplotlib.figure", "plots", "Drawing a picture", "matplotlib")
     drawing = figures.Figure(figsize=(width, height), layout="constrained")
     axes = drawing.subplots(rows, columns)
