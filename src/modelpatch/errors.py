@@ -1,6 +1,8 @@
 """Errors and warnings for users. Each message says what was given, what was expected and what to do."""
 
 import importlib
+import sys
+import warnings
 from typing import Any
 
 
@@ -164,3 +166,22 @@ def require(module: str, extra: str, purpose: str, library: str = "") -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise MissingExtraError(library or module, extra, purpose) from None
+
+
+def warn_caller(
+    text: str,
+    category: type[Warning] = TrainingWarning,
+    inside: tuple[str, ...] = ("modelpatch.", "torch.", "contextlib", "functools"),
+) -> None:
+    """Warn at the line that called into the library: the innermost outside of modules whose names begin so."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(inside):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        text,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )

@@ -6,7 +6,6 @@ Every folder's `__init__.py` is a face: its `__init__.pyi` lists public names, w
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -14,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import lazy_loader
+
+from modelpatch.errors import warn_caller
 
 PLACES: dict[str, dict[str, str]] = {  # by old place and new folder: names, OLD=NEW for those that changed
     "modelpatch": {
@@ -87,17 +88,8 @@ class MovedModules(Loader):
 
 def _warn(old: str, new: str) -> None:
     """Warn at the line outside of this file and of importlib that used the old name."""
-    frame: Any = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("importlib", __name__)):
-        frame = frame.f_back
-    warnings.warn_explicit(
-        f"{old} is {new} now; the old name goes with the next version",
-        DeprecationWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        frame.f_globals.get("__name__"),
-        frame.f_globals.setdefault("__warningregistry__", {}),
-    )
+    text = f"{old} is {new} now; the old name goes with the next version"
+    warn_caller(text, DeprecationWarning, ("importlib", __name__))
 
 
 if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):

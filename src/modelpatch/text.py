@@ -28,6 +28,12 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def brief(value: Any) -> str:
+    """A value as it is written, or its type where that takes more than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"the {type(value).__name__}"
+
+
 def check_printable(text: str) -> str:
     """Raise ValueError for control, bidirectional-override and other unprintable characters."""
     if not text.isprintable():

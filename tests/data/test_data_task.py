@@ -71,7 +71,7 @@ def test_folders_without_a_test_split_are_split_by_the_seed(image_folder: Path) 
     assert len(first.train) + len(first.test) == 24
     assert (split_seed(first.facts), split_seed(other.facts)) == (0, 1)
     assert split_seed({"test_split": "stratified 20%, seed 7"}) == 7  # files of the first edition
-    assert first.task.name == "train"
+    assert first.task.name == image_folder.name  # not that of the split
     assert load_task(image_folder / "train", name="mine").task.name == "mine"
 
 

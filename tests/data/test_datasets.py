@@ -145,7 +145,7 @@ def test_an_image_folder_brings_its_classes_labels_and_transform(tmp_path: Path)
     root = write_folder(tmp_path / "colors")
     folders = [ImageFolder(str(root / split), transform=v2.Grayscale(3)) for split in ("train", "test")]
     task = Task.from_datasets(*folders)
-    assert (task.classes, task.task.name) == (tuple(sorted(CLASSES)), "train")
+    assert (task.classes, task.task.name) == (tuple(sorted(CLASSES)), "colors")
     assert task.train.labels_known
     assert np.array_equal(task.train.labels, load_task(root).train.labels)
     pixels = np.asarray(open_image(task.train.images[0]))
@@ -295,12 +295,26 @@ def test_a_stream_is_shuffled_where_it_is_trained_on_and_begins_anew_where_it_en
     assert torch.equal(ordered.sum((1, 2, 3)).sort().values, drawn.sum((1, 2, 3)).sort().values)
 
 
+def test_a_stream_without_test_images_is_told_to_bring_some() -> None:
+    with pytest.raises(DataError, match=r"Stream is a stream, from which no test images can be cut\. Give some: test="):
+        Task.from_datasets(Stream(color_task().train), classes=CLASSES)
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(len(data)))])
+def test_a_task_is_not_named_as_a_split(wrap: Callable[[Any], Any], image_folder: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    train = wrap(datasets.ImageFolder(str(image_folder / "train")))
+    assert Task.from_datasets(train, train).task.name == image_folder.name
+    assert load_task(train).task.name == load_task(image_folder / "train").task.name == image_folder.name
+
+
 def test_a_stream_of_unknown_length_is_counted_when_that_is_asked_for() -> None:
     task = make_task(Stream)
     assert repr(task) == "Task('colors', 3 classes, ? train, ? test)"
     before = task.train.digest
-    with pytest.warns(TrainingWarning, match="read once to count its images. Give length=N"):
+    with pytest.warns(TrainingWarning, match="read once to count its images. Give length=N") as told:
         assert len(task.train) == 24
+    assert told[0].filename == __file__  # the user's line, not one of the library
     assert make_task(Stream).train.digest == before
 
 

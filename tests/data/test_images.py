@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import color_task
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation, choose_augmentation
-from modelpatch.data.images import ImageStore, allocate
-from modelpatch.data.splits import Split
+from modelpatch.data.images import ImageStore, Reader, allocate
+from modelpatch.data.splits import Split, count_workers
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError, TrainingError
+from modelpatch.tasks.detection import Boxes
+from modelpatch.tasks.kind import Target
+from modelpatch.tasks.segmentation import PixelMask
 
 GENEROUS = 2**30
 PLAIN = Preprocessing(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.8)
@@ -120,3 +125,36 @@ def test_auto_never_flips_small_pictures_and_does_flip_photos() -> None:
     assert choose_augmentation("auto", photo) is AUGMENTATIONS["standard"]
     assert choose_augmentation("none", photo) is AUGMENTATIONS["none"]
     assert not AUGMENTATIONS["light"].flip
+
+
+# threads ----------------------------------------------------------------------------------------------------
+
+
+class NoTorch(TorchDispatchMode):
+    """A context in which no torch operation may run in this thread but the wrapping of an array, which computes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.lift_fresh.default:
+            return func(*args)
+        raise AssertionError(f"{func} would start OpenMP helpers in a thread that decodes")
+
+
+MASK = PixelMask(np.zeros((20, 30), dtype=np.uint8), np.arange(256, dtype=np.int16))
+BOXES = Boxes(np.array([[1.0, 2.0, 9.0, 8.0]]), np.array([0]), np.array([False]))
+
+
+@pytest.mark.parametrize("target", [None, MASK, BOXES], ids=["class", "mask", "boxes"])
+def test_threads_decode_without_torch(target: Target | None) -> None:
+    images, labels = [Image.new("RGB", (30, 20))], np.zeros(1, dtype=np.int64)
+    reader = Reader(Split(images, labels, None if target is None else [target]), PLAIN, None)
+    assert reader.threaded
+    with NoTorch():
+        assert reader.read(0)[0].shape == (3, 20, 20)
+
+
+def test_processes_read_where_the_user_asks_for_them_or_threads_cannot() -> None:
+    split = Split([Image.new("RGB", (8, 8))] * 1000, np.zeros(1000, dtype=np.int64))
+    assert count_workers(split, threaded=True) == 0
+    assert count_workers(split) >= 1
+    split.workers = 3
+    assert count_workers(split, threaded=True) == 3

@@ -31,7 +31,7 @@ from modelpatch.train import Callback, Trainer, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import evaluate, logits_of
 from modelpatch.train.fitting import PatchTrainer
-from modelpatch.train.settings import FitSettings
+from modelpatch.train.settings import FitOptions, FitSettings
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,35 @@ def test_names_in_place_of_a_backbone_or_data_are_refused(backbone: Backbone, co
         fit("bundled:tiny", colors, ScaleBias())  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"'flowers/' is not a task's data\. Load it first"):
         fit(backbone, "flowers/", ScaleBias())  # type: ignore[arg-type]
+
+
+class Wordy:
+    """A data set whose repr takes several lines, as torchvision's do."""
+
+    def __repr__(self) -> str:
+        return "Dataset Wordy\n    Number of datapoints: 5\n    Root location: flowers"
+
+
+def test_a_data_set_alone_is_named_by_its_type(backbone: Backbone) -> None:
+    with pytest.raises(DataError, match=r"^the Wordy is not a task's data\. .*from_datasets\(train, test\).* pair"):
+        fit(backbone, Wordy(), ScaleBias())  # type: ignore[arg-type]
+
+
+def test_options_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        FitOptions(torch.optim.SGD)  # type: ignore[misc]
+
+
+def test_class_weights_of_the_users_are_those_of_the_loss(backbone: Backbone, colors: Task) -> None:
+    weights = [1.0, 2.0, 3.0]
+    given = fit(backbone, colors, LinearProbe(), epochs=1, class_weights=weights)
+    loss = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights))
+    assert equal(given, fit(backbone, colors, LinearProbe(), epochs=1, loss=loss))
+    assert not equal(given, fit(backbone, colors, LinearProbe(), epochs=1))
+    with pytest.raises(TrainingError, match=r"class_weights has 2 numbers; colors has 3 classes"):
+        fit(backbone, colors, LinearProbe(), class_weights=[1, 2])
+    with pytest.raises(TrainingError, match=r"class_weights = \[1, -1, 1\] is not valid: .*greater than 0"):
+        fit(backbone, colors, LinearProbe(), class_weights=[1, -1, 1])
 
 
 class ToOnePixel(nn.Module):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from modelpatch.errors import UntraceableBackboneError
 from modelpatch.text import first_line
@@ -126,6 +127,11 @@ def trace_calls(module: nn.Module) -> fx.Graph:
     targets = [str(node.target) for node in nodes if node.op == "call_module"]
     opened = {ROOT, *(f"{ROOT}.{name}" for name in targets if has_children(module.get_submodule(name)))}
     return _run(_Tracer(lambda m, name: name not in opened), module)
+
+
+def trace_layers(module: nn.Module) -> fx.Graph:
+    """The graph of `module(x)` as `trace_calls` has it, down to norms and modules without children."""
+    return _run(_Tracer(lambda m, name: isinstance(m, _BatchNorm) or not has_children(m)), module)
 
 
 def _run(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:

@@ -180,8 +180,8 @@ class Images:
     def read(self, batches: Sequence[Tensor], view: View | None, first: int = 0) -> Iterator[Pixels]:
         """The decoded images of every batch of rows from number `first` on, read ahead in processes or threads if many."""
         reader, batches = Reader(self.split, self.preprocessing, view), batches[first:]
-        workers = count_workers(self.split) if len(batches) > 1 else 0
-        if reader.threaded and not (workers and self.split.workers):
+        workers = count_workers(self.split, reader.threaded) if len(batches) > 1 else 0
+        if reader.threaded and not workers:
             return _read_in_threads(reader, batches)
         return load(reader, workers, sampler=batches)
 

@@ -7,7 +7,6 @@ import hashlib
 import multiprocessing
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, replace
@@ -21,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from modelpatch.backbone.preprocessing import ImageSource, image_bytes, open_image
 from modelpatch.data.samples import LABEL_KEYS, SampleForm, to_label
 from modelpatch.data.seeding import seeded
-from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.kind import Target
 
 SAMPLED = 64  # images that a digest is made of
@@ -36,7 +35,7 @@ class Split:
 
     Images of dense tasks have `targets` instead; their labels are zeros, so that stratified splits of them are random ones.
     `transform` is applied to images, and to the targets of dense tasks, when they are trained on. `workers` is the number of
-    processes that decode them, chosen by the number of images where it is None.
+    processes that decode them; where it is None, threads do, or with a transform processes for many images.
     """
 
     is_stream = False
@@ -215,11 +214,9 @@ class StreamSplit(FormedSplit):
 
     def __len__(self) -> int:
         if self.length is None:
-            warnings.warn(
+            warn_caller(
                 f"{self.form.source} is a stream of unknown length, and is read once to count its images. Give length=N to "
-                "avoid this.",
-                TrainingWarning,
-                stacklevel=2,
+                "avoid this."
             )
         return len(self.labels) if self.size is None else self.size
 
@@ -285,12 +282,15 @@ def content(sample: Sample) -> bytes:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes() + kept).digest()
 
 
-def count_workers(split: Split) -> int:
-    """The number of processes that read a split: as the user says; none for few images, else one a core, at most four."""
+def count_workers(split: Split, threaded: bool = False) -> int:
+    """The number of processes that read a split: as the user says, by default none beside threads or for few images, else one
+    a core, at most four."""
     if multiprocessing.current_process().daemon:  # which may start none
         return 0
     if split.workers is not None:
         return split.workers
+    if threaded:
+        return 0
     if isinstance(split, StreamSplit):
         return min(4, os.cpu_count() or 1, getattr(split.dataset, "num_shards", 1))
     return min(4, os.cpu_count() or 1) if len(split) >= 1000 else 0

@@ -4,7 +4,6 @@ A seeded stratified test split is cut from the training images of a source that 
 joint patches, of `join_tasks`, for tasks that are known together, with images of an unknown task.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from modelpatch.data.sources.base import Found, SourceOptions, read_source
-from modelpatch.data.sources.datasets import describe, is_dataset, read_datasets
+from modelpatch.data.sources.datasets import describe, is_dataset, name_of, read_datasets
 from modelpatch.data.splits import Split, Transform, check_seed, drawn, join_splits, split_seed, stratified
-from modelpatch.errors import DataError
+from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
@@ -38,10 +37,9 @@ class Task:
     def __new__(cls, *given: Any, **fields: Any) -> Any:
         """Support `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
         if "name" in fields and not given:
-            warnings.warn(
+            warn_caller(
                 "Task(name=..., classes=...) is deprecated; use modelpatch.tasks.TaskRecord for a task without data.",
                 DeprecationWarning,
-                stacklevel=2,
             )
             return TaskRecord(**fields)
         return super().__new__(cls)
@@ -77,7 +75,7 @@ class Task:
         given = {"train": train, "test": test, "validation": validation}
         options = SourceOptions(kind, classes, ignore)
         found = read_datasets({key: one for key, one in given.items() if one is not None}, options, workers, length)
-        task = _assemble(found, name or describe(train), describe(train), seed)
+        task = _assemble(found, name or name_of(train), describe(train), seed)
         return task.with_transform(transform)
 
     @property
@@ -153,7 +151,7 @@ def load_task(
     options = SourceOptions(kind, classes, ignore)
     if is_dataset(source):
         splits = source if isinstance(source, Mapping) else {"train": source}
-        text = stem = describe(splits.get("train"))
+        text, stem = describe(splits.get("train")), name_of(splits.get("train"))
         found = read_datasets(splits, options, None, None)
     elif not isinstance(source, str | Path) or not str(source):
         raise DataError(
@@ -253,6 +251,10 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     facts: dict[str, Any] = {"source": source.rstrip("/").rsplit("/", 1)[-1]}
     train = splits["train"]
     if "test" not in splits and seed is not None:
+        if train.is_stream:
+            raise DataError(
+                f"{source} is a stream, from which no test images can be cut. Give some: test=... of from_datasets."
+            )
         keep, held = stratified(train.labels, TEST_FRACTION, seed)
         if not len(held):
             raise DataError(f"{source} has one image a class, and no test split. Add images.")

@@ -52,7 +52,8 @@ class Boxes(Target):
         size = np.array([width, height] * 2) / preprocessing.image_size
         corners = (self.corners - np.array([left, top] * 2)) / size + _edge(preprocessing)
         labels, difficult = torch.from_numpy(self.labels), torch.from_numpy(self.difficult)
-        return {"boxes": torch.from_numpy(corners).float(), "labels": labels, "difficult": difficult}
+        boxes = torch.from_numpy(corners.astype(np.float32))
+        return {"boxes": boxes, "labels": labels, "difficult": difficult}
 
     @staticmethod
     def batch(framed: Sequence[Objects], preprocessing: Preprocessing, matrices: Tensor | None) -> list[Objects]:

@@ -36,7 +36,10 @@ class Target(ABC):
 
     @abstractmethod
     def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Any:
-        """The target in pixels of the framed image, `resize_to` a side. `image` is upright and in its own size."""
+        """The target in pixels of the framed image, `resize_to` a side. `image` is upright and in its own size.
+
+        Threads call it: whatever is computed is left to NumPy, as torch would give each of them OpenMP helpers.
+        """
 
     @staticmethod
     @abstractmethod
@@ -115,6 +118,7 @@ class Kind(ABC):
     """A kind of task. Instances have no state; `kind_of` returns the one of a name.
 
     `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
+    `meter_type` is the class that measures them.
     `target` is the type of targets that belong to places in the image, None where they are class indices. `draws` says that
     answers are shown as pictures. `framing` is how images become squares where no setting says so, None as the backbone's own.
     `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades, selection, PAINT and
@@ -137,6 +141,13 @@ class Kind(ABC):
     libraries: ClassVar[Sequence[str]] = ()
     weighs_classes: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        """Raises TypeError for a kind that could not be measured once it is trained."""
+        if not hasattr(self, "meter_type") or hasattr(self, "make_meter"):
+            raise TypeError(
+                f"{type(self).__name__} needs `meter_type`, the class of its Meter, in place of `make_meter`."
+            )
 
     @property
     def metric(self) -> str:

@@ -8,7 +8,6 @@ checkpoint to the same patch.
 """
 
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,14 +27,14 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import choose_augmentation
 from modelpatch.data.images import NO_AUGMENTATION, pieces
 from modelpatch.data.task import Task
-from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, TrainingWarning
+from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, warn_caller
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.tasks.kind import Kind, balance, kind_of
-from modelpatch.text import digest_of
+from modelpatch.text import brief, digest_of
 from modelpatch.train.batches import Minibatch, place
 from modelpatch.train.callbacks import (
     CheckpointSaver,
@@ -104,7 +103,15 @@ def fit(
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
     options = FitOptions(
-        optimizer, scheduler, schedule_every, loss, transform, accumulate, monitor, ema, checkpoint_activations
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule_every=schedule_every,
+        loss=loss,
+        transform=transform,
+        accumulate=accumulate,
+        monitor=monitor,
+        ema=ema,
+        checkpoint_activations=checkpoint_activations,
     )
     chosen = check_settings(settings)
     callbacks = check_callbacks(callbacks, Callback)
@@ -130,15 +137,18 @@ def fit(
 def check_parts(backbone: Any, data: Any, method: Any) -> tuple[Backbone, Task, Method]:
     """Return the three parts of a fit, a method's spelling read. Raises the error of what is none of them."""
     if not isinstance(backbone, Backbone):
-        raise TrainingError(f"{backbone!r} is not a backbone. Load it first: mp.load_backbone(...).")
+        raise TrainingError(f"{brief(backbone)} is not a backbone. Load it first: mp.load_backbone(...).")
     if isinstance(data, tuple):
         data = Task.from_datasets(*data)
     if not isinstance(data, Task):
-        raise DataError(f"{data!r} is not a task's data. Load it first: mp.load_task(...).")
+        raise DataError(
+            f"{brief(data)} is not a task's data. Load it first: mp.load_task(...), or mp.Task.from_datasets(train, test) for "
+            "data sets, which a pair (train, test) stands for."
+        )
     if isinstance(method, str):
         method = make_method(method)
     if not isinstance(method, Method):
-        raise MethodError(f"{method!r} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
+        raise MethodError(f"{brief(method)} is not a method. Expected one like ScaleBias(lr=0.003), or its spelling.")
     return backbone, data, method
 
 
@@ -169,6 +179,11 @@ class Fit:
         self.kind = kind_of(data.task.kind)
         self.kind.check_libraries()
         self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
+        if isinstance(settings.class_weights, tuple) and len(settings.class_weights) != len(data.classes):
+            given, expected = len(settings.class_weights), len(data.classes)
+            raise TrainingError(
+                f"class_weights has {given} numbers; {data.task.name} has {expected} classes. Give one for each."
+            )
         self.preprocessing = preprocessing or settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation = choose_augmentation(settings.augment, self.data.train)
@@ -231,11 +246,10 @@ class Fit:
         """Warn of rates that are too high or too low for a number of steps."""
         reach = sum(self.settings.factor(step, total) for step in range(total))
         if warning := self.method.warn(reach):
-            warnings.warn(f"{self.method.name}: {warning}", TrainingWarning, stacklevel=6)
+            warn_caller(f"{self.method.name}: {warning}")
         if self.method.head_lr > self.kind.head_rate:
             rate = f"head_lr={self.method.head_lr:g}, the rate for linear heads. Set head_lr=0.001"
-            text = f"the head of a {self.kind.name} task learns little at {rate}."
-            warnings.warn(text, TrainingWarning, stacklevel=6)
+            warn_caller(f"the head of a {self.kind.name} task learns little at {rate}.")
 
     # data ---------------------------------------------------------------------------------------------------------
 
@@ -275,6 +289,8 @@ class Fit:
         """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
         if self.settings.class_weights == "none":
             return None
+        if isinstance(self.settings.class_weights, tuple):
+            return torch.tensor(self.settings.class_weights, device=self.device)
         labels: Iterable[Any] = [torch.from_numpy(self.data.train.labels)]
         if self.data.train.dense:
             labels = (targets for _, targets in self.source.images("train").plain_batches())

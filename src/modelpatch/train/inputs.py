@@ -10,7 +10,7 @@ one pass, for many fits: those of a selection train different parts, on differen
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -23,6 +23,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.trace import trace_layers
 from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning
 from modelpatch.data.augmentation import Augmentation
 from modelpatch.data.images import (
@@ -38,6 +39,7 @@ from modelpatch.data.images import (
 )
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
+from modelpatch.errors import UntraceableBackboneError
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import count_of
 from modelpatch.train.batches import Minibatch, place
@@ -337,7 +339,7 @@ class ImageRows(Images):
 
 @torch.no_grad()
 def fold_segment(segment: Segment) -> nn.Module:
-    """A frozen copy of the segment's module with its BatchNorm layers folded into the convolutions defined before them.
+    """A frozen copy of the segment's module with its BatchNorm layers folded into the convolutions that they alone read.
 
         BN(W x + b) = W' x + b'        W' = γ W / √(σ² + ε),  b' = γ (b - μ) / √(σ² + ε) + β
 
@@ -345,9 +347,9 @@ def fold_segment(segment: Segment) -> nn.Module:
     for what a patch is measured with. A plain clone where there is nothing to fold, or where it would not compute the same.
     """
     folded = copy.deepcopy(segment.module).requires_grad_(False).eval()
-    leaves = [(name, module) for name, module in folded.named_modules() if isinstance(module, nn.Conv2d | _BatchNorm)]
     found = False
-    for (conv_name, conv), (norm_name, norm) in itertools.pairwise(leaves):
+    for conv_name, norm_name in _pairs(folded):
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
         if type(conv) is not nn.Conv2d or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
         if norm.num_features == conv.out_channels:
@@ -355,6 +357,18 @@ def fold_segment(segment: Segment) -> nn.Module:
             folded.set_submodule(norm_name, nn.Sequential(*norm.children()))  # timm's layers hold an activation as well
             found = True
     return folded if found and _same(segment, folded) else clone_module(segment.module)
+
+
+def _pairs(module: nn.Module) -> Iterable[tuple[str, str]]:
+    """The names of layers of which the second alone reads the first; where tracing fails, in the order of their definition."""
+    try:
+        nodes = trace_layers(module).nodes
+    except UntraceableBackboneError:
+        layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | _BatchNorm)]
+        return itertools.pairwise(layers)
+    calls = [node for node in nodes if node.op == "call_module"]
+    followed = [(node.all_input_nodes[0], node) for node in calls if len(node.all_input_nodes) == 1]
+    return [(str(a.target), str(b.target)) for a, b in followed if a.op == "call_module" and len(a.users) == 1]
 
 
 def _same(segment: Segment, folded: nn.Module) -> bool:

@@ -30,6 +30,7 @@ def _split_names(given: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -44,10 +45,10 @@ class FitSettings:
     `framing` says how images become squares: cropped, stretched, or (auto) cropped for classification and stretched for dense
     tasks, which answer for the whole image. `decoder` names the head of a dense task, `taps` the segments whose outputs it
     reads. Dense tasks see a new view of every image in every epoch, without a cache.
-    `warmup` is the share of all steps with a rising learning rate. `class_weights="balanced"` weighs classes by the
-    inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have it. `dtype` is
-    how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept
-    in the patch's metrics.
+    `warmup` is the share of all steps with a rising learning rate. `class_weights` are one positive number a class, or
+    "balanced": the inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have
+    it. `dtype` is how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured
+    and kept in the patch's metrics.
     """
 
     epochs: PositiveInt = 10
@@ -65,7 +66,7 @@ class FitSettings:
     drops: tuple[Share, ...] = (2 / 3, 5 / 6)
     warmup: Share = 0.05
     label_smoothing: Share = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
+    class_weights: Literal["none", "balanced"] | tuple[PositiveFiniteFloat, ...] = "none"
     validation: Share = 0.0
     early_stopping: NonNegativeInt = 0
     clip: NonNegativeFloat = 0.0
@@ -96,7 +97,7 @@ class FitSettings:
         return 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """Options of `fit` that stand in place of a setting, or add to it (see `fit`)."""
 
@@ -142,8 +143,10 @@ def check_settings(values: dict[str, Any]) -> FitSettings:
     try:
         return TypeAdapter(FitSettings).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise TrainingError(f"{first['loc'][0]} = {first['input']!r} is not valid: {first['msg']}.") from error
+        errors = error.errors()
+        name = errors[0]["loc"][0]
+        problems = dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == name)  # one for each type it may have
+        raise TrainingError(f"{name} = {values[str(name)]!r} is not valid: {'; or: '.join(problems)}.") from error
 
 
 # arguments of a trainer --------------------------------------------------------------------------------------

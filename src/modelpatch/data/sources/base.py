@@ -103,14 +103,19 @@ class DataSource(ABC):
     def name_of(self, source: Any) -> str:
         """The name of the task where the user gives none."""
         path = Path(source).resolve()
-        name = path.stem if path.is_file() else path.name
-        return name if path.exists() else name.rpartition(":")[2]  # hf:NAME
+        return name_place(path) if path.exists() else path.name.rpartition(":")[2]  # hf:NAME
 
 
 SOURCES = Registry[type[DataSource]](
     "data source", "modelpatch.data", folder="modelpatch.data.sources", error=DataError
 )
 register_source = SOURCES.register
+
+
+def name_place(path: Path) -> str:
+    """The name of a folder or file, or of the folder above where that name is a split's."""
+    name = path.stem if path.is_file() else path.name
+    return path.parent.name or name if name in SPLITS else name
 
 
 def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:

@@ -5,7 +5,6 @@ Of `datasets`, an image column with a class label is a classification task, two 
 `objects` of `bbox` and `category` a detection task. Images are decoded when they are asked for.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.masks import make_segmentation, read_classes
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
-from modelpatch.errors import DataError, TrainingWarning, require
+from modelpatch.errors import DataError, require, warn_caller
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import kind_of
@@ -47,6 +46,13 @@ def describe(source: Any) -> str:
     root = getattr(source, "root", None)
     named = getattr(source, "builder_name", None) or (str(root).rstrip("/").rsplit("/", 1)[-1] if root else None)
     return str(named or type(source).__name__)
+
+
+def name_of(source: Any) -> str:
+    """A name for the task of a data set, as `describe` has it, but never a split's where the folder above has another."""
+    name = describe(source)
+    root = getattr(source, "root", None) or getattr(getattr(source, "dataset", None), "root", None)
+    return base.name_place(Path(root).resolve()) if root and name in base.SPLITS else name
 
 
 def read_datasets(
@@ -183,10 +189,8 @@ def _find_classes(
     if names is None:
         names = name_classes(_listed(data) or [to_label(split_item(item)[1]) for item in _items(data)])
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        warnings.warn(
-            f"{source} names no classes; its labels make {len(names)} of them: {shown}. Name them with classes=[...].",
-            TrainingWarning,
-            stacklevel=4,
+        warn_caller(
+            f"{source} names no classes; its labels make {len(names)} of them: {shown}. Name them with classes=[...]."
         )
     return tuple(names), None
 

@@ -3,7 +3,6 @@
 Names of classes are listed in `classes.txt` or `labels.txt`, one a line, or are given. The value 255 is never a class.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from modelpatch.backbone.preprocessing import ImageSource, find_images
 from modelpatch.data.sources.base import DataSource, Found, SourceOptions, register_source, split_folders
 from modelpatch.data.splits import Lazy, Split
-from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.segmentation import IGNORED, UNKNOWN, PixelMask, Segmentation, read_values
 
 MASK_FOLDERS = ("labels", "masks")
@@ -78,11 +77,9 @@ def read_classes(
         values = sorted({int(value) for mask in masks for value in np.unique(read_values(mask))} - ignored)
         classes = {value: str(value) for value in values}
         shown = ", ".join(classes.values())
-        warnings.warn(
+        warn_caller(
             f"{source} names no classes, so that each value of its masks is one: {shown}. Name them with --classes "
-            "(classes=[...]); a value that means nothing is left out with --ignore (ignore=N).",
-            TrainingWarning,
-            stacklevel=2,
+            "(classes=[...]); a value that means nothing is left out with --ignore (ignore=N)."
         )
     else:
         classes = {value: name for value, name in enumerate(names) if value not in ignored}
