@@ -31,9 +31,9 @@ from modelpatch.data.sources.base import SOURCES as DATA_SOURCES
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.heads.base import HEADS
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import METHODS
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.blueprint import GRAFTS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel

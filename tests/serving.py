@@ -30,8 +30,10 @@ import uvicorn
 from conftest import draft_patch, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.cascade import Cascade
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.serve.app import create_app
 from modelpatch.serve.client import Client

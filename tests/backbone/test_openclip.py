@@ -14,7 +14,8 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.sources.openclip import ImageTower
 from modelpatch.backbone.text_tower import SentenceEncoder, load_text
 from modelpatch.errors import BackboneError, MissingExtraError, PatchError, UnknownBackboneError
-from modelpatch.methods.subset import FullFinetune, Subset
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord
 from tolerance import close

@@ -18,12 +18,12 @@ from modelpatch.convert import exporting
 from modelpatch.convert.exporting import check_onnx, export
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune
 from modelpatch.methods.widened import Widened
 from tolerance import close
 

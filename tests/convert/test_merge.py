@@ -14,9 +14,10 @@ from modelpatch.convert import diff, merge
 from modelpatch.convert.merging import add, change_of, elect
 from modelpatch.errors import PatchError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.record import TaskRecord
 

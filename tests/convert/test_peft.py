@@ -31,9 +31,9 @@ from modelpatch.errors import (
     PatchError,
     WrongBackboneError,
 )
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.record import TaskRecord
 

@@ -27,8 +27,8 @@ from modelpatch.data.samples import name_classes, to_image, to_label
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, load_task
 from modelpatch.errors import DataError, TrainingWarning
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.train.evaluation import evaluate
 from modelpatch.train.fitting import fit
 from modelpatch.train.trainer import Callback

@@ -26,11 +26,12 @@ from modelpatch.engine.residency import OFTEN
 from modelpatch.engine.resident import BoundPart, BoundPatch, Template
 from modelpatch.errors import BackboneError, BudgetError, EngineError, UnknownTaskError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
 from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from tolerance import close
 

@@ -20,9 +20,10 @@ from modelpatch.engine.engine import Engine
 from modelpatch.errors import EngineError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import pooled_width
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from tolerance import close
 

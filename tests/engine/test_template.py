@@ -18,11 +18,12 @@ from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch, Templates
 from modelpatch.errors import ForeignTensorError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch import changes, model
 from tolerance import close
 

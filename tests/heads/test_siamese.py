@@ -16,11 +16,12 @@ from modelpatch.errors import ForeignTensorError, MethodError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
 from tolerance import close

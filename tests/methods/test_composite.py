@@ -13,13 +13,18 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, PatchError
 from modelpatch.methods.delta import DeltaNetwork, skip_weights
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Composite, confine
-from modelpatch.methods.piggyback import PackNet, Piggyback
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import make_method, split_outside, sweep
-from modelpatch.methods.scale_bias import Depthwise, ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Pruned, Subset
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import decode_patch, encode_patch
 from modelpatch.train import fit
 from tolerance import close

@@ -23,14 +23,19 @@ from modelpatch.engine.plan import HeadStep
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method, confine
+from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
-from modelpatch.methods.piggyback import PackNet, Piggyback
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import METHODS as REGISTERED
-from modelpatch.methods.scale_bias import Depthwise, ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Pruned, Subset
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit

@@ -14,10 +14,12 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
 from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.hooks import L2, Custom, Hook, LwF
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Batch, Method, with_loss
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import Trainer, fit

@@ -11,10 +11,12 @@ from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import METHODS, make_method, sweep
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 
 
 def test_every_method_is_found_by_its_name() -> None:

@@ -11,7 +11,8 @@ from conftest import color_task, draft_patch, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.errors import MethodError
-from modelpatch.methods.piggyback import Packed, PackNet, largest, weight_names
+from modelpatch.methods.packnet import Packed, PackNet, largest
+from modelpatch.methods.piggyback import weight_names
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit

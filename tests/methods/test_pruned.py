@@ -13,7 +13,8 @@ from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError, PatchError
-from modelpatch.methods.subset import Pruned, Subset
+from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Graft
 from modelpatch.train import fit
 from tolerance import close

@@ -15,14 +15,8 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodNotApplicableError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.scale_bias import (
-    ChannelAffine,
-    Depthwise,
-    RecomputeStatistics,
-    ScaleBias,
-    add_channel_affines,
-    is_norm,
-)
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.scale_bias import ChannelAffine, RecomputeStatistics, ScaleBias, add_channel_affines, is_norm
 from modelpatch.train import fit
 from tolerance import close
 

@@ -9,9 +9,11 @@ from conftest import make_timm
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodError
+from modelpatch.methods.blocks import find_segments
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, Subset, find_segments
+from modelpatch.methods.subset import Subset
 from modelpatch.train import fit
 
 

@@ -14,7 +14,7 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.text_tower import TextTower
 from modelpatch.data.task import load_task
 from modelpatch.errors import BackboneError, DataError
-from modelpatch.methods.subset import FullFinetune
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.vocabulary import SCALE, Vocabulary, fit_bridge, own_names, read_words, spell, vocabulary_of
 from modelpatch.train import evaluate
 from tolerance import close

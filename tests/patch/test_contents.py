@@ -18,9 +18,10 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import BackboneError, PatchError
 from modelpatch.heads.base import HeadRecord
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import PLAIN
 from modelpatch.patch.contents import Patch

@@ -17,9 +17,9 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task
 from modelpatch.errors import CheckpointMismatchError, MethodError, TrainingError
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.registry import COMPARED
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.recipes import compare
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.train import evaluate

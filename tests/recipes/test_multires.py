@@ -24,8 +24,8 @@ from modelpatch.errors import (
     ModelpatchError,
     TrainingError,
 )
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multires import METHOD, Files, MultiResolution, ResolutionRun, fit_multires
 from modelpatch.report.recipes import SharingRow

@@ -21,13 +21,18 @@ from modelpatch.data.task import Task
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import BackboneError, DataError, DivergedError, MethodError, TrainingError, WrongBackboneError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method
+from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
-from modelpatch.methods.piggyback import PackNet, Piggyback
-from modelpatch.methods.scale_bias import Depthwise, ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Pruned, Subset
+from modelpatch.methods.piggyback import Piggyback
+from modelpatch.methods.pruned import Pruned
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel

@@ -14,8 +14,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import DataError, MethodError, MissingExtraError, TrainingError
 from modelpatch.heads.linear import LinearHead
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.paint import Paint, Start
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.recipes import paint
 from modelpatch.recipes.painting import PaintSettings, join_heads, split_head
 from modelpatch.recipes.tradeoff import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from modelpatch.methods.hooks import Batches, Hook
-from modelpatch.methods.subset import LinearProbe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.patch.model import PatchedModel
 
 

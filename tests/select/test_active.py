@@ -74,7 +74,7 @@ def test_a_simulation_labels_more_every_round_and_both_strategies_start_alike(
 def test_the_margins_of_a_simulation_are_those_of_its_patch_on_the_pool() -> None:
     backbone, data = make_tiny(), color_task(30)
     labelled = np.arange(12)
-    from modelpatch.methods.subset import LinearProbe
+    from modelpatch.methods.linear_probe import LinearProbe
     from modelpatch.select.active import LabelRound
     from modelpatch.select.trials import Journal
     from modelpatch.train import fit

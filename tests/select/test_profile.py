@@ -12,9 +12,11 @@ from conftest import color_task, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.depthwise import Depthwise
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.registry import make_method
-from modelpatch.methods.scale_bias import Depthwise, ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.subset import Subset
 from modelpatch.report.selection import plot_profile
 from modelpatch.select import profile
 from modelpatch.select.study import Profile, Score, best, rungs, units

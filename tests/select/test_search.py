@@ -11,8 +11,8 @@ from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, TrainingError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.registry import spellings
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.select import search
 from modelpatch.select.budget import PATIENCE, added_latency, draft_patch

@@ -17,11 +17,13 @@ from conftest import color_task, make_tiny
 from modelpatch.data.task import Task
 from modelpatch.errors import MissingExtraError, TrainingError
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method, confine
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.select.trials import Bench, Journal, LocalWorker, Outcome, Pool, Trial, open_workers
 from modelpatch.train import fit
 from modelpatch.train.inputs import Inputs, SharedInputs

@@ -16,8 +16,8 @@ import torch
 from fastapi.routing import APIRoute
 
 from conftest import draft_patch
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import encode_patch
 from modelpatch.serve import app as application
 from modelpatch.serve import question

@@ -14,8 +14,9 @@ import torch
 from conftest import draft_patch, make_tiny
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.serve.batcher import Batcher, QueuedImage
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem

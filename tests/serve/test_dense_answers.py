@@ -13,8 +13,8 @@ from PIL import Image
 
 from conftest import make_timm
 from dense import box_task, square_task
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.store.store import Store
 from modelpatch.tasks.detection import Detection, find_boxes

@@ -20,8 +20,8 @@ import pytest
 
 from conftest import draft_patch
 from modelpatch.backbone.load import load_backbone
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.serve.client import Client
 from modelpatch.store.store import Store
 from serving import alive, children, close, picture, told, wait_until

@@ -18,9 +18,10 @@ from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.resident import BoundPatch, Templates
 from modelpatch.errors import DamagedPatchError, InvalidPatchError, UnknownPatchError
-from modelpatch.methods.piggyback import PackNet, Piggyback
+from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.patch_cache import PatchCache, load

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from conftest import draft_patch
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.serve.client import Client
 from modelpatch.serve.problems import Problem

@@ -26,10 +26,10 @@ from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DataError, TrainingError, TrainingWarning
 from modelpatch.heads.detector import BOXES, pack, unpack
 from modelpatch.methods.delta import DeltaNetwork
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.detection import Boxes, BoxMeter, find_boxes
 from modelpatch.tasks.kind import View

@@ -18,9 +18,11 @@ from conftest import CLASSES, TinyNet, color_task, make_tiny, small_preprocessin
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import CheckpointMismatchError, TrainingError
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.train import callbacks, fit
 from modelpatch.train.batches import Minibatch

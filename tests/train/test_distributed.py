@@ -17,8 +17,9 @@ from conftest import color_task, make_tiny, write_folder
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import TrainingError
+from modelpatch.methods.full_finetune import FullFinetune
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.multitask import fit_multitask, teams_of
 from modelpatch.tasks.record import TaskRecord

@@ -20,11 +20,13 @@ from modelpatch.backbone.load import load_backbone
 from modelpatch.data.images import ImageStore
 from modelpatch.data.task import Task
 from modelpatch.errors import BackboneChangedError, BackboneError, DataError, MethodError, TrainingError
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.hooks import Batches, Hook
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import FullFinetune, LinearProbe, Subset
+from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import Callback, Trainer, fit

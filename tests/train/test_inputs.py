@@ -11,8 +11,9 @@ from conftest import color_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.augmentation import AUGMENTATIONS
 from modelpatch.data.images import ImageStore
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
-from modelpatch.methods.subset import FullFinetune, LinearProbe
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import (

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from conftest import make_tiny
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.method import Method
-from modelpatch.methods.piggyback import PackNet, Piggyback
-from modelpatch.methods.subset import FullFinetune
+from modelpatch.methods.packnet import PackNet
+from modelpatch.methods.piggyback import Piggyback
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import callbacks
 from modelpatch.train.callbacks import EagerSteps

@@ -9,8 +9,8 @@ import pytest
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import load_task
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.train import fit
 
 pytestmark = pytest.mark.slow

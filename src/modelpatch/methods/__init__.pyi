@@ -2,6 +2,8 @@ from .delta import DeltaNetwork as DeltaNetwork
 from .delta import SkipWeights as SkipWeights
 from .delta import skip_variances as skip_variances
 from .delta import skip_weights as skip_weights
+from .depthwise import Depthwise as Depthwise
+from .full_finetune import FullFinetune as FullFinetune
 from .head2toe import Head2Toe as Head2Toe
 from .hooks import L2 as L2
 from .hooks import Custom as Custom
@@ -9,6 +11,7 @@ from .hooks import FeatureLoss as FeatureLoss
 from .hooks import Hook as Hook
 from .hooks import Keeper as Keeper
 from .hooks import LwF as LwF
+from .linear_probe import LinearProbe as LinearProbe
 from .lora import LoRA as LoRA
 from .method import METHODS as METHODS
 from .method import Batch as Batch
@@ -17,16 +20,13 @@ from .method import Method as Method
 from .method import confine as confine
 from .method import register_method as register_method
 from .method import with_loss as with_loss
+from .packnet import PackNet as PackNet
 from .paint import Paint as Paint
-from .piggyback import PackNet as PackNet
 from .piggyback import Piggyback as Piggyback
+from .pruned import Pruned as Pruned
 from .registry import COMPARED as COMPARED
 from .registry import make_method as make_method
-from .scale_bias import Depthwise as Depthwise
 from .scale_bias import ScaleBias as ScaleBias
-from .subset import FullFinetune as FullFinetune
-from .subset import LinearProbe as LinearProbe
-from .subset import Pruned as Pruned
 from .subset import Subset as Subset
 from .vocabulary import Vocabulary as Vocabulary
 from .vocabulary import vocabulary_of as vocabulary_of

@@ -21,8 +21,8 @@ from modelpatch.heads.base import DraftHead, HeadRecord
 from modelpatch.heads.reading import pooled_width
 from modelpatch.methods.blocks import find_segments
 from modelpatch.methods.hooks import Batch, Hook
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import register_method
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.patch.model import PatchedModel
 
 Share = Annotated[float, Field(gt=0, le=1)]

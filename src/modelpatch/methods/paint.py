@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import hash_tensors
 from modelpatch.errors import MethodError
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.method import register_method
-from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 

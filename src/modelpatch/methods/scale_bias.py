@@ -1,11 +1,10 @@
-"""A task's own normalisation parameters, or spatial filters, over shared convolutions.
+"""A task's own normalisation parameters over shared convolutions.
 
     y = gamma_t * (x - mu_t) / sqrt(sigma_t^2 + eps) + beta_t        gamma_t, beta_t, optionally mu_t, sigma_t per task
-    y_c = k_c,t * x_c                                                k_c,t the depthwise kernel of channel c for task t
 
 Mudrakarta, Sandler, Zhmoginov, Howard: *K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning*
-(ICLR 2019), sections 3 and 4; both together: `ScaleBias() + Depthwise()`. On networks without normalisation an explicit scale
-and bias per channel is added after every convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
+(ICLR 2019), sections 3 and 4. On networks without normalisation an explicit scale and bias per channel is added after every
+convolution, which folds into it: W' = gamma W, b' = gamma b + beta.
 """
 
 from collections.abc import Iterable
@@ -80,28 +79,6 @@ class ScaleBias(Method):
         return (RecomputeStatistics(),) if self.statistics == "recomputed" else ()
 
 
-@register_method
-class Depthwise(Method):
-    """Trains the kernels of every depthwise convolution (one group per input channel) and the head."""
-
-    name = "depthwise"
-    paper = "Mudrakarta et al., K for the Price of 1, ICLR 2019"
-    order = 3
-    compared = ("depthwise", "scale-bias+depthwise")
-    shares_across_tasks = True
-
-    lr: PositiveFloat = 3e-3
-
-    def changes(self, backbone: Backbone) -> Blueprint:
-        owned = name_tensors(backbone.chain, lambda module: ["weight"] if is_depthwise(module) else [])
-        if not owned:
-            raise MethodNotApplicableError(
-                f"{backbone.spec} has no depthwise convolution. Try `scale-bias`, which patches normalisation layers, or "
-                "`subset`, which fine-tunes blocks."
-            )
-        return Blueprint(owned=owned)
-
-
 def norm_tensors(segments: Iterable[Segment], affine: bool, statistics: bool) -> tuple[str, ...]:
     """The backbone's names of the segments' norm parameters, if `affine`, and running statistics, if `statistics`."""
 
@@ -119,11 +96,6 @@ def is_norm(module: nn.Module) -> bool:
         return True
     own = list(module.parameters(recurse=False))
     return "Norm" in type(module).__name__ and bool(own) and all(parameter.ndim == 1 for parameter in own)
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """True for a convolution that filters every input channel by itself."""
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 class RecomputeStatistics(Hook):

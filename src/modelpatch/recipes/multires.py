@@ -24,9 +24,9 @@ from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task, check_classification
 from modelpatch.errors import MethodNotApplicableError, TrainingError
+from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.method import Method
 from modelpatch.methods.scale_bias import norm_tensors
-from modelpatch.methods.subset import FullFinetune
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel

@@ -23,9 +23,9 @@ from typing import Any, Self
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.errors import MethodError, MethodNotApplicableError, TrainingError
+from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.method import Method, confine
 from modelpatch.methods.registry import make_method
-from modelpatch.methods.subset import LinearProbe
 from modelpatch.select.trials import DISK, Bench, Journal, Outcome, Run, Trial, open_workers
 from modelpatch.train.evaluation import standard_error
 from modelpatch.train.progress import Progress, quiet_progress
