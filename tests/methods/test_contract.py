@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import color_task, draft_patch, make_timm, make_tiny
+from conftest import color_task, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.load import load_backbone
@@ -128,14 +128,19 @@ def test_every_method_is_under_the_contract() -> None:
 
 @dataclass
 class Fitted:
-    """A patch that a real fit made and its file; `before` holds the base's logits from before any fit."""
+    """A patch that a real fit made, its file and logits; `before` holds the base's logits from before any fit."""
 
+    method: Method
     backbone: Backbone
     other: Backbone
     patch: Patch
     file: Path
     images: Tensor
     before: Tensor
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.backbone.patched(self.patch)(self.images)
 
 
 @cache
@@ -157,7 +162,7 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     data = color_task(12, backbone.preprocessing.image_size)
     patch = fit(backbone, data, method, epochs=1, batch_size=6)
     file = tmp_path_factory.mktemp("patch") / "colors.safetensors"
-    yield Fitted(backbone, other, patch, patch.save(file), images, before)
+    yield Fitted(method, backbone, other, patch, patch.save(file), images, before)
     file.unlink()
 
 
@@ -168,7 +173,7 @@ def test_the_base_is_bit_for_bit_what_it_was_buffers_included(fitted: Fitted) ->
 
 def test_a_saved_patch_answers_as_before(fitted: Fitted) -> None:
     loaded = Patch.load(fitted.file)
-    logits = fitted.backbone.patched(fitted.patch)(fitted.images)
+    logits = fitted.logits
     assert close(fitted.backbone.patched(loaded)(fitted.images), logits)
     assert close(BoundPatch(fitted.backbone, loaded)(fitted.images), logits)
     assert logits.shape == (3, 3)
@@ -177,7 +182,7 @@ def test_a_saved_patch_answers_as_before(fitted: Fitted) -> None:
 
 def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted) -> None:
     engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=Tuning())
-    logits = fitted.backbone.patched(fitted.patch)(fitted.images)
+    logits = fitted.logits
     answers = engine(fitted.images)
     joined = any(isinstance(step, HeadStep) and len(step.members) > 1 for step in engine.plan.steps)
     for answer, alone in ((answers["patch"], logits), (answers["base"], fitted.before)):
@@ -191,7 +196,7 @@ def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted)
 
 def test_a_tuned_engine_answers_within_rounding(fitted: Fitted) -> None:
     engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=tuned(fitted.backbone))
-    logits = fitted.backbone.patched(fitted.patch)(fitted.images)
+    logits = fitted.logits
     answers = engine(fitted.images)
     for answer, alone in ((answers["patch"], logits), (answers["base"], fitted.before)):
         assert (answer - alone).abs().max() <= 1e-5 * alone.abs().max()
@@ -221,10 +226,8 @@ def test_a_file_with_one_other_byte_is_refused(fitted: Fitted, tmp_path: Path) -
         Patch.load(damaged)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -> None:
-    backbone, _, images, _ = architecture(pair[0])
-    method = pair[1]
+def test_everything_training_changes_is_in_the_patch(fitted: Fitted) -> None:
+    backbone, method, images = fitted.backbone, fitted.method, fitted.images
     trained = method.draft(backbone, 3)
     for hook in method.all_hooks():
         hook.begin(trained, lambda: [images])
@@ -235,8 +238,7 @@ def test_everything_training_changes_is_in_the_patch(pair: tuple[str, Method]) -
     trained.eval()
     resumed = method.draft(backbone, 3)
     resumed.load_state(trained.state())
-    patch = draft_patch(backbone, method)
-    rebuilt = backbone.patched(replace(patch, tensors=trained.tensors(), head=trained.head.record))
+    rebuilt = backbone.patched(replace(fitted.patch, tensors=trained.tensors(), head=trained.head.record))
     with torch.no_grad():
         assert close(resumed(images), trained(images))
         assert close(rebuilt(images), trained(images))

@@ -6,6 +6,7 @@ clone.bn.running_mean        buffers are always copied: a BatchNorm in train mod
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -24,12 +25,14 @@ def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
     parameters = dict(module.named_parameters())
     if unknown := set(owned) - set(parameters):
         raise KeyError(f"no parameters named {sorted(unknown)}; the module has {sorted(parameters)}")
-    shared = {
+    copies: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
         for name, parameter in parameters.items()
         if name not in owned
     }
-    clone = copy.deepcopy(module, dict(shared)).eval()
+    for child in module.modules():  # its dozen empty dicts are most of what there is to copy
+        copies |= {id(one): type(one)() for one in vars(child).values() if type(one) in (dict, OrderedDict) and not one}
+    clone = copy.deepcopy(module, copies).eval()
     for name in owned:
         clone.get_parameter(name).requires_grad_(True)
     for child in clone.modules():

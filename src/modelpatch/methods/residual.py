@@ -11,6 +11,7 @@ import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, Field
@@ -25,6 +26,7 @@ Edge = tuple[int, int]
 Cut = tuple[fx.Node, fx.Node, fx.Node]  # the node that adds branch and shortcut, and those two
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
+_STAGES: WeakKeyDictionary[Backbone, tuple["SkipStage", ...]] = WeakKeyDictionary()  # of backbones that were taken apart
 
 
 class SplitBlock(nn.Module):
@@ -246,6 +248,8 @@ def skip_edges(first: int, depth: int) -> tuple[Edge, ...]:
 
 def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
     """The stages that have at least one skip, in order. Raises `MethodNotApplicableError` for networks without any (VGG)."""
+    if backbone in _STAGES:
+        return _STAGES[backbone]
     stages: list[SkipStage] = []
     for block in backbone.chain.blocks:
         form = form_of(block.module) if len(block.output_shape) > 1 else Form("none")
@@ -262,6 +266,7 @@ def stages_of(backbone: Backbone) -> tuple[SkipStage, ...]:
             f"{backbone.spec} has no blocks that add their input, so there are no skips to weigh. Delta needs a residual, "
             "dense or transformer network. Try the method `scale-bias` or `subset`."
         )
+    _STAGES[backbone] = found
     return found
 
 
