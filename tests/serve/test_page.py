@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import draft_patch
 from dense import box_task, square_task
 from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
 from serving import TOKEN, Serving, damage, drafts, network, picture
 
@@ -131,11 +133,17 @@ def test_everything_is_reached_with_the_keyboard_and_bad_images_are_explained(pa
     page.locator("#notice").wait_for(state="hidden")
 
 
+@cache
+def dense_patches() -> list[Patch]:
+    """A patch for masks and one for boxes."""
+    return [fit(network(), data, ScaleBias(), epochs=1, batch_size=4) for data in (square_task(4), box_task(4, 16))]
+
+
 def test_masks_and_boxes_are_laid_over_the_image(page: Any, server: Serving, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     pytest.importorskip("pycocotools")
-    for data in (square_task(4), box_task(4, 16)):
-        server.store.publish(data.task.name, fit(network(), data, ScaleBias(), epochs=1, batch_size=4))
+    for patch in dense_patches():
+        server.store.publish(patch.task.name, patch)
     page.reload()
     page.locator("#patches tr").nth(len(drafts()) + 2).wait_for()
     (tmp_path / "photo.png").write_bytes(picture(pixels=64))

@@ -26,7 +26,7 @@ Edge = tuple[int, int]
 Cut = tuple[fx.Node, fx.Node, fx.Node]  # the node that adds branch and shortcut, and those two
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
-_STAGES: WeakKeyDictionary[Backbone, tuple["SkipStage", ...]] = WeakKeyDictionary()  # of backbones that were taken apart
+_STAGES: WeakKeyDictionary[Backbone, tuple["SkipStage", ...]] = WeakKeyDictionary()
 
 
 class SplitBlock(nn.Module):
