@@ -1,16 +1,19 @@
 """The console of a verb, and the files it writes, which are checked before any work begins."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from typer import Option, echo
@@ -20,6 +23,10 @@ from modelpatch.cli.runs import QUIET, write_run
 from modelpatch.errors import MissingExtraError, ModelpatchError, require
 from modelpatch.report import plots
 from modelpatch.train.progress import Progress, quiet_progress
+
+if TYPE_CHECKING:
+    from modelpatch.data.evidence import Finding
+    from modelpatch.data.task import Task
 
 JsonOption = Annotated[Path | None, Option(help="A file for all figures; '-' prints them on standard output.")]
 UNSEEN_WIDTH = 240  # characters, where no terminal sets an edge
@@ -59,6 +66,19 @@ class Screen(Console):
             with self.capture() as captured:
                 self.print(table, crop=False)
             self.out(re.sub(" +$", "", captured.get(), flags=re.MULTILINE), end="", highlight=False)
+
+    def tell_data(self, tasks: Sequence[Task]) -> None:
+        """Print a line about each task's data and the warnings of its report, for which no image is opened."""
+        for task in () if self.quiet else tasks:
+            report = task.report(images=0)
+            self.tell(report.summary)
+            self.tell_findings(finding for finding in report.findings if finding.level == "warning")
+
+    def tell_findings(self, findings: Iterable[Finding]) -> None:
+        """Print a line for each finding of a report of data."""
+        for one in findings:
+            level = f"[yellow]{one.level}:[/yellow]" if one.level == "warning" else f"{one.level}:"
+            self.print(f"{level} {escape(one.text)}", highlight=False, soft_wrap=True)
 
     def progress(self, title: str) -> Progress:
         """A progress bar on standard error; hidden where the console is quiet."""
@@ -143,6 +163,16 @@ def check_picture(option: str, path: Path | None) -> None:
     if path.suffix.lower().removeprefix(".") not in canvases.FigureCanvasBase.get_supported_filetypes():
         suffix = path.suffix or "no suffix"
         raise ModelpatchError(f"{option} {path}: {suffix} is not a supported picture format. Use .png, .svg or .pdf.")
+
+
+def check_sheet(option: str, path: Path | None) -> None:
+    """`check_file` for a picture of pictures; raises also for a suffix that Pillow does not write."""
+    from PIL import Image
+
+    check_file(option, path)
+    if path is not None and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        suffix = path.suffix or "no suffix"
+        raise ModelpatchError(f"{option} {path}: {suffix} is not a picture format. Use .png or .jpg.")
 
 
 def check_out(paths: Path | Iterable[Path], force: bool) -> None:

@@ -19,6 +19,7 @@ from modelpatch.text import nearest
 
 PANELS = {  # of the verbs, by the module that has them
     "using": "Use a patch",
+    "data": "Look at data",
     "training": "Train a patch",
     "selecting": "Choose what to patch",
     "many": "Many tasks, many resolutions",
@@ -30,6 +31,7 @@ VERBS = {  # by name: its module and a line about it
     "eval": ("using", "Measure a patch on the test images of its task."),
     "inspect": ("using", "Show the contents of a patch file: bytes, hashes, settings, measured figures."),
     "verify": ("using", "Check every byte of patch files, and that they belong to a backbone."),
+    "data": ("data", "Show what is read from data before anything is trained on it."),
     "fit": ("training", "Train a patch for a task and measure it on the task's test images."),
     "compare": ("training", "Train several methods on one task and show one table."),
     "methods": ("training", "List the methods, a method's hyperparameters or the settings of a fit."),

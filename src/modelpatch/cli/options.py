@@ -43,6 +43,11 @@ T = TypeVar("T")
 LOCAL = "local"
 OWN = "own"  # --backbone own: the backbone that the patch names
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
+KindOption = Annotated[str | None, Option(help="The kind of task, such as segmentation; by default that of the data.")]
+ClassesOption = Annotated[
+    str | None, Option(help="Names of the values of masks, comma-separated or a file with one a line.")
+]
+IgnoreOption = Annotated[int | None, Option(help="A value of masks to ignore, beside 255.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 BackboneOption = Annotated[
     str, Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME.")

@@ -128,6 +128,7 @@ def profile(
     if counts and (study.images is not None or pairs):
         raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
     base, task, options = study.open(data, network, training)
+    console.tell_data([task])
     parts = [task.subsample(count, training.seed) for count in counts] or [task]
     options |= {"consecutive": consecutive, "pairs": pairs, "stages": stages}
     options |= {"folds": folds, "halving": halving}
@@ -174,6 +175,7 @@ def select(
     candidates = tuple(name.strip() for name in among.split(",")) if among else ()
     greedy = Greedy(**settings, halving=halving, candidates=candidates, stages=stages, ends=ends)
     base, task, options = study.open(data, network, training, file)
+    console.tell_data([task])
     options |= {"folds": folds, "max_blocks": max_blocks, **limits.read()}
     options["each_round"] = lambda one: console.show(selection.round_table(one, task.task.name))
     result = run_select(base, task, made, greedy=greedy, **options)
@@ -208,6 +210,7 @@ def search(
 
     limits.warn(console)
     base, task, options = study.open(data, network, training, file)
+    console.tell_data([task])
     names = None if methods is None else split_outside(methods, ",")
     options |= {"tries": tries, "folds": folds, "halving": halving, **limits.read()}
     result = run_search(base, task, names, **options)
@@ -247,15 +250,9 @@ def label(
 
     With --simulate, accuracy against the number of labels is measured on DATA, for choice by margin and at random.
     """
-    from PIL import Image
-
     from modelpatch.select.active import pick, simulate
 
     check_file("--out", out)
-    if sheet is not None and Image.registered_extensions().get(sheet.suffix.lower()) not in Image.SAVE:
-        raise ModelpatchError(
-            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is not a picture format. Use .png or .jpg."
-        )
     if (simulate_ is None) == (unlabeled is None):
         raise ModelpatchError("give either --unlabeled FOLDER, to choose from it, or --simulate N1,N2,...")
     if simulate_ is not None and (patch or out or sheet):

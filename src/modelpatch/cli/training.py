@@ -39,9 +39,9 @@ def fit(
         ...,
         help="Class folders, a CSV or parquet manifest, masks or boxes, hf:NAME or bundled:digits; several: one task.",
     ),
-    kind: str | None = Option(None, help="The kind of task, such as segmentation; by default that of the data."),
-    classes: str | None = Option(None, help="Names of the values of masks, comma-separated or a file with one a line."),
-    ignore: int | None = Option(None, help="A value of masks to ignore, beside 255."),
+    kind: opt.KindOption = None,
+    classes: opt.ClassesOption = None,
+    ignore: opt.IgnoreOption = None,
     method: opt.MethodOption = "scale-bias",
     set_: opt.SetOption = None,
     augment: opt.AugmentOption = "auto",
@@ -65,7 +65,9 @@ def fit(
         made = opt.make_method(method, set_)
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
         facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "ignore": ignore}
-        task = join_tasks([mp.load_task(one, seed=training.seed, **facts) for one in data])
+        tasks = [mp.load_task(one, seed=training.seed, **facts) for one in data]
+        console.tell_data(tasks)
+        task = join_tasks(tasks)
         path = file.path(task.task.name)
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")
@@ -116,6 +118,7 @@ def compare(
         mp.methods.make_method(name)
     settings = training.settings(seeds=seeds)
     task = mp.load_task(data, seed=training.seed)
+    console.tell_data([task])
     base = None if base_data is None else mp.load_task(base_data, hold_out=False)
     make_folder("--out", out)
     settings |= {"base": base, "out": out, "reuse": not force, "progress": not console.quiet}

@@ -17,7 +17,7 @@ from typer import Option
 from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
-from modelpatch.cli.console import JsonOption, Screen, check_file, check_picture
+from modelpatch.cli.console import JsonOption, Screen, check_file, check_picture, check_sheet
 from modelpatch.cli.runs import CURRENT, QUIET, load_run
 from modelpatch.text import nearest
 
@@ -32,7 +32,8 @@ COMMON = {
 PANELS = {name: panel for panel, names in COMMON.items() for name in names.split()}
 LAST = (DATA, BACKBONE, FILES, RAY, RUN)  # panels below those of the verb itself
 CHECKS = {
-    **dict.fromkeys(("markdown", "html", "sheet", "rounds"), check_file),
+    **dict.fromkeys(("markdown", "html", "rounds"), check_file),
+    "sheet": check_sheet,
     **dict.fromkeys(("plot", "bytes_plot"), check_picture),
 }  # files that a verb writes, checked before it begins
 INFO = "typer"  # key of an option's description in the metadata of a group's field

@@ -1,3 +1,5 @@
+from .evidence import Finding as Finding
+from .report import DataReport as DataReport
 from .sources.base import DataSource as DataSource
 from .sources.base import Found as Found
 from .sources.base import register_source as register_source

@@ -4,7 +4,7 @@ A seeded stratified test split is cut from the training images of a source that 
 joint patches, of `join_tasks`, for tasks that are known together, with images of an unknown task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import ValidationError
 
+from modelpatch.data.report import MOST_IMAGES, DataReport, make_report
 from modelpatch.data.sources.base import Found, SourceOptions, read_source
 from modelpatch.data.sources.datasets import describe, is_dataset, name_of, read_datasets
 from modelpatch.data.splits import Split, Transform, check_seed, drawn, join_splits, split_seed, stratified
@@ -121,9 +122,27 @@ class Task:
             return self
         return replace(self, train=self.train.take(drawn(self.train.labels, count, seed)))
 
+    def report(
+        self, images: int = MOST_IMAGES, *, near: bool = False, advance: Callable[[int], object] = lambda _: None
+    ) -> DataReport:
+        """The report of what was read: splits, classes, pictures, and what is unusual about them.
+
+        At most `images` are opened, spread over each split; with 0 none is, and names, counts and files are looked at alone.
+        With `near` pictures of two splits are compared by their look too. Streams are not read. `advance(count)` is called
+        as images are opened. Raises `DataError` for numbers below 0.
+
+            print(mp.load_task("flowers/").report())
+        """
+        return make_report(self.task, self.splits, self.facts, images, near, advance)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name: train, validation if there is one, and test."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in found.items() if split is not None}
+
     def __repr__(self) -> str:
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        counts = [f"{'?' if s.length is None else s.length} {name}" for name, s in splits.items() if s is not None]
+        counts = [f"{'?' if s.length is None else s.length} {name}" for name, s in self.splits.items()]
         return f"Task({self.task.name!r}, {len(self.classes)} classes, {', '.join(counts)})"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from modelpatch.atomic import write_bytes
 from modelpatch.report.plots import BLUE, GREY, ORANGE, draw_scores, figure
 from modelpatch.report.tables import facts_table, new_table, percent
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 PALE = 0.3  # the opacity of what successive halving stopped early
 TICKS: dict[str, Any] = {"rotation": 60, "ha": "right", "fontsize": 8}  # style of long names below a picture
 SHOWN = 24  # rows of a search's table
-TILE, CAPTION, COLUMNS = 128, 30, 8  # of a contact sheet: pixels, pixels, tiles
 Cells = dict[tuple[int, int], tuple[float, float]]  # value and opacity by row and column of a heat map
 
 
@@ -300,20 +297,11 @@ def contact_sheet(picks: Sequence[Pick], images: Sequence[ImageSource], path: Pa
 
     Raises `ModelpatchError` where the picture cannot be written.
     """
-    from PIL import Image, ImageDraw
-
     from modelpatch.backbone.preprocessing import open_image
+    from modelpatch.report.sheets import Section, Tile, draw_sheet, write_picture
 
-    columns, rows = min(COLUMNS, len(picks)), -(-len(picks) // COLUMNS)
-    sheet = Image.new("RGB", (columns * TILE, rows * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, one in enumerate(picks):
-        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
-        image = open_image(images[one.position])
-        image.thumbnail((TILE - 4, TILE - 4))
-        sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
-        draw.text((left + 3, top + TILE), f"{number + 1}: {one.margin:.3f}", fill="black")
-        draw.text((left + 3, top + TILE + 13), f"{one.first} / {one.second}"[:22], fill="black")
-    stream = io.BytesIO()
-    sheet.save(stream, Image.registered_extensions()[path.suffix.lower()])
-    write_bytes(path, stream.getvalue())
+    tiles = [
+        Tile(open_image(images[one.position]), [f"{rank}: {one.margin:.3f}", f"{one.first} / {one.second}"])
+        for rank, one in enumerate(picks, 1)
+    ]
+    write_picture(draw_sheet([Section("", tiles)]), path)

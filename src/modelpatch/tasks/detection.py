@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.heads.reading import HeadInput
 from modelpatch.tasks.decoding import Decoding, coarsest, fine
-from modelpatch.tasks.drawing import Corners, draw_frames, named_colors, palette
-from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, View, register_kind
+from modelpatch.tasks.drawing import Corners, draw_frames, fit_into, named_colors, palette
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, TargetFacts, View, register_kind
 
 SURE = 0.5  # the probability from which a box is told and drawn
 SMALLEST = 1.0  # pixels a side that a box must have to be a target
+FEW = 6  # boxes whose classes are written beside them in a small picture
+EDGE = 2.0  # pixels by which a box may reach out of its image before that is told
 SHOWN = 0.3  # the share of a box that a random view must show for the box to be a target
 Objects = dict[str, Tensor]
 
@@ -149,8 +151,36 @@ class Detection(Kind):
     }
     head_rate = 0.003
     libraries = ("torchmetrics", "pycocotools")
+    counted = "objects"
     weighs_classes = False
     smooths_labels = False
+
+    def examine(self, target: Boxes, size: tuple[int, int] | None = None) -> TargetFacts:
+        if size is None:
+            return TargetFacts(Counter(target.labels.tolist()))
+        corners, limits = target.corners, np.array(size * 2, dtype=np.float64)
+        sides = corners[:, 2:] - corners[:, :2]
+        places = {tuple(row) for row in np.column_stack([corners, target.labels]).tolist()}
+        wrong = {
+            "boxes that reach out of their image": (corners < -EDGE) | (corners > limits + EDGE),
+            "boxes under 1 % of their image's width or height": sides < limits[:2] / 100,
+            "two boxes of one class in one place": np.array([len(places) < len(corners)]),
+        }
+        return TargetFacts(Counter(target.labels.tolist()), tuple(text for text, found in wrong.items() if found.any()))
+
+    def caption(self, target: Boxes, classes: Sequence[str]) -> str:
+        counts = Counter(target.labels.tolist()).most_common()
+        return ", ".join(f"{count} {classes[label]}" for label, count in counts) or "no object"
+
+    def illustrate(self, image: Image.Image, target: Boxes, classes: Sequence[str], side: int) -> Image.Image:
+        small, colors = fit_into(image, side), palette(len(classes)).tolist()
+        scale = np.array([small.width / image.width, small.height / image.height] * 2)
+        named = len(target.labels) <= FEW
+        frames = [
+            (tuple(corners), tuple(colors[label]), classes[label] if named else "")
+            for corners, label in zip((target.corners * scale).tolist(), target.labels.tolist(), strict=True)
+        ]
+        return draw_frames(small, frames)
 
     def move(self, targets: list[Objects], device: torch.device) -> list[Objects]:
         """The targets that are not difficult on a device."""

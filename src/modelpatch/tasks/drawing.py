@@ -26,6 +26,13 @@ def named_colors(classes: Sequence[str]) -> list[dict[str, str | int]]:
     return [{"class": name, "index": index, "color": colors[index]} for index, name in enumerate(classes)]
 
 
+def fit_into(image: Image.Image, side: int) -> Image.Image:
+    """The image in a size whose longer side is `side` pixels; small ones are enlarged without smoothing."""
+    scale = side / max(image.size)
+    size = max(round(scale * image.width), 1), max(round(scale * image.height), 1)
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
     """A font that can be read in an image of this width and height."""
     font = ImageFont.load_default(max(min(size) / LETTER, 10))
@@ -33,9 +40,11 @@ def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
     return font
 
 
-def add_legend(picture: Image.Image, entries: Sequence[tuple[Color, str]]) -> Image.Image:
-    """The picture (RGB) with a strip below it that has a coloured square and a text for each entry."""
-    font = font_for(picture.size)
+def add_legend(
+    picture: Image.Image, entries: Sequence[tuple[Color, str]], font: ImageFont.FreeTypeFont | None = None
+) -> Image.Image:
+    """The picture (RGB) with a strip below it that has a coloured square and a text for each entry, in its font or another."""
+    font = font or font_for(picture.size)
     gap = round(font.size / 2)
     places, x, y = [], gap, gap
     for _, text in entries:
@@ -55,13 +64,15 @@ def add_legend(picture: Image.Image, entries: Sequence[tuple[Color, str]]) -> Im
 
 
 def draw_frames(image: Image.Image, frames: Sequence[tuple[Corners, Color, str]]) -> Image.Image:
-    """The image (RGB) with frames in their colours and a text at each; texts do not cover those before them, if they can."""
+    """The image (RGB) with frames in their colours and texts, which do not cover those before them, if they can."""
     drawn = image.copy()
     pen, font = ImageDraw.Draw(drawn), font_for(image.size)
     taken: list[Corners] = []
     for corners, color, _ in frames:
         pen.rectangle(corners, outline=color, width=max(round(min(image.size) / 150), 1))
     for corners, color, text in frames:
+        if not text:
+            continue
         place = find_place(corners, (font.getlength(text) + 4, font.size + 4), image.size, taken)
         taken.append(place)
         pen.rectangle(place, fill=color)

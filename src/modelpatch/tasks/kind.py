@@ -22,6 +22,7 @@ from modelpatch.heads.base import Decoder
 from modelpatch.heads.reading import HeadInput
 from modelpatch.registry import Registry
 from modelpatch.tasks.decoding import Decoding, make_decoder
+from modelpatch.tasks.drawing import fit_into
 
 Facts = dict[str, Any]
 EXTRA = "dense"  # installs the libraries of `Kind.libraries`
@@ -45,6 +46,17 @@ class Target(ABC):
     @abstractmethod
     def batch(framed: Sequence[Any], preprocessing: Preprocessing, matrices: Tensor | None) -> Any:
         """Framed targets as a batch: of centre crops, or of the views that `Augmentation.matrices` (B, 2, 3) give."""
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """Facts of one image's target: the number of times that each class occurs in it, and what is wrong with it.
+
+    `counts` is None for a kind whose classes are not counted.
+    """
+
+    counts: Mapping[int, int] | None = None
+    problems: tuple[str, ...] = ()
 
 
 class Result(ABC):
@@ -124,7 +136,8 @@ class Kind(ABC):
     `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades, selection, PAINT and
     distillation need. `decoders` are the heads that a setting may choose, the default first; without any, the method makes the
     head. `head_rate` is the largest learning rate at which the kind's heads learn. `libraries` are needed to measure an answer
-    (extra `dense`). `weighs_classes` and `smooths_labels` say which options its loss takes.
+    (extra `dense`). `counted` names the things that classes are counted in. `weighs_classes` and `smooths_labels` say which
+    options its loss takes.
     """
 
     name: ClassVar[str]
@@ -139,6 +152,7 @@ class Kind(ABC):
     decoders: ClassVar[Mapping[str, Decoding]] = {}
     head_rate: ClassVar[float] = float("inf")
     libraries: ClassVar[Sequence[str]] = ()
+    counted: ClassVar[str] = "images"
     weighs_classes: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
 
@@ -158,6 +172,23 @@ class Kind(ABC):
     def dense(self) -> bool:
         """True where targets belong to places in the image: they move with each augmented view, so that nothing is cached."""
         return self.target is not None
+
+    # data ---------------------------------------------------------------------------------------------------
+
+    def examine(self, target: Any, size: tuple[int, int] | None = None) -> TargetFacts:
+        """Facts of a target, beside its upright image of this width and height if that is known.
+
+        Raises `DataError` for a target that cannot be read.
+        """
+        return TargetFacts({target: 1}) if isinstance(target, int) else TargetFacts()
+
+    def caption(self, target: Any, classes: Sequence[str]) -> str:
+        """A few words that say what the target is."""
+        return classes[target] if isinstance(target, int) else ""
+
+    def illustrate(self, image: Image.Image, target: Any, classes: Sequence[str], side: int) -> Image.Image:
+        """The image (RGB), at most `side` pixels wide and high, with its target drawn over it where it belongs to places."""
+        return fit_into(image, side)
 
     # training -----------------------------------------------------------------------------------------------
 

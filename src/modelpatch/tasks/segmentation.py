@@ -23,8 +23,8 @@ from torch import Tensor
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, image_bytes
 from modelpatch.errors import DataError
 from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
-from modelpatch.tasks.drawing import add_legend, encode_png, named_colors, palette
-from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, View, register_kind
+from modelpatch.tasks.drawing import add_legend, encode_png, fit_into, named_colors, palette
+from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, TargetFacts, View, register_kind
 
 IGNORED = 255  # the class of pixels that are neither trained on nor measured
 UNKNOWN = -1
@@ -159,6 +159,28 @@ class Segmentation(Kind):
         "fcn16": Decoding("fcn", coarsest(2), hidden=0),
     }
     libraries = ("torchmetrics",)
+    counted = "pixels"
+
+    def examine(self, target: PixelMask, size: tuple[int, int] | None = None) -> TargetFacts:
+        mask = target.read()
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=IGNORED + 1)[:IGNORED]
+        wrong = {
+            "masks of another size than their image": size is not None and mask.size != size,
+            "masks whose pixels are all ignored": not counts.any(),
+        }
+        present = {int(index): int(counts[index]) for index in np.flatnonzero(counts)}
+        return TargetFacts(present, tuple(text for text, found in wrong.items() if found))
+
+    def caption(self, target: PixelMask, classes: Sequence[str]) -> str:
+        shares = [(index, share) for index, share in areas(np.asarray(target.read())) if index != IGNORED]
+        return ", ".join(f"{classes[index]} {share:.0%}" for index, share in shares[:3]) or "ignored"
+
+    def illustrate(self, image: Image.Image, target: PixelMask, classes: Sequence[str], side: int) -> Image.Image:
+        small = fit_into(image, side).convert("RGBA")
+        mask = np.asarray(target.read().resize(small.size, Image.Resampling.NEAREST))
+        colors = np.zeros((IGNORED + 1, 4), dtype=np.uint8)
+        colors[: len(classes), :3], colors[: len(classes), 3] = palette(len(classes)), OPACITY
+        return Image.alpha_composite(small, Image.fromarray(colors[mask])).convert("RGB")
 
     def count_classes(self, targets: Tensor, classes: int) -> Tensor:
         return torch.bincount(targets.flatten(), minlength=IGNORED + 1)[:classes]
