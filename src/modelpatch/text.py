@@ -65,9 +65,14 @@ def first_line(error: BaseException) -> str:
 
 Facts = Annotated[dict[str, Any], AfterValidator(check_facts)]
 Text = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
-_NAME = r"(head\.|(replace|mask|delta|left|right)/|graft/[0-9]{1,5}-[0-9]{1,5}/)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
+_HEAD = r"head(\.[A-Za-z0-9_-]+)+"
+_PART = (
+    r"[\w+:@=~,()# -]+"  # of a network's names: letters, digits, marks that no terminal, page or path gives a meaning
+)
+_NAME = rf"({_HEAD}|((replace|mask|delta|left|right)/|graft/[0-9]{{1,5}}-[0-9]{{1,5}}/){_PART}([./]{_PART})*)"
 TENSOR_NAME = re.compile(_NAME)
 STORED_NAME = re.compile(rf"masks|(scale/|bits/)?{_NAME}")  # what the codecs add
+CODEC_PREFIX = re.compile(r"(scale|bits)/")
 
 
 def file_name(name: str) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option, echo
 
-from modelpatch.atomic import write_bytes
+from modelpatch.atomic import check_place, write_bytes
 from modelpatch.cli.runs import QUIET, write_run
 from modelpatch.errors import MissingExtraError, ModelpatchError, require
 from modelpatch.report import plots
@@ -146,12 +146,13 @@ def check_file(option: str, path: Path | None) -> None:
     if path is None or str(path) == "-":
         return
     check_name(option, path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ModelpatchError(f"{option} {path} is a folder. Name a file in it.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ModelpatchError(f"the folder of {option} {path} does not exist. Make it first: mkdir -p '{path.parent}'")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
         raise ModelpatchError(f"{option} {path} cannot be written: permission denied. Name another place.")
+    check_place(path)
 
 
 def check_picture(option: str, path: Path | None) -> None:

@@ -29,7 +29,7 @@ from modelpatch.errors import (
     UnknownGraftError,
     WrongBackboneError,
 )
-from modelpatch.text import nearest
+from modelpatch.text import file_name, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LONGEST_NAME = 200  # characters of a file that is named after a task
 LOCAL = "local"
 OWN = "own"  # --backbone own: the backbone that the patch names
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
@@ -388,6 +389,6 @@ class PatchFile:
 
     def path(self, task: str) -> Path:
         """The file. Raises `ModelpatchError` if it cannot be written, and without --force for an existing one."""
-        path = self.out or Path(f"{task}.safetensors")
+        path = self.out or Path(f"{file_name(task)[:LONGEST_NAME]}.safetensors")
         check_out(path, self.force)
         return path

@@ -24,7 +24,7 @@ from modelpatch.patch.blueprint import Blueprint, Graft
 from modelpatch.patch.changes import MADE
 from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.entropy import MAX_BITS
-from modelpatch.patch.file import BackboneRecord, MethodRecord, decode_file, encode_file
+from modelpatch.patch.file import BackboneRecord, MethodRecord, check_file, decode_file, encode_file
 from modelpatch.patch.inspect import Inspection
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
@@ -134,6 +134,13 @@ class Patch:
         """
         write_bytes(Path(path), encode_patch(self, compress))
         return Path(path)
+
+    def check_savable(self) -> int:
+        """Check all that could stop the patch from being saved but its numbers and the disk; return its bytes, roughly.
+
+        Raises `HostileNameError` for a tensor's name, other `PatchError`s for types and facts that no file could hold.
+        """
+        return check_file({name: getattr(self, name) for name in SHARED}, self.tensors, self.int8)
 
     def inspect(self, chain: Chain | None = None) -> Inspection:
         """Figures of the patch: per span, bytes, hashes and metrics. `print()` them.

@@ -36,15 +36,16 @@ from modelpatch.errors import (
 )
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.blueprint import Graft
-from modelpatch.patch.codec import pack, unpack
+from modelpatch.patch.codec import Codec, pack, unpack
 from modelpatch.tasks.record import TaskRecord
-from modelpatch.text import MAX_LENGTH, STORED_NAME, TENSOR_NAME, Facts, Text, first_problem
+from modelpatch.text import CODEC_PREFIX, MAX_LENGTH, STORED_NAME, TENSOR_NAME, Facts, Text, first_problem
 
 VERSION = 1
 KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
+TABLE_BYTES = 128  # of an entry in the table of tensors, beside its name
 Tensors = Mapping[str, Tensor]
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
 FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fields that hold any plain values
@@ -146,17 +147,44 @@ def encode_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str
         stored, codecs = pack(plain, int8, compress)
     except ValueError as error:
         raise PatchError(f"the patch cannot be written: {error}.") from error
+    data = bytearray(safetensors.torch.save(stored, {KEY: _header_text(facts, codecs)}))
+    at = _hash_position(data, ZEROS)
+    data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)
+
+
+def check_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str]) -> int:
+    """Check names, types and facts of a file that will be written, whatever its numbers; return its bytes, roughly.
+
+    Raises what `encode_file` does, but for numbers that are not finite.
+    """
+    for name in tensors:
+        _check_name(name, TENSOR_NAME)
+    try:
+        codecs = {name: str(Codec.of(name, tensor.detach().cpu(), name in int8)) for name, tensor in tensors.items()}
+    except ValueError as error:
+        raise PatchError(f"the patch cannot be written: {error}.") from error
+    text = _header_text(facts, codecs)
+    return len(text) + sum(len(name) + TABLE_BYTES + tensor.nbytes for name, tensor in tensors.items())
+
+
+def _header_text(facts: Mapping[str, Any], codecs: dict[str, str]) -> str:
+    """The canonical JSON of a file. Raises `PatchError` for facts that no reader would accept."""
     try:
         described = Header(version=VERSION, codecs=codecs, sha256=ZEROS, **facts).model_dump()
         if not described["head"]["options"]:
             del described["head"]["options"]  # which earlier versions do not read
         text = canonical(described)
-    except (TypeError, ValueError) as error:
+    except ValidationError as error:
+        raise PatchError(f"the patch cannot be written: {first_problem(error)}.") from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise PatchError(f"the patch's metrics or facts cannot be written as JSON: {error}") from error
-    data = bytearray(safetensors.torch.save(stored, {KEY: text}))
-    at = _hash_position(data, ZEROS)
-    data[at : at + 64] = hashlib.sha256(data).hexdigest().encode()
-    return bytes(data)
+    if 2 * len(text) > MAX_HEADER:  # as a string inside JSON, whose quotes are escaped
+        raise PatchError(
+            f"the patch's description has {len(text):,} characters; a file holds {MAX_HEADER // 2:,}. Shorten names of its "
+            f"{len(facts['task'].classes):,} classes, its metrics or its facts."
+        )
+    return text
 
 
 def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Tensor]]:
@@ -310,10 +338,12 @@ def _hash_position(data: bytes | bytearray, digest: Any) -> int:
 
 
 def _check_name(tensor_name: str, allowed: re.Pattern[str], name: str = "the patch") -> None:
-    if len(tensor_name) > MAX_LENGTH or not allowed.fullmatch(tensor_name):
+    own = CODEC_PREFIX.sub("", tensor_name, count=1)  # what a codec adds does not count
+    if len(own) > MAX_LENGTH or not allowed.fullmatch(tensor_name):
         raise HostileNameError(
-            f"{name} holds a tensor named {tensor_name[:80]!r}. Expected head.NAME, replace/NAME, mask/NAME, delta/NAME or "
-            "graft/I-J/NAME with letters, digits, '_' and '.' only."
+            f"{name} holds a tensor named {tensor_name[:80]!r} ({len(tensor_name):,} characters). Expected head.NAME, "
+            f"replace/NAME, mask/NAME, delta/NAME or graft/I-J/NAME of at most {MAX_LENGTH} characters: letters, digits, "
+            "spaces and _ - + : @ = ~ , ( ) #, in parts joined by '.' or '/'. Rename the module that holds it."
         )
 
 

@@ -15,6 +15,7 @@ from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
 from modelpatch.text import file_name
+from modelpatch.train.callbacks import make_folder
 from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean
 from modelpatch.train.fitting import fit
 from modelpatch.train.settings import check_settings
@@ -143,7 +144,7 @@ def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:
 
 def _files(folder: Path, name: str, reuse: bool) -> dict[str, Any]:
     """Return the options of `fit` that name a run's file and training state."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "results")
     out = folder / f"{file_name(name)}.safetensors"
     checkpoint = folder / f"{out.name}.training"
     if not reuse:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from modelpatch.atomic import check_place
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.backbone.load import load_backbone
@@ -32,7 +33,7 @@ from modelpatch.patch.file import BackboneRecord, MethodRecord
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import digest_of, file_name
 from modelpatch.train.batches import Minibatch
-from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar
+from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBar, make_folder
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import store_as
 from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, check_parts, read_patch
@@ -122,7 +123,8 @@ def fit_multires(
         check_writable(backbone)
     files = None if out is None else Files(out, data, sharing, chosen.seed)
     if files is not None:
-        files.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(files.folder, "results")
+        check_place(files.backbone)
     bar = Progress(f"{sharing} weights at {_spelled(resolutions)} px") if progress else quiet_progress()
     with bar:
         run = ResolutionRun(backbone, data, cast(FullFinetune, tuning), chosen, resolutions, sharing, files, bar)

@@ -27,6 +27,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from modelpatch.atomic import check_place
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import check_writable, save_backbone
 from modelpatch.data.task import Task, check_classification
@@ -131,6 +132,10 @@ def fit_multitask(
     chosen = check_joint_settings(settings)
     architecture = check_writable(backbone) if out is not None else ""
     files = {} if out is None else task_files(Path(out), [task.task.name for task in tasks])
+    if out is not None:
+        check_place(
+            Path(out) / BACKBONE, sum(one.nbytes for one in backbone.module.state_dict().values()), makes_folder=True
+        )
     team = Team.everyone()
     bar = Progress(f"{len(tasks)} tasks") if progress and team.leads else quiet_progress()
     with bar:

@@ -42,6 +42,7 @@ from modelpatch.recipes.tradeoff import (
     weight_cosine,
 )
 from modelpatch.tasks.classification import Classification
+from modelpatch.train.callbacks import make_folder
 from modelpatch.train.evaluation import own_classes
 from modelpatch.train.fitting import fit
 from modelpatch.train.progress import Progress, quiet_progress
@@ -213,7 +214,7 @@ class Painter:
         files: dict[str, Any] = {}
         if self.checkpoint is not None:
             self.trained += 1
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            make_folder(self.checkpoint, "checkpoint")
             file = self.checkpoint / f"{self.trained}.safetensors"
             files = {"out": file, "reuse": True, "checkpoint": file.with_suffix(".training")}
         data, method = join_tasks([task.data for task in tasks]), replace(self.method, start=Start(head, body))

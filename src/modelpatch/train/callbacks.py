@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modelpatch.atomic import write_bytes
-from modelpatch.errors import CheckpointMismatchError, TrainingError
+from modelpatch.atomic import check_place, write_bytes
+from modelpatch.errors import CheckpointMismatchError, ModelpatchError, TrainingError
 from modelpatch.text import digest_of
 from modelpatch.train.progress import Progress
 from modelpatch.train.settings import check_limits, name_of
@@ -286,6 +286,14 @@ def make_folder(folder: Path, purpose: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot make the {purpose} folder {folder}: {error.strerror}.") from error
+
+
+def check_folder(folder: Path, purpose: str) -> None:
+    """Check that a folder can be made and written to. Raises `TrainingError` where that is impossible."""
+    try:
+        check_place(folder / "state", makes_folder=True)
+    except ModelpatchError as error:
+        raise TrainingError(f"cannot make the {purpose} folder {folder}: {error}") from error
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

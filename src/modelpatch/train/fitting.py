@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from modelpatch.atomic import check_place
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import choose_augmentation
@@ -43,6 +44,7 @@ from modelpatch.train.callbacks import (
     MetricLogger,
     ProgressBar,
     WeightAverage,
+    check_folder,
 )
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as, with_result
@@ -119,9 +121,13 @@ def fit(
     team = Team.everyone()
     bar = Progress(f"{method.name} on {task.task.name}") if progress and team.leads else quiet_progress()
     with bar:
-        run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team)
-        if out is not None and team.follow(reuse and Path(out).exists()):
-            return read_patch(Path(out), run.digest)
+        out = None if out is None else Path(out)
+        run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team, out=out)
+        if out is not None and team.follow(reuse and out.exists()):
+            return read_patch(out, run.digest)
+        for purpose, folder in (("checkpoint", checkpoint), ("log", log)):
+            if folder is not None and team.leads:
+                check_folder(Path(folder), purpose)
         savers = [CheckpointSaver(checkpoint, run.identity)] if checkpoint else []
         loggers = [MetricLogger(log)] if log is not None and team.leads else []
         patch = store_as(backbone, run.run([*callbacks, *loggers, *savers]), task, chosen.dtype)
@@ -167,7 +173,9 @@ class Fit:
         source: OwnInputs | SharedInputs | None = None,
         bar: Progress | None = None,
         team: Team = ALONE,
+        out: Path | None = None,
     ) -> None:
+        self.out = out
         self.options = options = options or FitOptions()
         self.backbone, self.method, self.team = backbone, method, team
         self.bar = bar or quiet_progress()
@@ -228,10 +236,22 @@ class Fit:
         classes, size = len(self.data.classes), self.preprocessing.image_size
         decoder = self.kind.make_head(self.backbone, classes, size, self.settings.decoder, self.settings.taps)
         model = self.method.draft(self.backbone, classes, decoder).to(self.device)
+        self.check_savable(model)
         self.source.prepare(model)
         if start is not None:
             model.start_from(start)
         return model
+
+    def check_savable(self, model: PatchedModel) -> None:
+        """Check, before the first step, that a file can hold the model's patch and that `out` has room for it.
+
+        Raises what `Patch.check_savable` and `check_place` do.
+        """
+        facts = {"data": dict(self.data.facts), "settings": asdict(self.settings), **self.options.described}
+        patch = model.to_patch(self.data.task, preprocessing=self.preprocessing, method=self.method, created=facts)
+        size = patch.astype(self.settings.dtype).check_savable()
+        if self.out is not None and self.team.leads:
+            check_place(self.out, size)
 
     def make_trainer(
         self, model: PatchedModel, callbacks: Sequence[Callback] = (), steps: int | None = None
