@@ -27,13 +27,19 @@ TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """A task and its splits. `validation` is None where the source has none; it is never cut from the test images."""
+    """A task and its splits. `validation` is None where the source has none; it is never cut from the test images.
+
+    `passed_over` holds the names of files, rows and objects of the source that were not read, by the reason in plain words,
+    and `notes` what was decided or changed while it was read.
+    """
 
     task: TaskRecord
     train: Split
     test: Split
     validation: Split | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __new__(cls, *given: Any, **fields: Any) -> Any:
         """Support `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
@@ -296,4 +302,5 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
         task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes))
     except ValidationError as error:
         raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
-    return Task(task, train, splits["test"], splits.get("validation"), facts)
+    passed_over = {reason: tuple(names) for reason, names in found.passed_over.items() if names}
+    return Task(task, train, splits["test"], splits.get("validation"), facts, passed_over, tuple(found.notes))

@@ -14,7 +14,7 @@ distribution:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,12 +35,18 @@ Scene = tuple[ImageSource, Sequence[tuple[str, tuple[float, ...], bool]]]  # ima
 
 @dataclass(frozen=True)
 class Found:
-    """The contents of a source: its splits by name, and the names of classes."""
+    """The contents of a source: its splits by name, the names of classes, and what was not read.
+
+    `passed_over` holds names of files, rows or objects, relative to the source, by the reason in plain words, and `notes` what
+    was decided or changed; `Remarks` collects both.
+    """
 
     kind: str
     splits: Mapping[str, Split]
     classes: Sequence[str]
     names_from_user: bool = False  # its classes are values of masks, which the user may name
+    passed_over: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
