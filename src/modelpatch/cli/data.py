@@ -19,6 +19,7 @@ def data(
     data: opt.DataArgument,
     kind: opt.KindOption = None,
     classes: opt.ClassesOption = None,
+    separator: opt.SeparatorOption = None,
     ignore: opt.IgnoreOption = None,
     seed: opt.SeedOption = 0,
     images: int = Option(MOST_IMAGES, min=0, help="Images to open at most, spread over the splits; 0: names alone."),
@@ -33,7 +34,7 @@ def data(
     from modelpatch.report.data import data_sheet, data_tables
 
     names = read_names("--classes", classes) or None
-    task = mp.load_task(data, seed=seed, kind=kind, classes=names, ignore=ignore)
+    task = mp.load_task(data, seed=seed, kind=kind, classes=names, ignore=ignore, separator=separator)
     total = sum(split.length or 0 for split in task.splits.values())
     with console.progress("data") as bar, bar.task("images opened", min(total, images)) as advance:
         report = task.report(images, near=near, advance=advance)

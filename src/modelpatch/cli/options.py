@@ -44,10 +44,13 @@ LONGEST_NAME = 200  # characters of a file that is named after a task
 LOCAL = "local"
 OWN = "own"  # --backbone own: the backbone that the patch names
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
-KindOption = Annotated[str | None, Option(help="The kind of task, such as segmentation; by default that of the data.")]
-ClassesOption = Annotated[
-    str | None, Option(help="Names of the values of masks, comma-separated or a file with one a line.")
+KindOption = Annotated[
+    str | None, Option(help="The kind of task, such as multilabel or segmentation; by default that of the data.")
 ]
+ClassesOption = Annotated[
+    str | None, Option(help="Names of the values of masks, or of columns; comma-separated or a file with one a line.")
+]
+SeparatorOption = Annotated[str | None, Option(help="The text between several labels in one cell, such as '|'.")]
 IgnoreOption = Annotated[int | None, Option(help="A value of masks to ignore, beside 255.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 BackboneOption = Annotated[
@@ -186,10 +189,11 @@ def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) 
     names, ignore = facts.get("classes"), facts.get("ignore")
     classes = [str(name) for name in names] if isinstance(names, list) else None
     chosen = fitted_seed(patch) if seed is None else seed
-    kind = patch.task.kind
+    kind, separator = patch.task.kind, facts.get("separator")
+    given: dict[str, Any] = {"kind": kind, "classes": classes, "ignore": ignore, "separator": separator}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingWarning)  # what is unusual about the data was said before the fit
-        return join_tasks([mp.load_task(one, seed=chosen, kind=kind, classes=classes, ignore=ignore) for one in data])
+        return join_tasks([mp.load_task(one, seed=chosen, **given) for one in data])
 
 
 def fitted_seed(patch: mp.Patch) -> int:

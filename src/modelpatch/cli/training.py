@@ -41,6 +41,7 @@ def fit(
     ),
     kind: opt.KindOption = None,
     classes: opt.ClassesOption = None,
+    separator: opt.SeparatorOption = None,
     ignore: opt.IgnoreOption = None,
     method: opt.MethodOption = "scale-bias",
     set_: opt.SetOption = None,
@@ -65,6 +66,7 @@ def fit(
         made = opt.make_method(method, set_)
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
         facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "ignore": ignore}
+        facts["separator"] = separator
         tasks = [mp.load_task(one, seed=training.seed, **facts) for one in data]
         console.tell_data(tasks)
         task = join_tasks(tasks)
@@ -92,6 +94,9 @@ def compare(
     data: opt.DataArgument,
     network: opt.Network,
     training: opt.Training,
+    kind: opt.KindOption = None,
+    classes: opt.ClassesOption = None,
+    separator: opt.SeparatorOption = None,
     methods: str = Option("all", help="Comma-separated, such as scale-bias+depthwise or subset(blocks=last); or all."),
     sweep: str | None = Option(None, help="KEY=V1,V2,...: train each method at each of a hyperparameter's values."),
     base_data: str | None = Option(None, help="Data of the base's classes: measure its accuracy before and after."),
@@ -117,7 +122,8 @@ def compare(
     for name in names:
         mp.methods.make_method(name)
     settings = training.settings(seeds=seeds)
-    task = mp.load_task(data, seed=training.seed)
+    facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "separator": separator}
+    task = mp.load_task(data, seed=training.seed, **facts)
     console.tell_data([task])
     base = None if base_data is None else mp.load_task(base_data, hold_out=False)
     make_folder("--out", out)

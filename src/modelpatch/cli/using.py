@@ -35,14 +35,16 @@ def predict(
     images: list[Path] = Argument(..., help="Image files, or folders that are searched for them."),
     patch: list[Path] = Option(..., "--patch", "-p", help="A patch file, or a cascade's; may be repeated."),
     base: bool = Option(False, "--base", help="Print the base's own answer too."),
-    top: int = Option(3, min=1, help="Answers per image and task. Boxes from 50 % on are counted; --json has each."),
+    top: int = Option(3, min=1, help="Classes per image and task. Of boxes and labels all that are sure are told."),
     batch_size: int = Option(16, min=1, help="Images in a batch."),
     workers: int = Option(0, min=0, help="Processes that decode images; 0: this one."),
     tune: bool = Option(False, "--tune", help="Measure the fastest way first: some seconds, for hundreds of images."),
     explain: bool = Option(False, "--explain", help="Print what the patches share and the time of each step."),
     plot: Path | None = Option(None, help="A picture of the plan."),
     labels: str | None = Option(None, help="Other answers than the classes, comma-separated or a file of lines."),
-    overlay: Path | None = Option(None, help="A folder for pictures of masks and boxes, drawn over the images."),
+    overlay: Path | None = Option(
+        None, help="A folder for pictures of masks, boxes, labels and numbers with the images."
+    ),
     alpha: opt.AlphaOption = None,
     device: opt.DeviceOption = "cpu",
 ) -> None:
@@ -74,7 +76,7 @@ def predict(
     tasks = [name for name in engine if base or name != BASE]
     if overlay is not None:
         if not any(kind_of(engine.kind(name)).draws for name in tasks):
-            raise ModelpatchError(f"--overlay {overlay}: none of the patches answers for pixels.")
+            raise ModelpatchError(f"--overlay {overlay}: no answer of these patches is drawn.")
         make_folder("--overlay", overlay)
     rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
     with console.progress("predict") as bar, bar.task("images", len(files)) as advance:
@@ -137,15 +139,15 @@ def _names(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
 def _fill(rows: list[Row], answers: Answers, engine: mp.Engine, top: int, folder: Path | None) -> None:
     """Write a batch's answers and errors into the rows of its images, and draw answers into a folder if there is one."""
     from modelpatch.tasks.drawing import encode_png
-    from modelpatch.tasks.kind import View, kind_of
+    from modelpatch.tasks.kind import kind_of
 
     for place, error in answers.errors.items():
         rows[place]["error"] = error
     for name, found in answers.logits.items():
-        kind, classes, seen = kind_of(engine.kind(name)), engine.classes(name), engine.preprocessing(name)
+        kind = kind_of(engine.kind(name))
         for place, answer in zip(answers.rows, kind.reduce(found, top), strict=True):
             row = rows[place]
-            view = View(classes, seen, Path(row["image"]))
+            view = engine.view(name, Path(row["image"]))
             row["tasks"][name] = kind.describe(answer, view, top)
             if folder is not None and kind.draws:
                 path = folder / f"{place:05}-{Path(row['image']).stem}-{file_name(name)}.png"
@@ -204,7 +206,7 @@ def evaluate(
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
-    console.show(tables.evaluation_table(loaded.task.name, figures, per_class, len(loaded.task.classes)))
+    console.show(tables.evaluation_table(loaded.task, figures, per_class))
     console.write_json(figures)
     kind = kind_of(loaded.task.kind)
     if plot is not None and result.confusion is None:

@@ -76,11 +76,11 @@ def choose_augmentation(name: AugmentName, split: Split) -> Augmentation:
 def apply_transform(transform: Transform, image: Image.Image, target: Target | int) -> tuple[Image.Image, Target | int]:
     """The transformed image and target.
 
-    A class index stays as it is. Masks and boxes are given as tv_tensors, as the second argument. Raises `DataError` for a
-    transform that fails or returns something else.
+    Class indices and targets of whole images stay as they are. Masks and boxes are given as tv_tensors, as the second
+    argument. Raises `DataError` for a transform that fails or returns something else.
     """
     try:
-        if isinstance(target, int):
+        if isinstance(target, int) or not target.moves:
             return open_image(to_image(transform(image))), target
         from torchvision import tv_tensors
 

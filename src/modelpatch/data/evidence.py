@@ -69,6 +69,11 @@ class Evidence:
         """The kind of the task."""
         return kind_of(self.record.kind)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of classes; none for a kind whose outputs are no classes."""
+        return self.record.classes if self.kind.counted else ()
+
     def names(self, classes: Iterable[int]) -> tuple[str, ...]:
         """The names of class indices."""
         return tuple(self.record.classes[number] for number in classes)
@@ -111,7 +116,7 @@ class Evidence:
     def listed(self, split: str) -> bool:
         """Return True where the class of every image is known without reading images."""
         images = self.splits[split]
-        return images.labels_known and not images.dense
+        return images.labels_known and self.kind.target is None
 
     def tell(self, level: Level, code: str, text: str, groups: Sequence[Sequence[Row]], joint: str = " = ") -> Finding:
         """A finding about groups of rows, each one image or some that belong together; its text ends with the first ones."""

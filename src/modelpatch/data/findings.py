@@ -73,10 +73,8 @@ def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
     }
     for code, (words, text) in groups.items():
         known = {fold_name(word) for word in words.split()}
-        found = [name for name in evidence.record.classes if re.sub(r":?\d+$", "", fold_name(name)) in known]
-        found += [
-            name for name in evidence.record.classes if code == "no-name" and name not in found and _is_hidden(name)
-        ]
+        found = [name for name in evidence.class_names if re.sub(r":?\d+$", "", fold_name(name)) in known]
+        found += [name for name in evidence.class_names if code == "no-name" and name not in found and _is_hidden(name)]
         for name in found:
             yield Finding("warning", code, f"the class {name!r} {text}.", (name,))
 
@@ -89,7 +87,7 @@ def _is_hidden(name: str) -> bool:
 def names_that_differ_little(evidence: Evidence) -> Iterator[Finding]:
     """Names that differ by case, blanks or separators, and plurals beside singulars."""
     folded = defaultdict(list)
-    for name in evidence.record.classes:
+    for name in evidence.class_names:
         folded[fold_name(name)].append(name)
     for names in (names for names in folded.values() if len(names) > 1):
         listed = ", ".join(map(repr, names))
@@ -108,9 +106,9 @@ def names_that_differ_little(evidence: Evidence) -> Iterator[Finding]:
 @check
 def names_of_numbers(evidence: Evidence) -> Iterator[Finding]:
     """Classes without words, and numbers among words."""
-    classes = evidence.record.classes
+    classes = evidence.class_names
     numbers = [name for name in classes if re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", name)]
-    if len(numbers) == len(classes):
+    if numbers and len(numbers) == len(classes):
         gaps = _gaps(numbers)
         missing = f"; {', '.join(gaps[:5])} between them {'are' if len(gaps) > 1 else 'is'} missing" if gaps else ""
         text = f"the classes are called by numbers ({numbers[0]} to {numbers[-1]}{missing}), and answers will be too."

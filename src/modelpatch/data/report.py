@@ -103,7 +103,8 @@ class DataReport:
             f"{'unknown number of' if one.images is None else f'{one.images:,}'} {one.name}" for one in self.splits
         ]
         held = f" (test held out of train, seed {self.held_out['seed']})" if self.held_out else ""
-        classes = count_of(len(self.classes), "class", "classes")
+        kind = kind_of(self.kind)
+        classes = count_of(len(self.classes), kind.noun, kind.nouns)
         return f"{self.name}: {self.kind}, {classes}, {', '.join(counts)} images{held}"
 
     def as_dict(self) -> dict[str, Any]:

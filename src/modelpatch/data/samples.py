@@ -14,11 +14,25 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes, Detection
-from modelpatch.tasks.kind import Target
+from modelpatch.tasks.kind import Target, kind_of
+from modelpatch.tasks.multilabel import Multilabel
+from modelpatch.tasks.regression import Regression
 from modelpatch.tasks.segmentation import PixelMask, Segmentation
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "x")
-LABEL_KEYS = ("label", "labels", "class", "fine_label", "target", "targets", "y", "mask", Segmentation.name, "objects")
+LABEL_KEYS = (
+    "label",
+    "labels",
+    "tags",
+    "class",
+    "fine_label",
+    "target",
+    "targets",
+    "y",
+    "mask",
+    Segmentation.name,
+    "objects",
+)
 CHANNELS = (1, 3, 4)
 ITEMS = "expected (image, label), or a dict with keys such as 'image' and 'label'"
 
@@ -33,8 +47,22 @@ class SampleForm:
     source: str
     classes: tuple[str, ...]
     names: tuple[str, ...] | None = None
-    dense: bool = False
+    kind: str = Classification.name
     table: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def target(self) -> type[Target] | None:
+        """The type of targets, None for class indices."""
+        return kind_of(self.kind).target
+
+    @property
+    def dense(self) -> bool:
+        """True where targets belong to places in the image."""
+        return kind_of(self.kind).dense
+
+    def list_strata(self, targets: Sequence[Target]) -> Sequence[int]:
+        """The strata of targets, see `Kind.list_strata`."""
+        return kind_of(self.kind).list_strata(targets)
 
     def read(self, item: Any, place: object) -> tuple[ImageSource, Target | int]:
         """The image and the class index or target of an item. Raises `DataError` that names the place."""
@@ -43,11 +71,13 @@ class SampleForm:
             return to_image(image), self.read_target(target)
 
     def read_target(self, value: Any) -> Target | int:
-        """The class index, mask or boxes that a label stands for."""
-        if not self.dense:
+        """The class index or target that a label stands for."""
+        if self.target is None:
             return self.read_label(value)
         if self.table is not None:
             return PixelMask(to_mask(value), self.table)
+        if self.target is not Boxes:
+            return kind_of(self.kind).read_target(value, self.classes)
         boxes, last = to_boxes(value), len(self.classes) - 1
         if wrong := [label for label in boxes.labels.tolist() if not 0 <= label <= last]:
             raise DataError(f"a box has the label {wrong[0]}; expected 0 to {last}.")
@@ -67,9 +97,9 @@ class SampleForm:
             raise DataError(f"the label is {label!r}; expected one of: {', '.join(self.classes)[:300]}.")
         return self.classes.index(label)
 
-    def read_labels(self, items: Iterable[Any]) -> list[int]:
-        """The class index of every item, 0 where targets are dense."""
-        return [0 if self.dense else self.read_label(split_item(item)[1]) for item in items]
+    def read_targets(self, items: Iterable[Any]) -> list[Any]:
+        """The class index or target of every item, 0 where targets are dense."""
+        return [0 if self.dense else self.read_target(split_item(item)[1]) for item in items]
 
 
 @contextmanager
@@ -175,11 +205,26 @@ def to_boxes(value: Any) -> Boxes:
 
 
 def find_kind(target: Any) -> str:
-    """The kind of task that such a target belongs to."""
+    """The kind of task that such a target belongs to. Raises `DataError` for one that could belong to several."""
     if isinstance(target, Mapping):
         return Detection.name
-    picture = isinstance(target, Image.Image) or np.ndim(target) >= 2
-    return Segmentation.name if picture else Classification.name
+    if isinstance(target, Image.Image):
+        return Segmentation.name
+    if isinstance(target, list | tuple | set | frozenset):
+        if all(isinstance(one, str) for one in target):
+            return Multilabel.name
+        target = np.asarray(list(target), dtype=object) if not np.ndim(list(target)) > 1 else target
+    if np.ndim(target) >= 2:
+        return Segmentation.name
+    number = target.item() if np.ndim(target) == 0 and hasattr(target, "item") else target
+    if np.ndim(target) == 1 or (isinstance(number, float) and not number.is_integer()):
+        found = f"a vector of {len(target)} numbers" if np.ndim(target) == 1 else f"the number {number:g}"
+        vector = f"kind={Multilabel.name!r} for several labels an image, " if np.ndim(target) == 1 else ""
+        raise DataError(
+            f"its label is {found}. Say what it is: {vector}kind={Regression.name!r} for numbers to predict; for classes "
+            "give an index (argmax of probabilities) or a name."
+        )
+    return Classification.name
 
 
 def name_classes(labels: Sequence[int | str]) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ Sample = tuple[ImageSource, Target | int]
 class Split:
     """Images, undecoded, and their class indices, int64 (N,).
 
-    Images of dense tasks have `targets` instead; their labels are zeros, so that stratified splits of them are random ones.
+    Images of other tasks have `targets` instead; their labels are the strata of the kind (`Kind.list_strata`), or zeros, so
+    that stratified splits of them are random ones. `dense` says that targets belong to places in the images.
     `transform` is applied to images, and to the targets of dense tasks, when they are trained on. `workers` is the number of
     processes that decode them; where it is None, threads do, or with a transform processes for many images.
     """
@@ -50,7 +51,7 @@ class Split:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        self.dense = self.targets is not None
+        self.dense = self.targets is not None and (not len(self.targets) or self.targets[0].moves)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,6 +65,10 @@ class Split:
     def labels_known(self) -> bool:
         """True where `labels` are at hand, without reading images."""
         return "labels" in self.__dict__
+
+    def read_targets(self) -> Sequence[Target]:
+        """All targets, for a kind whose targets are no class indices."""
+        return self.targets or ()
 
     @property
     def changes(self) -> bool:
@@ -133,6 +138,8 @@ class FormedSplit(Split):
         digest = hashlib.sha256(f"{self.form.source} {self.size} {self.form.classes}".encode())
         if self.labels_known and not self.is_stream:
             digest.update(self.labels.tobytes())
+        if self.form.target is not None and not self.dense:
+            digest.update(b"".join(target.content() for target in self.read_targets()))
         with seeded(0):
             for sample in self.some(SAMPLED):
                 digest.update(content(sample))
@@ -152,6 +159,7 @@ class DatasetSplit(FormedSplit):
         form: SampleForm,
         rows: np.ndarray | None = None,
         labels: np.ndarray | None = None,
+        vectors: Sequence[Target] | None = None,
         *,
         workers: int | None = None,
         changes: bool | None = None,
@@ -160,8 +168,10 @@ class DatasetSplit(FormedSplit):
         super().__init__(dataset, form, len(self.rows), workers)
         if labels is not None or form.dense:
             self.labels = np.zeros(len(self), dtype=np.int64) if labels is None else labels
+        if vectors is not None:
+            self.vectors = list(vectors)
         self.images = Lazy(range(len(self)), partial(self._read, 0))
-        self.targets = Lazy(range(len(self)), partial(self._read, 1)) if form.dense else None
+        self.targets = None if form.target is None else Lazy(range(len(self)), partial(self._read, 1))
         self.own_changes = self._find_changes() if changes is None else changes
 
     def __len__(self) -> int:
@@ -177,19 +187,35 @@ class DatasetSplit(FormedSplit):
         except Exception as error:
             raise DataError(f"{self.form.source}, sample {number} cannot be read: {error!r}") from error
         image, target = self.form.read(item, number)
-        return image, target if self.dense or not self.labels_known else int(self.labels[row])
+        return image, target if self.targets is not None or not self.labels_known else int(self.labels[row])
 
     @cached_property
     def labels(self) -> np.ndarray:  # type: ignore[override]
-        """Class indices, int64 (N,), from one reading of all samples; zeros for dense tasks."""
+        """Class indices or strata, int64 (N,), from one reading of all samples; zeros for dense tasks."""
+        found = self.form.list_strata(self.vectors) if self.form.target is not None else self._read_all()
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def vectors(self) -> list[Any]:
+        """The targets of a task that is neither dense nor one of class indices, from one reading of all samples."""
+        return self._read_all()
+
+    def read_targets(self) -> Sequence[Target]:
+        return self.vectors
+
+    def _read_all(self) -> list[Any]:
+        """The class index or target of every row."""
         chosen, workers = Subset(self.dataset, self.rows.tolist()), count_workers(self)
-        loader = DataLoader(chosen, batch_size=64, num_workers=workers, collate_fn=self.form.read_labels)
-        return np.array([label for batch in loader for label in batch], dtype=np.int64)
+        loader = DataLoader(chosen, batch_size=64, num_workers=workers, collate_fn=self.form.read_targets)
+        return [target for batch in loader for target in batch]
 
     def take(self, rows: np.ndarray) -> "DatasetSplit":
         """The rows with these indices."""
         labels, changes = self.labels[rows] if self.labels_known else None, self.own_changes
-        split = DatasetSplit(self.dataset, self.form, self.rows[rows], labels, workers=self.workers, changes=changes)
+        vectors = [self.vectors[row] for row in rows] if "vectors" in self.__dict__ else None
+        split = DatasetSplit(
+            self.dataset, self.form, self.rows[rows], labels, vectors, workers=self.workers, changes=changes
+        )
         return split.with_transform(self.transform)
 
     def _read(self, part: int, row: int) -> Any:
@@ -253,12 +279,24 @@ class StreamSplit(FormedSplit):
 
     @cached_property
     def labels(self) -> np.ndarray:  # type: ignore[override]
-        """Class indices, int64 (N,), from one reading of the stream."""
+        """Class indices, int64 (N,), from one reading of the stream; zeros for other targets."""
+        return np.array([one if isinstance(one, int) else 0 for one in self._read_all()], dtype=np.int64)
+
+    @cached_property
+    def vectors(self) -> list[Any]:
+        """The targets of a task that is neither dense nor one of class indices, from one reading of the stream."""
+        return self._read_all()
+
+    def read_targets(self) -> Sequence[Target]:
+        return self.vectors
+
+    def _read_all(self) -> list[Any]:
+        """The class index or target of every sample, 0 for dense targets."""
         features, items = getattr(self.dataset, "features", None), self.dataset
         column = next((key for key in LABEL_KEYS if key in features), None) if isinstance(features, dict) else None
         if column is not None and hasattr(self.dataset, "select_columns"):  # images are not decoded
             items = ({"image": None, **item} for item in self.dataset.select_columns([column]))
-        return np.array(self.form.read_labels(islice(items, self.length)), dtype=np.int64)
+        return self.form.read_targets(islice(items, self.size))
 
 
 def join_splits(parts: Sequence[Split], labels: np.ndarray | None = None) -> Split:

@@ -108,10 +108,10 @@ class Task:
             return self
         if not 0 < fraction < 1:
             raise DataError(f"the share of images held out for validation is {fraction}; expected one between 0 and 1.")
-        keep, held = stratified(self.train.labels, fraction, seed)
+        keep, held = _cut(self.train, fraction, seed)
         if not len(held):
             raise DataError(f"no class of {self.task.name} has an image to spare for validation. Add images, or none.")
-        if lost := set(self.train.labels[held]) - set(self.train.labels[keep]):
+        if self.train.targets is None and (lost := set(self.train.labels[held]) - set(self.train.labels[keep])):
             name, count = self.classes[min(lost)], int((self.train.labels == min(lost)).sum())
             raise DataError(
                 f"a share of {fraction:g} for validation leaves the class {name!r} none of its {count} images to train on. "
@@ -149,7 +149,7 @@ class Task:
 
     def __repr__(self) -> str:
         counts = [f"{'?' if s.length is None else s.length} {name}" for name, s in self.splits.items()]
-        return f"Task({self.task.name!r}, {len(self.classes)} classes, {', '.join(counts)})"
+        return f"Task({self.task.name!r}, {len(self.classes)} {kind_of(self.task.kind).nouns}, {', '.join(counts)})"
 
 
 def load_task(
@@ -161,6 +161,7 @@ def load_task(
     kind: str | None = None,
     classes: Sequence[str] | None = None,
     ignore: int | None = None,
+    separator: str | None = None,
     transform: Transform | None = None,
 ) -> Task:
     """A task from a folder, a manifest, `hf:NAME` or `bundled:digits`. `seed` makes the test split where there is none.
@@ -168,12 +169,13 @@ def load_task(
     A data set of torch or `datasets` is a source too, as is a mapping from `train`, `test` and `validation` to them; see
     `Task.from_datasets`, which has more options for them. With `hold_out=False` a source without a test split is tested on all
     its images: for data that is only measured. `kind` is found from the source where it is not given. For segmentation
-    `classes` name the values of masks from 0 on, and `ignore` is one that stands for no class, beside 255. `transform` is
+    `classes` name the values of masks from 0 on, and `ignore` is one that stands for no class, beside 255. For several labels
+    or numbers an image `classes` name columns of a table, and `separator` stands between labels in one cell. `transform` is
     applied to the images that are trained on. Raises `DataError` for a source that cannot be read or holds no images, has one
     class, or has labels of classes that are not trained.
     """
     check_seed(seed)
-    options = SourceOptions(kind, classes, ignore)
+    options = SourceOptions(kind, classes, ignore, separator)
     if is_dataset(source):
         splits = source if isinstance(source, Mapping) else {"train": source}
         text, stem = describe(splits.get("train")), name_of(splits.get("train"))
@@ -266,6 +268,13 @@ def check_same_split(facts: Mapping[str, Any], data: Task) -> None:
         )
 
 
+def _cut(train: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices (rest, share) of a stratified share, or a random one where strata of targets are too small."""
+    keep, held = stratified(train.labels, fraction, seed)
+    alone = train.targets is not None and not len(held)
+    return stratified(np.zeros(len(train), dtype=np.int64), fraction, seed) if alone else (keep, held)
+
+
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     """The task of what a source holds, checked, with a test split cut from the training images where there is none."""
     splits, classes = dict(found.splits), found.classes
@@ -280,7 +289,7 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
             raise DataError(
                 f"{source} is a stream, from which no test images can be cut. Give some: test=... of from_datasets."
             )
-        keep, held = stratified(train.labels, TEST_FRACTION, seed)
+        keep, held = _cut(train, TEST_FRACTION, seed)
         if not len(held):
             raise DataError(f"{source} has one image a class, and no test split. Add images.")
         train, splits["test"] = train.take(keep), train.take(held)
@@ -290,13 +299,13 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     for split, images in splits.items():
         if images.length == 0:
             raise DataError(f"{source}: its split {split!r} holds no images. Fill it or remove it.")
-        if images.labels_known and not images.dense:
+        if images.labels_known and kind_of(found.kind).target is None:
             known[split] = set(np.unique(images.labels).tolist())
             if min(known[split]) < 0 or max(known[split]) >= len(classes):
                 raise DataError(
                     f"{source}: its split {split!r} has images without a label. Leave it out, or label them."
                 )
-    if train.labels_known and (unseen := known.get("test", set()) - set(train.labels.tolist())):
+    if known and train.labels_known and (unseen := known.get("test", set()) - set(train.labels.tolist())):
         raise DataError(f"{source}: the class {classes[min(unseen)]!r} is tested but has no training image.")
     try:
         task = TaskRecord(name=name, kind=found.kind, classes=tuple(classes))

@@ -32,6 +32,7 @@ from modelpatch.engine.resident import BoundPart, Templates
 from modelpatch.engine.task import ANY, EngineTask, Given, Routed, Turn, Wish, bind, cost, reuse, run_rounds
 from modelpatch.errors import EngineError, UnknownTaskError
 from modelpatch.heads.reading import pooled_axes
+from modelpatch.tasks.kind import View
 
 BASE = "base"
 PROGRAMS = 128
@@ -98,6 +99,11 @@ class Engine:
     def kind(self, task: str) -> str:
         """The kind of a task: `modelpatch.tasks.kind_of` of it tells the meaning of its answers."""
         return self._find(task).kind
+
+    def view(self, task: str, source: ImageSource | None = None, size: tuple[int, int] | None = None) -> View:
+        """An image, or its size (width, height), as a task sees it: what its kind needs to tell an answer."""
+        found = self._find(task)
+        return View(found.classes, found.preprocessing, source, size, found.facts)
 
     def preprocessing(self, task: str) -> Preprocessing:
         """The preprocessing of a task's images; of several patches or a cascade, that of the last one."""

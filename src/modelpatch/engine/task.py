@@ -10,9 +10,10 @@ as soon as a stage is sure of them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ Given = AnyPatch | Sequence[AnyPatch] | Cascade
 class EngineTask:
     """A task with all that runs it.
 
+    `facts` are the options of its record, such as thresholds; `options` its patches, where it has several.
     `path` are the links that cover the chain, or what is left of it after the activations that `root` stands for; without a
     `root` it begins at the images as `preprocessing` sees them.
     """
@@ -50,6 +52,7 @@ class EngineTask:
     bound: BoundPatch | None = None
     root: Hashable = None
     options: tuple["EngineTask", ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple["CascadeStage", ...] = ()
 
     @property
@@ -127,7 +130,8 @@ def bind_one(templates: Templates, name: str, patch: AnyPatch) -> EngineTask:
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
     task, seen = patch.task, patch.preprocessing
-    return EngineTask(name, seen, task.classes, patch.head, patch.path, patch.reading, task.kind, beside, patch)
+    made = EngineTask(name, seen, task.classes, patch.head, patch.path, patch.reading, task.kind, beside, patch)
+    return replace(made, facts=task.options)
 
 
 def bind_options(templates: Templates, name: str, patches: Sequence[AnyPatch]) -> EngineTask:

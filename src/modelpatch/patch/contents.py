@@ -26,6 +26,7 @@ from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.entropy import MAX_BITS
 from modelpatch.patch.file import BackboneRecord, MethodRecord, check_file, decode_file, encode_file
 from modelpatch.patch.inspect import Inspection
+from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
@@ -165,6 +166,7 @@ class Patch:
             image_size=self.preprocessing.image_size,
             strength=self.strength,
             content_hash=self.content_hash,
+            options=dict(self.task.options),
             metrics=dict(self.metrics),
             created=dict(self.created),
         )
@@ -172,13 +174,18 @@ class Patch:
     def astype(self, dtype: str) -> Self:
         """The patch with its floating tensors stored as `float32`, `float16`, `bfloat16` or `int8`.
 
-        `int8` stores matrices and convolutions with one scale per output channel, vectors as float32. Models compute in
-        float32 whatever the file stores. Raises `PatchError` for another name.
+        `int8` stores matrices and convolutions with one scale per output channel, vectors as float32; what the kind of the
+        task needs exact is float32 always. Models compute in float32 whatever the file stores. Raises `PatchError` for another
+        name.
         """
         if dtype not in STORAGE:
             raise PatchError(f"cannot store tensors as {dtype!r}. Expected one of: {', '.join(STORAGE)}.")
         floating = {name: tensor for name, tensor in self.tensors.items() if tensor.is_floating_point()}
-        changed = {name: tensor.to(FLOATS.get(dtype, torch.float32)) for name, tensor in floating.items()}
+        exact = kind_of(self.task.kind).exact
+        changed = {
+            name: tensor.to(torch.float32 if name in exact else FLOATS.get(dtype, torch.float32))
+            for name, tensor in floating.items()
+        }
         int8 = frozenset[str]()
         if dtype == "int8":
             int8 = frozenset(n for n, t in floating.items() if t.ndim > 1 and not n.startswith("delta/"))

@@ -172,8 +172,9 @@ def _header_text(facts: Mapping[str, Any], codecs: dict[str, str]) -> str:
     """The canonical JSON of a file. Raises `PatchError` for facts that no reader would accept."""
     try:
         described = Header(version=VERSION, codecs=codecs, sha256=ZEROS, **facts).model_dump()
-        if not described["head"]["options"]:
-            del described["head"]["options"]  # which earlier versions do not read
+        for part in ("head", "task"):
+            if not described[part]["options"]:
+                del described[part]["options"]  # which earlier versions do not read
         text = canonical(described)
     except ValidationError as error:
         raise PatchError(f"the patch cannot be written: {first_problem(error)}.") from error

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from modelpatch.errors import PatchError
 from modelpatch.patch.inspect import Inspection
-from modelpatch.text import first_line
+from modelpatch.tasks.kind import kind_of
+from modelpatch.text import count_of, first_line
 
 FILE = "patch.safetensors"
 
@@ -39,6 +41,11 @@ def _hub_errors(action: str) -> Iterator[None]:
         raise PatchError(f"cannot {action}: {first_line(error)}") from error
 
 
+def _spell(value: Any) -> str:
+    """An option of a task as the card says it."""
+    return ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list) else str(value)
+
+
 def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
     """The repository's README: what the patch is, what was measured, how to use it."""
     front = {
@@ -49,7 +56,11 @@ def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
     facts = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     figures = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in patch.metrics.items()}
     rows = "".join(f"\n| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
+    kind = kind_of(patch.kind)
     names = ", ".join(name.replace("|", "\\|") for name in classes)
+    told = "".join(
+        f"\n{name.replace('_', ' ').capitalize()}: {_spell(value)}\n" for name, value in patch.options.items()
+    )
     return f"""---
 {facts}
 ---
@@ -57,7 +68,7 @@ def model_card(patch: Inspection, classes: Sequence[str], repo_id: str) -> str:
 # {patch.task}
 
 A [modelpatch](https://pypi.org/project/modelpatch/) patch: `{patch.method}` over the frozen backbone `{patch.backbone}`, \
-{patch.classes} classes, {patch.file_bytes:,} bytes.
+{count_of(patch.classes, kind.noun, kind.nouns)}, {patch.file_bytes:,} bytes.
 
 | measured | value |
 |---|---:|{rows}
@@ -72,5 +83,5 @@ model = backbone.patched(patch)
 
 Base fingerprint `{patch.fingerprint}`; content hash `{patch.content_hash}`.
 
-Classes: {names}
-"""
+{kind.nouns.capitalize()}: {names}
+{told}"""

@@ -13,6 +13,8 @@ from modelpatch.backbone.chain import Chain
 from modelpatch.patch.blueprint import Span
 from modelpatch.patch.codec import SCALE, STREAM, WHERE, pack
 from modelpatch.patch.entropy import entropy_bits
+from modelpatch.tasks.kind import kind_of
+from modelpatch.text import count_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -95,6 +97,7 @@ class Inspection:
     file_bytes: int
     file_sha256: str
     content_hash: str
+    options: dict[str, Any]
     metrics: dict[str, Any]
     created: dict[str, Any]
 
@@ -133,10 +136,12 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
+        kind = kind_of(self.kind)
         rows = [(f"{part.kind} {part.name}", part.numbers, part.bytes) for part in self.parts]
         return "\n".join(
             [
-                f"{self.task}: {self.kind}, {self.classes} classes, made by {self.method} for {self.backbone}",
+                f"{self.task}: {self.kind}, {count_of(self.classes, kind.noun, kind.nouns)}, made by {self.method} for "
+                f"{self.backbone}",
                 *(f"  {name:<48}{numbers:>12,} numbers{size:>14,} bytes" for name, numbers, size in rows),
                 f"  {'header':<48}{'':>20}{self.header_bytes:>14,} bytes",
                 f"  file {self.file_bytes:,} bytes, sha256 {self.file_sha256[:16]}, image size {self.image_size} px",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modelpatch.recipes.comparison import Comparison
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
+    from modelpatch.tasks.record import TaskRecord
 
 NAME_WIDTH, FACT_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 15, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
@@ -138,6 +139,7 @@ def inspection_table(inspection: Inspection) -> Table:
         ("file", _size(inspection)),
         ("file sha256", inspection.file_sha256),
         ("content hash", inspection.content_hash),
+        *((name.replace("_", " "), _spell(value)) for name, value in inspection.options.items()),
     ]
     rows += [
         (_label(name, inspection.kind), _figure(name, value, inspection))
@@ -155,9 +157,10 @@ def fit_table(inspection: Inspection) -> Table:
     rows = [("method", f"{inspection.method} on {inspection.backbone} at {inspection.image_size} px")]
     rows += [] if trained is None else [("trained", _figure("trainable_parameters", trained, inspection))]
     images = f" of {measured['test_images']:,} images" if "test_images" in measured else ""
-    for name, title in kind_of(inspection.kind).metrics.items():
+    kind = kind_of(inspection.kind)
+    for name, title in kind.metrics.items():
         if f"test_{name}" in measured and not _is_certain(name, inspection.classes):
-            rows.append((f"test {title}", f"{percent(measured[f'test_{name}'])} %{images}"))
+            rows.append((f"test {title}", f"{kind.show_figure(name, measured[f'test_{name}'])}{images}"))
             images = ""
     return facts_table(_title(inspection), [*rows, ("file", _size(inspection))])
 
@@ -201,7 +204,10 @@ def _label(name: str, kind: str) -> str:
 
 
 def _title(inspection: Inspection) -> str:
-    return f"{inspection.task}: {inspection.kind}, {inspection.classes} classes"
+    from modelpatch.tasks.kind import kind_of
+
+    kind = kind_of(inspection.kind)
+    return f"{inspection.task}: {inspection.kind}, {count_of(inspection.classes, kind.noun, kind.nouns)}"
 
 
 def _size(inspection: Inspection) -> str:
@@ -213,11 +219,11 @@ def _figure(name: str, value: Any, inspection: Inspection) -> str:
     """A fact of a patch file as text, whatever its type."""
     from modelpatch.tasks.kind import kind_of
 
-    shares = {word for metric in kind_of(inspection.kind).metrics for word in metric.split("_")}  # in [0, 1]
+    kind = kind_of(inspection.kind)
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, float) and shares & set(name.split("_")):
-        return f"{percent(value)} %"
+    if isinstance(value, float) and (metric := next((one for one in kind.metrics if name.endswith(one)), None)):
+        return kind.show_figure(metric, value)
     if type(value) is not int:
         return str(value)
     if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
@@ -240,13 +246,13 @@ def difference_tables(difference: Difference, first: str, second: str) -> list[T
     return [*tables, new_table("differences of the tensors", texts=("tensor",), figures=columns, rows=rows)]
 
 
-def evaluation_table(task: str, figures: dict[str, Any], per_class: bool, classes: int) -> Table:
-    """Accuracies of one patch on one task of so many classes."""
-    from modelpatch.tasks.kind import KINDS
+def evaluation_table(task: TaskRecord, figures: dict[str, Any], per_class: bool) -> Table:
+    """Figures of one patch on one task."""
+    from modelpatch.tasks.kind import kind_of
 
-    kind = next(kind for kind in KINDS.values() if kind.metric in figures)
-    shown = [name for name in kind.metrics if name in figures and not _is_certain(name, classes)]
-    rows = [(kind.metrics[name], percent(figures[name])) for name in shown]
+    kind = kind_of(task.kind)
+    shown = [name for name in kind.metrics if name in figures and not _is_certain(name, len(task.classes))]
+    rows = [(kind.metrics[name], _bare(kind.show_figure(name, figures[name]))) for name in shown]
     rows.append(("images", str(figures["images"])))
     rows += [(f"top-1 of {name}", percent(value)) for name, value in figures.get("by_task", {}).items()]
     if "base_top1" in figures:
@@ -255,8 +261,19 @@ def evaluation_table(task: str, figures: dict[str, Any], per_class: bool, classe
         rows.append(("multiply-adds", f"{figures['macs']:,.0f}"))
         rows += [(f"answered by stage {n}", percent(share)) for n, share in enumerate(figures["answered"], 1)]
     if per_class:
-        rows += [(f"{kind.per_class} of {name}", percent(value)) for name, value in figures["per_class"].items()]
-    return new_table(task, header=False, texts=("",), figures=("",), rows=rows)
+        own = {name: _bare(kind.show_figure("", value)) for name, value in figures["per_class"].items()}
+        rows += [(f"{kind.per_class} of {name}", value) for name, value in own.items()]
+    return new_table(task.name, header=False, texts=("",), figures=("",), rows=rows)
+
+
+def _spell(value: Any) -> str:
+    """An option of a task as text."""
+    return ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list) else str(value)
+
+
+def _bare(figure: str) -> str:
+    """A figure without the sign of percent, for columns of figures."""
+    return figure.removesuffix(" %")
 
 
 def prediction_table(answers: list[dict[str, Any]], kinds: Mapping[str, str]) -> Table:

@@ -53,7 +53,8 @@ class Client:
     ) -> list[Answers]:
         """For every image (a path, encoded bytes, a picture) the `top` classes with probabilities, by task: for `tasks`, for
         one task an image, or for all. Of a segmentation the classes with the shares of the image that they cover, of a
-        detection all objects; `ask` has pictures and places as well.
+        detection all objects, of several labels those that the image has, of a regression the names with their numbers;
+        `ask` has pictures and places as well.
 
         Raises `DataError` for files that cannot be read, and `Problem` if a task that was named cannot be answered; of all,
         those are left out."""
@@ -155,10 +156,12 @@ class Client:
 
 
 def _pairs(answer: dict[str, Any], top: int) -> list[tuple[str, float]]:
-    """Classes with their probabilities, or with the shares of the image that they cover; or one object after the other."""
+    """Classes with their probabilities, or with the shares of the image that they cover; objects, labels or numbers."""
     if answer.get("areas") is not None:
         return [(area["class"], area["share"]) for area in answer["areas"]][:top]
-    found = answer["top"] if answer.get("boxes") is None else answer["boxes"]
+    if answer.get("values") is not None:
+        return [(one["name"], one["value"]) for one in answer["values"]]
+    found = next(answer[name] for name in ("boxes", "labels", "top") if answer.get(name) is not None)
     return [(one["class"], one["probability"]) for one in found]
 
 

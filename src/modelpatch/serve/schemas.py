@@ -67,11 +67,26 @@ class BoxAnswer(Guess):
     box: Rectangle
 
 
+class LabelAnswer(Guess):
+    """A label that the image has: its probability is not below the `threshold` that the patch keeps for it."""
+
+    threshold: Share
+
+
+class NumberAnswer(BaseModel):
+    """A number by its name and place, in the unit of the training data."""
+
+    name: str
+    index: int
+    value: float
+
+
 class TaskAnswer(BaseModel):
     """The answer of one task for one image. `version` is the SHA-256 of the patch file, of the base its fingerprint.
 
     A segmentation has `areas`, the largest first, and an `overlay` instead of guesses; a detection `boxes` from a probability
-    of 0.5 on, the surest first, and the image's width and height.
+    of 0.5 on, the surest first, and the image's width and height. A task of several labels an image has `labels` beside its
+    guesses, a regression `values` instead of them.
     """
 
     version: str
@@ -80,6 +95,8 @@ class TaskAnswer(BaseModel):
     overlay: Overlay | None = None
     boxes: list[BoxAnswer] | None = None
     size: list[int] | None = None
+    labels: list[LabelAnswer] | None = None
+    values: list[NumberAnswer] | None = None
 
 
 class ProblemBody(BaseModel, extra="allow"):

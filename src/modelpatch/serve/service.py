@@ -23,7 +23,7 @@ from modelpatch.serve.schemas import PredictRequest
 from modelpatch.serve.settings import Settings
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
-from modelpatch.tasks.kind import View, kind_of
+from modelpatch.tasks.kind import kind_of
 
 T = TypeVar("T")
 Answer = dict[str, Any]  # of one task for one image, as JSON
@@ -199,7 +199,7 @@ class Service:
         """The answers of one image as JSON."""
         answers = {}
         for target in targets:
-            view = View(self.engine.classes(target.key), self.engine.preprocessing(target.key), known_size=image[1])
+            view = self.engine.view(target.key, size=image[1])
             answer = kind_of(self.engine.kind(target.key)).to_json(said[target.key], view, top)
             answers[target.name] = {"version": target.identity, "top": [], **answer}
         return answers

@@ -10,7 +10,13 @@ from .kind import Target as Target
 from .kind import View as View
 from .kind import kind_of as kind_of
 from .kind import register_kind as register_kind
+from .multilabel import Multilabel as Multilabel
+from .multilabel import MultilabelResult as MultilabelResult
 from .record import TaskRecord as TaskRecord
+from .regression import Regression as Regression
+from .regression import RegressionResult as RegressionResult
 from .segmentation import PixelMask as PixelMask
 from .segmentation import Segmentation as Segmentation
 from .segmentation import SegmentationResult as SegmentationResult
+from .vector import Vector as Vector
+from .vector import VectorKind as VectorKind

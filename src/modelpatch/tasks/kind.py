@@ -6,9 +6,9 @@ outside its file asks for a kind by name; other parts of the library read its at
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -25,11 +25,17 @@ from modelpatch.tasks.decoding import Decoding, make_decoder
 from modelpatch.tasks.drawing import fit_into
 
 Facts = dict[str, Any]
+ElementLoss = Callable[..., Tensor]  # of outputs and targets (B, K), and hyperparameters, to losses (B, K)
 EXTRA = "dense"  # installs the libraries of `Kind.libraries`
 
 
 class Target(ABC):
-    """The target of one image of a dense task: read from disk when it is needed, framed and augmented with its image."""
+    """The target of one image that is more than the index of a class.
+
+    `moves` says that it belongs to places in the image: it is framed and augmented with its image, so that nothing is cached.
+    """
+
+    moves: ClassVar[bool] = True
 
     @abstractmethod
     def content(self) -> bytes:
@@ -44,7 +50,7 @@ class Target(ABC):
 
     @staticmethod
     @abstractmethod
-    def batch(framed: Sequence[Any], preprocessing: Preprocessing, matrices: Tensor | None) -> Any:
+    def batch(framed: Sequence[Any], preprocessing: Any, matrices: Tensor | None) -> Any:
         """Framed targets as a batch: of centre crops, or of the views that `Augmentation.matrices` (B, 2, 3) give."""
 
 
@@ -60,7 +66,7 @@ class TargetFacts:
 
 
 class Result(ABC):
-    """Measured figures of one patch on one split: a dataclass whose first field is the task's metric, in [0, 1]."""
+    """Measured figures of one patch on one split: a dataclass whose first field is the task's metric: more is better."""
 
     images: int
     per_class: Mapping[str, float]
@@ -73,7 +79,7 @@ class Result(ABC):
 
     @property
     def score(self) -> float:
-        """The task's metric, in [0, 1]."""
+        """The task's metric."""
         return next(iter(self.figures.values()))
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +88,9 @@ class Result(ABC):
 
 
 class Meter(ABC):
-    """Collects answers and targets batch by batch."""
+    """Collects answers and targets batch by batch. `options` are those of the task, such as thresholds."""
+
+    options: Mapping[str, Any] = {}
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
@@ -98,12 +106,14 @@ class Meter(ABC):
 
 @dataclass(frozen=True)
 class View:
-    """An image as a task sees it: classes (none for a backbone's own head), preprocessing, and the image or its size."""
+    """An image as a task sees it: classes (none for a backbone's own head), preprocessing, the image or its size, and the
+    `options` of the task, such as thresholds."""
 
     classes: Sequence[str]
     preprocessing: Preprocessing
     source: ImageSource | None = None
     known_size: tuple[int, int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def image(self) -> Image.Image:
@@ -130,14 +140,16 @@ class Kind(ABC):
     """A kind of task. Instances have no state; `kind_of` returns the one of a name.
 
     `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
-    `meter_type` is the class that measures them.
-    `target` is the type of targets that belong to places in the image, None where they are class indices. `draws` says that
-    answers are shown as pictures. `framing` is how images become squares where no setting says so, None as the backbone's own.
-    `classifies` says that answers are logits (B, K) of classes that exclude each other, which cascades, selection, PAINT and
-    distillation need. `decoders` are the heads that a setting may choose, the default first; without any, the method makes the
-    head. `head_rate` is the largest learning rate at which the kind's heads learn. `libraries` are needed to measure an answer
-    (extra `dense`). `counted` names the things that classes are counted in. `weighs_classes` and `smooths_labels` say which
-    options its loss takes.
+    `meter_type` is the class that measures them. `target` is the type of targets, None where they are class indices. `noun`
+    and `nouns` are words for what `classes` names. `draws` says that answers are shown as pictures. `framing` is how images
+    become squares where no setting says so, None as the backbone's own. `classifies` says that answers are logits (B, K) of
+    classes that exclude each other, which cascades, selection, PAINT and distillation need. `decoders` are the heads that a
+    setting may choose, the default first; without any, the method makes the head. `head_rate` is the largest learning rate
+    at which the kind's heads learn. `libraries` are needed to measure an answer (extra `dense`). `counted` names the things
+    that classes are counted in. `weighs_classes` and `smooths_labels` say which options its loss takes. `losses` are those
+    that a setting may name, the default first; without any, the kind has one. `held_out` is the share of the training images
+    by which a patch is finished after training, where there are no validation images. `exact` names tensors that files store
+    as float32 always.
     """
 
     name: ClassVar[str]
@@ -155,6 +167,11 @@ class Kind(ABC):
     counted: ClassVar[str] = "images"
     weighs_classes: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
+    noun: ClassVar[str] = "class"
+    nouns: ClassVar[str] = "classes"
+    losses: ClassVar[Mapping[str, ElementLoss]] = {}
+    held_out: ClassVar[float] = 0.0
+    exact: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         """Raises TypeError for a kind that could not be measured once it is trained."""
@@ -171,9 +188,26 @@ class Kind(ABC):
     @property
     def dense(self) -> bool:
         """True where targets belong to places in the image: they move with each augmented view, so that nothing is cached."""
-        return self.target is not None
+        return self.target is not None and self.target.moves
 
     # data ---------------------------------------------------------------------------------------------------
+
+    def read_target(self, value: Any, classes: Sequence[str]) -> Target:
+        """The target that a label of a data set stands for, for a kind whose targets are no class indices."""
+        raise DataError(f"labels of {self.name} tasks are not read from data sets. Register a source of data for them.")
+
+    def name_classes(self, values: Iterable[Any]) -> tuple[str, ...] | None:
+        """The names of classes that all labels of a data set make; None where they must be given."""
+        return None
+
+    def list_strata(self, targets: Sequence[Any]) -> Sequence[int]:
+        """A number for each target: images of one number are spread evenly over the splits that are cut from them."""
+        return [0] * len(targets)
+
+    def check_options(self, classes: Sequence[str], options: Mapping[str, Any]) -> None:
+        """Raise ValueError for options that a patch file cannot have for a task of this kind."""
+        if options:
+            raise ValueError(f"a {self.name} task has no options; the record has {', '.join(options)[:80]}")
 
     def examine(self, target: Any, size: tuple[int, int] | None = None) -> TargetFacts:
         """Facts of a target, beside its upright image of this width and height if that is known.
@@ -209,6 +243,43 @@ class Kind(ABC):
                 f"decoder={name!r} is none for {self.name}. Expected one of: {', '.join(self.decoders)}."
             )
         return make_decoder(backbone, classes, pixels, self.decoders[name or next(iter(self.decoders))], taps)
+
+    def prepare(self, targets: Any, classes: Sequence[str]) -> dict[str, Any]:
+        """Options of the task from the batch of all training targets, before the first step.
+
+        `targets` are None for a kind whose targets move. Raises `DataError` for targets that nothing could be learned from.
+        """
+        return {}
+
+    def check_head(self, head: nn.Module, dtype: str, options: Mapping[str, Any]) -> None:
+        """Raise `TrainingError` for a head that could not be finished, or a type that could not store it."""
+        return
+
+    def make_loss(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Callable[[Any, Any], Tensor]:
+        """The loss of that name (`auto`: the kind's first) as a function of what `run_head` returned and of targets."""
+        if name != "auto":
+            raise TrainingError(f"loss={name!r} is none for {self.name}, which has one loss. Leave it out.")
+        return partial(self.loss, class_weights=class_weights, label_smoothing=label_smoothing)
+
+    def to_answers(self, outputs: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The answers of the finished patch for the outputs of a model that is trained."""
+        return outputs
+
+    def calibrate(
+        self, classes: Sequence[str], options: Mapping[str, Any], held_out: Iterable[tuple[Tensor, Any]] | None
+    ) -> dict[str, Any]:
+        """Options of the finished patch, from answers to held-out images and their targets; None without such images."""
+        return dict(options)
+
+    def finish_head(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The tensors of a trained head, by their names in it, as the patch stores them."""
+        return tensors
 
     def check_loss(self, class_weights: bool, label_smoothing: float) -> None:
         """Raise `TrainingError` for options that the loss of this kind does not take."""
@@ -248,17 +319,28 @@ class Kind(ABC):
             if importlib.util.find_spec(library) is None:
                 raise MissingExtraError(library, EXTRA, f"Measuring {self.name}")
 
-    def meter(self, classes: Sequence[str]) -> Meter:
+    def meter(self, classes: Sequence[str], options: Mapping[str, Any] | None = None) -> Meter:
         """A meter for answers about these classes. Raises `MissingExtraError`."""
         self.check_libraries()
-        return self.meter_type(classes)
+        meter = self.meter_type(classes)
+        meter.options = options or {}
+        return meter
 
-    def measure(self, classes: Sequence[str], batches: Iterable[tuple[Tensor, Any]]) -> Result:
+    def measure(
+        self,
+        classes: Sequence[str],
+        batches: Iterable[tuple[Tensor, Any]],
+        options: Mapping[str, Any] | None = None,
+    ) -> Result:
         """Figures for batches of answers and targets."""
-        meter = self.meter(classes)
+        meter = self.meter(classes, options)
         for answers, targets in batches:
             meter.update(answers, targets)
         return meter.result()
+
+    def show_figure(self, name: str, value: float) -> str:
+        """A figure of `metrics`, or of a class, as text without its name: a share in percent."""
+        return f"{100 * value:.1f} %"
 
     # meaning ------------------------------------------------------------------------------------------------
 
@@ -268,7 +350,7 @@ class Kind(ABC):
 
     @abstractmethod
     def describe(self, answer: Any, view: View, top: int = 5) -> list[Facts]:
-        """Plain facts of one reduced answer, the most important first: each has a `label` and a value in [0, 1]."""
+        """Plain facts of one reduced answer, the most important first: each has a `label` and a value."""
 
     @abstractmethod
     def to_json(self, answer: Any, view: View, top: int = 5) -> Facts:

@@ -65,7 +65,8 @@ def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Advance = la
             f"{len(patch.task.classes)} ({', '.join(patch.task.classes[:3])}, ...). Evaluate it on its own task."
         )
     kind, model = kind_of(patch.task.kind), backbone.patched(patch)
-    return kind.measure(patch.task.classes, answers_of(model, data.test, patch.preprocessing, advance))
+    answers = answers_of(model, data.test, patch.preprocessing, advance)
+    return kind.measure(patch.task.classes, answers, patch.task.options)
 
 
 def facts_of(patch: Patch) -> Mapping[str, Any]:

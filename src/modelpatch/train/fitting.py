@@ -71,7 +71,7 @@ def fit(
     optimizer: Callable[..., Optimizer] | None = None,
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     schedule_every: Every | None = None,
-    loss: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | str | None = None,
     transform: Callable[..., Any] | None = None,
     accumulate: int = 1,
     monitor: str | None = None,
@@ -84,18 +84,18 @@ def fit(
     `data` is a `Task`, or a pair of data sets for `Task.from_datasets`. `settings` are the fields of `FitSettings`:
     epochs=10, batch_size=32, seed=0, image_size=None (the backbone's, pixels), augment="auto", framing="auto", decoder=None,
     taps=(), views=4, cache=True, memory=2 * 2**30 (bytes), schedule="cosine", drops=(2/3, 5/6), warmup=0.05 (share of the
-    steps), label_smoothing=0.0, class_weights="none", validation=0.0 (share of the images), early_stopping=0 (epochs),
-    clip=0.0, precision="auto", dtype="float32". `out` names the patch's file; with `reuse` a file that the very same run wrote
-    earlier is read instead. `checkpoint` names a folder of training state, saved every minute and every epoch, from which an
-    interrupted run resumes exactly; it is emptied at the end. `log` names a folder for `metrics.csv`, a row an epoch, and for
-    TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
+    steps), loss="auto", label_smoothing=0.0, class_weights="none", validation=0.0 (share of the images), early_stopping=0
+    (epochs), clip=0.0, precision="auto", dtype="float32". `out` names the patch's file; with `reuse` a file that the very
+    same run wrote earlier is read instead. `checkpoint` names a folder of training state, saved every minute and every
+    epoch, from which an interrupted run resumes exactly; it is emptied at the end. `log` names a folder for `metrics.csv`, a
+    row an epoch, and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
 
     `optimizer` is a class or a function from the method's parameter groups to an optimizer, `scheduler` a function from it to
-    a scheduler, stepped `schedule_every` epoch or step, in place of the settings' schedule; `loss` a function of (outputs,
-    targets) in place of the kind's; `transform` a torchvision transform in place of the augmentation. `accumulate` batches
-    make a step. `monitor` names the figure by which the best epoch is chosen, such as "validation_loss". `ema` is the decay
-    of an average of the weights. `checkpoint_activations` saves memory and takes longer. For everything else give `callbacks`,
-    or use `Trainer`.
+    a scheduler, stepped `schedule_every` epoch or step, in place of the settings' schedule; `loss` a function of (answers,
+    targets) in place of the kind's, or the name of one of those; `transform` a torchvision transform in place of the
+    augmentation. `accumulate` batches make a step. `monitor` names the figure by which the best epoch is chosen, such as
+    "validation_loss". `ema` is the decay of an average of the weights. `checkpoint_activations` saves memory and takes longer.
+    For everything else give `callbacks`, or use `Trainer`.
 
     With `torch.distributed` started, its processes share every batch and all return the patch that one alone would
     have trained, but for rounding; the first writes the files.
@@ -104,6 +104,8 @@ def fit(
     `DataError`, `CheckpointMismatchError` for a checkpoint or a reused file of another run, `DivergedError` for a loss
     that is not finite, other `TrainingError`s, and `BackboneChangedError` if anything wrote to the frozen tensors.
     """
+    if isinstance(loss, str):
+        settings, loss = {**settings, "loss": loss}, None
     options = FitOptions(
         optimizer=optimizer,
         scheduler=scheduler,
@@ -183,15 +185,19 @@ class Fit:
             settings = replace(settings, validation=0.1)
         self.settings = settings
         data = data.with_transform(options.transform)
-        self.data = data.with_validation(settings.validation, settings.seed) if settings.validation else data
         self.kind = kind_of(data.task.kind)
         self.kind.check_libraries()
+        held = settings.validation or self.kind.held_out
+        self.data = data.with_validation(held, settings.seed) if held else data
         self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
         if isinstance(settings.class_weights, tuple) and len(settings.class_weights) != len(data.classes):
             given, expected = len(settings.class_weights), len(data.classes)
             raise TrainingError(
-                f"class_weights has {given} numbers; {data.task.name} has {expected} classes. Give one for each."
+                f"class_weights has {given} numbers; {data.task.name} has {expected} {self.kind.nouns}. Give one for each."
             )
+        self.targets = self.read_targets()
+        self.facts = self.kind.prepare(self.targets, data.classes)
+        self.kind.make_loss(settings.loss, self.facts)  # refuses one of another name
         self.preprocessing = preprocessing or settings.seen(backbone.preprocessing, data.task.kind)
         backbone.check_image_size(self.preprocessing.image_size)
         self.augmentation = choose_augmentation(settings.augment, self.data.train)
@@ -237,6 +243,7 @@ class Fit:
         decoder = self.kind.make_head(self.backbone, classes, size, self.settings.decoder, self.settings.taps)
         model = self.method.draft(self.backbone, classes, decoder).to(self.device)
         self.check_savable(model)
+        self.kind.check_head(model.head, self.settings.dtype, self.facts)
         self.source.prepare(model)
         if start is not None:
             model.start_from(start)
@@ -289,13 +296,18 @@ class Fit:
         for batch, _ in images.batches(rows, NO_AUGMENTATION, seed, 0):
             yield place(batch, self.device)
 
+    def read_targets(self) -> Any:
+        """Return the targets of all training images as a batch; None for class indices, and for those of places in images."""
+        target = None if self.kind.dense else self.kind.target
+        return None if target is None else target.batch(self.data.train.read_targets(), None, None)
+
     @torch.no_grad()
     def answers(self, model: PatchedModel, split: str) -> Iterator[tuple[Tensor, Any]]:
-        """Yield a model's outputs for a split's plain images and their targets, batch by batch, on the CPU."""
+        """Yield a model's answers for a split's plain images and their targets, batch by batch, on the CPU."""
         model.eval()
         for batch in self.batches(model, split).batches(0):
             outputs = model.run_from(place(batch.inputs, self.device), batch.start)
-            yield outputs.float().cpu(), batch.targets
+            yield self.kind.to_answers(outputs.float().cpu(), self.facts), batch.targets
 
     def logits(self, model: PatchedModel, split: str) -> Tensor:
         """Return a model's logits (N, K) for a split's plain images, on the CPU."""
@@ -303,7 +315,8 @@ class Fit:
 
     def measure(self, model: PatchedModel, patch: Patch) -> Patch:
         """Return the patch of a model with its figures on the test images."""
-        return with_result(patch, self.kind.measure(self.data.classes, self.answers(model, "test")))
+        answers = self.answers(model, "test")
+        return with_result(patch, self.kind.measure(self.data.classes, answers, patch.task.options))
 
     def weigh_classes(self) -> Tensor | None:
         """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
@@ -311,8 +324,10 @@ class Fit:
             return None
         if isinstance(self.settings.class_weights, tuple):
             return torch.tensor(self.settings.class_weights, device=self.device)
-        labels: Iterable[Any] = [torch.from_numpy(self.data.train.labels)]
-        if self.data.train.dense:
+        labels: Iterable[Any] = [self.targets]
+        if self.kind.target is None:
+            labels = [torch.from_numpy(self.data.train.labels)]
+        if self.kind.dense:
             labels = (targets for _, targets in self.source.images("train").plain_batches())
         counts = torch.zeros(len(self.data.classes), dtype=torch.long)
         for targets in labels:
@@ -322,9 +337,11 @@ class Fit:
     # the patch ----------------------------------------------------------------------------------------------------
 
     def make_patch(self, model: PatchedModel, backbone: BackboneRecord, seconds: float) -> Patch:
-        """Return a trained model as a patch of a backbone, not measured."""
+        """Return a trained model as a patch of a backbone, finished as its kind asks for, and not measured."""
+        held_out = None if self.data.validation is None else self.answers(model, "validation")
+        options = self.kind.calibrate(self.data.classes, self.facts, held_out)
         patch = model.to_patch(
-            self.data.task,
+            self.data.task.model_copy(update={"options": options}),
             preprocessing=self.preprocessing,
             method=self.method,
             created={
@@ -342,7 +359,9 @@ class Fit:
                 "run": self.digest,
             },
         )
-        return replace(patch, backbone=backbone)
+        body = {name: tensor for name, tensor in patch.tensors.items() if not name.startswith("head.")}
+        head = {f"head.{name}": one for name, one in self.kind.finish_head(patch.head_tensors, options).items()}
+        return replace(patch, backbone=backbone, tensors={**body, **head})
 
 
 class PatchTrainer(Trainer):
@@ -359,12 +378,14 @@ class PatchTrainer(Trainer):
         steps: int | None = None,
     ) -> None:
         settings, options, method = fit.settings, fit.options, fit.method
-        self.kind, self.classes, self.method = fit.kind, fit.data.classes, method
+        self.kind, self.classes, self.facts, self.method = fit.kind, fit.data.classes, fit.facts, method
         self.class_weights = fit.weigh_classes()
         # the model of several that answers images, by their size
         self.model_of: Callable[[Tensor], Any] = getattr(model, "model_of", lambda images: model)
         self.remade: Any = RemadeWeights(model) if model.reweighted else nullcontext
-        loss = partial(fit.kind.loss, class_weights=self.class_weights, label_smoothing=settings.label_smoothing)
+        loss = fit.kind.make_loss(settings.loss, fit.facts, self.class_weights, settings.label_smoothing)
+        if options.loss is not None:
+            given, loss = options.loss, lambda outputs, targets: given(fit.kind.to_answers(outputs, fit.facts), targets)
         own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if validation is not None else []
         if options.ema is not None:
             own.append(WeightAverage(options.ema))
@@ -376,7 +397,7 @@ class PatchTrainer(Trainer):
         super().__init__(
             model,
             data,
-            options.loss or loss,
+            loss,
             optimizer=options.optimizer or (lambda _: method.make_optimizer(model, fit.backbone)),
             groups=method.parameter_groups(model, fit.backbone) if options.optimizer else None,
             scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
@@ -422,7 +443,8 @@ class PatchTrainer(Trainer):
         return self.kind.weigh_images(self.kind.move(batch.targets, self.device), self.class_weights)
 
     def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
-        figures = self.kind.measure(self.classes, answers).figures
+        told = ((self.kind.to_answers(outputs, self.facts), targets) for outputs, targets in answers)
+        figures = self.kind.measure(self.classes, told, self.facts).figures
         return {name: value for name, value in figures.items() if name in self.kind.metrics}
 
 

@@ -70,7 +70,7 @@ class PlainInputs:
 
 @dataclass(frozen=True)
 class CachedInputs:
-    """Activations (V, N, ...) before segment `start` of V views of N images, and their labels (V, N).
+    """Activations (V, N, ...) before segment `start` of V views of N images, and their labels or targets (V, N, ...).
 
     Epoch k trains on view k modulo V. `rows` are those of the images that count, all by default.
     """
@@ -135,14 +135,15 @@ def cache_prefix(
     advance: Callable[[int], None] = lambda _: None,
 ) -> CachedInputs:
     """Compute the output of segments `[0, start)` for `views` views of every image. Images are read once and not kept."""
-    values, labels = None, torch.zeros((views, len(images)), dtype=torch.int64)  # a stream's order differs by view
+    values = labels = None  # labels of every view, since a stream's order differs by view
     for view, rows, (pixels, own) in images.views(views, augmentation, seed):
         outputs = prefix(pixels, start)
-        if values is None:
+        if values is None or labels is None:
+            labels = torch.zeros((views, len(images), *own.shape[1:]), dtype=own.dtype)
             values = allocate((views, len(images), *outputs.shape[1:]), torch.float32, memory)
         values[view, rows], labels[view, rows] = outputs.cpu(), own
         advance(len(rows))
-    assert values is not None, "a split holds images"
+    assert values is not None and labels is not None, "a split holds images"  # noqa: PT018
     return CachedInputs(start, values, labels)
 
 

@@ -45,6 +45,7 @@ class FitSettings:
     `framing` says how images become squares: cropped, stretched, or (auto) cropped for classification and stretched for dense
     tasks, which answer for the whole image. `decoder` names the head of a dense task, `taps` the segments whose outputs it
     reads. Dense tasks see a new view of every image in every epoch, without a cache.
+    `loss` names one of the kind's losses, such as `asymmetric` or `focal(gamma=3)` (see `modelpatch.tasks.losses`).
     `warmup` is the share of all steps with a rising learning rate. `class_weights` are one positive number a class, or
     "balanced": the inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have
     it. `dtype` is how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured
@@ -65,6 +66,7 @@ class FitSettings:
     schedule: Literal["cosine", "step", "exponential", "constant"] = "cosine"
     drops: tuple[Share, ...] = (2 / 3, 5 / 6)
     warmup: Share = 0.05
+    loss: str = "auto"
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] | tuple[PositiveFiniteFloat, ...] = "none"
     validation: Share = 0.0

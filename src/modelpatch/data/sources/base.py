@@ -44,7 +44,7 @@ class Found:
     kind: str
     splits: Mapping[str, Split]
     classes: Sequence[str]
-    names_from_user: bool = False  # its classes are values of masks, which the user may name
+    names_from_user: bool = False  # its classes are values of masks, or columns, which the user may name
     passed_over: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -56,6 +56,7 @@ class SourceOptions:
     kind: str | None = None
     classes: Sequence[str] | int | None = None
     ignore: int | None = None
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None:
@@ -66,6 +67,8 @@ class SourceOptions:
             object.__setattr__(self, "classes", tuple(self.classes))
         if self.ignore is not None and (type(self.ignore) is not int or not 0 <= self.ignore <= LARGEST_VALUE):
             raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {LARGEST_VALUE}.")
+        if self.separator is not None and (not isinstance(self.separator, str) or not self.separator):
+            raise DataError(f"separator={self.separator!r}; expected the text between two labels, such as '|'.")
 
     def class_names(self, folder: Path) -> Sequence[str] | None:
         """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
@@ -84,7 +87,7 @@ class SourceOptions:
     def facts(self) -> dict[str, Any]:
         """The options that were set, for a patch file to record how its data was read."""
         classes = list(self.classes) if isinstance(self.classes, tuple) else self.classes
-        given = {"classes": classes, "ignore": self.ignore}
+        given = {"classes": classes, "ignore": self.ignore, "separator": self.separator}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -144,7 +147,10 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     if options.kind not in (None, found.kind):
         raise DataError(unread)
     if options.facts and not found.names_from_user:
-        raise DataError(f"{given} names its classes itself; classes and ignore are for the values of masks.")
+        raise DataError(
+            f"{given} names its classes itself; classes and ignore are for the values of masks, classes and separator for "
+            "columns of several labels or numbers."
+        )
     return found, chosen[0].name_of(given)
 
 

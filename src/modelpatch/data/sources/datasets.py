@@ -26,7 +26,7 @@ from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
 from modelpatch.errors import DataError, require, warn_caller
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
-from modelpatch.tasks.kind import kind_of
+from modelpatch.tasks.kind import Target, kind_of
 from modelpatch.tasks.segmentation import PixelMask
 
 PREFIX = "hf:"
@@ -82,16 +82,35 @@ def read_datasets(
     for split, (data, default) in opened.items():
         own = _names_of(data) or classes  # its indices count its own names, a subset of the task's in another order
         names = own if own != classes and set(own) <= set(classes) else None
-        form = SampleForm(describe(splits[split]), classes, names, kind_of(kind).dense, table)
+        form = SampleForm(describe(splits[split]), classes, names, kind, table)
         count = default if workers is None else workers
         if _is_stream(data):
             size = length if split == "train" and length is not None else length_hint(data, -1)
             made[split] = StreamSplit(data, form, size if size >= 0 else None, workers=count)
+        elif form.target is not None and not form.dense:
+            made[split] = DatasetSplit(data, form, vectors=_known_vectors(data, form), workers=count)
         else:
             made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
         with seeded(0):  # a sample that cannot be read is an error before anything is trained
             next(made[split].some(1), None)
     return base.Found(kind, made, classes, names_from_user=True)
+
+
+def _known_vectors(data: Any, form: SampleForm) -> list[Target] | None:
+    """The targets that a data set lists, where the first, middle and last sample agree with them."""
+    listed = _listed_raw(data)
+    if listed is None:
+        return None
+    vectors: list[Any] = []
+    for row, value in enumerate(listed):
+        with naming(form.source, row):
+            vectors.append(form.read_target(value))
+    for row in {0, len(vectors) // 2, len(vectors) - 1}:
+        with seeded(0, row):
+            target: Any = form.read(data[row], row)[1]
+        if target.content() != vectors[row].content():
+            return None
+    return vectors
 
 
 def _is_hub(source: Any) -> bool:
@@ -186,6 +205,14 @@ def _find_classes(
     if kind_of(kind).target is PixelMask:
         classes, table = read_classes((), options, names, source)
         return tuple(classes), table
+    if names is None and kind_of(kind).target is not None:
+        listed = _listed_raw(data)
+        values = (split_item(item)[1] for item in _items(data)) if listed is None else iter(listed)
+        names = kind_of(kind).name_classes(values)
+        if names is None:
+            raise DataError(f"{source} names none of its {kind_of(kind).nouns}. Give them: classes=[...].")
+        if listed is None and _is_stream(data):
+            warn_caller(f"{source} was read once to find its {kind_of(kind).nouns}. Give classes=[...] to avoid this.")
     if names is None:
         names = name_classes(_listed(data) or [to_label(split_item(item)[1]) for item in _items(data)])
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -203,7 +230,8 @@ def _names_of(data: Any) -> tuple[str, ...] | None:
         found = {_names_of(part) for part in data.datasets}
         return found.pop() if len(found) == 1 else None
     if isinstance(features := getattr(data, "features", None), Mapping):
-        return next((tuple(one.names) for one in features.values() if hasattr(one, "names")), None)
+        inner: list[Any] = [getattr(one, "feature", one) for one in features.values()]
+        return next((tuple(one.names) for one in inner if hasattr(one, "names")), None)
     names = getattr(data, "classes", None)
     if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
         return tuple(names) or None
@@ -211,12 +239,21 @@ def _names_of(data: Any) -> tuple[str, ...] | None:
 
 
 def _listed(data: Any) -> Sequence[int | str] | None:
+    """The classes that a data set lists without reading images; None for one that does not."""
+    listed = _listed_raw(data)
+    try:
+        return None if listed is None else [to_label(label) for label in listed]
+    except DataError:
+        return None
+
+
+def _listed_raw(data: Any) -> Sequence[Any] | None:
     """The labels that a data set lists without reading images; None for one that does not."""
     if isinstance(data, torch_data.Subset):
-        whole = _listed(data.dataset)
+        whole = _listed_raw(data.dataset)
         return None if whole is None else [whole[index] for index in data.indices]
     if isinstance(data, torch_data.ConcatDataset):
-        parts = [_listed(part) for part in data.datasets]
+        parts = [_listed_raw(part) for part in data.datasets]
         return None if None in parts else [label for part in parts if part is not None for label in part]
     if isinstance(data, torch_data.TensorDataset):
         labels: Any = data.tensors[1] if len(data.tensors) > 1 else None
@@ -230,10 +267,7 @@ def _listed(data: Any) -> Sequence[int | str] | None:
         labels = getattr(data, "labels", None) if labels is None else labels
     if labels is None or not hasattr(labels, "__len__") or len(labels) != len(data) or not len(labels):
         return None
-    try:
-        return [to_label(label) for label in labels]
-    except DataError:
-        return None
+    return list(labels)
 
 
 def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:

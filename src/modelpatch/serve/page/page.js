@@ -54,6 +54,7 @@ function operations(flops) {
 
 function accuracy(metrics) {
   for (const [key, unit] of [["test_miou", " mIoU"], ["test_map", " mAP"]]) if (key in metrics) return (100 * metrics[key]).toFixed(1) + unit;
+  if ("test_r2" in metrics) return `${metrics.test_r2.toFixed(2)} R²`;
   const key = Object.keys(metrics).find((name) => name === "test_top1") || Object.keys(metrics).find((name) => name.endsWith("top1"));
   return key ? percent(metrics[key], 1) : "–";
 }
@@ -204,14 +205,24 @@ function card(name, answer) {
   made.querySelector(".where").textContent = patch ? `${patch.method} · ${answer.version.slice(0, 8)}` : "the backbone’s own answer";
   if (answer.overlay) return segmented(made, answer);
   if (answer.boxes) return detected(made, answer);
+  if (answer.values) return measured(made, answer);
+  const told = answer.labels && new Set(answer.labels.map((label) => label.index));
   made.querySelector("ol").append(...answer.top.map((guess) => {
     const fill = element("i");
     fill.style.width = width(guess.probability);
-    return element("li", {},
+    return element("li", told && !told.has(guess.index) ? { class: "untold" } : {},
       element("span", { title: guess.class }, guess.class),
       element("span", { class: "share-of" }, percent(guess.probability, guess.probability < 0.1 ? 1 : 0)),
       element("div", { class: "bar" }, fill));
   }));
+  return made;
+}
+
+// Numbers by their names.
+function measured(made, answer) {
+  made.querySelector("ol").append(...answer.values.map(({ name, value }) => element("li", {},
+    element("span", { title: name }, name),
+    element("span", { class: "share-of" }, value.toLocaleString("en", { maximumSignificantDigits: 5 })))));
   return made;
 }
 
