@@ -8,7 +8,6 @@ checkpoint to the same patch.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -50,6 +49,7 @@ from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as, with_result
 from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_rows
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.remade import RemadeWeights
 from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
 from modelpatch.version import __version__
@@ -446,38 +446,6 @@ class PatchTrainer(Trainer):
         told = ((self.kind.to_answers(outputs, self.facts), targets) for outputs, targets in answers)
         figures = self.kind.measure(self.classes, told, self.facts).figures
         return {name: value for name, value in figures.items() if name in self.kind.metrics}
-
-
-class RemadeWeights:
-    """Call it for a context around forward passes, in which weights made from frozen ones (W ⊙ m) are not kept.
-
-    They are computed again in the backward pass. With `EagerSteps` a run of Piggyback holds the scores and Adam's two moments,
-    12 bytes a weight, besides the backbone and the activations.
-    """
-
-    def __init__(self, model: PatchedModel) -> None:
-        self._made: dict[int, tuple[weakref.ref[Tensor], nn.Module, Tensor]] = {}
-        for path in model.reweighted.values():
-            model.get_submodule(path).register_forward_hook(self._remember)
-
-    def __call__(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._made[output.untyped_storage().data_ptr()] = (weakref.ref(output), module, inputs[0])
-
-    def _pack(self, tensor: Tensor) -> Any:
-        made = self._made.get(tensor.untyped_storage().data_ptr())
-        if made is None or made[0]() is None:  # other bytes may lie where a freed weight did
-            return tensor.detach()
-        return made[1], made[2], (tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        module, weight, geometry = packed
-        with torch.no_grad():
-            return module.forward(weight).as_strided(*geometry)
 
 
 class MethodEvents(Callback):
