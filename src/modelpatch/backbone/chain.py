@@ -11,17 +11,18 @@ import difflib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelpatch.backbone.clone import clone_module
-from modelpatch.backbone.trace import closable, has_children, trace
+from modelpatch.backbone.cuts import Cutter, Forward, has_children
+from modelpatch.backbone.sizes import Sizes
 from modelpatch.errors import BackboneError, UntraceableBackboneError
 
 Parts = list[tuple[str, nn.Module]]
@@ -67,15 +68,26 @@ class Chain(Sequence[Segment]):
     def __init__(self, segments: Sequence[Segment], head: nn.Module) -> None:
         self.segments = tuple(segments)
         self.head = head
+        self.sizes: Sizes | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x, 0, len(self))
 
     def run(self, x: Tensor, start: int, end: int) -> Tensor:
         """The output of segments `[start, end)` for `x`, the output of segment `start - 1` (or the images)."""
+        if start == 0:
+            self.prepare(x)
         for segment in self.segments[start:end]:
             x = segment.module(x)
         return x
+
+    def prepare(self, images: Tensor) -> None:
+        """Let the segments run what they give for images (B, C, H, W) of a size that the chain has not run yet.
+
+        Raises `BackboneError` for images that the network does not take.
+        """
+        if self.sizes is not None:
+            self.sizes.prepare(images)
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -123,8 +135,8 @@ class Chain(Sequence[Segment]):
 def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segments: Sequence[str] = ()) -> Chain:
     """Cut a frozen module in eval mode into a chain.
 
-    `example` (2, C, H, W) float is run through it to find shapes; `classifier` names the module whose input ends the
-    chain (None: the module returns features). `segments` names modules to run one after another instead of tracing.
+    `example` (2, C, H, W) float says what images it reads; `classifier` names the module whose input ends the chain (None:
+    the module returns features). `segments` names modules to run one after another instead of recording the network.
     Raises `UntraceableBackboneError` when no cut gives the network's own result, or a name is that of no module.
     """
     modules = dict(module.named_modules())
@@ -143,104 +155,46 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
                     f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
                 ) from error
         try:
-            return _traced_chain(module, example, classifier)
+            if classifier is None and has_several_classifiers(module):
+                return _recorded_chain(module, example, None, pre_logits)
+            return _recorded_chain(module, example, classifier)
         except UntraceableBackboneError as error:
-            if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
+            if not has_pre_logits(module):
                 raise UntraceableBackboneError(f"{error}. {NAME_PARTS}") from error
-            return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
+            try:
+                return _recorded_chain(module, example, None, pre_logits)
+            except UntraceableBackboneError:
+                return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
 
 
-def _traced_chain(module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
-    ancestors = {classifier[:i] for i, c in enumerate(classifier) if c == "."} if classifier else set()
-    closed: set[type[nn.Module]] = set()
-    while True:
-        graph, scopes = trace(module, ancestors, closed)
-        nodes, values, cuts, written = _find_cuts(graph, module, example)
-        order = {node: position for position, node in enumerate(graph.nodes)}
-        positions = [order[nodes[cut]] for cut in cuts]
-        broken = {
-            scope.kind
-            for scope in scopes
-            if closable(scope.kind)
-            and sum(scope.first <= position < scope.last - 1 for position in positions) < scope.calls - 1
-        } - closed
-        if not broken:
-            break
-        closed |= broken
-    end = len(nodes)
-    if classifier is not None:  # the tensor that enters it must be the only one alive
-        calls = [index for index, node in enumerate(nodes) if node.op == "call_module" and node.target == classifier]
-        if not (ends := [index for index in calls if index - 1 in cuts]):
-            raise UntraceableBackboneError(f"the classifier {classifier!r} does not end a chain with one tensor alive")
-        end = ends[0]
-    bounds = [-1, *(cut for cut in cuts if cut < end and cut not in written), end - 1]
-    runs = [nodes[a + 1 : b + 1] for a, b in itertools.pairwise(bounds) if b > a]
-    if not runs:
-        raise UntraceableBackboneError(f"{type(module).__name__} has nothing before its classifier {classifier!r}")
-    source = next(node for node in graph.nodes if node.op == "placeholder")
-    parts: Parts = []
-    shapes = [tuple(example.shape[1:])]
-    for run in runs:
-        parts.append(_part(run, module, source))
-        source = run[-1]
-        shapes.append(tuple(values[source].shape[1:]))
-    head = _part(nodes[end:], module, source)[1] if nodes[end:] else nn.Identity()
-    return _assemble(parts, head, shapes, module, example, classifier)
+def _recorded_chain(
+    module: nn.Module, example: Tensor, classifier: str | None, features: Callable[[nn.Module], Forward] | None = None
+) -> Chain:
+    """The chain up to the module `classifier`, else of the whole network; or of its `features` alone, without a head."""
+    sizes = Sizes(Cutter(module, features or (lambda network: network), classifier), example)
+    head = NoHead() if features else sizes.rest
+    chain = _assemble(sizes.parts, head, sizes.shapes, module, example, classifier, features and features(module))
+    chain.sizes = sizes
+    return chain
 
 
-def _find_cuts(
-    graph: fx.Graph, module: nn.Module, example: Tensor
-) -> tuple[list[fx.Node], dict[fx.Node, Any], list[int], set[int]]:
-    """Run the graph on the example node by node; cut after every node that leaves exactly one tensor alive.
-
-    Returns the executable nodes, what each returned, the cuts, and those whose tensor is later written in place: a cached
-    input must stay what it was, so the chain is not cut there.
-    """
-    interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=graph)
-    values: dict[fx.Node, Any] = interpreter.env
-    versions: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op != "output":
-            values[node] = example if node.op == "placeholder" else interpreter.run_node(node)
-            versions[node] = getattr(values[node], "_version", 0)
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    position = {node: index for index, node in enumerate(nodes)}
-    last_use = {
-        node: max((position.get(user, len(nodes)) for user in node.users), default=-1)
-        for node in graph.nodes
-        if node.op not in ("get_attr", "output")
-    }
-    cuts, alive = [], {node for node in graph.nodes if node.op == "placeholder"}
-    for index, node in enumerate(nodes):
-        alive.add(node)
-        alive = {other for other in alive if last_use[other] > index}
-        value = values[node]
-        if alive == {node} and isinstance(value, Tensor) and value.ndim >= 2 and len(value) == len(example):
-            cuts.append(index)
-    written = {cut for cut in cuts if values[nodes[cut]]._version != versions[nodes[cut]]}
-    return nodes, values, cuts, written
+def has_pre_logits(module: nn.Module) -> bool:
+    """True for a network of timm's kind, which says what its features are."""
+    return hasattr(module, "forward_features") and hasattr(module, "forward_head")
 
 
-def _part(nodes: list[fx.Node], module: nn.Module, source: fx.Node) -> tuple[str, nn.Module]:
-    """(name, module) of the segment that runs `nodes` on the value of `source`."""
-    only = nodes[0]
-    if len(nodes) == 1 and only.op == "call_module" and only.args == (source,) and not only.kwargs:
-        name = str(only.target)
-        return name, module.get_submodule(name)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
+def has_several_classifiers(module: nn.Module) -> bool:
+    """True for a network of timm's kind whose classifier is not one module."""
+    found = module.get_classifier() if hasattr(module, "get_classifier") and has_pre_logits(module) else None  # type: ignore[operator]
+    heads = [*found] if isinstance(found, tuple | list | nn.ModuleList) else []
+    return any(True for head in heads for _ in head.parameters())
 
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # parameters and buffers are fetched again in each segment that reads them
-            copies[node] = graph.node_copy(node, copied)
-        return copies[node]
 
-    for node in nodes:
-        copied(node)
-    graph.output(copies[nodes[-1]])
-    names = [str(node.target) for node in nodes if node.op == "call_module"]
-    name = names[0] if names else str(nodes[-1].name).removeprefix("module_")
-    return name, fx.GraphModule(module, graph, class_name="Segment")
+class NoHead(nn.Module):
+    """In place of a classifier that reads more than the features (several classifiers of one network)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise BackboneError("this backbone's own logits cannot be computed from its features; call backbone(images).")
 
 
 class PooledFeatures(nn.Module):
@@ -252,6 +206,11 @@ class PooledFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module.forward_head(self.module.forward_features(x), pre_logits=True)
+
+
+def pre_logits(module: nn.Module) -> Forward:
+    """The features of a network of timm's kind: all that it would return without its classifier."""
+    return PooledFeatures(module).forward
 
 
 def _listed_chain(parts: Parts, module: nn.Module, example: Tensor, classifier: str | None) -> Chain:
@@ -276,12 +235,15 @@ def _assemble(
     module: nn.Module,
     example: Tensor,
     classifier: str | None,
+    features: Forward | None = None,
 ) -> Chain:
     """The chain of `parts`, if it and its head give the network's own output, bit for bit, and that is finite.
 
     `shapes` are those of the image and of every part's output, without the batch axis.
     """
     if len(shapes[-1]) != 1:
+        if classifier is not None:
+            head = nn.Sequential(nn.Unflatten(1, shapes[-1]), head)
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
     blocks = _find_blocks([part for _, part in parts])
     runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
@@ -302,10 +264,12 @@ def _assemble(
     ]
     chain = Chain(segments, head)
     probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
-    expected = module(probe) if classifier else module(probe).flatten(1)
+    given = chain(probe) if features else head(chain(probe))
+    expected = features(probe) if features else module(probe)
+    expected = expected if classifier else expected.flatten(1)
     if not torch.isfinite(expected).all():
         raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
-    if not torch.equal(head(chain(probe)), expected):
+    if not torch.equal(given, expected):
         found = f"the {len(chain)} segments found in {type(module).__name__}"
         raise UntraceableBackboneError(f"{found} do not reproduce it. {NAME_PARTS}")
     return chain

@@ -102,6 +102,6 @@ def find_classifier(module: nn.Module) -> str | None:
     names = {id(child): name for name, child in module.named_modules()}
     if hasattr(module, "get_classifier"):
         head: Any = module.get_classifier()  # type: ignore[operator]
-        return names.get(id(head)) if isinstance(head, nn.Linear) else None
+        return names.get(id(head)) if isinstance(head, nn.Module) and any(True for _ in head.parameters()) else None
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     return linear[-1] if linear else None

@@ -1,20 +1,14 @@
-"""Trace a network into a flat graph whose leaves are its blocks (`torch.fx`).
-
-Which modules are leaves decides how finely the chain can be cut. A module is *opened* (traced into) when it is a
-`Sequential` or `ModuleList`, owns one whose members have children of their own (a stage), or has only children of one
-composite class (RegNet's stages, which name their blocks as attributes). A class that was opened but whose children
-turn out not to run strictly one after another (a residual block that wraps its branch in a `Sequential`), or that
-cannot be traced, is closed and the trace repeated, so that a block is never split in half.
-"""
+"""Graphs of a block's own calls (`torch.fx`), by which methods find its sums and its layers."""
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modelpatch.backbone.cuts import has_children
+from modelpatch.backbone.steps import Steps
 from modelpatch.errors import UntraceableBackboneError
 from modelpatch.text import first_line
 
@@ -33,18 +27,8 @@ class _OneInput(nn.Module):
         return self.module(x)
 
 
-@dataclass
-class Scope:
-    """An opened module: its nodes are those between `first` and `last`."""
-
-    kind: type[nn.Module]
-    first: int
-    last: int = -1
-    calls: int = 0  # of its children, a plain container's members standing for the container
-
-
 class _Tracer(fx.Tracer):
-    """A tracer whose leaves are those of which `is_leaf` is true, and which keeps the scopes of others.
+    """A tracer whose leaves are those of which `is_leaf` is true.
 
     Tracing replaces `nn.Module.__call__` for all threads; calls by others than its own are left alone.
     """
@@ -53,68 +37,15 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.is_leaf_module = is_leaf  # type: ignore[assignment, method-assign]
         self.thread = threading.get_ident()
-        self.stack: list[Scope] = []
-        self.scopes: list[Scope] = []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        calls, leaf = 1, self.is_leaf_module(m, self.path_of_module(m))
-        scope = Scope(type(m), first=len(self.graph.nodes))
-        if not leaf:
-            self.stack.append(scope)
-        result = super().call_module(m, forward, args, kwargs)
-        if not leaf:
-            self.stack.pop()
-            scope.last = len(self.graph.nodes)
-            self.scopes.append(scope)
-            calls = 1 if closable(scope.kind) else scope.calls
-        if self.stack:
-            self.stack[-1].calls += calls
-        return result
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         own = threading.get_ident() == self.thread
         return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
-
-
-def opens(module: nn.Module) -> bool:
-    """True if tracing looks inside a module of this structure (see the module docstring)."""
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        return True
-    if type(module).__module__.startswith("torch.nn."):
-        return False
-    children = list(module.children())
-    containers = [child for child in children if isinstance(child, nn.Sequential | nn.ModuleList)]
-    if any(has_children(member) for container in containers for member in container):
-        return True
-    return len({type(child) for child in children}) == 1 and has_children(children[0])
-
-
-def has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def trace(module: nn.Module, always_open: set[str], closed: set[type[nn.Module]]) -> tuple[fx.Graph, list[Scope]]:
-    """The graph of `module` with the names of its own tensors and modules, and the scopes that were opened.
-
-    Classes that cannot be traced are added to `closed`. Raises `UntraceableBackboneError` when what fails is the
-    network's own `forward`.
-    """
-    opened = {ROOT, *(f"{ROOT}.{name}" for name in always_open)}
-    while True:
-        tracer = _Tracer(lambda m, name: name not in opened and (type(m) in closed or not opens(m)))
-        try:
-            return _run(tracer, module), tracer.scopes[:-1]
-        except UntraceableBackboneError:
-            culprits = [scope.kind for scope in tracer.stack if closable(scope.kind)]
-            if len(tracer.stack) <= 1 or not culprits or culprits[-1] in closed or culprits[-1] is type(module):
-                raise
-            closed.add(culprits[-1])
-
-
-def closable(kind: type[nn.Module]) -> bool:
-    return kind not in (nn.Sequential, nn.ModuleList)
 
 
 def trace_calls(module: nn.Module) -> fx.Graph:
@@ -123,8 +54,10 @@ def trace_calls(module: nn.Module) -> fx.Graph:
     A segment that calls a block with more than its input is looked through. Targets are names within `module`.
     Raises `UntraceableBackboneError` where torch.fx cannot follow its Python.
     """
-    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-    targets = [str(node.target) for node in nodes if node.op == "call_module"]
+    programs = module.programs.values() if isinstance(module, Steps) else ()
+    if any(program.constants for program in programs):
+        raise UntraceableBackboneError(f"{type(module).__name__} reads tensors that are computed once")
+    targets = [call.name for program in programs for call in program.calls if isinstance(call.target, str)]
     opened = {ROOT, *(f"{ROOT}.{name}" for name in targets if has_children(module.get_submodule(name)))}
     return _run(_Tracer(lambda m, name: name not in opened), module)
 

@@ -168,6 +168,7 @@ class FrozenBackbone:
 
     def run(self, images: Tensor, end: int) -> Tensor:
         """The output of segments `[0, end)` for images (B, C, H, W), in the pieces that the tuning asks for."""
+        self._chain.prepare(images)
         modules = [self.module(index) for index in range(end)]
         widths = [4 * max(prod(segment.input_shape), prod(segment.output_shape)) for segment in self._chain[:end]]
         return run_in_pieces(modules, widths, lay(images, self.tuning), self.tuning).float()

@@ -368,7 +368,7 @@ class Engine:
         tasks = [task for task, _ in turns]
         plan = make_plan([task.planned(one, own) for task in tasks], [rows for _, rows in turns], self._pays)
         axes = partial(pooled_axes, self.backbone.chain)
-        program = Program(plan, tasks, self._module, self._join, axes, self.tuning)
+        program = Program(plan, tasks, self._module, self._join, axes, self.tuning, self.backbone.chain.prepare)
         with self._lock:
             if {member for task in self._tasks.values() for member in task.members}.issuperset(tasks):
                 self._programs[key] = program

@@ -48,7 +48,7 @@ class Program:
     """Run a plan.
 
     `tasks` are its members, `modules` gives the module of a link, `join` makes several heads one, and `axes` gives the axes
-    over which a segment is pooled.
+    over which a segment is pooled. `prepare` is told of images before any module runs.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class Program:
         join: Callable[[tuple[nn.Module, ...]], JoinedHeads],
         axes: Callable[[int], tuple[int, ...]],
         tuning: Tuning,
+        prepare: Callable[[Tensor], None],
     ) -> None:
-        self.plan, self._modules, self._axes, self._tuning = plan, modules, axes, tuning
+        self.plan, self._modules, self._axes, self._tuning, self._prepare = plan, modules, axes, tuning, prepare
         self.tasks = {task.name: task for task in tasks}
         self._joined = {
             step.members: join(tuple(self.tasks[name].head for name in step.members))
@@ -76,6 +77,7 @@ class Program:
         streams: dict[int, Tensor] = {}
         for root, stream, rows in self.plan.roots:
             whole = images[root]
+            self._prepare(whole)
             streams[stream] = lay(whole if len(rows) == len(whole) else whole[list(rows)], self._tuning)
         answers: dict[str, Tensor] = {}
         for step in self.plan.steps:

@@ -340,6 +340,7 @@ class BoundPatch:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The task's answer, logits (B, K) for classes, for images (B, C, H, W) that are normalised by `preprocessing`."""
+        self.backbone.chain.prepare(images)
         return self.head(self.reading.run(self._chain, images))
 
     @cached_property

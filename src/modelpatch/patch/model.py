@@ -219,6 +219,8 @@ class PatchedModel(nn.Module):
 
     def head_input(self, x: Tensor, start: int) -> HeadInput:
         """The head's input, from the input `x` of segment `start`; at the end of the chain `x` itself."""
+        if start == 0:
+            self.backbone.chain.prepare(x)
         return x if start == self.end else self.reading.run(self.chain_parts(), x, start)
 
     @torch.no_grad()
@@ -228,7 +230,10 @@ class PatchedModel(nn.Module):
             features = self.head_input(images, 0)
             assert isinstance(features, Tensor), "a decoder goes on from images or from inner segments"
             return features
-        return run_chain(self.chain_parts(), images, [Read(end - 1)])[0] if end else images
+        if not end:
+            return images
+        self.backbone.chain.prepare(images)
+        return run_chain(self.chain_parts(), images, [Read(end - 1)])[0]
 
     def chain_parts(self) -> list[ChainPart]:
         """The whole chain as it runs now: the variants in place of their spans, the base's own modules beside them."""

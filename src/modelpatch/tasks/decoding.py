@@ -79,6 +79,7 @@ def find_maps(backbone: Backbone, pixels: int) -> list[FeatureMap]:
     """Every segment's output that is a map of more than one position, for images of this size."""
     chain = backbone.chain
     x = torch.zeros(1, 3, pixels, pixels, device=backbone.device)
+    chain.prepare(x)
     found = []
     for segment in chain:
         x = segment.module(x)

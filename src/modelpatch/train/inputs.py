@@ -270,6 +270,7 @@ class SharedImages:
         chain, memory, disk = self.backbone.chain, self.settings.memory, self.disk
         x = torch.zeros(1, *self.store.preprocessing.input_size, device=self.backbone.device)
         shapes = [x.shape[1:]]
+        chain.prepare(x)
         for segment in chain:
             x = segment.module(x)
             shapes.append(x.shape[1:])

@@ -1,0 +1,208 @@
+"""Segments of several calls, or of one with more than its input: recorded calls as a module.
+
+What such a segment needs beside its input does not depend on the image's content: position tables, masks, sizes. It is
+computed once for each size of images and handed to its calls, but for what is made of the network's parameters and read by
+one segment alone, which the segment computes itself, so that it can be trained.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone.record import Call, Count, Frame, Named, Recording, Stored, Value
+from modelpatch.errors import BackboneError
+
+KEPT = 8  # batch sizes for which tensors that follow the batch size are kept
+
+
+class Shared:
+    """The tensors that a recording's calls make whatever the image: computed once and kept for each device and precision."""
+
+    def __init__(self, module: nn.Module, recording: Recording) -> None:
+        self.module, self.dtype = module, recording.values[0].dtype
+        fixed = [call for call in recording.calls if not call.streams]
+        self.makers = {number: call for call in fixed for number in call.makes}
+        self._place = {id(call): place for place, call in enumerate(recording.calls)}
+        self._calls = recording.calls
+        self._kept: dict[Any, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def needs(self, calls: Iterable[Call]) -> list[Call]:
+        """The calls without image that make what `calls` read, in their order."""
+        found, waiting = dict[int, Call](), list(calls)
+        while waiting:
+            call = waiting.pop()
+            read = (slot.number for slot in call.slots if isinstance(slot, Value))
+            makers = [self.makers[number] for number in read if number in self.makers]
+            for maker in (*makers, *(self._calls[place] for place in call.after if not self._calls[place].streams)):
+                if maker is not call and id(maker) not in found:
+                    found[id(maker)] = maker
+                    waiting.append(maker)
+        return sorted(found.values(), key=self.order)
+
+    def order(self, call: Call) -> int:
+        return self._place[id(call)]
+
+    def get(self, number: int, x: Tensor) -> Tensor:
+        """The tensor `number` for the batch size, device and precision of `x`."""
+        rows = x.shape[0] if number in self._follows_batch else 0
+        key = (number, rows, x.device, x.dtype)
+        if key not in self._kept:
+            with self._lock:
+                while rows and len(self._kept) > KEPT * len(self.makers):
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = self._compute(number, x)
+        return self._kept[key]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _compute(self, number: int, x: Tensor) -> Tensor:
+        device = next((tensor.device for tensor in self.module.parameters()), x.device)
+        frame = Frame(self.module, torch.empty(x.shape[0], 0, dtype=self.dtype, device=device), {})
+        maker = self.makers[number]
+        for call in (*self.needs([maker]), maker):
+            frame.run(call)
+        made = frame.values[number].to(x.device)
+        return made.to(x.dtype) if made.dtype == self.dtype and x.is_floating_point() else made
+
+    @cached_property
+    def _follows_batch(self) -> frozenset[int]:
+        following = []
+        for number, maker in self.makers.items():
+            if any(isinstance(slot, Count) for call in (maker, *self.needs([maker])) for slot in call.slots):
+                following.append(number)
+        return frozenset(following)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentProgram:
+    """The calls of a segment for one size of images, from the streams `sources` to the streams `results`."""
+
+    calls: tuple[Call, ...]
+    constants: tuple[int, ...]
+    sources: "Bundle"
+    results: "Bundle"
+    shared: Shared
+
+    @cached_property
+    def sizeless(self) -> bool:
+        """True if nothing in the calls says of what size the images are."""
+        slots = (slot for call in self.calls for slot in call.slots)
+        return not self.constants and not any(isinstance(slot, Stored) or type(slot) is int for slot in slots)
+
+    def run(self, holder: nn.Module, x: Tensor) -> Tensor:
+        frame = Frame(holder, x, self.sources.open(x))
+        for number in self.constants:
+            frame.values[number] = self.shared.get(number, x)
+        for call in self.calls:
+            frame.run(call)
+        return self.results.close(frame.values, x.shape[0])
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Streams (B k, ...) as one tensor between two segments: one as it is, several side by side as (B, n).
+
+    `shapes` are (k, *shape without batch axis) by number.
+    """
+
+    shapes: Mapping[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, numbers: Iterable[int], values: Mapping[int, Tensor], rows: int) -> Self:
+        return cls({number: (len(values[number]) // rows, *values[number].shape[1:]) for number in sorted(numbers)})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor without its batch axis."""
+        first, *more = self.shapes.values()
+        return (sum(map(math.prod, self.shapes.values())),) if more else first[1:]
+
+    def open(self, x: Tensor) -> dict[int, Tensor]:
+        if len(self.shapes) == 1:
+            return dict.fromkeys(self.shapes, x)
+        parts = x.split([math.prod(shape) for shape in self.shapes.values()], 1)
+        rows = x.shape[0]
+        return {
+            number: part.reshape(rows * shape[0], *shape[1:])
+            for (number, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def close(self, values: Mapping[int, Tensor], rows: int) -> Tensor:
+        if len(self.shapes) == 1:
+            return values[next(iter(self.shapes))]
+        return torch.cat([values[number].reshape(rows, -1) for number in self.shapes], 1)
+
+
+class Steps(nn.Module):
+    """A segment that runs recorded calls: one tensor in, one tensor out.
+
+    It holds the modules and tensors that the calls name, under the network's names. `programs` hold the calls by the shape of
+    the input without its batch axis; clones share them.
+    """
+
+    def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.programs = Programs()
+        for name in sorted(names, key=lambda name: name.count(".")):
+            attach(self, name, network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.programs.find(x).run(self, x)
+
+
+class Programs(dict[tuple[int, ...], SegmentProgram]):
+    """Programs by the shape of their input."""
+
+    def find(self, x: Tensor) -> SegmentProgram:
+        """The program for `x`. Raises `BackboneError` for a size of images that the chain was not prepared for."""
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            return next(iter(self.values()))
+        program = self.get(tuple(map(int, x.shape[1:])))
+        if program is None and len(self) == 1:
+            (known,) = self.values()
+            program = known if known.sizeless else None
+        if program is None:
+            raise BackboneError(
+                f"a segment reads inputs of shape (B, {', '.join(map(str, x.shape[1:]))}), of images of a size that its chain "
+                "has not run. Run backbone.chain(images) or backbone.check_image_size(pixels) once for it."
+            )
+        return program
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
+def attach(holder: nn.Module, name: str, network: nn.Module) -> None:
+    """Hold the module, parameter or buffer `name` of a network under the same name."""
+    *path, leaf = name.split(".")
+    source = network
+    for part in path:
+        if part not in holder._modules:
+            holder.add_module(part, nn.Module())
+        holder, source = holder.get_submodule(part), source.get_submodule(part)
+    if holder is source:
+        return
+    if leaf in source._parameters:
+        holder.register_parameter(leaf, source._parameters[leaf])
+    elif leaf in source._buffers:
+        holder.register_buffer(leaf, source._buffers[leaf])
+    else:
+        holder.add_module(leaf, source._modules[leaf])
+
+
+def names_of(calls: Sequence[Call]) -> list[str]:
+    """The modules and tensors that calls name."""
+    targets = [call.target for call in calls if isinstance(call.target, str)]
+    return list(
+        dict.fromkeys((*targets, *(slot.name for call in calls for slot in call.slots if isinstance(slot, Named))))
+    )
