@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,6 @@ from hypothesis import strategies as st
 from conftest import write_folder
 from dense import write_masks, write_voc
 from modelpatch.data.sources.base import SOURCES, DataSource, Found, SourceOptions, register_source
-from modelpatch.data.sources.coco import read_annotations
-from modelpatch.data.sources.voc import read_annotation
 from modelpatch.data.splits import Split
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
@@ -69,62 +66,6 @@ def test_the_name_of_an_unknown_kind_is_answered_with_the_known_ones(tmp_path: P
 
 
 # formats ----------------------------------------------------------------------------------------------------
-
-numbers = st.one_of(st.integers(-5, 40), st.floats(), st.text(max_size=3), st.none())
-objects = st.fixed_dictionaries(
-    {},
-    optional={"image_id": numbers, "category_id": numbers, "bbox": st.lists(numbers, max_size=5), "iscrowd": numbers},
-)
-described = st.fixed_dictionaries(
-    {},
-    optional={
-        "images": st.lists(st.fixed_dictionaries({"id": numbers, "file_name": numbers}), max_size=2),
-        "categories": st.lists(st.fixed_dictionaries({"id": numbers, "name": numbers}), max_size=2),
-        "annotations": st.lists(objects, max_size=3),
-    },
-)
-
-
-@given(st.one_of(described, st.lists(numbers)))
-@settings(max_examples=200)
-def test_annotations_of_coco_are_read_or_refused(content: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "train.json"
-        file.write_text(json.dumps(content))
-        try:
-            scenes = read_annotations(file, Path(folder))
-        except DataError as error:
-            assert "train.json" in str(error)  # noqa: PT017
-        else:
-            assert all(
-                right > left and bottom > top for _, objects in scenes for _, (left, top, right, bottom), _ in objects
-            )
-
-
-@given(
-    corners=st.lists(
-        st.one_of(st.integers(-3, 60), st.sampled_from(["", "x", "nan", "inf", "1e400"])), min_size=4, max_size=4
-    ),
-    name=st.sampled_from(["cat", "", " "]),
-    difficult=st.sampled_from(["0", "1", "", "yes"]),
-)
-def test_annotations_of_voc_are_read_or_refused(corners: list[Any], name: str, difficult: str) -> None:
-    sides = "".join(
-        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
-    )
-    text = f"<a><object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox></object></a>"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "one.xml"
-        file.write_text(text)
-        try:
-            ((found, (left, top, right, bottom), hard),) = read_annotation(file, Path("one.jpg"))[1]
-        except DataError as error:
-            assert "one.xml cannot be read" in str(error)  # noqa: PT017
-        else:
-            assert (found, hard) == ("cat", difficult == "1")
-            assert 0 <= left < right <= 60
-            assert 0 <= top < bottom <= 60
-
 
 cells = st.one_of(st.sampled_from(["one.png", "a", "b", "", "train", "test", "val"]), st.text(max_size=4))
 

@@ -241,7 +241,7 @@ def test_annotations_that_are_none_are_named(tmp_path: Path) -> None:
     kept = first.read_text()
     first.write_text(kept.replace("<xmin>", "<left>").replace("</xmin>", "</left>"))
     with pytest.raises(
-        DataError, match=r"train0\.xml cannot be read as annotations of Pascal VOC: an object without xmin"
+        DataError, match=r"train0\.xml, object\[0\]\.bndbox: it has no 'xmin'; it has left, ymin, xmax, ymax"
     ):
         load_task(root)
     first.write_text(kept[:40])

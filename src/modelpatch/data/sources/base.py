@@ -11,26 +11,20 @@ distribution:
         def read(self, source, options): ...   # its images, labels or targets, and class names
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
-from modelpatch.tasks.detection import Boxes, Detection
 from modelpatch.tasks.kind import Target, kind_of
 
 SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 LARGEST_VALUE = 255  # of a mask
 CLASS_FILES = ("classes.txt", "labels.txt")
-Scene = tuple[ImageSource, Sequence[tuple[str, tuple[float, ...], bool]]]  # image, objects: class, corners, difficult
 
 
 @dataclass(frozen=True)
@@ -176,33 +170,3 @@ def find_file(places: Sequence[Path], missing: str) -> Path:
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise DataError(f"{missing}. Expected one in: {', '.join(dict.fromkeys(str(place.parent) for place in places))}.")
-
-
-def make_detection(scenes: Mapping[str, Sequence[Scene]], names: Sequence[str] | None, source: str) -> Found:
-    """A task whose classes are `names`, or those of its objects. Raises `DataError` for an object of another class."""
-    present = sorted({name for own in scenes.values() for _, objects in own for name, _, _ in objects})
-    if not present:
-        raise DataError(f"{source} has no objects in any of its images.")
-    classes = present if names is None else list(names)
-    if unknown := [name for name in present if name not in classes]:
-        raise DataError(f"{source} has objects of the class {unknown[0]!r}, which its list of classes lacks.")
-    index, splits = {name: number for number, name in enumerate(classes)}, {}
-    for split, own in scenes.items():
-        boxes = [
-            Boxes(
-                np.array([corners for _, corners, _ in objects], dtype=np.float64).reshape(-1, 4),
-                np.array([index[name] for name, _, _ in objects], dtype=np.int64),
-                np.array([difficult for _, _, difficult in objects], dtype=bool),
-            )
-            for _, objects in own
-        ]
-        splits[split] = Split([image for image, _ in own], np.zeros(len(own), dtype=np.int64), boxes)
-    return Found(Detection.name, splits, classes)
-
-
-def check_corners(corners: tuple[float, ...]) -> tuple[float, ...]:
-    """Corners left, top, right, bottom of a box that has an area. Raises ValueError for others."""
-    finite = len(corners) == 4 and all(map(math.isfinite, corners))
-    if not finite or corners[2] <= corners[0] or corners[3] <= corners[1]:
-        raise ValueError(f"the box {corners} has no area")
-    return corners

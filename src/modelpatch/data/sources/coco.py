@@ -1,63 +1,164 @@
-"""COCO: `SPLIT.json` or `annotations/instances_SPLIT*.json`, with images beside them, in `images/` or in a split's folder."""
+"""COCO: one JSON of images, categories and annotations a split, wherever tools put it and its pictures.
 
-import json
+annotations/instances_SPLIT*.json with SPLIT*/ or images/SPLIT/ (COCO, CVAT), SPLIT.json with images/
+SPLIT/_annotations.coco.json beside its pictures (Roboflow)
+result.json with images/ (Label Studio), labels.json with data/ (FiftyOne), any one JSON with its pictures, or that file itself
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from modelpatch.data.sources import base
+from modelpatch.data.sources.documents import Fields, Key, read_json
+from modelpatch.data.sources.finding import Pictures, folders_of_splits, split_of
+from modelpatch.data.sources.headers import Corners
+from modelpatch.data.sources.outlines import box_of_outline
+from modelpatch.data.sources.remarks import Remarks
+from modelpatch.data.sources.scenes import NO_AREA, Scene, SceneObject, make_detection
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 
 KEYS = (b'"annotations"', b'"categories"', b'"images"')
+FORM = "annotations of COCO"
+FOLDERS = ("annotations", "Annotations")
+PICTURE_FOLDERS = ("images", "data")
+FOREIGN = "object of a picture that the annotations do not list"
+OTHERS = "another file of annotations"
 
 
 @base.register_source("coco")
 class Coco(base.DataSource):
-    """A folder with COCO's annotations of boxes."""
+    """COCO's annotations of boxes, or of outlines, whose boxes are taken: a folder or the file."""
 
     kind = Detection.name
 
     def accepts(self, source: Any) -> bool:
-        return Path(source).is_dir() and bool(_find_annotations(Path(source)))
+        path = Path(source)
+        if path.is_file():
+            return path.suffix.lower() == ".json" and _begin(path).startswith(b"{")
+        return path.is_dir() and any(map(_is_coco, _list_files(path)))
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        path = Path(source)
-        scenes = {split: read_annotations(file, path) for split, file in _find_annotations(path).items()}
-        return base.make_detection(scenes, options.class_names(path), str(path))
+        path, remarks, categories = Path(source), Remarks(), dict[str, None]()
+        root = path if path.is_dir() else path.parent.parent if path.parent.name in FOLDERS else path.parent
+        files = _choose_files(path, remarks) if path.is_dir() else {split_of(path.stem) or "train": path}
+        if len(files) == 1 and path.is_file():
+            files = {"train": path}
+        pictures = Pictures(root)
+        scenes = {
+            split: read_annotations(file, pictures, _places(split, file, root), remarks, categories)
+            for split, file in files.items()
+        }
+        used = {one.name for own in scenes.values() for scene in own for one in scene.objects}
+        unused = [name for name in categories if name not in used]
+        remarks.note("categories have no box and are left out", unused, "category has no box and is left out")
+        return make_detection(scenes, options.class_names(root), str(path), remarks)
 
 
-def _find_annotations(path: Path) -> dict[str, Path]:
-    files = sorted([*path.glob("*.json"), *(path / "annotations").glob("*.json")])
-    named = {file: file.stem.removeprefix("instances_").rstrip("0123456789") for file in files}
-    return {base.SPLITS[name]: file for file, name in named.items() if name in base.SPLITS and _is_coco(file)}
+def _list_files(path: Path) -> list[Path]:
+    """The JSON files of a folder, of its splits' folders, and of folders of annotations in these."""
+    roots = [path, *(folder for own in folders_of_splits(path).values() for folder in own)]
+    places = [place for root in roots for place in (root, *(root / name for name in FOLDERS))]
+    files = [file for place in places if place.is_dir() for file in sorted(place.glob("*.json"))]
+    return list({file.resolve(): file for file in files if file.is_file()}.values())
 
 
-def _is_coco(path: Path) -> bool:
+def _begin(file: Path) -> bytes:
+    """The beginning of a file, without a mark and blanks before it."""
+    with file.open("rb") as stream:
+        return stream.read(2**20).lstrip(b"\xef\xbb\xbf \t\r\n")
+
+
+def _is_coco(file: Path) -> bool:
     """Return True for a file that begins as COCO's do: other JSON may be kept beside images."""
-    with path.open("rb") as stream:
-        text = stream.read(2**20)
-    return any(key in text for key in KEYS)
+    text = _begin(file)
+    return text.startswith(b"{") and any(key in text for key in KEYS)
 
 
-def read_annotations(path: Path, folder: Path) -> list[base.Scene]:
-    """Images with their objects. COCO's boxes are left, top, width, height; crowds count as difficult."""
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        names = {entry["id"]: str(entry["name"]) for entry in described["categories"]}
-        objects: dict[Any, list[tuple[str, tuple[float, ...], bool]]] = {}
-        for entry in described["annotations"]:
-            left, top, width, height = map(float, entry["bbox"])
-            corners = base.check_corners((left, top, left + width, top + height))
-            objects.setdefault(entry["image_id"], []).append(
-                (names[entry["category_id"]], corners, bool(entry.get("iscrowd", 0)))
+def _choose_files(path: Path, remarks: Remarks) -> dict[str, Path]:
+    """The annotations of every split. A file whose name and folder tell of no split is that of all pictures."""
+    by_split: dict[str | None, list[Path]] = {}
+    for file in filter(_is_coco, _list_files(path)):
+        above = file.parent.parent if file.parent.name in FOLDERS else file.parent
+        split = split_of(file.stem) or (split_of(above.name) if above != path else None)
+        by_split.setdefault(split, []).append(file)
+    chosen = {}
+    for split, files in by_split.items():
+        boxes = [file for file in files if file.stem.startswith("instances")] or files
+        if len(boxes) > 1 and not (split is None and len(by_split) > 1):
+            raise DataError(
+                f"{boxes[0]} and {boxes[1]} are both annotations of {'the same pictures' if split is None else split}. "
+                "Keep one, or name them by split: train.json, test.json."
             )
-        images = {entry["id"]: str(entry["file_name"]) for entry in described["images"]}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as annotations of COCO: {error!r}.") from error
-    split = path.stem.removeprefix("instances_")
-    places = [folder / "images" / split, folder / split, folder / "images", folder]
-    files = {
-        number: base.find_file([place / name for place in places], f"{path}: there is no image {name[:200]!r}")
-        for number, name in images.items()
-    }
-    return [(file, objects.get(number, [])) for number, file in files.items()]
+        chosen[split] = boxes[0]
+    whole = chosen.pop(None, None)
+    found = {split: file for split, file in chosen.items() if split} or ({"train": whole} if whole else {})
+    read = set(found.values())
+    unread = [file for own in by_split.values() for file in own if file not in read]
+    remarks.pass_over(OTHERS, *(str(file.relative_to(path)) for file in unread))
+    return found
+
+
+def _places(split: str, file: Path, root: Path) -> list[Path]:
+    """The folders where a split's pictures may be, the likeliest first."""
+    roots = list(dict.fromkeys([file.parent, root]))
+    inner = [place for one in roots for place in (one, *(one / name for name in PICTURE_FOLDERS))]
+    return [*(folder for place in inner for folder in folders_of_splits(place).get(split, ())), *inner]
+
+
+def read_annotations(
+    file: Path, pictures: Pictures, places: Sequence[Path], remarks: Remarks, categories: dict[str, None]
+) -> list[Scene]:
+    """Pictures with their objects. COCO's boxes are left, top, width, height; crowds count as difficult."""
+    document = read_json(file, FORM)
+    names = _read_names(document)
+    categories.update(dict.fromkeys(names.values()))
+    images: dict[Key, Fields] = {}
+    for image in document.all("images"):
+        if images.setdefault(image.key("id"), image) is not image:
+            image.fail(f"the id {image.key('id')!r} is that of another image, too")
+    objects: dict[Key, list[SceneObject]] = {number: [] for number in images}
+    for entry in document.all("annotations"):
+        number, category = entry.key("image_id"), entry.key("category_id")
+        if category not in names:
+            entry.fail(
+                f"category_id {category!r} is none of the categories, which are {', '.join(map(str, names))[:200]}"
+            )
+        if number not in objects:
+            remarks.pass_over(FOREIGN, f"{file.name}, annotations[{entry.place[-1]}]")
+        elif corners := _read_corners(entry):
+            objects[number].append(SceneObject(names[category], corners, _is_hard(entry)))
+        else:
+            remarks.pass_over(NO_AREA, f"{names[category]} in {images[number].text('file_name')}")
+    files = {number: pictures.find(image.text("file_name"), places, str(file)) for number, image in images.items()}
+    if missing := [images[number].text("file_name") for number, found in files.items() if found is None]:
+        raise DataError(
+            f"{file}: there is no image {missing[0][:200]!r}; {len(missing)} of {len(files)} are missing. Expected in: "
+            f"{', '.join(dict.fromkeys(str(place) for place in places if place.is_dir()))}."
+        )
+    return [Scene(found, objects[number], images[number].size()) for number, found in files.items() if found]
+
+
+def _read_names(document: Fields) -> dict[Key, str]:
+    names: dict[Key, str] = {}
+    for entry in document.all("categories"):
+        name = entry.text("name")
+        if names.setdefault(entry.key("id"), name) != name:
+            entry.fail(f"the id {entry.key('id')!r} is that of {names[entry.key('id')]!r}, too")
+    return names
+
+
+def _read_corners(entry: Fields) -> Corners | None:
+    """The corners of an annotation, from its outline where it has no box of an area. None for one without any area."""
+    if entry.values.get("bbox"):
+        left, top, width, height = entry.numbers("bbox", 4)
+        if width > 0 and height > 0:
+            return left, top, left + width, top + height
+    elif not entry.values.get("segmentation"):
+        entry.fail("it has neither a bbox nor a segmentation")
+    return box_of_outline(entry) if entry.values.get("segmentation") else None
+
+
+def _is_hard(entry: Fields) -> bool:
+    return any(entry.number(name) != 0 for name in ("iscrowd", "ignore") if name in entry)

@@ -22,6 +22,7 @@ from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_clas
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.masks import make_segmentation, read_classes
+from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
 from modelpatch.errors import DataError, require, warn_caller
 from modelpatch.tasks.classification import Classification
@@ -348,7 +349,7 @@ def _cell(column: str, row: Mapping[str, Any]) -> ImageSource:
 
 def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> base.Found:
     """Boxes are left, top, width, height, as the hub's data sets of objects have them."""
-    scenes: dict[str, list[base.Scene]] = {}
+    scenes: dict[str, list[Scene]] = {}
     names: Sequence[str] | None = None
     try:
         for split, table in tables.items():
@@ -360,13 +361,11 @@ def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> base.Fo
             for image, row in zip(encoded_images(table, picture), table["objects"], strict=True):
                 one = row if isinstance(row, dict) else {key: [own[key] for own in row] for key in ("bbox", "category")}
                 pairs = zip(one["bbox"], one["category"], strict=True)
-                objects = [
-                    (names[label], base.check_corners((x, y, x + w, y + h)), False) for (x, y, w, h), label in pairs
-                ]
-                scenes[split].append((image, objects))
+                objects = [SceneObject(names[label], (x, y, x + w, y + h)) for (x, y, w, h), label in pairs]
+                scenes[split].append(Scene(image, objects))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{source}: its objects cannot be read ({error!r}). Expected a column `objects` of `bbox` (left, top, width, "
             "height) and `category` with names."
         ) from error
-    return base.make_detection(scenes, names, source)
+    return make_detection(scenes, names, source)

@@ -37,7 +37,7 @@ class MaskFolders(DataSource):
 
 
 def _mask_folder(root: Path) -> Path | None:
-    return next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
+    return next((root / name for name in MASK_FOLDERS if (root / name).is_dir() and find_images(root / name)), None)
 
 
 def _pair_up(images: Path, masks: Path | None) -> Pairs:

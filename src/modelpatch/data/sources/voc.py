@@ -1,6 +1,9 @@
-"""Pascal VOC: `JPEGImages`, with `SegmentationClass/*.png` or `Annotations/*.xml`, and lists of stems in `ImageSets`.
+"""Pascal VOC: an XML file of objects for each picture, or masks.
 
-A folder that has `train` and `val` alone is tested on `val`, as is the custom. VOC's own class names are known.
+JPEGImages/, Annotations/*.xml, ImageSets/Main/SPLIT.txt; SegmentationClass/*.png and ImageSets/Segmentation/SPLIT.txt
+XML beside the pictures or in a folder of its own (labelImg, FiftyOne), for each split or alone (Roboflow)
+
+A folder with lists that has `train` and `val` alone is tested on `val`, as is the custom. VOC's own class names are known.
 """
 
 from pathlib import Path
@@ -9,10 +12,19 @@ from xml.etree import ElementTree
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.sources import base
+from modelpatch.data.sources.documents import Fields, read_lines, read_xml
+from modelpatch.data.sources.finding import SPLIT_WORDS, Pictures, folders_of_splits, split_of
 from modelpatch.data.sources.masks import make_segmentation
+from modelpatch.data.sources.remarks import Remarks
+from modelpatch.data.sources.scenes import UNLISTED, Scene, SceneObject, make_detection, name_of
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.segmentation import Segmentation
+
+FORM = "annotations of Pascal VOC"
+BEGINNING = 4096  # bytes in which an annotation's first element is
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+MASKS, PICTURES, ANNOTATIONS, LISTS = "SegmentationClass", "JPEGImages", "Annotations", "ImageSets"
 
 
 @base.register_source("voc-masks")
@@ -22,81 +34,145 @@ class VocMasks(base.DataSource):
     kind = Segmentation.name
 
     def accepts(self, source: Any) -> bool:
-        return (Path(source) / "SegmentationClass").is_dir()
+        path = _find_root(Path(source))
+        return (path / MASKS).is_dir() and (path / LISTS / "Segmentation").is_dir()
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        path = Path(source)
+        path = _find_root(Path(source))
+        pictures = Pictures(path / PICTURES)
         if not (names := options.class_names(path)):
             from torchvision.models.segmentation import FCN_ResNet50_Weights
 
             names = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
         pairs = {
             split: (
-                [_find_image(path / "JPEGImages", stem) for stem in stems],
-                [path / "SegmentationClass" / f"{stem}.png" for stem in stems],
+                [_find_image(pictures, stem) for stem in stems],
+                [path / MASKS / f"{stem}.png" for stem in stems],
             )
-            for split, stems in _list_stems(path / "ImageSets" / "Segmentation").items()
+            for split, stems in _list_stems(path / LISTS / "Segmentation").items()
         }
         return make_segmentation(pairs, options, names, str(path))
 
 
 @base.register_source("voc")
 class VocBoxes(base.DataSource):
-    """VOC's images with boxes, listed in `ImageSets/Main/SPLIT.txt`."""
+    """VOC's images with boxes: those that `ImageSets/Main/SPLIT.txt` lists, or all that have an annotation."""
 
     kind = Detection.name
 
     def accepts(self, source: Any) -> bool:
-        return all((Path(source) / name).is_dir() for name in ("Annotations", "JPEGImages"))
+        path = Path(source)
+        return path.is_dir() and any(map(_is_annotation, _first_annotations(_find_root(path))))
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        path = Path(source)
-        scenes = {
-            split: [
-                read_annotation(path / "Annotations" / f"{stem}.xml", _find_image(path / "JPEGImages", stem))
-                for stem in stems
-            ]
-            for split, stems in _list_stems(path / "ImageSets" / "Main").items()
-        }
-        return base.make_detection(scenes, options.class_names(path), str(path))
+        path, remarks = _find_root(Path(source)), Remarks()
+        lists = path / LISTS / "Main"
+        if lists.is_dir() and any(split_of(file.stem) for file in lists.glob("*.txt")):
+            pictures = Pictures(path / PICTURES)
+            scenes = {
+                split: [
+                    read_annotation(path / ANNOTATIONS / f"{stem}.xml", _find_image(pictures, stem)) for stem in stems
+                ]
+                for split, stems in _list_stems(lists).items()
+            }
+        else:
+            folders = folders_of_splits(path) or {"train": [path]}
+            scenes = {
+                split: [scene for root in roots for scene in _read_below(root, path, remarks)]
+                for split, roots in folders.items()
+            }
+        return make_detection(scenes, options.class_names(path), str(path), remarks)
 
 
-def read_annotation(path: Path, image: Path) -> base.Scene:
+def _find_root(path: Path) -> Path:
+    """The folder itself, or the one year's in a `VOCdevkit` (below it). Raises `DataError` for several."""
+    if not path.is_dir() or (path / PICTURES).is_dir():
+        return path
+    years = [one for below in (path, path / "VOCdevkit") if below.is_dir() for one in sorted(below.glob("VOC[0-9]*"))]
+    years = [one for one in years if (one / PICTURES).is_dir()]
+    if len(years) > 1:
+        raise DataError(f"{path} holds {years[0].name} and {years[1].name}. Give one of them: {years[0]}.")
+    return years[0] if years else path
+
+
+def _first_annotations(path: Path) -> list[Path]:
+    """The first XML file of each folder in which annotations may be."""
+    roots = [path, *(folder for own in folders_of_splits(path).values() for folder in own)]
+    places = [place for root in roots for place in (root, *sorted(one for one in root.iterdir() if one.is_dir()))]
+    first = (next(iter(sorted(place.glob("*.xml"))), None) for place in places)
+    return [file for file in first if file is not None]
+
+
+def _is_annotation(file: Path) -> bool:
+    """Return True for an XML file whose first element is VOC's."""
+    with file.open("rb") as stream:
+        return b"<annotation" in stream.read(BEGINNING)
+
+
+def _read_below(root: Path, top: Path, remarks: Remarks) -> list[Scene]:
+    """The scenes of every annotation below a folder, each with the picture of its stem, or the one that it names."""
+    pictures, scenes = Pictures(root), []
+    for file in sorted(file for file in root.rglob("*.xml") if not file.name.startswith(".")):
+        if not _is_annotation(file):
+            remarks.pass_over("XML file without annotations", name_of(file, top))
+            continue
+        places = [file.parent, *(root / name for name in (PICTURES, "images", "data")), root]
+        image = pictures.find_stem(file.stem, places, str(file))
+        if image is None and (name := read_xml(file, FORM).findtext("filename", "").strip()):
+            image = pictures.find(name, places, str(file)) or pictures.find_stem(name, places, str(file))
+        if image is None:
+            raise DataError(f"{file}: there is no image {file.stem!r} in {root}. Expected one of that stem.")
+        scenes.append(read_annotation(file, image))
+    listed = {scene.image for scene in scenes}
+    beside = {file.parent for file in listed if isinstance(file, Path)}  # counted with the others of every layout
+    apart = [file for file in pictures.files if file.parent not in beside]
+    remarks.pass_over(UNLISTED, *(name_of(file, top) for file in apart))
+    return scenes
+
+
+def read_annotation(path: Path, image: Path) -> Scene:
     """An image's objects. VOC counts pixels from 1, corners included: a box's edges are xmin - 1, ymin - 1, xmax and ymax."""
-    try:
-        root = ElementTree.parse(path).getroot()
-        objects = []
-        for entry in root.iter("object"):
-            box = entry.find("bndbox")
-            edges = [float(_text(box, side)) for side in ("xmin", "ymin", "xmax", "ymax")]
-            corners = (max(edges[0] - 1, 0.0), max(edges[1] - 1, 0.0), edges[2], edges[3])
-            difficult = entry.findtext("difficult", "0").strip() == "1"
-            objects.append((_text(entry, "name"), base.check_corners(corners), difficult))
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as annotations of Pascal VOC: {error}.") from error
-    return image, objects
+    root, objects = read_xml(path, FORM), []
+    for number, entry in enumerate(root.iter("object")):
+        if (box := entry.find("bndbox")) is None:
+            other = ", ".join(part.tag for part in entry)[:80]
+            raise DataError(
+                f"{path} cannot be read as {FORM}: object {number} has no bndbox; it has {other or 'nothing'}."
+            )
+        fields = _fields_of(entry, path, number)
+        xmin, ymin, xmax, ymax = (_fields_of(box, path, number).number(side) for side in SIDES)
+        corners = (max(xmin - 1, 0.0), max(ymin - 1, 0.0), xmax, ymax)
+        objects.append(SceneObject(fields.text("name"), corners, entry.findtext("difficult", "").strip() == "1"))
+    size = root.find("size")
+    return Scene(image, objects, None if size is None else _fields_of(size, path).size())
 
 
-def _text(entry: ElementTree.Element | None, name: str) -> str:
-    text = None if entry is None else entry.findtext(name)
-    if text is None or not text.strip():
-        raise ValueError(f"an object without {name}")
-    return text.strip()
+def _fields_of(element: ElementTree.Element, path: Path, number: int | None = None) -> Fields:
+    """The texts of an element's own elements."""
+    texts = {part.tag: part.text.strip() for part in element if part.text and part.text.strip()}
+    return Fields(texts, path, *(() if number is None else ("object", number)), element.tag)
 
 
 def _list_stems(folder: Path) -> dict[str, list[str]]:
     """The stems of every split. Without a test list, `val` is the test split."""
-    lists = base.named_splits(sorted(folder.glob("*.txt")))
+    files = {file.stem.lower(): file for file in sorted(folder.glob("*.txt"))}
+    lists = base.named_splits([file for stem, file in files.items() if stem in SPLIT_WORDS])
+    if "train" not in lists and "trainval" in files:
+        lists["train"] = files["trainval"]
     if "train" not in lists:
         raise DataError(f"{folder} has no train.txt, which lists the images to train on.")
     if "test" not in lists and "validation" in lists:
         lists["test"] = lists.pop("validation")
-    return {
-        split: [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-        for split, file in lists.items()
-    }
+    return {split: [_stem_of(line) for line in read_lines(file)] for split, file in lists.items()}
 
 
-def _find_image(folder: Path, stem: str) -> Path:
-    files = [folder / (stem + suffix) for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-    return base.find_file(files, f"{folder} has no image {stem!r}, which a list of images names")
+def _stem_of(line: str) -> str:
+    """The stem in a line of a list, which may have a suffix, and a number behind it."""
+    name = line.split()[0]
+    return name[: -len(suffix)] if (suffix := Path(name).suffix).lower() in IMAGE_SUFFIXES else name
+
+
+def _find_image(pictures: Pictures, stem: str) -> Path:
+    if found := pictures.find_stem(stem, (), str(pictures.root)):
+        return found
+    raise DataError(f"{pictures.root} has no image {stem!r}, which a list of images names.")
