@@ -42,6 +42,7 @@ from modelpatch.report.tables import (
 )
 from modelpatch.store.version import Version
 from modelpatch.tasks.classification import Evaluation
+from modelpatch.tasks.record import TaskRecord
 
 pytestmark = pytest.mark.slow
 
@@ -135,10 +136,13 @@ def shown(table: Table, width: int) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
+SURE = ((0.861, 0.889), 0.8713, 0.8655)  # interval, macro F1, balanced accuracy
+
+
 def large_comparison() -> Comparison:
     """All methods that are compared by default, with figures as wide as they come."""
     rows = [
-        MethodRow(name, 0.875 - 0.002 * number, 0.0125, 0.7512, 0.7512, 0.808, 123_456_789, 987_654_321, 3600.5)
+        MethodRow(name, 0.875 - 0.002 * number, 0.0125, 0.7512, 0.7512, 0.808, 123_456_789, 987_654_321, 3600.5, *SURE)
         for number, name in enumerate(COMPARED)
     ]
     return Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})
@@ -155,9 +159,13 @@ def test_names_wrap_and_figures_do_not(width: int) -> None:
 
 
 def test_a_comparison_with_common_figures_fits_80_columns() -> None:
-    rows = [MethodRow(name, 0.875, 0.0125, 0.7512, 0.7512, 0.8, 3_504_872, 14_123_456, 62.5) for name in COMPARED]
-    lines = shown(comparison_table(Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})), 80)
-    assert max(map(len, lines)) <= 80
+    for base in ((0.7512, 0.7512, 0.8), (None, None, None)):
+        rows = [MethodRow(name, 0.875, 0.0125, *base, 3_504_872, 14_123_456, 62.5, *SURE) for name in COMPARED]
+        compared = Comparison("colors", "bundled:tiny", tuple(rows), {}, {}, {})
+        lines = shown(comparison_table(compared), 80)
+        assert max(map(len, lines)) <= 80
+        assert any("86.1 to 88.9" in line for line in lines) == (base[0] is None)
+        assert "86.1 to 88.9" in comparison_cells(compared)[1][0]
 
 
 def test_hashes_are_whole_at_80_columns(tiny: Backbone) -> None:
@@ -186,13 +194,17 @@ def test_trained_numbers_are_shown_beside_those_of_the_backbone(tiny: Backbone) 
     assert f"{inspection.backbone_parameters:,} besides the head, 100 % of" in text_of(inspection_table(shown))
 
 
+def task_of(classes: int) -> TaskRecord:
+    return TaskRecord(name="colors", classes=tuple(map(str, range(classes))))
+
+
 def test_an_evaluation_lists_classes_only_when_asked() -> None:
     figures = {"top1": 0.5, "top5": 1.0, "images": 12, "per_class": {"red[/]": 0.25}}
-    assert "red" not in text_of(evaluation_table("colors", figures, per_class=False, classes=9))
-    figures |= {"base_top1": 0.7, "harmonic_mean": 0.58}
-    text = text_of(evaluation_table("colors", figures, per_class=True, classes=9))
+    assert "red" not in text_of(evaluation_table(task_of(9), figures, per_class=False))
+    figures |= {"base_top1": 0.7, "harmonic_mean": 0.58, "interval": [0.254, 0.746]}
+    text = text_of(evaluation_table(task_of(9), figures, per_class=True))
     assert "top-1 of red[/]" in text
-    for figure in ("50.0", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
+    for figure in ("50.0", "25.4 to 74.6", "100.0", "12", "red[/]", "25.0", "70.0", "58.0"):
         assert figure in text
 
 
@@ -202,7 +214,7 @@ def test_the_best_five_of_no_more_classes_are_no_figure(tiny: Backbone, classes:
     measured = (
         draft_patch(tiny, classes=classes).with_metrics(test_top1=0.5, test_top5=1.0, validation_top5=1.0).inspect()
     )
-    evaluated = evaluation_table("colors", figures, per_class=False, classes=classes)
+    evaluated = evaluation_table(task_of(classes), figures, per_class=False)
     for table in (evaluated, fit_table(measured), inspection_table(measured)):
         assert "top-1" in text_of(table)
         assert ("top-5" in text_of(table)) is shown

@@ -29,6 +29,7 @@ from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
+from modelpatch.tasks.classification import Classification
 from modelpatch.train import Callback, Trainer, fit
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.evaluation import evaluate, logits_of
@@ -428,7 +429,7 @@ def test_a_transform_and_a_pair_of_data_sets(backbone: Backbone) -> None:
     [
         ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)}, "is an instance of SGD, but fit builds"),
         ({"optimizer": "sgd"}, r"optimizer is 'sgd'; expected a function or class.*ScaleBias\(optimizer='sgd'\)"),
-        ({"loss": "mse"}, "loss is 'mse'; expected a function"),
+        ({"loss": "mse"}, "loss='mse' is none for classification"),
         ({"accumulate": 0}, "accumulate = 0 is not valid"),
         ({"monitor": "validation_loss"}, "Give validation= or early_stopping="),
         ({"ema": 2.0}, "expected a number between 0 and 1"),
@@ -455,9 +456,8 @@ def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: Task,
     fit(backbone, colors, LinearProbe(), epochs=3, log=tmp_path / "run", validation=0.25)
     rows = read_log(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
-    assert list(rows[0]) == [
-        *("epoch", "loss", "validation_loss", "validation_top1", "validation_top5", "lr", "seconds")
-    ]
+    figures = [f"validation_{name}" for name in Classification.metrics]
+    assert list(rows[0]) == ["epoch", "loss", "validation_loss", *figures, "lr", "seconds"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
     assert events.stat().st_size > 0

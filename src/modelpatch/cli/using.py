@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,14 +169,15 @@ def _explain(engine: mp.Engine, files: list[Path], tasks: list[str], console: Sc
     return {**facts, "memory": engine.memory, "steps": steps}
 
 
-@verb(first="patch per_class plot base_data", panel="Data")
+@verb(first="patch per_class confusion plot base_data", panel="Data")
 def evaluate(
     console: Screen,
     network: opt.PatchNetwork,
     data: list[str] = Argument(..., help="The task's data, as for fit."),
     patch: Path = Option(..., "--patch", "-p", help="The patch file, or a cascade's."),
     base_data: str | None = Option(None, help="Data of the base's own classes, for the harmonic mean."),
-    per_class: bool = Option(False, help="List every class."),
+    per_class: bool = Option(False, help="List every class: precision, recall and F1, or its own figure."),
+    confusion: bool = Option(False, "--confusion", help="Print the confusion matrix with its counts."),
     plot: Path | None = Option(None, help="A picture of the confusion matrix."),
     seed: int | None = Option(None, help="Seed of the test split if the data has none; by default that of the fit."),
     alpha: opt.AlphaOption = None,
@@ -185,8 +186,10 @@ def evaluate(
     """Measure a patch or a cascade on the test images of its task, with the metrics of its kind of task."""
     from modelpatch.data.task import accuracy_by_task
     from modelpatch.recipes.cascading import evaluate_cascade
+    from modelpatch.report.scores import class_table, confusion_table
     from modelpatch.tasks.classification import Evaluation
     from modelpatch.tasks.kind import kind_of
+    from modelpatch.tasks.scores import score_classes
     from modelpatch.train.evaluation import evaluate_base, harmonic_mean
 
     loaded = opt.read_answering(patch, alpha)
@@ -206,9 +209,16 @@ def evaluate(
     if own is not None:
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
-    console.show(tables.evaluation_table(loaded.task, figures, per_class))
+    kind, counts, classes = kind_of(loaded.task.kind), result.confusion, loaded.task.classes
+    if confusion and counts is None:
+        raise ModelpatchError(f"--confusion: {kind.name} tasks have no confusion matrix. Leave it out.")
+    console.show(tables.evaluation_table(loaded.task, figures, per_class and counts is None))
+    if counts is not None:
+        figures["by_class"] = [asdict(one) for one in score_classes(counts, classes)]
+        for make in (class_table,) * per_class + (confusion_table,) * confusion:
+            console.print()
+            console.show(make(counts, classes, kind.counted))
     console.write_json(figures)
-    kind = kind_of(loaded.task.kind)
     if plot is not None and result.confusion is None:
         raise ModelpatchError(f"--plot {plot}: {kind.name} tasks have no confusion matrix. Leave it out.")
     console.draw(plot, plots.plot_confusion, result, kind.metrics[kind.metric], loaded.task.classes)

@@ -14,6 +14,7 @@ from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingEx
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
+from modelpatch.tasks.scores import Interval, wilson_interval
 from modelpatch.text import file_name
 from modelpatch.train.callbacks import make_folder
 from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean
@@ -24,7 +25,8 @@ from modelpatch.train.settings import check_settings
 @dataclass(frozen=True)
 class MethodRow:
     """Means over a method's seeds. Accuracies lie in [0, 1]; those of the base and `harmonic_mean` are None without base data,
-    `top1_error`, the standard error of `top1`, for one seed."""
+    `top1_error`, the standard error of `top1` over seeds, for one seed. `interval` is the 95 % interval of `top1` for as many
+    test images."""
 
     method: str
     top1: float
@@ -35,6 +37,9 @@ class MethodRow:
     trainable_parameters: int
     file_bytes: int
     seconds: float
+    interval: Interval | None = None
+    macro_f1: float | None = None
+    balanced_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class SeedRun:
     base_after: float | None
     file_bytes: int
     seconds: float
+    macro_f1: float | None = None
+    balanced_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ def compare(
                 files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
                 patch = fit(backbone, data, chosen[name], progress=progress, seed=number, **files, **settings)
                 top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
-                fitted.append(SeedRun(number, top1, None, size, patch.created["seconds"]))
+                means = [patch.metrics.get(f"test_{figure}") for figure in ("macro_f1", "balanced_accuracy")]
+                fitted.append(SeedRun(number, top1, None, size, patch.created["seconds"], *means))
                 patches.setdefault(name, patch)
         except DivergedError as error:
             skipped[name] = str(error)
@@ -128,8 +136,17 @@ def compare(
         top1, seconds = Mean.of([run.top1 for run in own]), fmean(run.seconds for run in own)
         both = None if after is None else fmean(harmonic_mean(run.top1, after) for run in own)
         size = round(fmean(run.file_bytes for run in own))
-        rows.append(MethodRow(name, top1.value, top1.error, before, after, both, trained[name], size, seconds))
+        interval = wilson_interval(top1.value, len(data.test))
+        means = [_mean([run.macro_f1 for run in own]), _mean([run.balanced_accuracy for run in own])]
+        accuracies = (top1.value, top1.error, before, after, both)
+        rows.append(MethodRow(name, *accuracies, trained[name], size, seconds, interval, *means))
     return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is unknown, as in patches of an earlier version."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _by_name(methods: Sequence[str | Method]) -> dict[str, Method]:

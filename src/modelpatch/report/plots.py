@@ -189,18 +189,26 @@ def _bars(axes: Any, places: Any, values: Sequence[float], texts: str | list[str
 
 
 def plot_confusion(evaluation: Result, metric: str, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the confusion matrix, rows normalised, with counts for up to 12 classes and names for up to 40."""
+    """Draw the confusion matrix, rows normalised, with counts for up to 24 classes and names for up to 40."""
     assert evaluation.confusion is not None
     side = min(4 + 0.16 * len(classes), 14)
     with figure(path, side + 1, side) as axes:
         shares = [[cell / max(sum(row), 1) for cell in row] for row in evaluation.confusion]
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="answer", ylabel="class", title=f"{metric} {100 * evaluation.score:.1f} %")
-        if len(classes) <= 12:
+        if len(classes) <= 24:
             for place, row in enumerate(evaluation.confusion):
                 for other, count in enumerate(row):
                     color = "white" if shares[place][other] > 0.5 else "black"
-                    axes.text(other, place, f"{count:,}", ha="center", va="center", fontsize=7, color=color)
+                    axes.text(
+                        other,
+                        place,
+                        f"{count:,}",
+                        ha="center",
+                        va="center",
+                        fontsize=7 if len(classes) <= 12 else 5,
+                        color=color,
+                    )
         if len(classes) <= 40:
             axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
             axes.set_yticks(range(len(classes)), classes, fontsize=7)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from modelpatch.recipes.comparison import Comparison
     from modelpatch.recipes.multitask import Multitask
     from modelpatch.store.version import Version
+    from modelpatch.tasks.kind import Kind
     from modelpatch.tasks.record import TaskRecord
 
 NAME_WIDTH, FACT_WIDTH, HASH_WIDTH, SHORT_HASH = 12, 15, 64, 12  # characters
 LABELS = {"trainable_parameters": "trained"}
+ENDS = ("_low", "_high")  # of the names of an interval's ends among a patch's metrics
 SPLITS = {"validation": "held-out"}
 
 
@@ -83,21 +85,34 @@ def percent(share: float | None, error: float | None = None) -> str:
     return "–" if share is None else f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison as text; columns about the base only if it was measured."""
+def spell_interval(ends: Sequence[float] | None) -> str:
+    """The ends of an interval of shares in percent, as `84.6 to 89.1`; a dash for None."""
+    return "–" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+
+
+def comparison_cells(comparison: Comparison, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison as text; columns only of what is known of some row.
+
+    A `narrow` one with figures of the base leaves out intervals and macro F1.
+    """
     measured = any(row.base_after is not None for row in comparison.rows)
     about_base = ["base before", "base after", "harmonic mean"] * measured
+    left = narrow and measured
+    sure = not left and any(row.interval is not None for row in comparison.rows)
+    even = not left and any(row.macro_f1 is not None for row in comparison.rows)
     rows = []
     for row in comparison.rows:
         base = [percent(share) for share in (row.base_before, row.base_after, row.harmonic_mean)] * measured
         costs = [f"{row.trainable_parameters:,}", f"{row.file_bytes:,}", f"{row.seconds:.1f}"]
-        rows.append([row.method, percent(row.top1, row.top1_error), *base, *costs])
-    return ["method", "top-1", *about_base, "trained", "file bytes", "seconds"], rows
+        more = [spell_interval(row.interval)] * sure + [percent(row.macro_f1)] * even
+        rows.append([row.method, percent(row.top1, row.top1_error), *more, *base, *costs])
+    known = ["95% interval"] * sure + ["macro F1"] * even
+    return ["method", "top-1", *known, *about_base, "trained", "file bytes", "seconds"], rows
 
 
 def comparison_table(comparison: Comparison) -> Table:
     caption = "\n".join(f"{name} left out: {why}" for name, why in comparison.skipped.items())
-    (name, *figures), rows = comparison_cells(comparison)
+    (name, *figures), rows = comparison_cells(comparison, narrow=True)
     breaks = [column.replace(" ", "\n") for column in figures]
     table = new_table(f"{comparison.task} on {comparison.backbone}", caption, texts=(name,), figures=breaks, rows=rows)
     table.columns[0].min_width = NAME_WIDTH - 2
@@ -144,7 +159,7 @@ def inspection_table(inspection: Inspection) -> Table:
     rows += [
         (_label(name, inspection.kind), _figure(name, value, inspection))
         for name, value in (*inspection.metrics.items(), *inspection.created.items())
-        if not _is_certain(name, inspection.classes)
+        if not _is_certain(name, inspection.classes) and not name.endswith(ENDS)
     ]
     return facts_table(_title(inspection), rows, HASH_WIDTH)
 
@@ -160,7 +175,7 @@ def fit_table(inspection: Inspection) -> Table:
     kind = kind_of(inspection.kind)
     for name, title in kind.metrics.items():
         if f"test_{name}" in measured and not _is_certain(name, inspection.classes):
-            rows.append((f"test {title}", f"{kind.show_figure(name, measured[f'test_{name}'])}{images}"))
+            rows.append((f"test {title}", f"{_figure(f'test_{name}', measured[f'test_{name}'], inspection)}{images}"))
             images = ""
     return facts_table(_title(inspection), [*rows, ("file", _size(inspection))])
 
@@ -223,7 +238,9 @@ def _figure(name: str, value: Any, inspection: Inspection) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, float) and (metric := next((one for one in kind.metrics if name.endswith(one)), None)):
-        return kind.show_figure(metric, value)
+        known = (inspection.metrics.get(name + end) for end in ENDS)
+        ends = [end for end in known if isinstance(end, float)]
+        return kind.show_figure(metric, value) + (f" ({_show_ends(kind, metric, ends)})" if len(ends) == 2 else "")
     if type(value) is not int:
         return str(value)
     if name == "trainable_parameters" and value.bit_length() < 64:  # larger ones may overflow as floats
@@ -253,6 +270,8 @@ def evaluation_table(task: TaskRecord, figures: dict[str, Any], per_class: bool)
     kind = kind_of(task.kind)
     shown = [name for name in kind.metrics if name in figures and not _is_certain(name, len(task.classes))]
     rows = [(kind.metrics[name], _bare(kind.show_figure(name, figures[name]))) for name in shown]
+    if figures.get("interval"):
+        rows.insert(1, ("95 % interval", _show_ends(kind, kind.metric, figures["interval"])))
     rows.append(("images", str(figures["images"])))
     rows += [(f"top-1 of {name}", percent(value)) for name, value in figures.get("by_task", {}).items()]
     if "base_top1" in figures:
@@ -269,6 +288,11 @@ def evaluation_table(task: TaskRecord, figures: dict[str, Any], per_class: bool)
 def _spell(value: Any) -> str:
     """An option of a task as text."""
     return ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list) else str(value)
+
+
+def _show_ends(kind: Kind, metric: str, ends: Sequence[float]) -> str:
+    """The ends of a figure's interval, as the kind shows figures: `84.6 to 89.1`."""
+    return " to ".join(_bare(kind.show_figure(metric, end)) for end in ends)
 
 
 def _bare(figure: str) -> str:
@@ -317,7 +341,11 @@ def versions_table(versions: Sequence[Version]) -> Table:
 
 def _score(metrics: Mapping[str, float]) -> str:
     """The first test metric in percent, with its name unless it is top-1; a dash without one."""
-    name = next((name for name in metrics if name.startswith("test_") and name != "test_images"), "")
+    from modelpatch.tasks.kind import KINDS
+
+    scores = [f"test_{kind.metric}" for kind in KINDS.values()]
+    first = [name for name in metrics if name.startswith("test_") and name != "test_images"]
+    name = next((name for name in (*scores, *first) if name in metrics), "")
     return percent(metrics.get(name)) + (f" {name.removeprefix('test_')}" if name not in ("", "test_top1") else "")
 
 

@@ -1,7 +1,7 @@
 """Classification: one class an image.
 
 answers   logits (B, K)             loss      cross entropy
-targets   classes (B,) int64        metrics   top-1, top-5
+targets   classes (B,) int64        metrics   top-1, top-5, macro F1, balanced accuracy
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
+from modelpatch.tasks.scores import Interval, mean_of_classes, wilson_interval
 
 Best = list[tuple[int, float]]  # classes with their probabilities, the most probable first
 
 
 @dataclass(frozen=True)
 class Evaluation(Result):
-    """Accuracies in [0, 1]. `confusion[i][j]` counts images of class i that were answered as class j."""
+    """Shares in [0, 1]. `confusion[i][j]` counts images of class i that were answered as class j.
+
+    `macro_f1` and `balanced_accuracy` are means of F1 and of recall over the classes that some image has.
+    """
 
     top1: float
     top5: float
     images: int
     per_class: dict[str, float]
     confusion: list[list[int]]
+    interval: Interval | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        macro_f1, balanced = mean_of_classes(self.confusion)
+        return {**super().figures, "macro_f1": macro_f1, "balanced_accuracy": balanced}
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Self:
@@ -34,12 +44,14 @@ class Evaluation(Result):
         best = logits.topk(min(5, count), dim=1).indices
         confusion = torch.bincount(labels * count + answers, minlength=count * count).view(count, count)
         totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        top1 = float((answers == labels).double().mean())
         return cls(
-            top1=float((answers == labels).double().mean()),
+            top1=top1,
             top5=float((best == labels[:, None]).any(1).double().mean()),
             images=len(labels),
             per_class={name: r / t for name, r, t in zip(classes, right, totals, strict=True) if t},
             confusion=confusion.tolist(),
+            interval=wilson_interval(top1, len(labels)),
         )
 
 
@@ -63,7 +75,12 @@ class Classification(Kind):
     """One class an image; answers are logits (B, K)."""
 
     name: ClassVar[str] = "classification"
-    metrics: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+    metrics: ClassVar[Mapping[str, str]] = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "macro_f1": "macro F1",
+        "balanced_accuracy": "balanced accuracy",
+    }
     meter_type = ClassMeter
     per_class = "top-1"
     fewest_classes = 2

@@ -10,7 +10,7 @@ An answer is told as the boxes of at least 50 %, in the image's own pixels, and 
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,9 +25,11 @@ from modelpatch.heads.reading import HeadInput
 from modelpatch.tasks.decoding import Decoding, coarsest, fine
 from modelpatch.tasks.drawing import Corners, draw_frames, fit_into, named_colors, palette
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, TargetFacts, View, register_kind
+from modelpatch.tasks.scores import Interval, bootstrap_interval
 
 SURE = 0.5  # the probability from which a box is told and drawn
 SMALLEST = 1.0  # pixels a side that a box must have to be a target
+DRAWS, MOST_DRAWN = 200, 100_000  # of the bootstrap: draws, and classes times images up to which it is made
 FEW = 6  # boxes whose classes are written beside them in a small picture
 EDGE = 2.0  # pixels by which a box may reach out of its image before that is told
 SHOWN = 0.3  # the share of a box that a random view must show for the box to be a target
@@ -93,6 +95,7 @@ class DetectionResult(Result):
     map50: float
     images: int
     per_class: dict[str, float]
+    interval: Interval | None = None
 
 
 class BoxMeter(Meter):
@@ -105,13 +108,23 @@ class BoxMeter(Meter):
         self.images = 0
         self._precision = MeanAveragePrecision(class_metrics=True)
         self._precision.warn_on_many_detections = False
+        self._pairs: list[tuple[Objects, Objects]] = []
 
     def update(self, answers: Tensor, targets: list[Objects]) -> None:
         from modelpatch.heads.detector import unpack
 
         wanted = [{**one, "iscrowd": one["difficult"].long()} for one in targets]
-        self._precision.update([unpack(answer) for answer in answers], wanted)
+        found = [unpack(answer) for answer in answers]
+        self._precision.update(found, wanted)
+        self._pairs += zip(found, wanted, strict=True)
         self.images += len(answers)
+
+    def interval(self) -> Interval | None:
+        """The bootstrap's, over images; None for more than 100,000 classes times images, which would take minutes."""
+        if self.images * len(self.classes) > MOST_DRAWN:
+            return None
+        measure = draw_precision(self._pairs, len(self.classes))
+        return None if measure is None else bootstrap_interval(self.images, measure, DRAWS)
 
     def result(self) -> DetectionResult:
         with redirect_stdout(io.StringIO()):  # pycocotools prints
@@ -123,6 +136,56 @@ class BoxMeter(Meter):
             images=self.images,
             per_class={self.classes[index]: value for index, value in zip(classes, own, strict=True) if value >= 0},
         )
+
+
+def draw_precision(pairs: Sequence[tuple[Objects, Objects]], classes: int) -> Callable[[np.ndarray], float] | None:
+    """The mean average precision of images that are drawn so often (N,), from found and wanted objects; None without any.
+
+    Boxes are matched once; an image that is drawn twice counts as two.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    sides: list[COCO] = []
+    for side in (1, 0):
+        made = COCO()
+        entries = [entry for number, pair in enumerate(pairs) for entry in _annotate(pair[side], number)]
+        made.dataset = {
+            "images": [{"id": number} for number in range(len(pairs))],
+            "categories": [{"id": label} for label in range(classes)],
+            "annotations": [{**entry, "id": number} for number, entry in enumerate(entries, 1)],
+        }
+        sides.append(made)
+    if not sides[0].dataset["annotations"]:
+        return None
+    with redirect_stdout(io.StringIO()):  # pycocotools prints
+        for made in sides:
+            made.createIndex()
+        judge = COCOeval(*sides, iouType="bbox")
+        judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], judge.params.areaRngLbl[:1]
+        judge.params.maxDets = judge.params.maxDets[-1:]
+        judge.evaluate()
+    matched = np.array(judge.evalImgs, dtype=object).reshape(classes, len(pairs))
+
+    def measure(times: np.ndarray) -> float:
+        judge.evalImgs = matched[:, np.repeat(np.arange(len(pairs)), times)].ravel().tolist()
+        with redirect_stdout(io.StringIO()):
+            judge.accumulate()
+        precision = judge.eval["precision"]
+        return float(precision[precision > -1].mean()) if (precision > -1).any() else 0.0
+
+    return measure
+
+
+def _annotate(objects: Objects, image: int) -> Iterator[Facts]:
+    """The objects of an image as annotations of COCO."""
+    boxes, labels = objects["boxes"].double().tolist(), objects["labels"].tolist()
+    crowds = objects["iscrowd"].tolist() if "iscrowd" in objects else [0] * len(labels)
+    scores = objects["scores"].tolist() if "scores" in objects else [1.0] * len(labels)
+    for (left, top, right, bottom), label, crowd, score in zip(boxes, labels, crowds, scores, strict=True):
+        box = [left, top, right - left, bottom - top]
+        facts = {"image_id": image, "category_id": label, "iscrowd": crowd, "score": score}
+        yield {**facts, "bbox": box, "area": box[2] * box[3]}
 
 
 @dataclass(frozen=True)

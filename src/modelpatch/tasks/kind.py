@@ -7,7 +7,7 @@ outside its file asks for a kind by name; other parts of the library read its at
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +23,7 @@ from modelpatch.heads.reading import HeadInput
 from modelpatch.registry import Registry
 from modelpatch.tasks.decoding import Decoding, make_decoder
 from modelpatch.tasks.drawing import fit_into
+from modelpatch.tasks.scores import Interval
 
 Facts = dict[str, Any]
 ElementLoss = Callable[..., Tensor]  # of outputs and targets (B, K), and hyperparameters, to losses (B, K)
@@ -71,6 +72,7 @@ class Result(ABC):
     images: int
     per_class: Mapping[str, float]
     confusion: list[list[int]] | None = None
+    interval: Interval | None = None  # of the score, 95 %
 
     @property
     def figures(self) -> dict[str, float]:
@@ -84,7 +86,7 @@ class Result(ABC):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)  # type: ignore[call-overload]
+        return {**asdict(self), **self.figures}  # type: ignore[call-overload]
 
 
 class Meter(ABC):
@@ -102,6 +104,10 @@ class Meter(ABC):
     @abstractmethod
     def result(self) -> Result:
         """Figures of everything added so far."""
+
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the score of everything added so far; None for a kind that has none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -331,12 +337,15 @@ class Kind(ABC):
         classes: Sequence[str],
         batches: Iterable[tuple[Tensor, Any]],
         options: Mapping[str, Any] | None = None,
+        with_interval: bool = False,
     ) -> Result:
-        """Figures for batches of answers and targets."""
+        """Figures for batches of answers and targets; with the interval of the score where that is asked for."""
         meter = self.meter(classes, options)
         for answers, targets in batches:
             meter.update(answers, targets)
-        return meter.result()
+        result = meter.result()
+        interval = meter.interval() if with_interval else None
+        return result if interval is None else replace(result, interval=interval)  # type: ignore[type-var]
 
     def show_figure(self, name: str, value: float) -> str:
         """A figure of `metrics`, or of a class, as text without its name: a share in percent."""

@@ -19,10 +19,12 @@ from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.drawing import Color, palette
 from modelpatch.tasks.kind import ElementLoss, Facts, Meter, Result, TargetFacts, View, register_kind
 from modelpatch.tasks.losses import asymmetric, bce, focal
+from modelpatch.tasks.scores import Interval, bootstrap_interval
 from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_others
 
 EVEN = 0.5  # the threshold of a label about which nothing is known
 FEWEST = 5  # held-out images with a label, and as many without it, from which it has a threshold of its own
+DRAWS = 200  # of the bootstrap
 UNKNOWN = -1  # of torchmetrics and of data sets
 
 
@@ -35,6 +37,7 @@ class MultilabelResult(Result):
     f1_micro: float
     images: int
     per_class: dict[str, float]
+    interval: Interval | None = None
 
 
 class LabelMeter(Meter):
@@ -74,6 +77,28 @@ class LabelMeter(Meter):
             images=len(targets),
             per_class=per_class,
         )
+
+    def interval(self) -> Interval | None:
+        """The bootstrap's, over images."""
+        logits, targets = (torch.cat(one).numpy() for one in zip(*self._batches, strict=True))
+        order = np.argsort(-logits, axis=0, kind="stable")
+        ranked, wanted = (np.take_along_axis(one, order, 0) for one in (logits, targets))
+        last = np.ones(ranked.shape, dtype=bool)  # of equal logits, which are told together
+        last[:-1] = ranked[1:] != ranked[:-1]
+        known, right = ~np.isnan(wanted), wanted == 1
+
+        def measure(times: np.ndarray) -> float:
+            drawn = times[order]
+            found, told = np.cumsum(drawn * right, 0), np.cumsum(drawn * known, 0)
+            shares = [
+                float(np.diff(found[ends, index], prepend=0) @ (found[ends, index] / np.maximum(told[ends, index], 1)))
+                / found[-1, index]
+                for index, ends in enumerate(last.T)
+                if found[-1, index]
+            ]
+            return sum(shares) / max(len(shares), 1)
+
+        return bootstrap_interval(len(targets), measure, DRAWS)
 
 
 @register_kind

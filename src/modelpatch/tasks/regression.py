@@ -22,6 +22,7 @@ from modelpatch.heads.base import Head
 from modelpatch.tasks.drawing import Color, palette
 from modelpatch.tasks.kind import ElementLoss, Facts, Meter, Result, TargetFacts, View, register_kind
 from modelpatch.tasks.losses import huber, l1, l2
+from modelpatch.tasks.scores import Interval, bootstrap_interval
 from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_others
 
 BINS = 10  # of the first number: parts of a data set over which images are spread evenly
@@ -40,6 +41,7 @@ class RegressionResult(Result):
     images: int
     per_class: dict[str, float]
     per_class_r2: dict[str, float]
+    interval: Interval | None = None
 
 
 class NumberMeter(Meter):
@@ -75,6 +77,22 @@ class NumberMeter(Meter):
             per_class=sizes,
             per_class_r2=scores,
         )
+
+    def interval(self) -> Interval | None:
+        """The bootstrap's, over images."""
+        answers, targets = (torch.cat(one).double().numpy() for one in zip(*self._batches, strict=True))
+        known = ~np.isnan(targets)
+        wanted = np.where(known, targets, 0.0)
+        squares = np.where(known, answers - wanted, 0.0) ** 2
+
+        def measure(times: np.ndarray) -> float:
+            count = times @ known
+            mean = times @ wanted / np.maximum(count, 1)
+            spread = times @ (known * (wanted - mean) ** 2)
+            kept = spread > 0
+            return float((1 - (times @ squares)[kept] / spread[kept]).mean()) if kept.any() else 0.0
+
+        return bootstrap_interval(len(targets), measure)
 
 
 @register_kind

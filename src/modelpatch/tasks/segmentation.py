@@ -25,6 +25,7 @@ from modelpatch.errors import DataError
 from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
 from modelpatch.tasks.drawing import add_legend, encode_png, fit_into, named_colors, palette
 from modelpatch.tasks.kind import Facts, Kind, Meter, Result, Target, TargetFacts, View, register_kind
+from modelpatch.tasks.scores import Interval, bootstrap_interval
 
 IGNORED = 255  # the class of pixels that are neither trained on nor measured
 UNKNOWN = -1
@@ -112,6 +113,7 @@ class SegmentationResult(Result):
     images: int
     per_class: dict[str, float]
     confusion: list[list[int]]
+    interval: Interval | None = None
 
 
 class MaskMeter(Meter):
@@ -123,10 +125,27 @@ class MaskMeter(Meter):
         super().__init__(classes)
         self.images = 0
         self._matrix = MulticlassConfusionMatrix(max(len(classes), 2), ignore_index=IGNORED)
+        self._counts: list[Tensor] = []  # (3, K) of each image: pixels that are right, asked and answered
 
     def update(self, answers: Tensor, targets: Tensor) -> None:
-        self._matrix.update(answers.argmax(1), targets)
+        found, count = answers.argmax(1), len(self.classes)
+        self._matrix.update(found, targets)
         self.images += len(answers)
+        for answer, target in zip(found, targets, strict=True):
+            answer, target = answer[target != IGNORED], target[target != IGNORED]
+            parts = (target[answer == target], target, answer)
+            self._counts.append(torch.stack([torch.bincount(part, minlength=count)[:count] for part in parts]))
+
+    def interval(self) -> Interval | None:
+        """The bootstrap's, over images."""
+        counts = torch.stack(self._counts).double().numpy().reshape(self.images, -1)
+
+        def measure(times: np.ndarray) -> float:
+            right, asked, answered = (times @ counts).reshape(3, -1)
+            union = asked + answered - right
+            return float((right[union > 0] / union[union > 0]).mean()) if union.any() else 0.0
+
+        return bootstrap_interval(self.images, measure)
 
     def result(self) -> SegmentationResult:
         counts = self._matrix.compute().long()[: len(self.classes), : len(self.classes)]

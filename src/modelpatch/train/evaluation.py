@@ -66,7 +66,7 @@ def evaluate(backbone: Backbone, patch: Patch, data: Task, advance: Advance = la
         )
     kind, model = kind_of(patch.task.kind), backbone.patched(patch)
     answers = answers_of(model, data.test, patch.preprocessing, advance)
-    return kind.measure(patch.task.classes, answers, patch.task.options)
+    return kind.measure(patch.task.classes, answers, patch.task.options, with_interval=True)
 
 
 def facts_of(patch: Patch) -> Mapping[str, Any]:
@@ -76,8 +76,13 @@ def facts_of(patch: Patch) -> Mapping[str, Any]:
 
 
 def with_result(patch: Patch, result: Result) -> Patch:
-    """Return the patch with figures on the test images among its metrics: `test_top1` and others."""
-    return patch.with_metrics(**{f"test_{name}": value for name, value in result.figures.items()})
+    """Return the patch with figures on the test images among its metrics: `test_top1`, the ends `test_top1_low` and
+    `test_top1_high` of its 95 % interval, and others."""
+    figures, ends = dict(result.figures), result.interval
+    if ends is not None:
+        score = next(iter(figures))
+        figures |= {f"{score}_low": ends[0], f"{score}_high": ends[1]}
+    return patch.with_metrics(**{f"test_{name}": value for name, value in figures.items()})
 
 
 def store_as(backbone: Backbone, patch: Patch, data: Task, dtype: str) -> Patch:

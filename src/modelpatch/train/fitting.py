@@ -315,8 +315,10 @@ class Fit:
 
     def measure(self, model: PatchedModel, patch: Patch) -> Patch:
         """Return the patch of a model with its figures on the test images."""
-        answers = self.answers(model, "test")
-        return with_result(patch, self.kind.measure(self.data.classes, answers, patch.task.options))
+        result = self.kind.measure(
+            self.data.classes, self.answers(model, "test"), patch.task.options, with_interval=True
+        )
+        return with_result(patch, result)
 
     def weigh_classes(self) -> Tensor | None:
         """Return the weight (K,) of every class, as the settings have it, from the plain training images."""
