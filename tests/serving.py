@@ -150,7 +150,7 @@ def picture(seed: int = 0, pixels: int = 16, kind: str = "PNG") -> bytes:
 @contextmanager
 def process(store: Store, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`modelpatch serve` as a process of its own, and where it listens."""
-    command = [sys.executable, "-m", "modelpatch", "serve", store.url, "-b", "bundled:tiny", "--port", "0", "--no-tune"]
+    command = [sys.executable, "-m", "modelpatch", "serve", store.url, "-b", "bundled:tiny", "--port", "0"]
     running = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     )

@@ -25,7 +25,7 @@ pytest.importorskip("fastapi")
     ],
 )
 def test_mistakes_end_in_one_line(run: Run, tmp_path: Path, options: list[str], words: str) -> None:
-    result = run("serve", tmp_path, "--port", 0, "--no-tune", *options)
+    result = run("serve", tmp_path, "--port", 0, *options)
     assert result.code == 1
     assert words in result.err
     assert "Traceback" not in result.err
@@ -37,7 +37,7 @@ def test_a_store_that_is_not_there_is_a_slip_unless_somebody_may_publish(
 ) -> None:
     if options:
         pytest.importorskip("ray.serve")
-    result = run("serve", tmp_path / "stoer", "-b", "bundled:tiny", "--port", 0, "--no-tune", *options)
+    result = run("serve", tmp_path / "stoer", "-b", "bundled:tiny", "--port", 0, *options)
     assert result.code == 1
     assert f"there is no store at {tmp_path / 'stoer'}" in result.err
 
@@ -45,6 +45,6 @@ def test_a_store_that_is_not_there_is_a_slip_unless_somebody_may_publish(
 def test_a_port_that_is_taken_is_named(run: Run, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = run("serve", tmp_path, "-b", "bundled:tiny", "--port", port, "--no-tune")
+        result = run("serve", tmp_path, "-b", "bundled:tiny", "--port", port)
     assert result.code == 1
     assert f"port {port}" in result.err

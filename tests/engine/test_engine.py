@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from conftest import draft_patch, make_tiny, small_preprocessing
+from conftest import draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.fingerprint import Fingerprint
-from modelpatch.backbone.tuning import Tuning
+from modelpatch.backbone.tuning import CACHE, Tuning
 from modelpatch.engine import measure
 from modelpatch.engine.engine import Engine
 from modelpatch.engine.residency import OFTEN
@@ -247,8 +248,8 @@ def test_engines_of_what_is_none_are_refused(tiny: Backbone, tmp_path: Path) -> 
     ):
         with pytest.raises(EngineError, match=problem):
             Engine(*arguments[:2], tuning=PLAIN, budget=arguments[2] if len(arguments) > 2 else None)  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="the tuning is a str"):
-        Engine(tiny, tuning="fast")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="the tuning is a dict"):
+        Engine(tiny, tuning={"fold": True})  # type: ignore[arg-type]
 
 
 def test_operations_follow_height_and_width(tiny: Backbone) -> None:
@@ -564,7 +565,35 @@ def test_the_measurement_reports_what_it_chose(tiny: Backbone, images: Tensor) -
     for name in ("channels_last", "fold", "piece", "streams concatenated"):
         assert name in text
     assert close(Engine(tiny, tuning=tuning)(images)["base"], tiny(images))
-    assert Engine(tiny).tuning.measured
+
+
+def test_an_engine_without_settings_follows_the_rule_and_times_nothing(
+    tiny: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse() -> float:
+        raise AssertionError("an engine read the clock")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "perf_counter", refuse)
+        engine = Engine(tiny)
+    assert engine.tuning == Tuning.of(tiny) == Tuning(channels_last=True, fold=True, piece_bytes=CACHE, merge_rows=16)
+    assert close(engine(images)["base"], tiny(images))
+    path = Tuning(fold=True, merge_rows=3, measured=("fold: 2x",)).save(tmp_path / "tuning.json")
+    assert Engine(tiny, tuning=path).tuning == Tuning(fold=True, merge_rows=3)
+    assert Tuning.load(path).measured == ("fold: 2x",)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"fold": 3}', '{"folds": true}', '{"merge_rows": -1}'])
+def test_a_file_of_other_settings_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text(text)
+    with pytest.raises(EngineError, match=r"tuning\.json holds no settings|merge_rows=-1"):
+        Tuning.load(tmp_path / "tuning.json")
+
+
+def test_the_rule_is_one_of_architecture() -> None:
+    assert Tuning.of(make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=2)) == Tuning(merge_rows=16)
+    convnext = make_timm("convnext_atto", 32, depths=(1, 1, 1, 1))
+    assert Tuning.of(convnext) == Tuning(channels_last=True, piece_bytes=CACHE, merge_rows=16)
 
 
 def test_sixteen_bits_are_used_only_where_they_are_asked_for(tiny: Backbone, images: Tensor) -> None:

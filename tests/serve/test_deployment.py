@@ -55,7 +55,7 @@ def command_of(pid: int) -> bytes:
 def deployed(store: Store) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "modelpatch", "serve", store.url, "-b", "bundled:tiny", "--no-tune", "--ray"]
+    command = [sys.executable, "-m", "modelpatch", "serve", store.url, "-b", "bundled:tiny", "--ray"]
     running = subprocess.Popen([*command, "--port", url.rpartition(":")[2]])
     try:
         with Client(url) as client:

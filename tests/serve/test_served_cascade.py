@@ -89,7 +89,7 @@ def test_the_hash_says_what_is_computed(cascade: Cascade) -> None:
 
 def test_what_cannot_be_served_is_one_line(run: Run, cascade: Cascade, tmp_path: Path) -> None:
     file = cascade.save(tmp_path / "fruits.json")
-    base = ["serve", tmp_path / "store", "-b", "bundled:tiny", "--no-tune", "--port", 0]
+    base = ["serve", tmp_path / "store", "-b", "bundled:tiny", "--port", 0]
     assert "there is a task 'fruits' already" in run(*base, "--cascade", file, "--cascade", file).err
     assert "--cascade is for servers of this machine" in run(*base, "--cascade", file, "--ray").err
     wrong = run(*base, "--cascade", file)

@@ -1,19 +1,26 @@
 """Settings of the computation of frozen segments, and the frozen copies that follow them.
 
-Settings are chosen by the engine's measurement or set by the user. A frozen module costs the bytes of all weights it reads,
-so the backbone's segments are frozen as they are first used, and a patch's variants only where the engine's budget has room.
+Settings follow a rule by device and architecture, or come from the user or a file that `modelpatch tune` wrote. A frozen
+module costs the bytes of all weights it reads, so the backbone's segments are frozen as they are first used, and a patch's
+variants only where the engine's budget has room.
 """
 
+import json
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
@@ -22,6 +29,7 @@ from modelpatch.text import first_line
 
 Module = Callable[[Tensor], Tensor]
 CACHE = 2 * 2**20
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,11 @@ class Tuning:
     channels_last: bool = False  # activations lie pixel by pixel instead of channel by channel
     fold: bool = False  # BatchNorm is folded into the convolution before it, in a frozen copy of the segment
     bfloat16: bool = False  # segments compute in 16 bits; only where allowed, since answers change in the third digit
-    compile: str = ""  # a backend of `torch.compile` ("inductor") that compiles segments, never measured
+    compile: str = ""  # a backend of `torch.compile` ("inductor") that compiles segments; only where the user says so
     piece_bytes: int = 0  # bytes of the activations of a piece of a large batch, which then stay in the caches
     merge_rows: int = 0  # streams of at most this many rows are concatenated where they meet the same module
     measured: tuple[str, ...] = field(default=(), compare=False)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         """Raises `EngineError` for negative sizes."""
@@ -42,6 +51,40 @@ class Tuning:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise EngineError(f"{name}={value!r}; expected a whole number from 0 on.")
+
+    @classmethod
+    def of(cls, backbone: Backbone, *, bfloat16: bool = False) -> Self:
+        """Settings for a backbone by a rule, the same on a busy machine and at rest.
+
+        Channels-last activations where convolutions make most of the segments' outputs, folding where there is BatchNorm; on a CPU with
+        convolutions pieces of 2 MiB, whose activations stay in the caches; streams of up to 16 rows are concatenated.
+        `bfloat16` allows 16 bits where the device computes in them.
+        """
+        kinds = {type(module) for module in backbone.module.modules()}
+        maps = [segment for segment in backbone.chain if len(segment.output_shape) == 3]
+        convolves = any(issubclass(kind, nn.Conv2d) for kind in kinds) and 2 * len(maps) > len(backbone.chain)
+        return cls(
+            channels_last=convolves,
+            fold=any(issubclass(kind, _BatchNorm) for kind in kinds),
+            bfloat16=bfloat16 and has_bfloat16(backbone.device),
+            piece_bytes=CACHE if convolves and backbone.device.type == "cpu" else 0,
+            merge_rows=FEW_ROWS,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read settings that `save` wrote. Raises `EngineError` for a file that is missing or holds something else."""
+        try:
+            return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+        except (OSError, ValidationError) as error:
+            problem = first_line(error) if isinstance(error, OSError) else error.errors()[0]["msg"]
+            made = "`modelpatch tune` makes such a file"
+            raise EngineError(f"{path} holds no settings of an engine: {problem}. {made}.") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the settings as JSON, whole or not at all."""
+        write_bytes(Path(path), (json.dumps(asdict(self), indent=2) + "\n").encode())
+        return Path(path)
 
     @property
     def plain(self) -> bool:
@@ -54,6 +97,12 @@ class Tuning:
         chosen += [f"pieces of {self.piece_bytes / 2**20:.0f} MiB"] if self.piece_bytes else []
         chosen += [f"streams of up to {self.merge_rows} rows concatenated"] if self.merge_rows else []
         return "\n".join(["tuning: " + (", ".join(chosen) or "plain"), *self.measured])
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True for a device that computes in bfloat16: a GPU, or a CPU with AVX-512 BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type != "cpu" or any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def run_in_pieces(modules: Sequence[Module], widths: Sequence[int], x: Tensor, tuning: Tuning) -> Tensor:

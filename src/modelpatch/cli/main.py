@@ -49,6 +49,7 @@ VERBS = {  # by name: its module and a line about it
     "diff": ("converting", "Compare two patches tensor by tensor."),
     "export": ("converting", "Write the patched model as an ordinary model or an ONNX graph."),
     "store": ("serving", "Keep patches by name, version and tag."),
+    "tune": ("serving", "Measure which settings of an engine are fastest on this machine."),
     "serve": ("serving", "Answer over HTTP with the patches of a store."),
 }
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from modelpatch.backbone.chain import Chain
+    from modelpatch.backbone.tuning import Tuning
     from modelpatch.engine.cascade import Cascade
     from modelpatch.methods.vocabulary import Vocabulary
 
@@ -324,6 +325,13 @@ class PatchNetwork:
         with naming(path):
             first.check_backbone(backbone)
         return backbone
+
+
+def read_tuning(path: Path | None) -> Tuning | None:
+    """The engine's settings in a file of `modelpatch tune`; None for no file."""
+    from modelpatch.backbone.tuning import Tuning
+
+    return None if path is None else Tuning.load(path)
 
 
 @dataclass(frozen=True)

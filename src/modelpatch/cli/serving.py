@@ -1,5 +1,6 @@
 """Verbs of stores and servers: `store` and `serve`."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,6 +178,30 @@ def _copy(source: "mp.Store", target: "mp.Store", references: list[str]) -> None
             advance(1)
 
 
+@verb(first="backbone out seconds")
+def tune(
+    console: Screen,
+    backbone: opt.BackboneOption,
+    out: Path = Option(Path("tuning.json"), "--out", "-o", help="Where to write the settings."),
+    seconds: float = Option(20.0, min=0.1, help="How long to measure, about."),
+    bfloat16: bool = Option(False, "--bfloat16", help="Allow 16-bit arithmetic, which moves logits by a hundredth."),
+    device: opt.DeviceOption = "cpu",
+    argument: opt.ArgumentOption = None,
+) -> None:
+    """Measure which settings of an engine are fastest here, for `serve --tuning` and `Engine(tuning=...)`.
+
+    Without a file an engine follows a rule by device and architecture. Measure on a machine that does nothing else.
+    """
+    from modelpatch.engine.measuring import measure
+
+    check_out(out)
+    network = opt.open_backbone(backbone, opt.parse_arguments(argument), opt.find_device(device))
+    tuning = measure(network, bfloat16=bfloat16, seconds=seconds)
+    tuning.save(out)
+    console.tell(f"{tuning}\nwrote {out}")
+    console.write_json(asdict(tuning))
+
+
 @verb(first="backbone host port token workers cascade", panel="Limits")
 def serve(
     backbone: opt.BackboneOption,
@@ -191,7 +216,7 @@ def serve(
     queue: int = Option(DEFAULT.queue, min=1, help="Waiting images, at most; more get 429."),
     pixels: int = Option(DEFAULT.pixels, min=1, help="Pixels of an image, at most."),
     refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
-    tune: bool = Option(True, help="Measure the fastest way to run first: some seconds."),
+    tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured; by default a rule."),
     cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
     device: opt.DeviceOption = "cpu",
     argument: opt.ArgumentOption = None,
@@ -218,7 +243,7 @@ def serve(
             raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
         cascades[loaded.task.name] = loaded
     arguments = opt.parse_arguments(argument)
-    options: dict[str, Any] = {"host": host, "port": port, "tune": tune, "say": Screen().tell}
+    options: dict[str, Any] = {"host": host, "port": port, "tuning": opt.read_tuning(tuning), "say": Screen().tell}
     if ray:
         from modelpatch.serve.deployment import deploy
 

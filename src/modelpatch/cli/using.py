@@ -38,7 +38,7 @@ def predict(
     top: int = Option(3, min=1, help="Classes per image and task. Of boxes and labels all that are sure are told."),
     batch_size: int = Option(16, min=1, help="Images in a batch."),
     workers: int = Option(0, min=0, help="Processes that decode images; 0: this one."),
-    tune: bool = Option(False, "--tune", help="Measure the fastest way first: some seconds, for hundreds of images."),
+    tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured, for hundreds of images."),
     explain: bool = Option(False, "--explain", help="Print what the patches share and the time of each step."),
     plot: Path | None = Option(None, help="A picture of the plan."),
     labels: str | None = Option(None, help="Other answers than the classes, comma-separated or a file of lines."),
@@ -69,7 +69,7 @@ def predict(
             patches[path] = _relabel(loaded, one, labels_given, words)
     elif words != opt.Words():
         raise ModelpatchError("--text, --names and --template are for --labels. Give --labels as well.")
-    engine = mp.Engine(loaded, tuning=None if tune else Tuning())
+    engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning())
     for name, path in _names(patches).items():
         with opt.naming(path):
             engine.add(name, patches[path])

@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -24,7 +25,7 @@ from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
 from modelpatch.engine.inputs import Answers, Images, Sources, check_names, count_rows, make_batches, read, stream
-from modelpatch.engine.measuring import least_seconds, measure
+from modelpatch.engine.measuring import least_seconds
 from modelpatch.engine.plan import Batches, Link, Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
@@ -43,10 +44,10 @@ class Engine:
 
     `patches` are patches, bound or not, or paths of their files, by the name of the task; or several of one task in a list,
     of which calls choose by `resolution` or `latency`; or cascades. "base" is the backbone's own answer and is always there.
-    `tuning` pins how the engine computes; by default it is measured now, and `print(engine.tuning)` reports it. `budget` are
-    the bytes for variants as modules of their own, beyond the patches' tensors and the backbone (by default twice the
-    backbone's bytes); `eager` makes them when a patch is added instead of when it is used. `bfloat16` lets the measurement
-    choose 16-bit arithmetic, which moves logits by about a hundredth.
+    `tuning` are settings of the computation, or a file that `modelpatch tune` wrote; by default `Tuning.of(backbone)`, a rule
+    by device and architecture. `budget` are the bytes for variants as modules of their own, beyond the patches' tensors and
+    the backbone (by default twice the backbone's bytes); `eager` makes them when a patch is added instead of when it is used.
+    `bfloat16` lets the rule choose 16-bit arithmetic, which moves logits by about a hundredth.
 
     Raises the errors of `BoundPatch` for patches that do not fit, `EngineError` for names that cannot be used.
     """
@@ -56,23 +57,23 @@ class Engine:
         backbone: Backbone,
         patches: Mapping[str, Given] | None = None,
         *,
-        tuning: Tuning | None = None,
+        tuning: Tuning | str | Path | None = None,
         budget: int | None = None,
         eager: bool = False,
         bfloat16: bool = False,
     ) -> None:
-        pinned = Tuning() if tuning is None else tuning
+        pinned = Tuning() if tuning is None else Tuning.load(tuning) if isinstance(tuning, str | Path) else tuning
         for given, kind, name, expected in (
             (backbone, Backbone, "backbone is", "what load_backbone gives"),
             (patches or {}, Mapping, "patches are", "them by name: {'flowers': patch}"),
-            (pinned, Tuning, "tuning is", "a Tuning, such as mp.backbone.Tuning(fold=True)"),
+            (pinned, Tuning, "tuning is", "a Tuning, such as mp.backbone.Tuning(fold=True), or its file"),
         ):
             if not isinstance(given, kind):
                 raise EngineError(f"the {name} a {type(given).__name__}; expected {expected}.")
         if budget is not None and (type(budget) is not int or budget < 0):
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
         self.backbone = backbone
-        self.tuning = measure(backbone, bfloat16=bfloat16) if tuning is None else tuning
+        self.tuning = Tuning.of(backbone, bfloat16=bfloat16) if tuning is None else pinned
         self._base_bytes = sum(t.nbytes for t in (*backbone.module.parameters(), *backbone.module.buffers()))
         self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
         self.eager, self.templates = eager, Templates(backbone)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning, lay, sample
+from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Tuning, has_bfloat16, lay, sample
 
 NOTICEABLE = 1.02  # a setting that is not at least this much faster stays off
 MOST_PAIRS = 15
@@ -29,7 +29,7 @@ def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, second
     images = sample(backbone.input_size, backbone.device)[:1].repeat(rows, 1, 1, 1)
     trials: dict[str, Any] = {"channels_last": True, "fold": True}
     trials |= {"piece_bytes": CACHE} if backbone.device.type == "cpu" else {}
-    trials |= {"bfloat16": True} if bfloat16 and _has_bfloat16(backbone.device) else {}
+    trials |= {"bfloat16": True} if bfloat16 and has_bfloat16(backbone.device) else {}
     chosen, notes = Tuning(**trials), []
     share = seconds / (2 * len(trials) + 3)
     for name in trials:
@@ -43,11 +43,6 @@ def measure(backbone: Backbone, *, bfloat16: bool = False, rows: int = 8, second
         notes.append(f"  {name}: {speedups[0]:.2f}x on 1 image, {speedups[1]:.2f}x on {rows}: {state}")
     merge_rows, note = _measure_merging(backbone, chosen, share)
     return replace(chosen, merge_rows=merge_rows, measured=(*notes, note))
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type != "cpu" or any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def _measure_merging(backbone: Backbone, tuning: Tuning, seconds: float) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.tuning import Tuning
 from modelpatch.errors import ServeError, require
 from modelpatch.serve.run import DRAIN, bind, check_store, rehearse
 from modelpatch.serve.settings import Settings
@@ -33,7 +34,7 @@ def deploy(
     host: str,
     port: int,
     replicas: int,
-    tune: bool,
+    tuning: Tuning | None = None,
     say: Callable[[str], None],
 ) -> None:
     """Run replicas until SIGTERM or Ctrl-C, on the Ray cluster that `RAY_ADDRESS` names or on one of this machine.
@@ -65,7 +66,7 @@ def deploy(
         signal.signal(number, lambda *_: stopped.set())
     try:
         resources = {"num_cpus": threads if own else 1, "num_gpus": int(device.startswith("cuda"))}
-        application = replica(url, spec, arguments, device.partition(":")[0], settings, tune).options(
+        application = replica(url, spec, arguments, device.partition(":")[0], settings, tuning).options(
             name=NAME,
             num_replicas=replicas,
             ray_actor_options=resources,
@@ -81,15 +82,15 @@ def deploy(
         _stop(settings.deadline + 2 * DRAIN, last=bool(own))
 
 
-def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, settings: Settings, tune: bool) -> Any:
+def replica(
+    url: str, spec: str, arguments: Mapping[str, Any], device: str, settings: Settings, tuning: Tuning | None
+) -> Any:
     """The deployment whose replicas each build the application for themselves."""
     from ray import serve
 
     def build() -> Any:
         import torch
 
-        from modelpatch.engine.measuring import measure
-        from modelpatch.engine.threads import computing_pool
         from modelpatch.serve.app import create_app
         from modelpatch.serve.service import Service
 
@@ -97,8 +98,6 @@ def replica(url: str, spec: str, arguments: Mapping[str, Any], device: str, sett
         torch.set_num_threads(1)  # the engine's thread alone has more
         backbone = load_backbone(spec, **arguments)
         backbone = backbone if device == "cpu" else backbone.to(device)
-        with computing_pool(threads, "modelpatch-tuning") as one:
-            tuning = one.submit(measure, backbone).result() if tune else None
         app = create_app(Service(Store(url), backbone, settings, tuning, threads=threads))
 
         @serve.multiplexed(max_num_models_per_replica=HINTS)  # type: ignore[untyped-decorator]

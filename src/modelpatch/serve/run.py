@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,6 @@ import torch
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.cascade import Cascade
-from modelpatch.engine.measuring import measure
 from modelpatch.errors import MissingExtraError, ModelpatchError, ServeError
 from modelpatch.serve.settings import Settings
 from modelpatch.store.store import Store
@@ -68,14 +68,15 @@ def serve_forever(
     host: str,
     port: int,
     workers: int,
-    tune: bool,
+    tuning: Tuning | None = None,
     say: Callable[[str], None],
     cascades: Mapping[str, Cascade] | None = None,
 ) -> None:
     """Serve the store at `url` until SIGTERM or Ctrl-C. `load` gives the backbone on the CPU; workers move it to the `device`.
 
-    `say` is told once where the server listens. `cascades` are served beside the store's patches, by their names. Raises
-    `StoreError`, `ServeError` and `WrongBackboneError` before anything is served.
+    `tuning` is that of the engine, by default its rule. `say` is told once where the server listens. `cascades` are served
+    beside the store's patches, by their names. Raises `StoreError`, `ServeError` and `WrongBackboneError` before anything is
+    served.
     """
     listening = bind(host, port)
     threads = max(1, torch.get_num_threads() // workers)
@@ -85,16 +86,10 @@ def serve_forever(
         for patch in cascade.patches:
             patch.check_backbone(backbone)
 
-    def try_all() -> Tuning:
-        torch.set_num_threads(threads)
-        check_store(url, settings)
-        return measure(backbone.to(device)) if tune else Tuning()
-
-    tuning = rehearse(try_all)
+    rehearse(partial(check_store, url, settings))
     name, bound = listening.getsockname()[:2]
     say(f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}")
-    if tune:
-        say(str(tuning))
+    say(str(tuning or Tuning.of(backbone)))
     with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
         if workers > 1:
             os.environ[FOLDER] = folder
