@@ -56,8 +56,8 @@ class Tuning:
     def of(cls, backbone: Backbone, *, bfloat16: bool = False) -> Self:
         """Settings for a backbone by a rule, the same on a busy machine and at rest.
 
-        Channels-last activations where convolutions make most of the segments' outputs, folding where there is BatchNorm; on a CPU with
-        convolutions pieces of 2 MiB, whose activations stay in the caches; streams of up to 16 rows are concatenated.
+        Channels-last activations where most segments convolve, folding where there is BatchNorm; on a CPU with convolutions
+        pieces of 2 MiB, whose activations stay in the caches; streams of up to 16 rows are concatenated.
         `bfloat16` allows 16 bits where the device computes in them.
         """
         kinds = {type(module) for module in backbone.module.modules()}
