@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Run
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
 
 pytestmark = pytest.mark.service
 
@@ -48,3 +51,12 @@ def test_a_port_that_is_taken_is_named(run: Run, tmp_path: Path) -> None:
         result = run("serve", tmp_path, "-b", "bundled:tiny", "--port", port)
     assert result.code == 1
     assert f"port {port}" in result.err
+
+
+def test_tune_writes_settings_that_an_engine_takes(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    assert "channels_last: " in run("tune", "-b", "bundled:tiny", "-o", path, "--seconds", 0.1).out
+    assert Engine(load_backbone("bundled:tiny"), tuning=path).tuning == Tuning.load(path)
+    assert "exists already. Give --force" in run("tune", "-b", "bundled:tiny", "-o", path).err
+    refused = run("serve", tmp_path, "-b", "bundled:tiny", "--tuning", tmp_path / "nothing.json")
+    assert (refused.code, "nothing.json holds no settings" in refused.err) == (1, True)

@@ -185,6 +185,7 @@ def tune(
     out: Path = Option(Path("tuning.json"), "--out", "-o", help="Where to write the settings."),
     seconds: float = Option(20.0, min=0.1, help="How long to measure, about."),
     bfloat16: bool = Option(False, "--bfloat16", help="Allow 16-bit arithmetic, which moves logits by a hundredth."),
+    force: opt.ForceOption = False,
     device: opt.DeviceOption = "cpu",
     argument: opt.ArgumentOption = None,
 ) -> None:
@@ -194,7 +195,7 @@ def tune(
     """
     from modelpatch.engine.measuring import measure
 
-    check_out(out)
+    check_out(out, force)
     network = opt.open_backbone(backbone, opt.parse_arguments(argument), opt.find_device(device))
     tuning = measure(network, bfloat16=bfloat16, seconds=seconds)
     tuning.save(out)
