@@ -133,6 +133,10 @@ class TrainingWarning(UserWarning):
     """A run that will end, but not as its user means it to."""
 
 
+class UncheckedComputationWarning(UserWarning):
+    """A patch whose file does not say what its backbone computes: its tensors were compared, nothing else."""
+
+
 class UnknownTaskError(ModelpatchError):
     """A task name that no loaded patch has."""
 

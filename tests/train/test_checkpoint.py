@@ -228,6 +228,28 @@ def test_the_state_of_another_task_or_backbone_is_refused(backbone: Backbone, un
         fit(make_tiny(seed=1), color_task(), LinearProbe(), epochs=2, checkpoint=unfinished)
 
 
+def test_the_state_of_a_backbone_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Killed(callbacks.Callback):
+        order = 9
+
+        def on_epoch_end(self, trainer: Any) -> None:
+            raise KeyboardInterrupt
+
+    def run(own: Backbone, *added: callbacks.Callback) -> Patch:
+        return fit(own, color_task(), LinearProbe(), checkpoint=tmp_path, callbacks=added, epochs=2, batch_size=8)
+
+    monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_tiny(), Killed())
+    other = make_tiny().module
+    other.stage1[0].act = nn.SiLU(inplace=True)
+    with pytest.raises(CheckpointMismatchError, match="computes something else: relu against silu"):
+        run(load_backbone(other, preprocessing=small_preprocessing()))
+    assert run(make_tiny()).backbone.computation is not None
+
+
 def test_images_that_changed_under_the_same_names_are_noticed(
     backbone: Backbone, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """The backbone: a frozen module, how it sees images, its chain and its fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -8,11 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.chain import Chain, build_chain
+from modelpatch.backbone.computation import Computation, Computing
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.text_tower import TextTower
-from modelpatch.errors import BackboneChangedError, BackboneError, PatchError, UntraceableBackboneError
-from modelpatch.text import first_line
+from modelpatch.errors import (
+    BackboneChangedError,
+    BackboneError,
+    PatchError,
+    UncheckedComputationWarning,
+    UntraceableBackboneError,
+    WrongBackboneError,
+    warn_caller,
+)
+from modelpatch.text import digest_of, first_line
 
 
 @dataclass(eq=False, repr=False)
@@ -22,7 +31,8 @@ class Backbone:
     The module is put into eval mode and its parameters stop requiring gradients; nothing in this library writes to it
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
     holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
-    `segments` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint.
+    `segments` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint, `computing` what it
+    computes beside its tensors.
     """
 
     patched_model: ClassVar[type | None] = None  # `modelpatch.patch` sets it when it is imported
@@ -48,6 +58,8 @@ class Backbone:
         self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()
         self.fingerprints = Fingerprint.of(self.chain)
+        self.computing = Computing(self.chain, self.input_size)
+        self._told = False  # of patches whose computation was not recorded
 
     def _build_chain(self) -> None:
         example = torch.zeros(2, *self.input_size, device=self.device)
@@ -81,6 +93,11 @@ class Backbone:
         return self.fingerprints.whole
 
     @property
+    def identity(self) -> str:
+        """The fingerprint and a digest of the operations, for results that are kept under what they depend on."""
+        return f"{self.fingerprint} {digest_of(self.computing.record.description.model_dump())}"
+
+    @property
     def device(self) -> torch.device:
         return next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
 
@@ -88,6 +105,7 @@ class Backbone:
         """Move the frozen tensors to a device. Returns self."""
         self.module.to(device)
         self._build_chain()
+        self.computing.chain = self.chain
         return self
 
     @torch.no_grad()
@@ -128,8 +146,38 @@ class Backbone:
             )
         self._checked_sizes.add(pixels)
 
+    def check_computation(
+        self, recorded: Computation | None, what: str, spec: str, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raises `WrongBackboneError` where this network computes something else than was `recorded` with the same tensors.
+
+        `what` was recorded, such as "this patch", for the network `spec` with these arguments. Without a record the backbone
+        warns once that the computation cannot be checked.
+        """
+        if recorded is None:
+            if not self._told:
+                self._told = True
+                warn_caller(
+                    f"{what} was written before computations were recorded: its tensors are those of {self.spec}, but "
+                    "whether it pads, activates and pools as the one that it was trained on could not be checked. "
+                    "Record them with patch.on(backbone).save(path), once its answers are known to be right.",
+                    UncheckedComputationWarning,
+                )
+            return
+        if difference := self.computing.difference(recorded):
+            theirs, ours = dict(arguments or {}), self.arguments
+            given, own = (f" with {theirs}", f" with {ours}") if theirs != ours else ("", "")
+            raise WrongBackboneError(
+                f"{what} was made for {spec}{given}. {self.spec}{own} has the same tensors but computes something else: "
+                f"{difference}.",
+                "Load the backbone with the library and the arguments that it was made with.",
+            )
+
     def verify(self) -> None:
-        """Hash all frozen tensors again. Raises `BackboneChangedError` naming the segments that moved."""
+        """Hash all frozen tensors again, and take the probes that were taken before.
+
+        Raises `BackboneChangedError` naming the segments that moved, or what is computed differently.
+        """
         now = Fingerprint.of(self.chain)
         if now != self.fingerprints:
             pairs = zip(self.chain, self.fingerprints.segments, now.segments, strict=True)
@@ -138,6 +186,13 @@ class Backbone:
             raise BackboneChangedError(
                 f"the frozen tensors of {self.spec} have changed since it was loaded, in: {', '.join(moved)}. "
                 "Load it again; something outside this library wrote to them."
+            )
+        if self.computing.recorded and (
+            changed := Computing(self.chain, self.input_size).difference(self.computing.record)
+        ):
+            raise BackboneChangedError(
+                f"{self.spec} has its tensors but computes something else than when it was loaded: {changed}. Load it again; "
+                "something outside this library changed its modules."
             )
 
     def __repr__(self) -> str:

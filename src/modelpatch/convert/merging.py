@@ -107,10 +107,9 @@ def compute_changes(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
 
 def check_pair(first: Patch, second: Patch) -> None:
     """Raises `PatchError` for patches of two backbones, which have nothing to compare."""
-    if first.backbone.fingerprint.chain != second.backbone.fingerprint.chain:
+    if difference := first.backbone.difference(second.backbone):
         raise PatchError(
-            f"the patches belong to different backbones ({first.backbone.spec} and {second.backbone.spec}, by their content). "
-            "Only patches of one backbone can be compared or merged."
+            f"the patches belong to different backbones: {difference}. Only patches of one backbone can be compared or merged."
         )
 
 

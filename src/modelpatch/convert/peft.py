@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
+from modelpatch.backbone.computation import Computation
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import (
     ForeignTensorError,
@@ -43,10 +44,12 @@ from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
+from modelpatch.text import first_problem
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 CHAIN = "modelpatch.chain"  # the key of the safetensors metadata that holds the fingerprint of the backbone's chain
+COMPUTATION = "modelpatch.computation"  # that of the record of what the backbone computes
 # Options without effect on what a finished adapter computes: where it comes from and how it was trained.
 WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
@@ -114,7 +117,8 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelpatchError(f"cannot make the folder {folder}: {error.strerror}.") from error
-    metadata = {"format": "pt", CHAIN: backbone.fingerprints.chain}
+    described = backbone.computing.record.model_dump_json()
+    metadata = {"format": "pt", CHAIN: backbone.fingerprints.chain, COMPUTATION: described}
     write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata))
     text = json.dumps({**config.model_dump(exclude_none=True), "bias": "none"}, indent=2, sort_keys=True)
     write_bytes(folder / CONFIG, text.encode())
@@ -209,7 +213,8 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            chain = (file.metadata() or {}).get(CHAIN)
+            metadata = file.metadata() or {}
+            chain, described = metadata.get(CHAIN), metadata.get(COMPUTATION)
     except (SafetensorError, OSError) as error:
         raise NotAPatchError(f"{path} is not a readable safetensors file: {error}.") from error
     if chain not in (None, backbone.fingerprints.chain):
@@ -217,6 +222,12 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
             f"{folder} was written for a backbone whose chain is {chain[:12]}; that of {backbone.spec} is "
             f"{backbone.fingerprints.chain[:12]}. Load the backbone with the weights the adapter was trained on."
         )
+    if chain is not None:
+        try:
+            recorded = None if described is None else Computation.model_validate_json(described)
+        except ValidationError as error:
+            raise InvalidPatchError(f"{path}: its {COMPUTATION} is not one: {first_problem(error)}.") from error
+        backbone.check_computation(recorded, str(folder), "the backbone it was trained on")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             raise InvalidPatchError(f"{path}: {name} is stored as {tensor.dtype}. Expected one of {', '.join(FLOATS)}.")

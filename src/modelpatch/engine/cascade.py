@@ -207,9 +207,8 @@ def check_one_task(patches: Sequence[Patch]) -> None:
         if patch.task.classes != first.task.classes:
             both = [f"{one.task.name} with {len(one.task.classes)} classes" for one in (patch, first)]
             raise CascadeError(f"{' and '.join(both)} are different tasks; a cascade is of one.")
-        if patch.backbone.fingerprint.chain != first.backbone.fingerprint.chain:
-            both = [f"{one.spec} (chain {one.fingerprint.chain[:12]})" for one in (patch.backbone, first.backbone)]
-            raise CascadeError(f"the patches belong to different backbones: {' and '.join(both)}.")
+        if difference := patch.backbone.difference(first.backbone):
+            raise CascadeError(f"the patches belong to different backbones: {difference}.")
 
 
 def is_cascade(path: str | Path) -> bool:

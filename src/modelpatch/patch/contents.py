@@ -221,12 +221,21 @@ class Patch:
         """`at_strength` by PAINT's name for it: theta = (1 - alpha) theta_0 + alpha theta_1."""
         return self.at_strength(alpha)
 
+    def on(self, backbone: Backbone) -> Self:
+        """The patch with the record of a backbone at hand, which it fits: what it computes, for files that do not say it.
+
+        Raises what `check_backbone` does.
+        """
+        self.check_backbone(backbone)
+        return replace(self, backbone=BackboneRecord.of(backbone))
+
     def with_metrics(self, **metrics: Any) -> Self:
         """The patch with more measured figures."""
         return replace(self, metrics={**self.metrics, **metrics})
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raises `WrongBackboneError` unless the chain is, byte for byte, the one the patch was made for.
+        """Raises `WrongBackboneError` unless the chain has, byte for byte, the tensors that the patch was made for and
+        computes the same with them. One warning tells of a file that does not say what was computed.
 
         The base's own classifier may differ: no patch reads it. Raises `BackboneError` for a patch whose images the
         backbone cannot take.
@@ -234,6 +243,8 @@ class Patch:
         expected, given = self.backbone.fingerprint, backbone.fingerprints
         if expected.chain == given.chain:
             backbone.check_image_size(self.preprocessing.image_size)
+            made = self.backbone
+            backbone.check_computation(made.computation, "this patch", made.spec, made.arguments)
             return
         described = f"this patch was made for {self.backbone.spec} (chain {expected.chain[:12]})"
         if len(expected.segments) != len(given.segments):

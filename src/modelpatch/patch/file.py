@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.computation import Computation
 from modelpatch.backbone.files import Arguments
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.preprocessing import Preprocessing
@@ -53,11 +54,15 @@ MODULE = "module"  # the kind of a network that was given as a module
 
 
 class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
-    """The frozen network of a patch: its specification and arguments, its content hashes and its size."""
+    """The frozen network of a patch: its specification and arguments, its content hashes, what it computes and its size.
+
+    `computation` is None in files that were written before it was recorded.
+    """
 
     spec: Text
     arguments: Arguments = {}
     fingerprint: Fingerprint
+    computation: Computation | None = None
     parameters: int = Field(gt=0)
     bytes: int = Field(gt=0)
 
@@ -79,6 +84,16 @@ class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
         source = SOURCES.get(kind) if kind != MODULE else None
         return None if source is None else source().find_repository(name)
 
+    def difference(self, other: "BackboneRecord") -> str:
+        """The difference of another record's network in words; empty for the same, as far as both say what it computes."""
+        ours, theirs = self.fingerprint, other.fingerprint
+        if ours.chain != theirs.chain:
+            return f"{self.spec} (chain {ours.chain[:12]}) and {other.spec} (chain {theirs.chain[:12]})"
+        if self.computation is None or other.computation is None:
+            return ""
+        found = self.computation.difference(other.computation)
+        return found and f"{self.spec} with {self.arguments} and {other.spec} with {other.arguments}: {found}"
+
     @classmethod
     def of(cls, backbone: Backbone) -> Self:
         """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
@@ -88,6 +103,7 @@ class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
                 spec=backbone.spec,
                 arguments=backbone.arguments,
                 fingerprint=backbone.fingerprints,
+                computation=backbone.computing.record,
                 parameters=sum(parameter.numel() for parameter in parameters),
                 bytes=sum(tensor.nbytes for tensor in (*parameters, *backbone.module.buffers())),
             )
@@ -175,6 +191,8 @@ def _header_text(facts: Mapping[str, Any], codecs: dict[str, str]) -> str:
         for part in ("head", "task"):
             if not described[part]["options"]:
                 del described[part]["options"]  # which earlier versions do not read
+        if described["backbone"]["computation"] is None:
+            del described["backbone"]["computation"]
         text = canonical(described)
     except ValidationError as error:
         raise PatchError(f"the patch cannot be written: {first_problem(error)}.") from error

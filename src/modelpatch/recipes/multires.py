@@ -169,6 +169,7 @@ class TiedModels(nn.Module):
         self.sizes, self.private = tuple(models), private
         self.models = nn.ModuleList(models.values())
         first, *others = models.values()
+        self.backbone = first.backbone
         for model in others:
             for name in model.names.keys() - private:
                 owner, _, leaf = model.names[name].rpartition(".")
@@ -342,7 +343,7 @@ class ResolutionRun:
         if not all(file.exists() for file in needed):
             return None
         shared = load_backbone(f"file:{files.backbone}").to(self.backbone.device) if shares else self.backbone
-        patches = {pixels: read_patch(files.patch(pixels), self.digest) for pixels in self.resolutions}
+        patches = {pixels: read_patch(files.patch(pixels), self.digest, shared) for pixels in self.resolutions}
         for patch in patches.values():
             patch.check_backbone(shared)
         return MultiResolution(self.sharing, shared, patches)

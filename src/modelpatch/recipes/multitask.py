@@ -188,7 +188,7 @@ class _Run:
             "sampling": sampling,
             "weights": dict(weights),
         }
-        self.checkpoint = Checkpoint(checkpoint, identity) if checkpoint else None
+        self.checkpoint = Checkpoint(checkpoint, identity, self.base) if checkpoint else None
         self.facts = {"shared": shared.name, "sampling": sampling, "shares": self.shares, "rounds": self.rounds}
 
     def run(self, spec: str) -> Multitask:

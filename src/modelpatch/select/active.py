@@ -162,7 +162,7 @@ class Simulation:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in ("memory", "seed")}
         images = [self.data.train.digest, self.data.test.digest]
         method = [self.method.name, self.method.hyperparameters()]
-        return digest_of([self.backbone.fingerprint, *images, *method, settings])
+        return digest_of([self.backbone.identity, *images, *method, settings])
 
     @cached_property
     def shared(self) -> SharedImages:

@@ -179,7 +179,7 @@ class Bench:
     def identity(self) -> str:
         """A hash of all that outcomes depend on besides their trial."""
         facts = {
-            "backbone": self.backbone.fingerprint,
+            "backbone": self.backbone.identity,
             "task": self.data[0].task.model_dump(mode="json"),
             "images": self.folds.images.digest,
             "folds": [held.tolist() for _, held in self.folds.rows],

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from modelpatch.atomic import check_place, write_bytes
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.computation import Computation
 from modelpatch.errors import CheckpointMismatchError, ModelpatchError, TrainingError
 from modelpatch.text import digest_of
 from modelpatch.train.progress import Progress
@@ -140,10 +142,11 @@ class EagerSteps(Callback):
 
 
 class Checkpoint:
-    """The state of one run in a folder. `identity` must be equal for the run to be continued."""
+    """The state of one run in a folder. `identity` must be equal for the run to be continued, and so must be what the frozen
+    `backbone` computes."""
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = Path(folder), identity
+    def __init__(self, folder: str | Path, identity: dict[str, Any], backbone: Backbone | None = None) -> None:
+        self.folder, self.identity, self.backbone = Path(folder), identity, backbone
         self.file = self.folder / "state.pt"
         self._saved = time.monotonic()
 
@@ -154,7 +157,10 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         make_folder(self.folder, "checkpoint")
         buffer = io.BytesIO()
-        torch.save({"identity": self.identity, **state}, buffer)
+        facts: dict[str, Any] = {"identity": self.identity}
+        if self.backbone is not None:
+            facts["computation"] = self.backbone.computing.record.model_dump_json()
+        torch.save({**facts, **state}, buffer)
         write_bytes(self.file, buffer.getvalue())
         self._saved = time.monotonic()
 
@@ -164,13 +170,20 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.file, weights_only=True)
-            identity = saved["identity"]
+            identity, described = saved["identity"], saved.pop("computation", None)
+            recorded = None if described is None else Computation.model_validate_json(described)
         except Exception as error:
             raise TrainingError(f"{self.file} cannot be read ({error}). Remove {self.folder} to start anew.") from error
         if identity != self.identity:
             raise CheckpointMismatchError(
                 f"{self.folder} holds an unfinished run with {', '.join(differences(identity, self.identity))}. Finish it "
                 "with its own settings, or start anew: give --restart, name another checkpoint folder, or remove this one."
+            )
+        if recorded and self.backbone and (changed := self.backbone.computing.difference(recorded)):
+            raise CheckpointMismatchError(
+                f"{self.folder} holds an unfinished run on a backbone that has the tensors of {self.backbone.spec} but "
+                f"computes something else: {changed}. Load the backbone as it was then, or start anew: give --restart, name "
+                "another checkpoint folder, or remove this one."
             )
         return saved
 
@@ -196,6 +209,8 @@ class CheckpointSaver(Checkpoint, Callback):
 
     def saved_state(self, trainer: Trainer) -> Mapping[str, Any] | None:
         self.identity = describe_run(trainer) if self._described else self.identity
+        found = getattr(trainer.model, "backbone", None)
+        self.backbone = found if isinstance(found, Backbone) else None
         return trainer.team.follow(self.load() if trainer.team.leads else None)
 
     def on_step_end(self, trainer: Trainer) -> None:

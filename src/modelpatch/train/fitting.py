@@ -126,7 +126,7 @@ def fit(
         out = None if out is None else Path(out)
         run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team, out=out)
         if out is not None and team.follow(reuse and out.exists()):
-            return read_patch(out, run.digest)
+            return read_patch(out, run.digest, backbone)
         for purpose, folder in (("checkpoint", checkpoint), ("log", log)):
             if folder is not None and team.leads:
                 check_folder(Path(folder), purpose)
@@ -210,6 +210,7 @@ class Fit:
             raise TrainingError(f"monitor={options.monitor!r} picks an epoch. Give validation= or early_stopping= too.")
         self.identity = {  # all that must be equal for a checkpoint to be continued, or a patch's file to be of this run
             "backbone": backbone.fingerprint,
+            "preprocessing": self.preprocessing.model_dump(mode="json"),
             "task": self.data.task.model_dump(mode="json"),
             "images": self.data.train.digest,
             "validation": self.data.validation.digest if self.data.validation is not None else None,
@@ -473,12 +474,14 @@ class MethodEvents(Callback):
                 hook.step(model, trainer.step, trainer.total or 0)
 
 
-def read_patch(path: Path, digest: str) -> Patch:
-    """Read the patch of a run from its file. Raises `CheckpointMismatchError` for one of another run."""
+def read_patch(path: Path, digest: str, backbone: Backbone) -> Patch:
+    """Read the patch of a run on a backbone from its file. Raises `CheckpointMismatchError` for one of another run, and
+    `WrongBackboneError` for one of a backbone that computes something else."""
     patch = Patch.load(path)
     if patch.created.get("run") != digest:
         raise CheckpointMismatchError(
             f"{path} is of a run with another backbone, method, settings or images. Name another "
             "place, or replace it: --force, or --restart for what an interrupted run left."
         )
+    backbone.check_computation(patch.backbone.computation, str(path), patch.backbone.spec, patch.backbone.arguments)
     return patch
