@@ -16,7 +16,7 @@ from pathlib import Path
 import modelpatch as mp
 from common import mobilenet, report, unpack
 from modelpatch.convert.exporting import export
-from modelpatch.convert.extraction import read_checkpoint
+from modelpatch.convert.extraction import read_finetuned
 from modelpatch.report.measures import CodecRow, compare_codecs
 from modelpatch.train import evaluate
 
@@ -47,7 +47,8 @@ def main() -> None:
         patch = mp.fit(backbone, data, method, progress=True, **settings)
         whole.append(evaluate(backbone, patch, data).score)
         with tempfile.TemporaryDirectory() as folder:
-            state = read_checkpoint(export(backbone, patch, Path(folder) / "checkpoint.safetensors", "safetensors"))
+            file = export(backbone, patch, Path(folder) / "checkpoint.safetensors", "safetensors")
+            state = read_finetuned(backbone, file)
         rows, _ = compare_codecs(
             backbone, state, data, image_size=arguments.image_size, rank=arguments.rank, calibration=arguments.calibrate
         )

@@ -41,6 +41,10 @@ class PatchFileError(PatchError):
     """A file cannot be trusted to be the patch that was written."""
 
 
+class CheckpointError(BackboneError, PatchError):
+    """A checkpoint cannot be read, or its tensors are not those of the network."""
+
+
 class NotAPatchError(PatchFileError):
     """The file is not a patch file at all."""
 
@@ -135,6 +139,10 @@ class TrainingWarning(UserWarning):
 
 class UncheckedComputationWarning(UserWarning):
     """A patch whose file does not say what its backbone computes: its tensors were compared, nothing else."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds more than the network that is read from it."""
 
 
 class UnknownTaskError(ModelpatchError):

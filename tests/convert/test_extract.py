@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from conftest import TinyNet, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.states import read_states
 from modelpatch.convert import extract
 from modelpatch.convert.exporting import state_dict_of
-from modelpatch.convert.extraction import DELTA_CODECS, factorise, read_checkpoint
+from modelpatch.convert.extraction import DELTA_CODECS, factorise
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, NonFiniteTensorError, PatchError
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
@@ -181,7 +182,7 @@ class Evil:
 def test_no_pickle_but_tensors_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(PatchError, match="cannot be read as plain tensors"):
-        read_checkpoint(tmp_path / "evil.pth")
+        read_states(tmp_path / "evil.pth")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -194,20 +195,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes | None,
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(PatchError, match=problem):
-            read_checkpoint(tmp_path / name)
+            read_states(tmp_path / name)
 
 
 def test_a_list_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "x.pth")
     with pytest.raises(PatchError, match="no tensors by name"):
-        read_checkpoint(tmp_path / "x.pth")
+        read_states(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"stem.0.weight": None}, "lacks 1 of"),
-        ({"other.weight": torch.zeros(2)}, "does not have 1 tensors"),
+        ({"stage2.7.conv1.weight": torch.zeros(2)}, "does not have 1 tensor of"),
+        ({"dist_token": torch.zeros(2)}, "does not have 1 tensor of"),
         ({"stem.0.weight": torch.zeros(8, 3, 5, 5)}, "has shape"),
         ({"fc.weight": torch.zeros(4, 9)}, "classifier has a weight of shape"),
         ({"fc.weight": None}, "no classifier fc"),

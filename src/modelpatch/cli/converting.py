@@ -18,7 +18,9 @@ from modelpatch.report import tables
 def extract(
     console: Screen,
     base: str = Option(..., "--base", "--backbone", "-b", help="The network, with its weights before fine-tuning."),
-    finetuned: Path = Option(..., help="The checkpoint: safetensors, or a .pth of tensors; no other pickle is read."),
+    finetuned: Path = Option(
+        ..., help="The checkpoint: safetensors, a .pth of tensors, an index of shards or a folder."
+    ),
     out: Path | None = Option(None, "--out", "-o", help="The patch file; by default CHECKPOINT.patch.safetensors."),
     force: opt.ForceOption = False,
     codec: str = Option("float16", help="Coding: exact, float16, bfloat16, int8, sign, two-bit or low-rank."),
@@ -27,6 +29,8 @@ def extract(
     calibrate: int = Option(200, min=0, help="With --data: steps that learn the scales of sign on training images."),
     classes: str | None = Option(None, help="Names of the head's outputs, comma-separated, or a file with one a line."),
     image_size: int | None = Option(None, help="Pixels of the checkpoint's images; by default the backbone's."),
+    part: str | None = Option(None, help="One of several networks in the checkpoint, such as model_ema or student."),
+    head: str | None = Option(None, help="The layer of its head, where there are several."),
     device: opt.DeviceOption = "cpu",
     argument: opt.ArgumentOption = None,
 ) -> None:
@@ -34,7 +38,8 @@ def extract(
 
     With --data every codec is measured, and the patch of --codec written with its accuracy.
     """
-    from modelpatch.convert.extraction import DELTA_CODECS, read_checkpoint
+    from modelpatch.backbone.states import read_states
+    from modelpatch.convert.extraction import DELTA_CODECS, read_finetuned
     from modelpatch.report.measures import CALIBRATED, SIZED, codec_table, compare_codecs
 
     path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
@@ -43,8 +48,10 @@ def extract(
     if names and data is not None:
         raise ModelpatchError("--classes and --data both name the head's outputs. Give one of them.")
     task = None if data is None else mp.load_task(data)
-    state = read_checkpoint(finetuned)
+    states = read_states(finetuned)
     backbone = opt.Network(base, argument, device).open()
+    with opt.naming(finetuned):
+        state = read_finetuned(backbone, states, part, head)
     options: dict[str, Any] = {"rank": rank, "image_size": image_size}
     figures = []
     if task is None:

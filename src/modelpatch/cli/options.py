@@ -20,6 +20,7 @@ from modelpatch.cli.verb import option, spell_option, spell_setting
 from modelpatch.errors import (
     BackboneError,
     CascadeError,
+    CheckpointError,
     ForeignTensorError,
     MethodError,
     ModelpatchError,
@@ -245,10 +246,10 @@ def locate(patch: mp.Patch, patch_path: Path) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of a patch that does not fit its backbone name the patch's file."""
+    """Errors of a patch or checkpoint that does not fit its backbone name its file."""
     try:
         yield
-    except (WrongBackboneError, ForeignTensorError, UnknownGraftError) as error:
+    except (WrongBackboneError, ForeignTensorError, UnknownGraftError, CheckpointError) as error:
         raise type(error)(f"{path}: {error}") from error
 
 

@@ -14,20 +14,18 @@ Differences of vectors (norm layers, biases) are stored as float16 by every loss
 a matrix; `calibrate.py` learns the sizes of either. `low-rank`: the singular value decomposition, see `factorise`.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.files import widen
-from modelpatch.errors import PatchError
+from modelpatch.backbone.matching import DERIVED, Match, find_head, match_states
+from modelpatch.backbone.states import State, find_states, read_states
+from modelpatch.errors import CheckpointWarning, PatchError, warn_caller
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
 from modelpatch.patch.contents import Patch
@@ -35,24 +33,29 @@ from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
+HEAD = "head"  # the place of the head, where the backbone names no classifier
+LISTED = 8  # names of what is left out
 DELTA_CODECS = ("exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank")
-HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of the tensors in .pth files of training scripts
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that wrappers add to names
 
 
 def extract(
     backbone: Backbone,
-    finetuned: str | Path | Mapping[str, Tensor],
+    finetuned: str | Path | Mapping[str, Any],
     *,
     codec: str = "exact",
     rank: int = 8,
     name: str = "extracted",
     classes: Sequence[str] = (),
     image_size: int | None = None,
+    part: str | None = None,
+    head: str | None = None,
 ) -> Patch:
     """Extract the patch that turns `backbone` into a fine-tuned checkpoint of the same architecture.
 
-    `finetuned` is a safetensors or `.pth` file, or a state dict. Only floating-point tensors that differ are stored, with the
+    `finetuned` is a safetensors or `.pth` file, a folder or the index of shards, or what they hold: a state dict, alone or in
+    others, under any prefix. `part` names one of several networks in it ("model_ema", "state_dict.student"; averages are
+    preferred) and `head` the layer of its head, where there are several; what is left out is listed in a `CheckpointWarning`.
+    Only floating-point tensors that differ are stored, with the
     `codec` (see the module's table); counters of batches are left out. The checkpoint's classifier becomes the patch's head
     with outputs named `classes` (default: "0", "1", ...). `rank` is that of `low-rank`.
     With `exact` the patched model has the checkpoint's tensors, bit for bit.
@@ -64,8 +67,7 @@ def extract(
         raise PatchError(f"unknown codec {codec!r}. Expected one of: {', '.join(DELTA_CODECS)}.")
     if rank < 1:
         raise PatchError(f"the rank is {rank}; expected at least 1.")
-    state = finetuned if isinstance(finetuned, Mapping) else read_checkpoint(finetuned)
-    state = match_names(backbone, state)
+    state = read_finetuned(backbone, finetuned, part, head)
     tensors: dict[str, Tensor] = {}
     int8: set[str] = set()
     for weight, (before, after) in find_changes(backbone, state).items():
@@ -84,15 +86,16 @@ def extract(
         else:
             tensors[place] = snap_int8(delta)
             int8.add(place)
-    head = _read_head(backbone, state)
-    for part, tensor in head.items():
+    place = backbone.classifier or HEAD
+    outputs, features = state[f"{place}.weight"].shape
+    for leaf in ("weight", "bias"):
+        tensor = state[f"{place}.{leaf}"].float().cpu()
         if codec in ("float16", "bfloat16"):
             tensor = tensor.to(getattr(torch, codec))
         elif codec != "exact" and tensor.ndim > 1:
             tensor = snap_int8(tensor)
-            int8.add(f"head.{part}")
-        tensors[f"head.{part}"] = tensor
-    outputs, features = head["weight"].shape
+            int8.add(f"head.{leaf}")
+        tensors[f"head.{leaf}"] = tensor
     names = tuple(classes) or tuple(map(str, range(outputs)))
     if len(names) != outputs:
         raise PatchError(f"the checkpoint's head has {outputs} outputs; {len(names)} classes are named.")
@@ -106,58 +109,37 @@ def extract(
     return Patch.of(backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or `.pth` file by their names; half precision is widened to float32, exactly.
+def read_finetuned(
+    backbone: Backbone, source: str | Path | Mapping[str, Any], part: str | None = None, head: str | None = None
+) -> State:
+    """A checkpoint's tensors by the backbone's names, its head as the classifier's weight (K, D) and bias (K,).
 
-    Raises `PatchError` for a file that cannot be read, is no dictionary of tensors, or holds other objects than tensors.
+    Warns of what is left out. Raises `CheckpointError` for a checkpoint of another architecture, or without a linear head.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PatchError(f"{path} does not exist. Expected a safetensors file or a .pth of tensors.")
-    try:
-        if path.suffix == ".safetensors":
-            loaded: Any = safetensors.torch.load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PatchError(
-            f"{path} cannot be read as plain tensors: {reason}. Save the network's state_dict() alone, best as safetensors."
-        ) from error
-    for holder in HOLDERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(holder), Mapping):
-            loaded = loaded[holder]
-    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise PatchError(f"{path} holds no tensors by name. Expected a state_dict().")
-    return {str(name): widen(value.detach()) for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def match_names(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the backbone's names, without prefixes that wrappers add.
-
-    Raises `PatchError` for missing tensors of the backbone's chain and for tensors that the network does not have.
-    """
-    own = backbone.module.state_dict().keys()
-    while not own & tensors.keys():
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    states = find_states(source) if isinstance(source, Mapping) else read_states(source)
+    own = {name: tensor.shape for name, tensor in backbone.module.state_dict().items()}
     needed = {name for segment in backbone.chain for name, t in segment.named_tensors() if t.is_floating_point()}
-    needed &= own
-    if missing := sorted(needed - tensors.keys()):
-        raise PatchError(
-            f"the checkpoint lacks {len(missing)} of the {len(needed)} tensors of {backbone.spec}: {', '.join(missing[:3])}. "
-            f"It has {', '.join(sorted(tensors)[:3])}. Expected the state_dict() of the same architecture."
-        )
-    head = f"{backbone.classifier}." if backbone.classifier else None
-    foreign = sorted(name for name in tensors.keys() - own if head is None or not name.startswith(head))
+    needed &= own.keys()
+    match = match_states(states, own, needed, backbone.classifier, network=backbone.spec, part=part)
+    found = find_head(match, backbone.classifier, backbone.chain.feature_dim, head)
+    _tell(match, backbone)
+    place, weight = backbone.classifier or HEAD, found["weight"]
+    body = {name: tensor for name, tensor in match.tensors.items() if not name.startswith(f"{place}.")}
+    return body | {f"{place}.weight": weight, f"{place}.bias": found.get("bias", torch.zeros(len(weight)))}
+
+
+def _tell(match: Match, backbone: Backbone) -> None:
+    """Warn of what a checkpoint holds beside the tensors that are read."""
+    if match.others:
+        listed = ", ".join(map(repr, match.others[:3]))
+        warn_caller(f"the checkpoint holds several networks: {match.part!r} is read, not {listed}.", CheckpointWarning)
+    foreign = [name for name in match.foreign if name.rpartition(".")[2] not in DERIVED]
     if foreign:
-        raise PatchError(
-            f"{backbone.spec} does not have {len(foreign)} tensors of the checkpoint: {', '.join(foreign[:3])}. Expected "
-            "the state_dict() of the same architecture."
+        more = f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else ""
+        warn_caller(
+            f"left out of the checkpoint, as {backbone.spec} does not have them: {', '.join(foreign[:LISTED])}{more}.",
+            CheckpointWarning,
         )
-    return dict(tensors)
 
 
 def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -182,24 +164,6 @@ def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, t
             elif not torch.equal(before.float(), after.float()):
                 changed[name] = before.float(), after.float()
     return changed
-
-
-def _read_head(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight (K, D) and bias (K,) of the checkpoint's classifier. Raises `PatchError` if it is not a linear layer."""
-    if backbone.classifier is None or f"{backbone.classifier}.weight" not in state:
-        raise PatchError(
-            f"the checkpoint has no classifier {backbone.classifier or '(the backbone names none)'}. Load the backbone with "
-            "classifier=... naming the linear layer that ends it."
-        )
-    weight = state[f"{backbone.classifier}.weight"].float().cpu()
-    weight = weight.flatten(1) if weight.ndim > 1 and weight[0, 0].numel() == 1 else weight
-    if weight.ndim != 2 or weight.shape[1] != backbone.chain.feature_dim:
-        raise PatchError(
-            f"the checkpoint's classifier has a weight of shape {tuple(weight.shape)}; expected "
-            f"(classes, {backbone.chain.feature_dim})."
-        )
-    bias = state.get(f"{backbone.classifier}.bias", torch.zeros(len(weight)))
-    return {"weight": weight, "bias": bias.float().cpu()}
 
 
 def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
