@@ -43,3 +43,16 @@ def test_export_says_in_one_line_what_is_wrong(
     ):
         result = run("export", patches["scale-bias"], "-o", tmp_path / "x", *options)
         assert (result.code, problem in result.err) == (1, True)
+
+
+def test_several_patches_are_exported_as_one_graph_and_checked(
+    run: Run, patches: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    out, files = tmp_path / "tasks.onnx", [patches["scale-bias"], patches["linear-probe"]]
+    assert "all in one with --one-graph" in run("export", *files, "-o", out).err
+    assert "holds one patch" in run("export", *files, "-o", out, "--one-graph", "-f", "safetensors").err
+    options = ["--one-graph", "--data", folder, "--images", 6, "--json", tmp_path / "x.json"]
+    result = run("export", *files, "-o", out, *options)
+    assert result.code == 0, result.err
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert [one["equal_answers"] for one in figures["tasks"].values()] == [6, 6]

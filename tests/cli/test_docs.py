@@ -33,7 +33,6 @@ import modelpatch as mp
 from conftest import Run, write_folder
 from dense import write_masks, write_voc
 from modelpatch.cli.main import app
-from modelpatch.engine import engine, measure
 from modelpatch.methods import vocabulary
 
 pytestmark = pytest.mark.slow
@@ -58,6 +57,7 @@ SMALLER = {
     "--budget": "6",
     "--max-blocks": "1",
     "--steps": "3",
+    "--seconds": "0.1",
 }
 TRAINING = {"fit", "compare", "profile", "select", "search", "multires", "multitask", "label", "paint"}
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
@@ -157,7 +157,6 @@ def test_every_python_block_runs(
     monkeypatch.chdir(here)
     monkeypatch.setattr(mp, "load_backbone", load_small)
     monkeypatch.setattr(timm, "create_model", create_small)
-    monkeypatch.setattr(engine, "measure", lambda *given, **options: measure(*given, **options, seconds=0.1))
     known = dict(given.names)
     code = "".join(text for kind, text in blocks(page) if kind == "python")
     if "Client(" in code:
@@ -238,6 +237,7 @@ def reduce(words: list[str], encoder: Path) -> list[str]:
         words += ["--epochs", "1"]
     if words[0] in ("fit", "extract"):
         words += ["--force"]  # pages show one file made in several ways
+    words += ["--seconds", "0.1"] if words[0] == "tune" else []
     words += ["--tries", "1", "--methods", "linear-probe,scale-bias"] if words[0] == "search" else []
     words += ["--calibrate", "2"] if words[0] == "extract" and "--data" in words else []
     words += ["--text", f"folder:{encoder}"] if "--labels" in words else []  # files do not name folders

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from conftest import draft_patch, make_timm
+from modelpatch.backbone import graphs
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.convert import exporting
 from modelpatch.convert.exporting import check_onnx, export
 from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods.delta import DeltaNetwork
@@ -89,7 +89,7 @@ def test_what_a_state_dict_cannot_hold_is_refused(tiny: Backbone, tmp_path: Path
 def test_more_weights_than_an_onnx_file_holds_are_refused_with_another_format(
     tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "MOST_ONNX", 1000)
+    monkeypatch.setattr(graphs, "MOST_ONNX", 1000)
     with pytest.raises(PatchError, match=r"bytes of weights; a file of the format onnx holds 1,000\. Use torch-export"):
         export(tiny, draft_patch(tiny), tmp_path / "x.onnx", "onnx")
     assert not list(tmp_path.iterdir())

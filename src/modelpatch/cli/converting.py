@@ -9,6 +9,7 @@ from typer import Argument, Option
 import modelpatch as mp
 from modelpatch.cli import options as opt
 from modelpatch.cli.console import Screen, check_out, read_names
+from modelpatch.cli.using import name_tasks
 from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, PatchError
 from modelpatch.report import tables
@@ -134,44 +135,71 @@ def _common_backbone(paths: list[Path], patches: "list[mp.Patch]", network: opt.
     return network.open(patches[0], paths[0])
 
 
-@verb(first="form out data")
+@verb(first="form out one_graph data")
 def export(
     console: Screen,
     network: opt.PatchNetwork,
-    patch: Path = Argument(..., help="The patch file."),
-    form: str = Option("safetensors", "--format", "-f", help="safetensors, torch-export or onnx."),
+    patch: list[Path] = Argument(..., help="The patch file; several with --one-graph."),
+    form: str | None = Option(
+        None, "--format", "-f", help="safetensors (by default), torch-export or onnx; with --one-graph onnx."
+    ),
     out: Path | None = Option(None, "--out", "-o", help="The file; by default PATCH-model with its suffix."),
+    one_graph: bool = Option(
+        False, "--one-graph", help="One graph with an output a patch; what they share is in it once."
+    ),
     force: opt.ForceOption = False,
     data: str | None = Option(None, help="onnx: data on whose test images to compare onnxruntime and PyTorch."),
     images: int = Option(500, min=1, help="Number of these images, at most."),
     alpha: opt.AlphaOption = None,
 ) -> None:
-    """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph."""
+    """Write the patched model as an ordinary model: weights for timm, a program for PyTorch, or an ONNX graph.
+
+    With --one-graph several patches become one graph, in which their common layers run once.
+    """
     import torch
 
-    from modelpatch.convert.exporting import SUFFIXES, check_onnx
+    from modelpatch.backbone.graphs import GRAPHS
+    from modelpatch.backbone.tuning import Tuning
+    from modelpatch.convert.exporting import SUFFIXES, Agreement, check_graph, check_onnx
     from modelpatch.convert.exporting import export as run_export
+    from modelpatch.engine.engine import BASE
 
+    form = form or ("onnx" if one_graph else "safetensors")
     if data is not None and form != "onnx":
         raise ModelpatchError("--data checks the format onnx. Leave it out, or give --format onnx.")
-    path = out or patch.with_name(f"{patch.stem}-model{SUFFIXES.get(form, '')}")
+    if one_graph and form not in GRAPHS:
+        raise ModelpatchError(f"--one-graph writes one of: {', '.join(GRAPHS)}. --format {form} holds one patch.")
+    if len(patch) > 1 and not one_graph:
+        raise ModelpatchError(f"{len(patch)} patches are given. Export one at a time, or all in one with --one-graph.")
+    path = out or patch[0].with_name(f"{patch[0].stem}-model{SUFFIXES.get(form, '')}")
     check_out(path, force)
-    loaded = opt.at_alpha(mp.Patch.load(patch), alpha)
-    base = network.open(loaded, patch)
-    task = None if data is None else mp.load_task(data, hold_out=False)
-    with opt.naming(patch):
-        run_export(base, loaded, path, form)
+    loaded = {one: opt.at_alpha(mp.Patch.load(one), alpha) for one in patch}
+    base = _common_backbone(patch, list(loaded.values()), network)
+    test = None if data is None else mp.load_task(data, hold_out=False).test.images
+    with opt.naming(patch[0]):
+        if one_graph:
+            engine = mp.Engine(base, {name: loaded[file] for name, file in name_tasks(loaded).items()}, tuning=Tuning())
+            tasks = [name for name in engine if name != BASE]
+            engine.export(path, tasks)
+        else:
+            run_export(base, loaded[patch[0]], path, form)
     figures: dict[str, Any] = {"out": str(path), "format": form, "bytes": path.stat().st_size}
     console.tell(f"wrote {path} ({figures['bytes']:,} bytes, {form})")
-    if task is not None:
-        chosen = torch.linspace(0, len(task.test) - 1, min(images, len(task.test))).long().tolist()
-        batch = loaded.preprocessing(*(task.test.images[row] for row in chosen))
-        agreement = check_onnx(path, base.patched(loaded), batch)
-        figures |= asdict(agreement)
+    agreements: dict[str, Agreement] = {}
+    if test is not None:
+        sources = [test[row] for row in torch.linspace(0, len(test) - 1, min(images, len(test))).long().tolist()]
+        if one_graph:
+            agreements = check_graph(path, engine, tasks, sources)
+            figures["tasks"] = {name: asdict(one) for name, one in agreements.items()}
+        else:
+            own = loaded[patch[0]]
+            agreements = {own.task.name: check_onnx(path, base.patched(own), own.preprocessing(*sources))}
+            figures |= asdict(agreements[own.task.name])
+    for name, agreement in agreements.items():
         console.tell(
-            f"onnxruntime and PyTorch: {agreement.equal_answers} of {agreement.images} answers equal, "
+            f"{name}: onnxruntime and PyTorch: {agreement.equal_answers} of {agreement.images} answers equal, "
             f"logits differ by at most {agreement.max_difference:.2g}"
         )
     console.write_json(figures)
-    if task is not None and not agreement.holds:
-        raise ModelpatchError(f"{path} does not answer as the patched model does; do not use it.")
+    if wrong := [name for name, agreement in agreements.items() if not agreement.holds]:
+        raise ModelpatchError(f"{path} does not answer {wrong[0]} as the patched model does; do not use it.")

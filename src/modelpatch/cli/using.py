@@ -70,7 +70,7 @@ def predict(
     elif words != opt.Words():
         raise ModelpatchError("--text, --names and --template are for --labels. Give --labels as well.")
     engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning())
-    for name, path in _names(patches).items():
+    for name, path in name_tasks(patches).items():
         with opt.naming(path):
             engine.add(name, patches[path])
     tasks = [name for name in engine if base or name != BASE]
@@ -122,7 +122,7 @@ def gather_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def _names(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
+def name_tasks(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
     """Files by task name, by file name if two tasks have the same name, and by path if these are equal too."""
     from modelpatch.engine.engine import BASE
 

@@ -7,15 +7,11 @@
 The file is complete: neither the patch nor the backbone is needed to run it.
 """
 
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -24,13 +20,14 @@ from torch import Tensor, nn
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import METADATA_KEY
+from modelpatch.backbone.graphs import GRAPHS, write_graph
+from modelpatch.backbone.preprocessing import ImageSource
+from modelpatch.engine.engine import Engine
 from modelpatch.errors import PatchError, require
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
-from modelpatch.text import first_line
 
-MOST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf writes less than 2 GiB, the graph included
-SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"safetensors": ".safetensors", **GRAPHS}
 
 
 def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Path:
@@ -41,8 +38,8 @@ def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Pat
     """
     if form not in SUFFIXES:
         raise PatchError(f"unknown format {form!r}. Expected one of: {', '.join(SUFFIXES)}.")
-    writer = {"safetensors": _as_state_dict, "torch-export": _as_program, "onnx": _as_onnx}[form]
-    write_bytes(Path(path), writer(backbone, patch))
+    data = _as_graph(form, backbone, patch) if form in GRAPHS else _as_state_dict(backbone, patch)
+    write_bytes(Path(path), data)
     return Path(path)
 
 
@@ -85,51 +82,12 @@ def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def _as_program(backbone: Backbone, patch: Patch) -> bytes:
-    stream = io.BytesIO()
-    with _reported("torch.export", patch):
-        torch.export.save(_trace(backbone, patch), stream)
-    return stream.getvalue()
-
-
-def _as_onnx(backbone: Backbone, patch: Patch) -> bytes:
-    onnx = require("onnx", "export", "The format onnx")
-    require("onnxscript", "export", "The format onnx")  # torch.onnx needs it
-    with _reported("torch.onnx", patch):
-        traced = _trace(backbone, patch)
-    if (size := sum(tensor.nbytes for tensor in traced.state_dict.values())) > MOST_ONNX:
-        raise PatchError(
-            f"the model has {size:,} bytes of weights; a file of the format onnx holds {MOST_ONNX:,}. Use torch-export."
-        )
-    with _reported("torch.onnx", patch):
-        program = torch.onnx.export(traced, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
-        assert program is not None
-        model = program.model_proto
+def _as_graph(form: str, backbone: Backbone, patch: Patch) -> bytes:
+    images = {"images": torch.zeros(2, *patch.preprocessing.input_size)}
     facts = {"task": patch.task.name, "classes": json.dumps(patch.task.classes)}
-    onnx.helper.set_model_props(model, {**facts, "preprocessing": patch.preprocessing.model_dump_json()})
-    return model.SerializeToString()
-
-
-def _trace(backbone: Backbone, patch: Patch) -> torch.export.ExportedProgram:
-    """The model as a program over images of the patch's size, in batches of any size."""
-    model, example = backbone.patched(patch).cpu(), torch.zeros(2, *patch.preprocessing.input_size)
-    return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-
-
-@contextmanager
-def _reported(tool: str, patch: Patch) -> Iterator[None]:
-    """Silence the exporter's logs and turn its errors into one `PatchError`."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
-        reason = first_line(error)[:300]
-        raise PatchError(f"{tool} cannot trace the {patch.method.name} patch of {patch.task.name}: {reason}") from error
-    finally:
-        logging.disable(level)
+    facts["preprocessing"] = patch.preprocessing.model_dump_json()
+    owner = f"the {patch.method.name} patch of {patch.task.name}"
+    return write_graph(backbone.patched(patch).cpu(), images, ["logits"], facts, form, owner)
 
 
 @dataclass(frozen=True)
@@ -140,6 +98,16 @@ class Agreement:
     max_difference: float
     equal_answers: int
 
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor) -> Self:
+        """That of a batch of answers (B, K, ...)."""
+        equal = (ours.argmax(1) == theirs.argmax(1)).view(len(ours), -1).all(1).sum()
+        return cls(len(ours), float((ours - theirs).abs().max()), int(equal))
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        difference = max(self.max_difference, other.max_difference)
+        return Agreement(self.images + other.images, difference, self.equal_answers + other.equal_answers)
+
     @property
     def holds(self) -> bool:
         """True if all answers are equal and no logit differs by 1e-3 or more."""
@@ -148,16 +116,32 @@ class Agreement:
 
 def check_onnx(path: str | Path, model: nn.Module, images: Tensor, batch: int = 32) -> Agreement:
     """onnxruntime beside `model` on the CPU for normalised images (N, 3, H, W). Raises `MissingExtraError`."""
-    onnxruntime = require("onnxruntime", "export", "Checking an ONNX file")
-    try:
-        session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own errors have no common class
-        raise PatchError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
-    difference, equal = 0.0, 0
+    session, found = _open(path), Agreement(0, 0.0, 0)
     with torch.no_grad():
         for piece in images.split(batch):
-            ours = model(piece)
-            theirs = torch.from_numpy(session.run(None, {"images": piece.contiguous().numpy()})[0])
-            difference = max(difference, float((ours - theirs).abs().max()))
-            equal += int((ours.argmax(1) == theirs.argmax(1)).view(len(ours), -1).all(1).sum())
-    return Agreement(len(images), difference, equal)
+            (theirs,) = session.run(None, {"images": piece.contiguous().numpy()})
+            found += Agreement.of(model(piece), torch.from_numpy(theirs))
+    return found
+
+
+def check_graph(
+    path: str | Path, engine: Engine, tasks: Sequence[str], sources: Sequence[ImageSource], batch: int = 32
+) -> dict[str, Agreement]:
+    """onnxruntime on a graph of `tasks` beside the engine that wrote it, by task. Raises `MissingExtraError`."""
+    session, found = _open(path), dict.fromkeys(tasks, Agreement(0, 0.0, 0))
+    inputs, outputs = ([one.name for one in side] for side in (session.get_inputs(), session.get_outputs()))
+    for start in range(0, len(sources), batch):
+        images = engine.read(sources[start : start + batch], only=tasks)
+        ours = engine(images, only=tasks)
+        given = dict(zip(inputs, (one.cpu().contiguous().numpy() for one in images.values()), strict=True))
+        for name, theirs in zip(outputs, session.run(None, given), strict=True):
+            found[name] += Agreement.of(ours[name].cpu(), torch.from_numpy(theirs))
+    return found
+
+
+def _open(path: str | Path) -> Any:
+    onnxruntime = require("onnxruntime", "export", "Checking an ONNX file")
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise PatchError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error

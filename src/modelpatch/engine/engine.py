@@ -24,6 +24,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
+from modelpatch.engine.graph import export_graph
 from modelpatch.engine.inputs import Answers, Images, Sources, check_names, count_rows, make_batches, read, stream
 from modelpatch.engine.measuring import least_seconds
 from modelpatch.engine.plan import Batches, Link, Plan, make_plan
@@ -317,6 +318,15 @@ class Engine:
         tasks = self._choose(only)
         names, kinds = [task.name for task in tasks], [kind for task in tasks for kind in task.kinds]
         return stream(lambda images: self(images, only=names), kinds, sources, batch_size, workers)
+
+    def export(self, path: str | Path, tasks: Iterable[str] | None = None) -> Path:
+        """Write tasks (by default all, the base included) as one graph, in which what they share is computed once.
+
+        An `.onnx` file has an output a task under the task's name, an input for every preprocessing, batches of any size, and
+        both in its metadata; a `.pt2` file is a program of `torch.export`. Raises `EngineError` for cascades and tasks of
+        several patches, `PatchError` for what cannot be traced, `MissingExtraError` without the `export` extra for ONNX.
+        """
+        return export_graph(self.backbone, self._choose(tasks), Path(path))
 
     def explain(self, images: Images, only: Iterable[str] | None = None) -> tuple[Plan, list[Timing]]:
         """The plan for these images and what each of its steps took, after a first run that does not count.

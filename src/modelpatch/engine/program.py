@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -79,9 +80,13 @@ class Program:
             whole = images[root]
             self._prepare(whole)
             streams[stream] = lay(whole if len(rows) == len(whole) else whole[list(rows)], self._tuning)
+        return self.follow(streams, timings)
+
+    def follow(self, streams: dict[int, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
+        """Answers by member, from the images (B, 3, H, W) of every root's stream; streams that are read no more are freed."""
         answers: dict[str, Tensor] = {}
         for step in self.plan.steps:
-            start = time.perf_counter()
+            start = 0.0 if timings is None else _now(streams)
             if isinstance(step, RunStep):
                 self._run(step, streams)
             elif isinstance(step, PoolStep):
@@ -91,15 +96,18 @@ class Program:
             for stream in step.frees:
                 del streams[stream]
             if timings is not None:
-                timings.append(Timing(step, _now(images) - start))
+                timings.append(Timing(step, _now(streams) - start))
         return answers
 
     def _run(self, step: RunStep, streams: dict[int, Tensor]) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
-        sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
-        widths = [max(pair) for pair in pairwise(sides)]
-        output = run_in_pieces([self._modules(link) for link in step.links], widths, x, self._tuning)
+        modules = [self._modules(link) for link in step.links]
+        if self._tuning.piece_bytes:
+            sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
+            output = run_in_pieces(modules, [max(pair) for pair in pairwise(sides)], x, self._tuning)
+        else:
+            output = reduce(lambda made, module: module(made), modules, x)
         outputs = (output,) if len(taken) == 1 else output.split(step.sizes)
         for stream, out in zip(step.outputs, outputs, strict=True):
             streams[stream] = out
@@ -121,7 +129,7 @@ def _take(streams: Mapping[int, Tensor], take: Take) -> Tensor:
     return x if take.places is None else x[list(take.places)]
 
 
-def _now(images: Batches) -> float:
-    if any(x.device.type == "cuda" for x in images.values()):
+def _now(streams: Mapping[int, Tensor]) -> float:
+    if any(x.device.type == "cuda" for x in streams.values()):
         torch.cuda.synchronize()
     return time.perf_counter()
