@@ -29,30 +29,50 @@ from modelpatch.tasks.scores import Interval, bootstrap_interval
 
 IGNORED = 255  # the class of pixels that are neither trained on nor measured
 UNKNOWN = -1
+LARGEST = 2**16 - 1  # value of a mask
 OPACITY = 140  # of 255
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
 class PixelMask(Target):
-    """The class of every pixel: a picture of one channel of whole numbers, and a table (256,) of the class of each."""
+    """The class of every pixel: a picture of whole numbers, and a table from these to class indices.
+
+    The picture has one channel, or the colours (N, 3) that stand for the numbers 0 to N - 1. `orientation` is the EXIF
+    orientation by which its stored pixels are turned with its image.
+    """
 
     source: ImageSource
     table: np.ndarray = field(repr=False)
+    colors: np.ndarray | None = field(default=None, repr=False)
+    orientation: int = 1
 
     def read(self) -> Image.Image:
         """Class indices as a grey picture, `IGNORED` where there is none. Raises `DataError` for another picture."""
-        values = read_values(self.source)
-        found = self.table[values]
+        values = read_values(self.source, self.colors)
+        known = values < len(self.table)
+        found = np.where(known, self.table[np.where(known, values, 0)], UNKNOWN)
         if (found == UNKNOWN).any():
             value = int(values[found == UNKNOWN].min())
             raise DataError(
                 f"{source_name(self.source)} holds the value {value}, which stands for no class. Name a class for it "
                 f"(--classes, classes=[...]) or ignore it (--ignore {value}, ignore={value})."
             )
-        return Image.fromarray(found.astype(np.uint8))
+        mask = Image.fromarray(found.astype(np.uint8))
+        return mask if self.orientation == 1 else mask.transpose(TURNS[self.orientation])
 
     def content(self) -> bytes:
-        return image_bytes(self.source) + self.table.tobytes()
+        turned = b"" if self.orientation == 1 else bytes([self.orientation])
+        colors = b"" if self.colors is None else self.colors.tobytes()
+        return image_bytes(self.source) + self.table.tobytes() + colors + turned
 
     def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Tensor:
         """Class indices uint8 (R, R). Raises `DataError` for a mask of another size than its image."""
@@ -83,24 +103,58 @@ def source_name(source: ImageSource) -> str:
     return str(source) if isinstance(source, str | Path) else "the mask"
 
 
-def read_values(source: ImageSource) -> np.ndarray:
-    """The whole numbers (H, W) uint8 of a mask's picture. Raises `DataError` for another picture."""
+def read_values(source: ImageSource, colors: np.ndarray | None = None) -> np.ndarray:
+    """The whole numbers (H, W), from 0 on, of a mask's picture: its values, or the rows of its colours among `colors` (N, 3).
+
+    A picture of equal channels is one of one channel. Raises `DataError` for another picture.
+    """
     try:
         if isinstance(source, np.ndarray | Image.Image):
-            values = np.asarray(source)
+            values = _pixels(source, colors is not None)
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                values = np.asarray(picture)
+                values = _pixels(picture, colors is not None)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{source_name(source)} cannot be read as a mask: {error}") from error
+    if colors is not None:
+        return _rows_of(values, colors, source)
+    if values.ndim == 3 and values.shape[2] >= 3 and (values[..., 1:3] == values[..., :1]).all():
+        values = values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "uib" or values.size == 0:
         raise DataError(
             f"{source_name(source)} is a picture of shape {values.shape} and {values.dtype}; expected a mask of one channel "
-            "whose values are classes, such as a grey or palette PNG."
+            "whose values are classes, such as a grey or palette PNG. Colours need a file that names them: class_dict.csv "
+            "with the columns name, r, g, b, or labelmap.txt."
         )
-    if int(values.max()) > IGNORED or int(values.min()) < 0:
-        raise DataError(f"{source_name(source)} holds the value {int(values.max())}; classes are 0 to {IGNORED - 1}.")
-    return values.astype(np.uint8)
+    if int(values.min()) < 0:
+        raise DataError(f"{source_name(source)} holds the value {int(values.min())}; classes are from 0 on.")
+    if int(values.max()) > LARGEST:
+        raise DataError(f"{source_name(source)} holds the value {int(values.max())}; expected values up to {LARGEST}.")
+    return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.uint16)
+
+
+def _pixels(source: np.ndarray | Image.Image, colored: bool) -> np.ndarray:
+    picture = source if not colored else Image.fromarray(source) if isinstance(source, np.ndarray) else source
+    return np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) and colored else picture)
+
+
+def pack_colors(colors: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) as whole numbers."""
+    parts = colors.astype(np.int32)
+    return (parts[..., 0] << 16) | (parts[..., 1] << 8) | parts[..., 2]
+
+
+def _rows_of(pixels: np.ndarray, colors: np.ndarray, source: ImageSource) -> np.ndarray:
+    packed, known = pack_colors(pixels), pack_colors(colors)
+    order = np.argsort(known, kind="stable")
+    places = np.searchsorted(known[order], packed).clip(max=len(known) - 1)
+    rows = order[places]
+    if (strange := known[rows] != packed).any():
+        color = tuple(int(part) for part in pixels[strange][0])
+        raise DataError(
+            f"{source_name(source)} holds the colour {color}, which the list of colours lacks. Add it there."
+        )
+    return rows.astype(np.uint16)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ class SourceOptions:
                 return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         return None
 
+    @property
+    def names(self) -> Sequence[str] | None:
+        """The class names that were given, None for none."""
+        return self.classes if isinstance(self.classes, tuple) else None
+
     def allow(self, target: type[Target]) -> bool:
         """Return True where no kind was asked for, or one of these targets."""
         return self.kind is None or kind_of(self.kind).target is target

@@ -18,17 +18,26 @@ import torch
 from torch.utils import data as torch_data
 
 from modelpatch.backbone.preprocessing import ImageSource
-from modelpatch.data.samples import LABEL_KEYS, SampleForm, find_kind, name_classes, naming, split_item, to_label
+from modelpatch.data.samples import (
+    LABEL_KEYS,
+    SampleForm,
+    find_kind,
+    name_classes,
+    naming,
+    split_item,
+    to_label,
+    to_mask,
+)
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
-from modelpatch.data.sources.masks import make_segmentation, read_classes
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
+from modelpatch.data.sources.values import BINARY, PROBED, make_segmentation, read_classes
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
 from modelpatch.errors import DataError, require, warn_caller
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import Target, kind_of
-from modelpatch.tasks.segmentation import PixelMask
+from modelpatch.tasks.segmentation import IGNORED, PixelMask, read_values
 
 PREFIX = "hf:"
 FIRST_PICTURES = ("image", "img", "pixel_values")
@@ -204,7 +213,12 @@ def _find_classes(
     if names is None and kind_of(kind).dense:
         raise DataError(f"{source} names no classes for its masks or boxes. Give classes=[...].")
     if kind_of(kind).target is PixelMask:
-        classes, table = read_classes((), options, names, source)
+        classes, table = read_classes(options, names or (), source)
+        if len(classes) == len(BINARY) and options.ignore is None and _shows_black_and_white(data):
+            warn_caller(
+                f"masks of {source} hold 0 and 255 alone: 255 is {classes[1]!r}. It is ignored with ignore=255."
+            )
+            table[IGNORED] = 1
         return tuple(classes), table
     if names is None and kind_of(kind).target is not None:
         listed = _listed_raw(data)
@@ -221,6 +235,14 @@ def _find_classes(
             f"{source} names no classes; its labels make {len(names)} of them: {shown}. Name them with classes=[...]."
         )
     return tuple(names), None
+
+
+def _shows_black_and_white(data: Any) -> bool:
+    """Return True where the first masks hold nothing but 0 and 255."""
+    with seeded(0):
+        masks = [to_mask(split_item(item)[1]) for item in islice(_items(data), PROBED)]
+    values = {int(value) for mask in masks for value in np.unique(read_values(mask))}
+    return IGNORED in values and values <= {0, IGNORED}
 
 
 def _names_of(data: Any) -> tuple[str, ...] | None:
@@ -315,8 +337,7 @@ def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: 
         pairs = {
             split: (encoded_images(table, first), encoded_images(table, second)) for split, table in tables.items()
         }
-        names = options.classes if isinstance(options.classes, tuple) else None
-        return make_segmentation(pairs, options, names, source)
+        return make_segmentation(pairs, options, options.names, source)
     splits, classes = {}, []
     for split, table in tables.items():
         pictures, label = find_columns(table.features)

@@ -14,9 +14,10 @@ from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, read_lines, read_xml
 from modelpatch.data.sources.finding import SPLIT_WORDS, Pictures, folders_of_splits, split_of
-from modelpatch.data.sources.masks import make_segmentation
+from modelpatch.data.sources.legends import find_legend
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import UNLISTED, Scene, SceneObject, make_detection, name_of
+from modelpatch.data.sources.values import make_segmentation
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.segmentation import Segmentation
@@ -40,10 +41,6 @@ class VocMasks(base.DataSource):
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path = _find_root(Path(source))
         pictures = Pictures(path / PICTURES)
-        if not (names := options.class_names(path)):
-            from torchvision.models.segmentation import FCN_ResNet50_Weights
-
-            names = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
         pairs = {
             split: (
                 [_find_image(pictures, stem) for stem in stems],
@@ -51,7 +48,12 @@ class VocMasks(base.DataSource):
             )
             for split, stems in _list_stems(path / LISTS / "Segmentation").items()
         }
-        return make_segmentation(pairs, options, names, str(path))
+        from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+        legend = find_legend([path])
+        names = options.class_names(path) if legend is None else options.names
+        usual = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
+        return make_segmentation(pairs, options, names, str(path), legend=legend, usual=usual)
 
 
 @base.register_source("voc")
@@ -159,6 +161,8 @@ def _list_stems(folder: Path) -> dict[str, list[str]]:
     lists = base.named_splits([file for stem, file in files.items() if stem in SPLIT_WORDS])
     if "train" not in lists and "trainval" in files:
         lists["train"] = files["trainval"]
+    if not lists and len(files) == 1:  # of all pictures, such as CVAT's default.txt
+        lists["train"] = next(iter(files.values()))
     if "train" not in lists:
         raise DataError(f"{folder} has no train.txt, which lists the images to train on.")
     if "test" not in lists and "validation" in lists:
