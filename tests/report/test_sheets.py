@@ -10,6 +10,7 @@ from PIL import Image
 
 from conftest import color_task
 from dense import box_task, square_task
+from modelpatch.data.report import DataReport, NumberSpread, SplitReport
 from modelpatch.data.task import Task
 from modelpatch.errors import ModelpatchError
 from modelpatch.report.data import choose_tiles, data_sheet, data_tables
@@ -53,6 +54,14 @@ def test_the_sheet_of_a_task(task: Task, tmp_path: Path) -> None:
     data_sheet(task, report, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").width == COLUMNS * 192
     assert [str(table.title) for table in data_tables(report)] == ["", "classes"]
+
+
+def test_a_table_of_numbers_has_a_row_a_split() -> None:
+    spread = NumberSpread(3, -1.5, 2.0, 4.25)
+    splits = tuple(SplitReport(name, 3, numbers={"age": spread}) for name in ("train", "test"))
+    report = DataReport("ages", "ages.csv", "regression", "", ("age",), splits, ())
+    (_, table) = data_tables(report)
+    assert [list(column.cells) for column in table.columns][1:4] == [["train", "test"], ["3", "3"], ["-1.5", "-1.5"]]
 
 
 def test_a_suffix_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ class Evidence:
         images = self.splits[split]
         return images.labels_known and self.kind.target is None
 
+    def numbers(self, split: str) -> np.ndarray:
+        """The numbers (N, K) of the targets that were looked at, NaN where one is unknown; (0, K) for other kinds."""
+        found = [
+            one.target.numbers for one in self.seen.get(split, ()) if one.target is not None and one.target.numbers
+        ]
+        return np.array(found, dtype=np.float64).reshape(len(found), len(self.record.classes))
+
     def tell(self, level: Level, code: str, text: str, groups: Sequence[Sequence[Row]], joint: str = " = ") -> Finding:
         """A finding about groups of rows, each one image or some that belong together; its text ends with the first ones."""
         names = [joint.join(self.place(*row) for row in group[:SHOWN]) for group in groups]

@@ -34,7 +34,7 @@ NO_NAMES = (
 )
 RARE, UNEVEN, OTHER_MIX, DOMINANT = 5, 10, 0.2, 0.6
 FEW_TESTED = 100
-MOST_BYTES = 2**31  # that are read to compare files
+MOST_FILES, MOST_BYTES = 100_000, 2**31  # whose sizes are looked at, and that are read, to compare files
 COPY = re.compile(
     r"(\.rf\.[0-9a-f]{8,}|[ _-](copy|aug|augmented|flip|hflip|vflip|flipped|mirror|rot|rotated)[ _-]?\d*)$", re.I
 )
@@ -187,7 +187,7 @@ def few_images(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("note", "rare", f"{_classes(names)} fewer than {RARE} training images.", names)
     size = evidence.splits["test"].length if "test" in evidence.splits else None
     if size is not None and size < FEW_TESTED and evidence.splits["test"] is not evidence.splits.get("train"):
-        text = f"the test split has {count_of(size, 'image')}: one is {100 / size:.2g} points of accuracy."
+        text = f"the test split has {count_of(size, 'image')}: one is {100 / size:.3g} points of accuracy."
         yield Finding("note", "small-test", text)
 
 
@@ -206,6 +206,10 @@ def uneven_classes(evidence: Evidence) -> Iterator[Finding]:
             f"{own[least]:,}).{advice}"
         )
         yield Finding("warning", "uneven", text, (first, last))
+    if len(own) == 1 and evidence.kind.counted == "pixels" and len(evidence.names(own)) == 1:
+        (name,) = evidence.names(own)
+        text = f"all pixels of the training masks that are not ignored are {name!r}: there is nothing to tell apart."
+        yield Finding("warning", "one-class", text, (name,))
     if evidence.kind.dense:
         return
     shares = {split: _shares(found, len(evidence.record.classes)) for split, found in counts.items() if found}
@@ -226,6 +230,25 @@ def uneven_classes(evidence: Evidence) -> Iterator[Finding]:
 def _shares(counts: Mapping[int, int], classes: int) -> np.ndarray:
     found = np.array([counts.get(number, 0) for number in range(classes)], dtype=np.float64)
     return found / max(found.sum(), 1)
+
+
+@check
+def numbers_out_of_range(evidence: Evidence) -> Iterator[Finding]:
+    """Numbers to predict that are beyond those that are trained on."""
+    train = evidence.numbers("train")
+    for split in list(evidence.apart)[1:]:
+        own = evidence.numbers(split)
+        for name, known, asked in zip(evidence.record.classes, train.T, own.T, strict=True):
+            if not np.isfinite(known).any():
+                continue
+            least, largest = np.nanmin(known), np.nanmax(known)
+            if beyond := int(((asked < least) | (asked > largest)).sum()):
+                verb = "has" if beyond == 1 else "have"
+                text = (
+                    f"{count_of(beyond, 'image')} of {split} {verb} a {name!r} beyond those of train ({least:g} to "
+                    f"{largest:g}): such numbers are not learned."
+                )
+                yield Finding("note", "out-of-range", text, (name,))
 
 
 @check
@@ -266,6 +289,11 @@ def copies_by_name(evidence: Evidence) -> Iterator[Finding]:
 def equal_files(evidence: Evidence) -> Iterator[Finding]:
     """The same file in two splits, where not all pictures are compared by their pixels. Files of equal sizes are read."""
     if all(evidence.opened(split) for split in evidence.splits):
+        return
+    if sum(map(len, evidence.apart.values())) > MOST_FILES:
+        yield Finding(
+            "note", "not-compared", f"files are not compared byte by byte: there are more than {MOST_FILES:,}."
+        )
         return
     sizes: dict[int, list[tuple[str, int, ImageSource]]] = defaultdict(list)
     for split, images in evidence.apart.items():

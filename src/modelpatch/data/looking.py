@@ -47,8 +47,9 @@ class PictureHeader(NamedTuple):
 class PictureFacts:
     """Facts of one picture; width and height in pixels are those of the upright picture.
 
-    `pixels` is a hash of the RGB pixels. `waves` are 64 bits, the signs of the lowest frequencies of its cosine transform
-    (a perceptual hash), and `coarse` is the picture in 16 x 16 grey values.
+    `brightest` is the largest value, 0 to 255, of the picture in 32 x 32 pixels. `pixels` is a hash of the RGB pixels. `waves`
+    are 64 bits, the signs of the lowest frequencies of its cosine transform (a perceptual hash), and `coarse` is the picture
+    in 16 x 16 grey values.
     """
 
     width: int
@@ -56,6 +57,7 @@ class PictureFacts:
     header: PictureHeader
     grey: bool
     blank: bool
+    brightest: int
     pixels: bytes
     waves: int
     coarse: bytes
@@ -85,6 +87,7 @@ def look_at(source: ImageSource) -> PictureFacts:
         header,
         grey=int(np.ptp(colors, axis=2).max()) <= GREY_STEP,
         blank=int(np.ptp(colors, axis=(0, 1)).max()) == 0,
+        brightest=int(colors.max()),
         pixels=hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest(),
         waves=int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big"),
         coarse=coarse.tobytes(),

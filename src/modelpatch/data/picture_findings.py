@@ -16,6 +16,7 @@ Check = Callable[[Evidence], Iterator[Finding]]
 Trait = Callable[[PictureFacts], bool]
 CHECKS: list[Check] = []
 SMALL_SET, SMALL, MUCH_SMALLER, LONG, OTHER_SIZE = 64, 32, 4, 2.0, 2.0
+DARK = 17  # of 255: 12-bit values in 16 bits reach 16
 FEWEST = 10  # pictures of each class before their sizes are compared
 ODD: tuple[tuple[str, str, Trait, str], ...] = (
     ("warning", "blank", lambda one: one.blank, "of one colour all over"),
@@ -74,6 +75,18 @@ def odd_pictures(evidence: Evidence) -> Iterator[Finding]:
         if rows:
             text = f"{_of_all(evidence, rows)} {_are(rows)} {words}."
             yield evidence.tell("warning" if level == "warning" else "note", code, text, rows)
+
+
+@check_pictures
+def dark_pictures(evidence: Evidence) -> Iterator[Finding]:
+    """Pictures that are all but black, as 12-bit values in 16 bits or masks are."""
+    rows = _rows(evidence, lambda one: one.brightest < DARK and not one.blank)
+    if rows:
+        text = (
+            f"{_of_all(evidence, rows)} {_are(rows)} all but black, values below {DARK} of 255: are 12 bits stored in 16, "
+            "or are they masks?"
+        )
+        yield evidence.tell("warning", "dark", text, rows)
 
 
 @check_pictures

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from modelpatch.data.evidence import Evidence, Finding, Place
+from modelpatch.data.evidence import Evidence, Finding, Place, show
 from modelpatch.data.findings import find_in_names
 from modelpatch.data.looking import Seen, look_through
 from modelpatch.data.picture_findings import find_in_pictures
@@ -41,11 +41,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class NumberSpread:
+    """One output of a regression: the number of images where it is known, and its least, median and largest value."""
+
+    known: int
+    least: float
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class SplitReport:
     """One split: its images (None for a stream of unknown length), and those that were opened.
 
     `classes` counts each class in the units of the kind (images, objects, pixels), and `images_of` the images it occurs in;
-    both are None where targets were not read. `counted` is the number of images that were counted.
+    both are None where targets were not read. `counted` is the number of images that were counted, and `empty` of those that
+    have nothing to count. `numbers` are the outputs of a regression.
     """
 
     name: str
@@ -59,11 +70,16 @@ class SplitReport:
     heights: Spread | None = None
     formats: Mapping[str, int] = field(default_factory=dict)
     modes: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[str, NumberSpread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """The contents of a task's data as `Task.report` finds them. `seconds` is the time that opening pictures took."""
+    """The contents of a task's data as `Task.report` finds them.
+
+    `layout` says as what the source was recognised, `passed_over` names what of it was not read, by the reason. `unreadable`
+    are images that cannot be opened, or whose targets cannot be read, with the reason. `seconds` is what opening took.
+    """
 
     name: str
     source: str
@@ -72,6 +88,8 @@ class DataReport:
     classes: tuple[str, ...]
     splits: tuple[SplitReport, ...]
     findings: tuple[Finding, ...]
+    layout: str = ""
+    passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, Any] | None = None
     seconds: float = field(default=0.0, compare=False)
@@ -98,14 +116,20 @@ class DataReport:
 
     @property
     def summary(self) -> str:
-        """One line: kind, classes and splits."""
+        """One line: kind, classes, splits, and the number of files and others that were passed over."""
         counts = [
             f"{'unknown number of' if one.images is None else f'{one.images:,}'} {one.name}" for one in self.splits
         ]
         held = f" (test held out of train, seed {self.held_out['seed']})" if self.held_out else ""
         kind = kind_of(self.kind)
         classes = count_of(len(self.classes), kind.noun, kind.nouns)
-        return f"{self.name}: {self.kind}, {classes}, {', '.join(counts)} images{held}"
+        left = sum(map(len, self.passed_over.values()))
+        passed = f"; {left:,} passed over" if left else ""
+        return f"{self.name}: {self.kind}, {classes}, {', '.join(counts)} images{held}{passed}"
+
+    def tell_passed_over(self) -> list[str]:
+        """A line for each reason with the number and the first names of what was passed over."""
+        return [f"{len(names):,}, {reason} {show(names)}" for reason, names in self.passed_over.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -117,6 +141,7 @@ class DataReport:
             if split.widths is not None:
                 shown = ", ".join(f"{count:,} {name}" for name, count in (*split.formats.items(), *split.modes.items()))
                 lines.append(f"{split.name}: {split.widths} x {split.heights} px; {shown}")
+        lines += [f"passed over: {line}" for line in self.tell_passed_over()]
         lines += [f"cannot be read: {place}: {why}" for place, why in list(self.unreadable.items())[:10]]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
@@ -129,6 +154,7 @@ def make_report(
     images: int = MOST_IMAGES,
     near: bool = False,
     advance: Callable[[int], object] = lambda _: None,
+    notes: Sequence[str] = (),
 ) -> DataReport:
     """The report of a task's splits, for which at most so many images are opened; see `Task.report`."""
     if images < 0:
@@ -151,7 +177,8 @@ def make_report(
         ):
             seen[name] = [Seen(row, target=kind.examine(target)) for row, target in enumerate(split.targets)]
     evidence = Evidence(record, splits, seen, facts, place)
-    findings = [*find_in_names(evidence), *find_in_pictures(evidence, near)]
+    findings = [*(Finding("note", "source", note) for note in notes), *find_in_names(evidence)]
+    findings += find_in_pictures(evidence, near)
     unreadable = {place(name, one.row): one.problem for name, own in seen.items() for one in own if one.problem}
     held = facts.get("test_split")
     return DataReport(
@@ -162,9 +189,9 @@ def make_report(
         record.classes,
         tuple(_describe(name, evidence) for name in splits),
         tuple(sorted(findings, key=lambda one: one.level != "warning")),
-        dict(list(unreadable.items())[:MOST_NAMED]),
-        held if isinstance(held, Mapping) else None,
-        seconds,
+        unreadable=dict(list(unreadable.items())[:MOST_NAMED]),
+        held_out=held if isinstance(held, Mapping) else None,
+        seconds=seconds,
     )
 
 
@@ -201,11 +228,21 @@ def _describe(name: str, evidence: Evidence) -> SplitReport:
         _spread([one.height for one in pictures]),
         _most_common(one.header.format for one in pictures),
         _most_common(one.header.mode for one in pictures),
+        _spread_numbers(evidence.numbers(name), evidence.record.classes),
     )
 
 
 def _spread(values: Sequence[int]) -> Spread | None:
     return Spread(min(values), int(np.median(values)), max(values)) if values else None
+
+
+def _spread_numbers(numbers: np.ndarray, names: Sequence[str]) -> dict[str, NumberSpread]:
+    columns = ((name, column[~np.isnan(column)]) for name, column in zip(names, numbers.T, strict=True))
+    return {
+        name: NumberSpread(len(known), float(known.min()), float(np.median(known)), float(known.max()))
+        for name, known in columns
+        if len(known)
+    }
 
 
 def _most_common(values: Any) -> dict[str, int]:

@@ -30,7 +30,7 @@ class Task:
     """A task and its splits. `validation` is None where the source has none; it is never cut from the test images.
 
     `passed_over` holds the names of files, rows and objects of the source that were not read, by the reason in plain words,
-    and `notes` what was decided or changed while it was read.
+    and `notes` what was decided or changed while it was read. `layout` says as what the source was recognised.
     """
 
     task: TaskRecord
@@ -40,6 +40,7 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    layout: str = ""
 
     def __new__(cls, *given: Any, **fields: Any) -> Any:
         """Support `Task(name=..., classes=...)`, which made a `TaskRecord` in the first edition."""
@@ -139,7 +140,8 @@ class Task:
 
             print(mp.load_task("flowers/").report())
         """
-        return make_report(self.task, self.splits, self.facts, images, near, advance)
+        report = make_report(self.task, self.splits, self.facts, images, near, advance, self.notes)
+        return replace(report, layout=self.layout, passed_over=self.passed_over)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -312,4 +314,6 @@ def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     except ValidationError as error:
         raise DataError(f"{source}: its name or class names cannot be used: {first_problem(error)}.") from error
     passed_over = {reason: tuple(names) for reason, names in found.passed_over.items() if names}
-    return Task(task, train, splits["test"], splits.get("validation"), facts, passed_over, tuple(found.notes))
+    return Task(
+        task, train, splits["test"], splits.get("validation"), facts, passed_over, tuple(found.notes), found.layout
+    )

@@ -35,6 +35,8 @@ def data_tables(report: DataReport) -> list[Table]:
     tables = [facts_table("", _facts(report))]
     if any(split.classes is not None for split in report.splits):
         tables.append(_classes_table(report))
+    if any(split.numbers for split in report.splits):
+        tables.append(_numbers_table(report))
     if report.unreadable:
         shown = list(report.unreadable.items())[:MOST_UNREADABLE]
         more = len(report.unreadable) - len(shown)
@@ -44,7 +46,8 @@ def data_tables(report: DataReport) -> list[Table]:
 
 
 def _facts(report: DataReport) -> Iterable[tuple[str, str]]:
-    """Names and values of the facts, the splits first."""
+    """Names and values of the facts: the kind, the splits, what was not read, and the pictures."""
+    yield "kind", report.kind + (f": {report.layout}" if report.layout else "")
     for split in report.splits:
         images = "a stream of unknown length" if split.images is None else count_of(split.images, "image")
         if split.name == "test" and report.held_out:
@@ -53,6 +56,8 @@ def _facts(report: DataReport) -> Iterable[tuple[str, str]]:
         elif split.images is None or (report.opened and not split.opened):
             images += ", not read"
         yield split.name, images
+    for number, line in enumerate(report.tell_passed_over()):
+        yield "" if number else "passed over", line
     opened = [split for split in report.splits if split.widths is not None]
     if opened:
         widths, heights = ([getattr(split, side) for split in opened] for side in ("widths", "heights"))
@@ -81,6 +86,17 @@ def _counts(found: Sequence[Mapping[str, int]]) -> str:
     return ", ".join(f"{count:,} {name or 'unknown'}" for name, count in ordered)
 
 
+def _numbers_table(report: DataReport) -> Table:
+    """The outputs of a regression with their ranges, a row a split."""
+    rows = [
+        (name, split.name, f"{one.known:,}", f"{one.least:g}", f"{one.median:g}", f"{one.largest:g}")
+        for name in report.classes
+        for split in report.splits
+        if (one := split.numbers.get(name)) is not None
+    ]
+    return new_table("numbers", texts=("number", "split"), figures=("images", "least", "median", "largest"), rows=rows)
+
+
 def _classes_table(report: DataReport) -> Table:
     """The classes with their counts by split; of many classes the ends of the list by frequency."""
     splits = [split for split in report.splits if split.classes is not None]
@@ -96,8 +112,9 @@ def _classes_table(report: DataReport) -> Table:
     for split in splits:
         if split.images is not None and split.counted < split.images:
             captions.append(f"{split.name}: counted in {split.counted:,} of {split.images:,} images")
-    figures = [f"{split.name}\n{title}" for split in splits for title in _titles(report.counted)]
-    rows = [[name, *(cell for split in splits for cell in _cells(split, name, report.counted))] for name in names]
+    counted = report.counted if any(split.classes != split.images_of for split in splits) else IMAGES
+    figures = [f"{split.name}\n{title}" for split in splits for title in _titles(counted)]
+    rows = [[name, *(cell for split in splits for cell in _cells(split, name, counted))] for name in names]
     return new_table("classes", "\n".join(captions), texts=("class",), figures=figures, rows=rows)
 
 

@@ -59,11 +59,13 @@ class Target(ABC):
 class TargetFacts:
     """Facts of one image's target: the number of times that each class occurs in it, and what is wrong with it.
 
-    `counts` is None for a kind whose classes are not counted.
+    `counts` is None for a kind whose classes are not counted. `numbers` are those of a kind whose targets are numbers, NaN
+    where one is unknown.
     """
 
     counts: Mapping[int, int] | None = None
     problems: tuple[str, ...] = ()
+    numbers: tuple[float, ...] = ()
 
 
 class Result(ABC):

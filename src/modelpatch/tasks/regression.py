@@ -154,7 +154,8 @@ class Regression(VectorKind):
             raise ValueError("a standard deviation is not above 0")
 
     def examine(self, target: Vector, size: tuple[int, int] | None = None) -> TargetFacts:
-        return TargetFacts(problems=("images of which no number is known",) if np.isnan(target.values).all() else ())
+        unknown = ("images of which no number is known",) if np.isnan(target.values).all() else ()
+        return TargetFacts(problems=unknown, numbers=tuple(target.values.tolist()))
 
     def caption(self, target: Vector, classes: Sequence[str]) -> str:
         known = [(name, value) for name, value in zip(classes, target.values, strict=True) if not np.isnan(value)]

@@ -13,7 +13,7 @@ distribution:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ CLASS_FILES = ("classes.txt", "labels.txt")
 class Found:
     """The contents of a source: its splits by name, the names of classes, and what was not read.
 
+    `layout` says in a few words what was recognised; where it is empty, that is the first line of the source's description.
     `passed_over` holds names of files, rows or objects, relative to the source, by the reason in plain words, and `notes` what
     was decided or changed; `Remarks` collects both.
     """
@@ -41,6 +42,7 @@ class Found:
     names_from_user: bool = False  # its classes are values of masks, or columns, which the user may name
     passed_over: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,13 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
             f"{given} names its classes itself; classes and ignore are for the values of masks, classes and separator for "
             "columns of several labels or numbers."
         )
-    return found, chosen[0].name_of(given)
+    return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(given)
+
+
+def describe_source(source: DataSource) -> str:
+    """The first line of a source's description without its article and full stop, or the name of its class."""
+    first = ((type(source).__doc__ or "").strip() or type(source).__name__).splitlines()[0]
+    return first.removeprefix("A ").removeprefix("The ").rstrip(".")
 
 
 def named_splits(paths: Sequence[Path]) -> dict[str, Path]:

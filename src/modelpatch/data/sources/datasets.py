@@ -103,7 +103,7 @@ def read_datasets(
             made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
         with seeded(0):  # a sample that cannot be read is an error before anything is trained
             next(made[split].some(1), None)
-    return base.Found(kind, made, classes, names_from_user=True)
+    return base.Found(kind, made, classes, names_from_user=True, layout=f"data set {type(train).__name__} of Python")
 
 
 def _known_vectors(data: Any, form: SampleForm) -> list[Target] | None:
