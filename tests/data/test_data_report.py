@@ -98,6 +98,8 @@ def test_a_report_is_json_and_text() -> None:
         (("cat", "test"), "split-as-class"),
         (("cat", "images"), "folder-as-class"),
         (("cat", "JPEGImages"), "folder-as-class"),
+        (("cat", "train2017"), "split-as-class"),
+        (("cat", "New Folder (2)"), "no-name"),
         (("cat", "Unnamed: 0"), "no-name"),
         (("cat", "nan"), "no-name"),
         (("cat", ".ipynb_checkpoints"), "no-name"),
@@ -114,7 +116,8 @@ def test_a_report_is_json_and_text() -> None:
 def test_a_name_that_is_none(names: tuple[str, str], code: str) -> None:
     task = make_task(dict.fromkeys(names, 6), dict.fromkeys(names, 6))
     assert code in codes(task, images=0)
-    assert code not in codes(make_task({"cat": 6, "dog": 6}, {"cat": 6, "dog": 6}), images=0)
+    plain = {"cat": 6, "class1": 6, "label 2": 6, "background": 6, "id_3": 6}
+    assert codes(make_task(plain, plain), images=0) == {"small-test": "note"}
 
 
 def test_numbers_with_gaps_tell_the_missing_ones() -> None:
@@ -392,3 +395,13 @@ def test_numbers_have_ranges_and_some_are_beyond_them() -> None:
 def test_labels_are_counted_in_images() -> None:
     report = vector_task("multilabel", [[1, 0], [1, 1], [0, np.nan]], [[1, 1]]).report()
     assert report.splits[0].classes == {"output 0": 2, "output 1": 1}
+
+
+@pytest.mark.real
+def test_a_twin_is_found_among_real_photos(real_data: Callable[[str], Path]) -> None:
+    report = load_task(real_data("caltech101")).report(near=True)
+    assert [split.images for split in report.splits] == [1010, 505]
+    assert not report.unreadable
+    found = {finding.code: finding for finding in report.findings}
+    assert "twice" not in found, "no image stands byte-identical in train and test"
+    assert found["near"].examples == (str(Path("train/menorah/image_0015.jpg ~ test/menorah/image_0016.jpg")),)

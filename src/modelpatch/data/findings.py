@@ -21,17 +21,23 @@ from modelpatch.text import count_of
 
 Check = Callable[[Evidence], Iterator[Finding]]
 CHECKS: list[Check] = []
-SPLIT_NAMES = (
-    "train training trn trainset val valid validation validate dev devel test testing tst testset eval holdout"
-)
-FOLDER_NAMES = (
-    "image images img imgs picture pictures photo photos jpegimages label labels labeltxt mask masks annotation "
-    "annotations annot bbox boxes data dataset datasets raw input inputs output outputs archive"
-)
-NO_NAMES = (
-    "unknown unnamed unlabeled unlabelled undefined unassigned unclassified untitled nan na n/a null none nil ? - _ "
-    "todo tbd tmp temp label class classname name id newfolder lostfound recyclebin thumbs macosx eadir ipynbcheckpoints"
-)
+SUSPICIOUS = {  # code: names, and what is said of a class that has one
+    "split-as-class": (
+        "train training trn trainset val valid validation validate dev devel test testing tst testset eval holdout",
+        "as splits are; are the folders of classes below? Expected SPLIT/CLASS/*.jpg",
+    ),
+    "folder-as-class": (
+        "image images img imgs picture pictures photo photos jpegimages label labels labeltxt mask masks annotation "
+        "annotations annot bbox boxes data dataset datasets raw input inputs output outputs archive",
+        "as folders of files are, rather than classes. Expected CLASS/*.jpg",
+    ),
+    "no-name": (
+        "unknown unnamed unlabeled unlabelled undefined unassigned unclassified untitled nan na n/a null none nil ? - _ todo "
+        "tbd tmp temp classname newfolder lost+found $recycle.bin thumbs macosx eadir ipynbcheckpoints",
+        "as what has no class is. Name it, or leave its images out",
+    ),
+}
+NUMBERED = {"train", "val", "test", "images", "unnamed", "untitled", "newfolder"}  # with a number they mean the same
 RARE, UNEVEN, OTHER_MIX, DOMINANT = 5, 10, 0.2, 0.6
 FEW_TESTED = 100
 MOST_FILES, MOST_BYTES = 100_000, 2**31  # whose sizes are looked at, and that are read, to compare files
@@ -60,23 +66,22 @@ def fold_name(name: str) -> str:
 @check
 def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
     """Classes that are called as a split, a folder of pictures or a missing name is."""
-    groups = {
-        "split-as-class": (
-            SPLIT_NAMES,
-            "is the name of a split. Are the folders of classes below it? Expected SPLIT/CLASS/*.jpg",
-        ),
-        "folder-as-class": (
-            FOLDER_NAMES,
-            "is the name of a folder of files rather than of a class. Expected CLASS/*.jpg",
-        ),
-        "no-name": (NO_NAMES, "stands for no class in most data. Name it, or leave its images out"),
-    }
-    for code, (words, text) in groups.items():
+    for code, (words, text) in SUSPICIOUS.items():
         known = {fold_name(word) for word in words.split()}
-        found = [name for name in evidence.class_names if re.sub(r":?\d+$", "", fold_name(name)) in known]
-        found += [name for name in evidence.class_names if code == "no-name" and name not in found and _is_hidden(name)]
-        for name in found:
-            yield Finding("warning", code, f"the class {name!r} {text}.", (name,))
+        found = [
+            name for name in evidence.record.classes if fold_name(name) in known or _numbered(name) in known & NUMBERED
+        ]
+        if code == "no-name":
+            found += [name for name in evidence.record.classes if name not in found and _is_hidden(name)]
+        if found:
+            subject = f"the class {found[0]!r} is" if len(found) == 1 else f"{len(found)} classes are"
+            names = "" if len(found) == 1 else f" {show([repr(name) for name in found])}"
+            yield Finding("warning", code, f"{subject} called {text}{names}.", tuple(found[:MOST_EXAMPLES]))
+
+
+def _numbered(name: str) -> str:
+    """A folded name without a number at its end, as of `train2017` and `Unnamed: 0`."""
+    return re.sub(r"[:(]?\d+\)?$", "", fold_name(name))
 
 
 def _is_hidden(name: str) -> bool:
@@ -187,7 +192,8 @@ def few_images(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("note", "rare", f"{_classes(names)} fewer than {RARE} training images.", names)
     size = evidence.splits["test"].length if "test" in evidence.splits else None
     if size is not None and size < FEW_TESTED and evidence.splits["test"] is not evidence.splits.get("train"):
-        text = f"the test split has {count_of(size, 'image')}: one is {100 / size:.3g} points of accuracy."
+        coarse = f"one is {100 / size:.3g} points of accuracy" if evidence.kind.classifies else "its figures are coarse"
+        text = f"the test split has {count_of(size, 'image')}: {coarse}."
         yield Finding("note", "small-test", text)
 
 
@@ -256,10 +262,10 @@ def no_test_split(evidence: Evidence) -> Iterator[Finding]:
     """Test images that were cut from the training images, or that are these."""
     if evidence.splits.get("test") is evidence.splits.get("train"):
         yield Finding("note", "no-test", "there is no test split: the training images stand for it.")
-    elif isinstance(held := evidence.facts.get("test_split"), Mapping):
+    elif isinstance(evidence.facts.get("test_split"), Mapping):
         text = (
-            f"there is no test split: {held.get('fraction', 0):.0%} of the images of each class are held out with seed "
-            f"{held.get('seed')}. Images of one scene, person or film may stand on both sides; make the split by hand if so."
+            "there is no test split, so that some images of each class are held out of the training images: where several "
+            "show one scene, person or film, make the split by hand."
         )
         yield Finding("note", "held-out", text)
 

@@ -51,8 +51,9 @@ def _facts(report: DataReport) -> Iterable[tuple[str, str]]:
     for split in report.splits:
         images = "a stream of unknown length" if split.images is None else count_of(split.images, "image")
         if split.name == "test" and report.held_out:
-            images += f", {report.held_out['fraction']:.0%} of each class, held out of the training images with seed "
-            images += str(report.held_out["seed"])
+            images += (
+                f", held out of the training images ({report.held_out['fraction']:.0%}, seed {report.held_out['seed']})"
+            )
         elif split.images is None or (report.opened and not split.opened):
             images += ", not read"
         yield split.name, images
