@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.files import save_backbone
 from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.places import CACHE, SEARCHED
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.sources.base import SOURCES as BACKBONES
 from modelpatch.cli.main import app, main
@@ -238,6 +239,15 @@ def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.BertModel(config).eval().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own: what they load is not remembered for their user, nor found by another test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE, str(tmp_path_factory.mktemp("cache")))
+        patch.delenv(SEARCHED, raising=False)
+        yield
 
 
 # the command line -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.chain import Chain, build_chain
 from modelpatch.backbone.computation import Computation, Computing
 from modelpatch.backbone.fingerprint import Fingerprint
+from modelpatch.backbone.places import LocalPlace
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.text_tower import TextTower
 from modelpatch.errors import (
@@ -32,7 +33,7 @@ class Backbone:
     afterwards. `spec` and `arguments` say how to load it again, `classes` name the outputs of its own head, `about`
     holds whatever facts came with it (measured accuracy, licence, source), `text` is the text tower of an image tower,
     `segments` are the modules that were named to cut it, `fingerprints` the parts of its fingerprint, `computing` what it
-    computes beside its tensors.
+    computes beside its tensors, `place` what loads it again from the files of this machine.
     """
 
     patched_model: ClassVar[type | None] = None  # `modelpatch.patch` sets it when it is imported
@@ -46,6 +47,7 @@ class Backbone:
     classes: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
     text: TextTower | None = None
+    place: LocalPlace | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.module, torch.jit.ScriptModule):
@@ -74,7 +76,7 @@ class Backbone:
     def around(self, module: nn.Module, spec: str = "", arguments: dict[str, Any] | None = None) -> Self:
         """A backbone like this one around another module of the same structure, hashed and cut anew."""
         recorded = self.arguments if arguments is None else arguments
-        return replace(self, module=module, spec=spec or self.spec, arguments=recorded)
+        return replace(self, module=module, spec=spec or self.spec, arguments=recorded, place=None)
 
     @property
     def input_size(self) -> tuple[int, int, int]:

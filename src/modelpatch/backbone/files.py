@@ -135,6 +135,11 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1:3])
         raise BackboneError(f"the tensors of {source} do not fit {type(module).__name__}: {reason}") from error
+    check_finite(module, source)
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise `BackboneError` for a parameter that holds NaN or infinity."""
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise BackboneError(f"the tensor {name} of {source} holds NaN or infinity. Fetch or train it again.")
@@ -144,8 +149,8 @@ def check_writable(backbone: Backbone) -> str:
     """The architecture's name, for `save_backbone`. Raises `BackboneError` for a network that a file could not name."""
     if backbone.architecture is None or backbone.spec.startswith("openclip:"):
         raise BackboneError(
-            f"{backbone.spec} cannot be written as a backbone file, which names an architecture of timm and its arguments. "
-            "Leave `out` away and keep the result's backbone, or start from timm:NAME."
+            f"{backbone.spec} cannot be written as a backbone file, which names an architecture of timm and its arguments.",
+            "Keep the result's backbone in Python (without `out`), or start from timm:NAME.",
         )
     return backbone.architecture
 

@@ -1,10 +1,11 @@
 """Load a backbone by name, from a file, from the package or from a module at hand.
 
-Each source (`timm:`, `torchvision:`, `openclip:`, `file:`, `bundled:`) is described in its file of `sources/`; other
-distributions register theirs (see `sources/base.py`).
+Each source (`timm:`, `torchvision:`, `transformers:`, `openclip:`, `file:`, `bundled:`) is described in its file of
+`sources/`; other distributions register theirs (see `sources/base.py`).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import torch
 from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.files import load_state, read_tensors
+from modelpatch.backbone.checkpoint import load_checkpoint
+from modelpatch.backbone.places import LocalPlace, remember
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.reach import reaching
 from modelpatch.backbone.sources.base import SOURCES, BuiltNetwork
 from modelpatch.backbone.sources.timm import preprocessing_of
 from modelpatch.errors import BackboneError, UnknownBackboneError
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "pretrained": (bool, "true or false"),
-    "weights": (str | Path | None, "the path of a safetensors file"),
+    "weights": (str | Path | None, "the path of a checkpoint"),
     "preprocessing": (Preprocessing | None, "a modelpatch.backbone.Preprocessing, which is made in Python"),
     "classifier": (str | None, "the name of a module"),
     "segments": (list | tuple, 'a list of names of modules, such as ["stem", "stage1"]'),
@@ -43,7 +46,7 @@ def load_backbone(
     """A frozen backbone from a specification such as `timm:resnet50.a1_in1k`, or an `nn.Module`, which is frozen in place.
 
     `pretrained=False` gives random weights that follow `seed`, so that a patch of them can be loaded again; `weights`
-    names a safetensors state dict to load instead of the published one; `arguments` go to the architecture's
+    names a checkpoint (safetensors or .pth) to load instead of the published one; `arguments` go to the architecture's
     constructor. `preprocessing` overrides how images are seen; `classifier` and `segments` name modules where a network
     of your own cannot be cut automatically.
 
@@ -62,13 +65,33 @@ def load_backbone(
                 f"({', '.join(arguments) or 'none given'}) do not apply to it. Build the module as you want it."
             )
         seen = preprocessing or preprocessing_of(spec)
-        built = BuiltNetwork(module=spec, preprocessing=seen, spec=f"module:{type(spec).__name__}", arguments={})
+        built, place = (
+            BuiltNetwork(module=spec, preprocessing=seen, spec=f"module:{type(spec).__name__}", arguments={}),
+            None,
+        )
     else:
-        built = _build(spec, pretrained, weights, seed, arguments)
+        built, place = _build(spec, pretrained, weights, seed, arguments), _place(spec, weights, segments, arguments)
     if built.text is None:
         classifier = classifier or find_classifier(built.module)
     facts = vars(replace(built, preprocessing=preprocessing or built.preprocessing))
-    return Backbone(**facts, classifier=classifier, segments=segments)
+    backbone = Backbone(**facts, classifier=classifier, segments=segments, place=place)
+    if place is not None:
+        remember(backbone.fingerprints.chain, place)
+    return backbone
+
+
+def _place(
+    spec: str, weights: str | Path | None, segments: Sequence[str], arguments: dict[str, Any]
+) -> LocalPlace | None:
+    """The place of a network of local files or of a repository that anybody may fill; None for one that its name tells."""
+    kind, _, name = spec.partition(":")
+    source = SOURCES.find(kind)()
+    local = source.names_file(name)
+    if not local and weights is None and source.find_repository(name) is None:
+        return None
+    spec = f"{kind}:{Path(name).expanduser().absolute()}" if local else spec
+    own = None if weights is None else str(Path(weights).expanduser().absolute())
+    return LocalPlace(spec=spec, arguments=arguments, weights=own, segments=tuple(segments))
 
 
 def _build(
@@ -86,11 +109,14 @@ def _build(
             "timm:NAME and its arguments instead."
         )
     published = pretrained and weights is None
-    with torch.random.fork_rng(devices=[]):
+    downloads = reaching(source.address, spec) if published and source.address else nullcontext()
+    with torch.random.fork_rng(devices=[]), downloads:
         torch.manual_seed(seed)
         built = source.build(name, published, arguments)
-    if weights is not None:
-        load_state(built.module, read_tensors(Path(weights))[0], str(weights))
+        if weights is not None:
+            path, resizes = Path(weights).expanduser(), source.outputs not in arguments
+            outputs = load_checkpoint(built.module, path, find_classifier(built.module), resizes)
+            arguments = arguments if outputs is None else {**arguments, source.outputs: outputs}
     if not published and weights is None:
         arguments = {**arguments, "pretrained": False, "seed": seed}
     recorded = arguments if built.arguments is None else built.arguments

@@ -33,6 +33,7 @@ def extract(
     part: str | None = Option(None, help="One of several networks in the checkpoint, such as model_ema or student."),
     head: str | None = Option(None, help="The layer of its head, where there are several."),
     device: opt.DeviceOption = "cpu",
+    weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
 ) -> None:
     """Turn an existing fine-tuned checkpoint into a patch of the base it started from.
@@ -50,7 +51,7 @@ def extract(
         raise ModelpatchError("--classes and --data both name the head's outputs. Give one of them.")
     task = None if data is None else mp.load_task(data)
     states = read_states(finetuned)
-    backbone = opt.Network(base, argument, device).open()
+    backbone = opt.Network(base, weights, argument, device).open()
     with opt.naming(finetuned):
         state = read_finetuned(backbone, states, part, head)
     options: dict[str, Any] = {"rank": rank, "image_size": image_size}
@@ -72,7 +73,7 @@ def extract(
 @verb(first="out weights rule head", panel="Merging")
 def merge(
     console: Screen,
-    network: opt.PatchNetwork,
+    network: opt.NamedNetwork,
     patches: list[Path] = Argument(..., help="Patch files of one backbone."),
     out: Path = Option(..., "--out", "-o", help="The merged patch file."),
     force: opt.ForceOption = False,
@@ -126,7 +127,7 @@ def _write(console: Screen, patch: "mp.Patch", path: Path, **figures: Any) -> No
     console.write_json({**inspection.as_dict(), **figures})
 
 
-def _common_backbone(paths: list[Path], patches: "list[mp.Patch]", network: opt.PatchNetwork) -> "mp.Backbone":
+def _common_backbone(paths: list[Path], patches: "list[mp.Patch]", network: opt.NamedNetwork) -> "mp.Backbone":
     from modelpatch.convert.merging import check_pair
 
     for path, patch in zip(paths[1:], patches[1:], strict=True):

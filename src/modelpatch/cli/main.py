@@ -24,6 +24,7 @@ PANELS = {  # of the verbs, by the module that has them
     "selecting": "Choose what to patch",
     "many": "Many tasks, many resolutions",
     "converting": "Convert",
+    "networks": "Convert",
     "serving": "Store and serve",
 }
 VERBS = {  # by name: its module and a line about it
@@ -48,6 +49,7 @@ VERBS = {  # by name: its module and a line about it
     "merge": ("converting", "Combine several patches of one backbone into one."),
     "diff": ("converting", "Compare two patches tensor by tensor."),
     "export": ("converting", "Write the patched model as an ordinary model or an ONNX graph."),
+    "backbone": ("networks", "Show a frozen network, or write it with its weights as one file."),
     "store": ("serving", "Keep patches by name, version and tag."),
     "tune": ("serving", "Measure which settings of an engine are fastest on this machine."),
     "serve": ("serving", "Answer over HTTP with the patches of a store."),

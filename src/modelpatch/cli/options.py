@@ -26,7 +26,6 @@ from modelpatch.errors import (
     ModelpatchError,
     TrainingError,
     TrainingWarning,
-    UnknownBackboneError,
     UnknownGraftError,
     WrongBackboneError,
 )
@@ -44,6 +43,12 @@ T = TypeVar("T")
 
 LONGEST_NAME = 200  # characters of a file that is named after a task
 LOCAL = "local"
+TOY = "bundled:tiny"
+NO_BACKBONE = (
+    f"no --backbone is given: {TOY} is used, a toy of 0.8 million parameters that was trained on 32-pixel photos of CIFAR-10, "
+    "for trying commands out. For work name a network with -b: timm:mobilenetv2_100.ra_in1k (fast), timm:resnet50.a1_in1k, "
+    "timm:vit_small_patch14_dinov2.lvd142m; -b bundled:tiny hides this warning."
+)
 OWN = "own"  # --backbone own: the backbone that the patch names
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
 KindOption = Annotated[
@@ -55,9 +60,9 @@ ClassesOption = Annotated[
 SeparatorOption = Annotated[str | None, Option(help="The text between several labels in one cell, such as '|'.")]
 IgnoreOption = Annotated[int | None, Option(help="A value of masks to ignore, beside 255.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
-BackboneOption = Annotated[
-    str, Option("--backbone", "-b", help="timm:NAME, torchvision:NAME, openclip:NAME/TAG, file:PATH or bundled:NAME.")
-]
+NETWORKS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER, openclip:NAME/TAG, file:PATH or bundled:NAME."
+BackboneOption = Annotated[str, Option("--backbone", "-b", help=NETWORKS)]
+WeightsOption = Annotated[Path | None, Option(help="A checkpoint (safetensors or .pth) for the network of --backbone.")]
 ArgumentOption = Annotated[list[str] | None, Option(help="KEY=VALUE for the backbone's constructor; may be repeated.")]
 DeviceOption = Annotated[str, Option(help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")]
 AlphaOption = Annotated[float | None, Option(help="Strength of the patch, 0 (the base) to 1; by default the file's.")]
@@ -110,6 +115,18 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
         advice = "Name the backbone with --backbone." if key == "spec" else "Use Python: mp.load_backbone(...)."
         raise BackboneError(f"--argument {key}=... is not an argument of the network's constructor. {advice}")
     return arguments
+
+
+def with_weights(pairs: list[str] | None, weights: Path | None) -> dict[str, Any]:
+    """The arguments of --argument and --weights. Raises `BackboneError` for a checkpoint that both or neither file names."""
+    arguments = parse_arguments(pairs)
+    if weights is None:
+        return arguments
+    if "weights" in arguments:
+        raise BackboneError("--weights and --argument weights=... both name a checkpoint. Give --weights alone.")
+    if not weights.expanduser().exists():
+        raise BackboneError(f"--weights {weights}: there is no such file. Expected a checkpoint, safetensors or .pth.")
+    return {**arguments, "weights": weights}
 
 
 def parse_counts(option: str, text: str) -> list[int]:
@@ -212,36 +229,19 @@ def fitted_seed(patch: mp.Patch) -> int:
 
 def chain_of(patch: mp.Patch, path: Path, arguments: Mapping[str, Any]) -> Chain | None:
     """The chain of the patch's own backbone, without downloading its weights; None if it cannot be built."""
+    from modelpatch.patch.finding import find_backbone
+
+    record = patch.backbone
     try:
-        spec = locate(patch, path)
-        pretrained = {"pretrained": False} if spec.startswith(("timm:", "torchvision:")) else {}
-        arguments = {**patch.backbone.arguments, **arguments, **pretrained}
-        chain = open_backbone(spec, arguments, find_device("cpu")).chain
+        if record.spec.startswith(("timm:", "torchvision:")) and record.hub is None and not record.is_local:
+            arguments = {**record.arguments, **arguments, "pretrained": False}
+            chain = open_backbone(record.spec, arguments, find_device("cpu")).chain
+        else:
+            chain = find_backbone(patch, path, arguments).chain
         patch.blueprint.spans(chain)
     except ModelpatchError:
         return None
     return chain
-
-
-def locate(patch: mp.Patch, patch_path: Path) -> str:
-    """The spec of the patch's own backbone on this machine. Raises `UnknownBackboneError` where it cannot be known."""
-    kind, _, name = patch.backbone.spec.partition(":")
-    if kind == "module":
-        raise UnknownBackboneError(
-            f"{patch_path} was made for a module ({name}) that only your own code can build. Use Python: "
-            "mp.load_backbone(module).patched(mp.Patch.load(path))."
-        )
-    if patch.backbone.hub is not None:
-        raise UnknownBackboneError(
-            f"{patch_path} asks for a network of the hub, where anybody may have put it: {patch.backbone.hub}. If you trust "
-            f"it: --backbone {patch.backbone.spec}"
-        )
-    if kind != "file":
-        return patch.backbone.spec
-    for folder in (patch_path.parent, Path.cwd()):
-        if (folder / name).is_file():
-            return f"file:{folder / name}"
-    raise UnknownBackboneError(f"{patch_path} needs the backbone file {name}. Name it: --backbone file:PATH/{name}")
 
 
 @contextmanager
@@ -265,17 +265,25 @@ class Network:
     """The frozen network and its device. Raises `ModelpatchError` for impossible arguments or an absent device."""
 
     panel: ClassVar[str] = "Backbone"
-    backbone: BackboneOption = "bundled:tiny"
+    backbone: str | None = option(None, "--backbone", "-b", help=NETWORKS)
+    weights: WeightsOption = None
     argument: ArgumentOption = None
     device: DeviceOption = "cpu"
 
     def __post_init__(self) -> None:
+        if self.weights is not None and self.backbone is None:
+            raise BackboneError(
+                f"--weights {self.weights} is given without the network that it is for. Give --backbone."
+            )
         parse_arguments(self.argument)
         find_device(self.device)
 
     def open(self) -> mp.Backbone:
-        """The backbone, on its device."""
-        return open_backbone(self.backbone, parse_arguments(self.argument), find_device(self.device))
+        """The backbone, on its device; without a name the bundled toy, which a warning says."""
+        if self.backbone is None:
+            warnings.warn(NO_BACKBONE, TrainingWarning, stacklevel=2)
+        name = TOY if self.backbone is None else self.backbone
+        return open_backbone(name, with_weights(self.argument, self.weights), find_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -302,7 +310,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class PatchNetwork:
+class NamedNetwork:
     """The frozen network of a patch: by default the one that the patch's file names. Raises `BackboneError`."""
 
     panel: ClassVar[str] = "Backbone"
@@ -312,17 +320,29 @@ class PatchNetwork:
     def __post_init__(self) -> None:
         parse_arguments(self.argument)
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """A checkpoint to load into it."""
+        return None
+
     def open(self, patch: mp.Patch | Cascade, path: Path, device: str = "cpu") -> mp.Backbone:
-        """The backbone of the patch or cascade in a file: the one named, else the file's own (a file is sought beside it).
+        """The backbone of the patch or cascade in a file: the one named, else the file's own, wherever this machine has it.
 
         Arguments override those that the patch records; the recorded ones hold for any network from the same source.
         Raises `BackboneError` where it cannot be loaded, `WrongBackboneError` where it is not the patch's.
         """
-        first = patch_of(patch)
-        spec, arguments = None if self.backbone == OWN else self.backbone, parse_arguments(self.argument)
-        if spec is None or _same_source(spec, first.backbone.spec):
-            arguments = {**first.backbone.arguments, **arguments}
-        backbone = open_backbone(spec or locate(first, path), arguments, find_device(device))
+        from modelpatch.patch.finding import find_backbone
+
+        first, place = patch_of(patch), find_device(device)
+        spec, arguments = None if self.backbone == OWN else self.backbone, with_weights(self.argument, self.checkpoint)
+        if spec is None and self.checkpoint is not None:
+            spec = first.backbone.spec
+        if spec is None:
+            backbone = find_backbone(first, path, arguments)
+            backbone = backbone if backbone.device == place else backbone.to(place)
+        else:
+            recorded = first.backbone.arguments if _same_source(spec, first.backbone.spec) else {}
+            backbone = open_backbone(spec, {**recorded, **arguments}, place)
         with naming(path):
             first.check_backbone(backbone)
         return backbone
@@ -333,6 +353,17 @@ def read_tuning(path: Path | None) -> Tuning | None:
     from modelpatch.backbone.tuning import Tuning
 
     return None if path is None else Tuning.load(path)
+
+
+@dataclass(frozen=True)
+class PatchNetwork(NamedNetwork):
+    """The frozen network of a patch, maybe with weights of its own."""
+
+    weights: WeightsOption = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.weights
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,8 @@ def label(
     seeds: int = Option(1, min=1, help="Seeds of the simulation."),
     plot: Path | None = Option(None, help="A picture of the simulation's curves."),
     rounds: Path | None = Option(None, help="The file of finished rounds, not repeated; by default TASK.rounds.jsonl."),
-    backbone: str | None = Option(None, "--backbone", "-b", help="By default bundled:tiny, or the patch's."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="By default the patch's, or bundled:tiny."),
+    weights: opt.WeightsOption = None,
     method: opt.MethodOption = "subset",
     set_: opt.SetOption = None,
     device: opt.DeviceOption = "cpu",
@@ -261,7 +262,7 @@ def label(
         raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
     made = opt.make_method(method, set_)
     settings = training.settings()
-    network = opt.Network(backbone or "bundled:tiny", argument, device)
+    network = opt.Network(backbone, weights, argument, device)
     task = mp.load_task(data, seed=training.seed)
     if simulate_ is not None:
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
@@ -284,7 +285,7 @@ def label(
         asked = mp.fit(base, task, made, progress=not console.quiet, **settings)
     else:
         asked = mp.Patch.load(patch)
-        base = opt.PatchNetwork(backbone, argument).open(asked, patch, device)
+        base = opt.PatchNetwork(backbone, argument, weights).open(asked, patch, device)
     with console.progress("label") as bar, opt.naming(patch or Path("the patch")):
         try:
             picks = pick(base, asked, images, budget, bar)

@@ -169,6 +169,20 @@ def open_store(url: str) -> "mp.Store":
     return opened
 
 
+def find_served(url: str) -> "mp.Backbone":
+    """The backbone of a store's tagged patches. Raises `ServeError` where there are none, or patches of several backbones."""
+    from modelpatch.patch.finding import find_backbone
+
+    opened = open_store(url)
+    chains = {version.chain: version for version in opened.list() if version.tags}
+    if len(chains) != 1:
+        named = ", ".join(sorted(f"{one.backbone} ({one.name}, ...)" for one in chains.values()))
+        found = f"has patches of {len(chains)} backbones: {named}" if chains else "has no patch that a tag names yet"
+        raise ServeError(f"the store {opened.url} {found}.", "Name the one to serve with --backbone.")
+    (version,) = chains.values()
+    return find_backbone(opened.load(version), None if "://" in url else Path(url))
+
+
 def _copy(source: "mp.Store", target: "mp.Store", references: list[str]) -> None:
     console = Screen()
     with console.progress("copy") as bar, bar.task(target.url, len(references)) as advance:
@@ -205,8 +219,8 @@ def tune(
 
 @verb(first="backbone host port token workers cascade", panel="Limits")
 def serve(
-    backbone: opt.BackboneOption,
     store: str = Argument(..., help="The folder or URL of a store of patches."),
+    backbone: str | None = Option(None, "--backbone", "-b", help="The frozen network; by default that of the patches."),
     host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every network."),
     port: int = Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
     token: str | None = Option(None, envvar="MODELPATCH_TOKEN", help="To publish, tag and remove; none: nobody may."),
@@ -220,6 +234,7 @@ def serve(
     tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured; by default a rule."),
     cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
     device: opt.DeviceOption = "cpu",
+    weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
     ray: bool = Option(False, "--ray", help="Deploy replicas on Ray Serve instead of workers."),
     replicas: int = Option(2, min=1, help="Number of replicas, with --ray."),
@@ -243,7 +258,14 @@ def serve(
         if loaded.task.name in (BASE, *cascades):
             raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
         cascades[loaded.task.name] = loaded
-    arguments = opt.parse_arguments(argument)
+    arguments = opt.with_weights(argument, weights)
+    if backbone is None and arguments:
+        raise ServeError("--weights and --argument are for a network that is named. Give --backbone.")
+    load = (
+        partial(find_served, store)
+        if backbone is None
+        else partial(opt.open_backbone, backbone, arguments, opt.find_device("cpu"))
+    )
     options: dict[str, Any] = {"host": host, "port": port, "tuning": opt.read_tuning(tuning), "say": Screen().tell}
     if ray:
         from modelpatch.serve.deployment import deploy
@@ -252,7 +274,9 @@ def serve(
             raise ServeError("--cascade is for servers of this machine. Leave --ray out, or serve the patches alone.")
         if workers != 1:
             raise ServeError("--workers and --ray are two ways to have several processes. With --ray, give --replicas.")
+        if backbone is None:
+            found = load()
+            backbone, arguments = (found.spec, found.arguments) if found.place is None else found.place.call
         deploy(store, backbone, arguments, str(place), settings, replicas=replicas, **options)
         return
-    load = partial(opt.open_backbone, backbone, arguments, opt.find_device("cpu"))
     serve_forever(store, load, place, settings, workers=workers, cascades=cascades, **options)

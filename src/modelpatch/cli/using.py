@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ def predict(
     images: list[Path] = Argument(..., help="Image files, or folders that are searched for them."),
     patch: list[Path] = Option(..., "--patch", "-p", help="A patch file, or a cascade's; may be repeated."),
     base: bool = Option(False, "--base", help="Print the base's own answer too."),
+    base_size: int | None = Option(None, help="Pixels of the base's images; by default the patches', if all have one."),
     top: int = Option(3, min=1, help="Classes per image and task. Of boxes and labels all that are sure are told."),
     batch_size: int = Option(16, min=1, help="Images in a batch."),
     workers: int = Option(0, min=0, help="Processes that decode images; 0: this one."),
@@ -69,7 +70,10 @@ def predict(
             patches[path] = _relabel(loaded, one, labels_given, words)
     elif words != opt.Words():
         raise ModelpatchError("--text, --names and --template are for --labels. Give --labels as well.")
-    engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning())
+    if base_size is not None and not base:
+        raise ModelpatchError(f"--base-size {base_size} is for the base's own answer. Give --base as well.")
+    seen = _base_preprocessing(loaded, patches.values(), base_size, console) if base else None
+    engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning(), preprocessing=seen)
     for name, path in name_tasks(patches).items():
         with opt.naming(path):
             engine.add(name, patches[path])
@@ -92,6 +96,29 @@ def predict(
     if broken := len(files) - len(readable):
         others = "; the others are answered" if readable else ", so that nothing is answered or explained"
         raise DataError(f"{broken} of {len(files)} images cannot be read{others}.")
+
+
+def _base_preprocessing(
+    backbone: mp.Backbone, loaded: Iterable[mp.Patch | Cascade], pixels: int | None, console: Screen
+) -> mp.Preprocessing:
+    """The preprocessing of the base: of the size that was asked for, else the patches' if all have one, else its own."""
+    own = backbone.preprocessing
+    if pixels is not None:
+        backbone.check_image_size(pixels)
+        return own.with_image_size(pixels)
+    asked = {patch.preprocessing for one in loaded for patch in ([one] if isinstance(one, mp.Patch) else one.patches)}
+    if asked == {own}:
+        return own
+    if len(asked) == 1:
+        (shared,) = asked
+        console.tell(
+            f"the base answers at {shared.image_size} px, in one pass with the patches (in a pass of its own: --base-size "
+            f"{own.image_size}, the size it was loaded for)"
+        )
+        return shared
+    sizes = ", ".join(f"{one.image_size}" for one in sorted(asked, key=lambda one: one.image_size))
+    console.tell(f"the base answers at its own {own.image_size} px, in a pass of its own: the patches see {sizes} px")
+    return own
 
 
 def _relabel(backbone: mp.Backbone, patch: mp.Patch, labels: tuple[str, ...], words: opt.Words) -> mp.Patch:
@@ -231,6 +258,7 @@ def inspect(
     plot: Path | None = Option(None, help="A picture of the bytes per part, or with --data of the weights of skips."),
     data: str | None = Option(None, help="The task's data, as for eval: measure the weights of skips, and variances."),
     backbone: str | None = Option(None, "--backbone", "-b", help="The network, to name segments; own: the patch's."),
+    weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
 ) -> None:
     """Show the contents of a patch: hashes, settings, measured figures, and the bytes of every part.
@@ -238,7 +266,7 @@ def inspect(
     With `--backbone own` parts are grouped by the segments of the patch's network, which is built without its weights.
     """
     loaded = mp.Patch.load(patch)
-    network = opt.PatchNetwork(backbone, argument)
+    network = opt.PatchNetwork(backbone, argument, weights)
     if data is not None:
         import modelpatch.report.measures as measures
 
@@ -276,6 +304,7 @@ def verify(
     patch: list[Path] = Argument(..., help="Patch files."),
     backbone: str | None = Option(None, "--backbone", "-b", help="A network it must fit too; own: the patch's."),
     file_only: bool = Option(False, "--file-only", hidden=True),
+    weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
 ) -> None:
     """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network.
@@ -284,7 +313,7 @@ def verify(
     """
     from rich.markup import escape
 
-    network = opt.PatchNetwork(backbone, argument)
+    network = opt.PatchNetwork(backbone, argument, weights)
     results = []
     for path in patch:
         result, line = _check(path, None if backbone is None or file_only else network)

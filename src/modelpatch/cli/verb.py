@@ -24,7 +24,7 @@ from modelpatch.text import nearest
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
 COMMON = {
     DATA: "kind classes ignore",
-    BACKBONE: "backbone argument device alpha",
+    BACKBONE: "backbone weights argument device alpha",
     FILES: "out force dtype log json plot bytes_plot markdown html sheet overlay rounds",
     RAY: "ray ray_workers ray_address replicas",
     RUN: "config quiet restart",

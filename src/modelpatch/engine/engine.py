@@ -48,7 +48,8 @@ class Engine:
     `tuning` are settings of the computation, or a file that `modelpatch tune` wrote; by default `Tuning.of(backbone)`, a rule
     by device and architecture. `budget` are the bytes for variants as modules of their own, beyond the patches' tensors and
     the backbone (by default twice the backbone's bytes); `eager` makes them when a patch is added instead of when it is used.
-    `bfloat16` lets the rule choose 16-bit arithmetic, which moves logits by about a hundredth.
+    `bfloat16` lets the rule choose 16-bit arithmetic, which moves logits by about a hundredth. `preprocessing` is that of the
+    base's own answer, by default the backbone's; with that of the patches it shares their pass.
 
     Raises the errors of `BoundPatch` for patches that do not fit, `EngineError` for names that cannot be used.
     """
@@ -62,6 +63,7 @@ class Engine:
         budget: int | None = None,
         eager: bool = False,
         bfloat16: bool = False,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         pinned = Tuning() if tuning is None else Tuning.load(tuning) if isinstance(tuning, str | Path) else tuning
         for given, kind, name, expected in (
@@ -84,7 +86,9 @@ class Engine:
         self._lock = threading.RLock()
         self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
         head = clone_module(backbone.chain.head)
-        base = EngineTask(BASE, backbone.preprocessing, backbone.classes, head, self.templates.segments)
+        base = EngineTask(
+            BASE, preprocessing or backbone.preprocessing, backbone.classes, head, self.templates.segments
+        )
         self._tasks: dict[str, EngineTask] = {BASE: base}
         for name, patch in (patches or {}).items():
             self.add(name, patch)

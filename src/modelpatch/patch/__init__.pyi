@@ -5,4 +5,5 @@ from .changes import Reweighting as Reweighting
 from .contents import Patch as Patch
 from .file import BackboneRecord as BackboneRecord
 from .file import MethodRecord as MethodRecord
+from .finding import find_backbone as find_backbone
 from .model import PatchedModel as PatchedModel

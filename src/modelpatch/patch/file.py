@@ -12,11 +12,11 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
@@ -53,14 +53,25 @@ FREE = {"arguments", "hyperparameters", "options", "metrics", "created"}  # fiel
 MODULE = "module"  # the kind of a network that was given as a module
 
 
+def _check_plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the plain name of a file")
+    return name
+
+
+FileName = Annotated[Text, AfterValidator(_check_plain_name)]
+
+
 class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
     """The frozen network of a patch: its specification and arguments, its content hashes, what it computes and its size.
 
-    `computation` is None in files that were written before it was recorded.
+    `weights` is the name of the checkpoint that was loaded into it, without its folder. `computation` is None in files that
+    were written before it was recorded.
     """
 
     spec: Text
     arguments: Arguments = {}
+    weights: FileName | None = None
     fingerprint: Fingerprint
     computation: Computation | None = None
     parameters: int = Field(gt=0)
@@ -76,6 +87,13 @@ class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
         if not separator or not plain:
             raise ValueError(f"{spec!r} is not KIND:NAME with a plain name")
         return spec
+
+    @property
+    def is_local(self) -> bool:
+        """True for a network of files of some machine, which no zoo has under its name."""
+        kind, _, name = self.spec.partition(":")
+        source = SOURCES.get(kind) if kind != MODULE else None
+        return self.weights is not None or (source is not None and source().names_file(name))
 
     @property
     def hub(self) -> str | None:
@@ -97,11 +115,12 @@ class BackboneRecord(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def of(cls, backbone: Backbone) -> Self:
         """The record of a backbone at hand. Raises `PatchError` for one that no file could name."""
-        parameters = list(backbone.module.parameters())
+        parameters, place = list(backbone.module.parameters()), backbone.place
         try:
             return cls(
                 spec=backbone.spec,
                 arguments=backbone.arguments,
+                weights=Path(place.weights).name if place and place.weights else None,
                 fingerprint=backbone.fingerprints,
                 computation=backbone.computing.record,
                 parameters=sum(parameter.numel() for parameter in parameters),
@@ -191,8 +210,9 @@ def _header_text(facts: Mapping[str, Any], codecs: dict[str, str]) -> str:
         for part in ("head", "task"):
             if not described[part]["options"]:
                 del described[part]["options"]  # which earlier versions do not read
-        if described["backbone"]["computation"] is None:
-            del described["backbone"]["computation"]
+        for part in ("computation", "weights"):
+            if described["backbone"][part] is None:
+                del described["backbone"][part]  # likewise
         text = canonical(described)
     except ValidationError as error:
         raise PatchError(f"the patch cannot be written: {first_problem(error)}.") from error

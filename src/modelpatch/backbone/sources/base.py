@@ -37,6 +37,8 @@ class BackboneSource(ABC):
     """A place that networks come from by name."""
 
     holds_weights: ClassVar[bool] = False  # names stand for weights as well: `pretrained` and `weights` do not apply
+    outputs: ClassVar[str] = "num_classes"  # what constructors call the number of a classifier's outputs
+    address: ClassVar[str] = ""  # of the host that published weights are downloaded from, as a URL
 
     @abstractmethod
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
@@ -48,6 +50,10 @@ class BackboneSource(ABC):
     def is_portable(self, name: str) -> bool:
         """True for a name that a patch file may hold: one that names no folder of a machine."""
         return Path(name).name == name
+
+    def names_file(self, name: str) -> bool:
+        """True if a name, or one that a patch file holds, stands for a file or folder of some machine."""
+        return False
 
     def find_repository(self, name: str) -> str | None:
         """The repository of a name that anybody may have published, None for names that the source's makers did."""

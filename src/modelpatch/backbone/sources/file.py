@@ -24,7 +24,10 @@ class FileSource(BackboneSource):
     holds_weights = True
 
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
-        return build_file(Path(name), f"file:{Path(name).name}", arguments)
+        return build_file(Path(name).expanduser(), f"file:{Path(name).name}", arguments)
+
+    def names_file(self, name: str) -> bool:
+        return True
 
 
 @register_source("bundled")

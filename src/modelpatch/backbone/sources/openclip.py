@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.reach import HUB
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.text_tower import ClipText
 from modelpatch.errors import BackboneError, UnknownBackboneError, require
@@ -49,6 +50,8 @@ class ImageTower(nn.Module):
 @register_source("openclip")
 class OpenClipSource(BackboneSource):
     """open_clip's image towers."""
+
+    address = HUB
 
     def is_portable(self, name: str) -> bool:
         return NAME.fullmatch(name) is not None

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.reach import HUB
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.text import first_problem
@@ -19,6 +20,8 @@ HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face 
 @register_source("timm")
 class TimmSource(BackboneSource):
     """timm's models."""
+
+    address = HUB
 
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
         import timm

@@ -85,6 +85,8 @@ def dense_models() -> dict[str, type[nn.Module]]:
 class TorchvisionSource(BackboneSource):
     """torchvision's models."""
 
+    address = "https://download.pytorch.org"
+
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
         from torchvision import models
 
