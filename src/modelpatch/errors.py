@@ -141,6 +141,10 @@ class UncheckedComputationWarning(UserWarning):
     """A patch whose file does not say what its backbone computes: its tensors were compared, nothing else."""
 
 
+class DepthWarning(UserWarning):
+    """Pictures of more than 8 bits whose values do not fill the range that they are taken to have."""
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint holds more than the network that is read from it."""
 

@@ -81,3 +81,16 @@ def test_a_file_of_the_first_edition_is_written_again_with_the_same_values(name:
 @pytest.mark.parametrize(("name", "codec"), CODED.items())
 def test_codecs_of_then_are_among_the_files(name: str, codec: str) -> None:
     assert f':\\"{codec}' in (FILES / f"{name}.safetensors").read_text(encoding="latin-1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_the_first_edition_rounds_as_it_did_and_keeps_its_bytes(name: str) -> None:
+    needed(name)
+    data = (FILES / f"{name}.safetensors").read_bytes()
+    patch = decode_patch(data)
+    assert patch.preprocessing.rounding == "first"
+    assert encode_patch(patch, compress=name == "masks") == data
+    again = decode_patch(
+        encode_patch(replace(patch, preprocessing=patch.preprocessing.model_copy(update={"rounding": "exact"})))
+    )
+    assert again.preprocessing.rounding == "exact"

@@ -37,7 +37,9 @@ class Augmentation:
 
     def __call__(self, images: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """Float (B, 3, R, R) to (B, 3, size, size), each image cropped on its own; values keep their range."""
-        grid = F.affine_grid(self.matrices(len(images), generator), [len(images), 3, size, size], align_corners=False)
+        grid = F.affine_grid(
+            self.matrices(len(images), generator), [*images.shape[:2], size, size], align_corners=False
+        )
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
     def matrices(self, count: int, generator: torch.Generator) -> Tensor:

@@ -14,14 +14,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain, count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from modelpatch.backbone.preprocessing import Preprocessing, open_image
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import AUGMENTATIONS, Augmentation, apply_transform
 from modelpatch.data.seeding import make_generator, seeded
 from modelpatch.data.splits import Sample, Split, StreamSplit, count_workers
@@ -106,11 +107,19 @@ class Reader(Dataset[Any]):
 
     def decode(self, sample: Sample) -> Decoded:
         """The decoded image of a sample, with its class index or framed target."""
-        picture, target = open_image(sample[0]), sample[1]
+        picture, target = self.preprocessing.open(sample[0]), sample[1]
         if self.transform is not None:
+            if not isinstance(picture, Image.Image):
+                raise DataError(
+                    f"transforms take pictures of 1 or 3 channels; these have {self.preprocessing.channels}."
+                )
             picture, target = apply_transform(self.transform, picture, target)
         if isinstance(target, Target):
-            return self.preprocessing.decode(picture), target.frame(picture, self.preprocessing), type(target)
+            return (
+                self.preprocessing.decode(picture),
+                target.frame(cast(Image.Image, picture), self.preprocessing),
+                type(target),
+            )
         return self.preprocessing.decode(picture), target, None
 
 
@@ -210,7 +219,7 @@ class ImageStore(Images):
     def __init__(self, split: Split, preprocessing: Preprocessing, memory: int) -> None:
         super().__init__(split, preprocessing)
         side = preprocessing.resize_to
-        self.pixels = allocate((len(split), 3, side, side), torch.uint8, memory)
+        self.pixels = allocate((len(split), preprocessing.channels, side, side), torch.uint8, memory)
         self.ready = torch.zeros(len(split), dtype=torch.bool)
         self._targets: list[Any] = [None] * len(split)
         self._target_type: type[Target] | None = None
@@ -272,7 +281,7 @@ class SequentialImages(Images):
 
     def _draw(self, samples: Iterator[Decoded], view: View) -> Iterator[Decoded]:
         generator = np.random.default_rng((*view, 1))
-        size = 3 * self.preprocessing.resize_to**2
+        size = self.preprocessing.channels * self.preprocessing.resize_to**2
         places = max(min(MOST_BUFFERED, BUFFER // size, len(self)), 1)
         buffer = list(islice(samples, places))
         for sample in samples:
@@ -291,7 +300,7 @@ def open_images(
     """
     if isinstance(split, StreamSplit):
         return SequentialImages(split, preprocessing, shuffle)
-    size = len(split) * (4 if split.dense else 3) * preprocessing.resize_to**2
+    size = len(split) * (preprocessing.channels + bool(split.dense)) * preprocessing.resize_to**2
     if once or split.changes or size > memory:
         return Images(split, preprocessing)
     return ImageStore(split, preprocessing, memory)

@@ -126,6 +126,8 @@ def split_item(item: Any) -> tuple[Any, Any]:
 def to_image(value: Any) -> ImageSource:
     """The image as PIL, uint8 array (H, W[, C]), path or bytes, from one of these or a tensor (C, H, W) or (H, W).
 
+    Arrays (H, W, C) of other channels than 1, 3 and 4 stay as they are, for networks of as many.
+
     Raises `DataError` for other values than uint8, bool, and floats in [0, 1].
     """
     if isinstance(value, Mapping):  # as `datasets` keeps an image that is not decoded
@@ -137,6 +139,8 @@ def to_image(value: Any) -> ImageSource:
         array = value.permute(1, 2, 0).numpy() if value.ndim == 3 and value.shape[0] in CHANNELS else value.numpy()
     elif isinstance(value, np.ndarray):
         array = value
+        if _has_bands(array):
+            return np.ascontiguousarray(array)
         if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
             array = array.transpose(1, 2, 0)
     else:
@@ -155,6 +159,11 @@ def to_image(value: Any) -> ImageSource:
     if array.dtype != np.uint8:
         raise DataError(f"its image is of {array.dtype}; expected uint8, or floats in [0, 1].")
     return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _has_bands(array: np.ndarray) -> bool:
+    """True for a picture (H, W, C) of more channels than a Pillow image has, which networks of as many take."""
+    return array.ndim == 3 and array.shape[2] not in CHANNELS and 1 < array.shape[2] < min(array.shape[:2])
 
 
 def to_label(value: Any) -> int | str:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from modelpatch.backbone.preprocessing import ImageSource, image_bytes, open_image
+from modelpatch.backbone.preprocessing import ImageSource, image_bytes, open_any
 from modelpatch.data.samples import LABEL_KEYS, SampleForm, to_label
 from modelpatch.data.seeding import seeded
 from modelpatch.errors import DataError, warn_caller
@@ -315,9 +315,9 @@ def join_splits(parts: Sequence[Split], labels: np.ndarray | None = None) -> Spl
 def content(sample: Sample) -> bytes:
     """The bytes that identify a sample: decoded pixels and label or target."""
     image, target = sample
-    picture = open_image(image)
+    picture = open_any(image)
     kept = target.content() if isinstance(target, Target) else str(to_label(target)).encode()
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes() + kept).digest()
+    return hashlib.sha256(f"{picture.size}".encode() + np.asarray(picture).tobytes() + kept).digest()
 
 
 def count_workers(split: Split, threaded: bool = False) -> int:
@@ -380,4 +380,4 @@ def split_seed(facts: Mapping[str, Any]) -> int | None:
 def source_size(split: Split, sample: int = 16) -> int:
     """The median shorter side of the images, in pixels, from a few of them."""
     with seeded(0):
-        return int(np.median([min(open_image(image).size) for image, _ in split.some(sample)]))
+        return int(np.median([min(open_any(image).size) for image, _ in split.some(sample)]))

@@ -207,6 +207,7 @@ def _header_text(facts: Mapping[str, Any], codecs: dict[str, str]) -> str:
     """The canonical JSON of a file. Raises `PatchError` for facts that no reader would accept."""
     try:
         described = Header(version=VERSION, codecs=codecs, sha256=ZEROS, **facts).model_dump()
+        _leave_out(described["preprocessing"])
         for part in ("head", "task"):
             if not described[part]["options"]:
                 del described[part]["options"]  # which earlier versions do not read
@@ -248,7 +249,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     for tensor_name in table:
         _check_name(tensor_name, STORED_NAME, name)
     try:
-        header = Header.model_validate(_with_tuples(described), strict=True)
+        header = Header.model_validate(_with_tuples(_with_rounding(described)), strict=True)
     except ValidationError as error:
         kind = HostileNameError if "cannot be printed" in error.errors()[0]["msg"] else InvalidPatchError
         raise kind(f"{name}: the header's {first_problem(error)}.") from error
@@ -311,6 +312,21 @@ def _read_json(text: str | bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NotAPatchError(f"{name} is not a patch file: its header is not a JSON object.")
     return value
+
+
+def _leave_out(preprocessing: dict[str, Any]) -> None:
+    """Remove what a file does not say where it has no meaning, so that the first edition's files keep their bytes."""
+    for name, plain in (("fill", None), ("value_range", None), ("rounding", "first")):
+        if preprocessing[name] == plain:
+            del preprocessing[name]
+
+
+def _with_rounding(described: dict[str, Any]) -> dict[str, Any]:
+    """The header with the rounding of the first edition, whose files do not say it."""
+    preprocessing = described.get("preprocessing")
+    if not isinstance(preprocessing, dict):
+        return described
+    return {**described, "preprocessing": {"rounding": "first", **preprocessing}}
 
 
 def _with_tuples(value: Any) -> Any:

@@ -78,7 +78,7 @@ def make_decoder(
 def find_maps(backbone: Backbone, pixels: int) -> list[FeatureMap]:
     """Every segment's output that is a map of more than one position, for images of this size."""
     chain = backbone.chain
-    x = torch.zeros(1, 3, pixels, pixels, device=backbone.device)
+    x = torch.zeros(1, backbone.input_size[0], pixels, pixels, device=backbone.device)
     chain.prepare(x)
     found = []
     for segment in chain:

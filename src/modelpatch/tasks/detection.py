@@ -54,7 +54,7 @@ class Boxes(Target):
     def frame(self, image: Image.Image, preprocessing: Preprocessing) -> Objects:
         left, top, width, height = preprocessing.framed_area(image.width, image.height)
         size = np.array([width, height] * 2) / preprocessing.image_size
-        corners = (self.corners - np.array([left, top] * 2)) / size + _edge(preprocessing)
+        corners = (self.corners - np.array([left, top] * 2)) / size + preprocessing.edge
         labels, difficult = torch.from_numpy(self.labels), torch.from_numpy(self.difficult)
         boxes = torch.from_numpy(corners.astype(np.float32))
         return {"boxes": boxes, "labels": labels, "difficult": difficult}
@@ -64,7 +64,7 @@ class Boxes(Target):
         """Objects of each image, boxes in pixels of the view."""
         whole, size = preprocessing.resize_to, preprocessing.image_size
         if matrices is None:
-            return [_cut(one, one["boxes"] - _edge(preprocessing), size) for one in framed]
+            return [_cut(one, one["boxes"] - preprocessing.edge, size) for one in framed]
         found = []
         for one, matrix in zip(framed, matrices, strict=True):
             places = 2 * one["boxes"].view(-1, 2, 2) / whole - 1  # corners in [-1, 1]
@@ -72,11 +72,6 @@ class Boxes(Target):
             corners = torch.cat([places.min(1).values, places.max(1).values], 1)
             found.append(_cut(one, (corners + 1) / 2 * size, size))
         return found
-
-
-def _edge(preprocessing: Preprocessing) -> int:
-    """Pixels at each side of a framed image that its centre crop cuts off."""
-    return (preprocessing.resize_to - preprocessing.image_size) // 2
 
 
 def _cut(framed: Objects, corners: Tensor, size: int) -> Objects:

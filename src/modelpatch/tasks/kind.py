@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.preprocessing import Framing, ImageSource, Preprocessing, open_image
+from modelpatch.backbone.framing import Framing
+from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, open_image
 from modelpatch.errors import DataError, MissingExtraError, TrainingError
 from modelpatch.heads.base import Decoder
 from modelpatch.heads.reading import HeadInput

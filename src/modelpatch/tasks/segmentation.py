@@ -82,7 +82,7 @@ class PixelMask(Target):
                 f"{source_name(self.source)} is {mask.width} x {mask.height} pixels, its image {image.width} x "
                 f"{image.height}. Expected one class for every pixel."
             )
-        return torch.from_numpy(np.array(preprocessing.frame(mask, "nearest")))
+        return torch.from_numpy(np.array(preprocessing.frame(mask, "nearest", IGNORED)))
 
     @staticmethod
     def batch(framed: Sequence[Tensor], preprocessing: Preprocessing, matrices: Tensor | None) -> Tensor:

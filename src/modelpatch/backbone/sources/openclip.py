@@ -8,16 +8,21 @@ Radford et al., *Learning Transferable Visual Models From Natural Language Super
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from modelpatch.backbone.framing import Framing
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.reach import HUB
 from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
 from modelpatch.backbone.text_tower import ClipText
 from modelpatch.errors import BackboneError, UnknownBackboneError, require
+from modelpatch.text import first_problem
 
+FRAMINGS: dict[str, Framing] = {"shortest": "crop", "longest": "border", "squash": "stretch"}  # by resize_mode
 NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)(?:/([A-Za-z0-9_-][A-Za-z0-9_.-]*))?")
 
 
@@ -84,10 +89,24 @@ class OpenClipSource(BackboneSource):
         finally:
             logging.disable(level)
         config = open_clip.get_model_preprocess_cfg(model)
-        size = config.get("size", 224)
-        pixels = size if isinstance(size, int) else size[0]
-        own = {"mean": config["mean"], "std": config["std"], "interpolation": config.get("interpolation", "bicubic")}
-        preprocessing = Preprocessing(input_size=(3, pixels, pixels), crop_pct=1.0, **own)
+        try:
+            preprocessing = from_openclip(config)
+        except ValidationError as error:
+            raise BackboneError(
+                f"{name} sees images in a way that is not supported: {first_problem(error)}."
+            ) from error
         visual = model.visual
         model.visual = nn.Identity()  # the text tower does not hold the image tower
         return BuiltNetwork(module=ImageTower(visual), preprocessing=preprocessing, text=ClipText(model, tokenizer))
+
+
+def from_openclip(config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing that open_clip's config describes. Raises pydantic's `ValidationError` for one that cannot be."""
+    size = config.get("size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    framing = FRAMINGS[config.get("resize_mode") or "shortest"]
+    own: dict[str, Any] = {"interpolation": "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"}
+    own |= {"fill": (config.get("fill_color", 0),) * 3} if framing == "border" else {}
+    for part in ("mean", "std"):
+        own[part] = config[part] if isinstance(config[part], list | tuple) else (config[part],) * 3
+    return Preprocessing(input_size=(3, height, width), crop_pct=1.0, framing=framing, **own)

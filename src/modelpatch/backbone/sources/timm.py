@@ -3,6 +3,8 @@
 `timm:hf-hub:OWNER/NAME` is one that anybody may have put on the Hugging Face hub.
 """
 
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +16,7 @@ from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, regis
 from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.text import first_problem
 
+FRAMINGS = {"center": "crop"}  # by timm's names, others are called as here
 HUBS = ("hf-hub", "hf_hub")  # how timm spells a repository of the Hugging Face hub
 
 
@@ -34,7 +37,7 @@ class TimmSource(BackboneSource):
                 hint = f"Similar: {', '.join(close)}." if close else "See timm.list_models()."
                 raise UnknownBackboneError(f"timm has no model {name!r}. {hint}") from error
             raise BackboneError(f"timm could not build {name!r} with {arguments}: {error}") from error
-        return BuiltNetwork(module=module, preprocessing=preprocessing_of(module))
+        return BuiltNetwork(module=module, preprocessing=preprocessing_of(module, arguments.get("in_chans")))
 
     def is_portable(self, name: str) -> bool:
         source, _, repository = name.rpartition(":")
@@ -47,19 +50,52 @@ class TimmSource(BackboneSource):
         return repository if source.lower() in HUBS else None
 
 
-def preprocessing_of(module: nn.Module) -> Preprocessing:
-    """The preprocessing of a network: as timm's networks describe theirs, the default for others. Raises `BackboneError`."""
+def preprocessing_of(module: nn.Module, channels: int | None = None) -> Preprocessing:
+    """The preprocessing of a network: as timm's networks describe theirs, the default for others. Raises `BackboneError`.
+
+    `channels` are those of its images, where they were asked for: timm describes the published weights' three.
+    """
     if not hasattr(module, "pretrained_cfg"):
         return Preprocessing()
     import timm
 
     config = timm.data.config.resolve_model_data_config(module)
-    size = int(config["input_size"][-1])
-    own = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     try:
-        return Preprocessing(input_size=(3, size, size), **own)
+        return from_timm(config, channels or _channels_of(module))
     except ValidationError as error:
         raise BackboneError(
             f"{type(module).__name__} sees images in a way that is not supported: {first_problem(error)}. Expected square "
-            "RGB images; build the module yourself and give it to load_backbone with preprocessing=..."
+            "images; build the module yourself and give it to load_backbone with preprocessing=..."
         ) from error
+
+
+def from_timm(config: Mapping[str, Any], channels: int | None = None) -> Preprocessing:
+    """The preprocessing that timm's data config describes. Raises pydantic's `ValidationError` for one that cannot be."""
+    _, height, width = config["input_size"]
+    framing = FRAMINGS.get(config["crop_mode"], config["crop_mode"])
+    if framing == "squash" and config["crop_pct"] == 1:
+        framing = "stretch"
+    channels = channels or config["input_size"][0]
+    own: dict[str, Any] = {name: spread(config[name], channels) for name in ("mean", "std")}
+    own |= {name: config[name] for name in ("interpolation", "crop_pct")}
+    if framing != "border" and config["crop_pct"] > 1:  # torchvision's CenterCrop fills up with black
+        own["fill"] = (0,) * channels
+    return Preprocessing(input_size=(channels, height, width), framing=framing, **own)
+
+
+def _channels_of(module: Any) -> int | None:
+    """The channels of a network that says them, or whose first convolution has fewer than colour's."""
+    said = getattr(module, "in_chans", None)
+    if isinstance(said, int):
+        return said
+    name = module.pretrained_cfg.get("first_conv")
+    layer = dict(module.named_modules()).get(name) if isinstance(name, str) else None
+    inputs = getattr(layer, "in_channels", 3)
+    return inputs if inputs < 3 else None
+
+
+def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Numbers a channel for another count of channels: the mean for one, else in turn, as timm spreads a stem's weights."""
+    if channels == len(values):
+        return tuple(values)
+    return (sum(values) / len(values),) if channels == 1 else tuple(islice(cycle(values), channels))

@@ -12,6 +12,7 @@ what is left out (auxiliary classifiers, boxes) are dropped.
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -108,10 +109,22 @@ class TorchvisionSource(BackboneSource):
         if own := getattr(model, "transform", None):  # a detector, whose weights' transform resizes nothing
             size = (own.fixed_size or [DETECTION_SIZE])[0]
             seen = {"mean": own.image_mean, "std": own.image_std, "interpolation": "bilinear", "crop_pct": 1.0}
+            preprocessing = Preprocessing(input_size=(3, size, size), **seen)
         else:
-            own = published.transforms()
-            size = getattr(own, "crop_size", own.resize_size)[0]
-            seen = {"mean": own.mean, "std": own.std, "interpolation": own.interpolation.value}
-            seen |= {"crop_pct": size / own.resize_size[0]}
-        preprocessing = Preprocessing(input_size=(3, size, size), **seen)
+            preprocessing = from_torchvision(published.transforms())
         return BuiltNetwork(module=model if wrapper is None else wrapper(model), preprocessing=preprocessing)
+
+
+def from_torchvision(transform: Any) -> Preprocessing:
+    """The preprocessing that the transform of torchvision's weights describes: resize, centre crop, normalise."""
+    whole = transform.resize_size[0]
+    size = getattr(transform, "crop_size", transform.resize_size)[0]
+    share = size / whole
+    share = share if math.floor(size / share) == whole else math.nextafter(share, 0)  # floor(size / share) is `whole`
+    return Preprocessing(
+        input_size=(3, size, size),
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        interpolation=transform.interpolation.value,
+        crop_pct=share,
+    )
