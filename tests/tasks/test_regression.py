@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.errors import DataError, TrainingError
+from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.heads.linear import CosineHead, LinearHead
 from modelpatch.tasks.kind import View
 from modelpatch.tasks.record import TaskRecord
@@ -117,7 +117,7 @@ def test_figures_of_one_image_are_finite() -> None:
 
 def test_what_could_not_be_finished_or_stored_is_refused_before_the_first_step() -> None:
     options = {"mean": [0.0], "std": [1e5]}
-    with pytest.raises(TrainingError, match="CosineHead has no bias"):
+    with pytest.raises(MethodNotApplicableError, match="CosineHead has no bias"):
         KIND.check_head(CosineHead(4, 1), "float32", options)
     with pytest.raises(TrainingError, match="more than float16 holds"):
         KIND.check_head(LinearHead(4, 1), "float16", options)

@@ -2,7 +2,8 @@
 
     safetensors    the state dict that the network's own library loads (timm, torchvision): weights changed, head in place
     torch-export   a program of torch.export with a free batch size: `torch.export.load(path).module()(images)`
-    onnx           an ONNX graph, input `images` (B, 3, H, W) float32 normalised, output `logits` (B, K)
+    onnx           an ONNX graph, input `images` (B, 3, H, W) float32 normalised, output `logits` (B, K),
+                   of a regression the numbers in the user's units
 
 The file is complete: neither the patch nor the backbone is needed to run it.
 """
@@ -67,7 +68,9 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
 
 def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
     """A state dict; its metadata let `load_backbone("file:...")` build the network if timm knows it by name."""
-    metadata = {"format": "pt", "classes": json.dumps(patch.task.classes)}
+    metadata = {"format": "pt", "kind": patch.task.kind, "classes": json.dumps(patch.task.classes)}
+    if patch.task.options:
+        metadata["options"] = json.dumps(patch.task.options)
     if architecture := backbone.architecture:
         arguments = {k: v for k, v in backbone.arguments.items() if k not in ("pretrained", "seed")}
         described = {
@@ -84,7 +87,9 @@ def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
 
 def _as_graph(form: str, backbone: Backbone, patch: Patch) -> bytes:
     images = {"images": torch.zeros(2, *patch.preprocessing.input_size)}
-    facts = {"task": patch.task.name, "classes": json.dumps(patch.task.classes)}
+    facts = {"task": patch.task.name, "kind": patch.task.kind, "classes": json.dumps(patch.task.classes)}
+    if patch.task.options:
+        facts["options"] = json.dumps(patch.task.options)
     facts["preprocessing"] = patch.preprocessing.model_dump_json()
     owner = f"the {patch.method.name} patch of {patch.task.name}"
     return write_graph(backbone.patched(patch).cpu(), images, ["logits"], facts, form, owner)
@@ -92,26 +97,31 @@ def _as_graph(form: str, backbone: Backbone, patch: Patch) -> bytes:
 
 @dataclass(frozen=True)
 class Agreement:
-    """An exported graph beside PyTorch: the largest absolute difference of a logit, and images with the same best class."""
+    """An exported graph beside PyTorch: the largest absolute difference of a logit, and images with the same best class.
+
+    `largest` is the largest output, 1 at least: numbers may be in any unit.
+    """
 
     images: int
     max_difference: float
     equal_answers: int
+    largest: float = 1.0
 
     @classmethod
     def of(cls, ours: Tensor, theirs: Tensor) -> Self:
         """That of a batch of answers (B, K, ...)."""
         equal = (ours.argmax(1) == theirs.argmax(1)).view(len(ours), -1).all(1).sum()
-        return cls(len(ours), float((ours - theirs).abs().max()), int(equal))
+        return cls(len(ours), float((ours - theirs).abs().max()), int(equal), max(float(ours.abs().max()), 1.0))
 
     def __add__(self, other: "Agreement") -> "Agreement":
         difference = max(self.max_difference, other.max_difference)
-        return Agreement(self.images + other.images, difference, self.equal_answers + other.equal_answers)
+        equal, largest = self.equal_answers + other.equal_answers, max(self.largest, other.largest)
+        return Agreement(self.images + other.images, difference, equal, largest)
 
     @property
     def holds(self) -> bool:
-        """True if all answers are equal and no logit differs by 1e-3 or more."""
-        return self.equal_answers == self.images and self.max_difference < 1e-3
+        """True if all answers are equal and no output differs by 1e-3 of the largest or more."""
+        return self.equal_answers == self.images and self.max_difference < 1e-3 * self.largest
 
 
 def check_onnx(path: str | Path, model: nn.Module, images: Tensor, batch: int = 32) -> Agreement:

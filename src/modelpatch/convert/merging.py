@@ -27,6 +27,7 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
+from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 
 RULES = ("sum", "ties", "dare")
@@ -84,6 +85,7 @@ def diff(backbone: Backbone, first: Patch, second: Patch) -> Difference:
     total = TensorDifference.of("all", *map(torch.cat, zip(*body, strict=True))) if body else None
     told = {
         "task": [patch.task.name for patch in (first, second)],
+        "kind": [patch.task.kind for patch in (first, second)],
         "classes": [", ".join(patch.task.classes) for patch in (first, second)],
         "method": [patch.method.name for patch in (first, second)],
         "image size": [f"{patch.preprocessing.image_size} px" for patch in (first, second)],
@@ -212,6 +214,9 @@ def _head(patch: Patch) -> dict[str, Tensor]:
 def _join_heads(patches: Sequence[Patch]) -> tuple[TaskRecord, HeadRecord, dict[str, Tensor]]:
     first = patches[0]
     kinds = {(patch.head.kind, patch.head.features, patch.preprocessing) for patch in patches}
+    if len({patch.task.kind for patch in patches}) > 1:
+        told = ", ".join(f"{patch.task.name}: {patch.task.kind}" for patch in patches)
+        raise PatchError(f"heads of tasks of several kinds cannot be joined ({told}). Name one with head.")
     if len(kinds) > 1 or first.head.taps:
         raise PatchError("heads of different kinds, widths or preprocessings cannot be joined. Name one with head.")
     names = [name for patch in patches for name in patch.task.classes]
@@ -220,5 +225,11 @@ def _join_heads(patches: Sequence[Patch]) -> tuple[TaskRecord, HeadRecord, dict[
     if len(set(classes)) < len(classes):
         raise PatchError("two of the patches answer the same classes of one task. Name one of their heads with head.")
     parts = {name: torch.cat([patch.tensors[name].float() for patch in patches]) for name in _head(first)}
-    task = TaskRecord(name="+".join(patch.task.name for patch in patches)[:256], classes=tuple(classes))
+    options = kind_of(first.task.kind).join_options([patch.task for patch in patches])
+    task = TaskRecord(
+        name="+".join(patch.task.name for patch in patches)[:256],
+        kind=first.task.kind,
+        classes=tuple(classes),
+        options=options,
+    )
     return task, first.head.model_copy(update={"outputs": len(classes)}), parts

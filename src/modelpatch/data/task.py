@@ -256,7 +256,8 @@ def check_classification(data: Task, purpose: str) -> None:
     """Raise `DataError` for a task of another kind, for a purpose that needs classes of whole images."""
     if not kind_of(data.task.kind).classifies:
         raise DataError(
-            f"{data.task.name} is a {data.task.kind} task; {purpose} takes classification tasks. Use fit, eval and predict."
+            f"{data.task.name} is a {data.task.kind} task; {purpose} takes classification tasks. Use fit, compare, eval and "
+            "predict."
         )
 
 

@@ -14,6 +14,8 @@ from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingEx
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
+from modelpatch.tasks.classification import Classification
+from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.scores import Interval, wilson_interval
 from modelpatch.text import file_name
 from modelpatch.train.callbacks import make_folder
@@ -24,13 +26,13 @@ from modelpatch.train.settings import check_settings
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Means over a method's seeds. Accuracies lie in [0, 1]; those of the base and `harmonic_mean` are None without base data,
-    `top1_error`, the standard error of `top1` over seeds, for one seed. `interval` is the 95 % interval of `top1` for as many
-    test images."""
+    """Means over a method's seeds. `score` is the task's metric, for classification top-1; `score_error`, its standard error
+    over seeds, is None for one seed, and `interval` the 95 % interval of top-1 for as many test images. Accuracies lie in
+    [0, 1]; those of the base and `harmonic_mean` are None without base data."""
 
     method: str
-    top1: float
-    top1_error: float | None
+    score: float
+    score_error: float | None
     base_before: float | None
     base_after: float | None
     harmonic_mean: float | None
@@ -41,18 +43,33 @@ class MethodRow:
     macro_f1: float | None = None
     balanced_accuracy: float | None = None
 
+    @property
+    def top1(self) -> float:
+        """The score of a classification task."""
+        return self.score
+
+    @property
+    def top1_error(self) -> float | None:
+        """The standard error of `top1`."""
+        return self.score_error
+
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One fit of one method with one seed."""
+    """One fit of one method with one seed; `score` is the task's metric."""
 
     seed: int
-    top1: float
+    score: float
     base_after: float | None
     file_bytes: int
     seconds: float
     macro_f1: float | None = None
     balanced_accuracy: float | None = None
+
+    @property
+    def top1(self) -> float:
+        """The score of a classification task."""
+        return self.score
 
 
 @dataclass(frozen=True)
@@ -65,13 +82,35 @@ class Comparison:
     runs: Mapping[str, tuple[SeedRun, ...]]
     patches: Mapping[str, Patch]
     skipped: Mapping[str, str]
+    kind: str = Classification.name
+
+    @property
+    def metric(self) -> str:
+        """The name of the scores: the metric of the task's kind."""
+        return kind_of(self.kind).metric
+
+    @property
+    def title(self) -> str:
+        """The title of the scores."""
+        return kind_of(self.kind).metrics[self.metric]
+
+    @property
+    def in_percent(self) -> bool:
+        """True where scores are shown in percent."""
+        return kind_of(self.kind).in_percent
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; scores have the name of the metric."""
+
+        def name_scores(facts: dict[str, Any]) -> dict[str, Any]:
+            return {name.replace("score", self.metric): value for name, value in facts.items()}
+
         return {
             "task": self.task,
+            "kind": self.kind,
             "backbone": self.backbone,
-            "rows": [asdict(row) for row in self.rows],
-            "runs": {name: [asdict(run) for run in runs] for name, runs in self.runs.items()},
+            "rows": [name_scores(asdict(row)) for row in self.rows],
+            "runs": {name: [name_scores(asdict(run)) for run in runs] for name, runs in self.runs.items()},
             "skipped": dict(self.skipped),
         }
 
@@ -101,7 +140,9 @@ def compare(
     `CheckpointMismatchError` for one of another run.
     """
     check_settings(settings)
-    check_classification(data, "compare")
+    kind = kind_of(data.task.kind)
+    if base is not None:
+        check_classification(data, "the harmonic mean with the base's accuracy")
     before = evaluate_base(backbone, base).top1 if base is not None else None
     chosen = _by_name(spellings("compared") if methods is None else methods)
     trained: dict[str, int] = {}
@@ -119,11 +160,11 @@ def compare(
             for number in range(seed, seed + seeds):
                 files = {} if out is None else _files(Path(out), f"{data.task.name}-{name}-seed{number}", reuse)
                 patch = fit(backbone, data, chosen[name], progress=progress, seed=number, **files, **settings)
-                top1, size = patch.metrics["test_top1"], patch.inspect().file_bytes
+                score, size = patch.metrics[f"test_{kind.metric}"], patch.inspect().file_bytes
                 means = [patch.metrics.get(f"test_{figure}") for figure in ("macro_f1", "balanced_accuracy")]
-                fitted.append(SeedRun(number, top1, None, size, patch.created["seconds"], *means))
+                fitted.append(SeedRun(number, score, None, size, patch.created["seconds"], *means))
                 patches.setdefault(name, patch)
-        except DivergedError as error:
+        except (DivergedError, MethodNotApplicableError) as error:
             skipped[name] = str(error)
         else:
             runs[name] = tuple(fitted)
@@ -133,14 +174,14 @@ def compare(
     runs = {name: tuple(replace(run, base_after=after) for run in fitted) for name, fitted in runs.items()}
     rows = []
     for name, own in runs.items():
-        top1, seconds = Mean.of([run.top1 for run in own]), fmean(run.seconds for run in own)
-        both = None if after is None else fmean(harmonic_mean(run.top1, after) for run in own)
+        score, seconds = Mean.of([run.score for run in own]), fmean(run.seconds for run in own)
+        both = None if after is None else fmean(harmonic_mean(run.score, after) for run in own)
         size = round(fmean(run.file_bytes for run in own))
-        interval = wilson_interval(top1.value, len(data.test))
+        interval = wilson_interval(score.value, len(data.test)) if kind.classifies else None
         means = [_mean([run.macro_f1 for run in own]), _mean([run.balanced_accuracy for run in own])]
-        accuracies = (top1.value, top1.error, before, after, both)
+        accuracies = (score.value, score.error, before, after, both)
         rows.append(MethodRow(name, *accuracies, trained[name], size, seconds, interval, *means))
-    return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped)
+    return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped, data.task.kind)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -46,25 +46,33 @@ def figure(path: Path, width: float, height: float, columns: int = 1, rows: int 
         raise ModelpatchError(f"cannot draw {path}: {error}. {advice}") from error
 
 
-def draw_scores(axes: Any, places: Any, scores: Iterable[tuple[float, float | None]], **style: Any) -> None:
-    """Draw shares in [0, 1] in percent, each with its standard error, if there is one."""
-    percents = [(100 * top, 100 * (error or 0)) for top, error in scores]
+def draw_scores(
+    axes: Any, places: Any, scores: Iterable[tuple[float, float | None]], scale: float = 100, **style: Any
+) -> None:
+    """Draw scores times `scale`, shares in [0, 1] in percent, each with its standard error, if there is one."""
+    percents = [(scale * top, scale * (error or 0)) for top, error in scores]
     tops, errors = [top for top, _ in percents], [error for _, error in percents]
     axes.errorbar(places, tops, errors, **{"fmt": "o-", "capsize": 3, **style})
 
 
+def scale_of(comparison: Comparison) -> float:
+    """The factor with which a comparison's scores are drawn: 100 for percent."""
+    return 100 if comparison.in_percent else 1
+
+
 def plot_sweep(comparison: Comparison, key: str, sweeps: Mapping[str, Mapping[str, str]], path: Path) -> None:
-    """Draw top-1 against a hyperparameter, one line per method; `sweeps` has the rows' names by method and value."""
+    """Draw the scores against a hyperparameter, one line per method; `sweeps` has the rows' names by method and value."""
     rows = {row.method: row for row in comparison.rows}
     with figure(path, 7, 4.5) as axes:
         for method, spelled in sweeps.items():
             found = {value: rows[name] for value, name in spelled.items() if name in rows}
             numbers = [_number(value) for value in found]
-            scores = [(row.top1, row.top1_error) for row in found.values()]
-            draw_scores(axes, list(found) if None in numbers else numbers, scores, label=method)
+            scores = [(row.score, row.score_error) for row in found.values()]
+            draw_scores(axes, list(found) if None in numbers else numbers, scores, scale_of(comparison), label=method)
         if all((_number(value) or 0) > 0 for spelled in sweeps.values() for value in spelled):
             axes.set_xscale("log")
-        axes.set(xlabel=key, ylabel="top-1 (%)", title=f"{comparison.task} on {comparison.backbone}")
+        unit = " (%)" if comparison.in_percent else ""
+        axes.set(xlabel=key, ylabel=comparison.title + unit, title=f"{comparison.task} on {comparison.backbone}")
 
 
 def _number(text: Any) -> float | None:
@@ -105,19 +113,26 @@ def plot_history(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw bars of top-1, and of the harmonic mean with the base if measured, beside bars of file bytes (log)."""
+    """Draw bars of the scores, and of the harmonic mean with the base if measured, beside bars of file bytes (log)."""
     rows = comparison.rows
     places = range(len(rows))
     means = [100 * row.harmonic_mean for row in rows if row.harmonic_mean is not None]
     height, shift = (0.38, 0.19) if means else (0.6, 0.0)
     with figure(path, 10, 1.2 + 0.5 * len(rows), columns=2) as (left, right):
-        style: dict[str, Any] = {"height": height, "color": BLUE, "label": "top-1" if means else None}
-        _bars(left, [place - shift for place in places], [100 * row.top1 for row in rows], "{:.1f}", **style)
+        style: dict[str, Any] = {"height": height, "color": BLUE, "label": comparison.title if means else None}
+        scores, text = (
+            [scale_of(comparison) * row.score for row in rows],
+            "{:.1f}" if comparison.in_percent else "{:.3f}",
+        )
+        _bars(left, [place - shift for place in places], scores, text, **style)
         if len(means) == len(rows):
             style |= {"color": ORANGE, "label": "harmonic mean with the base"}
             _bars(left, [place + shift for place in places], means, "{:.1f}", **style)
             left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-        left.set(xlabel="percent", xlim=(0, 112))
+        if comparison.in_percent:
+            left.set(xlabel=f"{comparison.title}, percent", xlim=(0, 112))
+        else:
+            left.set(xlabel=comparison.title, xlim=(min(0, 1.3 * min(scores)), 1.12 * max(*scores, 0.1)))
         _bars(right, places, [row.file_bytes / 1000 for row in rows], "{:,.0f}", height=0.6, color=GREY)
         right.set(xlabel="patch file, kB (log)", xscale="log")
         right.set_xlim(right=max(row.file_bytes for row in rows) / 1000 * 4)
@@ -128,12 +143,14 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def plot_bytes(comparison: Comparison, path: Path) -> None:
-    """Draw top-1 against file bytes (log), and the harmonic mean with the base on a second axis."""
+    """Draw the scores against file bytes (log), and the harmonic mean with the base on a second axis."""
     rows = comparison.rows
     with figure(path, 9, 5.5) as axes:
         sizes = [row.file_bytes / 1000 for row in rows]
-        draw_scores(axes, sizes, [(row.top1, row.top1_error) for row in rows], fmt="o", color=BLUE)
-        axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel="top-1, percent")
+        scores = [(row.score, row.score_error) for row in rows]
+        draw_scores(axes, sizes, scores, scale_of(comparison), fmt="o", color=BLUE)
+        unit = ", percent" if comparison.in_percent else ""
+        axes.set(xscale="log", xlabel="patch file, kB (log)", ylabel=comparison.title + unit)
         axes.margins(x=0.12, y=0.15)
         axes.set_title(f"{comparison.task} on {comparison.backbone}", pad=24)
         means = [(size, 100 * row.harmonic_mean) for size, row in zip(sizes, rows, strict=True) if row.harmonic_mean]
@@ -142,7 +159,7 @@ def plot_bytes(comparison: Comparison, path: Path) -> None:
             second.plot(*zip(*means, strict=True), "s", color=ORANGE, markersize=4)
             second.set_ylabel("harmonic mean with the base, percent", color=ORANGE)
             second.spines["top"].set_visible(False)
-        places = [(size, 100 * row.top1) for size, row in zip(sizes, rows, strict=True)]
+        places = [(size, scale_of(comparison) * row.score) for size, row in zip(sizes, rows, strict=True)]
         names = [axes.annotate(row.method, place, **LABEL) for row, place in zip(rows, places, strict=True)]
         for name in names:
             name.set_in_layout(False)

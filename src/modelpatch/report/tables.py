@@ -90,6 +90,11 @@ def spell_interval(ends: Sequence[float] | None) -> str:
     return "–" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
 
 
+def plain(score: float, error: float | None = None) -> str:
+    """A score that is no share, with its standard error if there is one."""
+    return f"{score:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def comparison_cells(comparison: Comparison, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison as text; columns only of what is known of some row.
 
@@ -105,9 +110,10 @@ def comparison_cells(comparison: Comparison, narrow: bool = False) -> tuple[list
         base = [percent(share) for share in (row.base_before, row.base_after, row.harmonic_mean)] * measured
         costs = [f"{row.trainable_parameters:,}", f"{row.file_bytes:,}", f"{row.seconds:.1f}"]
         more = [spell_interval(row.interval)] * sure + [percent(row.macro_f1)] * even
-        rows.append([row.method, percent(row.top1, row.top1_error), *more, *base, *costs])
+        score = percent(row.score, row.score_error) if comparison.in_percent else plain(row.score, row.score_error)
+        rows.append([row.method, score, *more, *base, *costs])
     known = ["95% interval"] * sure + ["macro F1"] * even
-    return ["method", "top-1", *known, *about_base, "trained", "file bytes", "seconds"], rows
+    return ["method", comparison.title, *known, *about_base, "trained", "file bytes", "seconds"], rows
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -345,6 +351,9 @@ def _score(metrics: Mapping[str, float]) -> str:
 
     scores = [f"test_{kind.metric}" for kind in KINDS.values()]
     first = [name for name in metrics if name.startswith("test_") and name != "test_images"]
+    measured = next((kind for kind in KINDS.values() if f"test_{kind.metric}" in metrics), None)
+    if measured is not None and not measured.in_percent:
+        return f"{plain(metrics[f'test_{measured.metric}'])} {measured.metric}"
     name = next((name for name in (*scores, *first) if name in metrics), "")
     return percent(metrics.get(name)) + (f" {name.removeprefix('test_')}" if name not in ("", "test_top1") else "")
 

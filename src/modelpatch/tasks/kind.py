@@ -149,16 +149,16 @@ class Kind(ABC):
     """A kind of task. Instances have no state; `kind_of` returns the one of a name.
 
     `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
-    `meter_type` is the class that measures them. `target` is the type of targets, None where they are class indices. `noun`
-    and `nouns` are words for what `classes` names. `draws` says that answers are shown as pictures. `framing` is how images
-    become squares where no setting says so, None as the backbone's own. `classifies` says that answers are logits (B, K) of
-    classes that exclude each other, which cascades, selection, PAINT and distillation need. `decoders` are the heads that a
-    setting may choose, the default first; without any, the method makes the head. `head_rate` is the largest learning rate
-    at which the kind's heads learn. `libraries` are needed to measure an answer (extra `dense`). `counted` names the things
-    that classes are counted in. `weighs_classes` and `smooths_labels` say which options its loss takes. `losses` are those
-    that a setting may name, the default first; without any, the kind has one. `held_out` is the share of the training images
-    by which a patch is finished after training, where there are no validation images. `exact` names tensors that files store
-    as float32 always.
+    `in_percent` says that it is a share. `meter_type` is the class that measures them. `target` is the type of targets, None
+    where they are class indices. `noun` and `nouns` are words for what `classes` names. `draws` says that answers are shown
+    as pictures. `framing` is how images become squares where no setting says so, None as the backbone's own. `classifies`
+    says that answers are logits (B, K) of classes that exclude each other, which cascades, selection, PAINT and distillation
+    need. `decoders` are the heads that a setting may choose, the default first; without any, the method makes the head.
+    `head_rate` is the largest learning rate at which the kind's heads learn. `libraries` are needed to measure an answer
+    (extra `dense`). `counted` names the things that classes are counted in. `weighs_classes` and `smooths_labels` say which
+    options its loss takes. `losses` are those that a setting may name, the default first; without any, the kind has one.
+    `held_out` is the share of the training images by which a patch is finished after training, where there are no validation
+    images. `exact` names tensors that files store as float32 always.
     """
 
     name: ClassVar[str]
@@ -176,6 +176,7 @@ class Kind(ABC):
     counted: ClassVar[str] = "images"
     weighs_classes: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
+    in_percent: ClassVar[bool] = True
     noun: ClassVar[str] = "class"
     nouns: ClassVar[str] = "classes"
     losses: ClassVar[Mapping[str, ElementLoss]] = {}
@@ -233,6 +234,10 @@ class Kind(ABC):
         """The image (RGB), at most `side` pixels wide and high, with its target drawn over it where it belongs to places."""
         return fit_into(image, side)
 
+    def join_options(self, records: Sequence[Any]) -> dict[str, Any]:
+        """The options of one task that has the outputs of several `TaskRecord`s side by side."""
+        return {}
+
     # training -----------------------------------------------------------------------------------------------
 
     def make_head(
@@ -262,6 +267,10 @@ class Kind(ABC):
 
     def check_head(self, head: nn.Module, dtype: str, options: Mapping[str, Any]) -> None:
         """Raise `TrainingError` for a head that could not be finished, or a type that could not store it."""
+        return
+
+    def start_head(self, head: nn.Module) -> None:
+        """Set the values that a head to be trained starts from, if not those as built."""
         return
 
     def make_loss(

@@ -187,6 +187,10 @@ class Multilabel(VectorKind):
     ) -> dict[str, Any]:
         """The threshold of every label with the best F1 on held-out images (see `choose_thresholds`)."""
         if held_out is None:
+            warn_caller(
+                f"no image could be held out of a stream to choose thresholds: every label is told from {EVEN:.0%} on. Give "
+                "validation images."
+            )
             return {**options, "thresholds": [EVEN] * len(classes), "held_out_images": 0}
         logits, targets = map(torch.cat, zip(*held_out, strict=True))
         thresholds = choose_thresholds(logits.float().sigmoid().numpy(), targets.numpy())

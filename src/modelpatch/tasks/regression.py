@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modelpatch.errors import DataError, TrainingError
+from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.heads.base import Head
 from modelpatch.tasks.drawing import Color, palette
 from modelpatch.tasks.kind import ElementLoss, Facts, Meter, Result, TargetFacts, View, register_kind
@@ -109,6 +109,7 @@ class Regression(VectorKind):
     weighs_classes = False
     smooths_labels = False
     counted = ""
+    in_percent = False
     exact = frozenset({"head.bias"})  # which holds the mean
 
     # data ---------------------------------------------------------------------------------------------------
@@ -137,12 +138,13 @@ class Regression(VectorKind):
         return ("number",) if count == 1 else tuple(f"number {one}" for one in range(1, count + 1))
 
     def list_strata(self, targets: Sequence[Vector]) -> Sequence[int]:
-        """The tenth of all images in which an image's first number lies."""
+        """The tenth of all images in which an image's first number lies; of fewer than 100 images a larger part."""
         first = np.array([one.values[0] for one in targets])
         known = first[~np.isnan(first)]
         if not len(known):
             return [0] * len(targets)
-        edges = np.unique(np.quantile(known, np.arange(1, BINS) / BINS))
+        bins = min(max(len(known) // BINS, 1), BINS)
+        edges = np.unique(np.quantile(known, np.arange(1, bins) / bins)) if bins > 1 else np.zeros(0)
         return np.where(np.isnan(first), BINS, np.searchsorted(edges, first, side="right")).tolist()
 
     def check_options(self, classes: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -176,10 +178,12 @@ class Regression(VectorKind):
         return {"mean": means, "std": deviations}
 
     def check_head(self, head: nn.Module, dtype: str, options: Mapping[str, Any]) -> None:
-        """Raise `TrainingError` for a head without weight and bias, and for numbers that float16 does not hold."""
+        """Raise `MethodNotApplicableError` for a head without weight and bias, `TrainingError` for numbers beyond float16."""
         stored = head.stored() if isinstance(head, Head) else {}
         if not {"weight", "bias"} <= stored.keys():
-            raise TrainingError(f"a {type(head).__name__} has no bias, which regression needs. Choose another method.")
+            raise MethodNotApplicableError(
+                f"a {type(head).__name__} has no bias, which numbers need. Choose another method."
+            )
         if dtype == "float16" and DEVIATIONS * max(options["std"]) > LARGEST_HALF:
             raise TrainingError(
                 f"numbers with a standard deviation of {max(options['std']):.3g} are more than float16 holds. Store the patch "

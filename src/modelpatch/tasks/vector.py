@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.tasks.drawing import Color, add_legend
@@ -49,6 +49,14 @@ class VectorKind(Kind):
         known = (~targets.isnan()).float()
         return (known if class_weights is None else known * class_weights.to(known)).sum(1)
 
+    @torch.no_grad()
+    def start_head(self, head: nn.Module) -> None:
+        """Start a linear head at zero, which answers the mean, or even odds, for every image."""
+        if isinstance(head, nn.Linear) and head.weight.requires_grad:
+            head.weight.zero_()
+            if head.bias is not None:
+                head.bias.zero_()
+
     def make_loss(
         self,
         name: str,
@@ -76,6 +84,12 @@ class VectorKind(Kind):
         if class_weights is not None:
             losses = losses * class_weights
         return losses.sum() / self.weigh_images(targets, class_weights).sum().clamp(min=1e-12)
+
+    def join_options(self, records: Sequence[Any]) -> dict[str, Any]:
+        """Lists of a number an output one after another, where all tasks have them."""
+        lists = {name for one in records for name, value in one.options.items() if isinstance(value, list)}
+        shared = [name for name in sorted(lists) if all(name in one.options for one in records)]
+        return {name: [value for one in records for value in one.options[name]] for name in shared}
 
     @abstractmethod
     def to_trained(self, targets: Tensor, options: Mapping[str, Any], label_smoothing: float) -> Tensor:

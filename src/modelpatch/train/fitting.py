@@ -187,7 +187,7 @@ class Fit:
         data = data.with_transform(options.transform)
         self.kind = kind_of(data.task.kind)
         self.kind.check_libraries()
-        held = settings.validation or self.kind.held_out
+        held = settings.validation or (0.0 if data.train.is_stream else self.kind.held_out)
         self.data = data.with_validation(held, settings.seed) if held else data
         self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
         if isinstance(settings.class_weights, tuple) and len(settings.class_weights) != len(data.classes):
@@ -245,6 +245,7 @@ class Fit:
         model = self.method.draft(self.backbone, classes, decoder).to(self.device)
         self.check_savable(model)
         self.kind.check_head(model.head, self.settings.dtype, self.facts)
+        self.kind.start_head(model.head)
         self.source.prepare(model)
         if start is not None:
             model.start_from(start)

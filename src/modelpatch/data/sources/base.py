@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
@@ -131,7 +130,7 @@ def name_place(path: Path) -> str:
 
 def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     """The contents of what was given, and its name. Raises `DataError` where no source reads it, or several do."""
-    outer, (given, accepting) = given, _find_accepting(given)
+    accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
     if not accepting:
         raise DataError(
             f"{str(given)[:200]} is neither a folder of images nor a .csv or .parquet manifest. Expected one of these, "
@@ -143,10 +142,8 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
         raise DataError(unread)
     chosen = [source for source in fitting if not source.general] or fitting
     if len(chosen) > 1:
-        kinds = dict.fromkeys(f"kind={source.kind!r}" for source in chosen)
-        layouts = "; ".join(map(describe_source, chosen))
-        choice = "Keep one of them" if len(kinds) == 1 else f"Choose {' or '.join(kinds)} (--kind)"
-        raise DataError(f"{given} is in more than one layout. {choice}. They are: {layouts}.")
+        kinds = " or ".join(f"kind={source.kind!r}" for source in chosen)
+        raise DataError(f"{given} is in more than one layout. Choose {kinds} (--kind).")
     found = chosen[0].read(given, options)
     if options.kind not in (None, found.kind):
         raise DataError(unread)
@@ -155,27 +152,7 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
             f"{given} names its classes itself; classes and ignore are for the values of masks, classes and separator for "
             "columns of several labels or numbers."
         )
-    return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(outer)
-
-
-def _find_accepting(given: Any) -> tuple[Any, list[DataSource]]:
-    """The given place, or the folder in it in which the data was unpacked, and the sources in whose layout that is."""
-    accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
-    if all(source.general for source in accepting) and (inner := _only_folder(given)):
-        place, found = _find_accepting(inner)
-        if not all(source.general for source in found):
-            return place, found
-    return given, accepting
-
-
-def _only_folder(given: Any) -> Path | None:
-    """The folder inside of one that holds nothing else but texts and the like, as archives unpack."""
-    if not isinstance(given, Path) or not given.is_dir():
-        return None
-    visible = [one for one in given.iterdir() if not one.name.startswith((".", "__"))]
-    folders = [one for one in visible if one.is_dir()]
-    pictures = any(one.suffix.lower() in IMAGE_SUFFIXES for one in visible)
-    return folders[0] if len(folders) == 1 and not pictures else None
+    return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(given)
 
 
 def describe_source(source: DataSource) -> str:

@@ -40,7 +40,8 @@ FLAGS = {
     "?": math.nan,
 }
 BLANK = ("", "nan", "na", "n/a", "null")
-OTHERS = ("", "id", "idx", "index", "unnamed: 0", "split", "fold", "subset", "width", "height")
+OTHERS = {"", "id", "idx", "index", "unnamed: 0", "split", "fold", "subset"}
+SIZES = {"width", "height"}  # of the image, where both are columns
 MANY = 20  # different whole numbers, from which they may be a number and not classes
 CLASSES, LABELS, NUMBERS = (f"--kind {kind.name}" for kind in (Classification, Multilabel, Regression))
 
@@ -60,7 +61,9 @@ class Table:
     @property
     def others(self) -> list[str]:
         """The columns but the label's and those that never hold targets."""
-        return [name for name in self.cells if name != self.label and name.strip().lower() not in OTHERS]
+        lower = {name: name.strip().lower() for name in self.cells}
+        never = OTHERS | SIZES if set(lower.values()) >= SIZES else OTHERS
+        return [name for name in self.cells if name != self.label and lower[name] not in never]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Data sets of torch and of the Hugging Face hub: objects with random access or streams, DataLoaders, and `hf:NAME`.
 
 A `DataLoader` with the usual sampler and collation is read as its data set, any other one as a stream of its batches' samples.
-Of `datasets`, an image column with a class label is a classification task, two image columns a segmentation task, and a column
-`objects` of `bbox` and `category` a detection task. Images are decoded when they are asked for.
+Of `datasets`, an image column with a class label is a classification task, with lists of labels one of several labels, two
+image columns a segmentation task, and a column `objects` of `bbox` and `category` a detection task. Images are decoded when
+they are asked for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from modelpatch.data.samples import (
 )
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
+from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
 from modelpatch.data.sources.values import BINARY, PROBED, make_segmentation, read_classes
 from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
@@ -38,6 +40,7 @@ from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import Target, kind_of
 from modelpatch.tasks.segmentation import IGNORED, PixelMask, read_values
+from modelpatch.tasks.vector import Vector
 
 PREFIX = "hf:"
 FIRST_PICTURES = ("image", "img", "pixel_values")
@@ -75,7 +78,7 @@ def read_datasets(
     if "train" not in splits:
         raise DataError(f"there is no training split, only {', '.join(splits)}. Give one named train.")
     source = describe(splits["train"])
-    if _are_tables(splits.values()):
+    if _are_tables(splits.values(), options):
         return _with_names(read_tables(splits, options, source), options, workers)
     opened = {split: _open(one) for split, one in splits.items()}
     train = opened["train"][0]
@@ -128,13 +131,16 @@ def _is_hub(source: Any) -> bool:
     return "datasets" in modules and hasattr(source, "features")
 
 
-def _are_tables(splits: Iterable[Any]) -> bool:
+def _are_tables(splits: Iterable[Any], options: base.SourceOptions) -> bool:
     """Return True for tables of `datasets` whose columns say what they are, without a transform or format of the user's."""
     splits = list(splits)
     if not all(_is_hub(one) and hasattr(one, "__len__") and one.format["type"] is None for one in splits):
         return False
-    pictures, label = find_columns(splits[0].features)
-    return bool(pictures) and (label is not None or len(pictures) == 2 or "objects" in splits[0].features)
+    features = splits[0].features
+    pictures, label = find_columns(features)
+    said = label is not None or len(pictures) == 2 or "objects" in features
+    named = options.kind is not None and options.allow(Vector)
+    return bool(pictures) and (said or named or bool(_find_lists(features)))
 
 
 def _with_names(found: base.Found, options: base.SourceOptions, workers: int | None) -> base.Found:
@@ -338,6 +344,8 @@ def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: 
             split: (encoded_images(table, first), encoded_images(table, second)) for split, table in tables.items()
         }
         return make_segmentation(pairs, options, options.names, source)
+    if pictures and (found := _read_columns(tables, pictures, label, options, source)) is not None:
+        return found
     splits, classes = {}, []
     for split, table in tables.items():
         pictures, label = find_columns(table.features)
@@ -355,6 +363,46 @@ def find_columns(features: Mapping[str, Any]) -> tuple[list[str], str | None]:
     pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     return pictures, labels[0] if labels else None
+
+
+def _find_lists(features: Mapping[str, Any]) -> list[str]:
+    """The columns of lists of names or of class labels."""
+    inner = {column: getattr(feature, "feature", None) for column, feature in features.items()}
+    return [column for column, one in inner.items() if hasattr(one, "names") or getattr(one, "dtype", "") == "string"]
+
+
+def _read_columns(
+    tables: Mapping[str, Any], pictures: Sequence[str], label: str | None, options: base.SourceOptions, source: str
+) -> base.Found | None:
+    """A task of several labels or numbers; None where a column holds one class label a row, or no table says more."""
+    features = next(iter(tables.values())).features
+    if label is not None and options.kind is None and options.separator is None:
+        return None
+    lists = _find_lists(features)
+    named = next((key for key in LABEL_KEYS if key in features), None) or (lists[0] if len(lists) == 1 else label)
+    cells: dict[str, list[Any]] = {}
+    for column, feature in features.items():
+        if column in pictures:
+            continue
+        names, within = getattr(feature, "names", None), getattr(getattr(feature, "feature", None), "names", None)
+        cells[column] = own = [cell for table in tables.values() for cell in table.with_format(None)[column]]
+        if names:
+            cells[column] = [None if cell is None or cell < 0 else names[cell] for cell in own]
+        elif within:
+            cells[column] = [None if cell is None else [within[one] for one in cell] for cell in own]
+            if column == named and options.classes is None:
+                options = replace(options, classes=tuple(within))
+    starts = np.cumsum([0, *map(len, tables.values())])
+
+    def place(number: int) -> str:
+        split = int(np.searchsorted(starts, number, side="right")) - 1
+        return f"{source}, {list(tables)[split]}, row {number - int(starts[split])}"
+
+    found = find_targets(Table(source, cells, named, place), options)
+    if not isinstance(found, Targets):
+        return None
+    images = [(split, image) for split, table in tables.items() for image in encoded_images(table, pictures[0])]
+    return make_vectors(found, images)
 
 
 def encoded_images(table: Any, column: str) -> Sequence[ImageSource]:
