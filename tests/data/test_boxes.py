@@ -214,6 +214,7 @@ WRONG: list[tuple[Any, str]] = [
         coco(["0.jpg"], categories=[{"id": 3, "name": "cat"}]),
         r"annotations\[0\]: category_id 90 is none of the categories",
     ),
+    (coco(["x" * 400]), "there is no image 'x+'; 1 of 1 are missing"),
     (coco(["9.jpg"]), r"there is no image '9\.jpg'; 1 of 1 are missing"),
     (coco(["0.jpg"], box=(float("nan"), 0, 1, 1)), r"annotations\[0\]: bbox holds 'nan'; expected a finite number"),
     (coco(["0.jpg"], annotations=[{"image_id": 10, "category_id": 3, "bbox": [1, 2]}]), "expected 4 numbers"),
@@ -448,6 +449,7 @@ def test_what_is_wrong_in_labels_of_yolo_is_named_with_its_line(line: str, messa
         ({"names": ["cat", ["dog"]]}, "expected a list of names"),
         ({"names": ["cat", "cat"]}, "has 'cat' twice"),
         ({"train": "images/nowhere"}, "train is 'images/nowhere', which is neither below"),
+        ({"train": "x" * 400}, "which is neither below"),
         ({"train": {"a": 1}}, "expected a folder or a text file"),
     ],
 )

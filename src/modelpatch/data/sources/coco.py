@@ -29,7 +29,7 @@ OTHERS = "another file of annotations"
 
 @base.register_source("coco")
 class Coco(base.DataSource):
-    """COCO's annotations of boxes, or of outlines, whose boxes are taken: a folder or the file."""
+    """COCO's boxes, or the boxes around its outlines."""
 
     kind = Detection.name
 

@@ -55,7 +55,7 @@ class Pictures:
             if not parts:
                 continue
             for place in places:
-                if (file := place.joinpath(*parts)).is_file():
+                if is_there(file := place.joinpath(*parts)) and file.is_file():
                     return file
             if found := self._choose(parts, self._by_name.get(parts[-1], ()), places, asking):
                 return found
@@ -85,6 +85,14 @@ class Pictures:
     @cached_property
     def _by_stem(self) -> Mapping[str, list[Path]]:
         return _group(self.files, lambda file: file.stem)
+
+
+def is_there(path: Path) -> bool:
+    """Return True for a path that exists; one that no file could have, such as one too long, does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _group(files: Sequence[Path], key: Callable[[Path], str]) -> Mapping[str, list[Path]]:

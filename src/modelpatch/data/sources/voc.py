@@ -58,7 +58,7 @@ class VocMasks(base.DataSource):
 
 @base.register_source("voc")
 class VocBoxes(base.DataSource):
-    """VOC's images with boxes: those that `ImageSets/Main/SPLIT.txt` lists, or all that have an annotation."""
+    """VOC's boxes, of the images that `ImageSets/Main` lists or of all that have an annotation."""
 
     kind = Detection.name
 

@@ -13,7 +13,7 @@ from typing import Any
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, read_lines, read_text, read_yaml, shown
-from modelpatch.data.sources.finding import Pictures, folders_of_splits, split_of
+from modelpatch.data.sources.finding import Pictures, folders_of_splits, is_there, split_of
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection, name_of
 from modelpatch.errors import DataError
@@ -30,7 +30,7 @@ Labels = Mapping[Path, Path | None]  # of each picture
 
 @base.register_source("yolo")
 class Yolo(base.DataSource):
-    """YOLO's boxes: a folder, or the file that describes it."""
+    """YOLO's boxes."""
 
     kind = Detection.name
 
@@ -162,7 +162,7 @@ def _locate(entry: str, fields: Fields, key: str) -> Path:
     parts = [part for part in Path(entry.replace("\\", "/")).parts if part not in (".", "..", "/")]
     ends = [beside.joinpath(*parts[start:]) for start in range(len(parts))]
     for place in (beside / path / entry, Path(path).expanduser() / entry, beside / entry, *ends):
-        if place.exists():
+        if is_there(place):
             return place
     return fields.fail(f"{key} is {entry[:200]!r}, which is neither below {beside} nor below its path {path!r}")
 
