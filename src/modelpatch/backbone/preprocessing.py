@@ -2,7 +2,9 @@
 
 import io
 import math
+import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from modelpatch.backbone.bands import Bands, Range, bordered, name_of, open_bands, range_of, read_array, to_bytes
 from modelpatch.backbone.framing import Framing, Rounding, edge_of, place
+from modelpatch.backbone.listing import list_folder
 from modelpatch.errors import BackboneError, DataError, DepthWarning
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
@@ -36,7 +39,12 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 STRIP = 2**18  # pixels that are converted at once
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+IMAGE_SUFFIXES = frozenset(  # of the formats that Pillow decodes by itself
+    str.split(
+        ".jpg .jpeg .jpe .jfif .jfi .jif .mpo .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga .icb "
+        ".vda .vst .jp2 .j2k .j2c .jpc .jpf .jpx .ico .cur .pcx .dds .sgi .rgb .rgba .bw .ras .xbm .xpm .qoi .fits .psd"
+    )
+) | frozenset(str.split(".avif .avifs") if find_spec("PIL._avif") else ())
 
 
 class Preprocessing(BaseModel, frozen=True, extra="forbid"):
@@ -193,8 +201,14 @@ class Preprocessing(BaseModel, frozen=True, extra="forbid"):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files below a folder, sorted; hidden ones are passed over."""
+    files = [file for listing in list_folder(folder).below() for file in listing.files]
+    return sorted(file for file in files if is_picture(file.name))
+
+
+def is_picture(name: str) -> bool:
+    """Return True for a file's name that ends as those of pictures do."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def image_bytes(source: ImageSource) -> bytes:

@@ -5,9 +5,8 @@ from pathlib import Path
 import typer
 from typer import Option
 
-import modelpatch as mp
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import Screen, read_names
+from modelpatch.cli.console import Screen
 from modelpatch.cli.verb import verb
 
 MOST_IMAGES = 20_000
@@ -17,10 +16,7 @@ MOST_IMAGES = 20_000
 def data(
     console: Screen,
     data: opt.DataArgument,
-    kind: opt.KindOption = None,
-    classes: opt.ClassesOption = None,
-    separator: opt.SeparatorOption = None,
-    ignore: opt.IgnoreOption = None,
+    reading: opt.Source,
     seed: opt.SeedOption = 0,
     images: int = Option(MOST_IMAGES, min=0, help="Images to open at most, spread over the splits; 0: names alone."),
     near: bool = Option(False, "--near", help="Find images of two splits that look alike, beside equal ones."),
@@ -33,8 +29,7 @@ def data(
     """
     from modelpatch.report.data import data_sheet, data_tables
 
-    names = read_names("--classes", classes) or None
-    task = mp.load_task(data, seed=seed, kind=kind, classes=names, ignore=ignore, separator=separator)
+    task = reading.load(data, seed)
     total = sum(split.length or 0 for split in task.splits.values())
     with console.progress("data") as bar, bar.task("images opened", min(total, images)) as advance:
         report = task.report(images, near=near, advance=advance)

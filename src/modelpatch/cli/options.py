@@ -7,14 +7,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from typer import Argument, Option
 
 import modelpatch as mp
-from modelpatch.cli.console import check_file, check_out
+from modelpatch.cli.console import check_file, check_out, read_names
 from modelpatch.cli.runs import CURRENT
 from modelpatch.cli.verb import option, spell_option, spell_setting
 from modelpatch.errors import (
@@ -51,14 +51,6 @@ NO_BACKBONE = (
 )
 OWN = "own"  # --backbone own: the backbone that the patch names
 DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
-KindOption = Annotated[
-    str | None, Option(help="The kind of task, such as multilabel or segmentation; by default that of the data.")
-]
-ClassesOption = Annotated[
-    str | None, Option(help="Names of the values of masks, or of columns; comma-separated or a file with one a line.")
-]
-SeparatorOption = Annotated[str | None, Option(help="The text between several labels in one cell, such as '|'.")]
-IgnoreOption = Annotated[int | None, Option(help="A value of masks to ignore, beside 255.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 NETWORKS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER, openclip:NAME/TAG, file:PATH or bundled:NAME."
 BackboneOption = Annotated[str, Option("--backbone", "-b", help=NETWORKS)]
@@ -198,6 +190,33 @@ def patch_of(loaded: mp.Patch | Cascade) -> mp.Patch:
     return loaded if isinstance(loaded, mp.Patch) else loaded.patches[0]
 
 
+@dataclass(frozen=True)
+class Source:
+    """The options for reading data: `load(source)` returns the task."""
+
+    panel: ClassVar[str] = "Data"
+    kind: str | None = option(None, help="The kind of task, such as multilabel; by default that of the data.")
+    classes: str | None = option(
+        None,
+        help="Class folders or labels to read, values of masks, or columns; comma-separated or a file, one a line.",
+    )
+    separator: str | None = option(None, help="The text between several labels in one cell, such as '|'.")
+    ignore: int | None = option(None, help="A value of masks to ignore, beside 255.")
+    image_column: str | None = option(None, help="The column of a table that holds or names the images.")
+    label_column: str | None = option(None, help="The column of a table that holds the labels.")
+    split_column: str | None = option(None, help="The column of a table that names the split of each row.")
+    skip_unreadable: bool = option(
+        False, "--skip-unreadable", help="Leave out images that cannot be read, and count them."
+    )
+
+    def load(self, source: str, seed: int, **others: Any) -> mp.Task:
+        """The task of a source. Raises `DataError`."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return mp.load_task(
+            source, seed=seed, **{**given, "classes": read_names("--classes", self.classes) or None}, **others
+        )
+
+
 def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) -> mp.Task:
     """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
     from modelpatch.data.task import join_tasks
@@ -205,11 +224,10 @@ def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) 
 
     patch = patch_of(loaded)
     facts = facts_of(patch)
-    names, ignore = facts.get("classes"), facts.get("ignore")
-    classes = [str(name) for name in names] if isinstance(names, list) else None
+    names = facts.get("classes")
+    given: dict[str, Any] = {one.name: facts[one.name] for one in fields(Source) if one.name in facts}
+    given |= {"kind": patch.task.kind, "classes": [str(name) for name in names] if isinstance(names, list) else None}
     chosen = fitted_seed(patch) if seed is None else seed
-    kind, separator = patch.task.kind, facts.get("separator")
-    given: dict[str, Any] = {"kind": kind, "classes": classes, "ignore": ignore, "separator": separator}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingWarning)  # what is unusual about the data was said before the fit
         return join_tasks([mp.load_task(one, seed=chosen, **given) for one in data])

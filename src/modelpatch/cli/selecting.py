@@ -75,13 +75,18 @@ class Study:
         check_file("--trials", self.trials)
 
     def open(
-        self, data: str, network: opt.Network, training: opt.Training, file: opt.PatchFile | None = None
+        self,
+        reading: opt.Source,
+        data: str,
+        network: opt.Network,
+        training: opt.Training,
+        file: opt.PatchFile | None = None,
     ) -> "tuple[mp.Backbone, mp.Task, dict[str, Any]]":
         """Check everything, read the task and load the backbone: the checks that fail soonest come first."""
         from modelpatch.select.budget import parse_bytes
 
         settings = training.settings()
-        task = mp.load_task(data, seed=training.seed)
+        task = reading.load(data, training.seed)
         if self.images is not None:
             task = task.subsample(self.images, training.seed)
         trials = self.trials or Path(f"{task.task.name}.trials.jsonl")
@@ -107,6 +112,7 @@ def profile(
     network: opt.Network,
     training: opt.Training,
     study: Study,
+    reading: opt.Source,
     method: opt.MethodOption = "subset",
     set_: opt.SetOption = None,
     consecutive: int = Option(1, min=1, help="Train runs of this many blocks."),
@@ -127,7 +133,7 @@ def profile(
     counts = [] if sizes is None else opt.parse_counts("--sizes", sizes)
     if counts and (study.images is not None or pairs):
         raise ModelpatchError("--sizes sets the number of images, and draws no pairs. Leave --images and --pairs out.")
-    base, task, options = study.open(data, network, training)
+    base, task, options = study.open(reading, data, network, training)
     console.tell_data([task])
     parts = [task.subsample(count, training.seed) for count in counts] or [task]
     options |= {"consecutive": consecutive, "pairs": pairs, "stages": stages}
@@ -146,6 +152,7 @@ def select(
     network: opt.Network,
     training: opt.Training,
     study: Study,
+    reading: opt.Source,
     file: opt.PatchFile,
     limits: Limits,
     method: opt.MethodOption = "subset",
@@ -174,7 +181,7 @@ def select(
     settings: dict[str, Any] = {"rule": rule, "start": start, "epsilon": epsilon, "warm_start": warm_start}
     candidates = tuple(name.strip() for name in among.split(",")) if among else ()
     greedy = Greedy(**settings, halving=halving, candidates=candidates, stages=stages, ends=ends)
-    base, task, options = study.open(data, network, training, file)
+    base, task, options = study.open(reading, data, network, training, file)
     console.tell_data([task])
     options |= {"folds": folds, "max_blocks": max_blocks, **limits.read()}
     options["each_round"] = lambda one: console.show(selection.round_table(one, task.task.name))
@@ -192,6 +199,7 @@ def search(
     network: opt.Network,
     training: opt.Training,
     study: Study,
+    reading: opt.Source,
     file: opt.PatchFile,
     limits: Limits,
     methods: str | None = Option(None, help="Comma-separated, as subset(blocks=last); by default those for budgets."),
@@ -209,7 +217,7 @@ def search(
     from modelpatch.select.searching import search as run_search
 
     limits.warn(console)
-    base, task, options = study.open(data, network, training, file)
+    base, task, options = study.open(reading, data, network, training, file)
     console.tell_data([task])
     names = None if methods is None else split_outside(methods, ",")
     options |= {"tries": tries, "folds": folds, "halving": halving, **limits.read()}

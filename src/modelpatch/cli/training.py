@@ -7,13 +7,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import JsonOption, Screen, make_folder, read_names
+from modelpatch.cli.console import JsonOption, Screen, make_folder
 from modelpatch.cli.verb import verb
 from modelpatch.errors import MethodError, require
 from modelpatch.report import plots, tables
@@ -35,14 +34,11 @@ def fit(
     training: opt.Training,
     file: opt.PatchFile,
     cluster: opt.Cluster,
+    reading: opt.Source,
     data: list[str] = Argument(
         ...,
         help="Class folders, a CSV or parquet manifest, masks or boxes, hf:NAME or bundled:digits; several: one task.",
     ),
-    kind: opt.KindOption = None,
-    classes: opt.ClassesOption = None,
-    separator: opt.SeparatorOption = None,
-    ignore: opt.IgnoreOption = None,
     method: opt.MethodOption = "scale-bias",
     set_: opt.SetOption = None,
     augment: opt.AugmentOption = "auto",
@@ -65,9 +61,7 @@ def fit(
         make_folder("--log", log)
         made = opt.make_method(method, set_)
         settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
-        facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "ignore": ignore}
-        facts["separator"] = separator
-        tasks = [mp.load_task(one, seed=training.seed, **facts) for one in data]
+        tasks = [reading.load(one, training.seed) for one in data]
         console.tell_data(tasks)
         task = join_tasks(tasks)
         path = file.path(task.task.name)
@@ -94,9 +88,7 @@ def compare(
     data: opt.DataArgument,
     network: opt.Network,
     training: opt.Training,
-    kind: opt.KindOption = None,
-    classes: opt.ClassesOption = None,
-    separator: opt.SeparatorOption = None,
+    reading: opt.Source,
     methods: str = Option("all", help="Comma-separated, such as scale-bias+depthwise or subset(blocks=last); or all."),
     sweep: str | None = Option(None, help="KEY=V1,V2,...: train each method at each of a hyperparameter's values."),
     base_data: str | None = Option(None, help="Data of the base's classes: measure its accuracy before and after."),
@@ -122,8 +114,7 @@ def compare(
     for name in names:
         mp.methods.make_method(name)
     settings = training.settings(seeds=seeds)
-    facts: dict[str, Any] = {"kind": kind, "classes": read_names("--classes", classes) or None, "separator": separator}
-    task = mp.load_task(data, seed=training.seed, **facts)
+    task = reading.load(data, training.seed)
     console.tell_data([task])
     base = None if base_data is None else mp.load_task(base_data, hold_out=False)
     make_folder("--out", out)

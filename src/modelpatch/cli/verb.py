@@ -23,7 +23,7 @@ from modelpatch.text import nearest
 
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
 COMMON = {
-    DATA: "kind classes ignore",
+    DATA: "kind classes separator ignore image_column label_column split_column skip_unreadable",
     BACKBONE: "backbone weights argument device alpha",
     FILES: "out force dtype log json plot bytes_plot markdown html sheet overlay rounds",
     RAY: "ray ray_workers ray_address replicas",

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import ValidationError
 
+from modelpatch.data.readable import UNREADABLE, keep_readable
 from modelpatch.data.report import MOST_IMAGES, DataReport, make_report
 from modelpatch.data.sources.base import Found, SourceOptions, read_source
 from modelpatch.data.sources.datasets import describe, is_dataset, name_of, read_datasets
@@ -164,6 +165,10 @@ def load_task(
     classes: Sequence[str] | None = None,
     ignore: int | None = None,
     separator: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    skip_unreadable: bool = False,
     transform: Transform | None = None,
 ) -> Task:
     """A task from a folder, a manifest, `hf:NAME` or `bundled:digits`. `seed` makes the test split where there is none.
@@ -172,12 +177,15 @@ def load_task(
     `Task.from_datasets`, which has more options for them. With `hold_out=False` a source without a test split is tested on all
     its images: for data that is only measured. `kind` is found from the source where it is not given. For segmentation
     `classes` name the values of masks from 0 on, and `ignore` is one that stands for no class, beside 255. For several labels
-    or numbers an image `classes` name columns of a table, and `separator` stands between labels in one cell. `transform` is
+    or numbers an image `classes` name columns of a table, and `separator` stands between labels in one cell; for class folders
+    and labels `classes` are those to read, in this order. The columns of a table that hold images, labels and splits are found
+    by their names and contents, or named by `image_column`, `label_column` and `split_column`. With `skip_unreadable` every
+    image is decoded once, and those that cannot be are left out and counted in `passed_over`. `transform` is
     applied to the images that are trained on. Raises `DataError` for a source that cannot be read or holds no images, has one
     class, or has labels of classes that are not trained.
     """
     check_seed(seed)
-    options = SourceOptions(kind, classes, ignore, separator)
+    options = SourceOptions(kind, classes, ignore, separator, image_column, label_column, split_column)
     if is_dataset(source):
         splits = source if isinstance(source, Mapping) else {"train": source}
         text, stem = describe(splits.get("train")), name_of(splits.get("train"))
@@ -194,8 +202,11 @@ def load_task(
             found, stem = read_source(path if path.exists() else source, options)
         except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
             raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
+    if skip_unreadable:
+        found = _without_unreadable(found)
     data = _assemble(found, name or stem, text, seed if hold_out else None)
-    return replace(data, facts={**data.facts, **options.facts}).with_transform(transform)
+    facts = {**data.facts, **options.facts, **({"skip_unreadable": True} if skip_unreadable else {})}
+    return replace(data, facts=facts).with_transform(transform)
 
 
 def join_tasks(tasks: Sequence[Task]) -> Task:
@@ -276,6 +287,14 @@ def _cut(train: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarr
     keep, held = stratified(train.labels, fraction, seed)
     alone = train.targets is not None and not len(held)
     return stratified(np.zeros(len(train), dtype=np.int64), fraction, seed) if alone else (keep, held)
+
+
+def _without_unreadable(found: Found) -> Found:
+    """The contents of a source without the images that cannot be decoded, which are counted."""
+    kept = {name: keep_readable(split, name) for name, split in found.splits.items()}
+    lost = [name for _, names in kept.values() for name in names]
+    passed_over = {**found.passed_over, **({UNREADABLE: lost} if lost else {})}
+    return replace(found, splits={name: split for name, (split, _) in kept.items()}, passed_over=passed_over)
 
 
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:

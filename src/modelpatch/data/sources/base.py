@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
+from modelpatch.data.sources.split_names import COLLECTIONS, plain_split_of
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.registry import Registry
@@ -53,6 +55,9 @@ class SourceOptions:
     classes: Sequence[str] | int | None = None
     ignore: int | None = None
     separator: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None:
@@ -65,6 +70,9 @@ class SourceOptions:
             raise DataError(f"ignore={self.ignore!r}; expected a value of masks, 0 to {LARGEST_VALUE}.")
         if self.separator is not None and (not isinstance(self.separator, str) or not self.separator):
             raise DataError(f"separator={self.separator!r}; expected the text between two labels, such as '|'.")
+        for name, column in self.columns.items():
+            if not isinstance(column, str) or not column:
+                raise DataError(f"{name}={column!r}; expected the name of a column.")
 
     def class_names(self, folder: Path) -> Sequence[str] | None:
         """The class names that were given or that a file of the folder lists, one a line; None where there are none."""
@@ -85,22 +93,34 @@ class SourceOptions:
         return self.kind is None or kind_of(self.kind).target is target
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The options that were set, for a patch file to record how its data was read."""
+    def columns(self) -> dict[str, str]:
+        """The columns of tables that were named."""
+        given = {name: getattr(self, name) for name in ("image_column", "label_column", "split_column")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def meanings(self) -> dict[str, Any]:
+        """The options that say what labels and values of masks mean."""
         classes = list(self.classes) if isinstance(self.classes, tuple) else self.classes
         given = {"classes": classes, "ignore": self.ignore, "separator": self.separator}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The options that were set, for a patch file to record how its data was read."""
+        return {**self.meanings, **self.columns}
 
 
 class DataSource(ABC):
     """A reader of one layout.
 
     `kind` is the kind of task that it reads, or None for one that depends on the contents. A source with `general=True`
-    is asked only where no other one accepts.
+    is asked only where no other one accepts. One with `has_columns=True` reads tables whose columns the user may name.
     """
 
     kind: ClassVar[str | None] = None
     general: ClassVar[bool] = False
+    has_columns: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, source: Any) -> bool:
@@ -125,16 +145,16 @@ register_source = SOURCES.register
 def name_place(path: Path) -> str:
     """The name of a folder or file, or of the folder above where that name is a split's."""
     name = path.stem if path.is_file() else path.name
-    return path.parent.name or name if name in SPLITS else name
+    return path.parent.name or name if plain_split_of(name, COLLECTIONS) else name
 
 
 def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     """The contents of what was given, and its name. Raises `DataError` where no source reads it, or several do."""
-    accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
+    outer, (given, accepting) = given, _find_accepting(given)
     if not accepting:
         raise DataError(
-            f"{str(given)[:200]} is neither a folder of images nor a .csv or .parquet manifest. Expected one of these, "
-            "hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
+            f"{str(given)[:200]} is neither a folder of images nor a manifest (.csv, .tsv, .json, .jsonl, .parquet). Expected "
+            "one of these, hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
         )
     unread = f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these."
     fitting = [source for source in accepting if None in (options.kind, source.kind) or source.kind == options.kind]
@@ -142,40 +162,48 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
         raise DataError(unread)
     chosen = [source for source in fitting if not source.general] or fitting
     if len(chosen) > 1:
-        kinds = " or ".join(f"kind={source.kind!r}" for source in chosen)
-        raise DataError(f"{given} is in more than one layout. Choose {kinds} (--kind).")
+        kinds = dict.fromkeys(f"kind={source.kind!r}" for source in chosen)
+        layouts = "; ".join(map(describe_source, chosen))
+        choice = "Keep one of them" if len(kinds) == 1 else f"Choose {' or '.join(kinds)} (--kind)"
+        raise DataError(f"{given} is in more than one layout. {choice}. They are: {layouts}.")
+    if options.columns and not chosen[0].has_columns:
+        name, column = next(iter(options.columns.items()))
+        raise DataError(f"{given} is no table, and has no column {column!r} ({name}). Leave it out.")
     found = chosen[0].read(given, options)
     if options.kind not in (None, found.kind):
         raise DataError(unread)
-    if options.facts and not found.names_from_user:
+    if options.meanings and not found.names_from_user:
         raise DataError(
             f"{given} names its classes itself; classes and ignore are for the values of masks, classes and separator for "
             "columns of several labels or numbers."
         )
-    return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(given)
+    return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(outer)
+
+
+def _find_accepting(given: Any) -> tuple[Any, list[DataSource]]:
+    """The given place, or the folder in it in which the data was unpacked, and the sources in whose layout that is."""
+    accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
+    if all(source.general for source in accepting) and (inner := _only_folder(given)):
+        place, found = _find_accepting(inner)
+        if not all(source.general for source in found):
+            return place, found
+    return given, accepting
+
+
+def _only_folder(given: Any) -> Path | None:
+    """The folder inside of one that holds nothing else but texts and the like, as archives unpack."""
+    if not isinstance(given, Path) or not given.is_dir():
+        return None
+    visible = [one for one in given.iterdir() if not one.name.startswith((".", "__"))]
+    folders = [one for one in visible if one.is_dir()]
+    pictures = any(one.suffix.lower() in IMAGE_SUFFIXES for one in visible)
+    return folders[0] if len(folders) == 1 and not pictures else None
 
 
 def describe_source(source: DataSource) -> str:
     """The first line of a source's description without its article and full stop, or the name of its class."""
     first = ((type(source).__doc__ or "").strip() or type(source).__name__).splitlines()[0]
     return first.removeprefix("A ").removeprefix("The ").rstrip(".")
-
-
-def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
-    """The files or folders that have the names of splits. Raises `DataError` for two of one split (`val`, `validation`)."""
-    splits: dict[str, Path] = {}
-    for path in paths:
-        name = path.name if path.is_dir() else path.stem
-        if name in SPLITS:
-            other = splits.setdefault(SPLITS[name], path)
-            if other is not path:
-                raise DataError(f"{other} and {path} are both the {SPLITS[name]} split. Keep one of them.")
-    return splits
-
-
-def split_folders(path: Path) -> dict[str, Path]:
-    """The folders of a folder's splits; without any, it is the training split."""
-    return named_splits([folder for folder in sorted(path.iterdir()) if folder.is_dir()]) or {"train": path}
 
 
 def find_file(places: Sequence[Path], missing: str) -> Path:

@@ -11,11 +11,12 @@ from typing import Any
 
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, Key, read_json
-from modelpatch.data.sources.finding import Pictures, folders_of_splits, split_of
+from modelpatch.data.sources.finding import Pictures, folders_of_splits
 from modelpatch.data.sources.headers import Corners
 from modelpatch.data.sources.outlines import box_of_outline
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import NO_AREA, Scene, SceneObject, make_detection
+from modelpatch.data.sources.split_names import split_of
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 

@@ -8,20 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from modelpatch.backbone.preprocessing import find_images
+from modelpatch.data.sources.split_names import split_of
 from modelpatch.errors import DataError
-
-ALIASES = {
-    "train": ("train", "training", "trn"),
-    "validation": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "tst"),
-}
-SPLIT_WORDS = {word: split for split, words in ALIASES.items() for word in words}
-
-
-def split_of(name: str) -> str | None:
-    """The split that a name tells of, as `Training`, `instances_val2017` and `test-images` do, or None."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
-    return SPLIT_WORDS[words[0]] if len(words) == 1 else None
 
 
 def folders_of_splits(folder: Path) -> dict[str, list[Path]]:

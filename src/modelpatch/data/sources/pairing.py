@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
-from modelpatch.data.sources.finding import SPLIT_WORDS
 from modelpatch.data.sources.remarks import Remarks
+from modelpatch.data.sources.split_names import SPLIT_OF_WORD
 from modelpatch.errors import DataError
 
 IMAGE_FOLDERS = frozenset(  # the letters of names, in lower case
@@ -97,14 +97,14 @@ def role_of(parts: Sequence[str]) -> Role:
 def _read_name(name: str) -> tuple[str | None, bool | None]:
     """The split and the role that a folder's whole name tells of: `train`, `masks`, `train_labels`, `valannot`."""
     letters = re.sub(r"[^a-z]", "", name.lower())
-    for word in ("", *sorted(SPLIT_WORDS, key=len, reverse=True)):
+    for word in ("", *sorted(SPLIT_OF_WORD, key=len, reverse=True)):
         for rest in (letters.removeprefix(word), letters.removesuffix(word)):
             if word and rest == letters:
                 continue
             if word and not rest:
-                return SPLIT_WORDS[word], None
+                return SPLIT_OF_WORD[word], None
             if rest in IMAGE_FOLDERS or rest in MASK_FOLDERS:
-                return SPLIT_WORDS.get(word), rest in MASK_FOLDERS
+                return SPLIT_OF_WORD.get(word), rest in MASK_FOLDERS
     return None, None
 
 

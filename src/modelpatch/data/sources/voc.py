@@ -13,10 +13,11 @@ from xml.etree import ElementTree
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, read_lines, read_xml
-from modelpatch.data.sources.finding import SPLIT_WORDS, Pictures, folders_of_splits, split_of
+from modelpatch.data.sources.finding import Pictures, folders_of_splits
 from modelpatch.data.sources.legends import find_legend
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import UNLISTED, Scene, SceneObject, make_detection, name_of
+from modelpatch.data.sources.split_names import SPLIT_OF_WORD, named_splits, split_of
 from modelpatch.data.sources.values import make_segmentation
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
@@ -158,7 +159,7 @@ def _fields_of(element: ElementTree.Element, path: Path, number: int | None = No
 def _list_stems(folder: Path) -> dict[str, list[str]]:
     """The stems of every split. Without a test list, `val` is the test split."""
     files = {file.stem.lower(): file for file in sorted(folder.glob("*.txt"))}
-    lists = base.named_splits([file for stem, file in files.items() if stem in SPLIT_WORDS])
+    lists = named_splits([file for stem, file in files.items() if stem in SPLIT_OF_WORD])
     if "train" not in lists and "trainval" in files:
         lists["train"] = files["trainval"]
     if not lists and len(files) == 1:  # of all pictures, such as CVAT's default.txt

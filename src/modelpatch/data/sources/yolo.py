@@ -13,9 +13,10 @@ from typing import Any
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, read_lines, read_text, read_yaml, shown
-from modelpatch.data.sources.finding import Pictures, folders_of_splits, is_there, split_of
+from modelpatch.data.sources.finding import Pictures, folders_of_splits, is_there
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection, name_of
+from modelpatch.data.sources.split_names import split_of
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 

@@ -1,0 +1,33 @@
+"""Unreadable images: the fit's error by default, left out and counted where it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modelpatch.data.task import load_task
+from modelpatch.errors import DataError
+from pictures import counts, write_classes
+
+
+def test_unreadable_images_are_left_out_where_it_is_asked_for(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", count=4)
+    write_classes(tmp_path / "test", count=2)
+    whole = (tmp_path / "train" / "cat" / "1.png").read_bytes()
+    broken = [tmp_path / "train" / "cat" / "1.png", tmp_path / "test" / "dog" / "0.png"]
+    broken[0].write_bytes(whole[:45])
+    broken[1].write_bytes(b"")
+    assert len(load_task(tmp_path).train) == 8
+    task = load_task(tmp_path, skip_unreadable=True)
+    assert counts(task) == {"train": {"cat": 3, "dog": 4}, "test": {"cat": 2, "dog": 1}}
+    assert task.passed_over == {"image that cannot be read": tuple(map(str, broken))}
+    assert task.facts["skip_unreadable"] is True
+
+
+def test_a_task_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    for file in (tmp_path / name / "1.jpg" for name in ("cat", "dog")):
+        file.parent.mkdir()
+        file.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"none of the 2 images of the split train can be read, first .*cat/1\.jpg"):
+        load_task(tmp_path, skip_unreadable=True)
