@@ -198,8 +198,8 @@ def test_boxes_without_area_or_outside_are_passed_over_and_others_cut(tmp_path: 
 
 
 WRONG: list[tuple[Any, str]] = [
-    ("{", r"cannot be read as annotations of COCO: Expecting"),
-    ("[" * 100_000, "train.json"),
+    ('{"images": [', r"train\.json cannot be read as annotations of COCO: Expecting"),
+    ('{"images": ' + "[" * 100_000, r"train\.json cannot be read as annotations of COCO: maximum recursion"),
     ({"images": [], "categories": []}, "it has no 'annotations'"),
     (coco(["0.jpg"], images=3), "images is '3'; expected a list"),
     (coco(["0.jpg"], images=[3]), r"images\[0\]: it is '3'; expected an object"),
@@ -235,9 +235,7 @@ def test_what_is_wrong_in_coco_is_named_with_its_place(content: Any, message: st
     picture(tmp_path / "0.jpg")
     write(tmp_path / "train.json", content)
     with pytest.raises(DataError, match=message) as error:
-        found(tmp_path, kind="detection") if '"images"' in (tmp_path / "train.json").read_text() else load_task(
-            tmp_path / "train.json"
-        )
+        found(tmp_path)
     assert "train.json" in str(error.value) or "no objects" in message
 
 
@@ -251,6 +249,29 @@ def test_two_annotations_of_one_split_are_a_question(tmp_path: Path) -> None:
     write(tmp_path / "annotations" / "person_keypoints_train2017.json", coco(["0.jpg"]))
     read = found(tmp_path)
     assert len(read.passed_over["another file of annotations"]) == 3
+
+
+def test_files_beside_the_boxes_of_coco_are_passed_over(tmp_path: Path) -> None:
+    picture(tmp_path / "train2017" / "0.jpg")
+    write(tmp_path / "annotations" / "instances_train2017.json", coco(["0.jpg"]))
+    for name in ("captions_train2017", "image_info_test2017"):
+        write(tmp_path / "annotations" / f"{name}.json", {"images": [], "annotations": [{"caption": "a dog"}]})
+    write(tmp_path / "annotations" / "._instances_train2017.json", "macOS")
+    write(tmp_path / "notes.json", {"categories": [], "info": {}})
+    read = check(tmp_path, {"train": 1})
+    assert len(read.passed_over["another file of annotations"]) == 2
+
+
+def test_a_folder_in_a_folder_is_unpacked_and_two_layouts_are_a_question(tmp_path: Path) -> None:
+    root = tmp_path / "pets.v1" / "export"
+    picture(root / "train" / "0.jpg")
+    write(root / "train" / "_annotations.coco.json", coco(["0.jpg"]))
+    write(tmp_path / "pets.v1" / "README.txt", "of Roboflow")
+    check(tmp_path, {"train": 1})
+    assert load_task(tmp_path, hold_out=False).task.name == tmp_path.name
+    write(root / "train" / "0.xml", xml())
+    with pytest.raises(DataError, match=r"more than one layout\. Keep one of them\. They are: COCO's .*; VOC's"):
+        found(tmp_path)
 
 
 # VOC --------------------------------------------------------------------------------------------------------

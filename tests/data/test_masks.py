@@ -101,6 +101,10 @@ LAYOUTS: dict[str, Mapping[str, tuple[str, str]]] = {  # of each split an image 
     "joined names": {"train": ("train_images/img_1.png", "train_masks/mask_1.png")},
     "suffixes": {"train": ("images/a.jpg", "masks/a-mask.png")},
     "fiftyone": {"train": ("data/a.jpg", "labels/a.png")},
+    "pets": {"train": ("images/a.jpg", "annotations/trimaps/a.png")},
+    "masks of all folders": {"train": ("images/day/a.jpg", "masks/a.png")},
+    "carvana": {"train": ("train/a.jpg", "train_masks/a_mask.gif")},
+    "unpacked": {"train": ("set/v1/images/a.jpg", "set/v1/masks/a.png")},
     "one folder": {"train": ("a.jpg", "a.png")},
     "one folder, suffix": {"train": ("a.png", "a_mask.png")},
     "one folder a split": {
@@ -231,6 +235,14 @@ def test_masks_of_16_bits_hold_any_value(tmp_path: Path) -> None:
     mask(tmp_path / "masks" / "a.tif", (0, 70_000), np.int32)
     with pytest.raises(DataError, match="value 70000; expected values up to 65535"):
         found(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_masks_with_an_opacity_are_grey(channels: int, tmp_path: Path) -> None:
+    values = np.repeat(drawn(0, 255)[..., None], channels, axis=2)
+    values[..., -1] = 255
+    pair(tmp_path, values)
+    assert (classes_of(found(tmp_path)) == drawn(0, 1)).all()
 
 
 def test_grey_masks_of_three_channels_are_grey(tmp_path: Path) -> None:

@@ -118,8 +118,9 @@ def read_values(source: ImageSource, colors: np.ndarray | None = None) -> np.nda
         raise DataError(f"{source_name(source)} cannot be read as a mask: {error}") from error
     if colors is not None:
         return _rows_of(values, colors, source)
-    if values.ndim == 3 and values.shape[2] >= 3 and (values[..., 1:3] == values[..., :1]).all():
-        values = values[..., 0]
+    if values.ndim == 3:  # the last channel of two or four is how opaque a pixel is
+        shades = values[..., : 3 if values.shape[2] >= 3 else 1]
+        values = shades[..., 0] if (shades == shades[..., :1]).all() else values
     if values.ndim != 2 or values.dtype.kind not in "uib" or values.size == 0:
         raise DataError(
             f"{source_name(source)} is a picture of shape {values.shape} and {values.dtype}; expected a mask of one channel "

@@ -20,7 +20,8 @@ from modelpatch.data.sources.split_names import split_of
 from modelpatch.errors import DataError
 from modelpatch.tasks.detection import Detection
 
-KEYS = (b'"annotations"', b'"categories"', b'"images"')
+KEYS = (b'"annotations"', b'"images"')
+BOXES = "instances"  # the beginning of the official names of files with boxes
 FORM = "annotations of COCO"
 FOLDERS = ("annotations", "Annotations")
 PICTURE_FOLDERS = ("images", "data")
@@ -37,7 +38,7 @@ class Coco(base.DataSource):
     def accepts(self, source: Any) -> bool:
         path = Path(source)
         if path.is_file():
-            return path.suffix.lower() == ".json" and _begin(path).startswith(b"{")
+            return path.suffix.lower() == ".json" and _is_coco(path)
         return path.is_dir() and any(map(_is_coco, _list_files(path)))
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
@@ -62,19 +63,14 @@ def _list_files(path: Path) -> list[Path]:
     roots = [path, *(folder for own in folders_of_splits(path).values() for folder in own)]
     places = [place for root in roots for place in (root, *(root / name for name in FOLDERS))]
     files = [file for place in places if place.is_dir() for file in sorted(place.glob("*.json"))]
-    return list({file.resolve(): file for file in files if file.is_file()}.values())
-
-
-def _begin(file: Path) -> bytes:
-    """The beginning of a file, without a mark and blanks before it."""
-    with file.open("rb") as stream:
-        return stream.read(2**20).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return list({file.resolve(): file for file in files if file.is_file() and not file.name.startswith(".")}.values())
 
 
 def _is_coco(file: Path) -> bool:
     """Return True for a file that begins as COCO's do: other JSON may be kept beside images."""
-    text = _begin(file)
-    return text.startswith(b"{") and any(key in text for key in KEYS)
+    with file.open("rb") as stream:
+        text = stream.read(2**20)
+    return text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(key in text for key in KEYS)
 
 
 def _choose_files(path: Path, remarks: Remarks) -> dict[str, Path]:
@@ -85,8 +81,11 @@ def _choose_files(path: Path, remarks: Remarks) -> dict[str, Path]:
         split = split_of(file.stem) or (split_of(above.name) if above != path else None)
         by_split.setdefault(split, []).append(file)
     chosen = {}
+    official = any(file.stem.startswith(BOXES) for files in by_split.values() for file in files)
     for split, files in by_split.items():
-        boxes = [file for file in files if file.stem.startswith("instances")] or files
+        boxes = [file for file in files if file.stem.startswith(BOXES) or not official]
+        if not boxes:  # captions, key points, names of test images
+            continue
         if len(boxes) > 1 and not (split is None and len(by_split) > 1):
             raise DataError(
                 f"{boxes[0]} and {boxes[1]} are both annotations of {'the same pictures' if split is None else split}. "

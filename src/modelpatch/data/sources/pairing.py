@@ -165,11 +165,12 @@ def pair_up(path: Path, remarks: Remarks) -> PairedFiles:
     files = find_images(path)
     roles = {file: role_of(file.relative_to(path).parts[:-1]) for file in files}
     marked = {} if in_folders else _marked(files)
+    split_masks = in_folders and all(role.split for role in roles.values() if role.masks)
     for file, role in roles.items():
         is_mask = role.masks if in_folders else marked[file]
         if is_mask is None and role.split and not role.others and not _has_images(roles.values(), role.split):
             is_mask = False  # SPLIT/ beside SPLIT_labels/
-        if is_mask is None or (not in_folders and role.others):
+        if is_mask is None or (split_masks and not role.split) or (not in_folders and role.others):
             remarks.pass_over("picture outside of the folders of images and masks", str(file.relative_to(path)))
         else:
             (masks if is_mask else images)[role.split or "train"].append((role.others, file))
@@ -191,13 +192,18 @@ def _has_images(roles: Iterable[Role], split: str) -> bool:
 def _match(
     images: Sequence[tuple[Key, Path]], masks: Sequence[tuple[Key, Path]], path: Path, split: str, remarks: Remarks
 ) -> tuple[list[Path], list[Path]]:
-    """Images with the mask of the same stem, else of the same stem without `_mask` and its like."""
+    """Images with the mask of the same stem, else of the same stem without `_mask` and its like.
+
+    Folders that are not named for a part, such as those of cities, are the same for both, or there are none above one of them.
+    """
     exact, plain = _index(masks, str), _index(masks, _plain)
+    anywhere, below = _index([((), file) for _, file in masks], _plain), {file: others for others, file in masks}
     chosen: dict[Path, Path] = {}
     missing = []
     for others, image in images:
         found = [one for one in exact.get((*others, image.stem), ()) if one != image]
         found = found or plain.get((*others, _plain(image.stem)), [])
+        found = found or [one for one in anywhere.get((_plain(image.stem),), ()) if not (others and below[one])]
         trained = [one for one in found if TRAIN_IDS in one.stem.lower()]
         found = trained if len(trained) == 1 else found
         if len(found) > 1:

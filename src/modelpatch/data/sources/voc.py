@@ -6,6 +6,7 @@ XML beside the pictures or in a folder of its own (labelImg, FiftyOne), for each
 A folder with lists that has `train` and `val` alone is tested on `val`, as is the custom. VOC's own class names are known.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -109,7 +110,8 @@ def _first_annotations(path: Path) -> list[Path]:
 def _is_annotation(file: Path) -> bool:
     """Return True for an XML file whose first element is VOC's."""
     with file.open("rb") as stream:
-        return b"<annotation" in stream.read(BEGINNING)
+        text = stream.read(BEGINNING)
+    return re.search(rb"<annotation[\s>]", text.replace(b"\0", b"")) is not None  # without the zeros of UTF-16
 
 
 def _read_below(root: Path, top: Path, remarks: Remarks) -> list[Scene]:
