@@ -51,7 +51,7 @@ class Place:
     def __call__(self, split: str, row: int) -> str:
         """The name of a row."""
         path = self.paths[split][row] if split in self.paths else ""
-        return (os.path.relpath(path, self.root) if self.root else path) if path else f"{split}, row {row}"
+        return (os.path.relpath(path, self.root) if self.root else path) if path else f"{split} row {row}"
 
 
 @dataclass(frozen=True)

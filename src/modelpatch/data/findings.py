@@ -21,20 +21,23 @@ from modelpatch.text import count_of
 
 Check = Callable[[Evidence], Iterator[Finding]]
 CHECKS: list[Check] = []
-SUSPICIOUS = {  # code: names, and what is said of a class that has one
+SUSPICIOUS = {  # code: names, what is said of a class and of several that have one, and advice
     "split-as-class": (
         "train training trn trainset val valid validation validate dev devel test testing tst testset eval holdout",
-        "as splits are; are the folders of classes below? Expected SPLIT/CLASS/*.jpg",
+        ("the name of a split", "names of splits"),
+        "Are the folders of classes below? Expected SPLIT/CLASS/*.jpg.",
     ),
     "folder-as-class": (
         "image images img imgs picture pictures photo photos jpegimages label labels labeltxt mask masks annotation "
         "annotations annot bbox boxes data dataset datasets raw input inputs output outputs archive",
-        "as folders of files are, rather than classes. Expected CLASS/*.jpg",
+        ("the name of a folder of files", "names of folders of files"),
+        "Expected folders of classes: CLASS/*.jpg.",
     ),
     "no-name": (
         "unknown unnamed unlabeled unlabelled undefined unassigned unclassified untitled nan na n/a null none nil ? - _ todo "
         "tbd tmp temp classname newfolder lost+found $recycle.bin thumbs macosx eadir ipynbcheckpoints",
-        "as what has no class is. Name it, or leave its images out",
+        ("a name that stands for no class", "names that stand for no class"),
+        "Give a name, or leave the images out.",
     ),
 }
 NUMBERED = {"train", "val", "test", "images", "unnamed", "untitled", "newfolder"}  # with a number they mean the same
@@ -66,7 +69,7 @@ def fold_name(name: str) -> str:
 @check
 def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
     """Classes that are called as a split, a folder of pictures or a missing name is."""
-    for code, (words, text) in SUSPICIOUS.items():
+    for code, (words, (one, many), advice) in SUSPICIOUS.items():
         known = {fold_name(word) for word in words.split()}
         found = [
             name for name in evidence.record.classes if fold_name(name) in known or _numbered(name) in known & NUMBERED
@@ -74,9 +77,8 @@ def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
         if code == "no-name":
             found += [name for name in evidence.record.classes if name not in found and _is_hidden(name)]
         if found:
-            subject = f"the class {found[0]!r} is" if len(found) == 1 else f"{len(found)} classes are"
-            names = "" if len(found) == 1 else f" {show([repr(name) for name in found])}"
-            yield Finding("warning", code, f"{subject} called {text}{names}.", tuple(found[:MOST_EXAMPLES]))
+            text = f"{_classes(found)} {one if len(found) == 1 else many}. {advice}"
+            yield Finding("warning", code, text, tuple(found[:MOST_EXAMPLES]))
 
 
 def _numbered(name: str) -> str:
@@ -118,6 +120,9 @@ def names_of_numbers(evidence: Evidence) -> Iterator[Finding]:
         missing = f"; {', '.join(gaps[:5])} between them {'are' if len(gaps) > 1 else 'is'} missing" if gaps else ""
         text = f"the classes are called by numbers ({numbers[0]} to {numbers[-1]}{missing}), and answers will be too."
         yield Finding("note", "number-names", text, tuple(numbers[:5]))
+    elif classes and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        text = f"the classes are called by numbers of WordNet ({classes[0]} and others), and answers will be too."
+        yield Finding("note", "number-names", text, tuple(classes[:5]))
     elif numbers:
         some = show(numbers)
         yield Finding(

@@ -188,7 +188,8 @@ def odd_targets(evidence: Evidence) -> Iterator[Finding]:
         yield evidence.tell("warning", "odd-targets", f"{count_of(len(places), 'image')} with {problem}.", places)
     for split, count in empty.items():
         if count:
-            text = f"{count:,} of {len(evidence.seen[split]):,} images of {split} have no {evidence.kind.counted}."
+            images = count_of(len(evidence.seen[split]), "image")
+            text = f"{count:,} of {images} of {split} {'has' if count == 1 else 'have'} no {evidence.kind.counted}."
             yield Finding("note", "empty", text)
 
 
