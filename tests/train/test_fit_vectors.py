@@ -63,7 +63,7 @@ def test_a_patch_keeps_thresholds_and_answers_alike_from_its_file(
     measured = evaluate(backbone, loaded, label_task())
     figures = {f"test_{name}": value for name, value in measured.figures.items()}
     assert {name: figures[name] for name in FIGURES} == pytest.approx({name: lights.metrics[name] for name in FIGURES})
-    assert measured.score > 0.9
+    assert measured.score > 0.7
 
 
 def test_thresholds_do_not_depend_on_the_test_images(backbone: Backbone, lights: Patch) -> None:

@@ -72,10 +72,10 @@ def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
     for code, (words, (one, many), advice) in SUSPICIOUS.items():
         known = {fold_name(word) for word in words.split()}
         found = [
-            name for name in evidence.record.classes if fold_name(name) in known or _numbered(name) in known & NUMBERED
+            name for name in evidence.class_names if fold_name(name) in known or _numbered(name) in known & NUMBERED
         ]
         if code == "no-name":
-            found += [name for name in evidence.record.classes if name not in found and _is_hidden(name)]
+            found += [name for name in evidence.class_names if name not in found and _is_hidden(name)]
         if found:
             text = f"{_classes(found)} {one if len(found) == 1 else many}. {advice}"
             yield Finding("warning", code, text, tuple(found[:MOST_EXAMPLES]))
