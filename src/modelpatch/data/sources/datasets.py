@@ -8,7 +8,6 @@ they are asked for.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch.utils import data as torch_data
 
-from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import (
     LABEL_KEYS,
     SampleForm,
@@ -32,17 +30,19 @@ from modelpatch.data.samples import (
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
+from modelpatch.data.sources.hub_classes import encoded_images, name_splits, read_class_tables
+from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
 from modelpatch.data.sources.values import BINARY, PROBED, make_segmentation, read_classes
-from modelpatch.data.splits import DatasetSplit, Lazy, Split, StreamSplit
+from modelpatch.data.splits import DatasetSplit, Split, StreamSplit
 from modelpatch.errors import DataError, require, warn_caller
-from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Boxes
 from modelpatch.tasks.kind import Target, kind_of
 from modelpatch.tasks.segmentation import IGNORED, PixelMask, read_values
 from modelpatch.tasks.vector import Vector
 
 PREFIX = "hf:"
+SAVED = ("state.json", "dataset_info.json")  # files of a saved table
 FIRST_PICTURES = ("image", "img", "pixel_values")
 
 
@@ -319,22 +319,52 @@ def _known_labels(data: Any, form: SampleForm) -> np.ndarray | None:
 class Hub(base.DataSource):
     """A data set that `datasets.load_dataset` finds."""
 
+    has_columns = True
+
     def accepts(self, source: Any) -> bool:
         return isinstance(source, str) and source.startswith(PREFIX)
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
-        datasets = require("datasets", "data", f"Loading {source}")
+        datasets, name = require("datasets", "data", f"Loading {source}"), str(source).removeprefix(PREFIX)
+        if is_saved(Path(name)):
+            return Saved().read(name, options)
         try:
-            loaded = datasets.load_dataset(str(source).removeprefix(PREFIX))
+            loaded = datasets.load_dataset(name)
         except Exception as error:  # no network, no such data set, a script it refuses to run
             raise DataError(f"{source} cannot be loaded: {error}") from error
         return read_tables(loaded, options, source)
 
 
+def is_saved(path: Path) -> bool:
+    """Return True for a folder that `save_to_disk` of `datasets` wrote."""
+    return (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in SAVED)
+
+
+@base.register_source("saved")
+class Saved(base.DataSource):
+    """A folder that `save_to_disk` of `datasets` wrote, of one table or of several splits."""
+
+    has_columns = True
+
+    def accepts(self, source: Any) -> bool:
+        return isinstance(source, str | Path) and is_saved(Path(source))
+
+    def read(self, source: Any, options: base.SourceOptions) -> base.Found:
+        datasets = require("datasets", "data", f"Reading {source}")
+        try:
+            loaded = datasets.load_from_disk(str(source))
+        except Exception as error:  # files that are gone or damaged
+            raise DataError(f"{source} cannot be loaded as a saved data set: {error}") from error
+        return read_tables(loaded if isinstance(loaded, Mapping) else {"train": loaded}, options, str(source))
+
+
 def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: str) -> base.Found:
     """Tables of `datasets` by split as a task."""
-    tables = {base.SPLITS[split]: table for split, table in loaded.items() if split in base.SPLITS}
-    features = next(iter(tables.values())).features if tables else {}
+    remarks = Remarks()
+    tables = name_splits(loaded, remarks)
+    if "train" not in tables:
+        raise DataError(f"{source} has no training split, only {', '.join(map(str, loaded)) or 'none'}.")
+    features = tables["train"].features
     pictures, label = find_columns(features)
     if pictures and "objects" in features and options.allow(Boxes):
         return _read_boxes(tables, pictures[0], source)
@@ -346,14 +376,7 @@ def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: 
         return make_segmentation(pairs, options, options.names, source)
     if pictures and (found := _read_columns(tables, pictures, label, options, source)) is not None:
         return found
-    splits, classes = {}, []
-    for split, table in tables.items():
-        pictures, label = find_columns(table.features)
-        if not pictures or label is None:
-            raise DataError(f"{source} has no image column and class label; it has: {', '.join(table.features)}.")
-        classes = list(table.features[label].names)
-        splits[split] = Split(encoded_images(table, pictures[0]), np.array(table[label], dtype=np.int64))
-    return base.Found(Classification.name, splits, classes)
+    return read_class_tables(tables, options, source, remarks)
 
 
 def find_columns(features: Mapping[str, Any]) -> tuple[list[str], str | None]:
@@ -403,17 +426,6 @@ def _read_columns(
         return None
     images = [(split, image) for split, table in tables.items() for image in encoded_images(table, pictures[0])]
     return make_vectors(found, images)
-
-
-def encoded_images(table: Any, column: str) -> Sequence[ImageSource]:
-    """The encoded images of a table's column, read when they are asked for."""
-    import datasets
-
-    return Lazy(table.cast_column(column, datasets.Image(decode=False)), partial(_cell, column))
-
-
-def _cell(column: str, row: Mapping[str, Any]) -> ImageSource:
-    return row[column].get("bytes") or Path(row[column]["path"])
 
 
 def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> base.Found:

@@ -1,0 +1,81 @@
+"""Tables of `datasets` as they are published: labels without names, other columns and splits, saved folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modelpatch.backbone.preprocessing import open_image
+from modelpatch.data.sources.base import SourceOptions
+from modelpatch.data.sources.datasets import read_tables
+from modelpatch.data.task import load_task
+from modelpatch.errors import DataError
+
+datasets = pytest.importorskip("datasets")
+
+
+def table(labels: list[Any], label: str = "label", image: str = "image", feature: Any = None, **others: Any) -> Any:
+    """A table of pictures whose red value is their row."""
+    pictures = [Image.fromarray(np.full((4, 4, 3), row, np.uint8)) for row in range(len(labels))]
+    made = datasets.Dataset.from_dict({image: pictures, label: labels, **others})
+    made = made.cast_column(image, datasets.Image())
+    return made if feature is None else made.cast_column(label, feature)
+
+
+def read(loaded: Mapping[str, Any], **options: Any) -> Any:
+    return read_tables(loaded, SourceOptions(**options), "hf:set")
+
+
+def test_numbers_without_names_are_classes_and_unlabelled_rows_are_counted() -> None:
+    found = read({"train": table([0, 1, 2, 1]), "test": table([-1, 2, -1, 0])})
+    assert found.classes == ["0", "1", "2"]
+    assert found.splits["train"].labels.tolist() == [0, 1, 2, 1]
+    assert found.splits["test"].labels.tolist() == [2, 0]
+    assert found.passed_over == {"row without a label": ("test, row 0", "test, row 2")}
+    assert open_image(found.splits["test"].images[1]).getpixel((0, 0)) == (3, 3, 3)
+
+
+def test_a_split_without_any_label_is_left_out() -> None:
+    found = read({"train": table(["a", "b"]), "test": table([None, None])})
+    assert (found.classes, list(found.splits)) == (["a", "b"], ["train"])
+    assert "the split test has no label in any row, and is left out" in found.notes
+
+
+def test_names_of_a_class_label_stay_in_their_order() -> None:
+    feature = datasets.ClassLabel(names=["z", "a"])
+    found = read({"train": table([0, 1, -1], "fine_label", "img", feature)})
+    assert (found.classes, found.splits["train"].labels.tolist()) == (["z", "a"], [0, 1])
+
+
+def test_two_columns_of_labels_are_a_question() -> None:
+    loaded = {"train": table([0, 1], "fine_label", coarse_label=[1, 0])}
+    with pytest.raises(
+        DataError, match=r"several columns of labels: fine_label, coarse_label.*--label-column fine_label"
+    ):
+        read(loaded)
+    assert read(loaded, label_column="coarse_label").splits["train"].labels.tolist() == [1, 0]
+
+
+def test_splits_of_other_names_are_found_and_unknown_ones_counted() -> None:
+    found = read({"Training": table([0, 1]), "dev": table([1, 0]), "unsupervised": table([0, 0])})
+    assert list(found.splits) == ["train", "validation"]
+    assert found.passed_over == {"split that is not read": ("unsupervised",)}
+    with pytest.raises(DataError, match="has no training split, only dev"):
+        read({"dev": table([1, 0])})
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_saved_folder_is_read(tmp_path: Path, several: bool) -> None:
+    own = table([0, 1] * 5)
+    (datasets.DatasetDict(train=own, test=own) if several else own).save_to_disk(str(tmp_path / "set"))
+    for source in (tmp_path / "set", f"hf:{tmp_path / 'set'}"):
+        task = load_task(source)
+        assert (task.classes, len(task.train)) == (("0", "1"), 10 if several else 8)
+    (next((tmp_path / "set").rglob("*.arrow"))).write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be loaded as a saved data set"):
+        load_task(tmp_path / "set")
