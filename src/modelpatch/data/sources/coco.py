@@ -44,9 +44,7 @@ class Coco(base.DataSource):
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path, remarks, categories = Path(source), Remarks(), dict[str, None]()
         root = path if path.is_dir() else path.parent.parent if path.parent.name in FOLDERS else path.parent
-        files = _choose_files(path, remarks) if path.is_dir() else {split_of(path.stem) or "train": path}
-        if len(files) == 1 and path.is_file():
-            files = {"train": path}
+        files = _choose_files(path, remarks) if path.is_dir() else {"train": path}
         pictures = Pictures(root)
         scenes = {
             split: read_annotations(file, pictures, _places(split, file, root), remarks, categories)
