@@ -109,6 +109,10 @@ class TaggedVersionError(StoreError):
     """A version that a tag names was to be removed."""
 
 
+class OtherBackboneError(StoreError):
+    """A patch of another backbone than the other versions of its name was to be published without saying so."""
+
+
 class MethodError(ModelpatchError):
     """A method is unknown, misconfigured or cannot be applied to the backbone."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Run
+from conftest import Run, draft_patch, make_tiny
 from modelpatch.patch.contents import Patch
 from modelpatch.store.store import Store
 
@@ -44,6 +44,17 @@ def test_ls_and_show_say_what_is_there(run: Run, filled: Path, patches: dict[str
     assert Store(filled).resolve("colors@prod").hash in shown.out
     assert Patch.load(patches["linear-probe"]).backbone.fingerprint.chain in shown.out
     assert json.loads(run("store", "show", filled, "colors", "--json", "-").out)["tags"] == ["latest"]
+
+
+def test_a_patch_of_another_backbone_is_refused_unless_said_twice(run: Run, filled: Path, tmp_path: Path) -> None:
+    path = draft_patch(make_tiny()).save(tmp_path / "other.safetensors")
+    before = Store(filled).resolve("colors")
+    refused = run("store", "add", filled, "colors", path)
+    assert refused.code == 1
+    assert "--other-backbone" in refused.err
+    assert Store(filled).resolve("colors") == before
+    assert run("store", "add", filled, "colors", path, "--other-backbone").code == 0
+    assert Store(filled).resolve("colors") != before
 
 
 def test_an_empty_store_says_how_to_publish(run: Run, tmp_path: Path) -> None:

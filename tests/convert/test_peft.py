@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import modelpatch as mp
 from conftest import TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.convert.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft
+from modelpatch.convert.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft, match_within
 from modelpatch.errors import (
     ForeignTensorError,
     InvalidPatchError,
@@ -369,3 +371,21 @@ def test_without_peft_the_error_names_the_extra(tiny: Backbone, folder: Path, mo
     for call in (lambda: export_peft(patch, tiny, folder), lambda: import_peft(folder, tiny, TASK)):
         with pytest.raises(MissingExtraError, match=r"PEFT's folder format needs `peft`.*modelpatch\[lora\]"):
             call()
+
+
+@pytest.mark.parametrize("pattern", ["(a" * 3000, "a{1,99999999999}", "(", "x" * 2**20])
+def test_what_is_no_expression_is_refused(pattern: str) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(InvalidPatchError, match="target_modules"):
+        match_within(pattern, ["conv1"], "target_modules")
+
+
+@pytest.mark.parametrize("pattern", ["(((((a|b)*)*)*)*)*!", "(.*)*(.*)*(.*)*x!", r"(a|aa|ab|b)+\1c", "(?:a?b?){60}c"])
+def test_an_expression_comes_to_an_end(pattern: str) -> None:
+    pytest.importorskip("peft")
+    names = [f"stage{n}." + "ab" * 40 for n in range(200)]
+    begin = time.process_time()
+    with suppress(InvalidPatchError):
+        assert match_within(pattern, names, "target_modules") == []
+    assert time.process_time() - begin < 10  # seconds, of expressions that would take years
+    assert match_within(r"stage[12]\..*", names, "target_modules") == names[1:3]

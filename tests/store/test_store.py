@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import modelpatch as mp
 from conftest import draft_patch, make_tiny
+from modelpatch.backbone.load import load_backbone
 from modelpatch.errors import (
     DamagedPatchError,
     InvalidReferenceError,
     NotAPatchError,
+    OtherBackboneError,
     PatchFileError,
     StoreError,
     TaggedVersionError,
@@ -52,6 +55,20 @@ def place(store: Store, end: str) -> Path:
 
 
 # publish and load -------------------------------------------------------------------------------------------
+
+
+def test_a_patch_of_another_backbone_is_told_from_the_other_versions(store: Store) -> None:
+    store.check_backbone("flowers", PATCHES[0])
+    store.publish("flowers", PATCHES[0])
+    store.check_backbone("flowers", PATCHES[1])
+    with pytest.raises(OtherBackboneError, match="different backbones"):
+        store.check_backbone("flowers", draft_patch(make_tiny(1)))
+    other = make_tiny().module
+    other.stage1[0].act = nn.SiLU(inplace=True)
+    with pytest.raises(OtherBackboneError, match="relu against silu"):
+        store.check_backbone("flowers", draft_patch(load_backbone(other, preprocessing=TINY.preprocessing)))
+    store.publish("flowers", draft_patch(make_tiny(1)))  # said twice
+    store.check_backbone("flowers", draft_patch(make_tiny(1)))
 
 
 def test_what_is_published_is_what_is_loaded(store: Store, tmp_path: Path) -> None:

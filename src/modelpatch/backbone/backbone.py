@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.chain import Chain, build_chain
-from modelpatch.backbone.computation import Computation, Computing
+from modelpatch.backbone.computation import SIDES, Computation, Computing
 from modelpatch.backbone.fingerprint import Fingerprint
 from modelpatch.backbone.places import LocalPlace
 from modelpatch.backbone.preprocessing import Preprocessing
@@ -134,6 +134,12 @@ class Backbone:
         """
         if pixels in self._checked_sizes:
             return
+        if pixels > SIDES * self.preprocessing.image_size:
+            raise BackboneError(
+                f"images of {pixels} x {pixels} pixels are more than {SIDES} times as wide as those of {self.spec}, "
+                f"{self.preprocessing.image_size} px, and cost more than {SIDES**2} times as much. "
+                "Choose a smaller image size, or load the backbone with a preprocessing for larger images."
+            )
         image = torch.zeros(1, *self.preprocessing.with_image_size(pixels).input_size, device=self.device)
         try:
             width = self.chain(image).shape[-1]

@@ -25,7 +25,11 @@ METADATA_KEY = "modelpatch_backbone"
 READING = r"weights.*|pretrained_.*|checkpoint_.*|cache_dir|hf_hub_.*|features_only|feature_cls"
 CALLERS = r"spec|preprocessing|classifier|segments"
 REFUSED = re.compile(f"{READING}|{CALLERS}")
-MAX_NUMBER = 2**20  # a wider or deeper network would only be named to exhaust the memory
+MAX_NUMBER = 2**20  # a wider network would only be named to exhaust the memory
+REPEATED = re.compile(
+    r".*(depth|layer|block|repeat|stage|group|level|module|count).*"
+)  # arguments that may number modules
+MAX_REPEATED = 1024  # a deeper one, to exhaust time
 MAX_METADATA = 4 * 2**20
 
 
@@ -35,19 +39,19 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         check_printable(name)
         if len(name) > MAX_LENGTH or REFUSED.fullmatch(name):
             raise ValueError(f"a file cannot set {name[:80]!r} of its backbone")
-        _check_plain(name, value)
+        _check_plain(name, value, MAX_REPEATED if REPEATED.fullmatch(name) else MAX_NUMBER)
     return arguments
 
 
-def _check_plain(name: str, value: Any) -> None:
+def _check_plain(name: str, value: Any, most: int) -> None:
     if isinstance(value, list | tuple) and len(value) <= MAX_LENGTH:
         for item in value:
-            _check_plain(name, item)
+            _check_plain(name, item, most)
     elif isinstance(value, str) and len(value) <= MAX_LENGTH:
         check_printable(value)
-    elif not (value is None or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)):
+    elif not (value is None or (isinstance(value, int | float) and abs(value) <= most)):
         given = f"{type(value).__name__} {str(value)[:80]!r}"
-        raise ValueError(f"{name} = {given} is no plain value: expected numbers to {MAX_NUMBER:,}, short words, lists")
+        raise ValueError(f"{name} = {given} is no plain value: expected numbers to {most:,}, short words, lists")
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(check_arguments)]

@@ -55,9 +55,18 @@ def add(
     name: str = Argument(..., help="The patch's name: a-z, 0-9, '.', '_' and '-'."),
     patch: Path = Argument(..., help="The patch file."),
     tag: list[str] | None = Option(None, help="A tag for it, by default latest; may be repeated."),
+    other_backbone: bool = Option(
+        False, "--other-backbone", help="Let it be of another backbone than the other versions."
+    ),
 ) -> None:
-    """Check a patch file and publish it; the first one makes the store."""
-    version = mp.Store(store).publish(name, patch, tags=tag or ("latest",))
+    """Check a patch file and publish it; the first one makes the store.
+
+    A patch of another backbone than the newest version of that name is refused without `--other-backbone`.
+    """
+    opened = mp.Store(store)
+    if not other_backbone:
+        opened.check_backbone(name, mp.Patch.load(patch))
+    version = opened.publish(name, patch, tags=tag or ("latest",))
     Screen().tell(f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 

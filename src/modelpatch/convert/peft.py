@@ -11,13 +11,14 @@ an imported folder gives the logits of that model. Options of PEFT that a patch 
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, PositiveFloat, ValidationError
+from pydantic import BaseModel, PositiveFloat, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -57,6 +58,12 @@ WITHOUT_EFFECT = frozenset(
 STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave the base's weights as they are
 
 
+WORDS = ("all-linear",)  # what PEFT does not read as an expression
+NONE = "(?!)"  # an expression that nothing matches
+SECONDS, MOST_PATTERN = 0.3, 2**18  # for all names, and characters, of an expression
+Plain = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,256}$")]  # PEFT puts it into an expression
+
+
 class AdapterConfig(BaseModel, frozen=True, extra="allow"):
     """The options of `adapter_config.json` that a patch supports; all others must be off (see `_read_config`)."""
 
@@ -66,7 +73,7 @@ class AdapterConfig(BaseModel, frozen=True, extra="allow"):
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
+    layers_pattern: Plain | list[Plain] | None = None
     modules_to_save: list[str] | None = None
 
 
@@ -171,12 +178,34 @@ def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
     """Names of the layers that PEFT itself adapts, found by adapting a structural clone."""
     peft = require("peft", "lora", "PEFT's folder format")
     fields = config.model_dump(include=set(AdapterConfig.model_fields) - {"peft_type"}, exclude_none=True)
+    names = [name for name, _ in backbone.module.named_modules() if name]
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(fields.get(field), str) and fields[field] not in WORDS:
+            matched = match_within(fields[field], names, f"{CONFIG}: {field}")
+            fields[field] = "|".join(map(re.escape, matched)) or NONE
     clone = clone_module(backbone.module)
     try:
         peft.inject_adapter_in_model(peft.LoraConfig(**fields), clone)
     except (LookupError, TypeError, ValueError, re.error) as error:
         raise InvalidPatchError(f"PEFT cannot adapt {backbone.spec} as {CONFIG} says: {error}") from error
     return {name for name, module in clone.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+
+
+def match_within(pattern: str, names: Sequence[str], where: str) -> list[str]:
+    """The names that an expression matches as a whole. Raises `InvalidPatchError` for none, and for one without an end."""
+    regex = require("regex", "lora", "PEFT's folder format")
+    end = time.monotonic() + SECONDS
+    try:
+        compiled = regex.compile(pattern[: MOST_PATTERN + 1])
+        if len(pattern) > MOST_PATTERN:
+            raise TimeoutError
+        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))]
+    except (TimeoutError, RecursionError, MemoryError, OverflowError) as error:
+        raise InvalidPatchError(
+            f"{where} = {pattern[:80]!r} takes too long to match {len(names)} modules. Name the layers in a list."
+        ) from error
+    except regex.error as error:
+        raise InvalidPatchError(f"{where} = {pattern[:80]!r} is no regular expression: {error}") from error
 
 
 def _read_config(folder: Path) -> AdapterConfig:

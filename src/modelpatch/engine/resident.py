@@ -29,7 +29,7 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.heads.reading import ChainPart, Reading
 from modelpatch.patch.changes import MADE, StoredWeight, resolve, set_strength
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.model import PatchedModel, check_fit, check_head
+from modelpatch.patch.model import PatchedModel, check_added, check_fit, check_head
 
 RECENT = 32  # parts whose views a template keeps, since making them takes time
 LINE = 16  # a tensor in a flat one begins at whole lines of 64 bytes, which kernels read faster
@@ -206,6 +206,7 @@ class Structure:
     """
 
     def __init__(self, backbone: Backbone, patch: Patch) -> None:
+        check_added(backbone, patch)
         with torch.device("meta"):
             head = patch.head.build()
         model = PatchedModel.draft(backbone, patch.blueprint, head)

@@ -46,6 +46,8 @@ KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
+NUMBERS_A_BYTE = 2048  # that masks may unfold to: coded, even one in a thousand weights takes more
+LEAST_NUMBERS = 2**22  # that any file may have
 TABLE_BYTES = 128  # of an entry in the table of tensors, beside its name
 Tensors = Mapping[str, Tensor]
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
@@ -264,7 +266,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     for tensor_name, tensor in stored.items():
         _check_finite(tensor_name, tensor, name)
     try:
-        tensors = unpack(stored, header.codecs, most)
+        tensors = unpack(stored, header.codecs, min(most, max(LEAST_NUMBERS, NUMBERS_A_BYTE * len(data))))
     except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     outputs, classes = header.head.outputs, len(header.task.classes)

@@ -49,6 +49,7 @@ class PatchedModel(nn.Module):
         super().__init__()
         patch.check_backbone(backbone)
         self.preprocessing, self._strength = patch.preprocessing, patch.strength
+        check_added(backbone, patch)
         self._build(backbone, patch.blueprint, patch.head.build(), {})
         check_head(backbone.chain, patch)
         _fill(self.portable_state(), resolve(patch.tensors, backbone.chain, patch.strength))
@@ -369,3 +370,22 @@ def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor])
         if tensors[name].shape != shape:
             given = tuple(tensors[name].shape)
             raise ForeignTensorError(f"{name} has shape {given}; the backbone expects {tuple(shape)}.")
+
+
+def check_added(backbone: Backbone, patch: Patch) -> None:
+    """Raises `ForeignTensorError` unless the modules that a patch adds have the tensors of its file, name by name.
+
+    They are made without memory first: a few words of a header can ask for any number of parameters.
+    """
+    if not patch.grafts:
+        return
+    with torch.device("meta"):
+        model = PatchedModel.draft(backbone, patch.blueprint, patch.head.build())
+    shapes = {name: tensor.shape for name, tensor in model.portable_state().items() if name.startswith("graft/")}
+    given = {name: tensor.shape for name, tensor in patch.tensors.items() if name.startswith("graft/")}
+    for name in sorted(shapes.keys() | given.keys()):
+        if shapes.get(name) != given.get(name):
+            made, stored = (tuple(one[name]) if name in one else None for one in (shapes, given))
+            raise ForeignTensorError(
+                f"the patch's tensor {name} has shape {stored}; what the patch adds expects {made}."
+            )

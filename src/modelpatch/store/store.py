@@ -17,8 +17,11 @@ from typing import Any
 
 from modelpatch.errors import (
     DamagedPatchError,
+    MissingExtraError,
     ModelpatchError,
     NotAPatchError,
+    OtherBackboneError,
+    PatchError,
     StoreError,
     TaggedVersionError,
     UnknownPatchError,
@@ -78,6 +81,23 @@ class Store:
         data, source = _bytes_of(patch)
         version = Version.of(name, data, decode_patch(data, source))
         return self._publish(version, data, tags)
+
+    def check_backbone(self, name: str, patch: Patch) -> None:
+        """Raises `OtherBackboneError` for a patch whose backbone is not that of the newest version of `name` that can be read.
+
+        A name without versions takes any.
+        """
+        for version in reversed(self._files.versions(check_name(name))):
+            try:
+                known = self.load(version).backbone
+            except (PatchError, StoreError, MissingExtraError):
+                continue
+            if difference := known.difference(patch.backbone):
+                raise OtherBackboneError(
+                    f"{version} and this patch are of different backbones: {difference}.",
+                    "A server of the one refuses the other. Publish it under another name, or with --other-backbone.",
+                )
+            return
 
     def tag(self, name: str, tag: str, version: Version | str) -> Version:
         """Let a tag name a version of `name`, and no other. Returns the version.

@@ -1,0 +1,143 @@
+"""A few kilobytes of header do not cost gigabytes or minutes: what is too large is refused before it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conftest import draft_patch
+from modelpatch import methods
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.computation import SIDES
+from modelpatch.backbone.files import MAX_NUMBER, MAX_REPEATED, check_arguments
+from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.engine import Engine
+from modelpatch.errors import BackboneError, ForeignTensorError, InvalidPatchError, ModelpatchError
+from modelpatch.patch.blueprint import LARGEST, MOST_DEPTH, MOST_GRAFTS, MOST_ITEMS, Graft
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
+from modelpatch.patch.file import LEAST_NUMBERS
+
+MEGABYTES = 10 * 2**20
+
+
+class Allocations(TorchDispatchMode):
+    """A context that adds up the bytes of all results of operations that are not on the meta device."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.nbytes += sum(one.nbytes for one in tree_leaves(result) if isinstance(one, Tensor) and not one.is_meta)
+        return result
+
+
+@contextmanager
+def cheap() -> Iterator[None]:
+    """A context that may not allocate more than a few megabytes of tensors."""
+    with Allocations() as counted:
+        yield
+    assert counted.nbytes < MEGABYTES
+
+
+def refused(backbone: Backbone, patch: Patch, match: str, kind: type[ModelpatchError] = ForeignTensorError) -> None:
+    """Both ways to bind a patch refuse it."""
+    engine = Engine(backbone, tuning=Tuning())
+    for bind in (backbone.patched, lambda given: engine.add("task", given)):
+        with cheap(), pytest.raises(kind, match=match):
+            bind(patch)
+
+
+def with_grafts(patch: Patch, change: Any) -> Patch:
+    """The patch with other arguments of its added modules."""
+    grafts = tuple(graft.model_copy(update={"arguments": {**graft.arguments, **change}}) for graft in patch.grafts)
+    return replace(patch, grafts=grafts)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        (methods.DeltaNetwork(), {"channels": 8192}),
+        (methods.DeltaNetwork(), {"width": 8192}),
+        (methods.Widened(), {"inputs": 8192, "outputs": 8192, "filters": 1024, "kernel": 7}),
+        (methods.Widened(), {"filters": 9}),
+    ],
+    ids=["delta", "delta-norms", "widened", "one more"],
+)
+def test_modules_of_other_shapes_than_the_files_tensors_are_not_made(
+    tiny: Backbone, method: Any, change: dict[str, int]
+) -> None:
+    patch = with_grafts(draft_patch(tiny, replace(method, batch_norm=True) if "width" in change else method), change)
+    refused(tiny, patch, "what the patch adds expects")
+
+
+def test_modules_are_not_added_thousands_of_times_to_a_span(tiny: Backbone) -> None:
+    patch = draft_patch(tiny, methods.Widened())
+    refused(tiny, replace(patch, grafts=patch.grafts[:1] * 2000), "2,000 times")
+    refused(tiny, replace(patch, grafts=patch.grafts[:1] * (MOST_GRAFTS + 1)), "17 times")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        10**400,
+        float("inf"),
+        float("nan"),
+        LARGEST + 1,
+        "a" * 257,
+        [0] * (MOST_ITEMS + 1),
+        [[[[[[[[[]]]]]]]]],
+        {"a" * 300: 1},
+    ],
+    ids=["int", "inf", "nan", "large", "word", "list", "deep", "key"],
+)
+def test_arguments_of_modules_have_a_size(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        Graft(kind="lora", start=0, end=1, arguments={"rank": 1, "scale": value, "layers": []})
+    assert MOST_DEPTH == 8
+
+
+def test_a_scale_without_bounds_is_named(tiny: Backbone) -> None:
+    pytest.importorskip("peft")
+    patch = with_grafts(draft_patch(tiny, methods.LoRA(rank=1)), {"scale": 10**400})
+    refused(tiny, patch, "do not fit segments")
+
+
+def test_pictures_are_limited_by_the_network(tiny: Backbone) -> None:
+    patch = draft_patch(tiny)
+    for pixels in (4096, 8192, SIDES * tiny.input_size[1] + 1):
+        large = replace(patch, preprocessing=patch.preprocessing.with_image_size(pixels))
+        refused(tiny, large, f"more than {SIDES} times", BackboneError)
+    tiny.check_image_size(2 * tiny.input_size[1])
+
+
+@pytest.mark.parametrize("name", ["depth", "depths", "num_layers", "layers", "num_blocks", "block_count"])
+def test_a_file_names_no_network_of_a_million_blocks(name: str) -> None:
+    check_arguments({name: 24, "embed_dim": 4096})
+    for value in (MAX_REPEATED + 1, [2, 2**20], 2**20):
+        with pytest.raises(ValueError, match="no plain value"):
+            check_arguments({name: value})
+    with pytest.raises(ValueError, match="no plain value"):
+        check_arguments({"embed_dim": MAX_NUMBER + 1})
+
+
+def test_masks_do_not_unfold_without_end(tiny: Backbone) -> None:
+    pytest.importorskip("constriction")
+    from modelpatch.patch import file
+
+    patch = draft_patch(tiny)
+    mask = torch.from_numpy(np.zeros((2, LEAST_NUMBERS), np.bool_))
+    data = encode_patch(replace(patch, tensors={**patch.tensors, "mask/stage1.0.conv1.weight": mask}))
+    assert len(data) < 20_000
+    with cheap(), pytest.raises(InvalidPatchError, match="packed numbers; at most"):
+        decode_patch(data)
+    assert file.NUMBERS_A_BYTE * len(data) > LEAST_NUMBERS
