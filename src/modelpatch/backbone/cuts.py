@@ -55,6 +55,7 @@ class Cutter:
     def __init__(self, module: nn.Module, forward: Callable[[nn.Module], Forward], last: str | None) -> None:
         self.module, self.forward, self.last = module, forward, last
         self.opened = {last[:place] for place, letter in enumerate(last) if letter == "."} if last else set[str]()
+        self.opened |= set(getattr(module, "opened", ()))  # a network may name them itself
         self.closed: set[type[nn.Module]] = set()
 
     def cut(self, module: nn.Module, images: Sequence[Tensor]) -> tuple[Recording, list[Run], Run | None]:

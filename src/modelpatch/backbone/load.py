@@ -5,7 +5,7 @@ Each source (`timm:`, `torchvision:`, `transformers:`, `openclip:`, `file:`, `bu
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.reach import reaching
 from modelpatch.backbone.sources.base import SOURCES, BuiltNetwork
 from modelpatch.backbone.sources.timm import preprocessing_of
+from modelpatch.backbone.sources.transformers import wrap_model
 from modelpatch.errors import BackboneError, UnknownBackboneError
 
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -64,11 +65,7 @@ def load_backbone(
                 f"{type(spec).__name__} is built already: pretrained=False, weights=... and arguments of a constructor "
                 f"({', '.join(arguments) or 'none given'}) do not apply to it. Build the module as you want it."
             )
-        seen = preprocessing or preprocessing_of(spec)
-        built, place = (
-            BuiltNetwork(module=spec, preprocessing=seen, spec=f"module:{type(spec).__name__}", arguments={}),
-            None,
-        )
+        built, place = wrap_model(spec, preprocessing) or _plain(spec, preprocessing), None
     else:
         built, place = _build(spec, pretrained, weights, seed, arguments), _place(spec, weights, segments, arguments)
     if built.text is None:
@@ -78,6 +75,12 @@ def load_backbone(
     if place is not None:
         remember(backbone.fingerprints.chain, place)
     return backbone
+
+
+def _plain(module: nn.Module, preprocessing: Preprocessing | None) -> BuiltNetwork:
+    """A module as it is."""
+    seen = preprocessing or preprocessing_of(module)
+    return BuiltNetwork(module=module, preprocessing=seen, spec=f"module:{type(module).__name__}", arguments={})
 
 
 def _place(
@@ -109,7 +112,9 @@ def _build(
             "timm:NAME and its arguments instead."
         )
     published = pretrained and weights is None
-    downloads = reaching(source.address, spec) if published and source.address else nullcontext()
+    downloads: AbstractContextManager[None] = nullcontext()
+    if source.address and not source.names_file(name) and (published or source.find_repository(name)):
+        downloads = reaching(source.address, spec)
     with torch.random.fork_rng(devices=[]), downloads:
         torch.manual_seed(seed)
         built = source.build(name, published, arguments)

@@ -148,7 +148,8 @@ def import_peft(
     classifier = _classifier(backbone)
     grafts = _make_grafts(_targeted(config, backbone), config, backbone)
     keys = _keys(backbone, grafts)
-    own_head = not any(classifier.endswith(name) for name in config.modules_to_save or ())
+    saved = config.modules_to_save or ()
+    own_head = not any(classifier.endswith(name) or classifier.startswith(f"{name}.") for name in saved)
     keys |= {} if own_head else _head_keys(classifier)
     expected, given = set(keys.values()), set(tensors)
     if missing := sorted(expected - given):
