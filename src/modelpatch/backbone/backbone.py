@@ -190,6 +190,7 @@ class Backbone:
         if now != self.fingerprints:
             pairs = zip(self.chain, self.fingerprints.segments, now.segments, strict=True)
             moved = [segment.name for segment, before, after in pairs if before != after]
+            moved += ["tables that several segments read"] if not moved and now.chain != self.fingerprints.chain else []
             moved += ["head"] if now.head != self.fingerprints.head else []
             raise BackboneChangedError(
                 f"the frozen tensors of {self.spec} have changed since it was loaded, in: {', '.join(moved)}. "

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.cuts import Cutter, Forward, has_children
 from modelpatch.backbone.sizes import Sizes
+from modelpatch.backbone.steps import Steps, attach
 from modelpatch.errors import BackboneError, UntraceableBackboneError
 
 Parts = list[tuple[str, nn.Module]]
@@ -46,6 +48,11 @@ class Segment:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
 
+    @property
+    def bundles(self) -> bool:
+        """True if the output is several tensors side by side, with no axes of positions and channels."""
+        return isinstance(self.module, Steps) and self.module.bundles
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by the backbone's names."""
         for name, tensor in _named_tensors(self.module):
@@ -63,12 +70,16 @@ class Segment:
 
 
 class Chain(Sequence[Segment]):
-    """The segments in order. `chain(x)` maps images (B, C, H, W) to features (B, D)."""
+    """The segments in order. `chain(x)` maps images (B, C, H, W) to features (B, D).
+
+    `tables` are the backbone's tensors that no segment holds, since what several read is made of them.
+    """
 
     def __init__(self, segments: Sequence[Segment], head: nn.Module) -> None:
         self.segments = tuple(segments)
         self.head = head
         self.sizes: Sizes | None = None
+        self.tables: Mapping[str, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x, 0, len(self))
@@ -154,17 +165,26 @@ def build_chain(module: nn.Module, example: Tensor, classifier: str | None, segm
                 raise UntraceableBackboneError(
                     f"the segments {', '.join(segments)} of {type(module).__name__} cannot run one after another: {error}"
                 ) from error
-        try:
-            if classifier is None and has_several_classifiers(module):
-                return _recorded_chain(module, example, None, pre_logits)
-            return _recorded_chain(module, example, classifier)
-        except UntraceableBackboneError as error:
-            if not has_pre_logits(module):
-                raise UntraceableBackboneError(f"{error}. {NAME_PARTS}") from error
+        if not has_pre_logits(module):
             try:
-                return _recorded_chain(module, example, None, pre_logits)
-            except UntraceableBackboneError:
-                return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
+                return _recorded_chain(module, example, classifier)
+            except UntraceableBackboneError as error:
+                raise UntraceableBackboneError(f"{error}. {NAME_PARTS}") from error
+        for ends in (classifier,) if classifier or not has_several_classifiers(module) else ():
+            with suppress(UntraceableBackboneError):
+                chain = _recorded_chain(module, example, ends)
+                if ends is None or isinstance(modules[ends], nn.Linear) or _ends_in(chain, pre_logits(module), example):
+                    return chain
+        try:
+            return _recorded_chain(module, example, None, pre_logits)
+        except UntraceableBackboneError:
+            return _listed_chain([("network", PooledFeatures(module))], module, example, classifier)
+
+
+def _ends_in(chain: Chain, features: Forward, example: Tensor) -> bool:
+    """True if the chain gives these features."""
+    found, expected = chain(example), features(example).flatten(1)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def _recorded_chain(
@@ -172,9 +192,9 @@ def _recorded_chain(
 ) -> Chain:
     """The chain up to the module `classifier`, else of the whole network; or of its `features` alone, without a head."""
     sizes = Sizes(Cutter(module, features or (lambda network: network), classifier), example)
-    head = NoHead() if features else sizes.rest
+    head = NoHead(module, sizes.parts) if features else sizes.rest
     chain = _assemble(sizes.parts, head, sizes.shapes, module, example, classifier, features and features(module))
-    chain.sizes = sizes
+    chain.sizes, chain.tables = sizes, sizes.tables
     return chain
 
 
@@ -191,7 +211,14 @@ def has_several_classifiers(module: nn.Module) -> bool:
 
 
 class NoHead(nn.Module):
-    """In place of a classifier that reads more than the features (several classifiers of one network)."""
+    """A place for the tensors of classifiers that read more than the features (several classifiers of one network)."""
+
+    def __init__(self, module: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        held = {id(tensor) for _, part in parts for _, tensor in _named_tensors(part)}
+        for name, tensor in _named_tensors(module):
+            if id(tensor) not in held:
+                attach(self, name, module)
 
     def forward(self, features: Tensor) -> Tensor:
         raise BackboneError("this backbone's own logits cannot be computed from its features; call backbone(images).")
@@ -241,9 +268,22 @@ def _assemble(
 
     `shapes` are those of the image and of every part's output, without the batch axis.
     """
+    probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    found = probe
+    for _, part in parts:
+        found = part(found)
+    expected = features(probe) if features else module(probe)
+    if not torch.isfinite(expected).all():
+        raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
+    if not torch.equal(found if features else head(found), expected):
+        segments = f"the {len(parts)} segments found in {type(module).__name__}"
+        raise UntraceableBackboneError(f"{segments} do not reproduce it. {NAME_PARTS}")
+    if classifier is not None and len(shapes[-1]) == 3:
+        pooled = math.prod(shapes[-1][1:]) > 1  # the classifier is a convolution of maps, whose answers are pooled
+        head = NoHead(module, parts) if pooled else nn.Sequential(nn.Unflatten(1, shapes[-1]), head)
+        parts = [*parts, ("pool", nn.AdaptiveAvgPool2d(1))] if pooled else parts
+        shapes = [*shapes, (shapes[-1][0], 1, 1)] if pooled else shapes
     if len(shapes[-1]) != 1:
-        if classifier is not None:
-            head = nn.Sequential(nn.Unflatten(1, shapes[-1]), head)
         parts, shapes = [*parts, ("flatten", nn.Flatten())], [*shapes, (math.prod(shapes[-1]),)]
     blocks = _find_blocks([part for _, part in parts])
     runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
@@ -262,17 +302,7 @@ def _assemble(
         )
         for index, (name, part) in enumerate(parts)
     ]
-    chain = Chain(segments, head)
-    probe = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0)).to(example)
-    given = chain(probe) if features else head(chain(probe))
-    expected = features(probe) if features else module(probe)
-    expected = expected if classifier else expected.flatten(1)
-    if not torch.isfinite(expected).all():
-        raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
-    if not torch.equal(given, expected):
-        found = f"the {len(chain)} segments found in {type(module).__name__}"
-        raise UntraceableBackboneError(f"{found} do not reproduce it. {NAME_PARTS}")
-    return chain
+    return Chain(segments, head)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

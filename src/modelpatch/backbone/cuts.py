@@ -1,5 +1,8 @@
 """Cut a recorded network into runs of calls, after every call that leaves one tensor of the image alive.
 
+Blocks that read and give several tensors at once (HRNet's modules, CrossViT's branches, a query beside the image's tokens) are
+cut apart as well: those tensors travel side by side as one.
+
 A module is *opened*, its calls recorded instead of it, when it is a `Sequential` or `ModuleList`, owns one whose members have
 children of their own (a stage), or has only children of one composite class (RegNet's stages, which name their blocks as
 attributes). A class that was opened but whose children turn out not to run strictly one after another (a residual block that
@@ -8,7 +11,8 @@ never split in half.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.record import Call, Recording, Value, closable, leaves, record
 from modelpatch.errors import UntraceableBackboneError
 
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 Forward = Callable[[Tensor], Any]
 
 
@@ -33,14 +38,26 @@ def has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
+def find_repeated(module: nn.Module) -> list[str]:
+    """The names of members of containers that have children and siblings of their own class: repeated blocks."""
+    found = []
+    for name, container in module.named_modules():
+        if isinstance(container, CONTAINERS):
+            kinds = Counter(type(member) for member in container if has_children(member))
+            found += [
+                f"{name}.{place}".lstrip(".") for place, member in container.named_children() if kinds[type(member)] > 1
+            ]
+    return found
+
+
 def opens(module: nn.Module) -> bool:
     """True if calls inside a module of this structure are recorded (see the module docstring)."""
-    if isinstance(module, nn.Sequential | nn.ModuleList):
+    if isinstance(module, CONTAINERS):
         return True
     if type(module).__module__.startswith("torch.nn."):
         return False
     children = list(module.children())
-    containers = [child for child in children if isinstance(child, nn.Sequential | nn.ModuleList)]
+    containers = [child for child in children if isinstance(child, CONTAINERS)]
     if any(has_children(member) for container in containers for member in container):
         return True
     return len({type(child) for child in children}) == 1 and has_children(children[0])
@@ -67,7 +84,12 @@ class Cutter:
             recording = self._record(module, images)
             calls = [call for call in recording.calls if call.streams]
             alive = find_alive(recording, calls)
-            cuts = [place for place, numbers in enumerate(alive) if _is_cut(recording, calls[place], numbers)]
+            cuts = [
+                place
+                for place, call in enumerate(calls)
+                if _ends_alone(recording, call, alive[place])
+                or self._parts_members(recording, [call, *calls[place + 1 : place + 2]], alive[place])
+            ]
             broken = {
                 scope.kind
                 for scope in recording.scopes
@@ -105,6 +127,22 @@ class Cutter:
                     raise error.__cause__ or error from None
                 self.closed.add(culprits[-1])
 
+    def _parts_members(self, recording: Recording, calls: Sequence[Call], alive: frozenset[int]) -> bool:
+        """True after a member of a container that makes all that is alive, and before one that reads it."""
+        if len(alive) < 2 or len({recording.values[number].dtype for number in alive}) > 1:
+            return False
+        first, *rest = calls
+        made = alive <= first.makes and self._container_of(first) is not None
+        read = any(alive <= call.streams and self._container_of(call) in CONTAINERS for call in rest)
+        return (made or read) and all(map(recording.rows_of, alive))
+
+    def _container_of(self, call: Call) -> type[nn.Module] | None:
+        """The class of the container that holds the composite module that is called."""
+        if not isinstance(call.target, str) or not has_children(self.module.get_submodule(call.target)):
+            return None
+        container = self.module.get_submodule(call.target.rpartition(".")[0])
+        return type(container) if isinstance(container, CONTAINERS) else None
+
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
         return name not in self.opened and (type(module) in self.closed or not opens(module))
 
@@ -120,5 +158,6 @@ def find_alive(recording: Recording, calls: Sequence[Call]) -> list[frozenset[in
     return found
 
 
-def _is_cut(recording: Recording, call: Call, alive: Collection[int]) -> bool:
-    return len(alive) == 1 and call.makes >= set(alive) and recording.batched >= set(alive)
+def _ends_alone(recording: Recording, call: Call, alive: frozenset[int]) -> bool:
+    """True after a call that makes the one tensor that is alive, with a row for each image."""
+    return len(alive) == 1 and alive <= call.makes and recording.rows_of(next(iter(alive))) == 1

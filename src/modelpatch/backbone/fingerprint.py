@@ -17,7 +17,7 @@ class Fingerprint(BaseModel, frozen=True, extra="forbid"):
     """Content hashes of a backbone. Two backbones with the same `chain` give every patch the same features.
 
     `segments` holds one hash per segment of the chain, `head` that of the base's own classifier; `chain` hashes the
-    segments in order and `whole` the chain and the head.
+    segments in order, and the tables that several read, and `whole` the chain and the head.
     """
 
     whole: Hash
@@ -33,7 +33,8 @@ class Fingerprint(BaseModel, frozen=True, extra="forbid"):
         """Hash every parameter and buffer of the chain and of its head."""
         segments = tuple(hash_tensors(segment.named_tensors()) for segment in chain)
         head = hash_tensors((*chain.head.named_parameters(), *chain.head.named_buffers()))
-        whole_chain = hash_texts(segments)
+        tables = (hash_tensors(chain.tables.items()),) if chain.tables else ()
+        whole_chain = hash_texts((*segments, *tables))
         return cls(whole=hash_texts((whole_chain, head)), chain=whole_chain, head=head, segments=segments)
 
 

@@ -4,6 +4,7 @@ Each source (`timm:`, `torchvision:`, `transformers:`, `openclip:`, `file:`, `bu
 `sources/`; other distributions register theirs (see `sources/base.py`).
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.checkpoint import load_checkpoint
+from modelpatch.backbone.cuts import find_repeated
 from modelpatch.backbone.places import LocalPlace, remember
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.reach import reaching
@@ -129,10 +131,17 @@ def _build(
 
 
 def find_classifier(module: nn.Module) -> str | None:
-    """The name of the module whose input is the features: as timm says it, else the last linear layer."""
+    """The name of the module whose input is the features: as timm says it, else the last linear layer outside of blocks.
+
+    Without any, a 1x1 convolution that is called a classifier.
+    """
     names = {id(child): name for name, child in module.named_modules()}
     if hasattr(module, "get_classifier"):
         head: Any = module.get_classifier()  # type: ignore[operator]
         return names.get(id(head)) if isinstance(head, nn.Module) and any(True for _ in head.parameters()) else None
-    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    return linear[-1] if linear else None
+    blocks = tuple(f"{name}." for name in find_repeated(module))
+    outside = [(name, child) for name, child in module.named_modules() if not name.startswith(blocks)]
+    linear = [name for name, child in outside if isinstance(child, nn.Linear)]
+    pointwise = [name for name, child in outside if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)]
+    called = [name for name in pointwise if re.search(r"(^|\.)(classifier|head|fc|logits)(\.|$)", name)]
+    return (linear or called or [None])[-1]

@@ -171,18 +171,27 @@ class Scope:
 
 @dataclass
 class Recording:
-    """The calls of a network on images of one size, its opened modules, and the tensors that its calls made (of ROWS[0]).
+    """The calls of a network on images of one size, its opened modules, and the tensors that its calls made of each batch.
 
-    `result` is what the network returned, with slots. `written` are the numbers of tensors that were written in place later,
-    `batched` those of tensors with a row for each image.
+    `result` is what the network returned, with slots. `written` are the numbers of tensors that were written in place later.
     """
 
     calls: list[Call]
     scopes: list[Scope]
     values: dict[int, Tensor]
+    others: dict[int, Tensor]
     written: frozenset[int]
-    batched: frozenset[int]
     result: Any
+
+    def rows_of(self, number: int) -> int:
+        """The rows that a tensor has for each image, one image after another; 0 for one that is not made of such rows."""
+        value, other = self.values[number], self.others[number]
+        rows, rest = divmod(value.shape[0] if value.ndim > 1 else 0, ROWS[0])
+        if rest or rows == 0 or other.shape != (rows * ROWS[1], *value.shape[1:]):
+            return 0
+        # the first image of both batches is the same
+        alike = rows == 1 or torch.allclose(value[:rows], other[:rows], rtol=1e-3, atol=1e-4 * float(value.abs().max()))
+        return rows if alike else 0
 
 
 def record(
@@ -191,7 +200,7 @@ def record(
     images: Sequence[Tensor],
     is_leaf: Callable[[nn.Module, str], bool],
 ) -> Recording:
-    """Record `forward`, which runs `module`, on two batches of `ROWS` different images.
+    """Record `forward`, which runs `module`, on two batches of `ROWS` images that share the first.
 
     Raises `UntraceableBackboneError`, whose `scopes` are the opened modules in which it happened, outermost first.
     """
@@ -203,9 +212,7 @@ def record(
         raise _untraceable(module, "its calls are others for another batch", at)
     calls = [_merge(module, a, b) for a, b in zip(first.calls, second.calls, strict=True)]
     written = frozenset(number for number, value in first.values.items() if value._version != first.versions[number])
-    lengths = {number: (_length(value), _length(second.values[number])) for number, value in first.values.items()}
-    batched = frozenset(number for number, found in lengths.items() if found == ROWS)
-    return Recording(calls, first.scopes, first.values, written, batched, first.result)
+    return Recording(calls, first.scopes, first.values, second.values, written, first.result)
 
 
 def _run(
@@ -396,10 +403,6 @@ def _merge_slot(module: nn.Module, call: Call, a: Any, b: Any) -> Any:
 
 def closable(kind: type[nn.Module]) -> bool:
     return kind not in (nn.Sequential, nn.ModuleList)
-
-
-def _length(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.ndim > 1 else 0
 
 
 def _storage(tensor: Tensor) -> int:

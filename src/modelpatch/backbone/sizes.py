@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Cuts:
         """The name of the module that a run is, if it is the call of one with its input alone."""
         run = self.all[place]
         call = run.calls[0]
-        alone = len(run.calls) == 1 and len(run.sources) == 1 and isinstance(call.target, str) and call.bare
+        alone = len(run.calls) == len(run.sources) == 1 and isinstance(call.target, str) and call.bare
         return str(call.target) if alone and call.arguments == ((Value(next(iter(run.sources))),), {}) else None
 
     def program(self, place: int) -> SegmentProgram:
@@ -70,14 +71,28 @@ class Cuts:
         alone = [call for call in self._needs[place] if self._readers[id(call)] == 1]
         return names_of([*self.all[place].calls, *alone])
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The network's tensors that only calls read which several runs need, by name."""
+        shared = [call for needs in self._needs for call in needs if self._readers[id(call)] > 1]
+        state = {**dict(self.shared.module.named_parameters()), **dict(self.shared.module.named_buffers())}
+        read = names_of(shared)
+        held = {name for place in range(len(self.all)) for name in self.named(place)}
+        return {name: tensor for name, tensor in state.items() if _is_under(name, read) and not _is_under(name, held)}
+
     def _is_own(self, call: Call) -> bool:
         """True for a call that makes its tensor of parameters, for one run, or one that is written later."""
         if call.makes & self.recording.written:
             return True
         parameters = dict(self.shared.module.named_parameters())
-        modules = [name for one in (call, *self.shared.needs([call])) for name in names_of([one])]
-        trains = any(name in parameters or any(path.startswith(f"{name}.") for path in parameters) for name in modules)
+        read = names_of([call, *self.shared.needs([call])])
+        trains = any(_is_under(name, read) for name in parameters)
         return trains and self._readers[id(call)] == 1
+
+
+def _is_under(name: str, others: Collection[str]) -> bool:
+    """True for one of these names, and for a tensor of a module of that name."""
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 class Sizes:
@@ -92,7 +107,7 @@ class Sizes:
         self._known = {tuple(example.shape[1:])}
         self._lock = threading.Lock()
         cuts = self._cut(cutter.module, tuple(example.shape[1:]))
-        self.names, self.shapes = cuts.names, cuts.shapes
+        self.names, self.shapes, self.tables = cuts.names, cuts.shapes, cuts.tables
         parts = [self._part(cuts, place) for place in range(len(cuts.all))]
         self.parts = list(zip(self.names, parts, strict=False))
         self.rest = parts[-1] if cuts.rest else nn.Identity()
@@ -118,7 +133,8 @@ class Sizes:
 
     def _cut(self, module: nn.Module, shape: Shape) -> Cuts:
         generator = torch.Generator().manual_seed(0)
-        images = [torch.randn(rows, *shape, generator=generator).to(self._example) for rows in ROWS]
+        first, second = (torch.randn(rows, *shape, generator=generator).to(self._example) for rows in ROWS)
+        images = [first, torch.cat([first[:1], second[1:]])]
         return Cuts(module, *self._cutter.cut(module, images))
 
     def _part(self, cuts: Cuts, place: int) -> nn.Module:

@@ -156,6 +156,11 @@ class Steps(nn.Module):
         for name in sorted(names, key=lambda name: name.count(".")):
             attach(self, name, network)
 
+    @property
+    def bundles(self) -> bool:
+        """True if the output is several streams side by side."""
+        return any(len(program.results.shapes) > 1 for program in self.programs.values())
+
     def forward(self, x: Tensor) -> Tensor:
         return self.programs.find(x).run(self, x)
 

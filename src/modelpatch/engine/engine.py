@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import NoHead
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
 from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
@@ -30,7 +31,7 @@ from modelpatch.engine.measuring import least_seconds
 from modelpatch.engine.plan import Batches, Link, Plan, make_plan
 from modelpatch.engine.program import JoinedHeads, Program, Timing
 from modelpatch.engine.residency import Residency
-from modelpatch.engine.resident import BoundPart, Templates
+from modelpatch.engine.resident import BoundPart, NetworkLink, Templates
 from modelpatch.engine.task import ANY, EngineTask, Given, Routed, Turn, Wish, bind, cost, reuse, run_rounds
 from modelpatch.errors import EngineError, UnknownTaskError
 from modelpatch.heads.reading import pooled_axes
@@ -85,10 +86,10 @@ class Engine:
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
-        head = clone_module(backbone.chain.head)
-        base = EngineTask(
-            BASE, preprocessing or backbone.preprocessing, backbone.classes, head, self.templates.segments
-        )
+        head, path = clone_module(backbone.chain.head), self.templates.segments
+        if isinstance(head, NoHead):
+            head, path = nn.Identity(), (NetworkLink(backbone),)
+        base = EngineTask(BASE, preprocessing or backbone.preprocessing, backbone.classes, head, path)
         self._tasks: dict[str, EngineTask] = {BASE: base}
         for name, patch in (patches or {}).items():
             self.add(name, patch)
@@ -401,7 +402,7 @@ class Engine:
     def _module(self, link: Link) -> Module:
         if isinstance(link, BoundPart):
             return self.residency.module(link)
-        return self._frozen.module(link.span[0])
+        return link.module if isinstance(link, NetworkLink) else self._frozen.module(link.span[0])
 
     def _pays(self, link: Link, sizes: Sequence[int]) -> bool:
         """Return True if reading the weights once saves more than copying the streams costs: few rows, many weights."""

@@ -300,6 +300,21 @@ class SegmentLink:
         return self.segment.macs
 
 
+class NetworkLink:
+    """The whole network as one link, for a base whose own answer is not computed from its features."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.module = clone_module(backbone.module)
+        self.own, self.name, self.key, self.span = False, "network", "base network", (0, len(backbone.chain))
+        self.nbytes = sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
+        self.output_bytes, self._shape = 4 * backbone.chain.feature_dim, backbone.input_size
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds for one image of the backbone's input size."""
+        return count_macs(self.module, self._shape)
+
+
 class BoundPatch:
     """A patch bound to a backbone. Calls are thread-safe.
 

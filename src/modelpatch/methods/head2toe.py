@@ -50,7 +50,8 @@ class Head2Toe(LinearProbe):
         """A head on the blocks that are read. Raises `MethodError` where `until` lies before all of them."""
         chain = backbone.chain
         last = len(chain) - 1 if self.until is None else find_segments(backbone, (self.until,))[-1].index
-        taps = [tap for tap in sorted({block.index for block in chain.blocks} | {len(chain) - 1}) if tap <= last]
+        read = {block.index for block in chain.blocks if not block.bundles} | {len(chain) - 1}
+        taps = [tap for tap in sorted(read) if tap <= last]
         if not taps:
             raise MethodError(f"head2toe: until={self.until!r} lies before the first block, {chain.blocks[0].name!r}.")
         return ChoosingHead(sum(pooled_width(chain, tap) for tap in taps), classes, tuple(taps), self.keep)

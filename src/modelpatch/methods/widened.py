@@ -65,7 +65,7 @@ class Widened(Method):
         """The filters beside a segment as a patch file describes them; empty where none can be added."""
         before, after = segment.input_shape, segment.output_shape
         maps = channels_first(before, image)
-        if len(before) != len(after) or maps != channels_first(after, image):
+        if len(before) != len(after) or len(after) < 2 or maps != channels_first(after, image):
             return {}
         axis = 0 if maps else -1
         channels = {"inputs": before[axis], "outputs": after[axis], "filters": self.filters}
