@@ -4,6 +4,7 @@ Each source (`timm:`, `torchvision:`, `transformers:`, `openclip:`, `file:`, `bu
 `sources/`; other distributions register theirs (see `sources/base.py`).
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.checkpoint import load_checkpoint
@@ -62,6 +66,7 @@ def load_backbone(
         if not fits or (name == "segments" and not all(isinstance(one, str) for one in value)):
             raise BackboneError(f"{name} is {value!r}; expected {expected}.")
     if isinstance(spec, nn.Module):
+        spec = unwrap(spec)
         if arguments or weights is not None or not pretrained:
             raise BackboneError(
                 f"{type(spec).__name__} is built already: pretrained=False, weights=... and arguments of a constructor "
@@ -128,6 +133,18 @@ def _build(
         arguments = {**arguments, "pretrained": False, "seed": seed}
     recorded = arguments if built.arguments is None else built.arguments
     return replace(built, spec=built.spec or spec, arguments=recorded)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside what compiles, averages or distributes it."""
+    while isinstance(module, OptimizedModule | nn.DataParallel | DistributedDataParallel | AveragedModel):
+        inner = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+        assert isinstance(inner, nn.Module)
+        module = inner
+    if module._compiled_call_impl is not None:  # compiled in place, which stays as it is for its owner
+        module = copy.copy(module)
+        module._compiled_call_impl = None
+    return module
 
 
 def find_classifier(module: nn.Module) -> str | None:

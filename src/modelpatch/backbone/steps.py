@@ -33,6 +33,12 @@ class Shared:
         self._kept: dict[Any, Tensor] = {}
         self._lock = threading.Lock()
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of one row with the network's device and the images' precision."""
+        device = next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+        return torch.empty(1, 0, dtype=self.dtype, device=device)
+
     def needs(self, calls: Iterable[Call]) -> list[Call]:
         """The calls without image that make what `calls` read, in their order."""
         found, waiting = dict[int, Call](), list(calls)
@@ -63,8 +69,7 @@ class Shared:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _compute(self, number: int, x: Tensor) -> Tensor:
-        device = next((tensor.device for tensor in self.module.parameters()), x.device)
-        frame = Frame(self.module, torch.empty(x.shape[0], 0, dtype=self.dtype, device=device), {})
+        frame = Frame(self.module, self.like.expand(x.shape[0], 0), {})
         maker = self.makers[number]
         for call in (*self.needs([maker]), maker):
             frame.run(call)
@@ -101,8 +106,9 @@ class SegmentProgram:
 
     def run(self, holder: nn.Module, x: Tensor) -> Tensor:
         frame = Frame(holder, x, self.sources.open(x))
+        like = x if isinstance(x, Tensor) else self.shared.like  # not of a proxy of torch.fx
         for number in self.constants:
-            frame.values[number] = self.shared.get(number, x)
+            frame.values[number] = self.shared.get(number, like)
         for call in self.calls:
             frame.run(call)
         return self.results.close(frame.values, x.shape[0])
@@ -155,6 +161,11 @@ class Steps(nn.Module):
         self.programs = Programs()
         for name in sorted(names, key=lambda name: name.count(".")):
             attach(self, name, network)
+
+    @property
+    def sizeless(self) -> bool:
+        """True if its calls are the same for images of any size."""
+        return all(program.sizeless for program in self.programs.values())
 
     @property
     def bundles(self) -> bool:

@@ -55,8 +55,6 @@ def trace_calls(module: nn.Module) -> fx.Graph:
     Raises `UntraceableBackboneError` where torch.fx cannot follow its Python.
     """
     programs = module.programs.values() if isinstance(module, Steps) else ()
-    if any(program.constants for program in programs):
-        raise UntraceableBackboneError(f"{type(module).__name__} reads tensors that are computed once")
     targets = [call.name for program in programs for call in program.calls if isinstance(call.target, str)]
     opened = {ROOT, *(f"{ROOT}.{name}" for name in targets if has_children(module.get_submodule(name)))}
     return _run(_Tracer(lambda m, name: name not in opened), module)

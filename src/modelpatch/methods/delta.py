@@ -204,7 +204,7 @@ class DenseStage(DeltaStage):
 def build_stage(variant: nn.Module, **arguments: Any) -> DeltaStage:
     """The stage whose blocks `variant` holds: a `Sequential` of several, or one block."""
     settings = StageSettings.model_validate(arguments)
-    blocks = list(variant) if isinstance(variant, nn.Sequential) else [variant]
+    blocks = list(variant) if type(variant) is nn.Sequential else [variant]  # not a block that is a kind of one
     if len(blocks) == 1 and (layers := form_of(blocks[0]).layers):
         return DenseStage(blocks[0], layers, settings)
     return ResidualStage(blocks, settings)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, channels_first
+from modelpatch.backbone.steps import Steps
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import MethodError, MethodNotApplicableError, UntraceableBackboneError
 
@@ -90,7 +91,8 @@ def form_of(block: nn.Module) -> Form:
         return Form("none", layers)
     added = (node for node in graph.nodes if _adds_two(node))
     sums = [node for node in added if all(source in _ancestors([one]) for one in node.all_input_nodes)]
-    for node in reversed(sums):
+    whole = isinstance(block, Steps) and not block.sizeless  # a half would keep what belongs to one size of images
+    for node in reversed([] if whole else sums):
         if cut := _cut_at(node, source, block, sums):
             identity = _skip_identities(cut[2], block) is source
             return Form("identity" if identity else "projection", cut=cut)

@@ -15,6 +15,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.backbone.strided import lay_strided
 from modelpatch.errors import ForeignTensorError, PatchError
 from modelpatch.heads.base import Head, HeadRecord
 from modelpatch.heads.reading import ChainPart, HeadInput, Read, Reading, run_chain
@@ -140,6 +141,7 @@ class PatchedModel(nn.Module):
                 for tensor in (*variant.parameters(), *variant.buffers()):
                     grafted.setdefault(id(tensor), graft)
         if span in self.spans:
+            lay_strided(variant)
             self._trained += [module for module in variant.modules() if module not in frozen]
         place = f"parts.{len(self.parts)}."
         for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
