@@ -21,6 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,26 @@ TORCHVISION = (
 )
 
 
+SIZED = {"beit_base_patch16_224", "cait_xxs24_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"}
+SIZED |= {
+    "convit_tiny",
+    "vit_tiny_patch16_224",
+    "vit_tiny_r_s16_p8_224",
+    "tnt_s_legacy_patch16_224",
+    "coat_tiny",
+    "gmlp_ti16_224",
+}
+SIZED |= {
+    "xcit_nano_12_p8_224",
+    "pit_ti_224",
+    "nest_tiny",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224",
+    "mvitv2_tiny",
+}
+SIZED |= {"twins_svt_small", "volo_d1_224", "visformer_tiny", "eva02_tiny_patch14_224", "samvit_base_patch16_224"}
+
+
 def names() -> Iterator[str]:
     """The specifications of the sweep."""
     yield from (f"timm:{name}" for name in TIMM.split())
@@ -124,8 +145,12 @@ def transformers_models() -> dict[str, Callable[[], nn.Module]]:
     for kind, config in kinds.items():
         model, settings = (getattr(transformers, f"{kind}{end}", None) for end in ("ForImageClassification", "Config"))
         if model is not None and settings is not None:
-            found[kind] = lambda model=model, settings=settings, config=config: Logits(model(settings(**config)))
+            found[kind] = partial(_build, model, settings, config)
     return found
+
+
+def _build(model: Any, settings: Any, config: dict[str, Any]) -> nn.Module:
+    return Logits(model(settings(**config)))
 
 
 class Logits(nn.Module):
@@ -147,10 +172,11 @@ def load(spec: str) -> mp.Backbone:
     for pixels in SIZES:
         torch.manual_seed(0)
         seen = Preprocessing(input_size=(3, pixels, pixels), crop_pct=1.0)
+        sized: dict[str, Any] = {"img_size": pixels} if name in SIZED else {}
         try:
             if source == "transformers":
                 return mp.load_backbone(transformers_models()[name](), preprocessing=seen)
-            return mp.load_backbone(spec, pretrained=False, preprocessing=seen, **given)
+            return mp.load_backbone(spec, pretrained=False, preprocessing=seen, **given, **sized)
         except BackboneError as error:
             problem = error
     assert problem is not None
@@ -177,8 +203,8 @@ def count_repeats(module: nn.Module, closed: set[type[nn.Module]] | None = None)
     return max(counts.values(), default=0)
 
 
-def measure(spec: str) -> dict[str, Any]:
-    """The row of a network."""
+def measure(spec: str, light: bool) -> dict[str, Any]:
+    """The row of a network; `light` ones try no method."""
     begin = time.perf_counter()
     backbone = load(spec)
     seconds = time.perf_counter() - begin
@@ -189,7 +215,7 @@ def measure(spec: str) -> dict[str, Any]:
     with torch.no_grad():
         row["batches"] = all(agree(features(backbone, x), chain(x)) for x in map(backbone_images(backbone), (1, 3)))
         row["sizes"] = [size for size in (2 * pixels, pixels + pixels // 2) if takes(backbone, size)]
-    row["methods"] = {name: try_method(backbone, name) for name in METHODS.names()}
+    row["methods"] = {} if light else {name: try_method(backbone, name) for name in METHODS.names()}
     return row
 
 
@@ -282,15 +308,16 @@ def try_method(backbone: mp.Backbone, name: str) -> str:
         return f"failed: {type(error).__name__}: {error}"[:500]
 
 
-def sweep(only: str, again: bool, minutes: float, part: tuple[int, int]) -> None:
+def sweep(only: str, again: bool, light: bool, minutes: float, part: tuple[int, int]) -> None:
     """Measure the networks that have no row yet, every `part[1]`-th of them, and write the file after each."""
     end = time.monotonic() + 60 * minutes
     for spec in [name for name in names() if only in name][part[0] :: part[1]]:
-        if spec in read_rows() and not again:
+        known = read_rows().get(spec, {})
+        if not again and ("failed" in known or known.get("methods") or (known and light)):
             continue
         begin = time.perf_counter()
         try:
-            row = measure(spec)
+            row = measure(spec, light)
         except Exception as error:
             row = {"failed": f"{type(error).__name__}: {error}"[:500]}
         row["seconds"] = round(time.perf_counter() - begin, 1)
@@ -333,7 +360,7 @@ def write_page(rows: dict[str, Any]) -> None:
             lines.append(f"| `{spec}` | {row['failed'].splitlines()[0][:80]} | | | | | | | |")
             continue
         results = row["methods"].items()
-        applied = sum(text == "ok" for _, text in results)
+        applied = sum(text == "ok" for _, text in results) if results else "not tried"
         left = ", ".join(name for name, text in results if text.startswith("not applicable"))
         failed = ", ".join(f"**{name}**" for name, text in results if text.startswith(("failed", "refused")))
         sizes = ", ".join(map(str, row["sizes"])) or "none"
@@ -354,10 +381,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--light", action="store_true", help="chains, features and sizes; no methods")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--part", default="0/1", help="1/3: the second of three shares, for several processes")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     first, count = map(int, options.part.split("/"))
-    sweep(options.only, options.again, options.minutes, (first, count))
+    sweep(options.only, options.again, options.light, options.minutes, (first, count))
     write_page(read_rows())

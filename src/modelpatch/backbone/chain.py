@@ -35,8 +35,9 @@ NAME_PARTS = "Name its parts in order instead: load_backbone(module, segments=['
 class Segment:
     """One link of the chain: one tensor in, one tensor out.
 
-    `tensor_names` maps what `module` calls its parameters and buffers to what the backbone calls them. `stage` numbers
-    the runs of blocks at one resolution and is None outside them. The shapes have no batch axis.
+    `tensor_names` maps what `module` calls its parameters and buffers to what the backbone calls them, `tied` are the
+    backbone's names of those that other segments hold as well, which no patch can own. `stage` numbers the runs of blocks at
+    one resolution and is None outside them. The shapes have no batch axis.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Segment:
     stage: int | None
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    tied: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def bundles(self) -> bool:
@@ -276,8 +278,8 @@ def _assemble(
     if not torch.isfinite(expected).all():
         raise BackboneError(f"{type(module).__name__} answers with NaN or infinity. Look at its weights.")
     if not torch.equal(found if features else head(found), expected):
-        segments = f"the {len(parts)} segments found in {type(module).__name__}"
-        raise UntraceableBackboneError(f"{segments} do not reproduce it. {NAME_PARTS}")
+        what = f"the {len(parts)} segments found in {type(module).__name__}"
+        raise UntraceableBackboneError(f"{what} do not reproduce it. {NAME_PARTS}")
     if classifier is not None and len(shapes[-1]) == 3:
         pooled = math.prod(shapes[-1][1:]) > 1  # the classifier is a convolution of maps, whose answers are pooled
         head = NoHead(module, parts) if pooled else nn.Sequential(nn.Unflatten(1, shapes[-1]), head)
@@ -289,6 +291,8 @@ def _assemble(
     runs = itertools.groupby(blocks, lambda index: spatial_size(shapes[index + 1], shapes[0]))
     stages = {index: stage for stage, (_, run) in enumerate(runs) for index in run}
     names = {id(tensor): name for name, tensor in _named_tensors(module)}
+    holders = Counter(names[id(tensor)] for _, part in parts for _, tensor in _named_tensors(part))
+    tied = frozenset(name for name, count in holders.items() if count > 1)
     segments = [
         Segment(
             index=index,
@@ -299,6 +303,7 @@ def _assemble(
             stage=stages.get(index),
             input_shape=shapes[index],
             output_shape=shapes[index + 1],
+            tied=tied.intersection(names[id(tensor)] for _, tensor in _named_tensors(part)),
         )
         for index, (name, part) in enumerate(parts)
     ]

@@ -86,7 +86,8 @@ class Engine:
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
         self._seconds: WeakKeyDictionary[EngineTask, float] = WeakKeyDictionary()
-        head, path = clone_module(backbone.chain.head), self.templates.segments
+        head = clone_module(backbone.chain.head)
+        path: tuple[Link, ...] = self.templates.segments
         if isinstance(head, NoHead):
             head, path = nn.Identity(), (NetworkLink(backbone),)
         base = EngineTask(BASE, preprocessing or backbone.preprocessing, backbone.classes, head, path)

@@ -60,20 +60,27 @@ def graft_on(segment: Segment, kind: str, **arguments: Any) -> Graft:
 
 
 def name_tensors(segments: Iterable[Segment], pick: Callable[[nn.Module], Iterable[str]]) -> tuple[str, ...]:
-    """The backbone's names of those parameters and buffers of every module, its children's aside, that `pick` names."""
+    """The backbone's names of those parameters and buffers of every module, its children's aside, that `pick` names.
+
+    Those that several segments hold are left out, since no patch can own them.
+    """
     return tuple(
-        segment.tensor_names[f"{path}.{name}".lstrip(".")]
+        called
         for segment in segments
         for path, module in segment.module.named_modules()
         for name in pick(module)
+        if (called := segment.tensor_names[f"{path}.{name}".lstrip(".")]) not in segment.tied
     )
 
 
 def own_segments(segments: Sequence[Segment], statistics: Statistics) -> Blueprint:
-    """A blueprint that owns all parameters of the segments, and their running statistics where they are learned."""
+    """A blueprint that owns all parameters of the segments, and their running statistics where they are learned.
+
+    Those that several segments hold stay the backbone's.
+    """
     owned: list[str] = []
     for segment in segments:
-        owned += [segment.tensor_names[name] for name, _ in segment.module.named_parameters()]
-        if statistics == "learned":
-            owned += [segment.tensor_names[n] for n, _ in segment.module.named_buffers() if n.endswith(RUNNING)]
+        named = [name for name, _ in segment.module.named_parameters()]
+        named += [n for n, _ in segment.module.named_buffers() if statistics == "learned" and n.endswith(RUNNING)]
+        owned += [segment.tensor_names[name] for name in named if segment.tensor_names[name] not in segment.tied]
     return Blueprint(owned=tuple(owned))
