@@ -137,9 +137,13 @@ def transformers_models() -> dict[str, Callable[[], nn.Module]]:
         "MobileNetV2": {"depth_multiplier": 0.25, "image_size": 64},
         "EfficientNet": {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
         "Segformer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
-        "Pvt": {"image_size": 64, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+        "Pvt": {
+            "image_size": 64,
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+        },
         "PoolFormer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
-        "LevitModel": {},
     }
     found: dict[str, Callable[[], nn.Module]] = {}
     for kind, config in kinds.items():
