@@ -108,6 +108,20 @@ def create_small(name: str, *, num_classes: int = 1000, pretrained: bool = False
     return module
 
 
+def write_tables(folder: Path) -> None:
+    """Manifests of several labels and of numbers, for the pictures of birds."""
+    files = sorted((folder / "birds").rglob("*.png"))
+    (folder / "photo.jpg").write_bytes(files[0].read_bytes())
+    tables = {
+        "photos": ("label", "sky|water", "sky"),
+        "faces": ("label", "31.5", "8.25"),
+        "plants": ("height,width", "3.5,1", "9,2"),
+    }
+    for name, (columns, *cells) in tables.items():
+        rows = [f"{file.relative_to(folder)},{cells[place % 2]}" for place, file in enumerate(files)]
+        (folder / f"{name}.csv").write_text("\n".join([f"image,{columns}", *rows]))
+
+
 @dataclass(frozen=True)
 class Given:
     """A folder with the files that pages name, and the names that their code takes for granted."""
@@ -211,6 +225,7 @@ def shop(small_bundled: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "names.txt").write_text("red\ngreen\nblue\n")
     (folder / "words.json").write_text(json.dumps({"red": "bird", "green": "dog", "blue": "cat"}))
     write_folder(folder / "birds", ("crow", "finch", "swan"))
+    write_tables(folder)
     backbone = mp.load_backbone("bundled:tiny")
     for data, names in (("flowers", ("flowers", "signs", "a", "b", "c")), ("birds", ("birds",))):
         patch = mp.fit(backbone, mp.load_task(folder / data), "scale-bias", epochs=1)
