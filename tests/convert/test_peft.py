@@ -389,3 +389,22 @@ def test_an_expression_comes_to_an_end(pattern: str) -> None:
         assert match_within(pattern, names, "target_modules") == []
     assert time.process_time() - begin < 10  # seconds, of expressions that would take years
     assert match_within(r"stage[12]\..*", names, "target_modules") == names[1:3]
+
+
+def test_a_folder_that_peft_trained_on_a_model_of_transformers_is_imported(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
+    base = transformers.ViTForImageClassification(config).eval()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(copy.deepcopy(base), lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    backbone = load_backbone(base)
+    patch, images = import_peft(tmp_path, backbone, TASK), images_for(backbone)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.patched(patch)(images), model(pixel_values=images).logits)

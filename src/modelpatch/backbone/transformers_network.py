@@ -32,6 +32,7 @@ class TransformersNetwork(nn.Module):
         model = _with_sized_tables(model)
         self._share(model)
         self.reversed_channels = reversed_channels
+        self.base_model_prefix = model.base_model_prefix  # which PEFT reads beside the configuration
         self.heads = find_heads(model)
         self.opened = frozenset(_find_opened(model))
         headless = copy.copy(model)  # shares all but the classifiers
