@@ -13,9 +13,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class Segment:
         """Parameters and buffers by the backbone's names."""
         for name, tensor in _named_tensors(self.module):
             yield self.tensor_names[name], tensor
+
+    def in_eval_mode(self) -> Self:
+        """The segment over a clone of its module, in eval mode whatever becomes of the network's own module."""
+        return replace(self, module=clone_module(self.module))
 
     @cached_property
     def parameters(self) -> int:

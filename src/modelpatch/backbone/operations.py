@@ -78,7 +78,8 @@ class Description(BaseModel, frozen=True, extra="forbid"):
     def of(cls, chain: Chain, example: Tensor) -> Self:
         """The description of a chain, found by running it on an image (1, C, H, W)."""
         x, lines, kinds, segments = example, dict[str, int](), dict[tuple[int, ...], int](), list[int]()
-        for segment in chain:
+        chain.prepare(example)
+        for segment in (one.in_eval_mode() for one in chain):
             names = {tensor.data_ptr(): name for name, tensor in segment.named_tensors() if tensor.numel()}
             with Recorder(names, segment.name) as recorder:
                 x = segment.module(x)

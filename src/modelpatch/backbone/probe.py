@@ -13,6 +13,7 @@ what differs by more than float32's own rounding is another computation.
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,13 @@ class Reference(TorchFunctionMode):
 
 @torch.no_grad()
 def _features(chain: Chain, channels: int, pixels: int, reference: Reference) -> Values:
+    x = picture(channels, pixels)
+    chain.prepare(x)
+    modules = [
+        segment.in_eval_mode().module for segment in chain
+    ]  # in train mode the network would move its statistics
     with reference:
-        features = chain(picture(channels, pixels).to(reference.dtype))
+        features = reduce(lambda made, module: module(made), modules, x.to(reference.dtype))
     values = features.detach().double().reshape(-1).numpy()
     if not np.isfinite(values).all():
         raise ValueError("the features are not finite")
