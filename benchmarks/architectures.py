@@ -338,7 +338,7 @@ def read_rows() -> dict[str, Any]:
 
 def write_row(spec: str, row: dict[str, Any]) -> None:
     """Add a row to the file, which several processes may write."""
-    with RESULTS.with_suffix(".lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / "architectures.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = {**read_rows(), spec: row}
         RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -50,6 +50,22 @@ def find_repeated(module: nn.Module) -> list[str]:
     return found
 
 
+def find_wrappers(module: nn.Module) -> set[str]:
+    """The names of modules around the repeated blocks that hold over half of all parameters, as transformers' models have."""
+    blocks, sizes = find_repeated(module), {name: count_parameters(one) for name, one in module.named_modules()}
+    members = tuple(f"{name}." for name in blocks)
+    return {
+        name
+        for name, size in sizes.items()
+        if 2 * size > sizes[""] and name not in blocks and not name.startswith(members)
+        if any(block.startswith(f"{name}.") for block in blocks)
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def opens(module: nn.Module) -> bool:
     """True if calls inside a module of this structure are recorded (see the module docstring)."""
     if isinstance(module, CONTAINERS):
@@ -74,6 +90,7 @@ class Cutter:
         self.opened = {last[:place] for place, letter in enumerate(last) if letter == "."} if last else set[str]()
         self.opened |= set(getattr(module, "opened", ()))  # a network may name them itself
         self.closed: set[type[nn.Module]] = set()
+        self.wrappers = find_wrappers(module)
 
     def cut(self, module: nn.Module, images: Sequence[Tensor]) -> tuple[Recording, list[Run], Run | None]:
         """The recording of the network or of a clone, its runs before the last module, and the rest.
@@ -144,7 +161,8 @@ class Cutter:
         return type(container) if isinstance(container, CONTAINERS) else None
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
-        return name not in self.opened and (type(module) in self.closed or not opens(module))
+        inside = name in self.wrappers or opens(module)
+        return name not in self.opened and (type(module) in self.closed or not inside)
 
 
 def find_alive(recording: Recording, calls: Sequence[Call]) -> list[frozenset[int]]:
