@@ -22,10 +22,13 @@ from modelpatch.engine.engine import Engine
 from modelpatch.engine.plan import HeadStep
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
+from modelpatch.methods.adaptformer import AdaptFormer
+from modelpatch.methods.bitfit import BitFit
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.head2toe import Head2Toe
+from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method, confine
@@ -34,7 +37,9 @@ from modelpatch.methods.paint import Paint
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.pruned import Pruned
 from modelpatch.methods.registry import METHODS as REGISTERED
+from modelpatch.methods.repadapter import RepAdapter
 from modelpatch.methods.scale_bias import ScaleBias
+from modelpatch.methods.ssf import SSF
 from modelpatch.methods.subset import Subset
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
@@ -72,6 +77,18 @@ METHODS: dict[str, Method] = {
     "head2toe": Head2Toe(),
     "delta": DeltaNetwork(),
     "delta 4 and norm": DeltaNetwork(modules=4, batch_norm=True),
+    "bitfit": BitFit(),
+    "ssf": SSF(),
+    "adaptformer": AdaptFormer(width=8),
+    "houlsby": Houlsby(width=8),
+    "repadapter": RepAdapter(),
+}
+ONLY_ON = {  # the networks that show something of these methods; others are refused, or repeat what these show
+    "bitfit": {"tiny", "vit_tiny"},
+    "ssf": {"tiny", "mobilenetv2_100", "convnext_tiny", "vit_tiny"},
+    "adaptformer": {"vit_tiny"},
+    "houlsby": {"vit_tiny"},
+    "repadapter": {"vit_tiny"},
 }
 MORE_METHODS: dict[str, Method] = {
     "scale-bias recomputed": ScaleBias(statistics="recomputed"),
@@ -115,6 +132,7 @@ PAIRS = [
     )
     for architecture in ARCHITECTURES
     for name, method in {**METHODS, **(MORE_METHODS if architecture in VARIED else {})}.items()
+    if architecture in ONLY_ON.get(method.name, ARCHITECTURES)
     if architecture not in WITHOUT_BATCH_NORM or getattr(method, "statistics", "frozen") == "frozen"
     if architecture not in WITHOUT_DEPTHWISE or "depthwise" not in method.name
     if architecture != "tiny" or getattr(method, "modules", 1) <= TINY_STAGES

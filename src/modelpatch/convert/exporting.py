@@ -27,6 +27,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.errors import PatchError, require
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
+from modelpatch.patch.folding import fold
 
 SUFFIXES = {"safetensors": ".safetensors", **GRAPHS}
 
@@ -47,11 +48,13 @@ def export(backbone: Backbone, patch: Patch, path: str | Path, form: str) -> Pat
 def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
     """The network's own state dict with the patch's weights and head in place, on the CPU.
 
-    Raises `PatchError` for a patch that adds modules, and for heads that are not one linear layer of features.
+    Added modules that fold into layers are folded. Raises `PatchError` for a patch that adds others, and for heads that
+    are not one linear layer of features.
     """
     patch.check_backbone(backbone)
     classifier = backbone.classifier and backbone.module.get_submodule(backbone.classifier)
-    reasons = [f"adds modules ({graft.kind})" for graft in patch.grafts]
+    changed = _changed_tensors(backbone, patch)
+    reasons = [f"adds modules ({graft.kind})" for graft in patch.grafts if changed is None]
     reasons += [f"has a {patch.head.kind} head"] if patch.head.kind != "linear" else []
     if not isinstance(classifier, nn.Linear):
         reasons.append("has a head that the network has no linear layer for")
@@ -60,10 +63,27 @@ def state_dict_of(backbone: Backbone, patch: Patch) -> dict[str, Tensor]:
             f"the patch {reasons[0]}, which a state dict of {backbone.spec} cannot hold. Use the format torch-export or onnx."
         )
     state = {name: tensor.detach().cpu().clone() for name, tensor in backbone.module.state_dict().items()}
-    for name, tensor in resolve(patch.tensors, backbone.chain, patch.strength).items():
+    for name, tensor in (changed or {}).items():
         place = name.removeprefix("replace/") if name.startswith("replace/") else None
         state[place or f"{backbone.classifier}.{name.removeprefix('head.')}"] = tensor.detach().cpu().float().clone()
     return state
+
+
+def _changed_tensors(backbone: Backbone, patch: Patch) -> dict[str, Tensor] | None:
+    """The head and, under `replace/` names, what the patch changes; None where added modules do not fold into the layers."""
+    if not patch.grafts:
+        return resolve(patch.tensors, backbone.chain, patch.strength)
+    model = fold(backbone.patched(patch))
+    changed = {name: tensor for name, tensor in patch.tensors.items() if name.startswith("head.")}
+    for (start, end), variant in zip(model.spans, model.variants, strict=True):
+        segments = backbone.chain[start:end]
+        parts = [variant] if len(segments) == 1 else list(variant.children())
+        for segment, part in zip(segments, parts, strict=True):
+            tensors = part.state_dict()
+            if tensors.keys() != segment.module.state_dict().keys():
+                return None
+            changed |= {f"replace/{segment.tensor_names[name]}": tensor for name, tensor in tensors.items()}
+    return changed
 
 
 def _as_state_dict(backbone: Backbone, patch: Patch) -> bytes:
@@ -92,7 +112,7 @@ def _as_graph(form: str, backbone: Backbone, patch: Patch) -> bytes:
         facts["options"] = json.dumps(patch.task.options)
     facts["preprocessing"] = patch.preprocessing.model_dump_json()
     owner = f"the {patch.method.name} patch of {patch.task.name}"
-    return write_graph(backbone.patched(patch).cpu(), images, ["logits"], facts, form, owner)
+    return write_graph(fold(backbone.patched(patch)).cpu(), images, ["logits"], facts, form, owner)
 
 
 @dataclass(frozen=True)

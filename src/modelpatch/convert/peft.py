@@ -39,7 +39,8 @@ from modelpatch.errors import (
 )
 from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.blocks import graft_on
-from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, is_owner, weight_name
+from modelpatch.methods.layers import is_owner, weight_name
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch

@@ -1,3 +1,5 @@
+from .adaptformer import AdaptFormer as AdaptFormer
+from .bitfit import BitFit as BitFit
 from .delta import DeltaNetwork as DeltaNetwork
 from .delta import SkipWeights as SkipWeights
 from .delta import skip_variances as skip_variances
@@ -11,6 +13,7 @@ from .hooks import FeatureLoss as FeatureLoss
 from .hooks import Hook as Hook
 from .hooks import Keeper as Keeper
 from .hooks import LwF as LwF
+from .houlsby import Houlsby as Houlsby
 from .linear_probe import LinearProbe as LinearProbe
 from .lora import LoRA as LoRA
 from .method import METHODS as METHODS
@@ -26,7 +29,9 @@ from .piggyback import Piggyback as Piggyback
 from .pruned import Pruned as Pruned
 from .registry import COMPARED as COMPARED
 from .registry import make_method as make_method
+from .repadapter import RepAdapter as RepAdapter
 from .scale_bias import ScaleBias as ScaleBias
+from .ssf import SSF as SSF
 from .subset import Subset as Subset
 from .vocabulary import Vocabulary as Vocabulary
 from .vocabulary import vocabulary_of as vocabulary_of

@@ -8,31 +8,22 @@ shape there too. A patch of rank r holds r (in + out) numbers for a linear layer
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import field
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveFloat
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.chain import Segment
-from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import MethodNotApplicableError, require
 from modelpatch.methods.blocks import find_segments, graft_on
+from modelpatch.methods.layers import CONVOLUTIONS, LINEAR, find_layers, is_dense
 from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, register_graft
 
 GRAFT = "lora"
 ADAPTER = "default"  # what peft calls the one set of updates a layer has here
 MAX_RANK = 4096  # the header of a small file must not make its reader allocate without bound
-LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, TimmLinear)
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv2d, Conv2dSame)
 LAYERS = {"all": LINEAR + CONVOLUTIONS, "linear": LINEAR, "convolution": CONVOLUTIONS}
 
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
@@ -65,7 +56,7 @@ class LoRA(Method):
         """Adds updates beside the layers of the blocks. Raises `MissingExtraError` without peft, too."""
         require("peft", "lora", "The method lora")  # only where it is used, since it brings `transformers`
         segments = find_segments(backbone, self.blocks)
-        found = [(segment, find_layers(backbone, segment, LAYERS[self.layers])) for segment in segments]
+        found = [(segment, find_layers(backbone, segment, LAYERS[self.layers], is_dense)) for segment in segments]
         given = {"rank": self.rank, "scale": self.scale}
         grafts = tuple(graft_on(segment, GRAFT, **given, layers=layers) for segment, layers in found if layers)
         if not grafts:
@@ -76,55 +67,6 @@ class LoRA(Method):
                 f"update. Try {others}, or the methods `scale-bias` or `subset`."
             )
         return Blueprint(grafts=grafts)
-
-
-def find_layers(backbone: Backbone, segment: Segment, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Names, within the segment, of the layers of the given types that can have an update (see `LoRA`)."""
-    modules = backbone.module.named_modules(remove_duplicate=False)
-    places = Counter(id(layer.weight) for _, layer in modules if type(layer) in LAYERS["all"])
-
-    def adaptable(layer: Any) -> bool:
-        """True if peft's A and B make the layer's output: they join all channels, without holes or padding but zeros."""
-        dense = type(layer) in LINEAR or (layer.groups, set(layer.dilation), layer.padding_mode) == (1, {1}, "zeros")
-        return dense and places[id(layer.weight)] == 1
-
-    layers = [name for name, layer in segment.module.named_modules() if type(layer) in kinds and adaptable(layer)]
-    called = called_layers(segment, layers) if layers else set()
-    return [name for name in layers if name in called and is_owner(backbone, segment, name)]
-
-
-def is_owner(backbone: Backbone, segment: Segment, name: str) -> bool:
-    """True if no other segment runs the layer."""
-    try:
-        return backbone.chain.segment_of(weight_name(segment, name)).index == segment.index
-    except KeyError:
-        return False
-
-
-def weight_name(segment: Segment, name: str) -> str:
-    """The backbone's name of the weight of the segment's layer `name`."""
-    return segment.tensor_names[f"{name}.weight".lstrip(".")]
-
-
-def called_layers(segment: Segment, names: Iterable[str]) -> set[str]:
-    """Those of the named layers that the segment calls with one tensor, found by running a clone of it on zeros.
-
-    Attention and fused kernels read a layer's weight themselves; an update beside such a layer would do nothing.
-    """
-    clone, called = clone_module(segment.module), set[str]()
-
-    def run(name: str, forward: Callable[..., Tensor], /, *inputs: Any, **named: Any) -> Tensor:
-        if len(inputs) == 1 and not named:
-            called.add(name)
-        return forward(*inputs, **named)
-
-    for name in names:  # not hooks: PyTorch gives up its fused kernels where it sees some
-        layer = clone.get_submodule(name)
-        layer.forward = partial(run, name, layer.forward)
-    device = next(segment.module.parameters()).device
-    with torch.no_grad():
-        clone(torch.zeros(1, *segment.input_shape, device=device))
-    return called
 
 
 class Strength(nn.Module):

@@ -20,11 +20,14 @@ from modelpatch.backbone.chain import Segment
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.blocks import RUNNING, graft_on, name_tensors
 from modelpatch.methods.hooks import Batches, Hook
+from modelpatch.methods.layers import CONVOLUTIONS, LINEAR, wrap_modules
 from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, register_graft
+from modelpatch.patch.folding import Foldable, with_weights
 from modelpatch.patch.model import PatchedModel
 
 GRAFT = "channel-affine"
+SCALED = LINEAR + CONVOLUTIONS  # the layers that an affine folds into
 
 
 @register_method
@@ -116,34 +119,52 @@ class RecomputeStatistics(Hook):
             norm.eval()
 
 
-class ChannelAffine(nn.Module):
-    """y = scale * layer(x) + bias per output channel, started as the identity. `layer` is a convolution (B, C, H, W).
+class ChannelAffine(Foldable):
+    """y = scale * layer(x) + bias per output channel, started as the identity.
 
-    At a `strength` below 1 the scale is 1 + strength (scale - 1) and the bias strength * bias.
+    `layer` is a convolution (B, C, H, W) or linear layer (B, ..., C). At a `strength` below 1 the scale is
+    1 + strength (scale - 1) and the bias strength * bias.
     """
 
     strength = 1.0
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.layer = layer
-        self.scale = nn.Parameter(torch.ones(layer.out_channels))
-        self.bias = nn.Parameter(torch.zeros(layer.out_channels))
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        self.axes = () if isinstance(layer, nn.Linear) else (1, 1)  # those after the channels
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        scale, bias = self._effect()
+        return self.layer(x) * scale.view(-1, *self.axes) + bias.view(-1, *self.axes)
+
+    def fold(self) -> nn.Module:
+        """W' = scale W, b' = scale b + bias; a layer that makes its weight itself stays wrapped."""
+        if type(self.layer) not in SCALED:
+            return self
+        scale, bias = self._effect()
+        weight = scale.view(-1, *[1] * (self.layer.weight.ndim - 1)) * self.layer.weight
+        own = bias if self.layer.bias is None else scale * self.layer.bias + bias
+        return with_weights(self.layer, weight, own)
+
+    def _effect(self) -> tuple[Tensor, Tensor]:
         scale, bias = cast(Tensor, self.scale), cast(Tensor, self.bias)
         if self.strength != 1:
             scale, bias = torch.lerp(torch.ones_like(scale), scale, self.strength), self.strength * bias
-        return self.layer(x) * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+        return scale, bias
 
 
 @register_graft(GRAFT)
 def add_channel_affines(variant: nn.Module, layers: list[str]) -> nn.Module:
-    """Wrap the convolutions named in `layers` (the empty name is the variant itself) in a `ChannelAffine`."""
-    for name in layers:
-        layer = ChannelAffine(variant.get_submodule(name))  # type: ignore[arg-type]
-        if not name:
-            return layer
-        owner, _, leaf = name.rpartition(".")
-        setattr(variant.get_submodule(owner), leaf, layer)
-    return variant
+    """Wrap the layers named in `layers` (the empty name is the variant itself) in a `ChannelAffine`."""
+
+    def wrap(name: str, layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            raise TypeError(
+                f"{name or 'the segment'} is a {type(layer).__name__}, not a linear layer or 2-d convolution"
+            )
+        return ChannelAffine(layer)
+
+    return wrap_modules(variant, layers, wrap)

@@ -6,4 +6,5 @@ from .contents import Patch as Patch
 from .file import BackboneRecord as BackboneRecord
 from .file import MethodRecord as MethodRecord
 from .finding import find_backbone as find_backbone
+from .folding import fold as fold
 from .model import PatchedModel as PatchedModel

@@ -1,0 +1,132 @@
+"""The attention and the MLP of a transformer block, found by what they compute, whatever their names are.
+
+    block(x) = y + mlp(norm(y)),   y = x + attention(norm(x))
+
+An MLP maps every token by itself; attention mixes them. Both keep the shape of what they read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Segment, channels_first
+from modelpatch.backbone.clone import clone_module
+from modelpatch.methods.layers import LINEAR
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """The attention or MLP `name` of a segment, its number of `channels`, and the linear layers that read its input."""
+
+    name: str
+    channels: int
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TransformerParts:
+    """The parts of one segment; both are empty for a segment that is no transformer block."""
+
+    attention: tuple[BlockPart, ...] = ()
+    mlp: tuple[BlockPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: what it was given and, of several outputs the first, what it gave."""
+
+    run: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
+    x: Tensor
+    y: Tensor
+
+    def mixes_tokens(self) -> bool:
+        """True if another last token changes the output for the tokens before it."""
+        other = self.x.clone()
+        other.view(-1, other.shape[-1])[-1] += 1
+
+        def changed(value: Any) -> Any:
+            same = isinstance(value, Tensor) and value.shape == self.x.shape and torch.equal(value, self.x)
+            return other if same else value
+
+        y = _first(self.run(*map(changed, self.inputs), **{name: changed(value) for name, value in self.named.items()}))
+        difference = (y - self.y).view(-1, y.shape[-1])[:-1].abs().max()
+        return bool(difference > TOLERANCE * self.y.abs().max())
+
+
+def find_parts(backbone: Backbone, segment: Segment) -> TransformerParts:
+    """The attention and MLP modules of a segment that reads and gives tokens or channels-last maps.
+
+    An MLP is the smallest module of at least two linear layers that maps tokens one by one; attention the largest that mixes
+    them and holds no MLP. What runs as one fused kernel (`nn.TransformerEncoderLayer`) or several times has no parts.
+    """
+    shape = segment.input_shape
+    tokens = len(shape) == 2 or (len(shape) == 3 and not channels_first(shape, backbone.input_size))
+    if not tokens or shape != segment.output_shape or not segment.parameters:
+        return TransformerParts()
+    calls = _calls(segment)
+    weighted = {name for name in calls if any(_is_linear(one) for one in segment.module.get_submodule(name).modules())}
+    kept = [name for name in calls if name in weighted and calls[name].x.shape == calls[name].y.shape]
+    mixing = [name for name in kept if calls[name].mixes_tokens()]
+    maps = [name for name in kept if name not in mixing and _count_linear(segment.module.get_submodule(name)) >= 2]
+    mlps = [name for name in maps if not any(other.startswith(f"{name}.") for other in maps)]
+    holders = [name for name in mixing if not any(mlp.startswith(f"{name}.") for mlp in mlps)]
+    attention = [name for name in holders if not any(name.startswith(f"{other}.") for other in holders)]
+    outside = [name for name in mlps if not any(name.startswith(f"{other}.") for other in attention)]
+    make = partial(_part, segment, calls)
+    return TransformerParts(tuple(map(make, attention)), tuple(map(make, outside)))
+
+
+def _part(segment: Segment, calls: dict[str, _Call], name: str) -> BlockPart:
+    x = calls[name].x
+    linear = [other for other, module in segment.module.named_modules() if type(module) in LINEAR and other in calls]
+    inner = [other for other in linear if other.startswith(f"{name}.")]
+    readers = [other for other in inner if calls[other].x.shape == x.shape and torch.equal(calls[other].x, x)]
+    return BlockPart(name, x.shape[-1], tuple(readers))
+
+
+@torch.no_grad()
+def _calls(segment: Segment) -> dict[str, _Call]:
+    """By name, the call of every inner module that the segment calls once, with tokens on the last axis but one."""
+    clone, calls, several = clone_module(segment.module), dict[str, _Call](), set[str]()
+
+    def run(name: str, forward: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
+        given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+        x = given[0].detach().clone() if given else None
+        result = forward(*inputs, **named)
+        y = _first(result)
+        if name in calls:
+            several.add(name)
+        elif x is not None and x.ndim >= 3 and isinstance(y, Tensor):
+            calls[name] = _Call(forward, inputs, named, x, y.detach().clone())
+        return result
+
+    for name, module in list(clone.named_modules()):
+        if name:
+            module.forward = partial(run, name, module.forward)
+    device = next(segment.module.parameters()).device
+    clone(torch.randn(1, *segment.input_shape, generator=torch.Generator().manual_seed(0)).to(device))
+    found = {name: call for name, call in calls.items() if name not in several}
+    for name, module in clone.named_modules():
+        vars(module).pop("forward", None) if name else None
+    return found
+
+
+def _first(result: Any) -> Any:
+    return result[0] if isinstance(result, tuple | list) and result else result
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (*LINEAR, nn.MultiheadAttention))
+
+
+def _count_linear(module: nn.Module) -> int:
+    return sum(type(one) in LINEAR for one in module.modules())
