@@ -109,6 +109,29 @@ def test_peft_computes_the_logits_of_an_exported_patch(backbone: Backbone, tmp_p
     assert_same_logits(backbone, patch, model)
 
 
+@pytest.mark.parametrize("name", ["tiny", "vit_tiny"])
+@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True}, {"dora": True, "rslora": True}], ids=str)
+def test_variants_go_both_ways(name: str, options: dict[str, bool], tmp_path: Path) -> None:
+    backbone = BACKBONES[name]()
+    drawn = draft_patch(backbone, LoRA(rank=4, **options))
+    patch = replace(
+        drawn, tensors={name: 0.2 * tensor for name, tensor in drawn.tensors.items()}
+    )  # as small as trained ones
+    model = peft.PeftModel.from_pretrained(base_model(backbone), export_peft(patch, backbone, tmp_path))
+    assert_same_logits(backbone, patch, model)
+    back = import_peft(tmp_path, backbone, TASK)
+    assert back.content_hash == patch.content_hash
+    assert back.method.hyperparameters == {"rank": 4, "scale": 16, **options}
+    model.merge_adapter()
+    assert_same_logits(backbone, patch, model)
+
+
+def test_dora_has_no_strength_in_peft(tiny: Backbone, tmp_path: Path) -> None:
+    patch = draft_patch(tiny, LoRA(rank=4, dora=True))
+    with pytest.raises(PatchError, match=r"no strength for DoRA: the patch's is 0\.5"):
+        export_peft(patch.at_strength(0.5), tiny, tmp_path)
+
+
 def test_the_strength_goes_into_the_folder(backbone: Backbone, tmp_path: Path) -> None:
     patch = draft_patch(backbone, LoRA(rank=4)).at_strength(0.5)
     model = peft.PeftModel.from_pretrained(base_model(backbone), export_peft(patch, backbone, tmp_path / "half"))
@@ -146,6 +169,9 @@ def test_an_exported_patch_comes_back_as_it_was(backbone: Backbone, tmp_path: Pa
         ("tiny", {"r": 16, "target_modules": ["conv1"]}),  # depthwise: the rank is a multiple of the groups
         ("tiny", {"r": 4, "target_modules": r"stage\d\.1\.conv2", "init_lora_weights": "gaussian"}),
         ("resnet18", {"r": 2, "target_modules": ["conv1", "downsample.0"]}),
+        ("tiny", {"r": 4, "target_modules": ["conv2", "stem.0"], "use_rslora": True}),
+        ("tiny", {"r": 4, "target_modules": ["conv2", "stem.0"], "use_dora": True}),
+        ("vit_tiny", {"r": 4, "lora_alpha": 6, "target_modules": ["qkv", "fc1"], "use_dora": True, "use_rslora": True}),
         ("vit_tiny", {"r": 4, "target_modules": ["qkv"], "layers_to_transform": [0, 2], "layers_pattern": "blocks"}),
         ("vit_tiny", {"r": 4, "target_modules": ["qkv", "fc1", "fc2"], "exclude_modules": ["blocks.1.mlp.fc1"]}),
     ],
@@ -190,8 +216,6 @@ def test_both_are_public() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
-        ("use_rslora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
@@ -221,7 +245,7 @@ def test_an_option_that_a_patch_does_not_compute_is_refused_by_name(
         ({"lora_alpha": "loud"}, "lora_alpha = 'loud' is not valid"),
         ({"target_modules": None}, "target_modules = None is not valid"),
         ({"target_modules": "nothing"}, "PEFT cannot adapt"),
-        ({"target_modules": "("}, "PEFT cannot adapt"),
+        ({"target_modules": "("}, "is no regular expression"),
         ({"target_modules": ["bn1"]}, "PEFT cannot adapt"),
     ],
 )
@@ -330,7 +354,7 @@ def test_updates_of_two_ranks_are_not_exported(tiny: Backbone, tmp_path: Path) -
     first, last = (draft_patch(tiny, LoRA(rank=rank, blocks=(block,))) for rank, block in [(2, "stage1"), (4, "last")])
     patch = replace(first, grafts=first.grafts + last.grafts, tensors={**first.tensors, **last.tensors})
     tiny.patched(patch)
-    with pytest.raises(PatchError, match="differ in rank or scale"):
+    with pytest.raises(PatchError, match="differ in rank, scale or variant"):
         export_peft(patch, tiny, tmp_path)
 
 

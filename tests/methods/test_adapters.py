@@ -20,7 +20,7 @@ from modelpatch.convert.exporting import state_dict_of
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, PatchError
 from modelpatch.methods.adaptformer import AdaptFormer
 from modelpatch.methods.bitfit import BitFit
-from modelpatch.methods.bottleneck import Bottleneck, add_bottlenecks
+from modelpatch.methods.bottleneck import Bottleneck, Bottlenecked, add_bottlenecks
 from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.method import Method
 from modelpatch.methods.repadapter import RepAdapted, RepAdapter, add_rep_adapters
@@ -252,6 +252,56 @@ def test_attention_and_mlp_are_found_by_what_they_compute(
         model = backbone.patched(draft_patch(backbone, method))
         logits = model(images)
         assert (fold(model)(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+class PreNorm(nn.Module):
+    """Tokens plus what a module makes of them normalised."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.module = nn.LayerNorm(8), module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.module(self.norm(x))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+
+class TokenNet(nn.Module):
+    """Blocks over the tokens of patches of `size` pixels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, size, size)
+        mlp = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2))
+        self.blocks = nn.Sequential(*(nn.Sequential(PreNorm(SelfAttention()), PreNorm(one)) for one in mlp))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_normalisation_inside_a_part_hides_nothing() -> None:
+    backbone = load_backbone(TokenNet(4), preprocessing=small_preprocessing())
+    whole = AdaptFormer(tuple(segment.name for segment in backbone.chain if segment.parameters))
+    assert len(wrapped_modules(backbone, whole)) == 2
+    model = Houlsby(whole.blocks).draft(backbone, 3)
+    adapters = [module for module in model.modules() if isinstance(module, Bottlenecked)]
+    inner = [one.module.module if isinstance(one.module, PreNorm) else one.module for one in adapters]
+    assert [type(one) for one in inner] == [SelfAttention, nn.Sequential] * 2
+
+
+def test_a_single_token_is_refused() -> None:
+    backbone = load_backbone(TokenNet(16), preprocessing=small_preprocessing())
+    with pytest.raises(MethodNotApplicableError, match="no transformer block"):
+        AdaptFormer().blueprint(backbone)
 
 
 def test_open_clips_blocks_have_parts(clip: Backbone) -> None:

@@ -96,6 +96,7 @@ MORE_METHODS: dict[str, Method] = {
     "channel": ScaleBias(layers="channel"),
     "channel recomputed": ScaleBias(layers="channel", statistics="recomputed"),
     "channel learned": ScaleBias(layers="channel", statistics="learned"),
+    "dora": LoRA(rank=2, dora=True, rslora=True),
     "random head": ScaleBias(head="random"),
     "subset reinitialized": Subset(reinitialize=True),
     "pruned stage": Pruned(blocks=("stage-1",), scope="global", norm="l1", reinitialize=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.lora import MAX_RANK, LoRA, Strength, add_updates
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.changes import set_strength
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.model import PatchedModel
 from modelpatch.train import fit
@@ -142,6 +144,67 @@ def test_training_moves_every_update_and_nothing_else(tiny: Backbone, colors: Ta
     starts_at_zero = [tensor for name, tensor in patch.tensors.items() if "lora_B" in name]
     assert len(starts_at_zero) == len(adapted(tiny, LoRA()))
     assert all(tensor.any() for tensor in starts_at_zero)
+
+
+LAYERS_OF_ALL_KINDS = [
+    (nn.Linear(6, 10), (4, 7, 6)),
+    (nn.Conv2d(6, 10, 3, stride=2, padding=1, bias=False), (4, 6, 9, 9)),
+    (Conv2dSame(6, 10, 3, stride=2), (4, 6, 9, 9)),
+]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS_OF_ALL_KINDS)
+def test_dora_gives_every_output_a_length_of_its_own(
+    layer: nn.Module, shape: tuple[int, ...], rslora: bool, strength: float
+) -> None:
+    layer = copy.deepcopy(layer)
+    updated = add_updates(layer, rank=4, scale=6.0, layers=[""], rslora=rslora, dora=True)
+    tensors = {name: tensor for name, tensor in updated.named_parameters() if "lora" in name}
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert close(updated(x), layer(x))
+        for tensor in tensors.values():
+            nn.init.normal_(tensor)
+        set_strength(updated, strength)
+        actual = updated(x)
+        a, b = (tensors[f"lora_{side}.default.weight"].flatten(1) for side in "AB")
+        changed = layer.weight.flatten(1) + 6.0 / (2 if rslora else 4) * b @ a  # the root of 4, or 4
+        length = tensors["lora_magnitude_vector.default.weight"].flatten()
+        whole = length[:, None] * changed / changed.norm(dim=1, keepdim=True)
+        layer.weight.lerp_(whole.view_as(layer.weight), strength)
+        torch.testing.assert_close(layer(x), actual, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scale_of_rslora_falls_with_the_root_of_the_rank() -> None:
+    layer = nn.Linear(6, 10)
+    updated = add_updates(copy.deepcopy(layer), rank=4, scale=6.0, layers=[""], rslora=True)
+    a, b = (updated.get_parameter(f"lora_{side}.default.weight") for side in "AB")
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        nn.init.normal_(b)
+        torch.testing.assert_close(updated(x), layer(x) + 6.0 / 2 * x @ (b @ a).T)
+
+
+def test_dora_holds_a_number_more_for_every_output(vit: Backbone) -> None:
+    plain, lengths = (LoRA(rank=3, dora=dora).count_parameters(vit) for dora in (False, True))
+    outputs = sum(len(vit.module.get_submodule(name).weight) for name in adapted(vit, LoRA()))
+    assert lengths - plain == outputs
+
+
+def test_dora_leaves_out_layers_whose_weights_have_no_length() -> None:
+    backbone = small_net(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        backbone.module[1].weight[3] = 0  # type: ignore[index, union-attr]
+    assert adapted(backbone, LoRA()) == ["0", "1", "2"]
+    assert adapted(backbone, LoRA(dora=True)) == ["0", "2"]
+
+
+@pytest.mark.parametrize("changed", [{"dora": 1}, {"rslora": "yes"}, {"rank": 0}], ids=str)
+def test_a_file_that_asks_for_an_unknown_variant_is_refused(changed: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(changed))):
+        add_updates(nn.Linear(6, 10), **{"rank": 2, "scale": 1.0, "layers": [""], **changed})  # type: ignore[arg-type]
 
 
 # which layers ---------------------------------------------------------------------------------------------------

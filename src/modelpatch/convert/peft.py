@@ -3,6 +3,7 @@
     FOLDER/adapter_config.json           which layers, rank and alpha
     FOLDER/adapter_model.safetensors     base_model.model.<layer>.lora_A.weight   (rank, in[, k, k])
                                          base_model.model.<layer>.lora_B.weight   (out, rank[, 1, 1])
+                                         base_model.model.<layer>.lora_magnitude_vector of DoRA, (out) or (1, out, 1, 1)
                                          base_model.model.<classifier>.weight     (classes, features), and .bias
 
 `PeftModel.from_pretrained(base, FOLDER)` gives a patch's logits for a `base` whose classifier has the task's size, and
@@ -40,7 +41,7 @@ from modelpatch.errors import (
 from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.blocks import graft_on
 from modelpatch.methods.layers import is_owner, weight_name
-from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, variants
 from modelpatch.patch.blueprint import Graft
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
@@ -71,6 +72,8 @@ class AdapterConfig(BaseModel, frozen=True, extra="allow"):
     peft_type: Literal["LORA"] = "LORA"
     r: Rank
     lora_alpha: PositiveFloat
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
@@ -104,15 +107,24 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
     keys = _keys(backbone, grafts)
     downs = [key for key in keys.values() if key.endswith(".lora_A.weight")]  # one of each layer
     layers = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in downs]
-    (rank, scale), *rest = {(graft.arguments["rank"], graft.arguments["scale"]) for graft in grafts}
+    options = ("rank", "scale", "rslora", "dora")
+    (rank, scale, rslora, dora), *rest = {
+        tuple(graft.arguments.get(name, False) for name in options) for graft in grafts
+    }
+    if dora and patch.strength != 1:
+        raise PatchError(f"PEFT has no strength for DoRA: the patch's is {patch.strength}. Export it at strength 1.")
     scale *= patch.strength
     if scale == 0:
         raise PatchError("the patch has strength 0, which PEFT's folder cannot hold. Give it a strength above 0.")
     if rest:
-        raise PatchError("the patch's updates differ in rank or scale; PEFT's folder is written for one of each.")
+        raise PatchError(
+            "the patch's updates differ in rank, scale or variant; PEFT's folder is written for one of each."
+        )
     config = AdapterConfig(
         r=rank,
         lora_alpha=int(scale) if float(scale).is_integer() else scale,
+        use_rslora=rslora or None,
+        use_dora=dora or None,
         target_modules="|".join(map(re.escape, layers)),  # a list would name endings: conv1 in every block
         modules_to_save=[classifier],
     )
@@ -170,7 +182,8 @@ def import_peft(
         found = f"the classifier of {folder} has {outputs} outputs"
         raise ForeignTensorError(f"{found}; the task {task.name!r} has {len(task.classes)} classes.")
     record = HeadRecord(features=backbone.chain.feature_dim, outputs=outputs)
-    method = MethodRecord(name=LoRA.name, hyperparameters={"rank": config.r, "scale": config.lora_alpha})
+    chosen = {"rank": config.r, "scale": config.lora_alpha, **variants(bool(config.use_rslora), bool(config.use_dora))}
+    method = MethodRecord(name=LoRA.name, hyperparameters=chosen)
     patch = Patch.of(backbone, task, record, named, grafts=grafts, preprocessing=preprocessing, method=method)
     backbone.patched(patch)  # checks every shape
     return patch
@@ -228,8 +241,8 @@ def _read_config(folder: Path) -> AdapterConfig:
         harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
         if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
             raise InvalidPatchError(
-                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected plain LoRA: one rank "
-                "and one alpha, no biases. Train the adapter without that option."
+                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected LoRA, rsLoRA or "
+                "DoRA with one rank and one alpha, no biases. Train the adapter without that option."
             )
     return config
 
@@ -279,7 +292,12 @@ def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) ->
                     names.append(name)
                     left.remove(layer)
         if names:
-            grafts.append(graft_on(segment, GRAFT, rank=config.r, scale=config.lora_alpha, layers=names))
+            given = {
+                "rank": config.r,
+                "scale": config.lora_alpha,
+                **variants(bool(config.use_rslora), bool(config.use_dora)),
+            }
+            grafts.append(graft_on(segment, GRAFT, **given, layers=names))
     if left:
         first = min(left)
         kind = type(backbone.module.get_submodule(first)).__name__
@@ -299,6 +317,9 @@ def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
             for part in ("lora_A", "lora_B"):
                 local = f"{name}.{part}.{ADAPTER}.weight".lstrip(".")
                 keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.{part}.weight"
+            if graft.arguments.get("dora"):
+                local = f"{name}.lora_magnitude_vector.{ADAPTER}.weight".lstrip(".")
+                keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.lora_magnitude_vector"
     return keys
 
 

@@ -49,16 +49,17 @@ class _Call:
     y: Tensor
 
     def mixes_tokens(self) -> bool:
-        """True if another last token changes the output for the tokens before it."""
+        """True if other tokens behind the first one change the output for the first."""
         other = self.x.clone()
-        other.view(-1, other.shape[-1])[-1] += 1
+        tokens = other.view(-1, other.shape[-1])
+        tokens[1:] = tokens[1:].roll(1, -1)  # not a shift or a factor, which a normalisation layer would undo
 
         def changed(value: Any) -> Any:
             same = isinstance(value, Tensor) and value.shape == self.x.shape and torch.equal(value, self.x)
             return other if same else value
 
         y = _first(self.run(*map(changed, self.inputs), **{name: changed(value) for name, value in self.named.items()}))
-        difference = (y - self.y).view(-1, y.shape[-1])[:-1].abs().max()
+        difference = (y - self.y).reshape(-1, y.shape[-1])[0].abs().max()
         return bool(difference > TOLERANCE * self.y.abs().max())
 
 
@@ -66,7 +67,8 @@ def find_parts(backbone: Backbone, segment: Segment) -> TransformerParts:
     """The attention and MLP modules of a segment that reads and gives tokens or channels-last maps.
 
     An MLP is the smallest module of at least two linear layers that maps tokens one by one; attention the largest that mixes
-    them and holds no MLP. What runs as one fused kernel (`nn.TransformerEncoderLayer`) or several times has no parts.
+    them and holds no MLP. There are none in what runs as one fused kernel (`nn.TransformerEncoderLayer`), in modules that run
+    several times, and in those that read a single token, where the two cannot be told apart.
     """
     shape = segment.input_shape
     tokens = len(shape) == 2 or (len(shape) == 3 and not channels_first(shape, backbone.input_size))
@@ -95,17 +97,17 @@ def _part(segment: Segment, calls: dict[str, _Call], name: str) -> BlockPart:
 
 @torch.no_grad()
 def _calls(segment: Segment) -> dict[str, _Call]:
-    """By name, the call of every inner module that the segment calls once, with tokens on the last axis but one."""
+    """By name, the call of every inner module that the segment calls once, with several tokens (..., N, C)."""
     clone, calls, several = clone_module(segment.module), dict[str, _Call](), set[str]()
 
     def run(name: str, forward: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
-        x = given[0].detach().clone() if given else None
+        x = given[0].detach().clone(memory_format=torch.contiguous_format) if given else None
         result = forward(*inputs, **named)
         y = _first(result)
         if name in calls:
             several.add(name)
-        elif x is not None and x.ndim >= 3 and isinstance(y, Tensor):
+        elif x is not None and x.ndim >= 3 and x.numel() > x.shape[-1] and isinstance(y, Tensor):
             calls[name] = _Call(forward, inputs, named, x, y.detach().clone())
         return result
 
