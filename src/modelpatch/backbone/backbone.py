@@ -186,6 +186,17 @@ class Backbone:
 
         Raises `BackboneChangedError` naming the segments that moved, or what is computed differently.
         """
+        self.verify_tensors()
+        if self.computing.recorded and (
+            changed := Computing(self.chain, self.input_size).difference(self.computing.record)
+        ):
+            raise BackboneChangedError(
+                f"{self.spec} has its tensors but computes something else than when it was loaded: {changed}. Load it again; "
+                "something outside this library changed its modules."
+            )
+
+    def verify_tensors(self) -> None:
+        """Hash all frozen tensors again, as every fit does at its end. Raises `BackboneChangedError` for those that moved."""
         now = Fingerprint.of(self.chain)
         if now != self.fingerprints:
             pairs = zip(self.chain, self.fingerprints.segments, now.segments, strict=True)
@@ -195,13 +206,6 @@ class Backbone:
             raise BackboneChangedError(
                 f"the frozen tensors of {self.spec} have changed since it was loaded, in: {', '.join(moved)}. "
                 "Load it again; something outside this library wrote to them."
-            )
-        if self.computing.recorded and (
-            changed := Computing(self.chain, self.input_size).difference(self.computing.record)
-        ):
-            raise BackboneChangedError(
-                f"{self.spec} has its tensors but computes something else than when it was loaded: {changed}. Load it again; "
-                "something outside this library changed its modules."
             )
 
     def __repr__(self) -> str:

@@ -210,7 +210,7 @@ def demo(
     chosen = [mp.methods.make_method(FASTER.get(name, name)) for name in mp.methods.METHODS]
     result = mp.compare(backbone, task, chosen, epochs=epochs, seed=seed, batch_size=64, progress=not console.quiet)
     console.show(tables.comparison_table(result))
-    backbone.verify()
+    backbone.verify_tensors()
     console.print(f"The base after all of it, hashed again: [b]unchanged[/b] ({backbone.fingerprint[:16]}).")
     for name, patch in result.patches.items():
         patch.save(out / f"digits-{name}.safetensors")

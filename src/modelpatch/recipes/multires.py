@@ -283,7 +283,7 @@ class ResolutionRun:
         models, whole = cast(list[PatchedModel], list(model.models)), {}
         for (pixels, fit), one in zip(self.fits.items(), models, strict=True):
             whole[pixels] = fit.measure(one, fit.make_patch(one, record, seconds))
-        self.backbone.verify()
+        self.backbone.verify_tensors()
         shared = self.backbone if self.sharing == "independent" else self._shared(whole[self.resolutions[-1]])
         trained = dict(models[0].trainable())
         count = sum(trained[name].numel() for name in trained.keys() & self.private if not name.startswith("head."))

@@ -233,7 +233,7 @@ class _Run:
         trained = replace(self.copy, spec=spec, arguments=plain, about={})  # the base's facts are not this one's
         record = BackboneRecord.of(trained)
         patches = self._collect(lambda name, fit: self._patch(name, fit, trained, record, seconds))
-        self.base.verify()
+        self.base.verify_tensors()
         count = sum(weight.numel() for weight in self.shared.weights.values())
         return Multitask(trained, {name: patches[name] for name in self.fits}, count, round(seconds, 2))
 

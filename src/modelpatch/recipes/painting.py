@@ -149,7 +149,7 @@ def paint(
     place = None if checkpoint is None else Path(checkpoint)
     painter = Painter(backbone, given, kept, method or Paint(), heads, chosen, progress, settings, place)
     painting: Painting = getattr(painter, chosen.mode)()
-    backbone.verify()
+    backbone.verify_tensors()
     return painting
 
 

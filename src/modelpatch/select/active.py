@@ -139,7 +139,7 @@ def simulate(
     with bar:
         run = Simulation(backbone, data, chosen, counts, checked, Journal(LabelRound, rounds), disk, bar)
         found = {name: tuple(run.curve(name, checked.seed + n) for n in range(seeds)) for name in STRATEGIES}
-    backbone.verify()
+    backbone.verify_tensors()
     return Curves(data.task.name, backbone.spec, chosen.name, counts, found)
 
 

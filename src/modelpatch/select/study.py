@@ -212,7 +212,7 @@ def open_study(
             if trials is None:
                 raise
             raise KeyboardInterrupt(f"finished trials are in {trials}; the same command goes on from there") from None
-    backbone.verify()
+    backbone.verify_tensors()
 
 
 # successive halving -----------------------------------------------------------------------------------------

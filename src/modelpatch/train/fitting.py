@@ -233,7 +233,7 @@ class Fit:
         trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
         trainer.train()
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
-        self.backbone.verify()
+        self.backbone.verify_tensors()
         stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
         return patch.with_metrics(**{str(one.monitor): one.best_value for one in stops})
 
