@@ -396,7 +396,7 @@ def test_methods_that_cannot_follow_are_refused(
     ids=lambda method: method.name,
 )
 def test_only_plain_weights_are_shared(backbone: Backbone, tasks: list[Task], shared: Method) -> None:
-    with pytest.raises(MethodError, match="Name as shared depthwise, full-finetune, scale-bias, subset"):
+    with pytest.raises(MethodError, match="Name as shared bitfit, depthwise, full-finetune, scale-bias, subset"):
         fit_multitask(backbone, tasks, LinearProbe(), shared=shared, **SETTINGS)
 
 
