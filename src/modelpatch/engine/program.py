@@ -49,7 +49,8 @@ class Program:
     """Run a plan.
 
     `tasks` are its members, `modules` gives the module of a link, `join` makes several heads one, and `axes` gives the axes
-    over which a segment is pooled. `prepare` is told of images before any module runs.
+    over which a segment is pooled. `prepare` is told of images before any module runs, and not of the activations that other
+    roots stand for.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Program:
     ) -> None:
         self.plan, self._modules, self._axes, self._tuning, self._prepare = plan, modules, axes, tuning, prepare
         self.tasks = {task.name: task for task in tasks}
+        starts = ((member.root, links[0].span[0]) for member in plan.members for links in member.walks.values() if links)
+        self._images = {root for root, segment in starts if segment == 0}
         self._joined = {
             step.members: join(tuple(self.tasks[name].head for name in step.members))
             for step in plan.steps
@@ -78,7 +81,8 @@ class Program:
         streams: dict[int, Tensor] = {}
         for root, stream, rows in self.plan.roots:
             whole = images[root]
-            self._prepare(whole)
+            if root in self._images:
+                self._prepare(whole)
             streams[stream] = lay(whole if len(rows) == len(whole) else whole[list(rows)], self._tuning)
         return self.follow(streams, timings)
 
