@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +129,18 @@ def test_a_segment_that_never_met_a_size_says_what_to_run() -> None:
     clone = copy.deepcopy(block.module)
     backbone.check_image_size(24)
     assert clone(torch.zeros(1, 36, 8)).shape == (1, 36, 8)  # clones learn of sizes as well
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("travel", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy], ids=["pickle", "copy"])
+def test_a_backbone_that_goes_to_another_process_computes_there_at_every_size(travel: Callable[[Any], Any]) -> None:
+    backbone = small(Rotary())
+    arrived = travel(backbone)
+    assert arrived.fingerprint == backbone.fingerprint
+    assert arrived.module.position is not backbone.module.position
+    for rows, side in ((3, 16), (1, 24)):
+        x = images(rows, side, side)
+        assert torch.equal(arrived.chain(x), backbone.chain(x))
 
 
 @torch.no_grad()

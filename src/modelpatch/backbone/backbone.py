@@ -57,7 +57,6 @@ class Backbone:
         self.module.eval().requires_grad_(False)
         self.arguments, self.about = dict(self.arguments), dict(self.about)
         self.segments, self.classes = tuple(self.segments), tuple(self.classes)
-        self._checked_sizes = {self.preprocessing.image_size}
         self._build_chain()
         self.fingerprints = Fingerprint.of(self.chain)
         self.computing = Computing(self.chain, self.input_size)
@@ -72,6 +71,7 @@ class Backbone:
                 f"{self.spec} does not run on images of shape {self.input_size}: {first_line(error)}. Expected a float32 "
                 "network from one batch of RGB images to one tensor; preprocessing=... says another image size."
             ) from error
+        self._checked_sizes = {self.preprocessing.image_size}  # a chain built anew has run no other
 
     def around(self, module: nn.Module, spec: str = "", arguments: dict[str, Any] | None = None) -> Self:
         """A backbone like this one around another module of the same structure, hashed and cut anew."""

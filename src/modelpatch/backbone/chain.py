@@ -197,11 +197,16 @@ def _recorded_chain(
     module: nn.Module, example: Tensor, classifier: str | None, features: Callable[[nn.Module], Forward] | None = None
 ) -> Chain:
     """The chain up to the module `classifier`, else of the whole network; or of its `features` alone, without a head."""
-    sizes = Sizes(Cutter(module, features or (lambda network: network), classifier), example)
+    sizes = Sizes(Cutter(module, features or itself, classifier), example)
     head = NoHead(module, sizes.parts) if features else sizes.rest
     chain = _assemble(sizes.parts, head, sizes.shapes, module, example, classifier, features and features(module))
     chain.sizes, chain.tables = sizes, sizes.tables
     return chain
+
+
+def itself(module: nn.Module) -> Forward:
+    """The network as what is run of it; a function with a name, which other processes find."""
+    return module
 
 
 def has_pre_logits(module: nn.Module) -> bool:

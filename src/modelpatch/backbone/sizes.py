@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,13 @@ class Sizes:
         parts = [self._part(cuts, place) for place in range(len(cuts.all))]
         self.parts = list(zip(self.names, parts, strict=False))
         self.rest = parts[-1] if cuts.rest else nn.Identity()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, which is this process's own."""
+        return {name: one for name, one in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     @torch.inference_mode(False)
     def prepare(self, images: Tensor) -> None:

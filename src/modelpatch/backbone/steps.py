@@ -28,10 +28,21 @@ class Shared:
         self.module, self.dtype = module, recording.values[0].dtype
         fixed = [call for call in recording.calls if not call.streams]
         self.makers = {number: call for call in fixed for number in call.makes}
-        self._place = {id(call): place for place, call in enumerate(recording.calls)}
         self._calls = recording.calls
+        self._begin()
+
+    def _begin(self) -> None:
+        self._place = {id(call): place for place, call in enumerate(self._calls)}
         self._kept: dict[Any, Tensor] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that other processes can use: no lock, and nothing that is found by where it lies in memory."""
+        return {name: one for name, one in vars(self).items() if name not in ("_place", "_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     @property
     def like(self) -> Tensor:

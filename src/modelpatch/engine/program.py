@@ -65,7 +65,9 @@ class Program:
     ) -> None:
         self.plan, self._modules, self._axes, self._tuning, self._prepare = plan, modules, axes, tuning, prepare
         self.tasks = {task.name: task for task in tasks}
-        starts = ((member.root, links[0].span[0]) for member in plan.members for links in member.walks.values() if links)
+        starts = (
+            (member.root, links[0].span[0]) for member in plan.members for links in member.walks.values() if links
+        )
         self._images = {root for root, segment in starts if segment == 0}
         self._joined = {
             step.members: join(tuple(self.tasks[name].head for name in step.members))
