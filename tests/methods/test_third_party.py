@@ -28,16 +28,16 @@ PAGE = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
 def installed(tmp_path: Path) -> Path:
     """A folder as pip leaves it: the module of the guide and a dist-info with its entry point."""
     site = tmp_path / "site"
-    (site / "bitfit-1.0.dist-info").mkdir(parents=True)
-    (site / "bitfit").mkdir()
+    (site / "biases-1.0.dist-info").mkdir(parents=True)
+    (site / "biases").mkdir()
     source = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     entry = re.search(r'\[project\.entry-points\."(.*?)"\]\n(.*?) = "(.*?)"', PAGE)
     assert source is not None and entry is not None  # noqa: PT018
-    (site / "bitfit" / "__init__.py").write_text("")
-    (site / "bitfit" / "method.py").write_text(source[1])
-    (site / "bitfit-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: bitfit\nVersion: 1.0\n")
-    points = f"[{entry[1]}]\n{entry[2]} = {entry[3]}\nbroken = bitfit.nowhere:Method\n"
-    (site / "bitfit-1.0.dist-info" / "entry_points.txt").write_text(points)
+    (site / "biases" / "__init__.py").write_text("")
+    (site / "biases" / "method.py").write_text(source[1])
+    (site / "biases-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: biases\nVersion: 1.0\n")
+    points = f"[{entry[1]}]\n{entry[2]} = {entry[3]}\nbroken = biases.nowhere:Method\n"
+    (site / "biases-1.0.dist-info" / "entry_points.txt").write_text(points)
     return site
 
 
@@ -55,10 +55,10 @@ def modelpatch(site: Path, *arguments: object) -> subprocess.CompletedProcess[st
 def test_a_method_of_another_distribution_is_trained_saved_loaded_and_served(tmp_path: Path, installed: Path) -> None:
     data, file = write_folder(tmp_path / "colors"), tmp_path / "colors.safetensors"
     options = ("-b", "bundled:tiny", "--epochs", 2, "-o", file)
-    done = modelpatch(installed, "fit", data, "--method", "bitfit(blocks=[stage1],linear_only=false)", *options)
+    done = modelpatch(installed, "fit", data, "--method", "biases(blocks=[stage1],linear_only=false)", *options)
     assert done.returncode == 0, done.stderr
     patch = Patch.load(file)
-    assert patch.method.name == "bitfit"
+    assert patch.method.name == "biases"
     assert patch.method.hyperparameters["blocks"] == ["stage1"]
     changed = [name for name in patch.tensors if not name.startswith("head.")]
     assert changed
@@ -84,7 +84,7 @@ def test_a_method_that_cannot_be_imported_says_where_it_comes_from(tmp_path: Pat
     options = ("-b", "bundled:tiny", "-o", tmp_path / "p.safetensors")
     done = modelpatch(installed, "fit", "bundled:digits", "--method", "broken", *options)
     assert done.returncode == 1
-    assert "'broken' of bitfit.nowhere:Method cannot be imported" in " ".join(done.stderr.split())
-    done = modelpatch(installed, "fit", "bundled:digits", "--method", "bitfitt", *options)
+    assert "'broken' of biases.nowhere:Method cannot be imported" in " ".join(done.stderr.split())
+    done = modelpatch(installed, "fit", "bundled:digits", "--method", "biasess", *options)
     assert done.returncode == 1
-    assert "Did you mean 'bitfit'?" in " ".join(done.stderr.split())
+    assert "Did you mean 'biases'?" in " ".join(done.stderr.split())
