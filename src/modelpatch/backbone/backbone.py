@@ -129,18 +129,19 @@ class Backbone:
     def check_image_size(self, pixels: int) -> None:
         """Run one blank image of `pixels` x `pixels` through the chain, unless that size was run before.
 
-        Random state and buffers stay as they are. Raises `BackboneError` where the network takes no images of this size,
-        or gives other features for it.
+        Random state and buffers stay as they are. Raises `BackboneError` for a size out of range, and where the network
+        takes no images of this size or gives other features for it.
         """
         if pixels in self._checked_sizes:
             return
+        seen = self.preprocessing.with_image_size(pixels)
         if pixels > SIDES * self.preprocessing.image_size:
             raise BackboneError(
                 f"images of {pixels} x {pixels} pixels are more than {SIDES} times as wide as those of {self.spec}, "
                 f"{self.preprocessing.image_size} px, and cost more than {SIDES**2} times as much. "
                 "Choose a smaller image size, or load the backbone with a preprocessing for larger images."
             )
-        image = torch.zeros(1, *self.preprocessing.with_image_size(pixels).input_size, device=self.device)
+        image = torch.zeros(1, *seen.input_size, device=self.device)
         try:
             width = self.chain(image).shape[-1]
             reason = f"it gives {width} features instead of {self.chain.feature_dim}"
