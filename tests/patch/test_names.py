@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import make_tiny
-from modelpatch.errors import HostileNameError, PatchError
+from modelpatch.errors import HostileNameError, InvalidPatchError, PatchError
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.text import MAX_LENGTH
@@ -43,8 +43,20 @@ def test_what_is_checked_before_training_is_what_is_written_and_read(name: str, 
     except HostileNameError:
         with pytest.raises(HostileNameError):
             encode_patch(patch)
+    except InvalidPatchError:
+        assert place == "head."
+        with pytest.raises(InvalidPatchError, match="not those of a linear head"):
+            encode_patch(patch)
     else:
         assert decode_patch(encode_patch(patch)).tensors.keys() >= PATCH.tensors.keys()
+
+
+@pytest.mark.parametrize("name", ["head.x", "head.weight"])
+def test_a_head_that_no_reader_would_take_is_found_before_training(name: str) -> None:
+    patch = with_tensor(name, torch.ones(3))
+    for save in (patch.check_savable, lambda: encode_patch(patch)):
+        with pytest.raises(InvalidPatchError, match="not those of a linear head"):
+            save()
 
 
 @pytest.mark.parametrize("int8", [False, True])

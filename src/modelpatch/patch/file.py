@@ -180,6 +180,7 @@ def encode_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str
     for name, tensor in plain.items():
         _check_name(name, TENSOR_NAME)
         _check_finite(name, tensor)
+    _check_head(facts["head"], len(facts["task"].classes), plain)
     try:
         stored, codecs = pack(plain, int8, compress)
     except ValueError as error:
@@ -197,6 +198,7 @@ def check_file(facts: Mapping[str, Any], tensors: Tensors, int8: Collection[str]
     """
     for name in tensors:
         _check_name(name, TENSOR_NAME)
+    _check_head(facts["head"], len(facts["task"].classes), tensors)
     try:
         codecs = {name: str(Codec.of(name, tensor.detach().cpu(), name in int8)) for name, tensor in tensors.items()}
     except ValueError as error:
@@ -269,12 +271,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
         tensors = unpack(stored, header.codecs, min(most, max(LEAST_NUMBERS, NUMBERS_A_BYTE * len(data))))
     except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
-    outputs, classes = header.head.outputs, len(header.task.classes)
-    if outputs != classes:
-        raise InvalidPatchError(f"{name}: the head has {outputs} outputs for {classes} classes.")
-    heads = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
-    if heads != header.head.shapes():
-        raise InvalidPatchError(f"{name}: the head's tensors are not those of a {header.head.kind} head.")
+    _check_head(header.head, len(header.task.classes), tensors, name)
     return header, tensors
 
 
@@ -402,6 +399,14 @@ def _check_name(tensor_name: str, allowed: re.Pattern[str], name: str = "the pat
             f"replace/NAME, mask/NAME, delta/NAME or graft/I-J/NAME of at most {MAX_LENGTH} characters: letters, digits, "
             "spaces and _ - + : @ = ~ , ( ) #, in parts joined by '.' or '/'. Rename the module that holds it."
         )
+
+
+def _check_head(head: HeadRecord, classes: int, tensors: Tensors, name: str = "the patch") -> None:
+    if head.outputs != classes:
+        raise InvalidPatchError(f"{name}: the head has {head.outputs} outputs for {classes} classes.")
+    own = {tensor_name: tensor.shape for tensor_name, tensor in tensors.items() if tensor_name.startswith("head.")}
+    if own != head.shapes():
+        raise InvalidPatchError(f"{name}: the head's tensors are not those of a {head.kind} head.")
 
 
 def _check_finite(tensor_name: str, tensor: Tensor, name: str = "the patch") -> None:
