@@ -13,6 +13,7 @@ from conftest import Run, write_folder
 from dense import SHADES, write_masks
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
+from modelpatch.report.tables import percent
 from modelpatch.tasks.kind import View
 from modelpatch.tasks.segmentation import Segmentation, lay_over
 
@@ -36,7 +37,11 @@ def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:
     assert done.code == 0, done.err
     assert json.loads(figures.read_text())["miou"] == pytest.approx(patch.metrics["test_miou"])
     assert "mean IoU" in done.out
-    assert all(f"IoU of {name}" in done.out for name in SHADES[1:])
+    assert "IoU" in done.out.partition("precision")[2]
+    shares = json.loads(figures.read_text())["per_class"]
+    lines = [line for line in done.out.splitlines() if line.strip()]
+    for name in SHADES[1:]:
+        assert any(line.split()[0] == name and line.split()[-1] == percent(shares.get(name)) for line in lines)
     drawn = tmp_path / "drawn"
     done = run("predict", data / "test" / "images", "-p", file, "--overlay", drawn, "--json", figures)
     assert done.code == 0, done.err
@@ -58,12 +63,12 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, run: Run, patches: dict[
     folder = write_folder(tmp_path / "colors")
     done = run("predict", folder / "test", "-p", patches["linear-probe"], "--overlay", tmp_path / "drawn")
     assert done.code == 1
-    assert "none of the patches answers for pixels" in done.err
+    assert "no answer of these patches is drawn, those of detection, " in done.err
     done = run("fit", folder, "-o", tmp_path / "p.safetensors", "--kind", "segmentation")
     assert done.code == 1
     assert "holds no segmentation task in a layout that is read" in done.err
     masks = write_masks(tmp_path / "squares", 4, 32)
-    for verb in (("compare", masks), ("profile", masks), ("select", masks, "-o", tmp_path / "s.safetensors")):
+    for verb in (("profile", masks), ("select", masks, "-o", tmp_path / "s.safetensors")):
         done = run(*verb, "--epochs", "1")
         assert done.code == 1
         assert "takes classification tasks" in done.err, (verb, done.err)

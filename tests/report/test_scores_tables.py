@@ -16,6 +16,8 @@ def test_classes_have_precision_recall_and_f1() -> None:
     assert precision == ["100.0", "0.0"]
     assert recall == ["75.0", "\u2013"], "no image has the class"
     assert f1 == ["85.7", "\u2013"]
+    *_, shares = cells(class_table([[3, 1], [0, 0]], ["cat", "dog"], "pixels", {"IoU": {"cat": 0.75}}))
+    assert shares == ["75.0", "\u2013"], "no pixel has the class"
 
 
 def test_few_classes_make_a_matrix_and_many_a_list_of_pairs() -> None:

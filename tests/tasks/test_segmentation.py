@@ -244,11 +244,14 @@ def test_what_makes_no_sense_for_pixels_is_refused(tiny: Backbone) -> None:
         fit(tiny, color_task(4), LinearProbe(), epochs=1, decoder="deeplab")
     with pytest.raises(TrainingError, match="no segment called 'nowhere' gives a map"):
         fit(tiny, square_task(4), LinearProbe(), epochs=1, taps=("nowhere",))
-    with pytest.raises(DataError, match="compare takes classification tasks"):
-        compare(tiny, square_task(4), ["linear-probe"])
     patch = fit(tiny, square_task(4), LinearProbe(), epochs=1)
     with pytest.raises(DataError, match="is a classification task, the patch answers a segmentation task"):
         evaluate(tiny, patch, color_task(4))
+
+
+def test_methods_are_compared_by_mean_iou(tiny: Backbone) -> None:
+    found = compare(tiny, square_task(4), ["linear-probe"], epochs=1)
+    assert found.as_dict()["rows"][0]["miou"] == found.patches["linear-probe"].metrics["test_miou"]
 
 
 def test_named_outputs_are_read(tiny: Backbone) -> None:

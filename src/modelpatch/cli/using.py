@@ -55,7 +55,7 @@ def predict(
     """
     from modelpatch.backbone.tuning import Tuning
     from modelpatch.engine.engine import BASE
-    from modelpatch.tasks.kind import kind_of
+    from modelpatch.tasks.kind import KINDS, kind_of
 
     files = gather_images(images)
     labels_given = read_names("--labels", labels)
@@ -80,7 +80,10 @@ def predict(
     tasks = [name for name in engine if base or name != BASE]
     if overlay is not None:
         if not any(kind_of(engine.kind(name)).draws for name in tasks):
-            raise ModelpatchError(f"--overlay {overlay}: no answer of these patches is drawn.")
+            drawn = ", ".join(kind for kind in sorted(KINDS) if kind_of(kind).draws)
+            raise ModelpatchError(
+                f"--overlay {overlay}: no answer of these patches is drawn, those of {drawn} tasks are. Leave it out."
+            )
         make_folder("--overlay", overlay)
     rows: list[Row] = [{"image": str(file), "tasks": {}} for file in files]
     with console.progress("predict") as bar, bar.task("images", len(files)) as advance:
@@ -242,9 +245,11 @@ def evaluate(
     console.show(tables.evaluation_table(loaded.task, figures, per_class and counts is None))
     if counts is not None:
         figures["by_class"] = [asdict(one) for one in score_classes(counts, classes)]
-        for make in (class_table,) * per_class + (confusion_table,) * confusion:
+        more = {} if kind.classifies else {kind.per_class: result.per_class}  # top-1 of a class is its recall
+        found = [class_table(counts, classes, kind.counted, more)] * per_class
+        for table in found + [confusion_table(counts, classes, kind.counted)] * confusion:
             console.print()
-            console.show(make(counts, classes, kind.counted))
+            console.show(table)
     console.write_json(figures)
     if plot is not None and result.confusion is None:
         raise ModelpatchError(f"--plot {plot}: {kind.name} tasks have no confusion matrix. Leave it out.")

@@ -1,6 +1,6 @@
 """Precision, recall and F1 of every class, and confused classes with their counts, as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -10,8 +10,14 @@ from modelpatch.tasks.scores import score_classes
 MOST_COLUMNS, MOST_PAIRS = 16, 20
 
 
-def class_table(confusion: Sequence[Sequence[int]], classes: Sequence[str], counted: str = "images") -> Table:
-    """A row a class: its images (or what is counted), precision, recall and F1, in percent."""
+def class_table(
+    confusion: Sequence[Sequence[int]],
+    classes: Sequence[str],
+    counted: str = "images",
+    more: Mapping[str, Mapping[str, float]] | None = None,
+) -> Table:
+    """A row a class: its images (or what is counted), precision, recall and F1, in percent, and `more` shares by title."""
+    own = more or {}
     rows = [
         (
             one.name,
@@ -19,10 +25,11 @@ def class_table(confusion: Sequence[Sequence[int]], classes: Sequence[str], coun
             percent(one.precision),
             percent(one.recall),
             percent(one.f1 if one.asked else None),
+            *(percent(shares.get(one.name)) for shares in own.values()),
         )
         for one in score_classes(confusion, classes)
     ]
-    return new_table("classes", texts=("class",), figures=(counted, "precision", "recall", "F1"), rows=rows)
+    return new_table("classes", texts=("class",), figures=(counted, "precision", "recall", "F1", *own), rows=rows)
 
 
 def confusion_table(confusion: Sequence[Sequence[int]], classes: Sequence[str], counted: str = "images") -> Table:
