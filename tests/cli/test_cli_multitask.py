@@ -16,6 +16,7 @@ from modelpatch.train.callbacks import Checkpoint
 
 pytestmark = pytest.mark.slow
 
+TINY = "bundled:tiny"
 FAST = ("--epochs", 1, "--batch-size", 8, "--image-size", 32)
 
 
@@ -122,7 +123,7 @@ def test_a_verb_that_cannot_share_its_work_is_refused_under_torchrun(
         (["--weight", "colors=1", "--weight", "colors=2"], "--weight colors=... is given twice"),
         (["--weight", "birds=1"], "there is no task 'birds' to weigh"),
         (["--sampling", "some"], "sampling is 'some'; expected one of: equal, proportional"),
-        (["--shared", "lora"], "Name as shared depthwise, full-finetune"),
+        (["--shared", "lora"], "Name as shared bitfit, depthwise, full-finetune"),
         (["--private", "full-finetune"], "makes everything private"),
         (["--fit", "early_stopping=2"], "no setting 'early_stopping': all tasks end together"),
         (["-b", "torchvision:resnet18", "--argument", "pretrained=false"], "names an architecture of timm"),
@@ -131,7 +132,7 @@ def test_a_verb_that_cannot_share_its_work_is_refused_under_torchrun(
 def test_what_makes_no_sense_ends_in_one_line(
     run: Run, folder: Path, other: Path, tmp_path: Path, options: list[str], words: str
 ) -> None:
-    result = run("multitask", folder, other, *FAST, "-o", tmp_path / "out", *options)
+    result = run("multitask", folder, other, *FAST, "-b", TINY, "-o", tmp_path / "out", *options)
     assert result.code == 1
     assert words in result.err
     assert result.err.count("\n") == 1

@@ -51,7 +51,7 @@ def multitask(
         make_folder("--log", log)
         method = opt.make_method(private or recipe.PRIVATE, set_)
         common = mp.methods.make_method(shared or recipe.SHARED)
-        settings = training.settings(augment=augment, dtype=dtype)
+        settings, weights = training.settings(augment=augment, dtype=dtype), _weights(weight)
         recipe.check_joint_settings(settings)
         tasks = [mp.load_task(one, seed=training.seed) for one in data]
         recipe.check_tasks(tasks)
@@ -64,7 +64,7 @@ def multitask(
         base = network.open()
         check_writable(base)
         with console.resumable(checkpoint, restart):
-            settings |= {"shared": common, "sampling": sampling, "weights": _weights(weight), "out": out}
+            settings |= {"shared": common, "sampling": sampling, "weights": weights, "out": out}
             settings |= {"checkpoint": checkpoint, "log": log, "progress": not console.quiet}
             result = cluster.run(partial(recipe.fit_multitask, base, tasks, method, **settings))
         if not team.leads:
