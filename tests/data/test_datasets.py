@@ -212,7 +212,10 @@ def test_a_digest_follows_images_labels_and_number() -> None:
         (Pairs, "Pairs is a class; expected an instance"),
         ([1, 2], r"sample 0: it is a int; expected \(image, label\)"),
         ([{"a": 1}], "it has the keys a; expected"),
-        ([("x" * 9, [0.1, 0.9])] * 2, "its label is a list .*expected a class index or class name"),
+        (
+            [("x" * 9, [0.1, 0.9])] * 2,
+            "its label is a vector of 2 numbers. Say what it is: .*; for classes give an index",
+        ),
         ([(torch.randn(3, 8, 8) * 3, 0)] * 2, "Leave Normalize out of the transform"),
         ([(torch.zeros(5, 8, 8), 0)] * 2, r"has the shape \(5, 8, 8\)"),
         ([(np.zeros((8, 8, 3), np.int32), 0)] * 2, "is of int32; expected uint8"),
