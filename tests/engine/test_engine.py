@@ -594,6 +594,11 @@ def test_the_rule_is_one_of_architecture() -> None:
     assert Tuning.of(make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=2)) == Tuning(merge_rows=16)
     convnext = make_timm("convnext_atto", 32, depths=(1, 1, 1, 1))
     assert Tuning.of(convnext) == Tuning(channels_last=True, piece_bytes=CACHE, merge_rows=16)
+    assert Tuning.of(convnext, device=torch.device("cuda")) == Tuning(channels_last=True, merge_rows=16)
+    swin = make_timm("swin_tiny_patch4_window7_224", 224, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    assert Tuning.of(swin) == Tuning(merge_rows=16)  # maps (H, W, C), and one convolution alone
+    with pytest.raises(EngineError, match="bfloat16=True is for the rule"):
+        Engine(swin, tuning=Tuning(), bfloat16=True)
 
 
 def test_sixteen_bits_are_used_only_where_they_are_asked_for(tiny: Backbone, images: Tensor) -> None:

@@ -53,21 +53,22 @@ class Tuning:
                 raise EngineError(f"{name}={value!r}; expected a whole number from 0 on.")
 
     @classmethod
-    def of(cls, backbone: Backbone, *, bfloat16: bool = False) -> Self:
+    def of(cls, backbone: Backbone, *, bfloat16: bool = False, device: torch.device | None = None) -> Self:
         """Settings for a backbone by a rule, the same on a busy machine and at rest.
 
-        Channels-last activations where most segments convolve, folding where there is BatchNorm; on a CPU with convolutions
+        Channels-last activations where most blocks convolve, folding where there is BatchNorm; on a CPU with convolutions
         pieces of 2 MiB, whose activations stay in the caches; streams of up to 16 rows are concatenated.
-        `bfloat16` allows 16 bits where the device computes in them.
+        `bfloat16` allows 16 bits where the `device`, by default the backbone's, computes in them.
         """
-        kinds = {type(module) for module in backbone.module.modules()}
-        maps = [segment for segment in backbone.chain if len(segment.output_shape) == 3]
-        convolves = any(issubclass(kind, nn.Conv2d) for kind in kinds) and 2 * len(maps) > len(backbone.chain)
+        place = device or backbone.device
+        blocks = backbone.chain.blocks or backbone.chain
+        convolving = [block for block in blocks if any(isinstance(one, nn.Conv2d) for one in block.module.modules())]
+        convolves = 2 * len(convolving) > len(blocks)
         return cls(
             channels_last=convolves,
-            fold=any(issubclass(kind, _BatchNorm) for kind in kinds),
-            bfloat16=bfloat16 and has_bfloat16(backbone.device),
-            piece_bytes=CACHE if convolves and backbone.device.type == "cpu" else 0,
+            fold=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
+            bfloat16=bfloat16 and has_bfloat16(place),
+            piece_bytes=CACHE if convolves and place.type == "cpu" else 0,
             merge_rows=FEW_ROWS,
         )
 

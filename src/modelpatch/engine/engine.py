@@ -76,6 +76,8 @@ class Engine:
                 raise EngineError(f"the {name} a {type(given).__name__}; expected {expected}.")
         if budget is not None and (type(budget) is not int or budget < 0):
             raise EngineError(f"the budget is {budget!r}; expected a number of bytes from 0 on.")
+        if bfloat16 and tuning is not None:
+            raise EngineError("bfloat16=True is for the rule. Give it without a tuning, or Tuning(bfloat16=True).")
         self.backbone = backbone
         self.tuning = Tuning.of(backbone, bfloat16=bfloat16) if tuning is None else pinned
         self._base_bytes = sum(t.nbytes for t in (*backbone.module.parameters(), *backbone.module.buffers()))

@@ -89,7 +89,7 @@ def serve_forever(
     rehearse(partial(check_store, url, settings))
     name, bound = listening.getsockname()[:2]
     say(f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}")
-    say(str(tuning or Tuning.of(backbone)))
+    say(str(tuning or Tuning.of(backbone, device=device)))
     with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
         if workers > 1:
             os.environ[FOLDER] = folder
