@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import draft_patch
+from conftest import draft_patch, make_timm
 from dense import square_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
@@ -83,6 +83,15 @@ def test_a_program_of_torch_export_answers_alike(engine: Engine, tmp_path: Path)
     expected = engine(images, only=["last", "norms"])
     for name, found in zip(expected, program(images), strict=True):
         assert close(found, expected[name])
+
+
+def test_a_base_whose_answer_is_not_made_of_its_features_is_exported_whole(tmp_path: Path) -> None:
+    backbone = make_timm("levit_128s", 224)  # two classifiers, whose answers are averaged
+    engine = Engine(backbone, {"colors": draft_patch(backbone)}, tuning=Tuning())
+    program = torch.export.load(engine.export(tmp_path / "tasks.pt2")).module()
+    images = torch.randn(3, *backbone.input_size, generator=torch.Generator().manual_seed(0))
+    for name, found in zip(engine, program(images), strict=True):
+        assert close(found, engine(images)[name])
 
 
 def test_what_a_graph_cannot_hold_is_refused_by_name(engine: Engine, tiny: Backbone, tmp_path: Path) -> None:

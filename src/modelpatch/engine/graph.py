@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,8 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.graphs import GRAPHS, write_graph
 from modelpatch.backbone.tuning import Tuning
-from modelpatch.engine.plan import Link, make_plan
+from modelpatch.engine.plan import make_plan
 from modelpatch.engine.program import JoinedHeads, Program
-from modelpatch.engine.resident import BoundPart
 from modelpatch.engine.task import EngineTask
 from modelpatch.errors import EngineError
 from modelpatch.heads.reading import pooled_axes
@@ -39,15 +39,16 @@ class PlanGraph(nn.Module):
                 )
         own = backbone.preprocessing.image_size
         plan = make_plan([task.planned(None, own) for task in tasks], [ROWS] * len(tasks), lambda *_: False)
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(replace(task, head=clone_module(task.head).cpu()) for task in tasks)
+        self.heads = nn.ModuleList(task.head for task in self.tasks)
         self.preprocessings = tuple(dict.fromkeys(task.preprocessing for task in tasks))
         links = {link.key: link for step in plan.runs for link in step.links}
-        places = {key: str(number) for number, key in enumerate(links)}
-        self.links = nn.ModuleDict({places[key]: _module(link, backbone) for key, link in links.items()})
+        self.links = nn.ModuleList(link.copy().cpu() for link in links.values())
+        modules = dict(zip(links, self.links, strict=True))
         self._program = Program(
             plan,
-            tasks,
-            lambda link: self.links[places[link.key]],
+            self.tasks,
+            lambda link: modules[link.key],
             JoinedHeads,
             lambda index: pooled_axes(backbone.chain, index),
             Tuning(),
@@ -93,17 +94,10 @@ def export_graph(backbone: Backbone, tasks: Sequence[EngineTask], path: Path) ->
         raise EngineError(f"{path} ends in {path.suffix!r}; expected one of: {', '.join(forms)}.")
     if not tasks:
         raise EngineError("there are no tasks to export. Name some: tasks=['flowers'].")
-    graph = PlanGraph(backbone, tasks).cpu().eval()
+    graph = PlanGraph(backbone, tasks).eval()
     for images in graph.inputs.values():
         backbone.chain.prepare(images.to(backbone.device))
     names = [task.name for task in tasks]
     data = write_graph(graph, graph.inputs, names, graph.facts, forms[path.suffix], f"the graph of {', '.join(names)}")
     write_bytes(path, data)
     return path
-
-
-def _module(link: Link, backbone: Backbone) -> nn.Module:
-    """The module of a link in eval mode: the patch's variant, or the backbone's segment."""
-    if isinstance(link, BoundPart):
-        return link.template.copy_with(link)
-    return clone_module(backbone.chain[link.span[0]].module)

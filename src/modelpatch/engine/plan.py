@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpatch.engine.describe import Branch, draw, flops_text
 from modelpatch.heads.reading import Read, Stream
@@ -45,6 +45,10 @@ class Link(Protocol):
 
     @property
     def macs(self) -> int: ...
+
+    def copy(self) -> nn.Module:
+        """The module by itself in eval mode, over the frozen tensors."""
+        ...
 
 
 Pays = Callable[[Link, Sequence[int]], bool]

@@ -90,9 +90,10 @@ class Program:
 
     def follow(self, streams: dict[int, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
         """Answers by member, from the images (B, 3, H, W) of every root's stream; streams that are read no more are freed."""
+        cuda = any(x.device.type == "cuda" for x in streams.values())
         answers: dict[str, Tensor] = {}
         for step in self.plan.steps:
-            start = 0.0 if timings is None else _now(streams)
+            start = 0.0 if timings is None else _now(cuda)
             if isinstance(step, RunStep):
                 self._run(step, streams)
             elif isinstance(step, PoolStep):
@@ -102,7 +103,7 @@ class Program:
             for stream in step.frees:
                 del streams[stream]
             if timings is not None:
-                timings.append(Timing(step, _now(streams) - start))
+                timings.append(Timing(step, _now(cuda) - start))
         return answers
 
     def _run(self, step: RunStep, streams: dict[int, Tensor]) -> None:
@@ -135,7 +136,7 @@ def _take(streams: Mapping[int, Tensor], take: Take) -> Tensor:
     return x if take.places is None else x[list(take.places)]
 
 
-def _now(streams: Mapping[int, Tensor]) -> float:
-    if any(x.device.type == "cuda" for x in streams.values()):
+def _now(cuda: bool) -> float:
+    if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

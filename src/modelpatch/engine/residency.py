@@ -159,7 +159,7 @@ class Residency:
     def _make(self, part: BoundPart, variant: _Variant) -> None:
         module: Module | None = None
         try:
-            made = part.template.copy_with(part)
+            made = part.copy()
             images = sample(part.template.input_shape, part.flat.device)
             module = made if self.tuning.plain else freeze(made, images, self.tuning)
         finally:

@@ -80,6 +80,10 @@ class BoundPart:
         """Bytes of the weights that are made from masks at every call; 0 for a part without masks."""
         return sum(weight.weight.nbytes for weight in self.made.values())
 
+    def copy(self) -> nn.Module:
+        """A module with the part's tensors; frozen ones stay the backbone's bytes."""
+        return self.template.copy_with(self)
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         return self.template.run(self, x)
@@ -299,6 +303,10 @@ class SegmentLink:
         """Multiply-adds for one image of the backbone's input size."""
         return self.segment.macs
 
+    def copy(self) -> nn.Module:
+        """A clone of the segment's module."""
+        return clone_module(self.segment.module)
+
 
 class NetworkLink:
     """The whole network as one link, for a base whose own answer is not computed from its features."""
@@ -313,6 +321,10 @@ class NetworkLink:
     def macs(self) -> int:
         """Multiply-adds for one image of the backbone's input size."""
         return count_macs(self.module, self._shape)
+
+    def copy(self) -> nn.Module:
+        """A clone of the network."""
+        return clone_module(self.module)
 
 
 class BoundPatch:
