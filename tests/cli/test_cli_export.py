@@ -51,6 +51,8 @@ def test_several_patches_are_exported_as_one_graph_and_checked(
     out, files = tmp_path / "tasks.onnx", [patches["scale-bias"], patches["linear-probe"]]
     assert "all in one with --one-graph" in run("export", *files, "-o", out).err
     assert "holds one patch" in run("export", *files, "-o", out, "--one-graph", "-f", "safetensors").err
+    assert "given twice" in run("export", *files, files[0], "-o", out, "--one-graph").err
+    assert "torch-export ends in .pt2" in run("export", *files, "-o", out, "--one-graph", "-f", "torch-export").err
     options = ["--one-graph", "--data", folder, "--images", 6, "--json", tmp_path / "x.json"]
     result = run("export", *files, "-o", out, *options)
     assert result.code == 0, result.err

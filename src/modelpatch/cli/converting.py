@@ -172,7 +172,11 @@ def export(
         raise ModelpatchError(f"--one-graph writes one of: {', '.join(GRAPHS)}. --format {form} holds one patch.")
     if len(patch) > 1 and not one_graph:
         raise ModelpatchError(f"{len(patch)} patches are given. Export one at a time, or all in one with --one-graph.")
+    if len(set(patch)) < len(patch):
+        raise ModelpatchError("a patch file is given twice. Give each once.")
     path = out or patch[0].with_name(f"{patch[0].stem}-model{SUFFIXES.get(form, '')}")
+    if one_graph and path.suffix != GRAPHS[form]:
+        raise ModelpatchError(f"--out {path}: with --one-graph a file of the format {form} ends in {GRAPHS[form]}.")
     check_out(path, force)
     loaded = {one: opt.at_alpha(mp.Patch.load(one), alpha) for one in patch}
     base = _common_backbone(patch, list(loaded.values()), network)
