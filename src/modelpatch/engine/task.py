@@ -130,8 +130,9 @@ def bind_one(templates: Templates, name: str, patch: AnyPatch) -> EngineTask:
     for part in patch.parts:
         _ = part.key  # hashed now, not in the first call
     task, seen = patch.task, patch.preprocessing
-    made = EngineTask(name, seen, task.classes, patch.head, patch.path, patch.reading, task.kind, beside, patch)
-    return replace(made, facts=task.options)
+    return EngineTask(
+        name, seen, task.classes, patch.head, patch.path, patch.reading, task.kind, beside, patch, facts=task.options
+    )
 
 
 def bind_options(templates: Templates, name: str, patches: Sequence[AnyPatch]) -> EngineTask:
