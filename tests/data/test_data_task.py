@@ -246,7 +246,7 @@ def test_a_parquet_file_may_hold_the_images_themselves(tmp_path: Path) -> None:
 PARQUET_TROUBLE: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are null": ({"label": [None, None]}, "row 1: it has no label"),
     "labels that are no numbers": ({"label": [float("nan")] * 2}, "row 1: it has no label"),
-    "a label beyond the names": ({"label": [0, 9], "names": ["a", "b"]}, "cannot be read as a manifest"),
+    "a label beyond the names": ({"label": [0, 9], "names": ["a", "b"]}, "column label: the label 9 is none of 0 to 1"),
     "a label that is text where numbers are named": ({"label": ["a", "b"], "names": ["a", "b"]}, "cannot be read"),
     "names that are a number": ({"label": [0, 1], "names": 3}, "cannot be read as a manifest"),
     "images that are null": ({"label": [0, 1], "image": [None, None]}, "row 1: there is no image"),

@@ -79,3 +79,18 @@ def test_a_saved_folder_is_read(tmp_path: Path, several: bool) -> None:
     (next((tmp_path / "set").rglob("*.arrow"))).write_bytes(b"")
     with pytest.raises(DataError, match="cannot be loaded as a saved data set"):
         load_task(tmp_path / "set")
+
+
+def test_a_number_of_no_class_in_a_list_is_refused() -> None:
+    labels = [[0], [1, 2], [-1], [0, 1]]
+    feature = datasets.Sequence(datasets.ClassLabel(names=["a", "b", "c"]))
+    with pytest.raises(DataError, match="hf:set: the label -1 is none of 0 to 2"):
+        read({"train": table(labels, feature=feature)})
+
+
+def test_a_number_of_no_class_of_a_box_is_refused() -> None:
+    objects = [{"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [category]} for category in (0, 1, -1)]
+    category = datasets.Sequence(datasets.ClassLabel(names=["a", "b"]))
+    feature = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))), "category": category}
+    with pytest.raises(DataError, match="hf:set: the label -1 is none of 0 to 1"):
+        read({"train": table(objects, "objects", feature=feature)})

@@ -240,3 +240,11 @@ def test_files_that_are_no_tables_are_refused_by_name(tmp_path: Path, name: str,
     with pytest.raises(DataError, match=message) as caught:
         load_task(tmp_path / name)
     assert name in str(caught.value)
+
+
+def test_columns_in_other_letters_are_told_apart(folder: Path) -> None:
+    file = write(folder / "labels.csv", "\u56fe\u7247,\u6807\u7b7e", "images/{n}.png,{label}")
+    check(file, label_column="\u6807\u7b7e")
+    with pytest.raises(DataError, match="has no column '\u7c7b\u522b'"):
+        load_task(file, label_column="\u7c7b\u522b")
+    check(file)  # the one column beside the images

@@ -58,7 +58,7 @@ Cells = Mapping[str, Sequence[Any]]
 
 def fold_column(name: str) -> str:
     """A column's name in lower case with `_` between its words: `ImageId`, `Image ID` and `image-id` are image_id."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", name)
     return "_".join(words).lower()
 
 

@@ -31,6 +31,7 @@ from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
 from modelpatch.data.sources.hub_classes import encoded_images, name_splits, read_class_tables
+from modelpatch.data.sources.labels import name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
 from modelpatch.data.sources.values import BINARY, PROBED, make_segmentation, read_classes
@@ -410,9 +411,9 @@ def _read_columns(
         names, within = getattr(feature, "names", None), getattr(getattr(feature, "feature", None), "names", None)
         cells[column] = own = [cell for table in tables.values() for cell in table.with_format(None)[column]]
         if names:
-            cells[column] = [None if cell is None or cell < 0 else names[cell] for cell in own]
+            cells[column] = [None if cell is None or cell < 0 else name_at(names, cell, source) for cell in own]
         elif within:
-            cells[column] = [None if cell is None else [within[one] for one in cell] for cell in own]
+            cells[column] = [None if cell is None else [name_at(within, one, source) for one in cell] for cell in own]
             if column == named and options.classes is None:
                 options = replace(options, classes=tuple(within))
     starts = np.cumsum([0, *map(len, tables.values())])
@@ -442,7 +443,9 @@ def _read_boxes(tables: Mapping[str, Any], picture: str, source: str) -> base.Fo
             for image, row in zip(encoded_images(table, picture), table["objects"], strict=True):
                 one = row if isinstance(row, dict) else {key: [own[key] for own in row] for key in ("bbox", "category")}
                 pairs = zip(one["bbox"], one["category"], strict=True)
-                objects = [SceneObject(names[label], (x, y, x + w, y + h)) for (x, y, w, h), label in pairs]
+                objects = [
+                    SceneObject(name_at(names, label, source), (x, y, x + w, y + h)) for (x, y, w, h), label in pairs
+                ]
                 scenes[split].append(Scene(image, objects))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(

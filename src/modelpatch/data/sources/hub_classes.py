@@ -11,7 +11,7 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import order_name
 from modelpatch.data.sources.base import Found, SourceOptions
 from modelpatch.data.sources.column_names import LABEL_NAMES, check_column, find_by_name
-from modelpatch.data.sources.labels import clean_name, is_missing
+from modelpatch.data.sources.labels import clean_name, is_missing, name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.split_names import split_of
 from modelpatch.data.splits import Lazy, Split
@@ -113,6 +113,4 @@ def _name_of(value: Any, names: Sequence[str] | None, source: str) -> str | None
         return None
     if names is None or isinstance(value, str):
         return clean_name(str(value))
-    if not 0 <= value < len(names):
-        raise DataError(f"{source}: the label {value} is beyond the {len(names)} names of classes.")
-    return names[value]
+    return name_at(names, value, source)

@@ -11,6 +11,7 @@ from modelpatch.data.samples import order_name
 from modelpatch.data.sources.base import Found
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.splits import Split
+from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells without a label, in lower case
@@ -22,6 +23,15 @@ Members = Mapping[str, Sequence[tuple[ImageSource, str]]]  # images with the nam
 def clean_name(name: str) -> str:
     """The name without blanks and invisible characters at its ends, in Unicode's composed form."""
     return unicodedata.normalize("NFC", name).strip().strip(INVISIBLE).strip()
+
+
+def name_at(names: Sequence[str], number: int, source: str) -> str:
+    """The name of a class by its number. Raises `DataError` for a number, such as -1, that is none of theirs."""
+    if not 0 <= number < len(names):
+        raise DataError(
+            f"{source}: the label {number} is none of 0 to {len(names) - 1}, the numbers of {len(names)} classes."
+        )
+    return str(names[number])
 
 
 def is_missing(value: object) -> bool:

@@ -16,7 +16,7 @@ from modelpatch.backbone.listing import is_hidden
 from modelpatch.backbone.preprocessing import ImageSource, is_picture
 from modelpatch.data.sources import base
 from modelpatch.data.sources.column_names import LABEL_NAMES, find_by_name
-from modelpatch.data.sources.labels import is_missing, make_classification
+from modelpatch.data.sources.labels import is_missing, make_classification, name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.split_names import plain_split_of, split_of
 from modelpatch.data.splits import Lazy
@@ -62,7 +62,7 @@ class TarShards(base.DataSource):
             pairs = [pair for file in files for pair in read_shard(file, remarks)]
             labels = [label for _, label in pairs]
             if names is not None and all(re.fullmatch(r"\d+", label) for label in labels):
-                labels = [_name_of(names, label, str(files[0])) for label in labels]
+                labels = [name_at(names, int(label), str(files[0])) for label in labels]
             places[split] = [place for place, _ in pairs]
             members[split] = [(b"", label) for label in labels]
         if not any(members.values()):
@@ -155,9 +155,3 @@ def _read_label(own: Mapping[str, Member], name: str) -> str | None:
                 f"{name}: its .json has several labels: {', '.join(columns)}. Expected one, or a .cls member."
             )
     return None if is_missing(value) or str(value) == "-1" else str(value)
-
-
-def _name_of(names: Any, label: str, source: str) -> str:
-    if int(label) >= len(names):
-        raise DataError(f"{source}: the label {label} is beyond the {len(names)} names of classes.")
-    return str(names[int(label)])

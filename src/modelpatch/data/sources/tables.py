@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpatch.backbone.preprocessing import is_picture
+from modelpatch.data.sources.labels import name_at
 from modelpatch.data.splits import Lazy
 from modelpatch.errors import DataError
 
@@ -287,7 +288,7 @@ def _read_arrow(path: Path) -> TableFile:
             )
         except pyarrow.ArrowException as error:
             raise ValueError(f"its column {name}: {error}") from error
-        cells[str(name)] = _name_values(values, features.get(name))
+        cells[str(name)] = _name_values(values, features.get(name), f"{path}, column {name}")
     return TableFile(path, cells)
 
 
@@ -295,20 +296,14 @@ def _cell(column: Any, row: int) -> Any:
     return column[row].as_py()
 
 
-def _name_values(values: Sequence[Any], feature: Any) -> Sequence[Any]:
+def _name_values(values: Sequence[Any], feature: Any, column: str) -> Sequence[Any]:
     """Names of classes in place of their numbers, one a row or several, as `datasets` describes them; -1 is none."""
     if isinstance(feature, dict) and feature.get("names"):
-        return [None if value is None or value == -1 else _named(feature["names"], value) for value in values]
+        return [None if value is None or value == -1 else name_at(feature["names"], value, column) for value in values]
     inner = feature.get("feature") or {} if isinstance(feature, dict) else (feature or [{}])[0]
     if isinstance(inner, dict) and inner.get("names"):
-        return [None if value is None else [_named(inner["names"], one) for one in value] for value in values]
+        return [None if value is None else [name_at(inner["names"], one, column) for one in value] for value in values]
     return values
-
-
-def _named(names: Sequence[str], value: int) -> str:
-    if not 0 <= value < len(names):
-        raise ValueError(f"the label {value} is beyond the {len(names)} names of classes")
-    return names[value]
 
 
 READERS: dict[str, Callable[[Path], TableFile]] = {
