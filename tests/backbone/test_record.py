@@ -108,3 +108,19 @@ def test_trees_are_rebuilt_in_the_order_of_their_leaves(tree: Any) -> None:
     rebuilt = transform(tree, lambda leaf: (next(counter), leaf)[1])
     assert leaves(rebuilt) == leaves(tree)
     assert next(counter) == len(leaves(tree))
+
+
+class Averaging(nn.Module):
+    """Divides by a number that it makes of the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * (1.0 / len(x))
+
+
+def test_a_fraction_that_follows_the_batch_is_refused() -> None:
+    with pytest.raises(UntraceableBackboneError, match="another way for another batch"):
+        recorded(Averaging())

@@ -186,3 +186,65 @@ def test_a_tensor_that_several_blocks_share_stays_the_backbones() -> None:
         owned = method.blueprint(backbone).owned
         assert owned
         assert tied.isdisjoint(owned)
+
+
+@torch.no_grad()
+def test_sizes_with_as_many_positions_in_other_places_are_not_taken_for_each_other() -> None:
+    backbone = small(Rotary())
+    tall, wide = images(2, 32, 16), images(2, 16, 32)
+    before = backbone.chain(tall)
+    with pytest.raises(BackboneError, match=r"\(3, 16, 32\) cannot be told"):
+        backbone.chain(wide)
+    assert torch.equal(backbone.chain(tall), before)
+    backbone.chain(images(1, 18, 16))  # as many positions, in the same places: the patches leave out two rows
+
+
+class Masked(nn.Module):
+    """Blocks that read their input alone, and a mask as well in larger images."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+            return sum(masks, x + self.fc2(self.fc1(x).relu()))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.blocks, self.fc = (
+            nn.Conv2d(3, 8, 4, 4),
+            nn.ModuleList([self.Block() for _ in range(2)]),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, torch.arange(x.shape[1])[:, None]) if x.shape[1] > 16 else block(x)
+        return self.fc(x.mean(1))
+
+
+@torch.no_grad()
+def test_a_block_that_reads_more_at_another_size_is_not_run_without_it() -> None:
+    backbone = small(Masked())
+    x = images(2, 12, 12)
+    assert close(backbone.chain.head(backbone.chain(x)), backbone(x))
+    with pytest.raises(BackboneError, match="cut differently"):
+        backbone.chain(images(2, 24, 24))
+
+
+def test_a_table_that_another_thread_drops_at_once_is_given_all_the_same() -> None:
+    block = small(Rotary()).chain.blocks[0].module
+    assert isinstance(block, Steps)
+    (program,) = block.programs.values()
+
+    class Dropping:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            program.shared._kept.clear()
+
+    program.shared._lock = Dropping()  # type: ignore[assignment]
+    assert block(torch.zeros(5, 16, 8)).shape == (5, 16, 8)

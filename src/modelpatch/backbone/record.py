@@ -109,9 +109,10 @@ class Stored(Slot):
     tensor: Tensor
 
     def read(self, frame: Frame) -> Tensor:
-        if self.tensor.device != frame.x.device:
-            self.tensor = self.tensor.to(frame.x.device)
-        return self.tensor
+        tensor = self.tensor  # read once: a thread on another device may move it meanwhile
+        if tensor.device != frame.x.device:
+            self.tensor = tensor = tensor.to(frame.x.device)
+        return tensor
 
 
 _getter = lru_cache(maxsize=None)(attrgetter)
@@ -154,9 +155,14 @@ class Call:
         return leaves(self.arguments)
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the tensors that it makes or changes, in their order."""
+        return (*self.outputs, *(number for _, number in self.rewrites))
+
+    @property
     def makes(self) -> frozenset[int]:
-        """The numbers of the tensors that it makes or changes."""
-        return frozenset((*self.outputs, *(number for _, number in self.rewrites)))
+        """The same numbers as a set."""
+        return frozenset(self.numbers)
 
 
 @dataclass
@@ -396,7 +402,7 @@ def _merge_slot(module: nn.Module, call: Call, a: Any, b: Any) -> Any:
         slope, odd = divmod(b - a, ROWS[1] - ROWS[0])
         if not odd:
             return Count(a - slope * ROWS[0], slope)
-    if isinstance(a, Slot | int) and a != b:
+    if isinstance(a, Slot | int | float | complex | str) and a != b:
         raise _untraceable(module, f"{call.name} is called in another way for another batch", call.scopes)
     return a
 

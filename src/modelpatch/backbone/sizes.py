@@ -110,6 +110,7 @@ class Sizes:
         cuts = self._cut(cutter.module, tuple(example.shape[1:]))
         self.names, self.shapes, self.tables = cuts.names, cuts.shapes, cuts.tables
         parts = [self._part(cuts, place) for place in range(len(cuts.all))]
+        self._plain = {place: name for place in range(len(cuts.all)) if (name := cuts.plain(place)) is not None}
         self.parts = list(zip(self.names, parts, strict=False))
         self.rest = parts[-1] if cuts.rest else nn.Identity()
 
@@ -122,7 +123,10 @@ class Sizes:
 
     @torch.inference_mode(False)
     def prepare(self, images: Tensor) -> None:
-        """Add the programs for images (B, C, H, W) of a new size. Raises `BackboneError` for one that is cut differently."""
+        """Add the programs for images (B, C, H, W) of a new size.
+
+        Raises `BackboneError` for one that is cut differently, or that segments cannot tell from a size before.
+        """
         shape = tuple(images.shape[1:])
         if shape in self._known or not self._steps:
             return
@@ -130,11 +134,17 @@ class Sizes:
             if shape not in self._known:
                 # a clone, since other threads may run the network, or somebody may have put it into train mode
                 cuts = self._cut(clone_module(self._cutter.module), shape)
-                if cuts.names != self.names:
+                plain = {place: cuts.plain(place) for place in self._plain if place < len(cuts.all)}
+                if cuts.names != self.names or plain != self._plain:
                     raise BackboneError(
                         f"the network is cut differently for images of shape {shape}, and cannot run them."
                     )
                 programs = {place: cuts.program(place) for place in self._steps}
+                if not all(self._steps[place].takes(program) for place, program in programs.items()):
+                    raise BackboneError(
+                        f"images of shape {shape} cannot be told from those of another size that the chain has run: inside "
+                        "the network both have as many positions, in other places. Load the backbone once more for them."
+                    )
                 for place, program in programs.items():
                     self._steps[place][program.sources.shape] = program
                 self._known.add(shape)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from modelpatch.backbone.record import Call, Count, Frame, Named, Recording, Stored, Value
+from modelpatch.backbone.record import Call, Count, Frame, Named, Recording, Stored, Value, leaves
 from modelpatch.errors import BackboneError
 
 KEPT = 8  # batch sizes for which tensors that follow the batch size are kept
@@ -70,12 +70,12 @@ class Shared:
         """The tensor `number` for the batch size, device and precision of `x`."""
         rows = x.shape[0] if number in self._follows_batch else 0
         key = (number, rows, x.device, x.dtype)
-        if key not in self._kept:
+        if (made := self._kept.get(key)) is None:  # read once: another thread may drop it meanwhile
             with self._lock:
                 while rows and len(self._kept) > KEPT * len(self.makers):
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = self._compute(number, x)
-        return self._kept[key]
+                made = self._kept[key] = self._compute(number, x)
+        return made
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -114,6 +114,30 @@ class SegmentProgram:
         """True if nothing in the calls says of what size the images are."""
         slots = (slot for call in self.calls for slot in call.slots)
         return not self.constants and not any(isinstance(slot, Stored) or type(slot) is int for slot in slots)
+
+    def agrees(self, other: Self) -> bool:
+        """True if another program makes the same of the same input, whatever numbers its recording gave to tensors."""
+        theirs = dict(zip(self.sources.shapes, other.sources.shapes, strict=False))  # by this program's numbers
+        bundles = zip((self.sources, self.results), (other.sources, other.results), strict=True)
+        if any([*a.shapes.values()] != [*b.shapes.values()] for a, b in bundles) or len(self.calls) != len(other.calls):
+            return False
+
+        def same(a: Any, b: Any) -> bool:
+            if isinstance(a, Value) and isinstance(b, Value):
+                if a.number not in theirs and a.number in self.constants and b.number in other.constants:
+                    made, its = (one.shared.get(slot.number, one.shared.like) for one, slot in ((self, a), (other, b)))
+                    return made.shape == its.shape and torch.equal(made, its)
+                return theirs.get(a.number) == b.number
+            if isinstance(a, Stored) and isinstance(b, Stored):
+                return torch.equal(a.tensor, b.tensor)
+            return bool(a == b)
+
+        for call, its in zip(self.calls, other.calls, strict=True):
+            slots, others = (leaves((one.arguments, [slot for slot, _ in one.rewrites])) for one in (call, its))
+            if call.target != its.target or len(slots) != len(others) or not all(map(same, slots, others)):
+                return False
+            theirs |= zip(call.numbers, its.numbers, strict=True)
+        return [theirs.get(number) for number in self.results.shapes] == [*other.results.shapes]
 
     def run(self, holder: nn.Module, x: Tensor) -> Tensor:
         frame = Frame(holder, x, self.sources.open(x))
@@ -176,12 +200,12 @@ class Steps(nn.Module):
     @property
     def sizeless(self) -> bool:
         """True if its calls are the same for images of any size."""
-        return all(program.sizeless for program in self.programs.values())
+        return all(program.sizeless for program in list(self.programs.values()))
 
     @property
     def bundles(self) -> bool:
         """True if the output is several streams side by side."""
-        return any(len(program.results.shapes) > 1 for program in self.programs.values())
+        return any(len(program.results.shapes) > 1 for program in list(self.programs.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.programs.find(x).run(self, x)
@@ -189,6 +213,11 @@ class Steps(nn.Module):
 
 class Programs(dict[tuple[int, ...], SegmentProgram]):
     """Programs by the shape of their input."""
+
+    def takes(self, program: SegmentProgram) -> bool:
+        """True unless inputs of its shape are already those of another program, from which they cannot be told."""
+        known = self.get(program.sources.shape)
+        return known is None or known.agrees(program)
 
     def find(self, x: Tensor) -> SegmentProgram:
         """The program for `x`. Raises `BackboneError` for a size of images that the chain was not prepared for."""
