@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torchvision.ops import sigmoid_focal_loss
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import DataError, TrainingError
@@ -58,10 +59,17 @@ def test_other_labels_are_refused(label: Any, message: str) -> None:
         read_labels(label, NAMES)
 
 
-def test_two_whole_numbers_for_two_labels_are_not_guessed() -> None:
-    with pytest.raises(DataError, match="two indices, or 0 and 1"):
-        read_labels([0, 1], NAMES[:2])
-    assert read_labels([1, 1], NAMES[:2]).tolist() == [1, 1]
+@pytest.mark.parametrize("given", [[0, 1], [1, 0], [0]])
+def test_whole_numbers_that_could_be_indices_or_flags_are_not_guessed(given: list[int]) -> None:
+    with pytest.raises(DataError, match="the indices of all labels, or 0 and 1"):
+        read_labels(given, NAMES[: len(given)])
+    assert read_labels([1] * len(given), NAMES[: len(given)]).tolist() == [1] * len(given)
+
+
+def test_a_set_holds_indices() -> None:
+    assert read_labels({0, 1}, NAMES[:2]).tolist() == [1, 1]
+    with pytest.raises(DataError, match="its label -1 is none of the indices"):
+        read_labels({0, 1, -1}, NAMES)
 
 
 # losses ------------------------------------------------------------------------------------------------------
@@ -78,6 +86,22 @@ def test_losses_agree_with_their_equations() -> None:
     expected = torch.where(targets == 1, -((1 - p) ** 1) * p.log(), -(shifted**4) * (1 - shifted).log())
     assert torch.allclose(asymmetric(logits, targets, positive=1.0), expected)
     assert torch.allclose(asymmetric(logits, targets, 0.0, 0.0, 0.0), bce(logits, targets), atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.25])
+def test_the_focal_loss_is_torchvisions(alpha: float) -> None:
+    logits, targets = torch.tensor([-3.0, 0.3, 1.5, 4.0]), torch.tensor([1.0, 0.0, 0.95, 0.05])
+    assert torch.allclose(focal(logits, targets, 1.5, alpha), sigmoid_focal_loss(logits, targets, alpha, 1.5))
+
+
+@pytest.mark.parametrize("spelled", ["focal(gamma=0.5)", "asymmetric(positive=0.5,negative=0.5,margin=0)"])
+def test_powers_below_one_have_finite_gradients_where_outputs_are_certain(spelled: str) -> None:
+    logits = torch.tensor([[30.0, -30.0, 30.0, -30.0, 200.0, -200.0]], requires_grad=True)
+    loss = find_loss(spelled, Multilabel.losses, "multilabel")(logits, torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0, 0.0]]))
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 3] < -0.9, "a label that is missed for certain is learned"
 
 
 def test_unknown_labels_count_for_nothing_and_batches_may_be_cut() -> None:

@@ -115,6 +115,16 @@ def test_figures_of_one_image_are_finite() -> None:
     assert (same.score, other.score) == (1.0, 0.0)
 
 
+def test_equal_numbers_that_have_another_mean_do_not_vary() -> None:
+    assert np.full(3, 0.1).mean() != 0.1
+    equal = torch.full((3, 1), 0.1, dtype=torch.float64)
+    assert KIND.measure("a", [(torch.full((3, 1), 0.2), equal)]).score == 0.0
+    few = torch.tensor([[0.1]] * 11 + [[0.2]], dtype=torch.float64)  # many draws lack the last
+    result = KIND.measure("a", [(torch.full((12, 1), 0.11), few)], with_interval=True)
+    assert result.interval is not None
+    assert -1 < result.interval[0] <= result.score
+
+
 def test_what_could_not_be_finished_or_stored_is_refused_before_the_first_step() -> None:
     options = {"mean": [0.0], "std": [1e5]}
     with pytest.raises(MethodNotApplicableError, match="CosineHead has no bias"):

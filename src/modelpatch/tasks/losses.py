@@ -23,7 +23,7 @@ from modelpatch.errors import TrainingError
 from modelpatch.tasks.kind import ElementLoss
 
 SPELLING = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\((.*)\))?\s*")
-SMALLEST = 1e-8
+SMALLEST = 1e-8  # base of a power: the gradient of 0 ** γ is infinite for γ < 1
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -33,10 +33,10 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def focal(outputs: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = -1.0) -> Tensor:
     """The focal loss of logits. `alpha` in [0, 1] is the weight of positives against negatives, -1 for none."""
-    from torchvision.ops import sigmoid_focal_loss
-
-    loss: Tensor = sigmoid_focal_loss(outputs, targets, alpha=alpha, gamma=gamma, reduction="none")
-    return loss
+    shares = outputs.sigmoid()
+    missed = (shares + targets - 2 * shares * targets).clamp(min=SMALLEST)  # 1 - p_t
+    losses = missed**gamma * bce(outputs, targets)
+    return losses if alpha < 0 else losses * (alpha * targets + (1 - alpha) * (1 - targets))
 
 
 def asymmetric(
@@ -45,8 +45,8 @@ def asymmetric(
     """The asymmetric loss of logits: γ₊, γ₋ and m of the paper's section 4.1."""
     shares = outputs.sigmoid()
     shifted = (shares - margin).clamp(min=0)
-    found = (1 - shares) ** positive * F.logsigmoid(outputs)
-    missed = shifted**negative * torch.log((1 - shifted).clamp(min=SMALLEST))
+    found = (1 - shares).clamp(min=SMALLEST) ** positive * F.logsigmoid(outputs)
+    missed = shifted.clamp(min=SMALLEST) ** negative * torch.log((1 - shifted).clamp(min=SMALLEST))
     return -(targets * found + (1 - targets) * missed)
 
 

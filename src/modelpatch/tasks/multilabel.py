@@ -299,9 +299,10 @@ def read_labels(value: Any, classes: Sequence[str]) -> np.ndarray:
         raise DataError(f"its labels are {str(given)[:80]}; expected names, or 1 and 0 for each label.")
     numbers = np.array(given, dtype=np.float64)
     flags = len(given) == count and bool(np.isin(numbers, (0, 1, UNKNOWN)).all() or np.isnan(numbers).any())
-    if flags and count == 2 and sorted(given) == [0, 1]:
+    flags = flags and isinstance(value, list | tuple)
+    if flags and sorted(given) == list(range(count)):
         raise DataError(
-            f"its labels are {given}: two indices, or 0 and 1 for the two labels. Give names, or an array of 1 and 0."
+            f"its labels are {given}: the indices of all labels, or 0 and 1 for each. Give names, or an array of 1 and 0."
         )
     if flags:
         return _check_flags(numbers)

@@ -27,6 +27,7 @@ from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_oth
 
 BINS = 10  # of the first number: parts of a data set over which images are spread evenly
 LARGEST_HALF = 6e4  # of float16
+NOISE = 1e-12  # of the largest number: deviations below are those of rounding
 DEVIATIONS = 4  # beyond which an answer is not expected
 OPTIONS = ("mean", "std")
 
@@ -64,7 +65,8 @@ class NumberMeter(Meter):
             wanted = targets[known, index]
             error = answers[known, index] - wanted
             spread, square = float((wanted - wanted.mean()).square().sum()), float(error.square().sum())
-            scores[name] = 1 - square / spread if spread else float(square == 0)  # as scikit-learn has it
+            varies = float(wanted.min()) < float(wanted.max())  # the mean of equal numbers is not always one of them
+            scores[name] = 1 - square / spread if varies else float(square == 0)  # as scikit-learn has it
             squares.append(math.sqrt(square / len(wanted)))
             sizes[name] = float(error.abs().mean())
         if not sizes:
@@ -84,12 +86,13 @@ class NumberMeter(Meter):
         known = ~np.isnan(targets)
         wanted = np.where(known, targets, 0.0)
         squares = np.where(known, answers - wanted, 0.0) ** 2
+        noise = (NOISE * np.abs(wanted).max(0)) ** 2
 
         def measure(times: np.ndarray) -> float:
             count = times @ known
             mean = times @ wanted / np.maximum(count, 1)
             spread = times @ (known * (wanted - mean) ** 2)
-            kept = spread > 0
+            kept = spread > count * noise
             return float((1 - (times @ squares)[kept] / spread[kept]).mean()) if kept.any() else 0.0
 
         return bootstrap_interval(len(targets), measure)
@@ -149,10 +152,10 @@ class Regression(VectorKind):
 
     def check_options(self, classes: Sequence[str], options: Mapping[str, Any]) -> None:
         refuse_others(options, OPTIONS, self.name)
-        if (
-            options
-            and (read_numbers(options, "mean", len(classes)), min(read_numbers(options, "std", len(classes))))[1] <= 0
-        ):
+        if not options:
+            return
+        _, deviations = (read_numbers(options, name, len(classes)) for name in OPTIONS)
+        if min(deviations) <= 0:
             raise ValueError("a standard deviation is not above 0")
 
     def examine(self, target: Vector, size: tuple[int, int] | None = None) -> TargetFacts:
