@@ -53,8 +53,21 @@ def test_a_patch_of_another_backbone_is_refused_unless_said_twice(run: Run, fill
     assert refused.code == 1
     assert "--other-backbone" in refused.err
     assert Store(filled).resolve("colors") == before
-    assert run("store", "add", filled, "colors", path, "--other-backbone").code == 0
-    assert Store(filled).resolve("colors") != before
+    assert run("store", "add", filled, "colors", path, "--tag", "next", "--other-backbone").code == 0
+    far = tmp_path / "far"
+    Store(far).publish("colors", path)
+    for verb in (
+        ("tag", filled, "colors@next", "latest"),
+        ("push", far, filled, "colors"),
+        ("pull", filled, far, "colors"),
+    ):
+        refused = run("store", *verb)
+        assert refused.code == 1
+        assert "--other-backbone" in refused.err
+        assert Store(filled).resolve("colors") == before
+        assert run("store", *verb, "--other-backbone").code == 0
+        assert Store(filled).resolve("colors") != before
+        Store(filled).tag("colors", "latest", before, other_backbone=True)
 
 
 def test_an_empty_store_says_how_to_publish(run: Run, tmp_path: Path) -> None:

@@ -223,6 +223,19 @@ def test_all_leaves_out_what_cannot_be_loaded_and_says_so(store: Store, image: b
         assert listed["stranger"]["problem"]["status"] == 409
 
 
+def test_a_tag_does_not_move_to_another_backbone_and_publishing_what_fits_mends_it(
+    store: Store,
+) -> None:
+    store.publish("flowers", draft_patch(network(1), LinearProbe()), tags=("next",), other_backbone=True)
+    with serving(store) as server, server.client() as client:
+        with pytest.raises(Problem) as raised:
+            client.tag("flowers", "latest", "next")
+        assert (raised.value.kind, raised.value.status) == ("wrong-backbone", 409)
+        store.tag("flowers", "latest", "flowers@next", other_backbone=True)
+        client.publish("flowers", drafts()["flowers"])
+        assert store.load("flowers").content_hash == drafts()["flowers"].content_hash
+
+
 def test_of_several_tasks_those_that_can_answer_do(store: Store, image: bytes) -> None:
     store.publish("stranger", draft_patch(network(1), LinearProbe()))
     named = "flowers,stranger,nobody,flowers@latest"

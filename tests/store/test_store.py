@@ -57,18 +57,36 @@ def place(store: Store, end: str) -> Path:
 # publish and load -------------------------------------------------------------------------------------------
 
 
-def test_a_patch_of_another_backbone_is_told_from_the_other_versions(store: Store) -> None:
-    store.check_backbone("flowers", PATCHES[0])
-    store.publish("flowers", PATCHES[0])
-    store.check_backbone("flowers", PATCHES[1])
-    with pytest.raises(OtherBackboneError, match="different backbones"):
-        store.check_backbone("flowers", draft_patch(make_tiny(1)))
+def test_a_patch_of_another_backbone_is_refused_unless_said_twice(store: Store, tmp_path: Path) -> None:
+    first = store.publish("flowers", PATCHES[0])
+    store.publish("flowers", PATCHES[1], tags=("candidate",))
+    stranger = draft_patch(make_tiny(1))
     other = make_tiny().module
     other.stage1[0].act = nn.SiLU(inplace=True)
+    changed = draft_patch(load_backbone(other, preprocessing=TINY.preprocessing))
+    far = Store(f"memory://{tmp_path}/far")
+    far.publish("flowers", stranger)
+    for refused in (
+        lambda: store.publish("flowers", stranger),
+        lambda: store.publish("flowers", stranger, tags=("candidate",)),
+        lambda: far.push(store, "flowers"),
+        lambda: store.pull(far, "flowers"),
+    ):
+        with pytest.raises(OtherBackboneError, match="different backbones"):
+            refused()
     with pytest.raises(OtherBackboneError, match="relu against silu"):
-        store.check_backbone("flowers", draft_patch(load_backbone(other, preprocessing=TINY.preprocessing)))
-    store.publish("flowers", draft_patch(make_tiny(1)))  # said twice
-    store.check_backbone("flowers", draft_patch(make_tiny(1)))
+        store.publish("flowers", changed)
+    assert store.resolve("flowers") == first  # nothing was written, and no tag moved
+    assert {one.hash for one in store.versions("flowers")} == set(HASHES[:2])
+    meant = store.publish("flowers", stranger, tags=("next",), other_backbone=True)
+    with pytest.raises(OtherBackboneError, match="different backbones"):
+        store.tag("flowers", "latest", "flowers@next")
+    assert store.tag("flowers", "latest", "flowers@next", other_backbone=True).hash == meant.hash
+    assert store.tag("flowers", "prod", "flowers").hash == meant.hash  # of the backbone that `latest` has by now
+    assert store.pull(far, "flowers") == [store.resolve("flowers")]
+    with pytest.raises(OtherBackboneError, match="different backbones"):
+        store.push(far, "flowers@candidate")
+    assert [one.hash for one in store.push(far, "flowers@candidate", other_backbone=True)] == [HASHES[1]]
 
 
 def test_what_is_published_is_what_is_loaded(store: Store, tmp_path: Path) -> None:

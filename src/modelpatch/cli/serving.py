@@ -29,6 +29,9 @@ StoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}.")]
 NewStoreArgument = Annotated[str, Argument(metavar="STORE", help=f"{PLACE}; made if nothing is there.")]
 OtherArgument = Annotated[str, Argument(metavar="OTHER", help="The other store; what is copied to is made.")]
 ReferenceArgument = Annotated[str, Argument(metavar="REFERENCE", help=REFERENCE)]
+OtherBackboneOption = Annotated[
+    bool, Option("--other-backbone", help="Let it be of another backbone than the name's latest version.")
+]
 ReferencesArgument = Annotated[list[str], Argument(metavar="REFERENCE...", help=f"What to copy: {REFERENCE}")]
 
 
@@ -55,18 +58,13 @@ def add(
     name: str = Argument(..., help="The patch's name: a-z, 0-9, '.', '_' and '-'."),
     patch: Path = Argument(..., help="The patch file."),
     tag: list[str] | None = Option(None, help="A tag for it, by default latest; may be repeated."),
-    other_backbone: bool = Option(
-        False, "--other-backbone", help="Let it be of another backbone than the other versions."
-    ),
+    other_backbone: OtherBackboneOption = False,
 ) -> None:
     """Check a patch file and publish it; the first one makes the store.
 
-    A patch of another backbone than the newest version of that name is refused without `--other-backbone`.
+    A patch of another backbone than that name's is refused without `--other-backbone`.
     """
-    opened = mp.Store(store)
-    if not other_backbone:
-        opened.check_backbone(name, mp.Patch.load(patch))
-    version = opened.publish(name, patch, tags=tag or ("latest",))
+    version = mp.Store(store).publish(name, patch, tags=tag or ("latest",), other_backbone=other_backbone)
     Screen().tell(f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 
@@ -101,17 +99,19 @@ def set_tag(
     reference: ReferenceArgument,
     tag: str | None = Argument(None, help="The tag."),
     delete: bool = Option(False, "--delete", help="Remove the tag: NAME@TAG --delete."),
+    other_backbone: OtherBackboneOption = False,
 ) -> None:
     """Set a tag to a version, or remove a tag."""
     opened = open_store(store)
-    if delete == (tag is not None):
+    if delete == (tag is not None) or (delete and other_backbone):
         raise ModelpatchError("give either REFERENCE TAG, to set the tag, or NAME@TAG --delete, to remove it.")
     name, _, old = reference.partition("@")
     if tag is None:
         opened.untag(name, old)
         Screen().tell(f"{name} has no tag {old} any more")
     else:
-        Screen().tell(f"{name}@{tag} is now {opened.tag(name, tag, reference)}")
+        found = opened.tag(name, tag, reference, other_backbone=other_backbone)
+        Screen().tell(f"{name}@{tag} is now {found}")
 
 
 @store.command("rm")
@@ -156,18 +156,28 @@ def collect(
 
 
 @store.command("push")
-def push(store: StoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
+def push(
+    store: StoreArgument,
+    other: OtherArgument,
+    references: ReferencesArgument,
+    other_backbone: OtherBackboneOption = False,
+) -> None:
     """Copy versions from STORE to OTHER, each with its tag: flowers@prod is flowers@prod there too.
 
     NAME alone is NAME@latest. A version given by its hash is copied without a tag; `store tag` adds one.
     """
-    _copy(open_store(store), mp.Store(other), references)
+    _copy(open_store(store), mp.Store(other), references, other_backbone)
 
 
 @store.command("pull")
-def pull(store: NewStoreArgument, other: OtherArgument, references: ReferencesArgument) -> None:
+def pull(
+    store: NewStoreArgument,
+    other: OtherArgument,
+    references: ReferencesArgument,
+    other_backbone: OtherBackboneOption = False,
+) -> None:
     """Copy versions from OTHER to STORE, with the same tags."""
-    _copy(open_store(other), mp.Store(store), references)
+    _copy(open_store(other), mp.Store(store), references, other_backbone)
 
 
 def open_store(url: str) -> "mp.Store":
@@ -192,11 +202,11 @@ def find_served(url: str) -> "mp.Backbone":
     return find_backbone(opened.load(version), None if "://" in url else Path(url))
 
 
-def _copy(source: "mp.Store", target: "mp.Store", references: list[str]) -> None:
+def _copy(source: "mp.Store", target: "mp.Store", references: list[str], other_backbone: bool) -> None:
     console = Screen()
     with console.progress("copy") as bar, bar.task(target.url, len(references)) as advance:
         for reference in references:
-            (version,) = source.push(target, reference)
+            (version,) = source.push(target, reference, other_backbone=other_backbone)
             console.tell(f"copied {version} to {target.url}")
             advance(1)
 

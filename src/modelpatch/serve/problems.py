@@ -48,6 +48,7 @@ KINDS: dict[Any, tuple[str, str]] = {  # by types of errors, the first that fits
     DAMAGED: ("damaged-patch", "Publish the patch again from its source."),
     errors.PatchError: ("damaged-patch", ""),
     errors.TaggedVersionError: ("tagged", "Move the tag, or remove with force=true."),
+    errors.OtherBackboneError: ("wrong-backbone", "If it is meant: modelpatch store tag --other-backbone."),
     errors.InvalidReferenceError: ("invalid-request", ""),
     errors.StoreError: ("store-unreachable", ""),
     errors.MissingExtraError: ("missing-extra", ""),

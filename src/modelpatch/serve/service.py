@@ -274,7 +274,10 @@ class Service:
             bound = await loop.run_in_executor(self._decoders, load, self.engine.templates, data)
         except Exception as error:
             raise problem_of(error, patch=name) from error
-        version = await self.catalogue.change(lambda: self.store.publish(name, data, tags), patch=name)
+        publish = partial(
+            self.store.publish, other_backbone=True
+        )  # it fits the server's own, which is what counts here
+        version = await self.catalogue.change(lambda: publish(name, data, tags), patch=name)
         await self.cache.enter(version, bound)
         return self._describe(version)
 

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,45 +69,41 @@ class Store:
         return self._storage.is_there()
 
     def publish(
-        self, name: str, patch: Patch | bytes | str | os.PathLike[str], tags: Sequence[str] = (LATEST,)
+        self,
+        name: str,
+        patch: Patch | bytes | str | os.PathLike[str],
+        tags: Sequence[str] = (LATEST,),
+        *,
+        other_backbone: bool = False,
     ) -> Version:
         """Add a patch, the bytes of a patch file or its path, and let `tags` name it. Returns the version.
 
         The bytes are read back as a patch before anything is written. The same bytes under the same name are the same version,
-        whose files are written anew. Raises a `PatchFileError` for anything but an intact patch.
+        whose files are written anew. Raises a `PatchFileError` for anything but an intact patch. Unless `other_backbone` says
+        that it is meant, raises `OtherBackboneError` for a patch of another backbone than that of the version that `latest`
+        names, or of the newest where there is no such tag.
         """
         check_name(name)
         tags = tuple(dict.fromkeys(map(check_tag, (tags,) if isinstance(tags, str) else tags)))
         data, source = _bytes_of(patch)
-        version = Version.of(name, data, decode_patch(data, source))
+        decoded = decode_patch(data, source)
+        version = Version.of(name, data, decoded)
+        if not other_backbone:
+            self._check_backbone(version, decoded)
         return self._publish(version, data, tags)
 
-    def check_backbone(self, name: str, patch: Patch) -> None:
-        """Raises `OtherBackboneError` for a patch whose backbone is not that of the newest version of `name` that can be read.
-
-        A name without versions takes any.
-        """
-        for version in reversed(self._files.versions(check_name(name))):
-            try:
-                known = self.load(version).backbone
-            except (PatchError, StoreError, MissingExtraError):
-                continue
-            if difference := known.difference(patch.backbone):
-                raise OtherBackboneError(
-                    f"{version} and this patch are of different backbones: {difference}.",
-                    "A server of the one refuses the other. Publish it under another name, or with --other-backbone.",
-                )
-            return
-
-    def tag(self, name: str, tag: str, version: Version | str) -> Version:
+    def tag(self, name: str, tag: str, version: Version | str, *, other_backbone: bool = False) -> Version:
         """Let a tag name a version of `name`, and no other. Returns the version.
 
-        Raises `UnknownPatchError` for a version that is not there, `StoreError` for one of another name.
+        Raises `UnknownPatchError` for a version that is not there, `StoreError` for one of another name, and
+        `OtherBackboneError` as `publish` does.
         """
         check_tag(tag)
         found = self.resolve(version)
         if found.name != check_name(name):
             raise StoreError(f"{found} is no version of {name}. Publish it under that name: load it, then publish it.")
+        if not other_backbone:
+            self._check_backbone(found)
         with self._files.changing(name):
             self._storage.write(path_of(name, tag + TAG), found.hash.encode())
             if not is_whole(found.hash, self._files.files(name)):  # it was removed meanwhile
@@ -225,19 +221,24 @@ class Store:
             problems.append(Fault("index", "it does not agree with the files. Rebuild it: store.rebuild()."))
         return problems
 
-    def push(self, other: "Store", references: str | Iterable[str]) -> Versions:
-        """Copy versions to another store, checked, with the tag that each reference names. Returns them as they are there."""
+    def push(self, other: "Store", references: str | Iterable[str], *, other_backbone: bool = False) -> Versions:
+        """Copy versions to another store, checked, with the tag that each reference names. Returns them as they are there.
+
+        Raises `OtherBackboneError` as the other store's `publish` does.
+        """
         copied = []
         for reference in (references,) if isinstance(references, str) else tuple(references):
             version, data = self._read(reference)
-            decode_patch(data, str(version))
+            patch = decode_patch(data, str(version))
+            if not other_backbone:
+                other._check_backbone(version, patch)
             rest = parse_reference(reference)[1]
             copied.append(other._publish(version, data, (rest,) if rest in version.tags else ()))
         return copied
 
-    def pull(self, other: "Store", references: str | Iterable[str]) -> Versions:
+    def pull(self, other: "Store", references: str | Iterable[str], *, other_backbone: bool = False) -> Versions:
         """Copy versions from another store: `other.push(self, references)`."""
-        return other.push(self, references)
+        return other.push(self, references, other_backbone=other_backbone)
 
     def _read(self, reference: Version | str) -> tuple[Version, bytes]:
         for attempt in range(TRIES):
@@ -253,6 +254,32 @@ class Store:
             said = f"the file of {version} is damaged: its bytes are not those that were published."
             raise DamagedPatchError(said, PUBLISH)
         return version, data
+
+    def _check_backbone(self, version: Version, patch: Patch | None = None) -> None:
+        """Raise `OtherBackboneError` unless a version is of its name's backbone; it is read if its patch is not given.
+
+        That of the version that `latest` names, or of the newest, which can be read. A name without versions takes any.
+        """
+        for known in self._newest(version.name):
+            if known.hash == version.hash:
+                return
+            try:
+                ours = self.load(known).backbone
+            except (PatchError, StoreError, MissingExtraError):
+                continue
+            if difference := ours.difference((patch or self.load(version)).backbone):
+                raise OtherBackboneError(
+                    f"{known} and {version} are of different backbones: {difference}.",
+                    "A server of the one refuses the other. Use another name, or say that it is meant: --other-backbone, in "
+                    "Python other_backbone=True.",
+                )
+            return
+
+    def _newest(self, name: str) -> Iterator[Version]:
+        """The version that `latest` names, then all, the newest first."""
+        with suppress(FileNotFoundError, DamagedPatchError):
+            yield self._files.version(name, self._files.tag(name, LATEST), {})
+        yield from reversed(self._files.versions(name))
 
     def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
         name, hash = version.name, version.hash
