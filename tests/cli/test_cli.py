@@ -275,7 +275,7 @@ def test_patches_of_one_task_are_told_apart_by_their_file_names(
     image = next(folder.glob("test/*/*.png"))
     answers = json.loads(run("predict", image, "-p", first, "-p", second, "--json", "-").out)
     assert set(answers[0]["tasks"]) == {"linear-probe", "again"}
-    assert "Give each --patch once" in run("predict", image, "-p", first, "-p", first).err
+    assert "a patch file is given twice" in run("predict", image, "-p", first, "-p", first).err
     other = tmp_path / "other" / first.name
     other.parent.mkdir()
     other.write_bytes(first.read_bytes())

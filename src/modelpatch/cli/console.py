@@ -184,6 +184,12 @@ def check_out(paths: Path | Iterable[Path], force: bool) -> None:
             raise ModelpatchError(f"{path} exists already. Give --force to replace it, or another place with --out.")
 
 
+def check_once(patches: Sequence[Path]) -> None:
+    """Raise `ModelpatchError` for a patch file that is given twice."""
+    if len(set(patches)) < len(patches):
+        raise ModelpatchError("a patch file is given twice. Give each once.")
+
+
 def make_folder(option: str, folder: Path | None) -> None:
     """Make the folder unless it exists; None is no folder. Raises `ModelpatchError` if it cannot be made or written to."""
     if folder is None:

@@ -8,8 +8,8 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import Screen, check_out, read_names
-from modelpatch.cli.using import name_tasks
+from modelpatch.cli.console import Screen, check_once, check_out, read_names
+from modelpatch.cli.using import add_tasks
 from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, PatchError
 from modelpatch.report import tables
@@ -163,7 +163,6 @@ def export(
     from modelpatch.backbone.tuning import Tuning
     from modelpatch.convert.exporting import SUFFIXES, Agreement, check_graph, check_onnx
     from modelpatch.convert.exporting import export as run_export
-    from modelpatch.engine.engine import BASE
 
     form = form or ("onnx" if one_graph else "safetensors")
     if data is not None and form != "onnx":
@@ -172,8 +171,7 @@ def export(
         raise ModelpatchError(f"--one-graph writes one of: {', '.join(GRAPHS)}. --format {form} holds one patch.")
     if len(patch) > 1 and not one_graph:
         raise ModelpatchError(f"{len(patch)} patches are given. Export one at a time, or all in one with --one-graph.")
-    if len(set(patch)) < len(patch):
-        raise ModelpatchError("a patch file is given twice. Give each once.")
+    check_once(patch)
     path = out or patch[0].with_name(f"{patch[0].stem}-model{SUFFIXES.get(form, '')}")
     if one_graph and path.suffix != GRAPHS[form]:
         raise ModelpatchError(f"--out {path}: with --one-graph a file of the format {form} ends in {GRAPHS[form]}.")
@@ -181,12 +179,12 @@ def export(
     loaded = {one: opt.at_alpha(mp.Patch.load(one), alpha) for one in patch}
     base = _common_backbone(patch, list(loaded.values()), network)
     test = None if data is None else mp.load_task(data, hold_out=False).test.images
-    with opt.naming(patch[0]):
-        if one_graph:
-            engine = mp.Engine(base, {name: loaded[file] for name, file in name_tasks(loaded).items()}, tuning=Tuning())
-            tasks = [name for name in engine if name != BASE]
-            engine.export(path, tasks)
-        else:
+    if one_graph:
+        engine = mp.Engine(base, tuning=Tuning())
+        tasks = add_tasks(engine, loaded)
+        engine.export(path, tasks)
+    else:
+        with opt.naming(patch[0]):
             run_export(base, loaded[patch[0]], path, form)
     figures: dict[str, Any] = {"out": str(path), "format": form, "bytes": path.stat().st_size}
     console.tell(f"wrote {path} ({figures['bytes']:,} bytes, {form})")

@@ -11,7 +11,16 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import JsonOption, Screen, check_file, check_out, is_resumed, make_folder, read_names
+from modelpatch.cli.console import (
+    JsonOption,
+    Screen,
+    check_file,
+    check_once,
+    check_out,
+    is_resumed,
+    make_folder,
+    read_names,
+)
 from modelpatch.cli.verb import verb
 from modelpatch.errors import CascadeError, TrainingError
 from modelpatch.report import recipes, tables
@@ -238,8 +247,7 @@ def cascade(
     from modelpatch.engine.cascade import is_cascade
 
     check_file("--out", out)
-    if len(set(patches)) < len(patches):
-        raise CascadeError("a patch file is given twice. Give each once.")
+    check_once(patches)
     loaded = {path: mp.Patch.load(path) for path in patches}
     first = patches[0]
     target = out or first.parent / f"{loaded[first].task.name}.cascade.json"

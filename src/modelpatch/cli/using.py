@@ -13,7 +13,7 @@ from typer import Argument, Option
 import modelpatch as mp
 from modelpatch.atomic import write_bytes
 from modelpatch.cli import options as opt
-from modelpatch.cli.console import Screen, make_folder, read_names
+from modelpatch.cli.console import Screen, check_once, make_folder, read_names
 from modelpatch.cli.verb import verb
 from modelpatch.errors import BackboneError, CascadeError, DataError, MissingExtraError, ModelpatchError
 from modelpatch.report import plots, tables
@@ -59,9 +59,8 @@ def predict(
 
     files = gather_images(images)
     labels_given = read_names("--labels", labels)
+    check_once(patch)
     patches = {path: opt.read_answering(path, alpha) for path in patch}
-    if len(patches) < len(patch):
-        raise ModelpatchError("a patch file is given twice. Give each --patch once.")
     loaded = network.open(patches[patch[0]], patch[0], device)
     if labels_given:
         for path, one in patches.items():
@@ -74,10 +73,7 @@ def predict(
         raise ModelpatchError(f"--base-size {base_size} is for the base's own answer. Give --base as well.")
     seen = _base_preprocessing(loaded, patches.values(), base_size, console) if base else None
     engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning(), preprocessing=seen)
-    for name, path in name_tasks(patches).items():
-        with opt.naming(path):
-            engine.add(name, patches[path])
-    tasks = [name for name in engine if base or name != BASE]
+    tasks = [BASE] * base + add_tasks(engine, patches)
     if overlay is not None:
         if not any(kind_of(engine.kind(name)).draws for name in tasks):
             drawn = ", ".join(kind for kind in sorted(KINDS) if kind_of(kind).draws)
@@ -152,7 +148,16 @@ def gather_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def name_tasks(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
+def add_tasks(engine: mp.Engine, patches: Mapping[Path, mp.Patch | Cascade]) -> list[str]:
+    """Add the patches of files to an engine; return their names there. Errors name the file of the patch that fails."""
+    named = _name_tasks(patches)
+    for name, path in named.items():
+        with opt.naming(path):
+            engine.add(name, patches[path])
+    return list(named)
+
+
+def _name_tasks(patches: Mapping[Path, mp.Patch | Cascade]) -> dict[str, Path]:
     """Files by task name, by file name if two tasks have the same name, and by path if these are equal too."""
     from modelpatch.engine.engine import BASE
 
