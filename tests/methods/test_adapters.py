@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from modelpatch.methods.bitfit import BitFit
 from modelpatch.methods.bottleneck import Bottleneck, Bottlenecked, add_bottlenecks
 from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.method import Method
+from modelpatch.methods.registry import make_method
 from modelpatch.methods.repadapter import RepAdapted, RepAdapter, add_rep_adapters
 from modelpatch.methods.scale_bias import ChannelAffine, add_channel_affines
 from modelpatch.methods.ssf import SSF
@@ -30,7 +33,8 @@ from modelpatch.methods.transformer import find_parts
 from modelpatch.patch.folding import fold
 from tolerance import close
 
-WIDTH, DEPTH = 768, 12  # of ViT-B/16
+ROOT = Path(__file__).parents[2]
+WIDTH = 768  # of ViT-B/16
 BOTTLENECKS = (AdaptFormer(), Houlsby(), RepAdapter())
 
 
@@ -39,16 +43,10 @@ def vit(width: int = 48, depth: int = 2) -> Backbone:
     return make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=depth, embed_dim=width, num_heads=3)
 
 
-@cache
-def vit_base(depth: int) -> Backbone:
-    """A ViT-B/16 of fewer blocks; what patches hold does not depend on the size of images."""
-    return make_timm("vit_base_patch16_224", 32, img_size=32, depth=depth)
-
-
-def count_on_vit_base(method: Method) -> int:
-    """Numbers of a patch of all 12 blocks, which are alike, from those of one block and of two."""
-    one, two = (method.count_parameters(vit_base(depth)) for depth in (1, 2))
-    return one + (DEPTH - 1) * (two - one)
+@pytest.fixture(scope="module")
+def vit_base() -> Backbone:
+    """A ViT-B/16 of small images, on whose size no number of these patches depends."""
+    return make_timm("vit_base_patch16_224", 32, img_size=32)
 
 
 def wrapped_modules(backbone: Backbone, method: Method) -> list[str]:
@@ -82,10 +80,19 @@ def ends_with(names: list[str], *ends: str) -> bool:
     ids=lambda value: repr(value) if isinstance(value, Method) else "",
 )
 def test_a_patch_of_vit_base_holds_what_the_paper_counts(
-    method: Method, expected: int, published: float | None
+    vit_base: Backbone, method: Method, expected: int, published: float | None
 ) -> None:
-    assert count_on_vit_base(method) == expected
+    assert method.count_parameters(vit_base) == expected
     assert published is None or abs(expected / 1e6 - published) < 0.01
+
+
+def test_the_documented_numbers_of_vit_base_are_counted(vit_base: Backbone) -> None:
+    rows = re.findall(
+        r"^\| `(\S+)` \| .* \| ([\d,]+) \|$", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    documented = {spec: int(count.replace(",", "")) for spec, count in rows}
+    assert len(documented) == 5
+    assert documented == {spec: make_method(spec).count_parameters(vit_base) for spec in documented}
 
 
 # the formulas ---------------------------------------------------------------------------------------------------
@@ -384,6 +391,12 @@ def test_a_file_whose_numbers_do_not_fit_its_network_is_refused() -> None:
         hostile = graft.model_copy(update={"arguments": {**graft.arguments, **changed}})
         with pytest.raises(ForeignTensorError):
             backbone.patched(replace(patch, grafts=(hostile, *patch.grafts[1:])))
+
+
+@pytest.mark.parametrize("method", [AdaptFormer, RepAdapter])
+def test_a_scale_that_no_file_may_hold_is_no_hyperparameter(method: type[AdaptFormer | RepAdapter]) -> None:
+    with pytest.raises(MethodError, match=r"scale = 100000\.0 is not valid"):
+        method(scale=1e5)
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:

@@ -12,7 +12,7 @@ from dataclasses import field
 from pydantic import PositiveFloat
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.methods.bottleneck import Width, bottlenecks
+from modelpatch.methods.bottleneck import Scale, Width, bottlenecks
 from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint
 
@@ -31,7 +31,7 @@ class AdaptFormer(Method):
 
     lr: PositiveFloat = 1e-3
     width: Width = 64
-    scale: PositiveFloat = 0.1
+    scale: Scale = 0.1
     blocks: tuple[str, ...] = field(default=(), kw_only=False)
 
     def changes(self, backbone: Backbone) -> Blueprint:

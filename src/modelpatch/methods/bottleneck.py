@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 # a file that asks for more is refused before memory is
 Width = Annotated[int, Field(ge=1, le=4096)]
 Channels = Annotated[int, Field(ge=1, le=16384)]
+Scale = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Activation = Literal["relu", "gelu"]
 
 
@@ -35,7 +36,7 @@ class BottleneckSettings(BaseModel, frozen=True, extra="forbid"):
     modules: dict[str, Channels] = Field(min_length=1, max_length=64)
     width: Width
     activation: Activation
-    scale: float = Field(gt=0, le=1e4, allow_inf_nan=False)
+    scale: Scale
 
 
 class Bottleneck(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.errors import MethodError, MethodNotApplicableError
 from modelpatch.methods.blocks import graft_on
-from modelpatch.methods.bottleneck import Width, parts_of
+from modelpatch.methods.bottleneck import Scale, Width, parts_of
 from modelpatch.methods.layers import LINEAR, is_owner, wrap_modules
 from modelpatch.methods.method import Method, register_method
 from modelpatch.patch.blueprint import Blueprint, register_graft
@@ -28,7 +28,6 @@ from modelpatch.patch.folding import Foldable, with_weights
 
 GRAFT = "rep-adapter"
 Groups = Annotated[int, Field(ge=1, le=256)]
-Scale = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 
 
 @register_method
@@ -48,7 +47,7 @@ class RepAdapter(Method):
     lr: PositiveFloat = 1e-3
     width: Width = 8
     groups: Groups = 2
-    scale: PositiveFloat = 1.0
+    scale: Scale = 1.0
     blocks: tuple[str, ...] = field(default=(), kw_only=False)
 
     def changes(self, backbone: Backbone) -> Blueprint:
