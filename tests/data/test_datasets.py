@@ -177,6 +177,24 @@ def test_classes_that_are_not_named_are_found_and_told() -> None:
         assert Task.from_datasets(Dicts(color_task().train), Dicts(color_task().test)).classes == tuple(sorted(CLASSES))
 
 
+def test_samples_that_are_listed_without_a_label_are_left_out_and_told() -> None:
+    data = color_task()
+    data.train.labels[[2, 5]] = -1
+    with pytest.warns(
+        TrainingWarning, match="2 samples have the label -1, which stands for no label, and are left out"
+    ):
+        task = Task.from_datasets(tensors(data.train), tensors(data.test), classes=CLASSES)
+    assert task.passed_over == {"row without a label": ("train, row 2", "train, row 5")}
+    assert task.train.labels.tolist() == [label for label in data.train.labels if label >= 0]
+
+
+def test_minus_one_beside_one_class_or_of_another_meaning_is_refused() -> None:
+    data = color_task()
+    data.train.labels[:] = np.where(data.train.labels > 0, 1, -1)
+    with pytest.raises(DataError, match=r"the label is -1; expected 0 to 2 .* Leave samples without a label out"):
+        Task.from_datasets(tensors(data.train), classes=CLASSES)
+
+
 def test_a_data_set_without_a_test_split_is_split_by_the_seed() -> None:
     one, other = (Task.from_datasets(Pairs(color_task().train), classes=CLASSES, seed=seed) for seed in (0, 1))
     assert len(one.train) + len(one.test) == 24

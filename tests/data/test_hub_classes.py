@@ -13,8 +13,8 @@ from PIL import Image
 from modelpatch.backbone.preprocessing import open_image
 from modelpatch.data.sources.base import SourceOptions
 from modelpatch.data.sources.datasets import read_tables
-from modelpatch.data.task import load_task
-from modelpatch.errors import DataError
+from modelpatch.data.task import Task, load_task
+from modelpatch.errors import DataError, TrainingWarning
 
 datasets = pytest.importorskip("datasets")
 
@@ -94,3 +94,14 @@ def test_a_number_of_no_class_of_a_box_is_refused() -> None:
     feature = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))), "category": category}
     with pytest.raises(DataError, match="hf:set: the label -1 is none of 0 to 1"):
         read({"train": table(objects, "objects", feature=feature)})
+
+
+def test_a_table_in_memory_is_read_without_its_unlabelled_rows() -> None:
+    with pytest.warns(TrainingWarning, match="4 samples have the label -1"):
+        task = Task.from_datasets(table([0, 1, -1, 0, 1, -1]), table([1, -1, 0]), validation=table([-1]))
+    assert task.passed_over == {
+        "row without a label": ("train, row 2", "train, row 5", "test, row 1", "validation, row 0")
+    }
+    assert (task.train.labels.tolist(), task.test.labels.tolist()) == ([0, 1, 0, 1], [1, 0])
+    assert task.validation is None
+    assert task.notes == ("the split validation has no label in any row, and is left out",)

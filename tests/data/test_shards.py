@@ -78,3 +78,16 @@ def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "c.tar.gz").write_bytes(b"x")
     with pytest.raises(DataError, match="is compressed"):
         load_task(tmp_path / "c.tar.gz")
+
+
+def test_classes_name_numbers_or_choose_the_order_of_words(tmp_path: Path) -> None:
+    write_shard(tmp_path / "n" / "train-0.tar", samples(0, 8))
+    task = load_task(tmp_path / "n", classes=["dog", "cat"])
+    assert task.classes == ("dog", "cat")
+    words = {
+        name: content if name.endswith("png") else b"ab"[int(content) :][:1] for name, content in samples(0, 8).items()
+    }
+    write_shard(tmp_path / "w" / "train-0.tar", words)
+    assert load_task(tmp_path / "w", classes=["b", "a"]).classes == ("b", "a")
+    with pytest.raises(DataError, match="has the label 'b', which is none of the classes that were given"):
+        load_task(tmp_path / "w", classes=["a", "c"])

@@ -89,7 +89,8 @@ class SampleForm:
         if isinstance(label, int):
             names = self.names or self.classes
             if not 0 <= label < len(names):
-                raise DataError(f"the label is {label}; expected 0 to {len(names) - 1} for {len(names)} classes.")
+                hint = " Leave samples without a label out, such as with a filter." if label == -1 else ""
+                raise DataError(f"the label is {label}; expected 0 to {len(names) - 1} for {len(names)} classes.{hint}")
             if self.names is None:
                 return label
             label = names[label]

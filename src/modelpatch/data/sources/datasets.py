@@ -31,7 +31,7 @@ from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
 from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
 from modelpatch.data.sources.hub_classes import encoded_images, name_splits, read_class_tables
-from modelpatch.data.sources.labels import name_at
+from modelpatch.data.sources.labels import UNLABELLED, name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import Scene, SceneObject, make_detection
 from modelpatch.data.sources.values import BINARY, PROBED, make_segmentation, read_classes
@@ -44,6 +44,7 @@ from modelpatch.tasks.vector import Vector
 
 PREFIX = "hf:"
 SAVED = ("state.json", "dataset_info.json")  # files of a saved table
+NO_LABEL = -1
 FIRST_PICTURES = ("image", "img", "pixel_values")
 
 
@@ -81,7 +82,7 @@ def read_datasets(
     source = describe(splits["train"])
     if _are_tables(splits.values(), options):
         return _with_names(read_tables(splits, options, source), options, workers)
-    opened = {split: _open(one) for split, one in splits.items()}
+    opened, remarks = {split: _open(one) for split, one in splits.items()}, Remarks()
     train = opened["train"][0]
     kind = options.kind
     if kind is None:
@@ -91,6 +92,10 @@ def read_datasets(
             raise DataError(f"{source} holds no samples.")
         with naming(source, 0):
             kind = find_kind(split_item(first[0])[1])
+    layout = f"data set {type(train).__name__} of Python"
+    if kind_of(kind).target is None:
+        opened = _without_unlabelled(opened, source, remarks)
+        train = opened["train"][0]
     classes, table = _find_classes(train, source, kind, options)
     made: dict[str, Split] = {}
     for split, (data, default) in opened.items():
@@ -107,7 +112,30 @@ def read_datasets(
             made[split] = DatasetSplit(data, form, labels=_known_labels(data, form), workers=count)
         with seeded(0):  # a sample that cannot be read is an error before anything is trained
             next(made[split].some(1), None)
-    return base.Found(kind, made, classes, names_from_user=True, layout=f"data set {type(train).__name__} of Python")
+    return base.Found(kind, made, classes, names_from_user=True, layout=layout, **remarks.facts)
+
+
+def _without_unlabelled(opened: Mapping[str, Any], source: str, remarks: Remarks) -> dict[str, tuple[Any, int | None]]:
+    """The data sets without the samples that they list with -1, which are counted; beside one class alone it stays."""
+    listed = {split: [] if _is_stream(data) else _listed(data) or [] for split, (data, _) in opened.items()}
+    lost = {split: [row for row, label in enumerate(own) if label == NO_LABEL] for split, own in listed.items()}
+    for split, first in ((split, rows[0]) for split, rows in lost.items() if rows):
+        with seeded(0), naming(source, first):
+            if to_label(split_item(opened[split][0][first])[1]) != NO_LABEL:  # what is listed is not what is read
+                return dict(opened)
+    if not any(lost.values()) or len({*listed["train"]} - {NO_LABEL}) < 2:
+        return dict(opened)
+    kept = {}
+    for split, (data, workers) in opened.items():
+        rows = [row for row, label in enumerate(listed[split]) if label != NO_LABEL]
+        if lost[split] and not rows:
+            remarks.note(f"the split {split} has no label in any row, and is left out")
+        else:
+            kept[split] = (torch_data.Subset(data, rows) if lost[split] else data, workers)
+    count = sum(map(len, lost.values()))
+    remarks.pass_over(UNLABELLED, *(f"{split}, row {row}" for split, own in lost.items() for row in own))
+    warn_caller(f"{source}: {count:,} samples have the label -1, which stands for no label, and are left out.")
+    return kept
 
 
 def _known_vectors(data: Any, form: SampleForm) -> list[Target] | None:

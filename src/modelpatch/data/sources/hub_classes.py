@@ -11,7 +11,7 @@ from modelpatch.backbone.preprocessing import ImageSource
 from modelpatch.data.samples import order_name
 from modelpatch.data.sources.base import Found, SourceOptions
 from modelpatch.data.sources.column_names import LABEL_NAMES, check_column, find_by_name
-from modelpatch.data.sources.labels import clean_name, is_missing, name_at
+from modelpatch.data.sources.labels import UNLABELLED, clean_name, is_missing, name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.split_names import split_of
 from modelpatch.data.splits import Lazy, Split
@@ -79,9 +79,7 @@ def read_class_tables(tables: Mapping[str, Any], options: SourceOptions, source:
     splits = {}
     for split, labels in columns.items():
         kept = [row for row, name in enumerate(labels) if name is not None]
-        remarks.pass_over(
-            "row without a label", *(f"{split}, row {row}" for row, name in enumerate(labels) if name is None)
-        )
+        remarks.pass_over(UNLABELLED, *(f"{split}, row {row}" for row, name in enumerate(labels) if name is None))
         if not kept:
             remarks.note(f"the split {split} has no label in any row, and is left out")
             continue

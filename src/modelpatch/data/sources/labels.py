@@ -15,6 +15,7 @@ from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells without a label, in lower case
+UNLABELLED = "row without a label"  # as it is counted
 SHORTEST_MERGED = 3  # letters: `a` and `A` are two classes of written letters
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 Members = Mapping[str, Sequence[tuple[ImageSource, str]]]  # images with the names of their classes, by split

@@ -24,7 +24,7 @@ from modelpatch.data.sources.column_names import (
     list_some,
 )
 from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
-from modelpatch.data.sources.labels import clean_name, is_missing, make_classification
+from modelpatch.data.sources.labels import UNLABELLED, clean_name, is_missing, make_classification
 from modelpatch.data.sources.manifest_files import UNREADABLE, find_manifests
 from modelpatch.data.sources.picture_files import Hint, PictureFiles
 from modelpatch.data.sources.remarks import Remarks
@@ -32,7 +32,7 @@ from modelpatch.data.sources.tables import READERS, TableFile, read_table
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 
-NO_PICTURE, NO_LABEL = "row without its picture", "row without a label"
+NO_PICTURE = "row without its picture"
 REPEATED, TORN = "row that repeats another", "row of a picture with several labels"
 UNNAMED = "row of a class that --classes leaves out"
 MOST_TORN = 0.25  # share of pictures with several labels, up to which these are mistakes
@@ -128,7 +128,7 @@ class ManifestReader:
                 self.remarks.pass_over(NO_PICTURE, f"{one.name}: {str(table.cells[image][row])[:200]}")
                 self.missing.append(f"{one.place}: there is no image {str(table.cells[image][row])[:200]!r}")
             elif bare and self.label is not None:
-                self.remarks.pass_over(NO_LABEL, one.name)
+                self.remarks.pass_over(UNLABELLED, one.name)
             else:
                 self.rows.append(one)
 
@@ -192,7 +192,7 @@ class ManifestReader:
         """The task of the rows with one class each: the label's, or the one that is given for the row."""
         given = [self._label_of(row) for row in self.rows] if labels is None else list(labels)
         pairs = list(zip(self.rows, _plain_numbers(given), strict=True))
-        self.remarks.pass_over(NO_LABEL, *(row.name for row, label in pairs if label is None))
+        self.remarks.pass_over(UNLABELLED, *(row.name for row, label in pairs if label is None))
         labelled = [(row, clean_name(label)) for row, label in pairs if label is not None]
         if not labelled:
             raise DataError(f"{self.rows[0].place}: it has no {self.label}, nor has any other row. Expected labels.")
