@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from conftest import draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.chain import Chain
 from modelpatch.backbone.computation import SIDES, Computation, Computing
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.probe import WIDTH, Probe, Reference, picture
@@ -385,3 +388,40 @@ def test_probes_are_taken_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) 
         patch.check_backbone(other)
     assert len(calls) == len(patch.backbone.computation.probes)  # type: ignore[union-attr]
     assert Computing(other.chain, other.input_size).recorded is False
+
+
+def test_threads_that_bind_at_once_take_a_probe_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, second, take = list[int](), threading.Event(), Probe.take
+
+    def slow(chain: Chain, channels: int, pixels: int, lifted: bool = False) -> Probe:
+        taken.append(pixels)
+        if len(taken) > 1:
+            second.set()
+        second.wait(0.3)  # for a thread that would take it again
+        return take(chain, channels, pixels, lifted)
+
+    monkeypatch.setattr(Probe, "take", slow)
+    computing = Computing(tiny.chain, tiny.input_size)
+    with ThreadPoolExecutor(2) as threads:
+        first, other = threads.map(computing.probe, [16, 16])
+    assert first is other
+    assert taken == [16]
+
+
+def test_a_size_at_which_the_network_is_cut_differently_has_no_probe() -> None:
+    backbone = load(Padded())
+    assert "cut differently" in str(backbone.computing.probe(64))
+    probes = [(probe.pixels, probe.lifted) for probe in backbone.computing.record.probes]
+    assert probes == [(32, False), (16, False), (16, True)]
+
+
+class Padded(nn.Module):
+    """A network with one more call for images of more than 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (1, 1, 1, 1)) if x.shape[-1] > 32 else x
+        return self.fc(self.conv(x).relu().mean((2, 3)))

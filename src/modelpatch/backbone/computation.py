@@ -5,6 +5,7 @@ what was recorded, `Computing` what a loaded chain computes, measured when it is
 """
 
 import base64
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Self
 
@@ -18,6 +19,7 @@ from modelpatch.backbone.probe import REFUSALS, WIDTH, Probe
 from modelpatch.text import first_line
 
 SIDES = 8  # times the side that a network was made for: the largest pictures it is given
+LOCK = threading.Lock()  # a probe takes all processors, and several threads may bind their first patches: one at a time
 PACKED = 4 * -(-4 * WIDTH // 3)  # characters of base64
 
 
@@ -95,12 +97,13 @@ class Computing:
         """The probe at a size, or why the network gives none."""
         if pixels > SIDES * self.shape[1]:
             return f"{pixels} px are more than {SIDES} times its own {self.shape[1]}"
-        if (pixels, lifted) not in self._probes:
-            try:
-                self._probes[pixels, lifted] = Probe.take(self.chain, self.shape[0], pixels, lifted)
-            except REFUSALS as error:
-                self._probes[pixels, lifted] = first_line(error)
-        return self._probes[pixels, lifted]
+        with LOCK:
+            if (pixels, lifted) not in self._probes:
+                try:
+                    self._probes[pixels, lifted] = Probe.take(self.chain, self.shape[0], pixels, lifted)
+                except REFUSALS as error:
+                    self._probes[pixels, lifted] = first_line(error)
+            return self._probes[pixels, lifted]
 
     @property
     def recorded(self) -> bool:

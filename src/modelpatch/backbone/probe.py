@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from modelpatch.backbone.chain import Chain
+from modelpatch.errors import BackboneError
 
 WIDTH = 64  # values of a probe, at most
 SQUARE = 16  # pixels a side of a coarse square
@@ -31,7 +32,7 @@ FACTOR = 2.0  # of the network's rounding: the tolerance
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double})
 UNIT = 2.0**-23  # the relative rounding of values that are stored as float32
-REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError)
+REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError, BackboneError)
 Values = NDArray[np.float64]
 
 
