@@ -126,6 +126,8 @@ def test_label_lists_and_shows_images(run: Run, folder: Path, patches: dict[str,
     assert all(Path(row["image"]).exists() for row in rows)
     assert [float(row["margin"]) for row in rows] == sorted(float(row["margin"]) for row in rows)
     assert Image.open("sheet.png").width == 5 * 128
+    result = run(*asked, "-p", patches["scale-bias"], "--weights", "gone.pth")  # for the network that the patch names
+    assert "--weights gone.pth: there is no such file" in result.err
 
 
 def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:

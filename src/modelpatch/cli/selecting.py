@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -270,11 +271,16 @@ def label(
         raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
     made = opt.make_method(method, set_)
     settings = training.settings()
-    network = opt.Network(backbone, weights, argument, device)
+    load: Callable[[], mp.Backbone]
+    if patch is None:
+        asked, load = None, opt.Network(backbone, weights, argument, device).open
+    else:
+        asked = mp.Patch.load(patch)
+        load = partial(opt.PatchNetwork(backbone, argument, weights).open, asked, patch, device)
     task = mp.load_task(data, seed=training.seed)
     if simulate_ is not None:
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
-        base = network.open()
+        base = load()
         counts = opt.parse_counts("--simulate", simulate_)
         settings |= {"labels": counts, "seeds": seeds, "rounds": file, "progress": not console.quiet}
         curves = simulate(base, task, made, **settings)
@@ -288,12 +294,9 @@ def label(
     problems: list[str] = []
     if next(_readable(images, problems.append), None) is None:
         raise DataError(f"none of the {len(images)} images can be read: {problems[0]}")
-    if patch is None:
-        base = network.open()
+    base = load()
+    if asked is None:
         asked = mp.fit(base, task, made, progress=not console.quiet, **settings)
-    else:
-        asked = mp.Patch.load(patch)
-        base = opt.PatchNetwork(backbone, argument, weights).open(asked, patch, device)
     with console.progress("label") as bar, opt.naming(patch or Path("the patch")):
         try:
             picks = pick(base, asked, images, budget, bar)
