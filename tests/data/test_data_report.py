@@ -398,6 +398,27 @@ def test_labels_are_counted_in_images() -> None:
     assert report.splits[0].classes == {"output 0": 2, "output 1": 1}
 
 
+def test_findings_of_labels_are_of_labels_and_their_images() -> None:
+    report = vector_task("multilabel", [[1, 1, 0]] * 10 + [[1, 0, 0]], [[1, 0, 0]] * 100).report(0)
+    found = {one.code: one.text for one in report.findings}
+    assert found["other-mix"].startswith("the labels have other shares in test than in train: 48% of its labels")
+    assert found["not-trained"].startswith("the label 'output 2' has no images in the training images")
+    assert "dominant" not in found, "labels do not exclude each other"
+    report = vector_task("multilabel", [[1, 1]] * 10 + [[1, 0]] * 90, [[1, 1]]).report(0)
+    found = {one.code: one.text for one in report.findings}
+    assert found["uneven"].startswith("the labels are uneven: 'output 0' has 10 times the images of 'output 1'")
+
+
+@pytest.mark.parametrize(("kind", "word"), [("multilabel", "label"), ("regression", "number")])
+def test_targets_of_which_nothing_is_known_are_told_once(kind: str, word: str) -> None:
+    report = vector_task(kind, [[1, 0], [2 if kind == "regression" else 0, 1], [np.nan, np.nan]], [[1, 0]]).report()
+    assert [one.text for one in report.findings if one.code == "odd-targets"] == [
+        f"1 image with no known {word}. (train row 2)"
+    ]
+    assert all(one.code != "empty" for one in report.findings)
+    assert report.splits[0].empty == 0
+
+
 @pytest.mark.real
 def test_a_twin_is_found_among_real_photos(real_data: Callable[[str], Path]) -> None:
     report = load_task(real_data("caltech101")).report(near=True)

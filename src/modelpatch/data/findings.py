@@ -17,6 +17,7 @@ from modelpatch.backbone.preprocessing import ImageSource, image_bytes
 from modelpatch.data.evidence import MOST_EXAMPLES, Evidence, Finding, show, tell_twins
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
+from modelpatch.tasks.kind import Kind
 from modelpatch.text import count_of
 
 Check = Callable[[Evidence], Iterator[Finding]]
@@ -77,7 +78,7 @@ def suspicious_names(evidence: Evidence) -> Iterator[Finding]:
         if code == "no-name":
             found += [name for name in evidence.class_names if name not in found and _is_hidden(name)]
         if found:
-            text = f"{_classes(found)} {one if len(found) == 1 else many}. {advice}"
+            text = f"{_classes(found, evidence.kind)} {one if len(found) == 1 else many}. {advice}"
             yield Finding("warning", code, text, tuple(found[:MOST_EXAMPLES]))
 
 
@@ -161,29 +162,40 @@ def classes_of_one_split(evidence: Evidence) -> Iterator[Finding]:
         counts, _, counted = evidence.counts(split)
         if counts is not None and counted == images.length:
             present[split] = {number for number, count in counts.items() if count}
-    thing = evidence.kind.counted
+    thing = _counted(evidence)
     for split, own in present.items():
         if split == "train":
             absent = [number for number in range(len(evidence.record.classes)) if number not in own]
             if absent:
                 names = evidence.names(absent)
-                text = f"{_classes(names)} no {thing} in the training images, and will not be learned."
+                text = f"{_classes(names, evidence.kind)} no {thing} in the training images, and will not be learned."
                 yield Finding("warning", "not-trained", text, names)
         elif "train" in present:
             names = evidence.names(sorted(present["train"] - own))
             if names:
-                text = f"{_classes(names)} no {thing} in the {split} images: it is trained, and not measured there."
+                advice = (
+                    "it is trained, and not measured there"
+                    if len(names) == 1
+                    else "they are trained, and not measured there"
+                )
+                text = f"{_classes(names, evidence.kind)} no {thing} in the {split} images: {advice}."
                 yield Finding("warning", "one-split-only", text, names)
             if unknown := evidence.names(sorted(own - present["train"])):
-                text = f"{_classes(unknown)} {thing} in the {split} images alone."
-                yield Finding("warning", "one-split-only", text.replace("have no", "have"), unknown)
+                text = f"{_classes(unknown, evidence.kind)} {thing} in the {split} images alone."
+                yield Finding("warning", "one-split-only", text, unknown)
 
 
-def _classes(names: Sequence[str]) -> str:
+def _classes(names: Sequence[str], kind: Kind) -> str:
     """The subject of a sentence about classes: `the class 'x' has`, `3 classes ('x', 'y', 'z') have`."""
     if len(names) == 1:
-        return f"the class {names[0]!r} has"
-    return f"{len(names)} classes {show([repr(name) for name in names])} have"
+        return f"the {kind.noun} {names[0]!r} has"
+    return f"{len(names)} {kind.nouns} {show([repr(name) for name in names])} have"
+
+
+def _counted(evidence: Evidence) -> str:
+    """The things that classes are counted in: images where each has a class once at most."""
+    counts, images_of, _ = evidence.counts("train")
+    return "images" if counts == images_of else evidence.kind.counted
 
 
 @check
@@ -194,7 +206,7 @@ def few_images(evidence: Evidence) -> Iterator[Finding]:
         rare = [number for number, count in images_of.items() if count < RARE]
         if rare:
             names = evidence.names(rare)
-            yield Finding("note", "rare", f"{_classes(names)} fewer than {RARE} training images.", names)
+            yield Finding("note", "rare", f"{_classes(names, evidence.kind)} fewer than {RARE} training images.", names)
     size = evidence.splits["test"].length if "test" in evidence.splits else None
     if size is not None and size < FEW_TESTED and evidence.splits["test"] is not evidence.splits.get("train"):
         coarse = f"one is {100 / size:.3g} points of accuracy" if evidence.kind.classifies else "its figures are coarse"
@@ -209,12 +221,12 @@ def uneven_classes(evidence: Evidence) -> Iterator[Finding]:
     own = {number: count for number, count in (counts.get("train") or {}).items() if count}
     if len(own) > 1 and max(own.values()) >= UNEVEN * min(own.values()):
         most, least = max(own, key=own.__getitem__), min(own, key=own.__getitem__)
-        (first, last), thing = evidence.names([most, least]), evidence.kind.counted
+        first, last = evidence.names([most, least])
         advice = " class_weights=balanced weighs them alike." if evidence.kind.weighs_classes else ""
         ratio = own[most] / own[least]
         text = (
-            f"the classes are uneven: {first!r} has {ratio:.3g} times the {thing} of {last!r} ({own[most]:,} and "
-            f"{own[least]:,}).{advice}"
+            f"the {evidence.kind.nouns} are uneven: {first!r} has {ratio:.3g} times the {_counted(evidence)} of {last!r} "
+            f"({own[most]:,} and {own[least]:,}).{advice}"
         )
         yield Finding("warning", "uneven", text, (first, last))
     if len(own) == 1 and evidence.kind.counted == "pixels" and len(evidence.names(own)) == 1:
@@ -224,7 +236,7 @@ def uneven_classes(evidence: Evidence) -> Iterator[Finding]:
     if evidence.kind.dense:
         return
     shares = {split: _shares(found, len(evidence.record.classes)) for split, found in counts.items() if found}
-    if "test" in shares and len(evidence.record.classes) > 1 and shares["test"].max() >= DOMINANT:
+    if evidence.kind.classifies and "test" in shares and shares["test"].max() >= DOMINANT:
         name = evidence.record.classes[int(shares["test"].argmax())]
         text = f"{shares['test'].max():.0%} of the test images are {name!r}: an answer that never changes is right as often."
         yield Finding("note", "dominant", text, (name,))
@@ -233,7 +245,8 @@ def uneven_classes(evidence: Evidence) -> Iterator[Finding]:
         apart = float(np.abs(shares[split] - shares["train"]).sum() / 2)
         if apart > OTHER_MIX and size >= FEW_TESTED:
             text = (
-                f"the classes have other shares in {split} than in train: {apart:.0%} of its images would have to move."
+                f"the {evidence.kind.nouns} have other shares in {split} than in train: {apart:.0%} of its "
+                f"{evidence.kind.counted} would have to move."
             )
             yield Finding("note", "other-mix", text)
 

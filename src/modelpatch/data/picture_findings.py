@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from modelpatch.data.evidence import Evidence, Finding, Row, tell_twins
+from modelpatch.data.evidence import Evidence, Finding, Level, Row, tell_twins
 from modelpatch.data.looking import PictureFacts, find_alike
 from modelpatch.text import count_of
 
@@ -18,7 +18,7 @@ CHECKS: list[Check] = []
 SMALL_SET, SMALL, MUCH_SMALLER, LONG, OTHER_SIZE = 64, 32, 4, 2.0, 2.0
 DARK = 17  # of 255: 12-bit values in 16 bits reach 16
 FEWEST = 10  # pictures of each class before their sizes are compared
-ODD: tuple[tuple[str, str, Trait, str], ...] = (
+ODD: tuple[tuple[Level, str, Trait, str], ...] = (
     ("warning", "blank", lambda one: one.blank, "of one colour all over"),
     ("note", "turned", lambda one: one.header.turned, "stored turned (EXIF) and read upright"),
     ("note", "alpha", lambda one: one.header.alpha, "stored with transparency and laid on white"),
@@ -71,22 +71,15 @@ def same_pixels(evidence: Evidence) -> Iterator[Finding]:
 def odd_pictures(evidence: Evidence) -> Iterator[Finding]:
     """Pictures that are stored in a way that is easily missed."""
     for level, code, trait, words in ODD:
-        rows = _rows(evidence, trait)
-        if rows:
-            text = f"{_of_all(evidence, rows)} {_are(rows)} {words}."
-            yield evidence.tell("warning" if level == "warning" else "note", code, text, rows)
+        yield from _tell(evidence, level, code, _rows(evidence, trait), words)
 
 
 @check_pictures
 def dark_pictures(evidence: Evidence) -> Iterator[Finding]:
     """Pictures that are all but black, as 12-bit values in 16 bits or masks are."""
     rows = _rows(evidence, lambda one: one.brightest < DARK and not one.blank)
-    if rows:
-        text = (
-            f"{_of_all(evidence, rows)} {_are(rows)} all but black, values below {DARK} of 255: are 12 bits stored in 16, "
-            "or are they masks?"
-        )
-        yield evidence.tell("warning", "dark", text, rows)
+    words = f"all but black, values below {DARK} of 255"
+    yield from _tell(evidence, "warning", "dark", rows, words, ": are 12 bits stored in 16, or are they masks?")
 
 
 @check_pictures
@@ -97,7 +90,7 @@ def mixed_colors(evidence: Evidence) -> Iterator[Finding]:
     if 0 < len(grey) < total:
         rare = grey if len(grey) <= total / 2 else _rows(evidence, lambda one: not one.grey)
         words = "grey among coloured ones" if rare is grey else "coloured among grey ones"
-        yield evidence.tell("note", "grey", f"{_of_all(evidence, rare)} {_are(rare)} {words}.", rare)
+        yield from _tell(evidence, "note", "grey", rare, words)
 
 
 @check_pictures
@@ -111,21 +104,18 @@ def small_pictures(evidence: Evidence) -> Iterator[Finding]:
         text = f"the pictures are small ({middle:g} px): a network enlarges them to the size it is given. See --image-size."
         yield Finding("note", "small-set", text)
     bound = max(min(SMALL, middle / 2), middle / MUCH_SMALLER)
-    if rows := _rows(evidence, lambda one: min(one.width, one.height) < bound):
-        text = f"{_of_all(evidence, rows)} {_are(rows)} smaller than {bound:.0f} px (the median is {middle:.0f})."
-        yield evidence.tell("note", "small", text, rows)
+    rows = _rows(evidence, lambda one: min(one.width, one.height) < bound)
+    yield from _tell(evidence, "note", "small", rows, f"smaller than {bound:.0f} px (the median is {middle:.0f})")
 
 
 @check_pictures
 def long_pictures(evidence: Evidence) -> Iterator[Finding]:
     """Pictures of which a centre crop shows less than half."""
+    if evidence.kind.framing is not None:
+        return
     rows = _rows(evidence, lambda one: max(one.width, one.height) >= LONG * min(one.width, one.height))
-    if rows and evidence.kind.framing is None:
-        text = (
-            f"{_of_all(evidence, rows)} {_are(rows)} at least {LONG:g} times as long as wide: the centre "
-            "that most networks see is less than half of it. framing=stretch shows it whole."
-        )
-        yield evidence.tell("note", "long", text, rows)
+    advice = ": the centre that most networks see is less than half of it. framing=stretch shows it whole."
+    yield from _tell(evidence, "note", "long", rows, f"at least {LONG:g} times as long as wide", advice)
 
 
 @check_pictures
@@ -183,7 +173,7 @@ def odd_targets(evidence: Evidence) -> Iterator[Finding]:
         for one in evidence.seen.get(split, ()):
             for problem in () if one.target is None else one.target.problems:
                 problems[problem].append([(split, one.row)])
-            empty[split] += one.target is not None and one.target.counts == {}
+            empty[split] += one.target is not None and one.target.empty
     for problem, places in problems.items():
         yield evidence.tell("warning", "odd-targets", f"{count_of(len(places), 'image')} with {problem}.", places)
     for split, count in empty.items():
@@ -223,13 +213,18 @@ def _rows(evidence: Evidence, trait: Trait) -> list[list[Row]]:
     ]
 
 
+def _tell(
+    evidence: Evidence, level: Level, code: str, rows: Sequence[Sequence[Row]], words: str, end: str = "."
+) -> Iterator[Finding]:
+    """A finding about pictures that are so, if any is."""
+    if rows:
+        text = f"{_of_all(evidence, rows)} {'is' if len(rows) == 1 else 'are'} {words}{end}"
+        yield evidence.tell(level, code, text, rows)
+
+
 def _of_all(evidence: Evidence, rows: Sequence[object]) -> str:
     total = sum(len(evidence.pictures(split)) for split in evidence.apart)
     return f"{len(rows):,} of {count_of(total, 'picture')}" if len(rows) < total else f"all {total:,} pictures"
-
-
-def _are(rows: Sequence[object]) -> str:
-    return "is" if len(rows) == 1 else "are"
 
 
 def _formats(pictures: Sequence[PictureFacts]) -> str:

@@ -223,7 +223,7 @@ def _describe(name: str, evidence: Evidence) -> SplitReport:
         counted,
         by_name(counts),
         by_name(images_of),
-        sum(one.target is not None and one.target.counts == {} for one in seen),
+        sum(one.target is not None and one.target.empty for one in seen),
         _spread([one.width for one in pictures]),
         _spread([one.height for one in pictures]),
         _most_common(one.header.format for one in pictures),

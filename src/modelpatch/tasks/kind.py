@@ -68,6 +68,11 @@ class TargetFacts:
     problems: tuple[str, ...] = ()
     numbers: tuple[float, ...] = ()
 
+    @property
+    def empty(self) -> bool:
+        """True for a target without fault in which no class occurs."""
+        return self.counts == {} and not self.problems
+
 
 class Result(ABC):
     """Measured figures of one patch on one split: a dataclass whose first field is the task's metric: more is better."""

@@ -155,7 +155,7 @@ class Multilabel(VectorKind):
             raise ValueError("a threshold is a probability, from 0 to 1")
 
     def examine(self, target: Vector, size: tuple[int, int] | None = None) -> TargetFacts:
-        unknown = ("images of which no label is known",) if np.isnan(target.values).all() else ()
+        unknown = ("no known label",) if np.isnan(target.values).all() else ()
         return TargetFacts({int(index): 1 for index in np.flatnonzero(target.values == 1)}, unknown)
 
     def caption(self, target: Vector, classes: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ class Regression(VectorKind):
             raise ValueError("a standard deviation is not above 0")
 
     def examine(self, target: Vector, size: tuple[int, int] | None = None) -> TargetFacts:
-        unknown = ("images of which no number is known",) if np.isnan(target.values).all() else ()
+        unknown = ("no known number",) if np.isnan(target.values).all() else ()
         return TargetFacts(problems=unknown, numbers=tuple(target.values.tolist()))
 
     def caption(self, target: Vector, classes: Sequence[str]) -> str:
