@@ -165,3 +165,11 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
 def test_a_plain_name_of_a_split_tells_of_that_split(name: str) -> None:
     assert plain_split_of(name) in (None, split_of(name))
     assert split_of(name) == split_of(f"{name} 12") == split_of(f"12_{name}")
+
+
+def test_a_table_of_labels_beside_class_folders_is_told(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "labels.csv").write_text("image,label\ncat/0.png,dog\n", encoding="utf-8")
+    (tmp_path / "sizes.csv").write_text("width,height\n1,2\n", encoding="utf-8")
+    note = "1 table of images and labels beside the class folders is not read; give that file to read it: labels.csv"
+    assert note in load_task(tmp_path).notes

@@ -21,8 +21,12 @@ def test_unreadable_images_are_left_out_where_it_is_asked_for(tmp_path: Path) ->
     assert len(load_task(tmp_path).train) == 8
     task = load_task(tmp_path, skip_unreadable=True)
     assert counts(task) == {"train": {"cat": 3, "dog": 4}, "test": {"cat": 2, "dog": 1}}
-    assert task.passed_over == {"image that cannot be read": tuple(map(str, broken))}
+    assert task.passed_over == {"image that cannot be read": ("train/cat/1.png", "test/dog/0.png")}
     assert task.facts["skip_unreadable"] is True
+    rows = [f"train/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(4)]
+    (tmp_path / "all.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+    task = load_task(tmp_path / "all.csv", skip_unreadable=True)
+    assert task.passed_over == {"image that cannot be read": ("train/cat/1.png",)}
 
 
 def test_a_task_without_a_readable_image_is_refused(tmp_path: Path) -> None:

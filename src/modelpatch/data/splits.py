@@ -145,6 +145,18 @@ class FormedSplit(Split):
                 digest.update(content(sample))
         return digest.hexdigest()
 
+    @cached_property
+    def vectors(self) -> list[Any]:
+        """The targets of a task that is neither dense nor one of class indices, from one reading of all samples."""
+        return self._read_all()
+
+    def read_targets(self) -> Sequence[Target]:
+        return self.vectors
+
+    def _read_all(self) -> list[Any]:
+        """The class index or target of every sample, 0 for dense targets."""
+        raise NotImplementedError
+
 
 class DatasetSplit(FormedSplit):
     """Rows of a data set with random access, torch's or another.
@@ -194,14 +206,6 @@ class DatasetSplit(FormedSplit):
         """Class indices or strata, int64 (N,), from one reading of all samples; zeros for dense tasks."""
         found = self.form.list_strata(self.vectors) if self.form.target is not None else self._read_all()
         return np.array(found, dtype=np.int64)
-
-    @cached_property
-    def vectors(self) -> list[Any]:
-        """The targets of a task that is neither dense nor one of class indices, from one reading of all samples."""
-        return self._read_all()
-
-    def read_targets(self) -> Sequence[Target]:
-        return self.vectors
 
     def _read_all(self) -> list[Any]:
         """The class index or target of every row."""
@@ -281,14 +285,6 @@ class StreamSplit(FormedSplit):
     def labels(self) -> np.ndarray:  # type: ignore[override]
         """Class indices, int64 (N,), from one reading of the stream; zeros for other targets."""
         return np.array([one if isinstance(one, int) else 0 for one in self._read_all()], dtype=np.int64)
-
-    @cached_property
-    def vectors(self) -> list[Any]:
-        """The targets of a task that is neither dense nor one of class indices, from one reading of the stream."""
-        return self._read_all()
-
-    def read_targets(self) -> Sequence[Target]:
-        return self.vectors
 
     def _read_all(self) -> list[Any]:
         """The class index or target of every sample, 0 for dense targets."""

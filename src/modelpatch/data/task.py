@@ -203,7 +203,7 @@ def load_task(
         except (OSError, RuntimeError) as error:  # no permission, a name too long, no such user's home
             raise DataError(f"{text[:200]} cannot be read: {str(error)[:200]}") from error
     if skip_unreadable:
-        found = _without_unreadable(found)
+        found = _without_unreadable(found, text)
     data = _assemble(found, name or stem, text, seed if hold_out else None)
     facts = {**data.facts, **options.facts, **({"skip_unreadable": True} if skip_unreadable else {})}
     return replace(data, facts=facts).with_transform(transform)
@@ -289,10 +289,13 @@ def _cut(train: Split, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarr
     return stratified(np.zeros(len(train), dtype=np.int64), fraction, seed) if alone else (keep, held)
 
 
-def _without_unreadable(found: Found) -> Found:
+def _without_unreadable(found: Found, source: str) -> Found:
     """The contents of a source without the images that cannot be decoded, which are counted."""
     kept = {name: keep_readable(split, name) for name, split in found.splits.items()}
-    lost = [name for _, names in kept.values() for name in names]
+    place = Path(source).expanduser()
+    root = place.parent if place.suffix and place.is_file() else place
+    paths = [Path(name) for _, names in kept.values() for name in names]
+    lost = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
     passed_over = {**found.passed_over, **({UNREADABLE: lost} if lost else {})}
     return replace(found, splits={name: split for name, (split, _) in kept.items()}, passed_over=passed_over)
 

@@ -16,7 +16,7 @@ from modelpatch.backbone.preprocessing import ImageSource, is_picture
 from modelpatch.data.sources import base
 from modelpatch.data.sources.class_layout import ClassLayout, PictureTree, find_layout, grow_tree
 from modelpatch.data.sources.labels import clean_name, make_classification
-from modelpatch.data.sources.manifest_files import find_manifests
+from modelpatch.data.sources.manifest_files import find_manifests, list_labelled
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
@@ -56,6 +56,11 @@ class ClassFolders(base.DataSource):
             )
             members[split] = [(file, name) for name, _, folder in named for file in folder.all_pictures()]
         tell_what_is_left(tree, layout, remarks)
+        remarks.note(
+            "tables of images and labels beside the class folders are not read; give one of them to read that",
+            [file.name for file in list_labelled(path)],
+            "table of images and labels beside the class folders is not read; give that file to read it",
+        )
         return make_classification(members, remarks, names)
 
 

@@ -38,6 +38,11 @@ def find_manifests(folder: Path) -> dict[str | None, list[Path]]:
     return _in_split_folders(folder)
 
 
+def list_labelled(folder: Path) -> list[Path]:
+    """The tables of a folder that have columns of images and of labels."""
+    return [file for file in _tables_of(folder) if _names_images(file) and find_by_name(_columns(file), LABEL_NAMES)]
+
+
 def _tables_of(folder: Path) -> list[Path]:
     files = [file for file in sorted(folder.iterdir()) if not is_hidden(file.name) and file.is_file()]
     return [
