@@ -30,6 +30,21 @@ def test_eval_prints_interval_scores_and_counts(
     assert "precision" not in plain.out
 
 
+def test_eval_keeps_the_figures_of_a_kind_without_a_confusion_matrix(folder: Path, run: Run, tmp_path: Path) -> None:
+    data, patch, figures = tmp_path / "numbers.csv", tmp_path / "numbers.safetensors", tmp_path / "figures.json"
+    files = [(file, split) for split in ("train", "test") for file in sorted(folder.glob(f"{split}/*/*.png"))]
+    rows = [f"{file},{number / 2},{split}" for number, (file, split) in enumerate(files)]
+    data.write_text("\n".join(["image,label,split", *rows]))
+    trained = run("fit", data, "--kind", "regression", "-m", "linear-probe", "--epochs", "1", "-o", patch)
+    assert trained.code == 0, trained.err
+    for option in (["--confusion"], ["--plot", tmp_path / "matrix.png"]):
+        refused = run("eval", data, "-p", patch, *option, "--json", figures)
+        assert "regression tasks have no confusion matrix" in refused.err
+        assert "MAE" in refused.out
+        assert "r2" in json.loads(figures.read_text())
+        figures.unlink()
+
+
 def test_fit_ends_with_the_interval(folder: Path, run: Run, tmp_path: Path) -> None:
     done = run("fit", folder, "-m", "linear-probe", "--epochs", "1", "-o", tmp_path / "colors.safetensors")
     assert done.code == 0, done.err

@@ -245,8 +245,6 @@ def evaluate(
         figures["base_top1"] = evaluate_base(base, own).top1
         figures["harmonic_mean"] = harmonic_mean(result.score, figures["base_top1"])
     kind, counts, classes = kind_of(loaded.task.kind), result.confusion, loaded.task.classes
-    if confusion and counts is None:
-        raise ModelpatchError(f"--confusion: {kind.name} tasks have no confusion matrix. Leave it out.")
     console.show(tables.evaluation_table(loaded.task, figures, per_class and counts is None))
     if counts is not None:
         figures["by_class"] = [asdict(one) for one in score_classes(counts, classes)]
@@ -256,8 +254,9 @@ def evaluate(
             console.print()
             console.show(table)
     console.write_json(figures)
-    if plot is not None and result.confusion is None:
-        raise ModelpatchError(f"--plot {plot}: {kind.name} tasks have no confusion matrix. Leave it out.")
+    if counts is None and (confusion or plot is not None):
+        option = "--confusion" if confusion else f"--plot {plot}"
+        raise ModelpatchError(f"{option}: {kind.name} tasks have no confusion matrix. Leave it out.")
     console.draw(plot, plots.plot_confusion, result, kind.metrics[kind.metric], loaded.task.classes)
 
 
