@@ -16,6 +16,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.steps import Bundle, Steps
+from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import BackboneError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.piggyback import Piggyback
@@ -248,3 +249,27 @@ def test_a_table_that_another_thread_drops_at_once_is_given_all_the_same() -> No
 
     program.shared._lock = Dropping()  # type: ignore[assignment]
     assert block(torch.zeros(5, 16, 8)).shape == (5, 16, 8)
+
+
+class Kept(Masked):
+    """The same blocks, all of which read a tensor that belongs to no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [torch.rand(8)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, *self.kept)
+        return self.fc(x.mean(1))
+
+
+@torch.no_grad()
+def test_a_segment_that_reads_a_tensor_of_no_module_can_be_traced_and_computes_as_before() -> None:
+    backbone = small(Kept())
+    x = images(2, 16, 16)
+    before = backbone.chain(x)
+    called = [node.target for node in trace_calls(backbone.chain.blocks[0].module).nodes if node.op == "call_module"]
+    assert "blocks.0.fc1" in called
+    assert torch.equal(backbone.chain(x), before)

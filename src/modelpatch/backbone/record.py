@@ -110,7 +110,7 @@ class Stored(Slot):
 
     def read(self, frame: Frame) -> Tensor:
         tensor = self.tensor  # read once: a thread on another device may move it meanwhile
-        if tensor.device != frame.x.device:
+        if isinstance(frame.x, Tensor) and tensor.device != frame.x.device:  # not a proxy of torch.fx
             self.tensor = tensor = tensor.to(frame.x.device)
         return tensor
 
