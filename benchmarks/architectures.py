@@ -354,7 +354,7 @@ def write_page(rows: dict[str, Any]) -> None:
             lines.append(f"| `{spec}` | {row['failed'].splitlines()[0][:80]} | | | | | | | |")
             continue
         results = row["methods"].items()
-        applied = sum(text == "ok" for _, text in results) if results else "not tried"
+        applied = f"{sum(text == 'ok' for _, text in results)} of {len(results)}" if results else "not tried"
         left = ", ".join(name for name, text in results if text.startswith("not applicable"))
         failed = ", ".join(f"**{name}**" for name, text in results if text.startswith(("failed", "refused")))
         sizes = ", ".join(map(str, row["sizes"])) or "none"
