@@ -25,6 +25,7 @@ from modelpatch.methods.bitfit import BitFit
 from modelpatch.methods.bottleneck import Bottleneck, Bottlenecked, add_bottlenecks
 from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.method import Method
+from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.repadapter import RepAdapted, RepAdapter, add_rep_adapters
 from modelpatch.methods.scale_bias import ChannelAffine, add_channel_affines
@@ -187,6 +188,18 @@ def test_a_folded_model_and_its_state_dict_give_the_patchs_logits(method: Method
         module.reset_classifier(3)  # type: ignore[operator]
         module.load_state_dict(state_dict_of(backbone, turned))
         assert (module(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("method", [*BOTTLENECKS, SSF()], ids=lambda method: method.name)
+def test_adapters_go_with_masks(method: Method) -> None:
+    backbone, images = vit(), torch.randn(2, 3, 32, 32)
+    model = (Piggyback() + method).draft(backbone, 3)
+    with torch.no_grad():
+        for _, tensor in model.trainable():
+            tensor.add_(0.02 * torch.randn_like(tensor))
+        logits = model(images)
+        assert close(backbone.patched(model.to_patch(("draft", ["a", "b", "c"])))(images), logits)
+        assert close(fold(model)(images), logits)
 
 
 def test_bottlenecks_do_not_fold_into_a_state_dict() -> None:

@@ -87,6 +87,9 @@ class RepAdapted(Foldable):
         return self.layer(x + self.scale * self.strength * added)
 
     def fold(self) -> nn.Module:
+        """W' = W (I + s U D), b' = b + s W (U d + u); a layer that makes its weight itself stays wrapped."""
+        if type(self.layer) not in LINEAR:
+            return self
         up, bias = torch.block_diag(*self.up), cast(Tensor, self.bias)
         frozen, scale = self.layer.weight, self.scale * self.strength
         own = scale * frozen @ (up @ self.down.bias + bias)
@@ -100,7 +103,7 @@ def add_rep_adapters(variant: nn.Module, width: Width, groups: Groups, scale: Sc
     """Wrap the linear layers named in `layers` in a `RepAdapted`. Raises TypeError or ValueError for what does not fit."""
 
     def wrap(name: str, layer: nn.Module) -> nn.Module:
-        if type(layer) not in LINEAR or not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear):  # also one whose weight is masked in training
             raise TypeError(f"{name or 'the segment'} is a {type(layer).__name__}, not a linear layer")
         if layer.in_features % groups or width % groups:
             raise ValueError(f"{groups} groups do not divide {layer.in_features} channels and a width of {width}")
