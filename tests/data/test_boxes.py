@@ -501,6 +501,9 @@ def test_classes_of_fiftyone_are_read(names: bool, tmp_path: Path) -> None:
     read = found(tmp_path)
     assert (read.kind, list(read.classes)) == ("classification", NAMES)
     assert read.splits["validation"].labels.tolist() == [0, 1]
+    assert list(found(tmp_path, classes=NAMES[::-1]).classes) == NAMES[::-1]
+    with pytest.raises(DataError, match=f"has the label '{NAMES[1]}', which is none of the classes that were given"):
+        found(tmp_path, classes=[NAMES[0], "none"])
 
 
 def test_objects_of_fiftyone_are_read(tmp_path: Path) -> None:

@@ -7,15 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from modelpatch.data.samples import order_name
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, read_json, shown
 from modelpatch.data.sources.finding import Pictures, folders_of_splits
+from modelpatch.data.sources.labels import check_names, make_classification
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.scenes import UNLISTED, Scene, SceneObject, make_detection, name_of
-from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 from modelpatch.tasks.detection import Detection
@@ -51,12 +48,7 @@ class FiftyOneClasses(_Export):
             ]
             for split, file in _label_files(Path(source)).items()
         }
-        classes = sorted({name for pairs in members.values() for _, name in pairs}, key=order_name)
-        splits = {
-            split: Split([image for image, _ in pairs], np.array([classes.index(name) for _, name in pairs], np.int64))
-            for split, pairs in members.items()
-        }
-        return base.Found(self.kind, splits, classes, **remarks.facts)
+        return make_classification(members, remarks, check_names(members, options.names, str(source)))
 
 
 @base.register_source("fiftyone-boxes")

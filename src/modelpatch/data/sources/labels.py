@@ -67,6 +67,17 @@ def unify_names(counts: Mapping[str, int], remarks: Remarks, kept: Sequence[str]
     return {name: chosen[clean_name(name)] for name in counts}
 
 
+def check_names(members: Members, names: Sequence[str] | None, source: str) -> tuple[str, ...] | None:
+    """The class names that the user gives, cleaned. Raises `DataError` for a label that is none of them."""
+    if names is None:
+        return None
+    cleaned = tuple(map(clean_name, names))
+    present = {clean_name(label) for pairs in members.values() for _, label in pairs}
+    if foreign := sorted(present - set(cleaned)):
+        raise DataError(f"{source} has the label {foreign[0]!r}, which is none of the classes that were given.")
+    return cleaned
+
+
 def make_classification(members: Members, remarks: Remarks | None = None, names: Sequence[str] | None = None) -> Found:
     """The task of images with the names of their classes, which are those of `names`, else all of them in order."""
     remarks = remarks or Remarks()

@@ -5,7 +5,7 @@ images/ beside masks/, with folders of splits above or below; SPLIT/ beside SPLI
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,10 +165,11 @@ def pair_up(path: Path, remarks: Remarks) -> PairedFiles:
     files = find_images(path)
     roles = {file: role_of(file.relative_to(path).parts[:-1]) for file in files}
     marked = {} if in_folders else _marked(files)
+    with_images = {role.split for role in roles.values() if role.masks is False}
     split_masks = in_folders and all(role.split for role in roles.values() if role.masks)
     for file, role in roles.items():
         is_mask = role.masks if in_folders else marked[file]
-        if is_mask is None and role.split and not role.others and not _has_images(roles.values(), role.split):
+        if is_mask is None and role.split and not role.others and role.split not in with_images:
             is_mask = False  # SPLIT/ beside SPLIT_labels/
         if is_mask is None or (split_masks and not role.split) or (not in_folders and role.others):
             remarks.pass_over("picture outside of the folders of images and masks", str(file.relative_to(path)))
@@ -183,10 +184,6 @@ def pair_up(path: Path, remarks: Remarks) -> PairedFiles:
     for split in masks.keys() - images.keys():
         remarks.pass_over("mask without an image", *(str(file.relative_to(path)) for _, file in masks[split]))
     return found
-
-
-def _has_images(roles: Iterable[Role], split: str) -> bool:
-    return any(role.masks is False and role.split == split for role in roles)
 
 
 def _match(

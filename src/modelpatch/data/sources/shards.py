@@ -16,7 +16,7 @@ from modelpatch.backbone.listing import is_hidden
 from modelpatch.backbone.preprocessing import ImageSource, is_picture
 from modelpatch.data.sources import base
 from modelpatch.data.sources.column_names import LABEL_NAMES, find_by_name
-from modelpatch.data.sources.labels import clean_name, is_missing, make_classification, name_at
+from modelpatch.data.sources.labels import check_names, is_missing, make_classification, name_at
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.split_names import plain_split_of, split_of
 from modelpatch.data.splits import Lazy
@@ -67,11 +67,7 @@ class TarShards(base.DataSource):
             members[split] = [(b"", label) for label in labels]
         if not any(members.values()):
             raise DataError(f"{source} holds no pictures with labels. Expected members such as 0001.jpg and 0001.cls.")
-        given = None if options.names is None else tuple(map(clean_name, options.names))
-        present = {clean_name(label) for pairs in members.values() for _, label in pairs}
-        if given is not None and (foreign := sorted(present - set(given))):
-            raise DataError(f"{source} has the label {foreign[0]!r}, which is none of the classes that were given.")
-        found = make_classification(members, remarks, given)
+        found = make_classification(members, remarks, check_names(members, options.names, str(source)))
         for split, images in found.splits.items():
             images.images = Lazy(places[split], read_member)
         return found

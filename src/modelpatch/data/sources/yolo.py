@@ -223,9 +223,10 @@ def _list_pictures(root: Path, remarks: Remarks) -> dict[str, list[Path]]:
     files = Pictures(root).files
     parts = {file: file.relative_to(root).parts[:-1] for file in files}
     if any(_is_images(part) for own in parts.values() for part in own):
-        stray = [file for file in files if not any(map(_is_images, parts[file]))]
-        remarks.pass_over("picture outside of the folders of images", *(name_of(file, root) for file in stray))
-        files = [file for file in files if file not in set(stray)]
+        inside = {file: any(map(_is_images, parts[file])) for file in files}
+        stray = [name_of(file, root) for file in files if not inside[file]]
+        remarks.pass_over("picture outside of the folders of images", *stray)
+        files = [file for file in files if inside[file]]
     splits = defaultdict[str, list[Path]](list)
     for file in files:
         splits[next((split for part in parts[file] if (split := split_of(part))), "train")].append(file)
