@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from torchvision.ops import sigmoid_focal_loss
 
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.data.samples import SampleForm
+from modelpatch.data.splits import StreamSplit
 from modelpatch.errors import DataError, TrainingError
 from modelpatch.tasks.kind import View
 from modelpatch.tasks.losses import asymmetric, bce, find_loss, focal
@@ -70,6 +72,23 @@ def test_a_set_holds_indices() -> None:
     assert read_labels({0, 1}, NAMES[:2]).tolist() == [1, 1]
     with pytest.raises(DataError, match="its label -1 is none of the indices"):
         read_labels({0, 1, -1}, NAMES)
+
+
+class Rows(torch.utils.data.IterableDataset[Any]):
+    readings = 0
+
+    def __iter__(self) -> Any:
+        Rows.readings += 1
+        yield from ((np.zeros((8, 8, 3), np.uint8), [name]) for name in NAMES)
+
+
+def test_a_stream_is_read_once_for_its_length_and_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rows, "readings", 0)
+    stream = StreamSplit(Rows(), SampleForm("rows", NAMES, kind="multilabel"), None, 0)
+    with pytest.warns(UserWarning, match="unknown length"):
+        assert len(stream) == 3
+    assert np.stack([one.values for one in stream.read_targets()]).tolist() == np.eye(3).tolist()
+    assert Rows.readings == 1
 
 
 # losses ------------------------------------------------------------------------------------------------------

@@ -208,7 +208,6 @@ class DatasetSplit(FormedSplit):
         return np.array(found, dtype=np.int64)
 
     def _read_all(self) -> list[Any]:
-        """The class index or target of every row."""
         chosen, workers = Subset(self.dataset, self.rows.tolist()), count_workers(self)
         loader = DataLoader(chosen, batch_size=64, num_workers=workers, collate_fn=self.form.read_targets)
         return [target for batch in loader for target in batch]
@@ -284,10 +283,10 @@ class StreamSplit(FormedSplit):
     @cached_property
     def labels(self) -> np.ndarray:  # type: ignore[override]
         """Class indices, int64 (N,), from one reading of the stream; zeros for other targets."""
-        return np.array([one if isinstance(one, int) else 0 for one in self._read_all()], dtype=np.int64)
+        found = self._read_all() if self.form.target is None else [0] * len(self.vectors)
+        return np.array(found, dtype=np.int64)
 
     def _read_all(self) -> list[Any]:
-        """The class index or target of every sample, 0 for dense targets."""
         features, items = getattr(self.dataset, "features", None), self.dataset
         column = next((key for key in LABEL_KEYS if key in features), None) if isinstance(features, dict) else None
         if column is not None and hasattr(self.dataset, "select_columns"):  # images are not decoded

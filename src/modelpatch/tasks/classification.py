@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelpatch.tasks.kind import Facts, Kind, Meter, Result, View, register_kind
+from modelpatch.tasks.kind import Facts, Kind, Result, TensorMeter, View, register_kind
 from modelpatch.tasks.scores import Interval, mean_of_classes, wilson_interval
 
 Best = list[tuple[int, float]]  # classes with their probabilities, the most probable first
@@ -55,19 +55,11 @@ class Evaluation(Result):
         )
 
 
-class ClassMeter(Meter):
+class ClassMeter(TensorMeter):
     """Collects logits (B, K) and labels (B,)."""
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        super().__init__(classes)
-        self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, answers: Tensor, targets: Tensor) -> None:
-        self._batches.append((answers, targets))
-
     def result(self) -> Evaluation:
-        logits, labels = zip(*self._batches, strict=True)
-        return Evaluation.of(torch.cat(logits), torch.cat(labels), self.classes)
+        return Evaluation.of(self.answers, self.targets, self.classes)
 
 
 @register_kind

@@ -118,6 +118,27 @@ class Meter(ABC):
         return None
 
 
+class TensorMeter(Meter):
+    """A meter that keeps answers (B, ...) and targets (B, ...) as they are."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(classes)
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, answers: Tensor, targets: Tensor) -> None:
+        self._batches.append((answers, targets))
+
+    @property
+    def answers(self) -> Tensor:
+        """Answers (N, ...)."""
+        return torch.cat([answers for answers, _ in self._batches])
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets (N, ...)."""
+        return torch.cat([targets for _, targets in self._batches])
+
+
 @dataclass(frozen=True)
 class View:
     """An image as a task sees it: classes (none for a backbone's own head), preprocessing, the image or its size, and the

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.drawing import Color, palette
-from modelpatch.tasks.kind import ElementLoss, Facts, Meter, Result, TargetFacts, View, register_kind
+from modelpatch.tasks.kind import ElementLoss, Facts, Result, TargetFacts, TensorMeter, View, register_kind
 from modelpatch.tasks.losses import asymmetric, bce, focal
 from modelpatch.tasks.scores import Interval, bootstrap_interval
 from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_others
@@ -40,21 +40,13 @@ class MultilabelResult(Result):
     interval: Interval | None = None
 
 
-class LabelMeter(Meter):
+class LabelMeter(TensorMeter):
     """Collects logits (B, K) and targets (B, K)."""
-
-    def __init__(self, classes: Sequence[str]) -> None:
-        super().__init__(classes)
-        self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, answers: Tensor, targets: Tensor) -> None:
-        self._batches.append((answers, targets))
 
     def result(self) -> MultilabelResult:
         from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
 
-        logits, targets = map(torch.cat, zip(*self._batches, strict=True))
-        shares, count = logits.float().sigmoid(), len(self.classes)
+        shares, targets, count = self.answers.float().sigmoid(), self.targets, len(self.classes)
         wanted = targets.nan_to_num(UNKNOWN).long()
         told = (shares >= torch.tensor(find_thresholds(self.options, count))).long()
         asked = [index for index in range(count) if bool((wanted[:, index] == 1).any())]
@@ -80,7 +72,7 @@ class LabelMeter(Meter):
 
     def interval(self) -> Interval | None:
         """The bootstrap's, over images."""
-        logits, targets = (torch.cat(one).numpy() for one in zip(*self._batches, strict=True))
+        logits, targets = self.answers.numpy(), self.targets.numpy()
         order = np.argsort(-logits, axis=0, kind="stable")
         ranked, wanted = (np.take_along_axis(one, order, 0) for one in (logits, targets))
         last = np.ones(ranked.shape, dtype=bool)  # of equal logits, which are told together

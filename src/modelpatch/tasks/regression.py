@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modelpatch.errors import DataError, MethodNotApplicableError, TrainingError
 from modelpatch.heads.base import Head
 from modelpatch.tasks.drawing import Color, palette
-from modelpatch.tasks.kind import ElementLoss, Facts, Meter, Result, TargetFacts, View, register_kind
+from modelpatch.tasks.kind import ElementLoss, Facts, Result, TargetFacts, TensorMeter, View, register_kind
 from modelpatch.tasks.losses import huber, l1, l2
 from modelpatch.tasks.scores import Interval, bootstrap_interval
 from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_others
@@ -45,18 +45,11 @@ class RegressionResult(Result):
     interval: Interval | None = None
 
 
-class NumberMeter(Meter):
+class NumberMeter(TensorMeter):
     """Collects numbers (B, K) and targets (B, K)."""
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        super().__init__(classes)
-        self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, answers: Tensor, targets: Tensor) -> None:
-        self._batches.append((answers, targets))
-
     def result(self) -> RegressionResult:
-        answers, targets = (torch.cat(one).double() for one in zip(*self._batches, strict=True))
+        answers, targets = self.answers.double(), self.targets.double()
         squares, sizes, scores = [], {}, {}
         for index, name in enumerate(self.classes):
             known = ~targets[:, index].isnan()
@@ -82,7 +75,7 @@ class NumberMeter(Meter):
 
     def interval(self) -> Interval | None:
         """The bootstrap's, over images."""
-        answers, targets = (torch.cat(one).double().numpy() for one in zip(*self._batches, strict=True))
+        answers, targets = self.answers.double().numpy(), self.targets.double().numpy()
         known = ~np.isnan(targets)
         wanted = np.where(known, targets, 0.0)
         squares = np.where(known, answers - wanted, 0.0) ** 2
