@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,13 +22,16 @@ from conftest import draft_patch
 from modelpatch import methods
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.computation import SIDES
-from modelpatch.backbone.files import MAX_NUMBER, MAX_REPEATED, check_arguments
+from modelpatch.backbone.files import MAX_NUMBER, MAX_REPEATED, METADATA_KEY, check_arguments
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.sources import base
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import BackboneError, ForeignTensorError, InvalidPatchError, ModelpatchError
 from modelpatch.patch.blueprint import LARGEST, MOST_DEPTH, MOST_GRAFTS, MOST_ITEMS, Graft
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 from modelpatch.patch.file import LEAST_NUMBERS
+from modelpatch.patch.finding import find_backbone
 
 MEGABYTES = 10 * 2**20
 
@@ -128,6 +134,66 @@ def test_a_file_names_no_network_of_a_million_blocks(name: str) -> None:
             check_arguments({name: value})
     with pytest.raises(ValueError, match="no plain value"):
         check_arguments({"embed_dim": MAX_NUMBER + 1})
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments"),
+    [
+        ("timm:vit_tiny_patch16_224", {"depth": 24, "embed_dim": 2**20, "num_heads": 1}),
+        ("torchvision:resnet50", {"groups": 1024, "width_per_group": 1024}),
+        ("transformers:vit", {"num_hidden_layers": 2, "hidden_size": 2**20, "intermediate_size": 2**20}),
+    ],
+)
+def test_a_network_that_the_memory_does_not_hold_is_weighed_before_it_is_built(
+    tiny: Backbone, tmp_path: Path, spec: str, arguments: dict[str, Any]
+) -> None:
+    kind, _, name = spec.partition(":")
+    pytest.importorskip(kind)
+    described = {"architecture": name, "arguments": arguments, "preprocessing": None, "classes": [], "about": {}}
+    path = tmp_path / "file.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, {METADATA_KEY: json.dumps(described)})
+    record = draft_patch(tiny).backbone.model_copy(
+        update={"spec": spec, "arguments": {**check_arguments(arguments), "pretrained": False}}
+    )
+    for load in (
+        lambda: load_backbone(spec, pretrained=False, **arguments),
+        lambda: find_backbone(record),
+        *([lambda: load_backbone(f"file:{path}")] if kind == "timm" else []),
+    ):
+        with cheap(), pytest.raises(BackboneError, match=r"would take [\d,]+ GB; this machine has"):
+            load()
+
+
+def test_a_network_is_weighed_by_its_parameters_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    for held in (size, size - 1):
+        monkeypatch.setattr(base, "find_memory", lambda held=held: held)
+        with nullcontext() if held == size else pytest.raises(BackboneError, match="it would take"):
+            base.check_size(lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), "it")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(f"timm:test_{name}" for name in ("convnext", "resnet", "efficientnet", "vit", "mambaout")),
+        "timm:swin_tiny_patch4_window7_224",
+        "timm:levit_128",
+        "torchvision:resnet18",
+        "torchvision:fcn_resnet50",
+        "torchvision:swin_t",
+    ],
+)
+def test_networks_of_every_sort_can_be_weighed(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.setattr(base, "find_memory", lambda: 1)
+    with cheap(), pytest.raises(BackboneError, match="would take"):
+        load_backbone(spec, pretrained=False, num_classes=3)
+
+
+def test_weighing_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed = load_backbone("timm:test_vit", pretrained=False, depth=1).fingerprint
+    monkeypatch.setattr("modelpatch.backbone.sources.timm.check_size", lambda build, what: None)
+    assert load_backbone("timm:test_vit", pretrained=False, depth=1).fingerprint == weighed
 
 
 def test_masks_do_not_unfold_without_end(tiny: Backbone) -> None:

@@ -7,17 +7,28 @@
 the group `modelpatch.backbones`.
 """
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.text_tower import TextTower
-from modelpatch.errors import UnknownBackboneError
+from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.registry import Registry
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container on Linux
+DRAWING = frozenset(
+    str.split("add_ clamp_ copy_ div_ erfinv_ fill_ kaiming_normal_ kaiming_uniform_ mul_ normal_ sub_ uniform_ zero_")
+)
+UNKNOWN = 2**36  # bytes of memory where the system does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +75,43 @@ SOURCES = Registry[type[BackboneSource]](
     "source of backbones", "modelpatch.backbones", folder="modelpatch.backbone.sources", error=UnknownBackboneError
 )
 register_source = SOURCES.register  # under the word before the colon of a specification
+
+
+def check_size(build: Callable[[], nn.Module], what: str) -> None:
+    """Raise `BackboneError` for a network that the memory does not hold, which is built without numbers to be weighed.
+
+    Arguments come from files too: each may be small, and their product not. A network that cannot be built so is passed.
+    """
+    module = None
+    with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"), Undrawn():
+        module = build()  # of what fails, the real construction tells more
+    needed = (
+        sum(tensor.nbytes for part in (module.parameters(), module.buffers()) for tensor in part)
+        if module is not None
+        else 0
+    )
+    if needed > (held := find_memory()):
+        raise BackboneError(
+            f"{what} would take {needed / 1e9:,.0f} GB; this machine has {held / 1e9:,.0f} GB of memory.",
+            "Give arguments of a smaller network.",
+        )
+
+
+class Undrawn(TorchFunctionMode):
+    """A context in which no weights are drawn: without numbers that takes longer than with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = getattr(func, "__name__", "") in DRAWING
+        return next(iter((*args, *kwargs.values()))) if drawn else func(*args, **kwargs)  # of `nn.init`, by keyword
+
+
+def find_memory() -> int:
+    """Bytes of memory that this process may take: the machine's, or less in a container."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in LIMITS:
+        with suppress(ValueError, OSError):
+            found.append(int(Path(path).read_text()))
+    return min(found, default=UNKNOWN)

@@ -12,7 +12,7 @@ from torch import nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.reach import HUB
-from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, check_size, register_source
 from modelpatch.errors import BackboneError, UnknownBackboneError
 from modelpatch.text import first_problem
 
@@ -29,6 +29,8 @@ class TimmSource(BackboneSource):
     def build(self, name: str, pretrained: bool, arguments: dict[str, Any]) -> BuiltNetwork:
         import timm
 
+        if arguments and self.find_repository(name) is None:
+            check_size(lambda: timm.create_model(name, pretrained=False, **arguments), f"timm:{name} with {arguments}")
         try:
             module = timm.create_model(name, pretrained=pretrained, **arguments)
         except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take

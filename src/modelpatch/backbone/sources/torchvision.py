@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.preprocessing import Preprocessing
-from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, check_size, register_source
 from modelpatch.errors import BackboneError, UnknownBackboneError
 
 DETECTION_SIZE = 320  # pixels of networks that take any
@@ -102,6 +102,9 @@ class TorchvisionSource(BackboneSource):
             defaults = {} if pretrained else {"weights_backbone": None, "aux_loss": False}
         builder, published = models.get_model_builder(name), models.get_model_weights(name).DEFAULT
         taken = {key: value for key, value in defaults.items() if key in inspect.signature(builder).parameters}
+        if arguments:
+            bare = dict.fromkeys({"weights", "weights_backbone"} & inspect.signature(builder).parameters.keys())
+            check_size(lambda: builder(**{**taken, **arguments, **bare}), f"torchvision:{name} with {arguments}")
         try:
             model: Any = builder(**{"weights": published if pretrained else None, **taken, **arguments})
         except Exception as error:  # a hub that cannot be reached, an argument the constructor does not take

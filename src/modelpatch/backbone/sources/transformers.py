@@ -19,7 +19,7 @@ from torch import nn
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.processor import preprocessing_of_processor
 from modelpatch.backbone.reach import HUB
-from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, register_source
+from modelpatch.backbone.sources.base import BackboneSource, BuiltNetwork, check_size, register_source
 from modelpatch.backbone.transformers_network import TransformersNetwork, image_size_of
 from modelpatch.errors import BackboneError, UnknownBackboneError, require, warn_caller
 from modelpatch.text import first_line, nearest
@@ -79,6 +79,8 @@ class TransformersSource(BackboneSource):
         place = name if folder is None else str(folder)
         with quiet(), telling(name, folder):
             config = _configure(place, arguments)
+            if arguments:
+                check_size(lambda: _draw(config), f"transformers:{name} with {arguments}")
             model = _load(place, config) if pretrained else _draw(config)
         processor, default = _processor(place, config)
         pixels = image_size_of(model.config)
