@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from modelpatch.backbone.preprocessing import open_image
@@ -105,3 +106,33 @@ def test_a_table_in_memory_is_read_without_its_unlabelled_rows() -> None:
     assert (task.train.labels.tolist(), task.test.labels.tolist()) == ([0, 1, 0, 1], [1, 0])
     assert task.validation is None
     assert task.notes == ("the split validation has no label in any row, and is left out",)
+
+
+def test_named_columns_decide_or_are_refused() -> None:
+    pictures = [Image.new("RGB", (4, 4))] * 4
+    two = table([0, 1, 0, 1], "kind", other=pictures)
+    found = read({"train": two}, image_column="image", label_column="kind")
+    assert (found.kind, found.classes) == ("classification", ["0", "1"])
+    several = table(
+        [0, 1, 0, 1], "kind", feature=datasets.ClassLabel(names=["x", "y"]), names=[["a"], ["b"], ["a", "b"], ["b"]]
+    )
+    found = read({"train": several}, label_column="names")
+    assert (found.kind, list(found.classes)) == ("multilabel", ["a", "b"])
+    with pytest.raises(DataError, match="has splits of its own, which split_column cannot name"):
+        read({"train": two}, split_column="kind")
+    assert load_task(table([0, 1] * 6, "kind"), label_column="kind").classes == ("0", "1")
+    for option in ("image_column", "label_column", "split_column", "separator"):
+        with pytest.raises(DataError, match=f"Pictures is no table, for which {option}='x' is"):
+            load_task({"train": Pictures()}, **{option: "x"})
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    """Four black pictures of two classes."""
+
+    targets = (0, 1, 0, 1)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> Any:
+        return Image.new("RGB", (4, 4)), self.targets[row]

@@ -248,3 +248,15 @@ def test_columns_in_other_letters_are_told_apart(folder: Path) -> None:
     with pytest.raises(DataError, match="has no column '\u7c7b\u522b'"):
         load_task(file, label_column="\u7c7b\u522b")
     check(file)  # the one column beside the images
+
+
+def test_images_and_labels_are_not_of_one_column(folder: Path) -> None:
+    file = write(folder / "labels.csv", "image,label", "images/{n}.png,{label}")
+    with pytest.raises(DataError, match="the column 'image' cannot hold both images and labels"):
+        load_task(file, label_column="image")
+
+
+def test_nothing_in_a_list_of_labels_is_no_label(folder: Path) -> None:
+    rows = [{"image": f"images/{number}.png", "label": [label, None, ""]} for number, label in enumerate(LABELS)]
+    (folder / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert load_task(folder / "labels.json").classes == NAMES

@@ -256,7 +256,7 @@ def _read_cell(cell: Any, separator: str | None) -> list[str] | None:
     """The labels of a cell, None where nothing is known."""
     if _is_list(cell):
         items = ast.literal_eval(cell) if isinstance(cell, str) else cell
-        return [_text(item) for item in items]
+        return [text for item in items if (text := _text(item))]
     text = _text(cell)
     if text.lower() in BLANK or text == str(UNKNOWN):
         return None

@@ -29,6 +29,7 @@ from modelpatch.data.samples import (
 )
 from modelpatch.data.seeding import seeded
 from modelpatch.data.sources import base
+from modelpatch.data.sources.column_names import check_column
 from modelpatch.data.sources.columns import Table, Targets, find_targets, make_vectors
 from modelpatch.data.sources.hub_classes import encoded_images, name_splits, read_class_tables
 from modelpatch.data.sources.labels import UNLABELLED, name_at
@@ -82,6 +83,10 @@ def read_datasets(
     source = describe(splits["train"])
     if _are_tables(splits.values(), options):
         return _with_names(read_tables(splits, options, source), options, workers)
+    given = {**options.columns, **({} if options.separator is None else {"separator": options.separator})}
+    if given:
+        name, value = next(iter(given.items()))
+        raise DataError(f"{source} is no table, for which {name}={value!r} is. Leave it out.")
     opened, remarks = {split: _open(one) for split, one in splits.items()}, Remarks()
     train = opened["train"][0]
     kind = options.kind
@@ -167,7 +172,7 @@ def _are_tables(splits: Iterable[Any], options: base.SourceOptions) -> bool:
         return False
     features = splits[0].features
     pictures, label = find_columns(features)
-    said = label is not None or len(pictures) == 2 or "objects" in features
+    said = label is not None or len(pictures) == 2 or "objects" in features or bool(options.columns)
     named = options.kind is not None and options.allow(Vector)
     return bool(pictures) and (said or named or bool(_find_lists(features)))
 
@@ -395,9 +400,14 @@ def read_tables(loaded: Mapping[str, Any], options: base.SourceOptions, source: 
         raise DataError(f"{source} has no training split, only {', '.join(map(str, loaded)) or 'none'}.")
     features = tables["train"].features
     pictures, label = find_columns(features)
-    if pictures and "objects" in features and options.allow(Boxes):
+    chosen = check_column(dict.fromkeys(features, ()), options.image_column, "image-column", source)
+    pictures = pictures if chosen is None else [chosen, *(column for column in pictures if column != chosen)]
+    label = check_column(dict.fromkeys(features, ()), options.label_column, "label-column", source) or label
+    if options.split_column is not None:
+        raise DataError(f"{source} has splits of its own, which split_column cannot name. Leave it out.")
+    if pictures and "objects" in features and not options.columns and options.allow(Boxes):
         return _read_boxes(tables, pictures[0], source)
-    if len(pictures) == 2 and label is None and options.allow(PixelMask):
+    if len(pictures) == 2 and label is None and not options.columns and options.allow(PixelMask):
         first, second = sorted(pictures, key=lambda column: column not in FIRST_PICTURES)
         pairs = {
             split: (encoded_images(table, first), encoded_images(table, second)) for split, table in tables.items()
@@ -428,10 +438,11 @@ def _read_columns(
 ) -> base.Found | None:
     """A task of several labels or numbers; None where a column holds one class label a row, or no table says more."""
     features = next(iter(tables.values())).features
-    if label is not None and options.kind is None and options.separator is None:
-        return None
     lists = _find_lists(features)
-    named = next((key for key in LABEL_KEYS if key in features), None) or (lists[0] if len(lists) == 1 else label)
+    if label is not None and label not in lists and options.kind is None and options.separator is None:
+        return None
+    known = label if options.label_column is not None else next((key for key in LABEL_KEYS if key in features), None)
+    named = known or (lists[0] if len(lists) == 1 else label)
     cells: dict[str, list[Any]] = {}
     for column, feature in features.items():
         if column in pictures:

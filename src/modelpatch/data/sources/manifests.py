@@ -114,6 +114,8 @@ class ManifestReader:
         image = check_column(table.cells, self.options.image_column, "image-column", source)
         image = image or choose_image(table.cells, source, pictures.find)
         label = self._find_label(table, image, named)
+        if label == image:
+            raise DataError(f"{source}: the column {image!r} cannot hold both images and labels. Name two columns.")
         splits = choose_split(table.cells, (image, label), source, named) or {}
         self.label = self.label or label
         bare = label is None and all(fold_column(name) in OTHERS for name in table.cells if name != image)
