@@ -35,6 +35,16 @@ def test_a_legend_has_the_colour_of_every_class_that_is_found(count: int) -> Non
     assert colors[count] not in strip
 
 
+def test_the_legend_of_a_small_picture_is_whole() -> None:
+    entries = [((200, 0, 0), "golden retriever 98 %"), ((0, 0, 200), "cat 2 %")]
+    made = np.asarray(add_legend(Image.new("RGB", (16, 12), "black"), entries))
+    wide = np.asarray(add_legend(Image.new("RGB", (made.shape[1] + 1, 12), "black"), entries))
+    assert np.array_equal(made[12:], wide[12 : len(made), :-1])
+    assert not (made[:12, :16]).any()
+    assert (made[:12, 16:] == 255).all()
+    assert (made[:, -1] == 255).all(), "the text ends before the edge"
+
+
 def test_a_box_has_its_frame_and_its_name() -> None:
     image = Image.new("RGB", SIZE, "black")
     color = palette(2)[1]

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,17 +44,21 @@ def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
 def add_legend(
     picture: Image.Image, entries: Sequence[tuple[Color, str]], font: ImageFont.FreeTypeFont | None = None
 ) -> Image.Image:
-    """The picture (RGB) with a strip below it that has a coloured square and a text for each entry, in its font or another."""
+    """The picture (RGB) with a strip below it that has a coloured square and a text for each entry, in its font or another.
+
+    It is widened with white where a text is wider than the picture.
+    """
     font = font or font_for(picture.size)
     gap = round(font.size / 2)
+    widths = [math.ceil(font.size * 1.5 + font.getlength(text)) for _, text in entries]
+    whole = max([picture.width, *(width + 2 * gap for width in widths)])
     places, x, y = [], gap, gap
-    for _, text in entries:
-        width = round(font.size * 1.5 + font.getlength(text))
-        if x > gap and x + width > picture.width - gap:
+    for width in widths:
+        if x > gap and x + width > whole - gap:
             x, y = gap, y + round(1.5 * font.size)
         places.append((x, y))
         x += width + 2 * gap
-    made = Image.new("RGB", (picture.width, picture.height + y + round(1.5 * font.size)), "white")
+    made = Image.new("RGB", (whole, picture.height + y + round(1.5 * font.size)), "white")
     made.paste(picture)
     pen = ImageDraw.Draw(made)
     for (color, text), (left, top) in zip(entries, places, strict=True):
