@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.processor import preprocessing_of_processor
 from modelpatch.errors import BackboneError, UnknownBackboneError
 
@@ -110,6 +111,18 @@ def test_pickled_weights_unknown_names_and_other_models_are_refused(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}))
     with pytest.raises(BackboneError, match="code of its repository"):
         load_backbone(f"transformers:{tmp_path}")
+
+
+def test_naflex_is_refused_by_name_with_any_preprocessing() -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**small))
+    for load in (
+        lambda: load_backbone(module),
+        lambda: load_backbone(module, preprocessing=Preprocessing()),
+        lambda: load_backbone("transformers:siglip2_vision_model", pretrained=False, **small),
+    ):
+        with pytest.raises(BackboneError, match="NaFlex"):
+            load()
 
 
 def test_the_processor_says_how_images_are_seen() -> None:

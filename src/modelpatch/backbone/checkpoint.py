@@ -6,11 +6,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from modelpatch.backbone.files import check_finite
-from modelpatch.backbone.matching import DERIVED, Match, find_head, match_states
+from modelpatch.backbone.matching import DERIVED, Match, find_head, match_states, tell_rest
 from modelpatch.backbone.states import read_states
 from modelpatch.errors import CheckpointError, CheckpointWarning, warn_caller
-
-LISTED = 5  # foreign tensors that a warning names
 
 
 def load_checkpoint(module: nn.Module, path: Path, classifier: str | None, resizes: bool = True) -> int | None:
@@ -37,7 +35,7 @@ def load_checkpoint(module: nn.Module, path: Path, classifier: str | None, resiz
     tensors |= {f"{classifier}.{leaf}": tensor for leaf, tensor in head.items()}
     own = module.state_dict()
     _check_shapes(tensors, own, kind, path)
-    _tell(match, kind, path)
+    tell_rest(match, kind, str(path))
     if below and not any(name.startswith(below) for name in tensors):
         warn_caller(
             f"{path} has no classifier {classifier!r}: it stays random, and with it the base's own answers.",
@@ -76,15 +74,3 @@ def _check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], kind
             f"{len(wrong)} tensors of {path} do not fit {kind}: {', '.join(shapes)}. Give the arguments that the network was "
             "built with."
         )
-
-
-def _tell(match: Match, kind: str, path: Path) -> None:
-    """Warn of what the checkpoint holds beside the tensors that are read."""
-    if match.others:
-        listed = ", ".join(map(repr, match.others[:3]))
-        warn_caller(f"{path} holds several networks: {match.part!r} is read, not {listed}.", CheckpointWarning)
-    foreign = [name for name in match.foreign if name.rpartition(".")[2] not in DERIVED]
-    if foreign:
-        more = f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else ""
-        listed = ", ".join(foreign[:LISTED])
-        warn_caller(f"{path}: left out, as {kind} does not have them: {listed}{more}.", CheckpointWarning)

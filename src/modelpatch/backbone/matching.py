@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modelpatch.backbone.states import State
-from modelpatch.errors import CheckpointError
+from modelpatch.errors import CheckpointError, CheckpointWarning, warn_caller
 from modelpatch.text import count_of, nearest
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -23,6 +23,7 @@ MODULE = re.compile(r"(?:^|(?<=\.))module\.")  # of DistributedDataParallel, and
 OPTIMIZER = re.compile(r"(^|\.)(optim\w*|\w*scheduler\w*|exp_avg\w*|momentum_buffer|grad\w*)(\.|$)")
 PREFERRED, RATHER_NOT = {"ema", "teacher", "averaged", "swa"}, {"student", "momentum", "target", "k", "key"}
 DERIVED = {"num_batches_tracked", "total_ops", "total_params", "relative_position_index", "attn_mask", "position_ids"}
+LISTED = 8  # foreign tensors that a warning names
 PART_OF_INPUT = re.compile("token|embed")
 HEADS = {
     "head",
@@ -210,6 +211,18 @@ def _lacking(found: list[Placement], states: Mapping[str, State], needed: set[st
         f"the checkpoint lacks {len(missing)} of the {len(needed)} tensors of {network}: {', '.join(sorted(missing)[:3])}. It "
         f"has{where} {', '.join(names[:3])}. Expected the state_dict() of the same architecture."
     )
+
+
+def tell_rest(match: Match, network: str, source: str) -> None:
+    """Warn of what a checkpoint holds beside the tensors that are read."""
+    if match.others:
+        listed = ", ".join(map(repr, match.others[:3]))
+        warn_caller(f"{source} holds several networks: {match.part!r} is read, not {listed}.", CheckpointWarning)
+    foreign = [name for name in match.foreign if name.rpartition(".")[2] not in DERIVED]
+    if foreign:
+        more = f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else ""
+        listed = ", ".join(foreign[:LISTED])
+        warn_caller(f"left out of {source}, as {network} does not have them: {listed}{more}.", CheckpointWarning)
 
 
 # heads ------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.matching import DERIVED, Match, find_head, match_states
+from modelpatch.backbone.matching import find_head, match_states, tell_rest
 from modelpatch.backbone.states import State, find_states, read_states
-from modelpatch.errors import CheckpointWarning, PatchError, warn_caller
+from modelpatch.errors import PatchError
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
 from modelpatch.patch.contents import Patch
@@ -34,7 +34,6 @@ from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
 HEAD = "head"  # the place of the head, where the backbone names no classifier
-LISTED = 8  # names of what is left out
 DELTA_CODECS = ("exact", "float16", "bfloat16", "int8", "sign", "two-bit", "low-rank")
 
 
@@ -122,24 +121,10 @@ def read_finetuned(
     needed &= own.keys()
     match = match_states(states, own, needed, backbone.classifier, network=backbone.spec, part=part)
     found = find_head(match, backbone.classifier, backbone.chain.feature_dim, head)
-    _tell(match, backbone)
+    tell_rest(match, backbone.spec, "the checkpoint")
     place, weight = backbone.classifier or HEAD, found["weight"]
     body = {name: tensor for name, tensor in match.tensors.items() if not name.startswith(f"{place}.")}
     return body | {f"{place}.weight": weight, f"{place}.bias": found.get("bias", torch.zeros(len(weight)))}
-
-
-def _tell(match: Match, backbone: Backbone) -> None:
-    """Warn of what a checkpoint holds beside the tensors that are read."""
-    if match.others:
-        listed = ", ".join(map(repr, match.others[:3]))
-        warn_caller(f"the checkpoint holds several networks: {match.part!r} is read, not {listed}.", CheckpointWarning)
-    foreign = [name for name in match.foreign if name.rpartition(".")[2] not in DERIVED]
-    if foreign:
-        more = f" and {len(foreign) - LISTED} more" if len(foreign) > LISTED else ""
-        warn_caller(
-            f"left out of the checkpoint, as {backbone.spec} does not have them: {', '.join(foreign[:LISTED])}{more}.",
-            CheckpointWarning,
-        )
 
 
 def find_changes(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

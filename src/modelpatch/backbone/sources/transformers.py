@@ -7,6 +7,7 @@ Weights are read from safetensors alone, and no code of a repository is run.
 """
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,6 +195,11 @@ def _check_images(model: Any) -> None:
         raise BackboneError(
             f"{type(model).__name__} reads {model.main_input_name!r}, not images alone. Expected a model of images, or the "
             "vision tower of one of images and text."
+        )
+    if "spatial_shapes" in inspect.signature(model.forward).parameters:
+        raise BackboneError(
+            f"{type(model).__name__} reads lists of patches with the shape of each picture (NaFlex), which is not supported. "
+            "Expected a model of square images: the SigLIP 2 checkpoints that name their pixels are."
         )
 
 
