@@ -175,7 +175,7 @@ def load(spec: str) -> mp.Backbone:
     raise problem
 
 
-def count_repeats(module: nn.Module, closed: set[type[nn.Module]] | None = None) -> int:
+def count_repeats(module: nn.Module) -> int:
     """Blocks that the network repeats: the most members of containers of one class that hold no such blocks themselves."""
     counts: Counter[type[nn.Module]] = Counter()
 
