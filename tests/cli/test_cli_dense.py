@@ -55,7 +55,7 @@ def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:
         answer = Segmentation().reduce(model(patch.preprocessing(image)))[0]
         expected = lay_over(answer, View(patch.task.classes, patch.preprocessing, image))
         drawn_picture = np.asarray(Image.open(row["overlays"]["squares"]))
-        assert np.array_equal(drawn_picture[: image.height], np.asarray(expected)), "a legend lies below"
+        assert np.array_equal(drawn_picture[: image.height, : image.width], np.asarray(expected)), "a legend lies below"
         assert len(drawn_picture) > image.height
 
 
