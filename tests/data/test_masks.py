@@ -67,6 +67,12 @@ def pair(root: Path, values: Any = (0, 1), mode: type = np.uint8, name: str = "a
     return root
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_class_names_are_read_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    pair(tmp_path).joinpath("classes.txt").write_bytes("Hintergrund\r\nTür\r\n".encode(encoding))
+    assert found(tmp_path).classes == ["Hintergrund", "Tür"]
+
+
 # folders ----------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Mapping[str, tuple[str, str]]] = {  # of each split an image and its mask

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
+from modelpatch.data.sources.documents import read_lines
 from modelpatch.data.sources.split_names import COLLECTIONS, plain_split_of
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
@@ -80,7 +81,7 @@ class SourceOptions:
             return self.classes
         for file in (folder / name for name in CLASS_FILES):
             if file.is_file():
-                return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+                return read_lines(file)
         return None
 
     @property
