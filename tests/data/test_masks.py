@@ -73,6 +73,19 @@ def test_class_names_are_read_in_any_encoding(tmp_path: Path, encoding: str) -> 
     assert found(tmp_path).classes == ["Hintergrund", "Tür"]
 
 
+def test_a_legend_without_a_class_is_refused(tmp_path: Path) -> None:
+    pair(tmp_path).joinpath("class_dict.csv").write_text("name,r,g,b\n")
+    with pytest.raises(DataError, match=r"class_dict\.csv has the columns .* and no row"):
+        found(tmp_path)
+
+
+def test_a_damaged_mask_that_states_a_huge_chunk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path)
+    monkeypatch.setattr(Image.Image, "__array_interface__", property(lambda _: (_ for _ in ()).throw(MemoryError)))
+    with pytest.raises(DataError, match=r"a\.png cannot be read as a mask: MemoryError"):
+        found(tmp_path)
+
+
 # folders ----------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Mapping[str, tuple[str, str]]] = {  # of each split an image and its mask

@@ -3,7 +3,9 @@
 import io
 import math
 import os
+import struct
 import warnings
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -29,13 +31,20 @@ MAX_CHANNELS = 256
 LONGEST = 64
 ORIENTATION = 0x0112  # the EXIF tag
 DEEP = 2**14  # a 16-bit picture without values beyond it has 14 bits or fewer
-UNREADABLE = (
+UNREADABLE = (  # what Pillow's decoders raise for files that are damaged, or no pictures
     UnidentifiedImageError,
     OSError,
     EOFError,
     SyntaxError,
     TypeError,
     ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
     Image.DecompressionBombError,
 )
 STRIP = 2**18  # pixels that are converted at once
@@ -233,7 +242,9 @@ def open_picture(source: Any, channels: int, value_range: Range = None) -> Pictu
     try:
         return open_bands(source, channels, value_range, _open_file)
     except UNREADABLE as error:
-        raise DataError(f"{name_of(source)} cannot be read as an image: {error}") from error
+        raise DataError(
+            f"{name_of(source)} cannot be read as an image: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def open_any(source: Any) -> Picture:
@@ -259,7 +270,7 @@ def open_image(source: ImageSource, value_range: Range = None) -> Image.Image:
     try:
         return _to_rgb(_open_file(source) if values is None else Image.fromarray(values), value_range)
     except UNREADABLE as error:
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 
 def _open_file(source: Any) -> Image.Image:

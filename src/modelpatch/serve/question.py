@@ -172,6 +172,8 @@ def decode(data: bytes, kinds: Iterable[Preprocessing], pixels: int) -> Decoded:
         said = f"The image's format is not known. Expected {', '.join(FORMATS)}."
         raise Problem("unreadable-image", said, "Convert it.") from error
     except Exception as error:  # Pillow's parsers raise dozens of kinds for files that were made to hurt
+        if isinstance(error.__cause__, MemoryError):
+            raise Problem("too-large", "The image does not fit into memory.", "Send a smaller one.") from error
         said = f"{type(error).__name__}: {error}"[:200]
         raise Problem("unreadable-image", f"The image cannot be decoded: {said}.", "Save it again.") from error
 

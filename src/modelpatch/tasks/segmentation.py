@@ -17,10 +17,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from modelpatch.backbone.preprocessing import ImageSource, Preprocessing, image_bytes
+from modelpatch.backbone.preprocessing import UNREADABLE, ImageSource, Preprocessing, image_bytes
 from modelpatch.errors import DataError
 from modelpatch.tasks.decoding import Decoding, coarsest, fine_and_coarse
 from modelpatch.tasks.drawing import add_legend, encode_png, fit_into, named_colors, palette
@@ -114,8 +114,10 @@ def read_values(source: ImageSource, colors: np.ndarray | None = None) -> np.nda
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 values = _pixels(picture, colors is not None)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source_name(source)} cannot be read as a mask: {error}") from error
+    except UNREADABLE as error:
+        raise DataError(
+            f"{source_name(source)} cannot be read as a mask: {str(error) or type(error).__name__}"
+        ) from error
     if colors is not None:
         return _rows_of(values, colors, source)
     if values.ndim == 3:  # the last channel of two or four is how opaque a pixel is

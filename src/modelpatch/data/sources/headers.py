@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from modelpatch.backbone.preprocessing import ORIENTATION, ImageSource, open_image
+from modelpatch.backbone.preprocessing import ORIENTATION, UNREADABLE, ImageSource, open_image
 from modelpatch.errors import DataError
 
 UPRIGHT = 1
@@ -50,15 +50,7 @@ def read_header(source: ImageSource) -> Orientation | None:
             if picture.format == "PNG" and not _marked(source):
                 return Orientation(picture.size)
             return _header_of(picture, source)
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        Image.DecompressionBombError,
-        DataError,
-    ):
+    except (*UNREADABLE, DataError):
         return None
 
 

@@ -77,6 +77,10 @@ def _read_csv(file: Path) -> Legend | None:
         rows = [row for row in reader if any(str(cell or "").strip() for cell in row.values())]
     except csv.Error as error:
         raise DataError(f"{file} cannot be read as a list of classes: {error}.") from error
+    if not rows:
+        raise DataError(
+            f"{file} has the columns of a list of classes and no row. Add a row for each class, or remove the file."
+        )
     names = [_cell(row, name, file, number) for number, row in enumerate(rows, 1)]
     if channels or color:
         cells = [
