@@ -370,7 +370,7 @@ def write_masks(root: Path, draw: Draw) -> None:
         image = Image.fromarray(mask) if mode == "I;16" else Image.fromarray(mask).convert(mode)
         image.save(stream, "PNG")
         put(root / places[1].format(number), draw.damage(stream.getvalue()))
-    legends = {
+    legends: dict[str, list[list[Any]]] = {
         "class_dict.csv": [["name", "r", "g", "b"], ["bg", 0, 0, 0], ["cat", 255, 255, 255]],
         "labelmap.txt": [["bg:0,0,0::"], ["cat:255,255,255::"]],
         "label_colors.txt": [["0 0 0", "bg"], ["255 255 255", "cat"]],
