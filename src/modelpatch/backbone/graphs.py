@@ -19,6 +19,7 @@ from modelpatch.errors import PatchError, require
 from modelpatch.text import first_line
 
 GRAPHS = {"torch-export": ".pt2", "onnx": ".onnx"}
+LOGGERS = ("torch", "onnxscript", "onnx_ir")
 MOST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf writes less than 2 GiB, the graph included
 
 
@@ -38,13 +39,13 @@ def write_graph(
     """
     if form == "torch-export":
         stream = io.BytesIO()
+        traced = trace_module(module, images, owner)
         with _reported("torch.export", owner):
-            torch.export.save(_trace(module, images), stream, extra_files=dict(facts))
+            torch.export.save(traced, stream, extra_files=dict(facts))
         return stream.getvalue()
     onnx = require("onnx", "export", "The format onnx")
     require("onnxscript", "export", "The format onnx")  # torch.onnx needs it
-    with _reported("torch.onnx", owner):
-        traced = _trace(module, images)
+    traced = trace_module(module, images, owner, "torch.onnx")
     if (size := sum(tensor.nbytes for tensor in traced.state_dict.values())) > MOST_ONNX:
         raise PatchError(
             f"the model has {size:,} bytes of weights; a file of the format onnx holds {MOST_ONNX:,}. Use torch-export."
@@ -59,21 +60,26 @@ def write_graph(
     return model.SerializeToString()
 
 
-def _trace(module: nn.Module, images: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """The module as a program over images of these sizes, in batches of any size."""
+def trace_module(
+    module: nn.Module, images: Mapping[str, Tensor], owner: str, tool: str = "torch.export"
+) -> torch.export.ExportedProgram:
+    """The module as a program over inputs of these sizes, in batches of any size. Raises `PatchError`."""
     batch = torch.export.Dim("batch", min=1)
     shapes: tuple[Any, ...] = tuple({0: batch} for _ in images)
     arguments = signature(module.forward).parameters.values()
     if any(argument.kind is Parameter.VAR_POSITIONAL for argument in arguments):
         shapes = (shapes,)
-    return torch.export.export(module, tuple(images.values()), dynamic_shapes=shapes)
+    with _reported(tool, owner):
+        return torch.export.export(module, tuple(images.values()), dynamic_shapes=shapes)
 
 
 @contextmanager
 def _reported(tool: str, owner: str) -> Iterator[None]:
-    """Silence the exporter's logs and turn its errors into one `PatchError`."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Silence the exporter's logs, and no others, and turn its errors into one `PatchError`."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -81,4 +87,5 @@ def _reported(tool: str, owner: str) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
         raise PatchError(f"{tool} cannot trace {owner}: {first_line(error)[:300]}") from error
     finally:
-        logging.disable(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

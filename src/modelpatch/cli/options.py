@@ -366,6 +366,11 @@ class NamedNetwork:
         return backbone
 
 
+BackendOption = Annotated[
+    str, Option("--backend", help="eager, onnxruntime, openvino or inductor; auto: a rule by device and libraries.")
+]
+
+
 def read_tuning(path: Path | None) -> Tuning | None:
     """The engine's settings in a file of `modelpatch tune`; None for no file."""
     from modelpatch.backbone.tuning import Tuning

@@ -251,6 +251,7 @@ def serve(
     pixels: int = Option(DEFAULT.pixels, min=1, help="Pixels of an image, at most."),
     refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
     tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured; by default a rule."),
+    backend: opt.BackendOption = "auto",
     cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
     device: opt.DeviceOption = "cpu",
     weights: opt.WeightsOption = None,
@@ -262,6 +263,7 @@ def serve(
 
     The page is at /, the routes are described at /openapi.json. Ctrl-C or SIGTERM finishes what runs, then stops.
     """
+    from modelpatch.engine.backends.base import choose_backend
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import BASE
     from modelpatch.serve.run import check_libraries, serve_forever
@@ -269,8 +271,9 @@ def serve(
     check_libraries()
     limits: dict[str, Any] = {"cache_bytes": cache, "deadline": deadline, "batch": batch, "queue": queue}
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
-    settings = Settings(token=token, **limits)
+    settings = Settings(backend=backend, token=token, **limits)
     place = opt.find_device(device)
+    choose_backend(backend, place)  # before anything is loaded
     cascades: dict[str, Cascade] = {}
     for file in cascade or []:
         loaded = Cascade.load(file)

@@ -40,6 +40,7 @@ def predict(
     batch_size: int = Option(16, min=1, help="Images in a batch."),
     workers: int = Option(0, min=0, help="Processes that decode images; 0: this one."),
     tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured, for hundreds of images."),
+    backend: opt.BackendOption = "eager",
     explain: bool = Option(False, "--explain", help="Print what the patches share and the time of each step."),
     plot: Path | None = Option(None, help="A picture of the plan."),
     labels: str | None = Option(None, help="Other answers than the classes, comma-separated or a file of lines."),
@@ -72,7 +73,8 @@ def predict(
     if base_size is not None and not base:
         raise ModelpatchError(f"--base-size {base_size} is for the base's own answer. Give --base as well.")
     seen = _base_preprocessing(loaded, patches.values(), base_size, console) if base else None
-    engine = mp.Engine(loaded, tuning=opt.read_tuning(tuning) or Tuning(), preprocessing=seen)
+    settings = opt.read_tuning(tuning) or (Tuning() if backend == "eager" else None)
+    engine = mp.Engine(loaded, tuning=settings, backend=backend, preprocessing=seen)
     tasks = [BASE] * base + add_tasks(engine, patches)
     if overlay is not None:
         if not any(kind_of(engine.kind(name)).draws for name in tasks):

@@ -13,6 +13,7 @@ Members are added, removed and swapped while other threads call the engine: ever
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import overload
@@ -24,7 +25,9 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import NoHead
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import ImageSource, Preprocessing
-from modelpatch.backbone.tuning import FrozenBackbone, Module, Tuning, sample
+from modelpatch.backbone.tuning import CACHE, FrozenBackbone, Module, Tuning, sample
+from modelpatch.engine.backends.base import choose_backend
+from modelpatch.engine.compiled import CompiledRuns, cache_place
 from modelpatch.engine.graph import export_graph
 from modelpatch.engine.inputs import Answers, Images, Sources, check_names, count_rows, make_batches, read, stream
 from modelpatch.engine.measuring import least_seconds
@@ -47,8 +50,11 @@ class Engine:
     `patches` are patches, bound or not, or paths of their files, by the name of the task; or several of one task in a list,
     of which calls choose by `resolution` or `latency`; or cascades. "base" is the backbone's own answer and is always there.
     `tuning` are settings of the computation, or a file that `modelpatch tune` wrote; by default `Tuning.of(backbone)`, a rule
-    by device and architecture. `budget` are the bytes for variants as modules of their own, beyond the patches' tensors and
-    the backbone (by default twice the backbone's bytes); `eager` makes them when a patch is added instead of when it is used.
+    by device and architecture. `backend` compiles what runs between two forks and every variant: "onnxruntime", "openvino",
+    "inductor", or "eager" for nothing; "auto" is the rule of `choose_backend`, or "eager" where a `tuning` or 16 bits are
+    asked for. Compiled files are kept in the folder `cache`. `budget` are the bytes for variants as modules of their own and
+    for compiled runs, beyond the patches' tensors and the backbone (by default twice the backbone's bytes, eight times where
+    a backend compiles); `eager` makes them when a patch is added instead of when it is used.
     `bfloat16` lets the rule choose 16-bit arithmetic, which moves logits by about a hundredth. `preprocessing` is that of the
     base's own answer, by default the backbone's; with that of the patches it shares their pass.
 
@@ -61,6 +67,8 @@ class Engine:
         patches: Mapping[str, Given] | None = None,
         *,
         tuning: Tuning | str | Path | None = None,
+        backend: str = "auto",
+        cache: str | Path | None = None,
         budget: int | None = None,
         eager: bool = False,
         bfloat16: bool = False,
@@ -81,9 +89,18 @@ class Engine:
         self.backbone = backbone
         self.tuning = Tuning.of(backbone, bfloat16=bfloat16) if tuning is None else pinned
         self._base_bytes = sum(t.nbytes for t in (*backbone.module.parameters(), *backbone.module.buffers()))
-        self.residency = Residency(2 * self._base_bytes if budget is None else budget, self.tuning)
+        chosen = choose_backend(backend, backbone.device, tuning is not None or self.tuning.bfloat16)
+        if chosen.compiles and (self.tuning.bfloat16 or self.tuning.compile):
+            raise EngineError(
+                f"the backend {backend!r} computes in float32. Leave bfloat16 and compile out of the tuning."
+            )
+        budget = (8 if chosen.compiles else 2) * self._base_bytes if budget is None else budget
+        self.residency = Residency(budget, self.tuning, lambda: self.compiled.nbytes)
+        self.compiled = CompiledRuns(
+            chosen, lambda: backbone.identity, cache_place(cache), lambda: self.residency.budget - self.residency.nbytes
+        )
         self.eager, self.templates = eager, Templates(backbone)
-        self._frozen = FrozenBackbone(backbone, self.tuning)
+        self._frozen, self._plain = FrozenBackbone(backbone, self.tuning), FrozenBackbone(backbone, Tuning())
         self._joined: WeakValueDictionary[tuple[nn.Module, ...], JoinedHeads] = WeakValueDictionary()
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.RLock()
@@ -164,7 +181,7 @@ class Engine:
             for one in old:
                 self._forget(one)
         if self.eager:
-            self.residency.make(task.parts)
+            self._prepare([task])
 
     def remove(self, name: str) -> None:
         """Remove a task's patch. Raises `UnknownTaskError` for a name that is not there, `EngineError` for "base"."""
@@ -188,15 +205,39 @@ class Engine:
             self.residency.unpin(name, self._find(name).parts)
 
     def settle(self) -> None:
-        """Wait for the variants' modules that are being made in the background."""
+        """Wait for the variants' modules and the compiled runs that are being made in the background."""
         self.residency.settle()
+        self.compiled.settle()
+
+    def compile(self, rows: int = 1, only: Iterable[str] | None = None) -> None:
+        """Compile what all tasks, or those in `only`, run for `rows` images of their own size, and wait for it.
+
+        Does nothing with the backend "eager". Files of the cache are loaded; `plan` tells what could not be compiled.
+        """
+        if type(rows) is not int or rows < 1:
+            raise EngineError(f"cannot compile for {rows!r} images; expected a whole number from 1 on.")
+        if self.compiled.backend.compiles:
+            tasks = self._whole(only)
+            kinds = {task.preprocessing: task.preprocessing.input_size for task in tasks}
+            images: Batches = {
+                kind: sample(size, self.backbone.device)[:1].expand(rows, -1, -1, -1) for kind, size in kinds.items()
+            }
+            self._program([(task, tuple(range(rows))) for task in tasks], images)(images, now=True)
+            self.compiled.settle()
+
+    def _prepare(self, tasks: Sequence[EngineTask]) -> None:
+        """Make what the tasks' variants run as."""
+        if self.compiled.backend.compiles:
+            self.compile(only=[task.name for task in tasks])
+        else:
+            self.residency.make(part for task in tasks for part in task.parts)
 
     def _forget(self, old: EngineTask) -> None:
         for key, program in [*self._programs.items()]:
             if not old.members.isdisjoint(program.tasks.values()):
                 del self._programs[key]
         self.residency.unpin(old.name, old.parts)
-        self.residency.release(old.parts)
+        self.compiled.forget(self.residency.release(old.parts))
 
     def _find(self, name: str) -> EngineTask:
         return self._choose([name])[0]
@@ -296,7 +337,7 @@ class Engine:
     def _measured(self, task: EngineTask) -> float:
         if task not in self._seconds:
             batches: Batches = {task.preprocessing: sample(task.preprocessing.input_size, self.backbone.device)[:1]}
-            self.residency.make(task.parts)
+            self._prepare([task])
             self._seconds[task] = least_seconds(lambda: self._run([(task, (0,))], batches), self.backbone.device)
         return self._seconds[task]
 
@@ -347,7 +388,7 @@ class Engine:
         program(batches)
         timings: list[Timing] = []
         program(batches, timings)
-        return program.plan, timings
+        return self._told(program), timings
 
     @property
     def plan(self) -> Plan:
@@ -363,7 +404,12 @@ class Engine:
             raise EngineError(f"a plan for {rows!r} images; expected a whole number from 0 on.")
         else:
             turns = [(one, tuple(range(rows))) for one in self._whole(only)]
-        return self._program(turns, None).plan
+        return self._told(self._program(turns, None))
+
+    def _told(self, program: Program) -> Plan:
+        """The plan of a program, with a note of what its runs are compiled to."""
+        told = self.compiled.tell({run.key for runs in program.runs.values() for run in runs})
+        return replace(program.plan, notes=tuple(told))
 
     def _whole(self, only: Iterable[str] | None) -> list[EngineTask]:
         return [one for task in self._pick(only) for one in task.whole]
@@ -387,7 +433,8 @@ class Engine:
         tasks = [task for task, _ in turns]
         plan = make_plan([task.planned(one, own) for task in tasks], [rows for _, rows in turns], self._pays)
         axes = partial(pooled_axes, self.backbone.chain)
-        program = Program(plan, tasks, self._module, self._join, axes, self.tuning, self.backbone.chain.prepare)
+        prepare, find = self.backbone.chain.prepare, self.compiled.find
+        program = Program(plan, tasks, self._module, self._join, axes, self.tuning, prepare, find)
         with self._lock:
             if {member for task in self._tasks.values() for member in task.members}.issuperset(tasks):
                 self._programs[key] = program
@@ -402,20 +449,27 @@ class Engine:
             joined = self._joined[heads] = JoinedHeads(heads)
         return joined
 
-    def _module(self, link: Link) -> Module:
+    def _module(self, link: Link, waits: bool = False) -> Module:
+        """The eager module of a link; one that costs no bytes where it `waits` for a compiled one."""
         if isinstance(link, BoundPart):
-            return self.residency.module(link)
-        return link.module if isinstance(link, NetworkLink) else self._frozen.module(link.span[0])
+            return link if waits else self.residency.module(link)
+        if isinstance(link, NetworkLink):
+            return link.module
+        return (self._plain if waits else self._frozen).module(link.span[0])
 
     def _pays(self, link: Link, sizes: Sequence[int]) -> bool:
-        """Return True if reading the weights once saves more than copying the streams costs: few rows, many weights."""
+        """Return True if reading the weights once saves more than copying the streams costs: few rows, many weights.
+
+        A compiled run is one call for all streams, which pays as well where they stay in the caches.
+        """
         rows = max(sizes)
-        return rows <= self.tuning.merge_rows and link.nbytes > rows * link.output_bytes
+        cached = self.compiled.backend.compiles and sum(sizes) * link.output_bytes <= 2 * CACHE
+        return rows <= self.tuning.merge_rows and (cached or link.nbytes > rows * link.output_bytes)
 
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the backbone and its frozen copies, of all patches' tensors, of the templates that compute with them, of
-        variants' own modules, and of joined heads."""
+        variants' own modules, of compiled runs, and of joined heads."""
         bound = [patch for task in self._tasks.values() for patch in task.patches]
         structures = {id(patch.structure): patch.structure for patch in bound}
         with self._lock:
@@ -426,6 +480,7 @@ class Engine:
             "patches": sum(patch.nbytes for patch in bound),
             "templates": sum(structure.nbytes for structure in structures.values()),
             "variants": self.residency.nbytes,
+            "compiled": self.compiled.nbytes,
             "joined heads": joined,
         }
 

@@ -48,7 +48,7 @@ class PlanGraph(nn.Module):
         self._program = Program(
             plan,
             self.tasks,
-            lambda link: modules[link.key],
+            lambda link, waits: modules[link.key],
             JoinedHeads,
             lambda index: pooled_axes(backbone.chain, index),
             Tuning(),

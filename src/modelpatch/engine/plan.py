@@ -163,12 +163,13 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order. `roots` are the streams of the images: preprocessing, number and rows."""
+    """Steps in order. `roots` are the streams of the images: preprocessing, number and rows. `notes` end its text."""
 
     steps: tuple[Step, ...]
     roots: tuple[tuple[Hashable, int, Rows], ...]
     members: tuple[PlannedTask, ...]
     rows: tuple[Rows, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -250,7 +251,7 @@ class Plan:
         lines = [f"{count}, up to {images} images each: {self._saving}; {size:.1f} MB of weights and activations"]
         for tree in self.trees():
             lines += [f"{tree.rows} {tree.name}", *tree.outline()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def draw(self, path: str) -> None:
         """Draw the plan as a tree of streams into a picture (.png, .svg, .pdf). Needs matplotlib."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpatch.backbone.tuning import Module, Tuning, lay, run_in_pieces
+from modelpatch.engine.compiled import LinkRun, RunModule
 from modelpatch.engine.plan import Batches, HeadStep, Link, Plan, PoolStep, RunStep, Step, Take
 from modelpatch.engine.task import EngineTask
 from modelpatch.heads.reading import pool
@@ -48,22 +49,26 @@ class JoinedHeads:
 class Program:
     """Run a plan.
 
-    `tasks` are its members, `modules` gives the module of a link, `join` makes several heads one, and `axes` gives the axes
-    over which a segment is pooled. `prepare` is told of images before any module runs, and not of the activations that other
-    roots stand for.
+    `tasks` are its members, `modules` gives the module of a link (the second argument is True while a compiled one is made),
+    `join` makes several heads one, and `axes` gives the axes over which a segment is pooled. `prepare` is told of images
+    before any module runs, and not of the activations that other roots stand for. `find` gives the compiled module of a run
+    for an input, if there is one; its third argument is True where it is to be made at once.
     """
 
     def __init__(
         self,
         plan: Plan,
         tasks: Iterable[EngineTask],
-        modules: Callable[[Link], Module],
+        modules: Callable[[Link, bool], Module],
         join: Callable[[tuple[nn.Module, ...]], JoinedHeads],
         axes: Callable[[int], tuple[int, ...]],
         tuning: Tuning,
         prepare: Callable[[Tensor], None],
+        find: Callable[[LinkRun, Tensor, bool], RunModule] = lambda run, x, now: RunModule(),
     ) -> None:
         self.plan, self._modules, self._axes, self._tuning, self._prepare = plan, modules, axes, tuning, prepare
+        self._find = find
+        self.runs = {step.outputs: LinkRun.split(step.links) for step in plan.runs}
         self.tasks = {task.name: task for task in tasks}
         starts = (
             (member.root, links[0].span[0]) for member in plan.members for links in member.walks.values() if links
@@ -78,24 +83,29 @@ class Program:
         }
 
     @torch.inference_mode()
-    def __call__(self, images: Batches, timings: list[Timing] | None = None) -> dict[str, Tensor]:
-        """Answers by member, each for its rows in order, from the images (B, 3, H, W) of every root."""
+    def __call__(self, images: Batches, timings: list[Timing] | None = None, *, now: bool = False) -> dict[str, Tensor]:
+        """Answers by member, each for its rows in order, from the images (B, 3, H, W) of every root.
+
+        Runs that are not compiled yet begin to be where `now` is True.
+        """
         streams: dict[int, Tensor] = {}
         for root, stream, rows in self.plan.roots:
             whole = images[root]
             if root in self._images:
                 self._prepare(whole)
             streams[stream] = lay(whole if len(rows) == len(whole) else whole[list(rows)], self._tuning)
-        return self.follow(streams, timings)
+        return self.follow(streams, timings, now)
 
-    def follow(self, streams: dict[int, Tensor], timings: list[Timing] | None = None) -> dict[str, Tensor]:
+    def follow(
+        self, streams: dict[int, Tensor], timings: list[Timing] | None = None, now: bool = False
+    ) -> dict[str, Tensor]:
         """Answers by member, from the images (B, 3, H, W) of every root's stream; streams that are read no more are freed."""
         cuda = any(x.device.type == "cuda" for x in streams.values())
         answers: dict[str, Tensor] = {}
         for step in self.plan.steps:
             start = 0.0 if timings is None else _now(cuda)
             if isinstance(step, RunStep):
-                self._run(step, streams)
+                self._run(step, streams, now)
             elif isinstance(step, PoolStep):
                 streams[step.output] = pool(streams[step.stream].float(), self._axes(step.tap))
             else:
@@ -106,18 +116,23 @@ class Program:
                 timings.append(Timing(step, _now(cuda) - start))
         return answers
 
-    def _run(self, step: RunStep, streams: dict[int, Tensor]) -> None:
+    def _run(self, step: RunStep, streams: dict[int, Tensor], now: bool) -> None:
         taken = [_take(streams, take) for take in step.inputs]
         x = taken[0] if len(taken) == 1 else torch.cat(taken)
-        modules = [self._modules(link) for link in step.links]
-        if self._tuning.piece_bytes:
-            sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * step.scale) for link in step.links)]
-            output = run_in_pieces(modules, [max(pair) for pair in pairwise(sides)], x, self._tuning)
-        else:
-            output = reduce(lambda made, module: module(made), modules, x)
-        outputs = (output,) if len(taken) == 1 else output.split(step.sizes)
+        for run in self.runs[step.outputs]:
+            compiled, waits = self._find(run, x, now)
+            x = self._run_eager(run, x, step.scale, waits) if compiled is None else compiled(x)
+        outputs = (x,) if len(taken) == 1 else x.split(step.sizes)
         for stream, out in zip(step.outputs, outputs, strict=True):
             streams[stream] = out
+
+    def _run_eager(self, run: LinkRun, x: Tensor, scale: float, waits: bool) -> Tensor:
+        x = lay(x, self._tuning)  # a compiled run before gives rows channel by channel
+        modules = [self._modules(link, waits) for link in run.links]
+        if not self._tuning.piece_bytes:
+            return reduce(lambda made, module: module(made), modules, x)
+        sides = [x.nbytes // max(len(x), 1), *(round(link.output_bytes * scale) for link in run.links)]
+        return run_in_pieces(modules, [max(pair) for pair in pairwise(sides)], x, self._tuning)
 
     def _answer(self, step: HeadStep, streams: Mapping[int, Tensor]) -> dict[str, Tensor]:
         if step.members in self._joined:

@@ -7,7 +7,7 @@ budget has room beside modules that were used more recently.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -36,10 +36,13 @@ class _Variant:
 
 
 class Residency:
-    """Modules of variants by their keys. `budget` is in bytes; modules in the making count. Thread-safe."""
+    """Modules of variants by their keys. `budget` is in bytes; modules in the making count, and what lies `beside` them.
 
-    def __init__(self, budget: int, tuning: Tuning) -> None:
-        self.budget, self.tuning = budget, tuning
+    Thread-safe.
+    """
+
+    def __init__(self, budget: int, tuning: Tuning, beside: Callable[[], int] = lambda: 0) -> None:
+        self.budget, self.tuning, self._beside = budget, tuning, beside
         self._known: dict[str, _Variant] = {}
         self._held: OrderedDict[str, _Variant] = OrderedDict()  # those with bytes, the least recently used first
         self._clock = 0
@@ -59,8 +62,9 @@ class Residency:
             for part in parts:
                 self._known.setdefault(part.key, _Variant()).users += 1
 
-    def release(self, parts: Iterable[BoundPart]) -> None:
-        """Count one task fewer for these variants; those without a task are forgotten."""
+    def release(self, parts: Iterable[BoundPart]) -> set[str]:
+        """Count one task fewer for these variants; those without a task are forgotten. Returns their keys."""
+        gone = set()
         with self._lock:
             for part in parts:
                 variant = self._known[part.key]
@@ -68,6 +72,8 @@ class Residency:
                 if not variant.users:
                     del self._known[part.key]
                     self._held.pop(part.key, None)
+                    gone.add(part.key)
+        return gone
 
     def module(self, part: BoundPart) -> Module:
         """The module that runs the variant now: its own if there is one, else the part over its template."""
@@ -140,7 +146,7 @@ class Residency:
         needed = self._cost(part)
         if needed > self.budget:  # asked at every use
             return False
-        free, victims = self.budget - self.nbytes, []
+        free, victims = self.budget - self.nbytes - self._beside(), []
         for key, other in self._held.items():
             if free >= needed:
                 break

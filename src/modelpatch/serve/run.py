@@ -26,6 +26,7 @@ import torch
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
+from modelpatch.engine.backends.base import choose_backend
 from modelpatch.engine.cascade import Cascade
 from modelpatch.errors import MissingExtraError, ModelpatchError, ServeError
 from modelpatch.serve.settings import Settings
@@ -90,6 +91,7 @@ def serve_forever(
     name, bound = listening.getsockname()[:2]
     say(f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}")
     say(str(tuning or Tuning.of(backbone, device=device)))
+    say(f"backend: {choose_backend(settings.backend, device, settled=tuning is not None).name}")
     with tempfile.TemporaryDirectory(prefix="modelpatch-metrics-") as folder:
         if workers > 1:
             os.environ[FOLDER] = folder

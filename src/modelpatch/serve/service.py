@@ -50,7 +50,7 @@ class Service:
         for name, cascade in (cascades or {}).items():
             self.own[name] = ServedTask(name, f"cascade {name}", cascade.content_hash)
             given[self.own[name].key] = cascade
-        self.engine = Engine(backbone, given, tuning=tuning)
+        self.engine = Engine(backbone, given, tuning=tuning, backend=settings.backend)
         self.metrics = Metrics()
         self.ready = False
         self._running = 0

@@ -12,6 +12,7 @@ MIB = 2**20
 class Settings:
     """Limits of a server; waiting images, resident patches and running requests count in each worker."""
 
+    backend: str = "auto"  # of the engine
     token: str | None = None  # for admin verbs; None turns them off
     cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
     deadline: float = 30.0  # seconds from a request's first byte to its answer
@@ -30,7 +31,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("token", "refresh", "remember") and not value > 0:
+            if name not in ("backend", "token", "refresh", "remember") and not value > 0:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
