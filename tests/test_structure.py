@@ -15,7 +15,7 @@ import modelpatch
 ROOT = Path(modelpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
-    ("errors", "atomic", "text", "moved", "registry", "version"),
+    ("errors", "atomic", "text", "moved", "provenance", "registry", "version"),
     ("backbone",),
     ("heads",),
     ("tasks",),

@@ -73,6 +73,22 @@ class InvalidPatchError(PatchFileError):
     """The header is intact but describes something that cannot be a patch."""
 
 
+class SignatureError(PatchFileError):
+    """The author of a file is not known, or cannot be checked."""
+
+
+class UnsignedPatchError(SignatureError):
+    """A signature is required, and the file has none."""
+
+
+class OtherSignerError(SignatureError):
+    """The file is signed by somebody else than those whose signature is required."""
+
+
+class DamagedSignatureError(SignatureError):
+    """A signature was altered, is of other bytes, or is none at all."""
+
+
 class WrongBackboneError(PatchError):
     """The patch was made for other frozen weights than the backbone at hand."""
 
@@ -151,6 +167,14 @@ class DepthWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint holds more than the network that is read from it."""
+
+
+class KeyFileError(ModelpatchError):
+    """A key to sign with, or to check signatures with, cannot be read."""
+
+
+class LockedKeyError(KeyFileError):
+    """A private key that only another passphrase opens."""
 
 
 class UnknownTaskError(ModelpatchError):

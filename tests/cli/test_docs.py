@@ -34,10 +34,12 @@ from conftest import Run, write_folder
 from dense import write_masks, write_voc
 from modelpatch.cli.main import app
 from modelpatch.methods import vocabulary
+from modelpatch.patch.envelope import make_statement, signature_path
+from modelpatch.patch.keys import make_key, read_private_key, sign
 
 pytestmark = pytest.mark.slow
 
-for library in ("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib"):
+for library in ("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib", "cryptography"):
     pytest.importorskip(library)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,6 +48,8 @@ LEFT_OUT = (
     "serve",
     "s3://",
     "--ray-workers",
+    "--sigstore",
+    "sigstore:",
 )  # what keeps on running, takes an hour, a service or a cluster
 SMALLER = {
     "--epochs": "1",
@@ -151,6 +155,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
         copy = create_small("resnet50.a1_in1k", num_classes=classes).state_dict()
         copy["layer4.0.conv2.weight"] *= 1.1  # fine-tuned
         torch.save(copy, folder / f"{name}.pth")
+    make_key(folder / "alice.key")
+    signed, key = folder / "flowers.safetensors", read_private_key(folder / "alice.key")
+    signature_path(signed).write_bytes(sign(make_statement(signed.read_bytes(), signed.name, {}), key))
     names = {"mp": mp, "backbone": backbone, "task": task, "patch": patch, "batch": torch.rand(3, 3, 32, 32)}
     names |= {"small": small, "middle": middle, "large": large, "files": [folder / "a.jpg", folder / "b.jpg"]}
     return Given(folder, names)

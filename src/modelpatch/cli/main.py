@@ -25,6 +25,7 @@ PANELS = {  # of the verbs, by the module that has them
     "many": "Many tasks, many resolutions",
     "converting": "Convert",
     "networks": "Convert",
+    "signing": "Store and serve",
     "serving": "Store and serve",
 }
 VERBS = {  # by name: its module and a line about it
@@ -50,6 +51,7 @@ VERBS = {  # by name: its module and a line about it
     "diff": ("converting", "Compare two patches tensor by tensor."),
     "export": ("converting", "Write the patched model as an ordinary model or an ONNX graph."),
     "backbone": ("networks", "Show a frozen network, or write it with its weights as one file."),
+    "sign": ("signing", "Sign patch files, so that others can check who made them."),
     "store": ("serving", "Keep patches by name, version and tag."),
     "tune": ("serving", "Measure which settings of an engine are fastest on this machine."),
     "serve": ("serving", "Answer over HTTP with the patches of a store."),

@@ -12,6 +12,7 @@ import modelpatch as mp
 from modelpatch.atomic import write_bytes
 from modelpatch.cli import options as opt
 from modelpatch.cli.console import JsonOption, Screen, check_out
+from modelpatch.cli.signing import RequiredOption, signers_of
 from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, ServeError, StoreError
 from modelpatch.report import tables
@@ -59,12 +60,15 @@ def add(
     patch: Path = Argument(..., help="The patch file."),
     tag: list[str] | None = Option(None, help="A tag for it, by default latest; may be repeated."),
     other_backbone: OtherBackboneOption = False,
+    require_signer: RequiredOption = None,
 ) -> None:
-    """Check a patch file and publish it; the first one makes the store.
+    """Check a patch file and publish it, with the signature beside it; the first one makes the store.
 
     A patch of another backbone than that name's is refused without `--other-backbone`.
     """
-    version = mp.Store(store).publish(name, patch, tags=tag or ("latest",), other_backbone=other_backbone)
+    version = mp.Store(store, signers=signers_of(require_signer)).publish(
+        name, patch, tags=tag or ("latest",), other_backbone=other_backbone
+    )
     Screen().tell(f"published {version}, {version.nbytes:,} bytes, as {', '.join(version.tags)}")
 
 
@@ -83,13 +87,19 @@ def get(
     reference: ReferenceArgument,
     out: Path = Option(..., "--out", "-o", help="The patch file to write."),
     force: opt.ForceOption = False,
+    require_signer: RequiredOption = None,
 ) -> None:
-    """Check a version's patch file and write it."""
-    check_out(out, force)
-    opened = open_store(store)
+    """Check a version's patch file and write it, and beside it its signature where it has one."""
+    from modelpatch.patch.envelope import signature_path
+
+    opened = open_store(store, require_signer)
     version = opened.resolve(reference)
+    signature = opened.signature(version)
+    check_out([out] if signature is None else [out, signature_path(out)], force)
     opened.load(version)
     write_bytes(out, opened.read(version))
+    if signature is not None:
+        write_bytes(signature_path(out), signature)
     Screen().tell(f"wrote {out} ({version}, {version.nbytes:,} bytes)")
 
 
@@ -125,10 +135,10 @@ def remove(
 
 
 @store.command("verify")
-def verify_store(store: StoreArgument, json: JsonOption = None) -> None:
+def verify_store(store: StoreArgument, require_signer: RequiredOption = None, json: JsonOption = None) -> None:
     """Check every byte of a store and print what is wrong. Exit status 1 if anything is."""
     console = Screen(json)
-    opened = open_store(store)
+    opened = open_store(store, require_signer)
     versions = opened.list()
     names = len({version.name for version in versions})
     with console.progress("verify") as bar, bar.task(opened.url, names) as advance:
@@ -161,12 +171,13 @@ def push(
     other: OtherArgument,
     references: ReferencesArgument,
     other_backbone: OtherBackboneOption = False,
+    require_signer: RequiredOption = None,
 ) -> None:
     """Copy versions from STORE to OTHER, each with its tag: flowers@prod is flowers@prod there too.
 
     NAME alone is NAME@latest. A version given by its hash is copied without a tag; `store tag` adds one.
     """
-    _copy(open_store(store), mp.Store(other), references, other_backbone)
+    _copy(open_store(store, require_signer), mp.Store(other), references, other_backbone)
 
 
 @store.command("pull")
@@ -175,14 +186,15 @@ def pull(
     other: OtherArgument,
     references: ReferencesArgument,
     other_backbone: OtherBackboneOption = False,
+    require_signer: RequiredOption = None,
 ) -> None:
     """Copy versions from OTHER to STORE, with the same tags."""
-    _copy(open_store(other), mp.Store(store), references, other_backbone)
+    _copy(open_store(other, require_signer), mp.Store(store), references, other_backbone)
 
 
-def open_store(url: str) -> "mp.Store":
-    """Open a store to read from it. Raises `StoreError` if nothing is there."""
-    opened = mp.Store(url)
+def open_store(url: str, signers: list[str] | None = None) -> "mp.Store":
+    """Open a store to read from it, maybe only what is signed. Raises `StoreError` if nothing is there."""
+    opened = mp.Store(url, signers=signers_of(signers))
     if not opened.exists():
         raise StoreError(f"there is no store at {url}.", f"`modelpatch store add {url} NAME FILE` makes one.")
     return opened
@@ -236,13 +248,14 @@ def tune(
     console.write_json(asdict(tuning))
 
 
-@verb(first="backbone host port token workers cascade", panel="Limits")
+@verb(first="backbone host port token require_signer workers cascade", panel="Limits")
 def serve(
     store: str = Argument(..., help="The folder or URL of a store of patches."),
     backbone: str | None = Option(None, "--backbone", "-b", help="The frozen network; by default that of the patches."),
     host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every network."),
     port: int = Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
     token: str | None = Option(None, envvar="MODELPATCH_TOKEN", help="To publish, tag and remove; none: nobody may."),
+    require_signer: RequiredOption = None,
     workers: int = Option(1, min=1, help="Processes that answer and share the backbone's memory."),
     cache: int = Option(DEFAULT.cache_bytes, min=1, help="Bytes for resident patches, per worker."),
     deadline: float = Option(DEFAULT.deadline, min=0.1, help="Seconds per request, at most."),
@@ -266,17 +279,21 @@ def serve(
     from modelpatch.engine.backends.base import choose_backend
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.engine import BASE
+    from modelpatch.patch.signing import check_file_signer
     from modelpatch.serve.run import check_libraries, serve_forever
 
     check_libraries()
     limits: dict[str, Any] = {"cache_bytes": cache, "deadline": deadline, "batch": batch, "queue": queue}
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
-    settings = Settings(backend=backend, token=token, **limits)
+    signers = signers_of(require_signer)
+    settings = Settings(backend=backend, token=token, signers=signers, **limits)
     place = opt.find_device(device)
     choose_backend(backend, place)  # before anything is loaded
     cascades: dict[str, Cascade] = {}
     for file in cascade or []:
         loaded = Cascade.load(file)
+        if signers is not None:
+            check_file_signer(file, file.read_bytes(), signers)
         if loaded.task.name in (BASE, *cascades):
             raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
         cascades[loaded.task.name] = loaded

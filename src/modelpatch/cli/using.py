@@ -14,6 +14,7 @@ import modelpatch as mp
 from modelpatch.atomic import write_bytes
 from modelpatch.cli import options as opt
 from modelpatch.cli.console import Screen, check_once, make_folder, read_names
+from modelpatch.cli.signing import SignerOption, signers_of
 from modelpatch.cli.verb import verb
 from modelpatch.errors import BackboneError, CascadeError, DataError, MissingExtraError, ModelpatchError
 from modelpatch.report import plots, tables
@@ -22,6 +23,7 @@ from modelpatch.text import count_of, file_name
 if TYPE_CHECKING:
     from modelpatch.engine.cascade import Cascade
     from modelpatch.engine.inputs import Answers
+    from modelpatch.patch.signing import Signers
 
 Row = dict[str, Any]
 COLORS = {"intact": "green", "refused": "red", "unchecked": "yellow"}
@@ -271,12 +273,16 @@ def inspect(
     backbone: str | None = Option(None, "--backbone", "-b", help="The network, to name segments; own: the patch's."),
     weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
+    signer: SignerOption = None,
 ) -> None:
-    """Show the contents of a patch: hashes, settings, measured figures, and the bytes of every part.
+    """Show the contents of a patch: hashes, settings, measured figures, signers, and the bytes of every part.
 
     With `--backbone own` parts are grouped by the segments of the patch's network, which is built without its weights.
     """
-    loaded = mp.Patch.load(patch)
+    from modelpatch.patch.signing import describe_signature
+
+    signers = signers_of(signer)
+    loaded = mp.Patch.load(patch, signers=signers)
     network = opt.PatchNetwork(backbone, argument, weights)
     if data is not None:
         import modelpatch.report.measures as measures
@@ -293,7 +299,9 @@ def inspect(
     if chain is None:
         why = "cannot be built here: name another with" if backbone else f"names segments: --backbone {opt.OWN}"
         console.tell(f"the backbone {loaded.backbone.spec} {why}")
-    figures = inspection.as_dict()
+    line, signature = describe_signature(patch, signers)
+    console.tell(line)
+    figures = {**inspection.as_dict(), "signature": signature}
     picture: tuple[Any, ...] = plots.plot_inspection, inspection
     if data is not None and base is not None:
         task = mp.load_task(data, hold_out=False)
@@ -309,25 +317,27 @@ def inspect(
     console.draw(plot, *picture)
 
 
-@verb(first="backbone json")
+@verb(first="backbone signer json")
 def verify(
     console: Screen,
     patch: list[Path] = Argument(..., help="Patch files."),
     backbone: str | None = Option(None, "--backbone", "-b", help="A network it must fit too; own: the patch's."),
+    signer: SignerOption = None,
     file_only: bool = Option(False, "--file-only", hidden=True),
     weights: opt.WeightsOption = None,
     argument: opt.ArgumentOption = None,
 ) -> None:
-    """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network.
+    """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network, with --signer
+    that one of the signers has signed them.
 
     A file is intact, refused, or unchecked if its backbone cannot be loaded. Exit status 1 unless all are intact.
     """
     from rich.markup import escape
 
-    network = opt.PatchNetwork(backbone, argument, weights)
+    network, signers = opt.PatchNetwork(backbone, argument, weights), signers_of(signer)
     results = []
     for path in patch:
-        result, line = _check(path, None if backbone is None or file_only else network)
+        result, line = _check(path, None if backbone is None or file_only else network, signers)
         results.append(result)
         status, color = result["status"], COLORS[result["status"]]
         console.print(f"[{color}]{status:<9}[/{color}] {escape(line)}", soft_wrap=True, highlight=False)
@@ -336,12 +346,18 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check(path: Path, network: opt.PatchNetwork | None) -> tuple[Row, str]:
+def _check(path: Path, network: opt.PatchNetwork | None, signers: Signers | None) -> tuple[Row, str]:
     """The result of one file, as written to the JSON, and the line about it."""
+    from modelpatch.patch.contents import decode_patch, read_patch_file
+    from modelpatch.patch.signing import check_file_signer
+
     row: Row = {"patch": str(path), "ok": True, "status": "intact", "checked": "nothing"}
     try:
-        patch = mp.Patch.load(path)
+        data = read_patch_file(path)
+        patch = decode_patch(data, str(path))
         row["checked"] = "file"
+        if signers is not None:
+            row["signer"] = check_file_signer(path, data, signers).name
         if network is not None:
             mp.PatchedModel(network.open(patch, path), patch)
             row["checked"] = f"file and backbone {patch.backbone.spec}"
@@ -350,5 +366,6 @@ def _check(path: Path, network: opt.PatchNetwork | None) -> tuple[Row, str]:
         row |= {"ok": False, "status": "unchecked" if unchecked else "refused", "error": name, "message": str(error)}
         why = "the file is intact, its backbone was not checked" if unchecked and row["checked"] == "file" else name
         return row, f"{path}: {why}: {str(error).removeprefix(f'{path}: ')}"
+    by = f", signed by {row['signer']}" if signers else ""
     more = "; -b own checks that it fits its backbone too" if network is None else ""
-    return row, f"{path}: {row['checked']}{more}"
+    return row, f"{path}: {row['checked']}{by}{more}"

@@ -19,6 +19,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 from modelpatch.cli.console import JsonOption, Screen, check_file, check_picture, check_sheet
 from modelpatch.cli.runs import CURRENT, QUIET, load_run
+from modelpatch.provenance import COMMAND
 from modelpatch.text import nearest
 
 BACKBONE, DATA, FILES, OPTIONS, RAY, RUN = "Backbone", "Data", "Files", "Options", "Ray", "Run"
@@ -54,6 +55,7 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as click does; an unknown option that is a setting is answered with --set or --fit."""
         given = list(args)
+        COMMAND.set((str(ctx.info_name), *given))
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -30,6 +30,7 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.codec import snap_int8, snap_signs, snap_sizes
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
+from modelpatch.provenance import describe_making
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
@@ -105,7 +106,9 @@ def extract(
     used = {"codec": codec, **({"rank": rank} if codec == "low-rank" else {})}
     method = MethodRecord(name="extract", hyperparameters=used)
     seen, record = backbone.preprocessing.with_image_size(image_size), HeadRecord(features=features, outputs=outputs)
-    return Patch.of(backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method)
+    return Patch.of(
+        backbone, task, record, tensors, int8=int8, preprocessing=seen, method=method, created=describe_making()
+    )
 
 
 def read_finetuned(

@@ -27,6 +27,7 @@ from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.changes import resolve
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
+from modelpatch.provenance import describe_making
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 
@@ -179,7 +180,7 @@ def merge(
     method = MethodRecord(name="merge", hyperparameters=used)
     tensors |= {f"delta/{name}": delta for name, delta in merged.items() if delta.any()}
     made = replace(start, task=task, head=record, method=method, tensors=tensors)
-    return replace(made, int8=frozenset(), strength=1.0, metrics={}, created={})
+    return replace(made, int8=frozenset(), strength=1.0, metrics={}, created=describe_making())
 
 
 def add(changes: Sequence[Mapping[str, Tensor]]) -> Change:

@@ -8,3 +8,4 @@ from .file import MethodRecord as MethodRecord
 from .finding import find_backbone as find_backbone
 from .folding import fold as fold
 from .model import PatchedModel as PatchedModel
+from .signing import Signers as Signers

@@ -26,10 +26,21 @@ from modelpatch.patch.codec import FLOATS, STORAGE, snap_int8
 from modelpatch.patch.entropy import MAX_BITS
 from modelpatch.patch.file import BackboneRecord, MethodRecord, check_file, decode_file, encode_file
 from modelpatch.patch.inspect import Inspection
+from modelpatch.patch.signing import Signers, check_file_signer
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
+STATED = (
+    "modelpatch",
+    "commit",
+    "torch",
+    "timm",
+    "date",
+    "command",
+    "data_sha256",
+    "run",
+)  # facts that signatures state
 CHANGES = ("replace/", *MADE)
 SHARED = ("backbone", "task", "preprocessing", "head", "method", "grafts", "strength", "metrics", "created")
 
@@ -117,15 +128,27 @@ class Patch:
         frozen = self.backbone.fingerprint.chain + grafts
         return hash_tensors(self.tensors.items())[:32] + hash_tensors([(frozen, torch.zeros(0))])[:32]
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The facts that a signature states beside the file's hash: the task, the base, and how the patch was made."""
+        of = self.backbone.fingerprint
+        return {
+            "task": self.task.name,
+            "kind": self.task.kind,
+            "method": self.method.name,
+            "backbone": {"spec": self.backbone.spec, "sha256": of.whole, "chain": of.chain},
+            "created": {name: self.created[name] for name in STATED if name in self.created},
+        }
+
     @classmethod
-    def load(cls, path: str | Path) -> "Patch":
-        """Read a patch file. Raises a `PatchFileError` that names what can be seen to be wrong without the backbone."""
-        if not isinstance(path, str | PathLike):
-            raise NotAPatchError(f"{path!r:.200} is no path. Expected that of a patch file.")
-        try:
-            data = Path(path).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
+    def load(cls, path: str | Path, *, signers: Signers | None = None) -> "Patch":
+        """Read a patch file. Raises a `PatchFileError` that names what can be seen to be wrong without the backbone.
+
+        With `signers` one of them has to have signed the file, beside which the signature is looked for: `PATCH.sig`.
+        """
+        data = read_patch_file(path)
+        if signers is not None:
+            check_file_signer(path, data, signers)
         return decode_patch(data, str(path))
 
     def save(self, path: str | Path, *, compress: bool = True) -> Path:
@@ -289,6 +312,16 @@ def record_task(task: PatchTask) -> TaskRecord:
         raise PatchError(f"{task!r:.200} is not a task: {first_problem(error)}.") from error
     except (TypeError, ValueError) as error:
         raise PatchError(f"{task!r:.200} is not a task. Expected a Task, a TaskRecord or (name, classes).") from error
+
+
+def read_patch_file(path: str | PathLike[str]) -> bytes:
+    """The bytes of a patch file, not looked at. Raises `NotAPatchError` where they cannot be read."""
+    if not isinstance(path, str | PathLike):
+        raise NotAPatchError(f"{path!r:.200} is no path. Expected that of a patch file.")
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
 
 
 def encode_patch(patch: Patch, compress: bool = True) -> bytes:

@@ -360,10 +360,13 @@ def _score(metrics: Mapping[str, float]) -> str:
 
 def version_table(version: Version) -> Table:
     """Everything that a store says of one version."""
+    from modelpatch.patch.envelope import short
+
     rows = [
         ("hash", version.hash),
         ("tags", " ".join(version.tags) or "none"),
         ("published", version.created),
+        ("signed by", ", ".join(map(short, version.signers)) or "nobody"),
         ("file", f"{version.nbytes:,} bytes"),
         *((name, getattr(version, name)) for name in ("task", "method", "backbone", "fingerprint")),
         ("its chain", version.chain),

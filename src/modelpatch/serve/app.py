@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
-from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question
+from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question, read_signature
 from modelpatch.serve.service import Service
 from modelpatch.store.version import NAME
 from modelpatch.version import __version__
@@ -33,8 +33,17 @@ HEADERS = {
 PatchName = Annotated[str, PathParameter(pattern=rf"^{NAME.pattern}$", examples=["flowers"])]
 PatchReference = Annotated[str, PathParameter(pattern=schemas.REFERENCE, examples=["flowers", "flowers@9f2c01ab"])]
 FILE_BODY = {"required": True, "content": {OCTETS: {"schema": BINARY}}}
+MOST_SIGNATURE = 32 * 1024  # characters; sigstore's bundles have about 10,000
 ROUTES = "GET /openapi.json lists routes."
 PatchTags = Annotated[list[str] | None, Query(description="Tags for the version; latest without any.")]
+SignatureHeader = Annotated[
+    str | None,
+    Header(
+        alias="Modelpatch-Signature",
+        description="The signature file in base64: base64 -w0 PATCH.sig.",
+        max_length=MOST_SIGNATURE,
+    ),
+]
 PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
 ALWAYS = ("bad-request", "invalid-request", "failed")
 BUSY = (*ALWAYS, "too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
@@ -116,14 +125,18 @@ async def list_versions(service: Running, name: PatchName) -> Response:
     "/{name}",
     response_model=schemas.PatchInfo,
     status_code=201,
-    responses=problems(*BUSY, "too-slow"),
+    responses=problems(*BUSY, "too-slow", "not-signed"),
     openapi_extra={"requestBody": FILE_BODY},
 )
-async def publish(request: Request, service: Running, name: PatchName, tag: PatchTags = None) -> Response:
-    """Publish a patch file as the newest version. It is checked against the backbone first, and resident at once."""
+async def publish(
+    request: Request, service: Running, name: PatchName, tag: PatchTags = None, signature: SignatureHeader = None
+) -> Response:
+    """Publish a patch file as the newest version, with its signature where it has one. It is checked against the backbone and
+    the server's required signers first, and resident at once."""
     async with service.admit():
+        signed = read_signature(signature)
         data = await read_body(request, service.settings.patch_bytes)
-        return JSONResponse(await service.publish(name, data, tag or ["latest"]), 201)
+        return JSONResponse(await service.publish(name, data, tag or ["latest"], signed), 201)
 
 
 @admin.delete("/{name}", status_code=204, responses=problems("tagged"))

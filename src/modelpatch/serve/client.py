@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from PIL import Image
 from modelpatch.backbone.preprocessing import image_bytes, open_image
 from modelpatch.errors import DataError, ServeError, require
 from modelpatch.patch.contents import Patch, encode_patch
+from modelpatch.patch.envelope import read_beside
 from modelpatch.serve.problems import Problem
 from modelpatch.tasks.drawing import encode_png
 
@@ -21,6 +23,7 @@ Names = Sequence[str] | None
 Answers = dict[str, list[tuple[str, float]]]
 CONNECTIONS = 64  # kept open for threads that ask at the same time
 PREDICT = "/v1/predict"
+SIGNATURE = "Modelpatch-Signature"
 AGAIN = ("too-busy", "no-room", "deadline", "stopping")
 OCTETS = "application/octet-stream"  # any image; the server looks at its bytes
 MODEL = "serve_multiplexed_model_id"  # where Ray Serve looks for a hint which replica has the patch
@@ -102,13 +105,25 @@ class Client:
         chosen = {} if tasks is None else {"tasks": ",".join(tasks)}
         return self._send("GET", "/v1/plan", {"images": images, **chosen})
 
-    def publish(self, name: str, patch: Patch | str | Path, tags: Sequence[str] = ("latest",)) -> dict[str, Any]:
-        """Publish a patch or its file as the newest version. Needs the token."""
+    def publish(
+        self,
+        name: str,
+        patch: Patch | str | Path,
+        tags: Sequence[str] = ("latest",),
+        *,
+        signature: bytes | None = None,
+    ) -> dict[str, Any]:
+        """Publish a patch or its file as the newest version, with the signature beside the file or the one given. Needs the
+        token."""
+        if signature is None and not isinstance(patch, Patch):
+            signature = read_beside(patch)
         try:
             data = encode_patch(patch) if isinstance(patch, Patch) else Path(patch).read_bytes()
         except OSError as error:
             raise DataError(f"{patch} cannot be read: {error.strerror}.") from error
-        return self._send("PUT", f"/v1/patches/{quote(name, '@')}", {"tag": list(tags)}, body=data)
+        said = {SIGNATURE: b64encode(signature).decode()} if signature is not None else {}
+        headers = {**self._http.headers, **said}
+        return self._send("PUT", f"/v1/patches/{quote(name, '@')}", {"tag": list(tags)}, body=data, headers=headers)
 
     def tag(self, name: str, tag: str, version: str = "latest") -> dict[str, Any]:
         """Let a tag name a version. Needs the token."""

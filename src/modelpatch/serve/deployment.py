@@ -98,7 +98,7 @@ def replica(
         torch.set_num_threads(1)  # the engine's thread alone has more
         backbone = load_backbone(spec, **arguments)
         backbone = backbone if device == "cpu" else backbone.to(device)
-        app = create_app(Service(Store(url), backbone, settings, tuning, threads=threads))
+        app = create_app(Service(Store(url, signers=settings.signers), backbone, settings, tuning, threads=threads))
 
         @serve.multiplexed(max_num_models_per_replica=HINTS)  # type: ignore[untyped-decorator]
         async def known_for(reference: str) -> str:

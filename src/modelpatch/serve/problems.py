@@ -13,6 +13,7 @@ TITLES = {
     "bad-request": (400, "The request cannot be read"),
     "no-token": (401, "An admin verb needs the server's token"),
     "wrong-token": (403, "That is not the server's token"),
+    "not-signed": (403, "Nobody that this server requires has signed the patch"),
     "admin-off": (403, "Admin verbs are off"),
     "not-found": (404, "There is nothing here"),
     "unknown-patch": (404, "There is no such patch"),
@@ -45,6 +46,8 @@ HEADERS = {
 KINDS: dict[Any, tuple[str, str]] = {  # by types of errors, the first that fits; its advice replaces the error's
     errors.UnknownPatchError: ("unknown-patch", "GET /v1/patches lists those there are."),
     errors.WrongBackboneError: ("wrong-backbone", "GET /v1/plan names the server's backbone."),
+    (errors.UnsignedPatchError, errors.OtherSignerError): ("not-signed", ""),
+    errors.DamagedSignatureError: ("damaged-patch", "Publish the patch again with its signature."),
     DAMAGED: ("damaged-patch", "Publish the patch again from its source."),
     errors.PatchError: ("damaged-patch", ""),
     errors.TaggedVersionError: ("tagged", "Move the tag, or remove with force=true."),

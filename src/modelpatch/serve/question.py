@@ -120,6 +120,15 @@ def _decode_base64(text: str, place: int) -> bytes:
         raise Problem("unreadable-image", said, "Encode the bytes of the file.", image=place) from error
 
 
+def read_signature(header: str | None) -> bytes | None:
+    """The signature file that a header holds in base64. Raises `Problem`, 422, for anything else."""
+    try:
+        return None if header is None else base64.b64decode(header, validate=True)
+    except ValueError as error:
+        said = f"The header Modelpatch-Signature is no base64: {error}."
+        raise Problem("invalid-request", said, "Encode the file: base64 -w0 PATCH.sig") from error
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises `Problem`: 413 beyond `limit` bytes, 408 where nothing comes for a while."""
     return await _counted(request, limit).body()

@@ -51,7 +51,7 @@ def check_libraries() -> None:
 
 def check_store(url: str, settings: Settings) -> None:
     """Raises `StoreError` where the store cannot be listed, `ServeError` where there is none and no token to publish with."""
-    store = Store(url)
+    store = Store(url, signers=settings.signers)
     if settings.token is None and not store.exists():
         raise ServeError(
             f"there is no store at {url}, and without a token no patch can be published to it here.",
@@ -107,7 +107,9 @@ def serve_forever(
             """Serve in this process until SIGTERM; requests that run are finished."""
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
             sys.setswitchinterval(SWITCH)
-            service = Service(Store(url), backbone.to(device), settings, tuning, cascades, threads)
+            service = Service(
+                Store(url, signers=settings.signers), backbone.to(device), settings, tuning, cascades, threads
+            )
             config = uvicorn.Config(
                 create_app(service, ready),
                 http=GuardedProtocol,

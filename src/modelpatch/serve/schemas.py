@@ -126,7 +126,11 @@ class Prediction(BaseModel, json_schema_extra={"examples": [ANSWER]}):
 
 
 class PatchInfo(BaseModel):
-    """A version of a patch. `fits` is True if it belongs to this server's backbone, `problem` is its last failure to load."""
+    """A version of a patch. `fits` is True if it belongs to this server's backbone, `problem` is its last failure to load.
+
+    `signers` are those that the signature claims: by name where this server requires them, else ids of keys. `trusted` is True
+    if it requires one of them, whose signature it checks before it loads the patch; null if it requires nobody's.
+    """
 
     name: str
     version: str
@@ -136,6 +140,8 @@ class PatchInfo(BaseModel):
     method: str
     task: str
     metrics: dict[str, float]
+    signers: list[str]
+    trusted: bool | None
     resident: bool
     fits: bool
     problem: ProblemBody | None

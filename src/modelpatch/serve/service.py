@@ -13,6 +13,7 @@ from modelpatch.engine.cascade import Cascade
 from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
+from modelpatch.patch.envelope import short
 from modelpatch.serve.batcher import Batcher, QueuedImage, Said
 from modelpatch.serve.catalogue import Catalogue, ServedTask
 from modelpatch.serve.metrics import Metrics
@@ -256,27 +257,32 @@ class Service:
     def _describe(self, version: Version) -> dict[str, Any]:
         failure = self.cache.failure(version)
         shown = ("name", "tags", "nbytes", "created", "method", "task", "metrics")
+        required = self.settings.signers
         return {
             **{name: getattr(version, name) for name in shown},
+            "signers": list(map(short, version.signers)) if required is None else required.names(version.signers),
+            "trusted": None if required is None else any(one.id in version.signers for one in required.known),
             "version": version.hash,
             "resident": version.hash in self.cache.sizes,
             "fits": version.chain == self.backbone.fingerprints.chain,
             "problem": failure.named(str(version)).body() if failure else None,
         }
 
-    async def publish(self, name: str, data: bytes, tags: Sequence[str]) -> dict[str, Any]:
-        """Check a patch file against the backbone, then publish it; it is resident before a request can ask for it."""
+    async def publish(
+        self, name: str, data: bytes, tags: Sequence[str], signature: bytes | None = None
+    ) -> dict[str, Any]:
+        """Check a patch file and its signature, then publish both; it is resident before a request can ask for it."""
         if name in self.own:
             what = "the backbone's own answer" if name == BASE else "a cascade of this server"
             raise Problem("invalid-request", f"A patch cannot be named {name!r}, which is {what}.")
         loop = asyncio.get_running_loop()
         try:
+            await loop.run_in_executor(self._decoders, self.store.check_signature, data, signature, name)
             bound = await loop.run_in_executor(self._decoders, load, self.engine.templates, data)
         except Exception as error:
             raise problem_of(error, patch=name) from error
-        publish = partial(
-            self.store.publish, other_backbone=True
-        )  # it fits the server's own, which is what counts here
+        # it fits the server's own backbone, which is what counts here
+        publish = partial(self.store.publish, other_backbone=True, signature=signature)
         version = await self.catalogue.change(lambda: publish(name, data, tags), patch=name)
         await self.cache.enter(version, bound)
         return self._describe(version)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from modelpatch.errors import ServeError
+from modelpatch.patch.signing import Signers
 
 MIB = 2**20
 
@@ -14,6 +15,7 @@ class Settings:
 
     backend: str = "auto"  # of the engine
     token: str | None = None  # for admin verbs; None turns them off
+    signers: Signers | None = None  # of whom one must have signed every patch and cascade; None takes unsigned ones too
     cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
     deadline: float = 30.0  # seconds from a request's first byte to its answer
     requests: int = 128  # predictions and plans at once; more get 429
@@ -31,7 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("backend", "token", "refresh", "remember") and not value > 0:
+            if name not in ("backend", "token", "signers", "refresh", "remember") and not value > 0:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")

@@ -2,15 +2,16 @@
 
     patches/NAME/HASH.safetensors   a patch file, as it was published; HASH is its SHA-256
     patches/NAME/HASH.json          its record: with it the version exists
+    patches/NAME/HASH.sig           its signature, where it has one: written before the record
     patches/NAME/TAG.tag            the hash of the version that the tag names
     index/GENERATION-TOKEN.table    all versions as they were when the table was made
     index/NAME@TOKEN.begun          a writer is changing the files of NAME
     index/NAME@TOKEN.done           a writer has changed them since
 
-Tags are replaced whole; all other files never change. The index is a cache of what the files of the names say (docs/store.md).
-A mark stands before the first file changes; only `.done` ones are cleared away. A new table is written before the old one is
-deleted, and that before the marks: a reader that finds its table still the only one after reading it has seen all marks that
-the table lacks.
+Tags are replaced whole, and so are a signature and its record when a version is signed anew; all other files never change. The
+index is a cache of what the files of the names say (docs/store.md). A mark stands before the first file changes; only `.done`
+ones are cleared away. A new table is written before the old one is deleted, and that before the marks: a reader that finds its
+table still the only one after reading it has seen all marks that the table lacks.
 """
 
 import gc
@@ -32,12 +33,13 @@ from modelpatch.store.version import HASH, NAME, Version
 
 PATCHES, INDEX = "patches", "index"
 FILE, RECORD, TAG = ".safetensors", ".json", ".tag"
+SIGNATURE = ".sig"
 BEGUN, DONE = ".begun", ".done"
 TABLE = re.compile(rf"{INDEX}/([0-9]{{12}})-[0-9a-f]{{24}}\.table")
 MARK = re.compile(rf"{INDEX}/({NAME.pattern})@[0-9a-f]{{24}}\.(begun|done)")
 FOLD = 32  # marks from which on a new table is made
 TRIES = 10
-SHARED = ("method", "task", "backbone", "fingerprint", "chain", "tags")  # columns whose values repeat
+SHARED = ("method", "task", "backbone", "fingerprint", "chain", "tags", "signers")  # columns whose values repeat
 
 
 class Index:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from modelpatch.errors import (
@@ -26,8 +25,22 @@ from modelpatch.errors import (
     TaggedVersionError,
     UnknownPatchError,
 )
-from modelpatch.patch.contents import Patch, decode_patch, encode_patch
-from modelpatch.store.files import FILE, INDEX, PATCHES, RECORD, TAG, Index, is_temporary, is_whole, path_of, with_tags
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch, read_patch_file
+from modelpatch.patch.envelope import Signature, read_beside
+from modelpatch.patch.signing import Signers
+from modelpatch.store.files import (
+    FILE,
+    INDEX,
+    PATCHES,
+    RECORD,
+    SIGNATURE,
+    TAG,
+    Index,
+    is_temporary,
+    is_whole,
+    path_of,
+    with_tags,
+)
 from modelpatch.store.storage import open_storage
 from modelpatch.store.version import HASH, LATEST, NAME, PREFIX, Version, check_name, check_tag, parse_reference
 
@@ -57,9 +70,12 @@ class Store:
     `storage_options` go to `fsspec`. Any number of threads and processes, on any number of machines, may read and write one
     store at the same time. Names of patches and tags match `[a-z0-9][a-z0-9._-]{0,63}`. Every method raises `StoreError`
     where the place cannot be read or written, and `InvalidReferenceError` for a name that is none. `url` is that place.
+
+    With `signers` only what they have signed is published and read; anything else raises a `SignatureError`.
     """
 
-    def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, signers: Signers | None = None, **storage_options: Any) -> None:
+        self.signers = signers
         self._storage = open_storage(url, storage_options)
         self._files = Index(self._storage)
         self.url = self._storage.url
@@ -75,8 +91,12 @@ class Store:
         tags: Sequence[str] = (LATEST,),
         *,
         other_backbone: bool = False,
+        signature: bytes | None = None,
     ) -> Version:
         """Add a patch, the bytes of a patch file or its path, and let `tags` name it. Returns the version.
+
+        `signature` is the content of its signature file; that beside a path is found without it. One that is not of these
+        bytes is refused.
 
         The bytes are read back as a patch before anything is written. The same bytes under the same name are the same version,
         whose files are written anew. Raises a `PatchFileError` for anything but an intact patch. Unless `other_backbone` says
@@ -86,11 +106,27 @@ class Store:
         check_name(name)
         tags = tuple(dict.fromkeys(map(check_tag, (tags,) if isinstance(tags, str) else tags)))
         data, source = _bytes_of(patch)
+        if signature is None and isinstance(patch, str | os.PathLike):
+            signature = read_beside(patch)
+        signers = self.check_signature(data, signature, source)
         decoded = decode_patch(data, source)
-        version = Version.of(name, data, decoded)
+        version = Version.of(name, data, decoded, signers)
         if not other_backbone:
             self._check_backbone(version, decoded)
-        return self._publish(version, data, tags)
+        return self._publish(version, data, tags, signature)
+
+    def check_signature(self, data: bytes, signature: bytes | None, name: str) -> tuple[str, ...]:
+        """The signers that a file's signature claims, none without one. Raises a `SignatureError`.
+
+        With the store's `signers` one of them has signed these bytes; without, the signature is of these bytes, as it says.
+        """
+        sha256 = hashlib.sha256(data).hexdigest()
+        read = None if signature is None else Signature.read(signature, f"the signature of {name}")
+        if self.signers is not None:
+            self.signers.check(sha256, read, name)
+        elif read is not None:
+            read.check_subject(sha256, name)
+        return read.claims if read else ()
 
     def tag(self, name: str, tag: str, version: Version | str, *, other_backbone: bool = False) -> Version:
         """Let a tag name a version of `name`, and no other. Returns the version.
@@ -150,8 +186,8 @@ class Store:
             if untagged:
                 with self._files.changing(name):
                     removed += [version for version in untagged if self._drop(version)]
-            whole = {hash + FILE for hash in self._files.hashes(name)}
-            left = [file for file in files if is_temporary(file) or (file.endswith(FILE) and file not in whole)]
+            whole = {hash + end for hash in self._files.hashes(name) for end in (FILE, SIGNATURE)}
+            left = [f for f in files if is_temporary(f) or (f.endswith((FILE, SIGNATURE)) and f not in whole)]
             self._storage.sweep(path_of(name, file) for file in left)
         if not dry_run:
             self._storage.sweep(f"{INDEX}/{file}" for file in self._storage.names(INDEX) if is_temporary(file))
@@ -195,6 +231,13 @@ class Store:
         """The bytes of a version's patch file. Raises `DamagedPatchError` unless they are the ones that were published."""
         return self._read(version)[1]
 
+    def signature(self, version: Version | str) -> bytes | None:
+        """The content of a version's signature file, None if it has none."""
+        found = version if isinstance(version, Version) else self.resolve(version)
+        with suppress(FileNotFoundError):
+            return self._storage.read(path_of(found.name, found.hash + SIGNATURE))
+        return None
+
     def load(self, reference: str | Version) -> Patch:
         """A patch, checked by its hash and like any patch file."""
         version, data = self._read(reference)
@@ -229,11 +272,12 @@ class Store:
         copied = []
         for reference in (references,) if isinstance(references, str) else tuple(references):
             version, data = self._read(reference)
-            patch = decode_patch(data, str(version))
+            patch, signature = decode_patch(data, str(version)), self.signature(version)
+            version = replace(version, signers=other.check_signature(data, signature, str(version)))
             if not other_backbone:
                 other._check_backbone(version, patch)
             rest = parse_reference(reference)[1]
-            copied.append(other._publish(version, data, (rest,) if rest in version.tags else ()))
+            copied.append(other._publish(version, data, (rest,) if rest in version.tags else (), signature))
         return copied
 
     def pull(self, other: "Store", references: str | Iterable[str], *, other_backbone: bool = False) -> Versions:
@@ -253,6 +297,8 @@ class Store:
         if hashlib.sha256(data).hexdigest() != version.hash:
             said = f"the file of {version} is damaged: its bytes are not those that were published."
             raise DamagedPatchError(said, PUBLISH)
+        if self.signers is not None:
+            self.check_signature(data, self.signature(version), str(version))
         return version, data
 
     def _check_backbone(self, version: Version, patch: Patch | None = None) -> None:
@@ -281,14 +327,19 @@ class Store:
             yield self._files.version(name, self._files.tag(name, LATEST), {})
         yield from reversed(self._files.versions(name))
 
-    def _publish(self, version: Version, data: bytes, tags: Sequence[str]) -> Version:
+    def _publish(self, version: Version, data: bytes, tags: Sequence[str], signature: bytes | None) -> Version:
         name, hash = version.name, version.hash
         with self._files.changing(name):
             for _ in range(TRIES):
                 self._storage.write(path_of(name, hash + FILE), data)
+                if signature is not None:
+                    self._storage.write(path_of(name, hash + SIGNATURE), signature)
                 try:
-                    version = self._files.version(name, hash, {})
+                    known = self._files.version(name, hash, {})
+                    version = replace(known, signers=known.signers if signature is None else version.signers)
                 except (FileNotFoundError, DamagedPatchError):
+                    known = None
+                if version != known:
                     self._storage.write(path_of(name, hash + RECORD), version.record())
                 for tag in tags:
                     self._storage.write(path_of(name, tag + TAG), hash.encode())
@@ -312,6 +363,7 @@ class Store:
             if hash in files.hashes(name):  # published anew between the two
                 storage.write(path_of(name, hash + FILE), data)
                 return False
+        storage.delete(path_of(name, hash + SIGNATURE))
         return True
 
     def _verify(self, name: str, file: str) -> str:
@@ -324,7 +376,8 @@ class Store:
         if file.endswith(RECORD):
             recorded = self._files.version(name, file.removesuffix(RECORD), {})
             data = self.read(recorded)
-            written = Version.of(name, data, decode_patch(data, str(recorded)))
+            signers = self.check_signature(data, self.signature(recorded), str(recorded))
+            written = Version.of(name, data, decode_patch(data, str(recorded)), signers)
             if replace(written, created=recorded.created) != recorded:
                 return "the record is not that of the patch. Delete it and publish again."
         return ""
@@ -368,8 +421,4 @@ def _bytes_of(patch: Any) -> tuple[bytes, str]:
         return bytes(patch), "the patch"
     if not isinstance(patch, str | os.PathLike):
         raise NotAPatchError(f"{type(patch).__name__} is no patch. Expected a Patch, a patch file's bytes or its path.")
-    path = Path(patch)
-    try:
-        return path.read_bytes(), str(path)
-    except (OSError, ValueError) as error:
-        raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
+    return read_patch_file(patch), str(patch)

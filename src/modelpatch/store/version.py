@@ -34,6 +34,7 @@ class Version:
     `hash` is the SHA-256 of the file's `nbytes` bytes; `created` when it was first published (ISO 8601, UTC). `backbone` is
     how the frozen network is loaded, `fingerprint` its hash and `chain` the part of it that the patch binds to. `metrics`
     are the measured figures, of which the patch itself may say more. `tags` are those that named the version when asked.
+    `signers` are the ids of keys, or identities, that the signature beside the file claims.
     """
 
     name: Name
@@ -47,9 +48,10 @@ class Version:
     chain: Hash
     metrics: Mapping[Text, Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=dict, hash=False)
     tags: tuple[Name, ...] = ()
+    signers: tuple[Text, ...] = ()
 
     @classmethod
-    def of(cls, name: str, data: bytes, patch: Patch) -> Self:
+    def of(cls, name: str, data: bytes, patch: Patch, signers: tuple[str, ...] = ()) -> Self:
         """The version that a patch file's bytes make, created now."""
         fingerprint = patch.backbone.fingerprint
         return cls(
@@ -63,6 +65,7 @@ class Version:
             fingerprint=fingerprint.whole,
             chain=fingerprint.chain,
             metrics=dict(sorted((key, float(value)) for key, value in patch.metrics.items() if _is_figure(key, value))),
+            signers=signers,
         )
 
     @property
@@ -75,8 +78,9 @@ class Version:
         return asdict(self)
 
     def record(self) -> bytes:
-        """The JSON that a store keeps beside the patch file; tags are kept elsewhere."""
-        return canonical({name: value for name, value in self.as_dict().items() if name != "tags"}).encode()
+        """The JSON that a store keeps beside the patch file; tags are kept elsewhere, and nothing is said of no signers."""
+        left_out = {"tags"} if self.signers else {"tags", "signers"}
+        return canonical({name: value for name, value in self.as_dict().items() if name not in left_out}).encode()
 
     @classmethod
     def read(cls, record: bytes, name: str, hash: str) -> "Version":

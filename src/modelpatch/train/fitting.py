@@ -33,6 +33,7 @@ from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import BackboneRecord
 from modelpatch.patch.model import PatchedModel
+from modelpatch.provenance import describe_making
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import brief, digest_of
 from modelpatch.train.batches import Minibatch, place
@@ -52,7 +53,6 @@ from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.remade import RemadeWeights
 from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
-from modelpatch.version import __version__
 
 HELD = 64  # images of a batch that is measured
 
@@ -349,8 +349,7 @@ class Fit:
             preprocessing=self.preprocessing,
             method=self.method,
             created={
-                "modelpatch": __version__,
-                "torch": torch.__version__,
+                **describe_making(),
                 "date": datetime.now(UTC).date().isoformat(),
                 "seconds": round(seconds, 2),
                 "device": self.device.type,
@@ -360,6 +359,7 @@ class Fit:
                 "settings": asdict(self.settings),
                 **self.options.described,
                 "data": dict(self.data.facts),
+                "data_sha256": self.data.train.digest,
                 "run": self.digest,
             },
         )

@@ -98,6 +98,8 @@ function row(patch) {
   if (patch.resident) name.append(element("span", { class: "mark here", title: "loaded and ready" }, "resident"));
   if (patch.fits === false) name.append(element("span", { class: "mark bad", title: "made for another backbone" }, "other backbone"));
   if (patch.problem) name.append(element("span", { class: "mark bad", title: patch.problem.detail }, "refused"));
+  if (patch.signers?.length) name.append(signed(patch));
+  if (patch.trusted === false) name.append(element("span", { class: "mark bad", title: "this server answers with signed patches only" }, "not signed by a required signer"));
   for (const tag of (patch.tags || []).filter((tag) => tag !== "latest")) name.append(element("span", { class: "mark" }, tag));
   const last = element("td");
   if (!patch.base) {
@@ -111,6 +113,12 @@ function row(patch) {
     element("td", { class: "number" }, patch.base ? "" : number(patch.nbytes)),
     element("td", { class: "number" }, patch.base ? "" : accuracy(patch.metrics)),
     element("td", {}, element("code", {}, patch.base ? "" : patch.version.slice(0, 12))), last);
+}
+
+// The signers that a patch's signature claims, which a server that requires some checks before it loads the patch.
+function signed(patch) {
+  const title = patch.trusted ? "checked before the patch is loaded" : "as its signature says; this server checks none";
+  return element("span", { class: patch.trusted ? "mark here" : "mark", title }, `signed: ${patch.signers.map((one) => shorten(one, 40)).join(", ")}`);
 }
 
 function token() {
@@ -142,10 +150,12 @@ async function upload(event) {
   notify("admin-notice", "");
   try {
     const headers = { ...token(), "Content-Type": "application/octet-stream" };
+    const signature = $("signature-file").files[0];
+    if (signature) headers["Modelpatch-Signature"] = btoa(String.fromCharCode(...new Uint8Array(await signature.arrayBuffer())));
     const made = await call(`/v1/patches/${name}`, { method: "PUT", headers, body: $("patch-file").files[0] });
     notify("admin-notice", `${made.name} is published as ${made.version.slice(0, 12)} and ready.`, true);
     state.asked.add(name);
-    $("name").value = $("patch-file").value = "";
+    $("name").value = $("patch-file").value = $("signature-file").value = "";
     await refresh();
     await ask();
   } catch (error) {
