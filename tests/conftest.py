@@ -3,6 +3,7 @@ for `real` tests."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -68,6 +69,12 @@ HOSTILE_ARGUMENTS: list[tuple[str, object]] = [
     ("a" * 1000, 1),
     ("a\nb", 1),
 ]  # what no file may pass to the constructor of a network
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of every later garbage collection: it is most of all objects, and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 class TinyNet(nn.Module):

@@ -199,8 +199,23 @@ def test_a_saved_patch_answers_as_before(fitted: Fitted) -> None:
     assert logits.isfinite().all()
 
 
+@cache
+def empty_engine(backbone: Backbone, tuning: Tuning) -> Engine:
+    """An engine of the base alone; freezing its segments takes longer than all else."""
+    return Engine(backbone, {}, tuning=tuning)
+
+
+def join(fitted: Fitted, tuning: Tuning) -> Engine:
+    """The engine of the fitted patch and the base; the patch before it is taken out."""
+    engine = empty_engine(fitted.backbone, tuning)
+    if "patch" in engine:
+        engine.remove("patch")
+    engine.add("patch", fitted.patch)
+    return engine
+
+
 def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted) -> None:
-    engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=Tuning())
+    engine = join(fitted, Tuning())
     logits = fitted.logits
     answers = engine(fitted.images)
     joined = any(isinstance(step, HeadStep) and len(step.members) > 1 for step in engine.plan.steps)
@@ -214,7 +229,7 @@ def test_an_engine_answers_as_the_patch_alone_and_the_base_alone(fitted: Fitted)
 
 
 def test_a_tuned_engine_answers_within_rounding(fitted: Fitted) -> None:
-    engine = Engine(fitted.backbone, {"patch": fitted.patch}, tuning=tuned(fitted.backbone))
+    engine = join(fitted, tuned(fitted.backbone))
     logits = fitted.logits
     answers = engine(fitted.images)
     for answer, alone in ((answers["patch"], logits), (answers["base"], fitted.before)):

@@ -9,10 +9,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
 from modelpatch.errors import ModelpatchError
+
+_ORIGINALS: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 
 
 def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
@@ -37,7 +40,14 @@ def clone_module(module: nn.Module, owned: Collection[str] = ()) -> nn.Module:
         clone.get_parameter(name).requires_grad_(True)
     for child in clone.modules():
         child.register_load_state_dict_pre_hook(_refuse_copying)
+    _ORIGINALS[clone] = ref(original_of(module))
     return clone
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that a clone, or a clone of a clone, was made of; any other module itself."""
+    found = _ORIGINALS[module]() if module in _ORIGINALS else None
+    return module if found is None else found
 
 
 def _refuse_copying(module: nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *rest: Any) -> None:

@@ -213,7 +213,7 @@ class Structure:
         check_added(backbone, patch)
         with torch.device("meta"):
             head = patch.head.build()
-        model = PatchedModel.draft(backbone, patch.blueprint, head)
+        model = PatchedModel.draft(backbone, patch.blueprint, head, variants_only=True)
         model.parts.to(backbone.device).requires_grad_(False)
         model.try_grafts()
         self.reading = model.reading

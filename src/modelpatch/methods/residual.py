@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain, channels_first
+from modelpatch.backbone.clone import original_of
 from modelpatch.backbone.steps import Steps
 from modelpatch.backbone.trace import trace_calls
 from modelpatch.errors import MethodError, MethodNotApplicableError, UntraceableBackboneError
@@ -28,6 +29,7 @@ Cut = tuple[fx.Node, fx.Node, fx.Node]  # the node that adds branch and shortcut
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 GROUPS = 4  # stages that a run of transformer blocks is divided into
 _STAGES: WeakKeyDictionary[Backbone, tuple["SkipStage", ...]] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, type], ...], "Form"]] = WeakKeyDictionary()
 
 
 class SplitBlock(nn.Module):
@@ -81,7 +83,20 @@ def split_block(block: nn.Module) -> SplitBlock | WholeBlock:
 
 
 def form_of(block: nn.Module) -> Form:
-    """The wiring of a block; one that torch.fx cannot follow is taken to have no shortcut."""
+    """The wiring of a block; one that torch.fx cannot follow is taken to have no shortcut.
+
+    Tracing takes longer than all else that builds a model: clones with the modules of their original have its form.
+    """
+    original = original_of(block)
+    kinds = tuple((name, type(module)) for name, module in block.named_modules())
+    known, form = _FORMS.get(original, ((), Form("none")))
+    if known != kinds:
+        form = _trace_form(block)
+        _FORMS[original] = kinds, form
+    return form
+
+
+def _trace_form(block: nn.Module) -> Form:
     try:
         graph = trace_calls(block)
     except UntraceableBackboneError:

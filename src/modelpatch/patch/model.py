@@ -60,19 +60,33 @@ class PatchedModel(nn.Module):
 
     @classmethod
     def draft(
-        cls, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Reweightings | None = None
+        cls,
+        backbone: Backbone,
+        blueprint: Blueprint,
+        head: nn.Module,
+        reweightings: Reweightings | None = None,
+        *,
+        variants_only: bool = False,
     ) -> Self:
         """A model to be trained: owned parameters and the head require gradients, owned values start at the base's.
 
         `reweightings` say, by the backbone's names, which owned weights are not replaced but made from the frozen one.
+        `variants_only` leaves out the segments between the spans: such a model only tells what its variants are.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.preprocessing, model._strength = backbone.preprocessing, 1.0
-        model._build(backbone, blueprint, head, reweightings or {})
+        model._build(backbone, blueprint, head, reweightings or {}, variants_only)
         return model.eval()
 
-    def _build(self, backbone: Backbone, blueprint: Blueprint, head: nn.Module, reweightings: Reweightings) -> None:
+    def _build(
+        self,
+        backbone: Backbone,
+        blueprint: Blueprint,
+        head: nn.Module,
+        reweightings: Reweightings,
+        variants_only: bool = False,
+    ) -> None:
         chain = backbone.chain
         self.backbone, self.blueprint = backbone, blueprint
         self.spans = blueprint.spans(chain)
@@ -90,8 +104,10 @@ class PatchedModel(nn.Module):
             end = ends.get(index, index + 1)
             owned = frozenset(blueprint.owned) - reweightings.keys() if index in ends else frozenset[str]()
             self.starts.append(index)
-            self.parts.append(self._variant(chain[index:end], owned, reweightings, (index, end)))
-            if self.reading.both and index in ends:
+            left_out = variants_only and index not in ends
+            part = nn.Identity() if left_out else self._variant(chain[index:end], owned, reweightings, (index, end))
+            self.parts.append(part)
+            if self.reading.both and index in ends and not variants_only:
                 clones = [clone_module(segment.module) for segment in chain[index:end]]
                 self.twins[str(len(self.parts) - 1)] = nn.Sequential(*clones)
             index = end
@@ -382,7 +398,8 @@ def check_added(backbone: Backbone, patch: Patch) -> None:
     if not patch.grafts:
         return
     with torch.device("meta"):
-        model = PatchedModel.draft(backbone, patch.blueprint, patch.head.build())
+        added = Blueprint(grafts=patch.grafts)
+        model = PatchedModel.draft(backbone, added, patch.head.build(), variants_only=True)
     shapes = {name: tensor.shape for name, tensor in model.portable_state().items() if name.startswith("graft/")}
     given = {name: tensor.shape for name, tensor in patch.tensors.items() if name.startswith("graft/")}
     for name in sorted(shapes.keys() | given.keys()):
