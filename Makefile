@@ -1,11 +1,12 @@
 # make demo: install and run the main job.   make test: install and run the tests.   make check: formatting, lint, types.
 # make quick: the unit tests and the contract of methods on two small networks, in under a minute.
 # make docs: build the documentation into site/; a warning fails it, here and in the tests.
+# make lock: write requirements/*.txt, every package with its hashes, from pyproject.toml; KEEP=1 keeps what is installed in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check docs format clean
+.PHONY: demo test quick check docs format lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/modelpatch demo
@@ -27,6 +28,10 @@ docs: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lock: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python scripts/lock.py $(if $(KEEP),--keep)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -196,6 +196,18 @@ def test_weighing_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     assert load_backbone("timm:test_vit", pretrained=False, depth=1).fingerprint == weighed
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32])
+@pytest.mark.parametrize("name", ["replace/stage1.0.bn1.weight", "head.weight", "graft/1-2/scale"])
+def test_numbers_of_another_kind_than_the_networks_are_refused(tiny: Backbone, name: str, dtype: torch.dtype) -> None:
+    """Both ways to bind: one would convert them, the other fail in the middle of an answer."""
+    patch = draft_patch(tiny, methods.ScaleBias())
+    if name.startswith("graft/"):
+        patch = draft_patch(tiny, methods.DeltaNetwork())
+        name = next(one for one in patch.tensors if one.startswith("graft/"))
+    other = replace(patch, tensors={**patch.tensors, name: torch.ones_like(patch.tensors[name]).to(dtype)})
+    refused(tiny, other, f"{name} holds torch.* expects floating-point numbers")
+
+
 def test_masks_do_not_unfold_without_end(tiny: Backbone) -> None:
     pytest.importorskip("constriction")
     from modelpatch.patch import file

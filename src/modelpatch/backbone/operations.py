@@ -20,6 +20,7 @@ from modelpatch.backbone.chain import Chain
 from modelpatch.text import Text
 
 MOST = 4096  # lines, kinds or segments of a description
+MOST_ALIGNED = 64  # lines of a segment that are aligned with others: a file may state any number
 NAMED = 3  # differences that are told
 LAYOUT = frozenset({
     "view", "unsafe_view", "reshape", "permute", "transpose", "t", "expand", "slice", "select", "split",
@@ -113,32 +114,59 @@ def tell(differences: Sequence[str]) -> str:
 
 
 def _differences(ours: list[str], theirs: list[str], segment: str) -> list[str]:
+    """The differences of two segments. Where many lines differ and their numbers too, only these are told."""
+    ends = _common(ours, theirs)
+    most = min(len(ours), len(theirs)) - ends
+    tail = min(_common(ours[::-1], theirs[::-1]), most)
+    mine, his = ours[ends : len(ours) - tail], theirs[ends : len(theirs) - tail]
+    if len(mine) == len(his):
+        return _in_pairs(mine, his, ours[:ends], segment)
+    if mine and his and max(len(mine), len(his)) > MOST_ALIGNED:
+        where = _place([*ours[:ends], *mine[:1]], segment)
+        return [f"{where}: {len(mine):,} operations against {len(his):,}"]
     found: list[str] = []
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
-        if tag == "equal":
-            continue
-        before, after = ours[i:j], theirs[k:m]
-        where = _place([*ours[:i], *before[:1]], segment)
-        if len(before) == len(after):
-            for number, pair in enumerate(zip(before, after, strict=True)):
-                found += _changed(*pair, _place([*ours[: i + number], pair[0]], segment))
-        elif before and after:
-            found.append(f"{where}: {_short(before)} against {_short(after)}")
-        else:
-            missing = f"{_short(before)} is left out" if before else f"{_short(after)} is added"
-            found.append(f"{where}: {missing}")
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, mine, his, autojunk=False).get_opcodes():
+        before, after, above = mine[i:j], his[k:m], [*ours[:ends], *mine[:i]]
+        if tag != "equal" and len(before) == len(after):
+            found += _in_pairs(before, after, above, segment)
+        elif tag != "equal":
+            told = f"{_short(before)} against {_short(after)}"
+            told = told if before and after else f"{_short(before or after)} is {'left out' if before else 'added'}"
+            found.append(f"{_place([*above, *before[:1]], segment)}: {told}")
     return found
+
+
+def _in_pairs(ours: list[str], theirs: list[str], above: list[str], segment: str) -> list[str]:
+    """The differences of as many lines, each of which stands for the other's; `above` are the lines before."""
+    found: list[str] = []
+    last = next((line for line in reversed(above) if _is_placed(line)), "")
+    for mine, his in zip(ours, theirs, strict=True):
+        last = mine if _is_placed(mine) else last
+        found += _changed(mine, his, _place([last] if last else [], segment)) if mine != his else []
+    return found
+
+
+def _common(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """The number of equal lines at the beginning."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((number for number, (mine, his) in pairs if mine != his), min(len(ours), len(theirs)))
 
 
 def _changed(ours: str, theirs: str, where: str) -> list[str]:
     """The differences of two lines that stand for each other."""
-    (place, name, *numbers), (_, other, *others) = ours.split(" "), theirs.split(" ")
+    (place, name, mine), (_, other, his) = _words(ours), _words(theirs)
     if name != other:
         return [f"{_short([ours])} against {_short([theirs])} {'in' if place != '-' else 'after'} {where}"]
-    mine, his = (dict(pair.split("=", 1) for pair in given) for given in (numbers, others))
     keys = [key for key in {**mine, **his} if mine.get(key) != his.get(key)]
     what = name if place == "-" else ""
     return [f"{key} of {f'{what} after ' * bool(what)}{where}: {mine.get(key)} against {his.get(key)}" for key in keys]
+
+
+def _words(line: str) -> tuple[str, str, dict[str, str]]:
+    """The place, the name and the numbers of a line; of a line that was written otherwise, as far as it goes."""
+    place, _, rest = line.partition(" ")
+    name, *numbers = rest.split(" ")
+    return place, name, {key: value for key, _, value in (pair.partition("=") for pair in numbers)}
 
 
 def _short(lines: Sequence[str]) -> str:
@@ -146,9 +174,14 @@ def _short(lines: Sequence[str]) -> str:
     return ", ".join(words[:NAMED]) + (", ..." if len(words) > NAMED else "")
 
 
+def _is_placed(line: str) -> bool:
+    """Return True for a line of an operation that reads tensors."""
+    return not line.startswith("- ")
+
+
 def _place(lines: Sequence[str], segment: str) -> str:
     """The backbone's name for the last operation that reads tensors."""
-    named = [line.split(" ")[0] for line in lines if not line.startswith("- ")]
+    named = [line.split(" ")[0] for line in lines if _is_placed(line)]
     if not named or named[-1] == ".":
         return segment
     return named[-1].removeprefix("/") if named[-1].startswith("/") else f"{segment}.{named[-1]}"

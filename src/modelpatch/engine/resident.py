@@ -229,7 +229,7 @@ class Structure:
             self.templates.append(template)
         self.nbytes = sum(template.held for template in self.templates)
         tensors = model.portable_state()
-        self.shapes = {name: tensors[name].shape for name in self._owners}
+        self.fit = {name: (tensors[name].shape, tensors[name].is_floating_point()) for name in self._owners}
         self._layouts: dict[tuple[HeadRecord, frozenset[str]], Layout] = {}
 
     def owner(self, name: str) -> int:
@@ -244,7 +244,8 @@ class Structure:
         """The layout of a patch's tensors without those `left_out`: one for all patches with such a head."""
         key = head, frozenset(left_out)
         if key not in self._layouts:
-            shapes = {name: shape for name, shape in {**self.shapes, **head.shapes()}.items() if name not in left_out}
+            own = {name: shape for name, (shape, _) in self.fit.items()}
+            shapes = {name: shape for name, shape in {**own, **head.shapes()}.items() if name not in left_out}
             entries: list[list[Entry]] = [[] for _ in range(len(self.templates) + 1)]
             size = 0
             for part, name in sorted((self.owner(name), name) for name in shapes):
@@ -347,7 +348,10 @@ class BoundPatch:
         kept = {f"{kind}{name}" for name in stored for kind in MADE}
         plain = {name: tensor for name, tensor in patch.tensors.items() if name not in kept}
         values = resolve(plain, backbone.chain, patch.strength)
-        check_fit({n: s for n, s in {**structure.shapes, **patch.head.shapes()}.items() if n not in made}, values)
+        with torch.device("meta"):
+            self.head = patch.head.build()
+        fit = structure.fit | {f"head.{n}": (t.shape, t.is_floating_point()) for n, t in self.head.state_dict().items()}
+        check_fit({name: kind for name, kind in fit.items() if name not in made}, values)
         check_head(backbone.chain, patch)
         whole = {name: t.to(backbone.device) for name, t in values.items() if not t.is_floating_point()}
         layout, size = structure.layout(patch.head, made.keys() | whole.keys())
@@ -360,8 +364,6 @@ class BoundPatch:
             for part, (template, entries) in enumerate(zip(structure.templates, layout[:-1], strict=True))
         )
         head = view_flat(flat, layout[-1]) | structure.own(whole, len(self.parts))
-        with torch.device("meta"):
-            self.head = patch.head.build()
         self.head.load_state_dict({name.removeprefix("head."): one for name, one in head.items()}, assign=True)
         self.head.eval().requires_grad_(False)
 

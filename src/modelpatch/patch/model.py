@@ -372,22 +372,28 @@ def check_head(chain: Chain, patch: Patch) -> None:
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Copy values to a model's tensors. Raises `ForeignTensorError` for names or shapes that differ."""
-    check_fit({name: tensor.shape for name, tensor in own.items()}, given)
+    """Copy values to a model's tensors. Raises `ForeignTensorError` for names, shapes or kinds of numbers that differ."""
+    check_fit({name: (tensor.shape, tensor.is_floating_point()) for name, tensor in own.items()}, given)
     for name, tensor in own.items():
         tensor.copy_(given[name])
 
 
-def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    """Raises `ForeignTensorError` unless `tensors` has exactly the expected names and shapes."""
+def check_fit(expected: Mapping[str, tuple[torch.Size, bool]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ForeignTensorError` unless `tensors` has exactly the expected names, shapes and kinds of numbers.
+
+    A kind is True for floating-point numbers, False for others.
+    """
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ForeignTensorError(f"the patch lacks {len(missing)} tensors that it needs: {', '.join(missing[:3])}.")
     if foreign := sorted(tensors.keys() - expected.keys()):
         raise ForeignTensorError(f"the backbone has no place for {len(foreign)} tensors: {', '.join(foreign[:3])}.")
-    for name, shape in expected.items():
+    for name, (shape, floating) in expected.items():
         if tensors[name].shape != shape:
             given = tuple(tensors[name].shape)
             raise ForeignTensorError(f"{name} has shape {given}; the backbone expects {tuple(shape)}.")
+        if tensors[name].is_floating_point() != floating:
+            wanted = "floating-point numbers" if floating else "integers"
+            raise ForeignTensorError(f"{name} holds {tensors[name].dtype}; the backbone expects {wanted}.")
 
 
 def check_added(backbone: Backbone, patch: Patch) -> None:
