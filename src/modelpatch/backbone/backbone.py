@@ -58,6 +58,8 @@ class Backbone:
         self.arguments, self.about = dict(self.arguments), dict(self.about)
         self.segments, self.classes = tuple(self.segments), tuple(self.classes)
         self._build_chain()
+        for segment in self.chain:
+            segment.module.eval()  # runs of calls, too, which are modules of the chain's own
         self.fingerprints = Fingerprint.of(self.chain)
         self.computing = Computing(self.chain, self.input_size)
         self._told = False  # of patches whose computation was not recorded

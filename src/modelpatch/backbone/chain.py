@@ -61,8 +61,9 @@ class Segment:
             yield self.tensor_names[name], tensor
 
     def in_eval_mode(self) -> Self:
-        """The segment over a clone of its module, in eval mode whatever becomes of the network's own module."""
-        return replace(self, module=clone_module(self.module))
+        """The segment, over a clone of its module where that is in train mode and would move its statistics."""
+        trains = any(module.training for module in self.module.modules())
+        return replace(self, module=clone_module(self.module)) if trains else self
 
     @cached_property
     def parameters(self) -> int:

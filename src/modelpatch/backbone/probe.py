@@ -31,6 +31,7 @@ SQUARE = 16  # pixels a side of a coarse square
 FACTOR = 2.0  # of the network's rounding: the tolerance
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double})
+PLAIN = frozenset({int, float, bool, str, type(None)})
 UNIT = 2.0**-23  # the relative rounding of values that are stored as float32
 REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError, BackboneError)
 Values = NDArray[np.float64]
@@ -85,12 +86,23 @@ class Reference(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        given, named = tree_map(self._turn, (args, kwargs or {}))
-        return given[0] if func in CASTS else tree_map(self._turn, func(*given, **named))
+        given, named = self._turn(args), self._turn(kwargs or {})
+        return given[0] if func in CASTS else self._turn(func(*given, **named))
 
     def _turn(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is tuple or kind is list:  # most of what functions are given, sooner than by `tree_map`
+            return kind(map(self._turn, value))
+        if kind is dict:
+            return {name: self._turn(one) for name, one in value.items()}
+        if kind is Tensor or kind is nn.Parameter:
+            return self._turn_leaf(value)
+        return value if kind in PLAIN else tree_map(self._turn_leaf, value)
+
+    def _turn_leaf(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            turned = value.to("cpu", self.dtype if value.dtype in FLOATS else value.dtype)
+            dtype = self.dtype if value.dtype in FLOATS else value.dtype
+            turned = value if value.dtype is dtype and value.is_cpu else value.to("cpu", dtype)
             vector = self.lifted and isinstance(value, nn.Parameter) and max(value.shape, default=1) == value.numel()
             return turned + _lift(value.numel()).to(self.dtype).view(value.shape) if vector else turned
         if isinstance(value, torch.dtype):
@@ -102,9 +114,7 @@ class Reference(TorchFunctionMode):
 def _features(chain: Chain, channels: int, pixels: int, reference: Reference) -> Values:
     x = picture(channels, pixels)
     chain.prepare(x)
-    modules = [
-        segment.in_eval_mode().module for segment in chain
-    ]  # in train mode the network would move its statistics
+    modules = [segment.in_eval_mode().module for segment in chain]
     with reference:
         features = reduce(lambda made, module: module(made), modules, x.to(reference.dtype))
     values = features.detach().double().reshape(-1).numpy()
