@@ -8,6 +8,7 @@
     swap      swapping, from a cold file to the first answer: beside PEFT's set_adapter and load_adapter
     many      memory and time with 10, 100 and 1,000 resident scale-and-bias patches
     blocks    added time of a second task by patched block (SubTuning, figures 7 and 18), with a picture
+    runtimes, sessions, start    compiled backends beside ONNX Runtime and OpenVINO, see `benchmarks/runtimes.py`
 
     python benchmarks/engine.py --json benchmarks/results/engine.json
 
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import modelpatch as mp
+import runtimes
 from common import compare_ways, machine, mobilenet, ratio, report, timed, untrained
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine import BoundPatch, make_plan, measure
@@ -381,6 +383,7 @@ PARTS: dict[str, tuple[Callable[..., Rows], str, tuple[str, ...]]] = {
         "A second task by the block it patches, ResNet-50 at 224 px",
         ("block", "base ms", "both ms", "added %"),
     ),
+    **runtimes.PARTS,
 }
 
 
@@ -389,6 +392,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--networks", help="of the parts runtimes, sessions and start, comma-separated")
     parser.add_argument("--plot", type=Path, help="where to draw the blocks")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
@@ -396,7 +400,10 @@ def main() -> None:
         results = json.loads(arguments.json.read_text())
     for part in arguments.parts.split(","):
         work, title, columns = PARTS[part]
-        rows = work(arguments.rounds, *([arguments.plot] if part == "blocks" else []))
+        own = [arguments.plot] if part == "blocks" else []
+        if part in runtimes.PARTS and arguments.networks:
+            own = [tuple(arguments.networks.split(","))]
+        rows = work(arguments.rounds, *own)
         report(title, columns, rows, None)
         described = [dict(zip(columns, row, strict=True)) for row in rows]
         results[part] = {"title": title, "machine": machine(), "rows": described}

@@ -165,7 +165,19 @@ def test_shared_prefixes_are_compiled_once_and_tails_are_one_for_all_patches(
     spans = sorted(backend.written)
     variants = [run for run in spans if run == "stage2.1"]
     assert len(variants) == 3  # the base's block and the two patches'; what pools after it has no weights
-    assert spans == [*variants, "stem.0 ... stage2.0"]
+    assert spans == [*["heads"] * 3, *variants, "stem.0 ... stage2.0"]
+
+
+def test_the_backbones_own_head_is_compiled_with_it_and_those_of_patches_are_not(
+    tiny: Backbone, backend: Recording, tmp_path: Path
+) -> None:
+    engine = Engine(tiny, {"head": draft_patch(tiny), "other": draft_patch(tiny)}, backend="recording", cache=tmp_path)
+    engine.compile(only=["base"])
+    assert backend.written == ["stem.0 ... heads"]
+    engine.compile(only=["head"])
+    assert backend.written[1:] == ["stem.0 ... flatten", "heads"]
+    engine.compile()  # the backbone's features are there
+    assert backend.written[3:] == ["heads"]
 
 
 def test_a_second_start_compiles_nothing(tiny: Backbone, backend: Recording, tmp_path: Path) -> None:

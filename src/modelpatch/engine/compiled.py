@@ -28,6 +28,7 @@ from modelpatch.text import count_of, first_line
 
 ENOUGH = 64  # rows that a run computes in eager modules before it is compiled
 SIZES = 4  # numbers of rows that a run is compiled for by themselves, the first ones that it meets
+MOST_RUNS = 2048  # that are remembered
 TOLERANCE = 1e-4  # of the largest number of a run's output
 MOST_CACHED = 8 * 2**30  # bytes of the cache on disk
 FORMAT = 1  # of the files in the cache
@@ -45,10 +46,11 @@ class LinkRun:
     @classmethod
     def split(cls, links: Sequence[Link]) -> tuple["LinkRun", ...]:
         """The runs of links that follow one another."""
-        return tuple(cls._of(tuple(part)) for _, part in itertools.groupby(links, lambda link: link.own))
+        return tuple(cls.of(tuple(part)) for _, part in itertools.groupby(links, lambda link: link.own))
 
     @classmethod
-    def _of(cls, links: tuple[Link, ...]) -> "LinkRun":
+    def of(cls, links: tuple[Link, ...]) -> "LinkRun":
+        """All of the links as one run."""
         first, last = links[0].name, links[-1].name
         name = first if len(links) == 1 else f"{first} ... {last}"
         return cls(links, name, " ".join(link.key for link in links), sum(link.nbytes for link in links))
@@ -163,6 +165,11 @@ class CompiledRuns:
             if len(x) not in sizes and len(sizes) < SIZES:
                 sizes.append(len(x))
             rows = len(x) if len(x) in sizes else None
+        if len(self._entries) >= MOST_RUNS:
+            idle = [key for key, one in self._entries.items() if one.module is None and one.making is None]
+            for key in sorted(idle, key=lambda key: self._entries[key].used)[: MOST_RUNS // 4]:
+                del self._entries[key]
+                self._sizes.pop(key[:2], None)
         return self._entries.setdefault((run.key, shape, rows), CompiledRun(run, shape, rows))
 
     def _make_room(self, entry: CompiledRun, before: int) -> bool:

@@ -408,7 +408,7 @@ class Engine:
 
     def _told(self, program: Program) -> Plan:
         """The plan of a program, with a note of what its runs are compiled to."""
-        told = self.compiled.tell({run.key for runs in program.runs.values() for run in runs})
+        told = self.compiled.tell({run.key for run in program.runs})
         return replace(program.plan, notes=tuple(told))
 
     def _whole(self, only: Iterable[str] | None) -> list[EngineTask]:
@@ -433,8 +433,8 @@ class Engine:
         tasks = [task for task, _ in turns]
         plan = make_plan([task.planned(one, own) for task in tasks], [rows for _, rows in turns], self._pays)
         axes = partial(pooled_axes, self.backbone.chain)
-        prepare, find = self.backbone.chain.prepare, self.compiled.find
-        program = Program(plan, tasks, self._module, self._join, axes, self.tuning, prepare, find)
+        prepare, find, compiles = self.backbone.chain.prepare, self.compiled.find, self.compiled.backend.compiles
+        program = Program(plan, tasks, self._module, self._join, axes, self.tuning, prepare, find, compiles)
         with self._lock:
             if {member for task in self._tasks.values() for member in task.members}.issuperset(tasks):
                 self._programs[key] = program
@@ -473,7 +473,7 @@ class Engine:
         bound = [patch for task in self._tasks.values() for patch in task.patches]
         structures = {id(patch.structure): patch.structure for patch in bound}
         with self._lock:
-            joined = sum(heads.nbytes for heads in self._joined.values())
+            joined = sum(heads.held for heads in self._joined.values())
         return {
             "backbone": self._base_bytes,
             "frozen": self._frozen.nbytes,
