@@ -7,25 +7,30 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
+import torchvision.models as zoo
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models.convnext import CNBlockConfig
 
 from conftest import draft_patch, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain
-from modelpatch.backbone.computation import SIDES, Computation, Computing
+from modelpatch.backbone.computation import SIDES, Computation, Computing, compare
 from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.probe import WIDTH, Probe, Reference, picture
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import BackboneChangedError, BackboneError, UncheckedComputationWarning, WrongBackboneError
-from modelpatch.patch.contents import decode_patch, encode_patch
+from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 
 Change = Callable[[nn.Module], bool]  # changes a network in place, if it has what can be changed
 
@@ -128,6 +133,14 @@ def change_heads(module: nn.Module) -> bool:
     return bool(found)
 
 
+def change_scale(module: nn.Module) -> bool:
+    """Attention divides its products by half as much."""
+    found = [child for child in module.modules() if hasattr(child, "fused_attn") and hasattr(child, "scale")]
+    for child in found:
+        child.fused_attn, child.scale = False, 2 * child.scale  # type: ignore[operator,assignment]
+    return bool(found)
+
+
 CHANGES: tuple[Change, ...] = (
     change_activation,
     approximate,
@@ -137,39 +150,39 @@ CHANGES: tuple[Change, ...] = (
     change_dilation,
     change_pooling,
     change_heads,
+    change_scale,
 )
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2)}
 TIMM: dict[str, dict[str, Any]] = {
-    "mobilenetv2_035": {},
-    "mobilenetv3_small_050": {},
-    "mobilenetv4_conv_small_035": {},
-    "resnet10t": {},
-    "resnetv2_18": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
-    "regnetx_002": {},
+    "test_efficientnet": {},
+    "test_efficientnet_gn": {},
+    "test_byobnet": {},
+    "test_resnet": {},
+    "test_mambaout": {},
     "convnext_atto": SMALL,
     "convnextv2_atto": SMALL,
     "vit_tiny_patch16_224": VIT,
     "deit_tiny_patch16_224": VIT,
     "vit_relpos_small_patch16_224": {**VIT, "num_heads": 1},
-    "densenet121": {"growth_rate": 8, "block_config": (1, 1, 1, 1)},
-    "ghostnet_050": {},
-    "lcnet_035": {},
-    "swin_tiny_patch4_window7_224": {
-        "img_size": 32,
-        "window_size": 4,
-        "embed_dim": 12,
-        "depths": (1, 1),
-        "num_heads": (1, 2),
-    },
+    "beit_base_patch16_224": VIT,
+    "eva02_tiny_patch14_224": VIT,
+    "cait_xxs24_224": {**VIT, "embed_dim": 16, "depth": 1, "depth_token_only": 1},
+    "swin_tiny_patch4_window7_224": SWIN,
+    "swinv2_tiny_window8_256": SWIN,
     "fasternet_t0": {"depths": (1, 1, 1, 1), "embed_dim": 8},
+    "edgenext_xx_small": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16), "heads": (2, 2, 2, 2)},
 }
 TORCHVISION: dict[str, Callable[[], nn.Module]] = {
-    "bottleneck": lambda: torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=3),
-    "resnet": lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3),
-    "squeezenet": lambda: torchvision.models.squeezenet1_1(num_classes=3),
-    "mnasnet": lambda: torchvision.models.mnasnet0_5(num_classes=3),
+    "mobilenet": lambda: zoo.MobileNetV2(3, inverted_residual_setting=[[1, 8, 1, 1], [6, 16, 1, 2]]),
+    "shufflenet": lambda: zoo.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64], num_classes=3),
+    "densenet": lambda: zoo.DenseNet(8, (1, 1, 1, 1), 16, num_classes=3),
+    "squeezenet": lambda: zoo.squeezenet1_1(num_classes=3),
+    "vit": lambda: zoo.VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=3),
+    "swin": lambda: zoo.SwinTransformer([4, 4], 12, [1, 1], [1, 2], [4, 4], num_classes=3),
+    "convnext": lambda: zoo.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=3),
 }
 
 
@@ -179,7 +192,7 @@ def build(name: str) -> nn.Module:
     if name in TORCHVISION:
         module = TORCHVISION[name]()
     else:
-        module = timm.create_model(name, pretrained=False, num_classes=3, **TIMM[name])
+        module = timm.create_model(name, pretrained=False, num_classes=3, **TIMM.get(name, {}))
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
@@ -228,13 +241,23 @@ PAIRS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+def given(name: str) -> dict[str, Any]:
+    return {"preprocessing": small_preprocessing(32), "pretrained": False, **TIMM.get(name, {})}
+
+
+@cache
+def original(name: str) -> tuple[Backbone, Patch]:
+    """A network by its name, and the file of a patch of it."""
+    backbone = load_backbone(f"timm:{name}", **given(name))
+    return backbone, decode_patch(encode_patch(draft_patch(backbone)))
+
+
 @pytest.mark.parametrize(("name", "arguments", "said"), PAIRS, ids=[next(iter(pair[1])) for pair in PAIRS])
 def test_arguments_that_change_no_tensor_are_told_from_each_other(
     name: str, arguments: dict[str, Any], said: str
 ) -> None:
-    given = {"preprocessing": small_preprocessing(32), "pretrained": False, **TIMM[name]}
-    backbone, other = load_backbone(f"timm:{name}", **given), load_backbone(f"timm:{name}", **given, **arguments)
-    patch = decode_patch(encode_patch(draft_patch(backbone)))
+    backbone, patch = original(name)
+    other = load_backbone(f"timm:{name}", **given(name), **arguments)
     assert other.fingerprints == backbone.fingerprints
     with pytest.raises(WrongBackboneError, match="has the same tensors but computes something else") as refused:
         other.patched(patch)
@@ -245,7 +268,18 @@ def test_arguments_that_change_no_tensor_are_told_from_each_other(
     backbone.patched(patch)
 
 
-def test_attention_in_one_kernel_or_in_several_operations_is_one_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficientnet_and_its_translation_from_tensorflow_are_two_networks() -> None:
+    """The same weights: the one pads evenly with an epsilon of 1e-5, the other as TensorFlow does, with 1e-3."""
+    _, patch = original("efficientnet_b0")
+    other = load_backbone("timm:tf_efficientnet_b0", **given("efficientnet_b0"))
+    assert other.fingerprints == original("efficientnet_b0")[0].fingerprints
+    with pytest.raises(
+        WrongBackboneError, match=r"padding of conv_stem: 1 against same; eps of bn1: 1e-05 against 0.001"
+    ):
+        patch.check_backbone(other)
+
+
+def test_attention_in_one_kernel_or_in_several_operations_is_one_computation() -> None:
     recorded = load(build("vit_tiny_patch16_224")).computing.record
     module = build("vit_tiny_patch16_224")
     for child in module.modules():
@@ -254,6 +288,30 @@ def test_attention_in_one_kernel_or_in_several_operations_is_one_computation(mon
     other = load(module)
     assert other.computing.describe() != recorded.description
     assert other.computing.difference(recorded) == ""
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            assert load(build("vit_tiny_patch16_224")).computing.difference(recorded) == ""
+
+
+def test_a_bound_that_no_quiet_picture_reaches_is_seen() -> None:
+    """ReLU6 and ReLU are one function below 6: features of the picture as it is, and of lifted networks, are equal."""
+    module = build("mobilenet")
+    assert approximate(module)
+    recorded, other = load(build("mobilenet")).computing.record, load(module).computing
+    found = {record.look: compare(record.probe, other.probe(*record.look)) for record in recorded.probes}  # type: ignore[arg-type]
+    assert [look for look, difference in found.items() if difference] == [(32, False, True)]
+    assert "hardtanh" in other.difference(recorded)
+
+
+def test_a_patch_brings_its_preprocessing_along(tiny: Backbone) -> None:
+    """How images are normalised is no part of the network: another backbone's own choice changes no answer."""
+    patch = draft_patch(tiny)
+    other = Preprocessing(input_size=(3, 16, 16), mean=(0.1,) * 3, std=(0.9,) * 3, crop_pct=0.5)
+    backbone = load_backbone(make_tiny().module, preprocessing=other)
+    picture_of = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    image = Image.fromarray(picture_of)
+    answers = [Engine(one, {"task": patch}, tuning=Tuning())([image])["task"] for one in (tiny, backbone)]
+    assert torch.allclose(torch.as_tensor(answers[0]), torch.as_tensor(answers[1]), rtol=1e-5)
 
 
 # old files, and files that lie -----------------------------------------------------------------------------------
@@ -393,12 +451,12 @@ def test_probes_are_taken_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) 
 def test_threads_that_bind_at_once_take_a_probe_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, second, take = list[int](), threading.Event(), Probe.take
 
-    def slow(chain: Chain, channels: int, pixels: int, lifted: bool = False) -> Probe:
+    def slow(chain: Chain, channels: int, pixels: int, lifted: bool = False, loud: bool = False) -> Probe:
         taken.append(pixels)
         if len(taken) > 1:
             second.set()
         second.wait(0.3)  # for a thread that would take it again
-        return take(chain, channels, pixels, lifted)
+        return take(chain, channels, pixels, lifted, loud)
 
     monkeypatch.setattr(Probe, "take", slow)
     computing = Computing(tiny.chain, tiny.input_size)
@@ -411,8 +469,8 @@ def test_threads_that_bind_at_once_take_a_probe_once(tiny: Backbone, monkeypatch
 def test_a_size_at_which_the_network_is_cut_differently_has_no_probe() -> None:
     backbone = load(Padded())
     assert "cut differently" in str(backbone.computing.probe(64))
-    probes = [(probe.pixels, probe.lifted) for probe in backbone.computing.record.probes]
-    assert probes == [(32, False), (16, False), (16, True)]
+    looks = [probe.look for probe in backbone.computing.record.probes]
+    assert looks == [(32, False, False), (16, False, False), (16, True, False), (32, False, True)]
 
 
 class Padded(nn.Module):

@@ -30,6 +30,7 @@ class ProbeRecord(BaseModel, frozen=True, extra="forbid"):
     values: Annotated[str, Field(max_length=PACKED)]
     error: float = Field(ge=0, allow_inf_nan=False)
     lifted: bool = False
+    loud: bool = False
 
     @field_validator("values")
     @classmethod
@@ -43,19 +44,24 @@ class ProbeRecord(BaseModel, frozen=True, extra="forbid"):
     def of(cls, probe: Probe) -> Self:
         """The record of a probe."""
         packed = base64.b64encode(probe.values.astype("<f4").tobytes()).decode()
-        return cls(pixels=probe.pixels, values=packed, error=probe.error, lifted=probe.lifted)
+        return cls(pixels=probe.pixels, values=packed, error=probe.error, lifted=probe.lifted, loud=probe.loud)
+
+    @property
+    def look(self) -> tuple[int, bool, bool]:
+        """The picture and the network that it was taken of: pixels, lifted, loud."""
+        return self.pixels, self.lifted, self.loud
 
     @property
     def probe(self) -> Probe:
         """The probe, its values rounded to float32."""
         values = np.frombuffer(base64.b64decode(self.values), "<f4").astype(np.float64)
-        return Probe(self.pixels, values, self.error, self.lifted)
+        return Probe(self.pixels, values, self.error, self.lifted, self.loud)
 
 
 class Computation(BaseModel, frozen=True, extra="forbid"):
     """The computation of a network: probes at its own size and, if it takes one, at another, and its operations in words."""
 
-    probes: Annotated[tuple[ProbeRecord, ...], Field(min_length=1, max_length=3)]
+    probes: Annotated[tuple[ProbeRecord, ...], Field(min_length=1, max_length=4)]
     description: Description
 
     def difference(self, other: Self, names: Sequence[str] = ()) -> str:
@@ -63,10 +69,9 @@ class Computation(BaseModel, frozen=True, extra="forbid"):
 
         `names` are those of the segments.
         """
-        theirs = {(record.pixels, record.lifted): record.probe for record in other.probes}
+        theirs = {record.look: record.probe for record in other.probes}
         for record in self.probes:
-            key = record.pixels, record.lifted
-            if key in theirs and (found := compare(record.probe, theirs[key])):
+            if record.look in theirs and (found := compare(record.probe, theirs[record.look])):
                 segments = names or [f"segment {number}" for number in range(len(self.description.segments))]
                 told = tell(self.description.differences(other.description, segments))
                 return f"{told} ({found})" if told else found
@@ -90,20 +95,21 @@ class Computing:
 
     def __init__(self, chain: Chain, shape: tuple[int, int, int]) -> None:
         self.chain, self.shape = chain, shape
-        self._probes: dict[tuple[int, bool], Probe | str] = {}
+        self._probes: dict[tuple[int, bool, bool], Probe | str] = {}
         self._record: Computation | None = None
 
-    def probe(self, pixels: int, lifted: bool = False) -> Probe | str:
+    def probe(self, pixels: int, lifted: bool = False, loud: bool = False) -> Probe | str:
         """The probe at a size, or why the network gives none."""
         if pixels > SIDES * self.shape[1]:
             return f"{pixels} px are more than {SIDES} times its own {self.shape[1]}"
         with LOCK:
-            if (pixels, lifted) not in self._probes:
+            look = pixels, lifted, loud
+            if look not in self._probes:
                 try:
-                    self._probes[pixels, lifted] = Probe.take(self.chain, self.shape[0], pixels, lifted)
+                    self._probes[look] = Probe.take(self.chain, self.shape[0], *look)
                 except REFUSALS as error:
-                    self._probes[pixels, lifted] = first_line(error)
-            return self._probes[pixels, lifted]
+                    self._probes[look] = first_line(error)
+            return self._probes[look]
 
     @property
     def recorded(self) -> bool:
@@ -117,7 +123,8 @@ class Computing:
             own = self.shape[1]
             others = (self.probe(pixels) for pixels in (own + 32, own + 28, 2 * own, own // 2) if pixels)
             other = next((probe for probe in others if isinstance(probe, Probe)), None)
-            taken = (self.probe(own), other, self.probe(other.pixels if other else own, lifted=True))
+            lifted = self.probe(other.pixels if other else own, lifted=True)
+            taken = (self.probe(own), other, lifted, self.probe(own, loud=True))
             records = tuple(ProbeRecord.of(probe) for probe in taken if isinstance(probe, Probe))
             self._record = Computation(probes=records, description=self.describe())
         return self._record
@@ -130,7 +137,7 @@ class Computing:
     def difference(self, recorded: Computation) -> str:
         """The difference of what this chain computes from what was recorded, in words; empty where there is none."""
         for record in recorded.probes:
-            found = self.probe(record.pixels, record.lifted)
+            found = self.probe(*record.look)
             if isinstance(found, str):
                 told = tell(recorded.description.differences(self.describe(), self.chain.names))
                 return (

@@ -6,12 +6,14 @@
     error          the largest |float32 - float64| of these values: the rounding of the network itself
     lifted         the same with numbers added to all gains, biases and layer scales, which the content hash vouches for:
                    branches that the base multiplies by (nearly) zero, and that a patch may open, are seen as well
+    loud           the same for the picture times 64: activations reach bounds (ReLU6 against ReLU) that no quiet picture meets
 
 In float64 one computation agrees with itself to some 1e-14 whatever the processor, the kernels or the order of sums, so that
 what differs by more than float32's own rounding is another computation.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -28,6 +30,7 @@ from modelpatch.errors import BackboneError
 
 WIDTH = 64  # values of a probe, at most
 SQUARE = 16  # pixels a side of a coarse square
+LOUD = 64  # times the picture
 FACTOR = 2.0  # of the network's rounding: the tolerance
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double})
@@ -45,6 +48,7 @@ class Probe:
     values: Values
     error: float
     lifted: bool = False
+    loud: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -63,15 +67,17 @@ class Probe:
         return float(np.abs(self.values - other.values).max(initial=0.0))
 
     @classmethod
-    def take(cls, chain: Chain, channels: int, pixels: int, lifted: bool = False) -> "Probe":
+    def take(cls, chain: Chain, channels: int, pixels: int, lifted: bool = False, loud: bool = False) -> "Probe":
         """Run a chain on the picture. Raises one of `REFUSALS` where it takes no such pictures, or answers not finite."""
-        single = Reference(torch.float32, lifted)
-        rounded = _features(chain, channels, pixels, single)
+        single, x = Reference(torch.float32, lifted), picture(channels, pixels) * (LOUD if loud else 1)
+        chain.prepare(x)
+        modules = [segment.in_eval_mode().module for segment in chain]  # in train mode statistics would move
+        rounded = _features(modules, x, single)
         try:
-            values = _features(chain, channels, pixels, Reference(torch.float64, lifted))
+            values = _features(modules, x, Reference(torch.float64, lifted))
         except REFUSALS:  # an operation without float64: every one of them adds a rounding to first order
-            return cls(pixels, rounded, single.calls * UNIT * float(np.abs(rounded).max(initial=0.0)), lifted)
-        return cls(pixels, values, float(np.abs(values - rounded).max(initial=0.0)), lifted)
+            return cls(pixels, rounded, single.calls * UNIT * float(np.abs(rounded).max(initial=0.0)), lifted, loud)
+        return cls(pixels, values, float(np.abs(values - rounded).max(initial=0.0)), lifted, loud)
 
 
 class Reference(TorchFunctionMode):
@@ -111,12 +117,9 @@ class Reference(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _features(chain: Chain, channels: int, pixels: int, reference: Reference) -> Values:
-    x = picture(channels, pixels)
-    chain.prepare(x)
-    modules = [segment.in_eval_mode().module for segment in chain]
+def _features(modules: Sequence[nn.Module], images: Tensor, reference: Reference) -> Values:
     with reference:
-        features = reduce(lambda made, module: module(made), modules, x.to(reference.dtype))
+        features = reduce(lambda made, module: module(made), modules, images.to(reference.dtype))
     values = features.detach().double().reshape(-1).numpy()
     if not np.isfinite(values).all():
         raise ValueError("the features are not finite")
