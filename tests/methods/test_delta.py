@@ -65,6 +65,15 @@ ARCHITECTURES = (
 )
 
 
+SHORT = {"layers": (2, 2, 2, 2)}
+SMALL: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "resnext50_32x4d": SHORT,
+    "wide_resnet50_2": SHORT,
+    "resnetv2_50": SHORT,
+}
+
+
 @cache
 def network(name: str) -> Backbone:
     if name == "tiny":
@@ -72,8 +81,11 @@ def network(name: str) -> Backbone:
     if name.startswith("torchvision "):
         torch.manual_seed(0)
         module = getattr(torchvision.models, name.removeprefix("torchvision "))(num_classes=7)
+        if name == "torchvision swin_t":
+            sizes = {"embed_dim": 24, "depths": [2, 2, 6, 2], "num_heads": [1, 2, 4, 8], "window_size": [7, 7]}
+            module = torchvision.models.SwinTransformer(patch_size=[4, 4], num_classes=7, **sizes)
         return load_backbone(module, preprocessing=small_preprocessing(64))
-    return make_timm(name, 32, **({"img_size": 32} if name.startswith("vit") else {}))
+    return make_timm(name, 32, **SMALL.get(name, {}))
 
 
 @lru_cache(1)  # the largest holds 0.8 GB

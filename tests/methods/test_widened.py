@@ -37,7 +37,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], Backbone]]] = {
     "resnet18": ("conv", lambda: make_timm("resnet18", 32)),
     "mobilenetv2": ("conv", lambda: make_timm("mobilenetv2_100", 32)),
     "inception": ("conv", lambda: make_timm("inception_v3", 80)),  # some of its blocks have no padding
-    "vgg": ("conv", lambda: make_timm("vgg11", 32)),
+    "vgg": ("conv", lambda: make_timm("vgg11", 32, mlp_ratio=1 / 64)),
     "vit": ("linear", lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=2)),
     "swin": ("linear", lambda: make_timm("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2)),
 }

@@ -15,8 +15,8 @@ from modelpatch.train import fit
 
 pytestmark = pytest.mark.slow
 
-CLASSES = 10
-MARGIN = 0.05  # half of what was measured
+CLASSES = 6
+MARGIN = 0.05  # a third of what was measured
 
 
 @pytest.mark.real
@@ -29,7 +29,7 @@ def test_scale_and_bias_beat_a_linear_probe_on_traffic_signs(
         for folder in sorted((signs / split).iterdir())[:CLASSES]:
             (tmp_path / split / folder.name).symlink_to(folder)
     data = load_task(tmp_path)
-    settings = {"epochs": 5, "batch_size": 16, "image_size": 64, "views": 1}
+    settings = {"epochs": 4, "batch_size": 16, "image_size": 64, "views": 1}
     probe, patch = (fit(real_backbone, data, method, **settings) for method in (LinearProbe(), ScaleBias(lr=3e-3)))
     assert patch.metrics["test_top1"] > probe.metrics["test_top1"] + MARGIN
     real_backbone.verify()
