@@ -78,6 +78,9 @@ def run(prepare: Callable[[int], Case], given: argparse.Namespace) -> None:
     prepare(-1)()  # what is imported and cached once
     for done, number in enumerate(only or range(tally.next, given.seed + given.count), 1):
         outcome, seconds, trace = _try(prepare(number))
+        if seconds > LONGEST:  # once more: a stall of the machine is none of the case
+            again = _try(prepare(number))
+            outcome, seconds, trace = min((outcome, seconds, trace), again, key=lambda tried: tried[1])
         if seconds > LONGEST:
             trace, outcome = trace or f"{seconds:.2f} s", "slow"
         if trace:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from modelpatch.patch.file import LEAST_NUMBERS
 from modelpatch.patch.finding import find_backbone
 
 MEGABYTES = 10 * 2**20
+SECONDS = 2.0  # of processor time, four times what is measured
 
 
 class Allocations(TorchDispatchMode):
@@ -49,10 +52,12 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def cheap() -> Iterator[None]:
-    """A context that may not allocate more than a few megabytes of tensors."""
+    """A context that may not allocate more than a few megabytes of tensors, nor take more than a moment of the processor."""
+    begin = time.process_time()
     with Allocations() as counted:
         yield
     assert counted.nbytes < MEGABYTES
+    assert time.process_time() - begin < SECONDS
 
 
 def refused(backbone: Backbone, patch: Patch, match: str, kind: type[ModelpatchError] = ForeignTensorError) -> None:
@@ -162,6 +167,34 @@ def test_a_network_that_the_memory_does_not_hold_is_weighed_before_it_is_built(
     ):
         with cheap(), pytest.raises(BackboneError, match=r"would take [\d,]+ GB; this machine has"):
             load()
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments"),
+    [
+        ("timm:vit_tiny_patch16_224", {"depth": 1024, "embed_dim": 8, "num_heads": 1}),
+        ("timm:resnet50", {"layers": [1024, 1024, 1024, 1024]}),
+    ],
+)
+def test_a_network_of_thousands_of_modules_is_not_built(tiny: Backbone, spec: str, arguments: dict[str, Any]) -> None:
+    """Small numbers whose sum takes minutes to build and to record, wherever a file may state them."""
+    record = draft_patch(tiny).backbone
+    given = {**check_arguments(arguments), "pretrained": False}
+    with cheap(), pytest.raises(BackboneError, match="more than 4,096 modules"):
+        find_backbone(record.model_copy(update={"spec": spec, "arguments": given}))
+
+
+def test_modules_that_other_threads_make_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MOST_MODULES", 8)
+
+    def build() -> nn.Module:
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(lambda: nn.Sequential(*(nn.ReLU() for _ in range(100)))).result()
+        return nn.Sequential(nn.ReLU(), nn.ReLU())
+
+    base.check_size(build, "it")
+    with pytest.raises(BackboneError, match="it would have more than 8 modules"):
+        base.check_size(lambda: nn.Sequential(*(nn.ReLU() for _ in range(9))), "it")
 
 
 def test_a_network_is_weighed_by_its_parameters_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:

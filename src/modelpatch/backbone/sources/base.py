@@ -7,7 +7,9 @@
 the group `modelpatch.backbones`.
 """
 
+import itertools
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from modelpatch.backbone.preprocessing import Preprocessing
@@ -28,6 +31,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 DRAWING = frozenset(
     str.split("add_ clamp_ copy_ div_ erfinv_ fill_ kaiming_normal_ kaiming_uniform_ mul_ normal_ sub_ uniform_ zero_")
 )
+MOST_MODULES = 4096  # of a network that is given arguments: NASNet and EfficientNet-L2 have 1,800
 UNKNOWN = 2**36  # bytes of memory where the system does not say
 
 
@@ -78,13 +82,28 @@ register_source = SOURCES.register  # under the word before the colon of a speci
 
 
 def check_size(build: Callable[[], nn.Module], what: str) -> None:
-    """Raise `BackboneError` for a network that the memory does not hold, which is built without numbers to be weighed.
+    """Raise `BackboneError` for a network that the memory does not hold, which is built without numbers to be weighed, or one
+    of more than `MOST_MODULES` modules.
 
     Arguments come from files too: each may be small, and their product not. A network that cannot be built so is passed.
     """
-    module = None
-    with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"), Undrawn():
-        module = build()  # of what fails, the real construction tells more
+    module, parts, own = None, itertools.count(1), threading.get_ident()
+
+    def count(*registered: Any) -> None:
+        if threading.get_ident() == own and next(parts) > MOST_MODULES:
+            raise TooManyModulesError
+
+    counting = register_module_module_registration_hook(count)
+    try:
+        with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"), Undrawn():
+            module = build()  # of what fails, the real construction tells more
+    except TooManyModulesError:
+        raise BackboneError(
+            f"{what} would have more than {MOST_MODULES:,} modules; the largest networks of the zoos have half as many.",
+            "Give arguments of a smaller network, or build the module yourself.",
+        ) from None
+    finally:
+        counting.remove()
     needed = (
         sum(tensor.nbytes for part in (module.parameters(), module.buffers()) for tensor in part)
         if module is not None
@@ -95,6 +114,10 @@ def check_size(build: Callable[[], nn.Module], what: str) -> None:
             f"{what} would take {needed / 1e9:,.0f} GB; this machine has {held / 1e9:,.0f} GB of memory.",
             "Give arguments of a smaller network.",
         )
+
+
+class TooManyModulesError(BaseException):
+    """A network that is too deep to be built: no `Exception`, which constructors may catch."""
 
 
 class Undrawn(TorchFunctionMode):
