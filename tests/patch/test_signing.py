@@ -25,7 +25,7 @@ from modelpatch.errors import (
 )
 from modelpatch.patch import bundles
 from modelpatch.patch.contents import Patch
-from modelpatch.patch.envelope import Signature, dsse_bytes, make_statement, read_beside, signature_path
+from modelpatch.patch.envelope import ISSUERS, Signature, dsse_bytes, make_statement, read_beside, signature_path
 from modelpatch.patch.keys import PUBLIC, make_key, read_private_key, sign
 from modelpatch.patch.signing import Signers, check_file_signer, describe_signature
 
@@ -249,7 +249,9 @@ def test_what_is_no_key_of_the_right_kind_is_named(key: Path, tmp_path: Path) ->
 # sigstore -----------------------------------------------------------------------------------------------------
 
 
-def bundle(identity: str = "me@example.org", data: bytes = DATA) -> bytes:
+def bundle(
+    identity: str = "me@example.org", issuer: str = "https://accounts.example.org", *, older: bool = False
+) -> bytes:
     """A bundle whose certificate names an identity, and whose envelope is that of a key: only sigstore could tell."""
     from datetime import UTC, datetime, timedelta
 
@@ -260,12 +262,15 @@ def bundle(identity: str = "me@example.org", data: bytes = DATA) -> bytes:
     names = x509.SubjectAlternativeName([x509.RFC822Name(identity)])
     made = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(x509.Name([])).serial_number(1)
     made = made.public_key(key.public_key()).not_valid_before(now).not_valid_after(now + timedelta(1))
+    old = x509.UnrecognizedExtension(x509.ObjectIdentifier(ISSUERS[1]), issuer.encode())
+    new = x509.UnrecognizedExtension(x509.ObjectIdentifier(ISSUERS[0]), bytes([12, len(issuer)]) + issuer.encode())
+    made = made.add_extension(old if older else new, False)
     certificate = made.add_extension(names, True).sign(key, hashes.SHA256()).public_bytes(written.Encoding.DER)
     return json.dumps(
         {
             "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
             "verificationMaterial": {"certificate": {"rawBytes": base64.b64encode(certificate).decode()}},
-            "dsseEnvelope": json.loads(signed(data)),
+            "dsseEnvelope": json.loads(signed()),
         }
     ).encode()
 
@@ -292,7 +297,8 @@ WHO = "sigstore:me@example.org,https://accounts.example.org"
 
 def test_an_identity_is_asked_of_sigstore_with_its_issuer(sigstore: SimpleNamespace) -> None:
     signature = Signature.read(bundle(), "it")
-    assert signature.claims == ("me@example.org",)
+    assert signature.claims == ("me@example.org,https://accounts.example.org",)
+    assert Signature.read(bundle(older=True), "it").claims == signature.claims
     assert Signers.of(WHO).check(signature.statement.sha256, signature, "the file").name == "me@example.org"
     assert sigstore.asked == [{"identity": "me@example.org", "issuer": "https://accounts.example.org"}]
 
@@ -301,6 +307,9 @@ def test_a_bundle_of_another_identity_or_that_sigstore_refuses_is_named(sigstore
     other, sha256 = Signature.read(bundle("you@example.org"), "it"), Signature.read(signed(), "it").statement.sha256
     with pytest.raises(OtherSignerError, match=r"signed by you@example\.org"):
         Signers.of(WHO).check(sha256, other, "the file")
+    elsewhere = Signature.read(bundle(issuer="https://anybody.example.org"), "it")
+    with pytest.raises(OtherSignerError, match=r"signed by me@example\.org,https://anybody"):
+        Signers.of(WHO).check(sha256, elsewhere, "the file")
     assert not sigstore.asked
     with pytest.raises(OtherSignerError, match="by alice is required"):
         Signers.of(f"{key}.pub").check(sha256, other, "the file")
@@ -321,4 +330,4 @@ def test_without_sigstore_its_extra_is_named() -> None:
         with pytest.raises(MissingExtraError, match=r"modelpatch\[sigstore\]"):
             bundles.sign_bundle(b"{}")
     else:
-        assert Signers.of(WHO).known[0].id == "me@example.org"
+        assert Signers.of(WHO).known[0].name == "me@example.org"

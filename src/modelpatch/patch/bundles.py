@@ -19,9 +19,9 @@ LOGIN = "Log in: `python -m sigstore get-identity-token`, or run where a workflo
 
 @dataclass(frozen=True)
 class Identity:
-    """Somebody by the name that a login service (`issuer`) vouches for."""
+    """Somebody by the name that a login service (`issuer`) vouches for; `id` is both, as signatures claim them."""
 
-    id: str
+    name: str
     issuer: str
 
     @classmethod
@@ -35,8 +35,8 @@ class Identity:
         return cls(who, issuer)
 
     @property
-    def name(self) -> str:
-        return self.id
+    def id(self) -> str:
+        return f"{self.name},{self.issuer}"
 
     def signed(self, signature: Signature) -> bool:
         """Return True if a bundle is by this identity. Raises `DamagedSignatureError` for one of it that was altered."""
@@ -46,7 +46,7 @@ class Identity:
         policy = require("sigstore.verify.policy", "sigstore", PURPOSE, "sigstore")
         try:
             bundle = models.Bundle.from_json(signature.raw)
-            said = policy.Identity(identity=self.id, issuer=self.issuer)
+            said = policy.Identity(identity=self.name, issuer=self.issuer)
             payload = _verifier().verify_dsse(bundle, said)[1]
         except SignatureError:
             raise

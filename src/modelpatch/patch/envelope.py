@@ -17,10 +17,12 @@ from pydantic import Base64Bytes, BaseModel, Field, StringConstraints, Validatio
 
 from modelpatch.errors import DamagedSignatureError, require
 from modelpatch.patch.file import canonical
-from modelpatch.text import Facts, Text, check_printable, first_line, first_problem
+from modelpatch.text import MAX_LENGTH, Facts, Text, check_printable, first_line, first_problem
 
 SUFFIX = ".sig"
 PAYLOAD = "application/vnd.in-toto+json"
+ISSUER, OLD_ISSUER = ISSUERS = "1.3.6.1.4.1.57264.1.8", "1.3.6.1.4.1.57264.1.1"  # extensions of sigstore's certificates
+UTF8 = 12  # the tag of a string in DER
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:modelpatch:provenance:1"
 MOST_BYTES = 2**20  # of a signature or of a file of keys
@@ -43,7 +45,7 @@ class Statement(BaseModel):
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: list[Subject] = Field(min_length=1, max_length=1)
     predicateType: Text  # noqa: N815 (in-toto's own spelling)
-    predicate: Facts = {}
+    predicate: Facts | None = None
 
     @property
     def sha256(self) -> str:
@@ -77,7 +79,8 @@ class BundleFile(BaseModel):
 class Signature:
     """A signature file as it was read: nothing in it is to be believed before `Signers.check` returns.
 
-    `claims` are the ids of the keys that it names, or the sigstore identity. `name` stands for the file in messages.
+    `claims` are the ids of the keys that it names, or the sigstore identity with its issuer. `name` stands for the file in
+    messages.
     """
 
     name: str
@@ -148,7 +151,7 @@ def read_beside(path: str | os.PathLike[str]) -> bytes | None:
 
 
 def _claimed_identity(raw: bytes, name: str) -> str:
-    """The identity in a bundle's certificate, unchecked. Raises `DamagedSignatureError` where it has none."""
+    """The identity and its issuer in a bundle's certificate, unchecked. Raises `DamagedSignatureError` where it has none."""
     x509: Any = require("cryptography.x509", "sign", "a sigstore signature", "cryptography")
     try:
         material = json.loads(raw)["verificationMaterial"]
@@ -156,8 +159,18 @@ def _claimed_identity(raw: bytes, name: str) -> str:
         certificate = x509.load_der_x509_certificate(base64.b64decode(encoded["rawBytes"]))
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         found = [one.value for one in names if isinstance(one.value, str)]
-        return check_printable(found[0])[:256]
+        return check_printable(f"{found[0]},{_issuer(certificate)}")[:MAX_LENGTH]
     except Exception as error:
         raise DamagedSignatureError(
             f"{name} is a sigstore bundle without an identity: {first_line(error)}.", AGAIN
         ) from error
+
+
+def _issuer(certificate: Any) -> str:
+    """The service that vouches for a certificate's identity: a DER string of less than 128 bytes, or as older ones have it."""
+    held = {
+        one.oid.dotted_string: one.value.value for one in certificate.extensions if one.oid.dotted_string in ISSUERS
+    }
+    if (value := held.get(ISSUER)) is not None and value[0] == UTF8 and value[1] == len(value) - 2:
+        return str(value[2:].decode())
+    return str(held[OLD_ISSUER].decode())
