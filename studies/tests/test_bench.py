@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -52,9 +53,14 @@ def write_images(root: Path, classes: tuple[str, ...], seed: int = 0) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("made") / "colors", ("red", "green", "blue"))
+
+
 @pytest.fixture
-def sources(tmp_path: Path) -> Sources:
-    write_images(tmp_path / "data" / "colors", ("red", "green", "blue"))
+def sources(colors: Path, tmp_path: Path) -> Sources:
+    shutil.copytree(colors, tmp_path / "data" / "colors")
     return Sources(tmp_path / "data", tmp_path / "cache")
 
 

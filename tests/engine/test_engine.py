@@ -46,6 +46,12 @@ def images() -> Tensor:
     return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def shared() -> Backbone:
+    """The tiny network for all examples of a property."""
+    return make_tiny()
+
+
 def many(backbone: Backbone) -> dict[str, Patch]:
     methods: dict[str, Method | None] = {
         "probe": None,
@@ -118,21 +124,20 @@ def test_every_tuning_and_budget_gives_the_same_answers(
     tuning=st.sampled_from([PLAIN, FAST]),
 )
 def test_a_mixed_batch_of_random_patches_equals_each_row_alone(
-    spans: Sequence[set[str]], tasks: list[int], tuning: Tuning
+    shared: Backbone, spans: Sequence[set[str]], tasks: list[int], tuning: Tuning
 ) -> None:
-    backbone = make_tiny()
     patches = {
-        f"patch {number}": draft_patch(backbone, Subset(blocks=tuple(sorted(blocks))), seed=number % 2)
+        f"patch {number}": draft_patch(shared, Subset(blocks=tuple(sorted(blocks))), seed=number % 2)
         for number, blocks in enumerate(spans)
     }
     names = ["base", *patches]
     rows = [names[number % len(names)] for number in tasks]
     images = torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(len(rows)))
-    answers = Engine(backbone, patches, tuning=tuning)(images, tasks=rows)
+    answers = Engine(shared, patches, tuning=tuning)(images, tasks=rows)
     assert len(answers) == len(rows)
     for row, name in enumerate(rows):
         image = images[row : row + 1]
-        alone = backbone(image) if name == "base" else backbone.patched(patches[name])(image)
+        alone = shared(image) if name == "base" else shared.patched(patches[name])(image)
         assert close(answers[row], alone[0])
 
 

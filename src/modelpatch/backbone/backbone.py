@@ -107,6 +107,9 @@ class Backbone:
 
     def to(self, device: str | torch.device) -> Self:
         """Move the frozen tensors to a device. Returns self."""
+        there, held = torch.empty(0, device=device).device, (*self.module.parameters(), *self.module.buffers())
+        if all(tensor.device == there for tensor in held):
+            return self
         self.module.to(device)
         self._build_chain()
         self.computing.chain = self.chain
