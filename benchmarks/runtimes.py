@@ -5,8 +5,9 @@
               itself), and 8 sessions or models of whole networks
     start     from `Engine(...)` to the first answer and to full speed, with an empty cache and with a warm one
 
-ONNX Runtime has its defaults (its threads spin) and OpenVINO a model for each number of rows, both in float32 on as many
-threads as PyTorch. Sides run in blocks, one after another in every round; the first run of a block does not count.
+One session of ONNX Runtime has its defaults (its threads spin; those of eight do not), and OpenVINO a model for each number
+of rows, both in float32 on as many threads as PyTorch. Sides run in blocks, one after another in every round; the first run of
+a block does not count.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ def graph(module: nn.Module, backbone: mp.Backbone, name: str) -> Path:
     return path
 
 
-def session(path: Path) -> Callable[[Tensor], object]:
+def session(path: Path, spins: bool = True) -> Callable[[Tensor], object]:
+    """A session of ONNX Runtime; where several are used in turn, threads that spin would take the cores from one another."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if not spins:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = torch.get_num_threads()
     made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda x: made.run(None, {"x": x.numpy()})
@@ -130,7 +134,7 @@ def sessions(rounds: int, networks: tuple[str, ...] = NETWORKS) -> Rows:
             patches = {f"task {n}": untrained(backbone, method, CLASSES, n) for n in range(TASKS)}
             engine = mp.Engine(backbone, patches, budget=10**12)
             path = graph(backbone.patched(patches["task 0"]), backbone, f"{name} {what}")
-            onnx = [session(path) for _ in range(TASKS)]
+            onnx = [session(path, spins=False) for _ in range(TASKS)]
             for batch in BATCHES:
                 x = images(backbone, batch)
                 engine.compile(rows=batch, only=list(patches))

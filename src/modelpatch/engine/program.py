@@ -49,8 +49,11 @@ class JoinedHeads:
         """The heads as one module, of features or what flattens to them."""
         with torch.device("meta"):
             linear = nn.Linear(self._weight.shape[1], len(self._weight))
-        linear.load_state_dict({"weight": self._weight, "bias": self._bias}, assign=True)
-        return nn.Sequential(nn.Flatten(), linear).eval().requires_grad_(False)
+        for name, tensor in (("weight", self._weight), ("bias", self._bias)):
+            setattr(
+                linear, name, nn.Parameter(tensor.clone(), requires_grad=False)
+            )  # tensors of a call allow no gradients
+        return nn.Sequential(nn.Flatten(), linear).eval()
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits of all heads, one after another, for features (B, D) or what flattens to them."""
@@ -58,6 +61,8 @@ class JoinedHeads:
 
     def split(self, logits: Tensor) -> list[Tensor]:
         """Logits (B, K) of every head."""
+        if len(self._widths) == 1:
+            return [logits]
         return [one.contiguous() for one in logits.split(self._widths, 1)]
 
 

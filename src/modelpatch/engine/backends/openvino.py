@@ -27,7 +27,7 @@ class OpenVino(Backend):
 
     def load(self, path: Path, inputs: Sequence[Tensor], threads: int, fixed: bool) -> Compiled:
         """A compiled model on `threads` cores."""
-        core = _core()
+        library, core = _library(), _core()
         model = core.read_model(path)
         rows = len(inputs[0]) if fixed else -1
         model.reshape({port: [rows, *x.shape[1:]] for port, x in zip(model.inputs, inputs, strict=True)})
@@ -44,9 +44,11 @@ class OpenVino(Backend):
 
         def run(*tensors: Tensor) -> Tensor:
             request = idle.pop() if idle else compiled.create_infer_request()
-            given = {number: x.contiguous().numpy() for number, x in enumerate(tensors)}
-            output = request.infer(given, share_inputs=True, share_outputs=True)[0]
-            made = torch.from_numpy(output.copy())
+            given = [x.contiguous().numpy() for x in tensors]  # which have to outlive the run
+            for number, array in enumerate(given):
+                request.set_input_tensor(number, library.Tensor(array, shared_memory=True))
+            request.infer(share_outputs=True)
+            made = torch.from_numpy(request.get_output_tensor(0).data.copy())  # the request writes there again
             idle.append(request)
             return made
 
@@ -55,4 +57,8 @@ class OpenVino(Backend):
 
 @cache
 def _core() -> Any:
-    return require("openvino", OpenVino.extra, "The backend openvino").Core()
+    return _library().Core()
+
+
+def _library() -> Any:
+    return require("openvino", OpenVino.extra, "The backend openvino")
