@@ -15,6 +15,8 @@ from conftest import draft_patch
 from dense import box_task, square_task
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
+from modelpatch.patch.envelope import make_statement, signature_path
+from modelpatch.patch.keys import make_key, read_private_key, sign
 from modelpatch.train import fit
 from serving import TOKEN, Serving, damage, drafts, network, picture
 
@@ -103,11 +105,17 @@ def test_a_file_is_chosen_and_a_patch_is_uploaded_and_removed(page: Any, server:
     page.get_by_text("Add or remove patches").click()
     page.get_by_label("Name", exact=True).fill("cars")
     page.get_by_label("Patch file").set_input_files(path)
+    key = make_key(tmp_path / "alice")
+    signature_path(path).write_bytes(
+        sign(make_statement(path.read_bytes(), path.name, {}), read_private_key(tmp_path / "alice"))
+    )
+    page.get_by_label("Signature").set_input_files(signature_path(path))
     page.get_by_label("Token").fill("a wrong token")
     page.get_by_role("button", name="Publish").click()
     page.get_by_text("The token is another").wait_for()
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Publish").click()
+    page.get_by_text(f"signed: {key.id[:16]}").wait_for()
     page.locator(".card h3", has_text="cars").wait_for()
     assert server.store.resolve("cars")
     page.on("dialog", lambda dialog: dialog.accept())
