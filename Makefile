@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# code is compiled once, not by every process that a test starts
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test quick check docs format lock clean
 
 demo: $(VENV)/.demo

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ HOSTILE_ARGUMENTS: list[tuple[str, object]] = [
     ("a" * 1000, 1),
     ("a\nb", 1),
 ]  # what no file may pass to the constructor of a network
+
+
+def skip_without(*libraries: str) -> None:
+    """Skip a file of tests where a library is not installed; none is imported before a test needs it."""
+    for library in libraries:
+        if find_spec(library) is None:
+            pytest.skip(f"{library} is not installed", allow_module_level=True)
 
 
 def pytest_collection_finish() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Run, write_folder
+from conftest import Run, skip_without, write_folder
 from dense import SHADES, write_masks
 from modelpatch.backbone.load import load_backbone
 from modelpatch.patch.contents import Patch
@@ -19,7 +19,7 @@ from modelpatch.tasks.segmentation import Segmentation, lay_over
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("torchmetrics")
+skip_without("torchmetrics")
 
 
 def test_masks_from_fit_to_pictures(tmp_path: Path, run: Run) -> None:

@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import modelpatch as mp
-from conftest import Run, write_folder
+from conftest import Run, skip_without, write_folder
 from dense import write_masks, write_voc
 from modelpatch.cli.main import app
 from modelpatch.methods import vocabulary
@@ -39,8 +39,7 @@ from modelpatch.patch.keys import make_key, read_private_key, sign
 
 pytestmark = pytest.mark.slow
 
-for library in ("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib", "cryptography"):
-    pytest.importorskip(library)
+skip_without("torchmetrics", "pycocotools", "fastapi", "uvicorn", "peft", "matplotlib", "cryptography")
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import color_task, make_timm
+from conftest import color_task, make_timm, skip_without
 from dense import box_task, square_task
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.engine.engine import Engine
@@ -24,8 +24,7 @@ from serving import serving
 from vectors import label_task, number_task
 
 pytestmark = pytest.mark.service
-pytest.importorskip("torchmetrics")
-pytest.importorskip("pycocotools")
+skip_without("torchmetrics", "pycocotools")
 PIXELS = 64
 KINDS = {"colors", "lights", "brightness", "squares", "boxes"}
 

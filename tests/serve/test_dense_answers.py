@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import make_timm
+from conftest import make_timm, skip_without
 from dense import box_task, square_task
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
@@ -26,7 +26,7 @@ from serving import Serving, fill, network, serving
 
 pytestmark = pytest.mark.service
 
-pytest.importorskip("torchmetrics")
+skip_without("torchmetrics")
 
 
 @pytest.fixture(scope="module")

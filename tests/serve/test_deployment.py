@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import draft_patch
+from conftest import draft_patch, skip_without
 from modelpatch.backbone.load import load_backbone
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
@@ -26,7 +26,7 @@ from modelpatch.serve.client import Client
 from modelpatch.store.store import Store
 from serving import alive, children, close, picture, told, wait_until
 
-pytest.importorskip("ray.serve")
+skip_without("ray")
 pytestmark = [
     pytest.mark.service,
     pytest.mark.skipif(os.environ.get("MODELPATCH_LONG") != "1", reason="a long test: set MODELPATCH_LONG=1"),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import skip_without
 from dense import box_task, square_task
 from modelpatch.tasks.classification import Classification, Evaluation
 from modelpatch.tasks.detection import Detection
@@ -17,7 +18,7 @@ from modelpatch.tasks.kind import Meter, kind_of
 from modelpatch.tasks.scores import bootstrap_interval, mean_of_classes, score_classes, wilson_interval
 from modelpatch.tasks.segmentation import Segmentation
 
-pytest.importorskip("torchmetrics")
+skip_without("torchmetrics")
 
 
 def test_scores_are_those_of_scikit_learn() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import modelpatch as mp
-from conftest import make_tiny
+from conftest import make_tiny, skip_without
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.convert.exporting import check_onnx, export
 from modelpatch.convert.merging import merge
@@ -31,7 +31,7 @@ from modelpatch.tasks.vector import Vector
 from modelpatch.train import Callback, evaluate, fit
 from vectors import label_task, number_task
 
-pytest.importorskip("torchmetrics")
+skip_without("torchmetrics")
 PLAIN: dict[str, Any] = {"augment": "none", "epochs": 3}
 LONG: dict[str, Any] = {"augment": "none", "epochs": 30, "batch_size": 8}
 NUMBERS = LinearProbe(head_lr=0.3)
