@@ -170,6 +170,12 @@ def test_shared_prefixes_are_compiled_once_and_tails_are_one_for_all_patches(
     assert spans == [*["heads"] * 3, *variants, "stem.0 ... stage2.0"]
 
 
+def test_variants_all_over_a_network_are_one_run(tiny: Backbone, backend: Recording, tmp_path: Path) -> None:
+    engine = Engine(tiny, {"norms": draft_patch(tiny, ScaleBias())}, backend="recording", cache=tmp_path)
+    engine.compile(only=["norms"])
+    assert backend.written == ["stem.0", "stem.1 ... stage2.1", "heads"]
+
+
 def test_the_backbones_own_head_is_compiled_with_it_and_those_of_patches_are_not(
     tiny: Backbone, backend: Recording, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ FORMAT = 1  # of the files in the cache
 
 @dataclass(frozen=True)
 class LinkRun:
-    """Consecutive links of a plan, all the backbone's or all a patch's."""
+    """Consecutive links of a plan: of the backbone, or variants of a patch and what lies between them."""
 
     links: tuple[Link, ...]
     name: str
@@ -45,8 +45,19 @@ class LinkRun:
 
     @classmethod
     def split(cls, links: Sequence[Link]) -> tuple["LinkRun", ...]:
-        """The runs of links that follow one another."""
-        return tuple(cls.of(tuple(part)) for _, part in itertools.groupby(links, lambda link: link.own))
+        """The runs of links that follow one another.
+
+        Variants are one run with the backbone's segments between them unless these are the larger part; those before the
+        first variant and after the last one are runs that other patches share.
+        """
+        own = [place for place, link in enumerate(links) if link.own]
+        first, end = (own[0], own[-1] + 1) if own else (0, 0)
+        inner = links[first:end]
+        if 2 * sum(link.nbytes for link in inner if link.own) >= sum(link.nbytes for link in inner):
+            parts = [links[:first], inner, links[end:]]
+        else:
+            parts = [[*part] for _, part in itertools.groupby(links, lambda link: link.own)]
+        return tuple(cls.of(tuple(part)) for part in parts if part)
 
     @classmethod
     def of(cls, links: tuple[Link, ...]) -> "LinkRun":
