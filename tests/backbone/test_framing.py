@@ -68,6 +68,7 @@ def timm_cases() -> Iterator[tuple[str, Preprocessing, Any]]:
                 from_timm(config)
 
 
+@pytest.mark.slow
 def test_every_config_of_timm_gives_timms_pixels() -> None:
     cases = distinct(timm_cases())
     assert {seen.framing for seen, _ in cases.values()} >= {"crop", "stretch"}

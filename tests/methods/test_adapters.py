@@ -64,6 +64,7 @@ def ends_with(names: list[str], *ends: str) -> bool:
 # the papers' numbers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "expected", "published"),
     [

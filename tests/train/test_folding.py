@@ -28,6 +28,7 @@ def test_every_segment_computes_the_same(name: str) -> None:
     backbone.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "left"), [("resnet18", 0), ("mobilenetv2_100", 0), ("res2net50_26w_4s", 0)])
 def test_the_blocks_of_common_networks_have_no_norms_left(name: str, left: int) -> None:
     for block in make_timm(name, 32).chain.blocks:
