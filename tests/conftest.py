@@ -79,6 +79,11 @@ def skip_without(*libraries: str) -> None:
             pytest.skip(f"{library} is not installed", allow_module_level=True)
 
 
+def pytest_configure() -> None:
+    """Collect all of the garbage less often: it takes a tenth of the time otherwise."""
+    gc.set_threshold(700, 10, 50)
+
+
 def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of every later garbage collection: it is most of all objects, and stays."""
     gc.collect()
