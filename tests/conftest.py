@@ -172,7 +172,8 @@ def colors() -> Task:
 def draft_patch(backbone: Backbone, method: Method | None = None, classes: int = 3, seed: int = 0) -> Patch:
     """A patch with random numbers where a trained one would have learned ones; no training needed."""
     method = method or LinearProbe()
-    torch.manual_seed(seed)
+    # the generator itself: beside a server of this process that compiles, `torch.manual_seed` meets the state of torch.export
+    torch.default_generator.manual_seed(seed)
     model: PatchedModel = method.draft(backbone, classes)
     with torch.no_grad():
         for name, tensor in model.state().items():

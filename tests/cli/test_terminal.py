@@ -378,7 +378,7 @@ def test_an_image_is_decoded_once_for_patches_that_see_alike(
 def test_an_unforeseen_error_is_one_line_unless_the_traceback_is_asked_for(
     run: Run, patches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr("modelpatch.patch.contents.Patch.load", fail)

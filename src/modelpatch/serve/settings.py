@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modelpatch.errors import ServeError
-from modelpatch.patch.signing import Signers
+
+if TYPE_CHECKING:  # it imports torch, which `serve -h` does without
+    from modelpatch.patch.signing import Signers
 
 MIB = 2**20
 
@@ -15,7 +18,9 @@ class Settings:
 
     backend: str = "auto"  # of the engine
     token: str | None = None  # for admin verbs; None turns them off
-    signers: Signers | None = None  # of whom one must have signed every patch and cascade; None takes unsigned ones too
+    signers: "Signers | None" = (
+        None  # of whom one must have signed every patch and cascade; None takes unsigned ones too
+    )
     cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
     deadline: float = 30.0  # seconds from a request's first byte to its answer
     requests: int = 128  # predictions and plans at once; more get 429
