@@ -15,7 +15,7 @@ from conftest import draft_patch, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.tuning import Tuning
 from modelpatch.engine.backends.base import BACKENDS, Backend, Compiled, choose_backend
-from modelpatch.engine.compiled import ENOUGH, SIZES, prune
+from modelpatch.engine.compiled import ENOUGH, piece_sizes, prune
 from modelpatch.engine.engine import Engine
 from modelpatch.errors import EngineError
 from modelpatch.methods.linear_probe import LinearProbe
@@ -64,13 +64,22 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
     return bool(apart <= 1e-4) and torch.equal(found.argmax(1), expected.argmax(1))
 
 
-@pytest.mark.parametrize("network", ["convolutions", pytest.param("transformer", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "openvino")) for n in COMPILING])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [  # Inductor calls a C++ compiler for seconds a run: one network, and one patch
+        pytest.param(name, network, marks=[pytest.mark.slow] * ((name, network) != ("openvino", "convolutions")))
+        for name in COMPILING
+        for network in ("convolutions", "transformer")
+        if (name, network) != ("inductor", "transformer")
+    ],
+)
 def test_compiled_runs_answer_as_the_patched_model(
     name: str, network: str, networks: dict[str, Backbone], files: Path
 ) -> None:
     backbone = networks[network]
     patches = patches_of(backbone)
+    if name == "inductor":
+        patches = {"last": patches["last"]}
     engine = Engine(backbone, patches, backend=needs(name), cache=files)
     engine.compile(rows=2)
     assert engine.memory["compiled"] > 0
@@ -254,16 +263,48 @@ def test_compiled_runs_stay_within_the_budget_and_are_freed_with_their_patch(
     assert 0 < engine.memory["compiled"] < before
 
 
-def test_a_backend_that_wants_to_know_rows_is_given_few_numbers_of_them(
+@pytest.mark.parametrize("threads", [1, 2, 8, 16])
+def test_pieces_make_up_the_rows_with_few_sizes(threads: int) -> None:
+    sizes = {rows: piece_sizes(rows, threads) for rows in range(1, 100)}
+    assert all(sum(pieces) == rows for rows, pieces in sizes.items())
+    assert {size for pieces in sizes.values() for size in pieces} == {1, 4} | ({16} if threads >= 8 else set())
+
+
+def test_a_backend_of_fixed_numbers_of_rows_answers_any_batch_in_pieces(
     tiny: Backbone, backend: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Recording, "fixed_rows", True)
     engine = Engine(tiny, backend="recording", cache=tmp_path, budget=10**9)
-    for rows in range(1, SIZES + 3):
+    for rows in (1, 2, 3, 5, 8):
         engine.compile(rows)
+        assert agrees(engine(images(tiny, rows))["base"], tiny(images(tiny, rows)))
     assert len(backend.written) == 1
-    assert sum(fixed for _, fixed in backend.loaded) == SIZES
-    assert sum(not fixed for _, fixed in backend.loaded) == 1
+    assert len(backend.loaded) == len(
+        {size for rows in (1, 2, 3, 5, 8) for size in piece_sizes(rows, torch.get_num_threads())}
+    )
+    assert all(fixed for _, fixed in backend.loaded)
+
+
+def test_an_evicted_run_takes_no_place_before_it_has_paid_for_it(
+    tiny: Backbone, backend: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpatch.engine.compiled.ENOUGH", 1)
+    whole = recorded(tiny, tmp_path)
+    whole.compile(only=["last", "also"])
+    engine, room = recorded(tiny, tmp_path), whole.memory["compiled"] - 1
+    monkeypatch.setattr(engine.compiled, "_room", lambda: room)
+
+    def loads() -> int:
+        before = len(backend.loaded)
+        for name in ("last", "last", "also", "also") * 3:  # which have no room together
+            engine(images(tiny, 1), only=[name])
+            engine.settle()
+        return len(backend.loaded) - before
+
+    assert loads() > 0
+    assert loads() == 0
+    monkeypatch.setattr("modelpatch.engine.compiled.PAID", 1)
+    assert loads() > 0
 
 
 def test_auto_is_a_rule_and_names_are_checked(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

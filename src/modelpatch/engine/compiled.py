@@ -3,16 +3,17 @@
 A run is a stretch of the backbone between two forks, or a variant. The first call that meets it looks for its file in the
 cache; without one it is compiled once it has computed `ENOUGH` rows. Both happen in a thread of their own, and eager modules
 answer meanwhile. What was compiled is compared with them before it answers, and refused, for a reason that is told, where it
-computes something else.
+computes something else. Where a backend compiles for one number of rows, a call runs in pieces of few such numbers.
 """
 
 import hashlib
 import itertools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from modelpatch.engine.threads import computing_pool
 from modelpatch.text import count_of, first_line
 
 ENOUGH = 64  # rows that a run computes in eager modules before it is compiled
-SIZES = 4  # numbers of rows that a run is compiled for by themselves, the first ones that it meets
+PAID = 4096  # rows that a run computes after its eviction before others are evicted for it
 MOST_RUNS = 2048  # that are remembered
 TOLERANCE = 1e-4  # of the largest number of a run's output
 MOST_CACHED = 8 * 2**30  # bytes of the cache on disk
@@ -74,13 +75,14 @@ class CompiledRun:
     run: LinkRun
     shape: tuple[int, ...]
     rows: int | None
-    met: int = 0  # rows computed
+    met: int = 0  # rows computed, since the last eviction
     used: int = 0
     nbytes: int = 0
     module: Compiled | None = None
     reason: str = ""
     sought: bool = False  # in the cache
     short: bool = False  # of room in the budget
+    evicted: bool = False
     making: Future[None] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -113,7 +115,6 @@ class CompiledRuns:
         self.backend, self.cache = backend, cache
         self._identity, self._room = identity, room
         self._entries: dict[tuple[str, tuple[int, ...], int | None], CompiledRun] = {}
-        self._sizes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         self._held: OrderedDict[int, CompiledRun] = OrderedDict()  # those with bytes, the least recently used first
         self._clock = itertools.count(1)
         self._lock = threading.RLock()
@@ -139,20 +140,13 @@ class CompiledRuns:
         """The compiled module for a run on `x`, if there is one; `now` has it compiled however few rows it has computed."""
         if not self.backend.compiles or not run.nbytes or not len(x) or x.dtype != torch.float32:
             return RunModule()
+        sizes = piece_sizes(len(x), torch.get_num_threads()) if self.backend.fixed_rows else [len(x)]
         with self._lock:
-            entry = self._entry(run, x)
-            before, entry.used = entry.used, next(self._clock)
-            entry.met += len(x)
-            if id(entry) in self._held:
-                self._held.move_to_end(id(entry))
-            if entry.module is None and entry.making is None and not entry.reason:
-                write = now or entry.met >= ENOUGH
-                if write or not entry.sought:
-                    entry.short = not self._make_room(entry, before)
-                    if not entry.short:
-                        threads, held = torch.get_num_threads(), x.detach().clone()
-                        entry.making = self._maker.submit(self._make, entry, held, threads, write)
-            return RunModule(entry.module, entry.waits)
+            entries = {rows: self._seek(run, x[:rows], count * rows, now) for rows, count in Counter(sizes).items()}
+            modules = {rows: entry.module for rows, entry in entries.items() if entry.module is not None}
+            if len(modules) < len(entries):
+                return RunModule(None, all(entry.waits for entry in entries.values()))
+        return RunModule(modules[len(x)] if len(sizes) == 1 else partial(_run_pieces, modules, sizes))
 
     def settle(self) -> None:
         """Wait for the runs that are being compiled."""
@@ -169,18 +163,28 @@ class CompiledRuns:
                     del self._entries[place]
                     self._held.pop(id(entry), None)
 
+    def _seek(self, run: LinkRun, x: Tensor, met: int, now: bool) -> CompiledRun:
+        """The state of a run on inputs like `x`, of which it computes `met` rows now; begin to compile it where it is time."""
+        entry = self._entry(run, x)
+        before, entry.used = entry.used, next(self._clock)
+        entry.met += met
+        if id(entry) in self._held:
+            self._held.move_to_end(id(entry))
+        if entry.module is None and entry.making is None and not entry.reason:
+            write = now or entry.met >= ENOUGH
+            if write or not entry.sought:
+                entry.short = not self._make_room(entry, before if now or not entry.evicted or entry.met >= PAID else 0)
+                if not entry.short:
+                    threads, held = torch.get_num_threads(), x.detach().clone()
+                    entry.making = self._maker.submit(self._make, entry, held, threads, write)
+        return entry
+
     def _entry(self, run: LinkRun, x: Tensor) -> CompiledRun:
-        shape, rows = tuple(x.shape[1:]), None
-        if self.backend.fixed_rows:
-            sizes = self._sizes.setdefault((run.key, shape), [])
-            if len(x) not in sizes and len(sizes) < SIZES:
-                sizes.append(len(x))
-            rows = len(x) if len(x) in sizes else None
+        shape, rows = tuple(x.shape[1:]), len(x) if self.backend.fixed_rows else None
         if len(self._entries) >= MOST_RUNS:
             idle = [key for key, one in self._entries.items() if one.module is None and one.making is None]
             for key in sorted(idle, key=lambda key: self._entries[key].used)[: MOST_RUNS // 4]:
                 del self._entries[key]
-                self._sizes.pop(key[:2], None)
         return self._entries.setdefault((run.key, shape, rows), CompiledRun(run, shape, rows))
 
     def _make_room(self, entry: CompiledRun, before: int) -> bool:
@@ -197,7 +201,7 @@ class CompiledRuns:
             return False
         for number in victims:
             gone = self._held.pop(number)
-            gone.module, gone.nbytes, gone.sought = None, 0, False
+            gone.module, gone.nbytes, gone.sought, gone.met, gone.evicted = None, 0, False, 0, True
         entry.nbytes = needed
         self._held[id(entry)] = entry
         return True
@@ -260,6 +264,25 @@ class CompiledRuns:
             if not apart <= TOLERANCE:  # NaN is not
                 return f"{self.backend.name} differs by {apart:.1e} of the largest output, more than {TOLERANCE:.0e}"
         return ""
+
+
+def piece_sizes(rows: int, threads: int) -> list[int]:
+    """The sizes of the pieces in which this number of rows is computed: powers of four, up to twice the threads from 4 on.
+
+    Few sizes have to be compiled, and pieces of 4 rows take two cores no longer a row than larger ones.
+    """
+    size, sizes = 4, list[int]()
+    while 4 * size <= 2 * threads:
+        size *= 4
+    while size:
+        sizes += [size] * (rows // size)
+        rows, size = rows % size, size // 4
+    return sizes
+
+
+def _run_pieces(modules: Mapping[int, Compiled], sizes: Sequence[int], x: Tensor) -> Tensor:
+    """The outputs of the module of each size for its piece of the rows."""
+    return torch.cat([modules[len(piece)](piece) for piece in x.split(list(sizes))])
 
 
 def eager_module(run: LinkRun) -> nn.Sequential:

@@ -41,6 +41,7 @@ from modelpatch.heads.reading import pooled_axes
 from modelpatch.tasks.kind import View
 
 BASE = "base"
+COMPILED_BYTES = 512 * 2**20  # the least budget where a backend compiles: whole small networks for several tasks
 PROGRAMS = 128
 
 
@@ -53,8 +54,8 @@ class Engine:
     by device and architecture. `backend` compiles what runs between two forks and every variant: "onnxruntime", "openvino",
     "inductor", or "eager" for nothing; "auto" is the rule of `choose_backend`, or "eager" where a `tuning` or 16 bits are
     asked for. Compiled files are kept in the folder `cache`. `budget` are the bytes for variants as modules of their own and
-    for compiled runs, beyond the patches' tensors and the backbone (by default twice the backbone's bytes, eight times where
-    a backend compiles); `eager` makes them when a patch is added instead of when it is used.
+    for compiled runs, beyond the patches' tensors and the backbone (by default twice the backbone's bytes; where a backend
+    compiles eight times these, and at least 512 MiB); `eager` makes them when a patch is added instead of when it is used.
     `bfloat16` lets the rule choose 16-bit arithmetic, which moves logits by about a hundredth. `preprocessing` is that of the
     base's own answer, by default the backbone's; with that of the patches it shares their pass.
 
@@ -94,7 +95,8 @@ class Engine:
             raise EngineError(
                 f"the backend {backend!r} computes in float32. Leave bfloat16 and compile out of the tuning."
             )
-        budget = (8 if chosen.compiles else 2) * self._base_bytes if budget is None else budget
+        if budget is None:
+            budget = max(8 * self._base_bytes, COMPILED_BYTES) if chosen.compiles else 2 * self._base_bytes
         self.residency = Residency(budget, self.tuning, lambda: self.compiled.nbytes)
         self.compiled = CompiledRuns(
             chosen, lambda: backbone.identity, cache_place(cache), lambda: self.residency.budget - self.residency.nbytes

@@ -32,7 +32,7 @@ class Backend(ABC):
     """A way to compile modules. Files end in `suffix`; `version` is of all that a file's content depends on beside the module.
 
     `libraries` have to be importable, which `extra` installs, and `devices` are those that it runs on. `fixed_rows` is True
-    for a backend that compiles for one number of rows what it is often given; `copies` is how often weights lie in memory.
+    for a backend that compiles for one number of rows; `copies` is how often weights lie in memory.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, in float32 whatever the processor has.
 
-Its plans for one number of rows are a quarter to a third faster than those for any number, so it compiles for the numbers
-that it is given. Its own cache holds what it compiled, beside the graph.
+Its plans for one number of rows are a quarter to a third faster than those for any number. Its own cache holds what it
+compiled, beside the graph.
 """
 
 from collections.abc import Sequence
