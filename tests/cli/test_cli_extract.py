@@ -84,7 +84,8 @@ def test_extract_says_in_one_line_what_is_wrong(run: Run, checkpoint: Path, fold
         (["--finetuned", tmp_path / "none.pth"], "does not exist. Expected a safetensors file"),
         (["--finetuned", checkpoint, "--codec", "zip"], "unknown codec"),
         (["--finetuned", checkpoint, "--classes", "a,a"], "names nothing, or something twice"),
-        (["--finetuned", checkpoint, "--classes", "a,b,c", "--data", folder], "Give one of them"),
+        (["--finetuned", checkpoint, "--classes", "a,b,c", "--data", folder], "has no folder of the class 'a'"),
+        (["--finetuned", checkpoint, "--label-column", "a"], "--label-column is for reading data. Give --data"),
     ):
         result = run("extract", "--base", TINY, *options)
         assert result.code == 1

@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import Screen, check_once, check_out, read_names
 from modelpatch.cli.using import add_tasks
 from modelpatch.cli.verb import verb
@@ -15,10 +16,11 @@ from modelpatch.errors import ModelpatchError, PatchError
 from modelpatch.report import tables
 
 
-@verb(first="base finetuned out codec data", panel="Extraction")
+@verb(first="backbone finetuned out codec data", panel="Extraction")
 def extract(
     console: Screen,
-    base: str = Option(..., "--base", "--backbone", "-b", help="The network, with its weights before fine-tuning."),
+    network: opt.FineTunedNetwork,
+    reading: read.Source,
     finetuned: Path = Option(
         ..., help="The checkpoint: safetensors, a .pth of tensors, an index of shards or a folder."
     ),
@@ -28,17 +30,14 @@ def extract(
     rank: int = Option(8, help="Rank of low-rank differences."),
     data: str | None = Option(None, help="The task's data, as for fit: measure every codec on its test images."),
     calibrate: int = Option(200, min=0, help="With --data: steps that learn the scales of sign on training images."),
-    classes: str | None = Option(None, help="Names of the head's outputs, comma-separated, or a file with one a line."),
     image_size: int | None = Option(None, help="Pixels of the checkpoint's images; by default the backbone's."),
     part: str | None = Option(None, help="One of several networks in the checkpoint, such as model_ema or student."),
     head: str | None = Option(None, help="The layer of its head, where there are several."),
-    device: opt.DeviceOption = "cpu",
-    weights: opt.WeightsOption = None,
-    argument: opt.ArgumentOption = None,
 ) -> None:
     """Turn an existing fine-tuned checkpoint into a patch of the base it started from.
 
-    With --data every codec is measured, and the patch of --codec written with its accuracy.
+    With --data every codec is measured, and the patch of --codec written with its accuracy. --classes are the names of the
+    head's outputs in their order, and of the data's classes where there is data.
     """
     from modelpatch.backbone.states import read_states
     from modelpatch.convert.extraction import DELTA_CODECS, read_finetuned
@@ -46,12 +45,11 @@ def extract(
 
     path = out or finetuned.with_name(f"{finetuned.stem}.patch.safetensors")
     check_out(path, force)
-    names = read_names("--classes", classes)
-    if names and data is not None:
-        raise ModelpatchError("--classes and --data both name the head's outputs. Give one of them.")
-    task = None if data is None else mp.load_task(data)
+    names = read_names("--classes", reading.classes)
+    reading.check_data(data, "classes")
+    task = None if data is None else reading.load(data, 0)
     states = read_states(finetuned)
-    backbone = opt.Network(base, weights, argument, device).open()
+    backbone = network.open()
     with opt.naming(finetuned):
         state = read_finetuned(backbone, states, part, head)
     options: dict[str, Any] = {"rank": rank, "image_size": image_size}
@@ -140,6 +138,7 @@ def _common_backbone(paths: list[Path], patches: "list[mp.Patch]", network: opt.
 def export(
     console: Screen,
     network: opt.PatchNetwork,
+    reading: read.Source,
     patch: list[Path] = Argument(..., help="The patch file; several with --one-graph."),
     form: str | None = Option(
         None, "--format", "-f", help="safetensors (by default), torch-export or onnx; with --one-graph onnx."
@@ -165,6 +164,7 @@ def export(
     from modelpatch.convert.exporting import export as run_export
 
     form = form or ("onnx" if one_graph else "safetensors")
+    reading.check_data(data)
     if data is not None and form != "onnx":
         raise ModelpatchError("--data checks the format onnx. Leave it out, or give --format onnx.")
     if one_graph and form not in GRAPHS:
@@ -178,7 +178,8 @@ def export(
     check_out(path, force)
     loaded = {one: opt.at_alpha(mp.Patch.load(one), alpha) for one in patch}
     base = _common_backbone(patch, list(loaded.values()), network)
-    test = None if data is None else mp.load_task(data, hold_out=False).test.images
+    first = next(iter(loaded.values()))
+    test = None if data is None else reading.load_own(first, [data], hold_out=False).test.images
     if one_graph:
         engine = mp.Engine(base, tuning=Tuning())
         tasks = add_tasks(engine, loaded)

@@ -6,6 +6,7 @@ import typer
 from typer import Option
 
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import Screen
 from modelpatch.cli.verb import verb
 
@@ -15,8 +16,8 @@ MOST_IMAGES = 20_000
 @verb(first="images near sheet json strict", panel="Data")
 def data(
     console: Screen,
-    data: opt.DataArgument,
-    reading: opt.Source,
+    data: read.DataArgument,
+    reading: read.Source,
     seed: opt.SeedOption = 0,
     images: int = Option(MOST_IMAGES, min=0, help="Images to open at most, spread over the splits; 0: names alone."),
     near: bool = Option(False, "--near", help="Find images of two splits that look alike, beside equal ones."),

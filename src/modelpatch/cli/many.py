@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import (
     JsonOption,
     Screen,
@@ -32,6 +33,7 @@ def multitask(
     network: opt.Network,
     training: opt.Training,
     cluster: opt.Cluster,
+    reading: read.Source,
     data: list[str] = Argument(..., help="The tasks' data, each as for fit."),
     out: Path = Option(..., "--out", "-o", help="The folder for backbone.safetensors and one patch per task."),
     private: str | None = Option(None, "--private", "-m", help="The patches' method; by default scale and bias."),
@@ -62,7 +64,8 @@ def multitask(
         common = mp.methods.make_method(shared or recipe.SHARED)
         settings, weights = training.settings(augment=augment, dtype=dtype), _weights(weight)
         recipe.check_joint_settings(settings)
-        tasks = [mp.load_task(one, seed=training.seed) for one in data]
+        tasks = [reading.load(one, training.seed) for one in data]
+        console.tell_data(tasks)
         recipe.check_tasks(tasks)
         make_folder("--out", out)
         files = recipe.task_files(out, [task.task.name for task in tasks])
@@ -116,6 +119,7 @@ def paint(
     training: opt.Training,
     file: opt.PatchFile,
     words: opt.Words,
+    reading: read.Source,
     data: list[str] = Argument(..., help="The data of the tasks to patch, as for fit."),
     supported: list[str] = Option(..., help="Data of a task whose accuracy must stay; may be repeated."),
     rule: str = Option("mean", help="Choice of alpha: mean, harmonic, or drop=POINTS of supported tasks."),
@@ -147,8 +151,8 @@ def paint(
     mixture |= {"steps": steps, "trials": trials, "refit": refit, "orders": orders, "interpolate": interpolate}
     common: dict[str, Any] = {"exploration": PaintSettings(**mixture, validation=validation)}
     common |= {"method": opt.make_method(Paint.name, set_), **training.settings()}
-    tasks = [mp.load_task(one, seed=training.seed) for one in data]
-    kept = [mp.load_task(one, seed=training.seed) for one in supported]
+    tasks, kept = ([reading.load(one, training.seed) for one in own] for own in (data, supported))
+    console.tell_data([*tasks, *kept])
     target = file.path(joint_task([task.task for task in tasks]).name)
     opened = network.open()
     vocabulary = words.open(opened)
@@ -176,9 +180,10 @@ def paint(
 @verb(first="resolutions sharing set_ backbone epochs seeds out", panel="Resolutions", config=True)
 def multires(
     console: Screen,
-    data: opt.DataArgument,
+    data: read.DataArgument,
     network: opt.Network,
     training: opt.Training,
+    reading: read.Source,
     resolutions: str = Option("96,128,160", help="Pixels, comma-separated."),
     sharing: str = Option(
         "private", help="Own weights: private (scale and bias), shared (none) or independent (all); several, or 'all'."
@@ -203,7 +208,8 @@ def multires(
         raise TrainingError("--image-size is given beside --resolutions. Give the latter alone.")
     method = opt.make_method(METHOD.name, set_, statistics=METHOD.statistics)
     settings: dict[str, Any] = training.settings()
-    task = mp.load_task(data, seed=training.seed)
+    task = reading.load(data, training.seed)
+    console.tell_data([task])
     base = network.open()
     folder = out or Path(f"{task.task.name}-multires")
     make_folder("--out", folder)
@@ -229,6 +235,7 @@ def multires(
 def cascade(
     console: Screen,
     network: opt.PatchNetwork,
+    reading: read.Source,
     patches: list[Path] = Argument(..., help="Patch files of one task, all in one folder."),
     data: str = Option(..., help="The task's data: validation or held-out images set the thresholds."),
     out: Path | None = Option(None, "--out", "-o", help="The file; by default TASK.cascade.json beside the patches."),
@@ -257,8 +264,8 @@ def cascade(
     if away := [path for path in patches if path.resolve().parent != target.resolve().parent]:
         raise CascadeError(f"{away[0]} does not lie beside {target}. Write the cascade into the folder of its patches.")
     base = network.open(loaded[first], first, device)
-    chosen = opt.fitted_seed(loaded[first]) if seed is None else seed
-    task = mp.load_task(data, seed=chosen)
+    chosen = read.fitted_seed(loaded[first]) if seed is None else seed
+    task = reading.load_own(loaded[first], [data], chosen)
     rules: Any = {"accuracy": accuracy, "confidence": confidence, "caution": caution, "seed": chosen}
     named = {path.stem: patch for path, patch in loaded.items()}
     result = mp.cascade(base, named, task, **rules, progress=not console.quiet)

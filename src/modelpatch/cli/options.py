@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from typer import Argument, Option
+from typer import Option
 
 import modelpatch as mp
-from modelpatch.cli.console import check_file, check_out, read_names
+from modelpatch.cli.console import check_file, check_out
 from modelpatch.cli.runs import CURRENT
 from modelpatch.cli.verb import option, spell_option, spell_setting
 from modelpatch.errors import (
@@ -50,10 +51,8 @@ NO_BACKBONE = (
     "timm:vit_small_patch14_dinov2.lvd142m; -b bundled:tiny hides this warning."
 )
 OWN = "own"  # --backbone own: the backbone that the patch names
-DataArgument = Annotated[str, Argument(help="Class folders, a manifest, hf:NAME or bundled:digits, as for fit.")]
 MethodOption = Annotated[str, Option("--method", "-m", help="A method, or several with +; see `modelpatch methods`.")]
 NETWORKS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER, openclip:NAME/TAG, file:PATH or bundled:NAME."
-BackboneOption = Annotated[str, Option("--backbone", "-b", help=NETWORKS)]
 WeightsOption = Annotated[Path | None, Option(help="A checkpoint (safetensors or .pth) for the network of --backbone.")]
 ArgumentOption = Annotated[list[str] | None, Option(help="KEY=VALUE for the backbone's constructor; may be repeated.")]
 DeviceOption = Annotated[str, Option(help="cpu, cuda, cuda:1, mps, or auto for the fastest device of this machine.")]
@@ -190,61 +189,6 @@ def patch_of(loaded: mp.Patch | Cascade) -> mp.Patch:
     return loaded if isinstance(loaded, mp.Patch) else loaded.patches[0]
 
 
-@dataclass(frozen=True)
-class Source:
-    """The options for reading data: `load(source)` returns the task."""
-
-    panel: ClassVar[str] = "Data"
-    kind: str | None = option(None, help="The kind of task, such as multilabel; by default that of the data.")
-    classes: str | None = option(
-        None,
-        help="Class folders or labels to read, values of masks, or columns; comma-separated or a file, one a line.",
-    )
-    separator: str | None = option(None, help="The text between several labels in one cell, such as '|'.")
-    ignore: int | None = option(None, help="A value of masks to ignore, beside 255.")
-    image_column: str | None = option(None, help="The column of a table that holds or names the images.")
-    label_column: str | None = option(None, help="The column of a table that holds the labels.")
-    split_column: str | None = option(None, help="The column of a table that names the split of each row.")
-    skip_unreadable: bool = option(
-        False, "--skip-unreadable", help="Leave out images that cannot be read, and count them."
-    )
-
-    def load(self, source: str, seed: int, **others: Any) -> mp.Task:
-        """The task of a source. Raises `DataError`."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        return mp.load_task(
-            source, seed=seed, **{**given, "classes": read_names("--classes", self.classes) or None}, **others
-        )
-
-
-def load_own(loaded: mp.Patch | Cascade, data: Sequence[str], seed: int | None) -> mp.Task:
-    """The data of a patch's task, or of its tasks, read as for the fit, as far as the file says. Raises `DataError`."""
-    from modelpatch.data.task import join_tasks
-    from modelpatch.train.evaluation import facts_of
-
-    patch = patch_of(loaded)
-    facts = facts_of(patch)
-    names = facts.get("classes")
-    given: dict[str, Any] = {one.name: facts[one.name] for one in fields(Source) if one.name in facts}
-    given |= {"kind": patch.task.kind, "classes": [str(name) for name in names] if isinstance(names, list) else None}
-    chosen = fitted_seed(patch) if seed is None else seed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrainingWarning)  # what is unusual about the data was said before the fit
-        return join_tasks([mp.load_task(one, seed=chosen, **given) for one in data])
-
-
-def fitted_seed(patch: mp.Patch) -> int:
-    """The seed of the fitted data's split, as far as the file says: another would test images that were trained on."""
-    from modelpatch.data.splits import split_seed
-    from modelpatch.train.evaluation import facts_of
-
-    if (split := split_seed(facts_of(patch))) is not None:
-        return split
-    settings = patch.created.get("settings")
-    seed = settings.get("seed") if isinstance(settings, dict) else None
-    return seed if type(seed) is int and seed >= 0 else 0
-
-
 def chain_of(patch: mp.Patch, path: Path, arguments: Mapping[str, Any]) -> Chain | None:
     """The chain of the patch's own backbone, without downloading its weights; None if it cannot be built."""
     from modelpatch.patch.finding import find_backbone
@@ -296,12 +240,63 @@ class Network:
         parse_arguments(self.argument)
         find_device(self.device)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its constructor."""
+        return with_weights(self.argument, self.weights)
+
     def open(self) -> mp.Backbone:
         """The backbone, on its device; without a name the bundled toy, which a warning says."""
         if self.backbone is None:
             warnings.warn(NO_BACKBONE, TrainingWarning, stacklevel=2)
         name = TOY if self.backbone is None else self.backbone
-        return open_backbone(name, with_weights(self.argument, self.weights), find_device(self.device))
+        return open_backbone(name, self.arguments, find_device(self.device))
+
+
+@dataclass(frozen=True)
+class GivenNetwork(Network):
+    """The frozen network, which has no default."""
+
+    backbone: str | None = option(..., "--backbone", "-b", help=NETWORKS)
+
+
+@dataclass(frozen=True)
+class FineTunedNetwork(Network):
+    """The frozen network that a checkpoint was fine-tuned from."""
+
+    backbone: str | None = option(
+        ..., "--base", "--backbone", "-b", help="The network, with its weights before fine-tuning."
+    )
+
+
+@dataclass(frozen=True)
+class ServedNetwork(Network):
+    """The frozen network of a server. Raises `BackboneError` for arguments without the network that they are for."""
+
+    backbone: str | None = option(None, "--backbone", "-b", help="The frozen network; by default that of the patches.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.argument and self.backbone is None:
+            raise BackboneError("--argument is for a network that is named. Give --backbone.")
+
+
+@dataclass(frozen=True)
+class LabellingNetwork(Network):
+    """The frozen network of a patch that is given, else one to train a patch of."""
+
+    backbone: str | None = option(None, "--backbone", "-b", help="By default the patch's, or bundled:tiny.")
+
+    def __post_init__(self) -> None:
+        parse_arguments(self.argument)
+        find_device(self.device)
+
+    def opener(self, patch: mp.Patch | None, path: Path | None) -> Callable[[], mp.Backbone]:
+        """Return a function that loads the backbone; the patch is that of the path. Raises `BackboneError`."""
+        if patch is None or path is None:
+            super().__post_init__()
+            return self.open
+        return partial(PatchNetwork(self.backbone, self.argument, self.weights).open, patch, path, self.device)
 
 
 @dataclass(frozen=True)
@@ -387,6 +382,15 @@ class PatchNetwork(NamedNetwork):
     @property
     def checkpoint(self) -> Path | None:
         return self.weights
+
+
+@dataclass(frozen=True)
+class CheckedNetwork(PatchNetwork):
+    """A frozen network to build a patch on, or none."""
+
+    backbone: str | None = option(
+        None, "--backbone", "-b", help="A network to build the patch on; own: the patch's. By default none is built."
+    )
 
 
 @dataclass(frozen=True)

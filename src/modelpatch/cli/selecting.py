@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,9 +11,9 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import Screen, check_file
 from modelpatch.cli.runs import QUIET
-from modelpatch.cli.using import gather_images
 from modelpatch.cli.verb import option, verb
 from modelpatch.errors import DataError, ModelpatchError
 from modelpatch.report import selection, tables
@@ -77,7 +76,7 @@ class Study:
 
     def open(
         self,
-        reading: opt.Source,
+        reading: read.Source,
         data: str,
         network: opt.Network,
         training: opt.Training,
@@ -109,11 +108,11 @@ def _kept(options: dict[str, Any]) -> str:
 @verb(first="method set_ backbone epochs stages plot", panel="Profile", config=True)
 def profile(
     console: Screen,
-    data: opt.DataArgument,
+    data: read.DataArgument,
     network: opt.Network,
     training: opt.Training,
     study: Study,
-    reading: opt.Source,
+    reading: read.Source,
     method: opt.MethodOption = "subset",
     set_: opt.SetOption = None,
     consecutive: int = Option(1, min=1, help="Train runs of this many blocks."),
@@ -149,11 +148,11 @@ def profile(
 @verb(first="method set_ backbone epochs max_blocks max_bytes max_latency out", panel="Selection", config=True)
 def select(
     console: Screen,
-    data: opt.DataArgument,
+    data: read.DataArgument,
     network: opt.Network,
     training: opt.Training,
     study: Study,
-    reading: opt.Source,
+    reading: read.Source,
     file: opt.PatchFile,
     limits: Limits,
     method: opt.MethodOption = "subset",
@@ -196,11 +195,11 @@ def select(
 @verb(first="methods max_bytes max_latency tries backbone epochs out", panel="Search", config=True)
 def search(
     console: Screen,
-    data: opt.DataArgument,
+    data: read.DataArgument,
     network: opt.Network,
     training: opt.Training,
     study: Study,
-    reading: opt.Source,
+    reading: read.Source,
     file: opt.PatchFile,
     limits: Limits,
     methods: str | None = Option(None, help="Comma-separated, as subset(blocks=last); by default those for budgets."),
@@ -238,9 +237,11 @@ def search(
 @verb(first="unlabeled budget patch method set_ epochs out", panel="Simulation", config=True)
 def label(
     console: Screen,
+    network: opt.LabellingNetwork,
     training: opt.Training,
+    reading: read.Source,
     data: str = Argument(..., help="The labelled data, as for fit."),
-    unlabeled: list[Path] | None = Option(None, help="Images or folders to choose from; may be repeated."),
+    unlabeled: list[Path] | None = Option(None, help="Images, folders or tables to choose from; may be repeated."),
     budget: int = Option(32, min=1, help="Images to choose."),
     patch: Path | None = Option(None, "--patch", "-p", help="Use this patch instead of training one on DATA."),
     out: Path | None = Option(None, "--out", "-o", help="A CSV file for the list."),
@@ -249,12 +250,8 @@ def label(
     seeds: int = Option(1, min=1, help="Seeds of the simulation."),
     plot: Path | None = Option(None, help="A picture of the simulation's curves."),
     rounds: Path | None = Option(None, help="The file of finished rounds, not repeated; by default TASK.rounds.jsonl."),
-    backbone: str | None = Option(None, "--backbone", "-b", help="By default the patch's, or bundled:tiny."),
-    weights: opt.WeightsOption = None,
     method: opt.MethodOption = "subset",
     set_: opt.SetOption = None,
-    device: opt.DeviceOption = "cpu",
-    argument: opt.ArgumentOption = None,
 ) -> None:
     """List the images whose labels would help most: those with the smallest margin between the two best classes.
 
@@ -271,13 +268,10 @@ def label(
         raise ModelpatchError("--plot, --rounds and --seeds belong to --simulate.")
     made = opt.make_method(method, set_)
     settings = training.settings()
-    load: Callable[[], mp.Backbone]
-    if patch is None:
-        asked, load = None, opt.Network(backbone, weights, argument, device).open
-    else:
-        asked = mp.Patch.load(patch)
-        load = partial(opt.PatchNetwork(backbone, argument, weights).open, asked, patch, device)
-    task = mp.load_task(data, seed=training.seed)
+    asked = None if patch is None else mp.Patch.load(patch)
+    load = network.opener(asked, patch)
+    task = reading.load(data, training.seed)
+    console.tell_data([task])
     if simulate_ is not None:
         file = rounds or Path(f"{task.task.name}.rounds.jsonl")
         base = load()
@@ -290,7 +284,7 @@ def label(
         console.write_json(curves.as_dict())
         console.draw(plot, selection.plot_curves, curves)
         return
-    images = gather_images(unlabeled or [])
+    images = read.gather_images(unlabeled or [])
     problems: list[str] = []
     if next(_readable(images, problems.append), None) is None:
         raise DataError(f"none of the {len(images)} images can be read: {problems[0]}")

@@ -226,13 +226,11 @@ def _copy(source: "mp.Store", target: "mp.Store", references: list[str], other_b
 @verb(first="backbone out seconds")
 def tune(
     console: Screen,
-    backbone: opt.BackboneOption,
+    network: opt.GivenNetwork,
     out: Path = Option(Path("tuning.json"), "--out", "-o", help="Where to write the settings."),
     seconds: float = Option(20.0, min=0.1, help="How long to measure, about."),
     bfloat16: bool = Option(False, "--bfloat16", help="Allow 16-bit arithmetic, which moves logits by a hundredth."),
     force: opt.ForceOption = False,
-    device: opt.DeviceOption = "cpu",
-    argument: opt.ArgumentOption = None,
 ) -> None:
     """Measure which settings of an engine are fastest here, for `serve --tuning` and `Engine(tuning=...)`.
 
@@ -241,8 +239,7 @@ def tune(
     from modelpatch.engine.measuring import measure
 
     check_out(out, force)
-    network = opt.open_backbone(backbone, opt.parse_arguments(argument), opt.find_device(device))
-    tuning = measure(network, bfloat16=bfloat16, seconds=seconds)
+    tuning = measure(network.open(), bfloat16=bfloat16, seconds=seconds)
     tuning.save(out)
     console.tell(f"{tuning}\nwrote {out}")
     console.write_json(asdict(tuning))
@@ -250,8 +247,8 @@ def tune(
 
 @verb(first="backbone host port token require_signer workers cascade", panel="Limits")
 def serve(
+    network: opt.ServedNetwork,
     store: str = Argument(..., help="The folder or URL of a store of patches."),
-    backbone: str | None = Option(None, "--backbone", "-b", help="The frozen network; by default that of the patches."),
     host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every network."),
     port: int = Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
     token: str | None = Option(None, envvar="MODELPATCH_TOKEN", help="To publish, tag and remove; none: nobody may."),
@@ -266,9 +263,6 @@ def serve(
     tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured; by default a rule."),
     backend: opt.BackendOption = "auto",
     cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
-    device: opt.DeviceOption = "cpu",
-    weights: opt.WeightsOption = None,
-    argument: opt.ArgumentOption = None,
     ray: bool = Option(False, "--ray", help="Deploy replicas on Ray Serve instead of workers."),
     replicas: int = Option(2, min=1, help="Number of replicas, with --ray."),
 ) -> None:
@@ -287,7 +281,7 @@ def serve(
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
     signers = signers_of(require_signer)
     settings = Settings(backend=backend, token=token, signers=signers, **limits)
-    place = opt.find_device(device)
+    place = opt.find_device(network.device)
     choose_backend(backend, place)  # before anything is loaded
     cascades: dict[str, Cascade] = {}
     for file in cascade or []:
@@ -297,9 +291,7 @@ def serve(
         if loaded.task.name in (BASE, *cascades):
             raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
         cascades[loaded.task.name] = loaded
-    arguments = opt.with_weights(argument, weights)
-    if backbone is None and arguments:
-        raise ServeError("--weights and --argument are for a network that is named. Give --backbone.")
+    backbone, arguments = network.backbone, network.arguments
     load = (
         partial(find_served, store)
         if backbone is None

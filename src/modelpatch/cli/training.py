@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 import modelpatch as mp
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import JsonOption, Screen, make_folder
 from modelpatch.cli.verb import verb
 from modelpatch.errors import MethodError, require
@@ -34,7 +35,7 @@ def fit(
     training: opt.Training,
     file: opt.PatchFile,
     cluster: opt.Cluster,
-    reading: opt.Source,
+    reading: read.Source,
     data: list[str] = Argument(
         ...,
         help="Class folders, a CSV or parquet manifest, masks or boxes, hf:NAME or bundled:digits; several: one task.",
@@ -85,10 +86,10 @@ def fit(
 @verb(first="methods sweep backbone epochs seeds out", panel="Comparison", config=True)
 def compare(
     console: Screen,
-    data: opt.DataArgument,
+    data: read.DataArgument,
     network: opt.Network,
     training: opt.Training,
-    reading: opt.Source,
+    reading: read.Source,
     methods: str = Option("all", help="Comma-separated, such as scale-bias+depthwise or subset(blocks=last); or all."),
     sweep: str | None = Option(None, help="KEY=V1,V2,...: train each method at each of a hyperparameter's values."),
     base_data: str | None = Option(None, help="Data of the base's classes: measure its accuracy before and after."),

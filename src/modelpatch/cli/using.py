@@ -13,6 +13,7 @@ from typer import Argument, Option
 import modelpatch as mp
 from modelpatch.atomic import write_bytes
 from modelpatch.cli import options as opt
+from modelpatch.cli import reading as read
 from modelpatch.cli.console import Screen, check_once, make_folder, read_names
 from modelpatch.cli.signing import SignerOption, signers_of
 from modelpatch.cli.verb import verb
@@ -34,7 +35,9 @@ def predict(
     console: Screen,
     network: opt.PatchNetwork,
     words: opt.Words,
-    images: list[Path] = Argument(..., help="Image files, or folders that are searched for them."),
+    images: list[Path] = Argument(
+        ..., help="Image files, folders that are searched for them, or tables that name them."
+    ),
     patch: list[Path] = Option(..., "--patch", "-p", help="A patch file, or a cascade's; may be repeated."),
     base: bool = Option(False, "--base", help="Print the base's own answer too."),
     base_size: int | None = Option(None, help="Pixels of the base's images; by default the patches', if all have one."),
@@ -49,6 +52,7 @@ def predict(
     overlay: Path | None = Option(
         None, help="A folder for pictures of masks, boxes, labels and numbers with the images."
     ),
+    image_column: read.ImageColumnOption = None,
     alpha: opt.AlphaOption = None,
     device: opt.DeviceOption = "cpu",
 ) -> None:
@@ -60,7 +64,7 @@ def predict(
     from modelpatch.engine.engine import BASE
     from modelpatch.tasks.kind import KINDS, kind_of
 
-    files = gather_images(images)
+    files = read.gather_images(images, image_column)
     labels_given = read_names("--labels", labels)
     check_once(patch)
     patches = {path: opt.read_answering(path, alpha) for path in patch}
@@ -140,18 +144,6 @@ def _relabel(backbone: mp.Backbone, patch: mp.Patch, labels: tuple[str, ...], wo
     return vocabulary.relabel(patch, labels)
 
 
-def gather_images(paths: list[Path]) -> list[Path]:
-    """Image files in the given order; folders are searched. Raises `DataError` if there are none."""
-    from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
-
-    if missing := [path for path in paths if not path.exists()]:
-        raise DataError(f"there is no image or folder {missing[0]}.")
-    files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
-    if not files:
-        raise DataError(f"no images in {', '.join(map(str, paths))}. Known kinds: {' '.join(sorted(IMAGE_SUFFIXES))}.")
-    return files
-
-
 def add_tasks(engine: mp.Engine, patches: Mapping[Path, mp.Patch | Cascade]) -> list[str]:
     """Add the patches of files to an engine; return their names there. Errors name the file of the patch that fails."""
     named = _name_tasks(patches)
@@ -212,7 +204,8 @@ def _explain(engine: mp.Engine, files: list[Path], tasks: list[str], console: Sc
 def evaluate(
     console: Screen,
     network: opt.PatchNetwork,
-    data: list[str] = Argument(..., help="The task's data, as for fit."),
+    reading: read.Source,
+    data: list[str] = Argument(..., help="The task's data, as for fit; by default it is read as for the fit."),
     patch: Path = Option(..., "--patch", "-p", help="The patch file, or a cascade's."),
     base_data: str | None = Option(None, help="Data of the base's own classes, for the harmonic mean."),
     per_class: bool = Option(False, help="List every class: precision, recall and F1, or its own figure."),
@@ -233,7 +226,7 @@ def evaluate(
 
     loaded = opt.read_answering(patch, alpha)
     base = network.open(loaded, patch, device)
-    task = opt.load_own(loaded, data, seed)
+    task = reading.load_own(loaded, data, seed)
     own = None if base_data is None else mp.load_task(base_data, hold_out=False)
     with opt.naming(patch), console.progress("eval") as bar, bar.task(task.task.name, len(task.test)) as advance:
         figures: dict[str, Any] = {}
@@ -267,12 +260,11 @@ def evaluate(
 @verb(first="backbone data plot")
 def inspect(
     console: Screen,
+    network: opt.CheckedNetwork,
+    reading: read.Source,
     patch: Path = Argument(..., help="The patch file."),
     plot: Path | None = Option(None, help="A picture of the bytes per part, or with --data of the weights of skips."),
     data: str | None = Option(None, help="The task's data, as for eval: measure the weights of skips, and variances."),
-    backbone: str | None = Option(None, "--backbone", "-b", help="The network, to name segments; own: the patch's."),
-    weights: opt.WeightsOption = None,
-    argument: opt.ArgumentOption = None,
     signer: SignerOption = None,
 ) -> None:
     """Show the contents of a patch: hashes, settings, measured figures, signers, and the bytes of every part.
@@ -283,28 +275,28 @@ def inspect(
 
     signers = signers_of(signer)
     loaded = mp.Patch.load(patch, signers=signers)
-    network = opt.PatchNetwork(backbone, argument, weights)
+    reading.check_data(data)
     if data is not None:
         import modelpatch.report.measures as measures
 
         measures.check_skips(loaded)
     base = chain = None
-    if backbone == opt.OWN and data is None:
-        chain = opt.chain_of(loaded, patch, opt.parse_arguments(argument))
-    elif backbone is not None or data is not None:
+    if network.backbone == opt.OWN and data is None:
+        chain = opt.chain_of(loaded, patch, opt.parse_arguments(network.argument))
+    elif network.backbone is not None or data is not None:
         base = network.open(loaded, patch)
         chain = base.chain
     inspection = loaded.inspect(chain)
     console.show(tables.inspection_table(inspection), tables.parts_table(inspection))
     if chain is None:
-        why = "cannot be built here: name another with" if backbone else f"names segments: --backbone {opt.OWN}"
+        why = "cannot be built here: name another with" if network.backbone else f"names segments: --backbone {opt.OWN}"
         console.tell(f"the backbone {loaded.backbone.spec} {why}")
     line, signature = describe_signature(patch, signers)
     console.tell(line)
     figures = {**inspection.as_dict(), "signature": signature}
     picture: tuple[Any, ...] = plots.plot_inspection, inspection
     if data is not None and base is not None:
-        task = mp.load_task(data, hold_out=False)
+        task = reading.load_own(loaded, [data], hold_out=False)
         with console.progress("skips") as bar, bar.task("images", len(task.test)) as advance:
             records = measures.measure_skips(base, loaded, task.test, advance)
         names = measures.stage_names(base, records)
@@ -320,12 +312,10 @@ def inspect(
 @verb(first="backbone signer json")
 def verify(
     console: Screen,
+    network: opt.CheckedNetwork,
     patch: list[Path] = Argument(..., help="Patch files."),
-    backbone: str | None = Option(None, "--backbone", "-b", help="A network it must fit too; own: the patch's."),
     signer: SignerOption = None,
     file_only: bool = Option(False, "--file-only", hidden=True),
-    weights: opt.WeightsOption = None,
-    argument: opt.ArgumentOption = None,
 ) -> None:
     """Check patch files: every byte, name and number; with --backbone also that they fit the frozen network, with --signer
     that one of the signers has signed them.
@@ -334,10 +324,10 @@ def verify(
     """
     from rich.markup import escape
 
-    network, signers = opt.PatchNetwork(backbone, argument, weights), signers_of(signer)
+    signers = signers_of(signer)
     results = []
     for path in patch:
-        result, line = _check(path, None if backbone is None or file_only else network, signers)
+        result, line = _check(path, None if network.backbone is None or file_only else network, signers)
         results.append(result)
         status, color = result["status"], COLORS[result["status"]]
         console.print(f"[{color}]{status:<9}[/{color}] {escape(line)}", soft_wrap=True, highlight=False)

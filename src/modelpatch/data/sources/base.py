@@ -181,6 +181,12 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(outer)
 
 
+def takes_columns(given: str | Path) -> bool:
+    """Return True for a source that is read from tables, whose columns can be named."""
+    path = Path(given).expanduser()
+    return any(source.has_columns for source in _find_accepting(path if path.exists() else given)[1])
+
+
 def _find_accepting(given: Any) -> tuple[Any, list[DataSource]]:
     """The given place, or the folder in it in which the data was unpacked, and the sources in whose layout that is."""
     accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]

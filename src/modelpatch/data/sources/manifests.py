@@ -72,7 +72,7 @@ class Manifests(base.DataSource):
                 return bool(find_manifests(path))
             except DataError:  # several, which `read` asks about unless another layout is found
                 return True
-        return path.suffix.lower() in (*READERS, *UNREADABLE) and path.is_file()
+        return is_table(path)
 
     def read(self, source: Any, options: base.SourceOptions) -> base.Found:
         path, remarks = Path(source), Remarks()
@@ -99,9 +99,7 @@ class ManifestReader:
 
     def read(self, file: Path, default: str) -> None:
         """Add the rows of a file, of a split that is the default. Raises `DataError` that names the file and the row."""
-        if file.suffix.lower() in UNREADABLE:
-            raise DataError(f"{file} is a spreadsheet, which is not read. Save it as CSV, and give that file.")
-        table, source = read_table(file), str(file)
+        table, source = _read_table(file), str(file)
         if not len(table) and table.columns:
             return
         pictures = self.pictures
@@ -246,6 +244,33 @@ class ManifestReader:
         if not kept:
             raise DataError(f"{rows[0][0].place}: every image has rows of several labels. Expected one label an image.")
         return kept
+
+
+def is_table(path: Path) -> bool:
+    """Return True for the name of a table, of a list or of a spreadsheet."""
+    return path.suffix.lower() in (*READERS, *UNREADABLE) and path.is_file()
+
+
+def list_images(path: Path, column: str | None = None) -> list[Path]:
+    """The image file of every row of a table, named by a column. Raises `DataError` that names the row of one without."""
+    table, pictures, files = _read_table(path), PictureFiles(path.parent), list[Path]()
+    image = check_column(table.cells, column, "image-column", str(path))
+    image = image or choose_image(table.cells, str(path), pictures.find)
+    for row, cell in enumerate(table.cells[image]):
+        if not isinstance(cell, str | int):
+            raise DataError(
+                f"{table.place(row)}: its {image} names no file. Expected the path of an image, or its name."
+            )
+        if (file := pictures.find(str(cell))) is None:
+            raise DataError(f"{table.place(row)}: there is no image {str(cell)[:200]!r} in {path.parent} or below it.")
+        files.append(file)
+    return files
+
+
+def _read_table(file: Path) -> TableFile:
+    if file.suffix.lower() in UNREADABLE:
+        raise DataError(f"{file} is a spreadsheet, which is not read. Save it as CSV, and give that file.")
+    return read_table(file)
 
 
 def _plain_numbers(labels: Sequence[Any]) -> list[str | None]:
