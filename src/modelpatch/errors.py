@@ -161,6 +161,10 @@ class UncheckedComputationWarning(UserWarning):
     """A patch whose file does not say what its backbone computes: its tensors were compared, nothing else."""
 
 
+class DataWarning(UserWarning):
+    """A part of the data was not read that its user may miss: rows without a picture, boxes without area, left-out folders."""
+
+
 class DepthWarning(UserWarning):
     """Pictures of more than 8 bits whose values do not fill the range that they are taken to have."""
 

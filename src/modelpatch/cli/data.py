@@ -1,5 +1,6 @@
 """The verb that shows what is read from data, before anything is trained: `data`."""
 
+import warnings
 from pathlib import Path
 
 import typer
@@ -9,6 +10,7 @@ from modelpatch.cli import options as opt
 from modelpatch.cli import reading as read
 from modelpatch.cli.console import Screen
 from modelpatch.cli.verb import verb
+from modelpatch.errors import DataWarning
 
 MOST_IMAGES = 20_000
 
@@ -30,7 +32,9 @@ def data(
     """
     from modelpatch.report.data import data_sheet, data_tables
 
-    task = reading.load(data, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # a table says what was passed over
+        task = reading.load(data, seed)
     total = sum(split.length or 0 for split in task.splits.values())
     with console.progress("data") as bar, bar.task("images opened", min(total, images)) as advance:
         report = task.report(images, near=near, advance=advance)

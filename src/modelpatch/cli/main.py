@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import modelpatch
-from modelpatch.errors import ModelpatchError, TrainingWarning, UncheckedComputationWarning
+from modelpatch.errors import DataWarning, ModelpatchError, TrainingWarning, UncheckedComputationWarning
 from modelpatch.text import nearest
 
 PANELS = {  # of the verbs, by the module that has them
@@ -141,7 +141,7 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Print warnings that are meant for the user in one line; those of libraries are not."""
-    if issubclass(category, TrainingWarning | UncheckedComputationWarning):
+    if issubclass(category, TrainingWarning | DataWarning | UncheckedComputationWarning):
         _say("yellow", "warning", str(message))
 
 

@@ -138,6 +138,11 @@ def show(examples: Sequence[str]) -> str:
     return f"({', '.join(examples[:SHOWN])}{more})" if examples else ""
 
 
+def tell_counts(passed_over: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each reason with the number and the first names of what was passed over."""
+    return [f"{len(names):,}, {reason} {show(names)}" for reason, names in passed_over.items()]
+
+
 def tell_twins(evidence: Evidence, groups: Sequence[Sequence[Row]], thing: str) -> Iterator[Finding]:
     """Findings about rows that are one picture: in two splits, under two classes, and several times in one."""
     splits = list(evidence.apart)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from modelpatch.data.evidence import Evidence, Finding, Place, show
+from modelpatch.data.evidence import Evidence, Finding, Place, tell_counts
 from modelpatch.data.findings import find_in_names
 from modelpatch.data.looking import Seen, look_through
 from modelpatch.data.picture_findings import find_in_pictures
@@ -129,7 +129,7 @@ class DataReport:
 
     def tell_passed_over(self) -> list[str]:
         """A line for each reason with the number and the first names of what was passed over."""
-        return [f"{len(names):,}, {reason} {show(names)}" for reason, names in self.passed_over.items()]
+        return tell_counts(self.passed_over)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -12,12 +12,14 @@ from typing import Any, Self
 import numpy as np
 from pydantic import ValidationError
 
+from modelpatch.data.evidence import tell_counts
 from modelpatch.data.readable import UNREADABLE, keep_readable
 from modelpatch.data.report import MOST_IMAGES, DataReport, make_report
-from modelpatch.data.sources.base import Found, SourceOptions, read_source
+from modelpatch.data.sources.base import Found, SourceOptions, check_class_count, read_source
 from modelpatch.data.sources.datasets import describe, is_dataset, name_of, read_datasets
+from modelpatch.data.sources.remarks import is_expected
 from modelpatch.data.splits import Split, Transform, check_seed, drawn, join_splits, split_seed, stratified
-from modelpatch.errors import DataError, warn_caller
+from modelpatch.errors import DataError, DataWarning, warn_caller
 from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
@@ -181,7 +183,8 @@ def load_task(
     and labels `classes` are those to read, in this order. The columns of a table that hold images, labels and splits are found
     by their names and contents, or named by `image_column`, `label_column` and `split_column`. With `skip_unreadable` every
     image is decoded once, and those that cannot be are left out and counted in `passed_over`. `transform` is
-    applied to the images that are trained on. Raises `DataError` for a source that cannot be read or holds no images, has one
+    applied to the images that are trained on. Parts of the source that were not read and that a user may miss raise one
+    `DataWarning`. Raises `DataError` for a source that cannot be read or holds no images, has one
     class, or has labels of classes that are not trained.
     """
     check_seed(seed)
@@ -206,6 +209,9 @@ def load_task(
         found = _without_unreadable(found, text)
     data = _assemble(found, name or stem, text, seed if hold_out else None)
     facts = {**data.facts, **options.facts, **({"skip_unreadable": True} if skip_unreadable else {})}
+    missed = {reason: names for reason, names in data.passed_over.items() if not is_expected(reason)}
+    if missed:
+        warn_caller(f"{text[:200]}: not read: {'; '.join(tell_counts(missed))}.", DataWarning)
     return replace(data, facts=facts).with_transform(transform)
 
 
@@ -303,8 +309,7 @@ def _without_unreadable(found: Found, source: str) -> Found:
 def _assemble(found: Found, name: str, source: str, seed: int | None) -> Task:
     """The task of what a source holds, checked, with a test split cut from the training images where there is none."""
     splits, classes = dict(found.splits), found.classes
-    if len(classes) < (least := kind_of(found.kind).fewest_classes):
-        raise DataError(f"{source} has {len(classes)} class; a {found.kind} task needs at least {least}.")
+    check_class_count(found, source)
     if "train" not in splits or splits["train"].length == 0:
         raise DataError(f"{source} has no training images; it has the splits: {', '.join(splits) or 'none'}.")
     facts: dict[str, Any] = {"source": source.rstrip("/").rsplit("/", 1)[-1]}

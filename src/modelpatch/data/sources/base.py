@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 from modelpatch.data.sources.documents import read_lines
+from modelpatch.data.sources.foreign import tell_foreign
 from modelpatch.data.sources.split_names import COLLECTIONS, plain_split_of
 from modelpatch.data.splits import Split
 from modelpatch.errors import DataError
@@ -153,9 +154,11 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     """The contents of what was given, and its name. Raises `DataError` where no source reads it, or several do."""
     outer, (given, accepting) = given, _find_accepting(given)
     if not accepting:
+        told = tell_foreign(given) if isinstance(given, Path) else ""
+        expected = "Expected one of these, hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
         raise DataError(
-            f"{str(given)[:200]} is neither a folder of images nor a manifest (.csv, .tsv, .json, .jsonl, .parquet). Expected "
-            "one of these, hf:NAME, bundled:digits, or a Dataset; see docs/data.md."
+            f"{str(given)[:200]} is neither a folder of images nor a manifest (.csv, .tsv, .json, .jsonl, .parquet). "
+            f"{f'Found {told}' if told else expected}"
         )
     unread = f"{given} holds no {options.kind} task in a layout that is read. See docs/data.md for these."
     fitting = [source for source in accepting if None in (options.kind, source.kind) or source.kind == options.kind]
@@ -170,7 +173,14 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     if options.columns and not chosen[0].has_columns:
         name, column = next(iter(options.columns.items()))
         raise DataError(f"{given} is no table, and has no column {column!r} ({name}). Leave it out.")
-    found = chosen[0].read(given, options)
+    try:
+        found = chosen[0].read(given, options)
+        check_class_count(found, given)
+    except DataError as error:
+        told = tell_foreign(given) if chosen[0].general and isinstance(given, Path) else ""
+        if told and told not in str(error):
+            raise DataError(f"{error} Found {told}") from error
+        raise
     if options.kind not in (None, found.kind):
         raise DataError(unread)
     if options.meanings and not found.names_from_user:
@@ -179,6 +189,12 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
             "columns of several labels or numbers."
         )
     return replace(found, layout=found.layout or describe_source(chosen[0])), chosen[0].name_of(outer)
+
+
+def check_class_count(found: Found, source: object) -> None:
+    """Raise `DataError` for fewer classes than a task of its kind needs."""
+    if len(found.classes) < (least := kind_of(found.kind).fewest_classes):
+        raise DataError(f"{source} has {len(found.classes)} class; a {found.kind} task needs at least {least}.")
 
 
 def takes_columns(given: str | Path) -> bool:

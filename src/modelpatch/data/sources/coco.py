@@ -12,6 +12,7 @@ from typing import Any
 from modelpatch.data.sources import base
 from modelpatch.data.sources.documents import Fields, Key, read_json
 from modelpatch.data.sources.finding import Pictures, folders_of_splits
+from modelpatch.data.sources.foreign import is_of_another_tool
 from modelpatch.data.sources.headers import Corners
 from modelpatch.data.sources.outlines import box_of_outline
 from modelpatch.data.sources.remarks import Remarks
@@ -68,7 +69,8 @@ def _is_coco(file: Path) -> bool:
     """Return True for a file that begins as COCO's do: other JSON may be kept beside images."""
     with file.open("rb") as stream:
         text = stream.read(2**20)
-    return text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(key in text for key in KEYS)
+    begins = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(key in text for key in KEYS)
+    return begins and not is_of_another_tool(text)
 
 
 def _choose_files(path: Path, remarks: Remarks) -> dict[str, Path]:

@@ -23,7 +23,7 @@ LABEL_NAMES = str.split(
     "categories category_name y ground_truth gt truth fine_label fine_labels coarse_label coarse_labels species breed "
     "diagnosis dx variety cultivar disease finding findings finding_labels emotion expression sentiment genre artist style "
     "scientific_name common_name plant animal tag tags annotation class_id classid class_idx class_index class_num label_id "
-    "label_idx label_index label_num target_id category_id"
+    "label_idx label_index label_num target_id category_id choice"
 )
 SPLIT_NAMES = str.split(
     "split splits set subset partition phase usage data_set dataset data_split split_name mode part"

@@ -136,6 +136,15 @@ def read_json(file: Path, form: str) -> Fields:
         raise DataError(f"{file} cannot be read as {form}: {error}.") from error
 
 
+def read_objects(file: Path, form: str) -> Iterator[Fields]:
+    """The objects of the list that a JSON file holds. `form` names what is expected of it."""
+    try:
+        content = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read as {form}: {error}.") from error
+    yield from Fields({"list": content}, file).all("list")
+
+
 def read_yaml(file: Path, form: str) -> Fields:
     """The mapping that a YAML file holds. Aliases are refused, as few lines of them can stand for any amount of memory."""
     import yaml

@@ -15,6 +15,7 @@ from modelpatch.backbone.listing import list_folder
 from modelpatch.backbone.preprocessing import ImageSource, is_picture
 from modelpatch.data.sources import base
 from modelpatch.data.sources.class_layout import ClassLayout, PictureTree, find_layout, grow_tree
+from modelpatch.data.sources.foreign import is_unread_picture, tell_arrays
 from modelpatch.data.sources.labels import clean_name, make_classification
 from modelpatch.data.sources.manifest_files import find_manifests, list_labelled
 from modelpatch.data.sources.remarks import Remarks
@@ -75,11 +76,16 @@ def tell_what_is_left(root: PictureTree, layout: ClassLayout, remarks: Remarks) 
         remarks.pass_over(reason, f"{name(folder.listing.path)}/ ({count_of(folder.total, 'picture')})")
     apart = {one for folder in layout.left_out for one in folder.listing.below()}
     read = {one for own in layout.splits.values() for folder in own for one in folder.listing.below()}
+    classes = read | {one for folder in layout.empty for one in folder.listing.below()}
+    if told := tell_arrays((file for one in root.listing.below() if one in classes for file in one.files), path):
+        raise DataError(f"{path} has other files than pictures in the folders of its classes: {told}")
     for listing in root.listing.below():
         if listing in apart:
             continue
         for file in listing.files:
-            if not is_picture(file.name):
+            if is_unread_picture(file):
+                remarks.pass_over(f"picture in a format that is not read ({file.suffix.lower()})", name(file))
+            elif not is_picture(file.name):
                 remarks.pass_over(f"no picture ({file.suffix.lower() or 'no suffix'})", name(file))
             elif listing not in read:
                 remarks.pass_over(OUTSIDE, name(file))

@@ -14,6 +14,7 @@ from modelpatch.data.sources.split_names import split_of
 from modelpatch.errors import DataError
 
 LONGEST = 1024  # characters of a path
+UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # before the name of a file that was uploaded to Label Studio
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 
@@ -69,6 +70,8 @@ class PictureFiles:
     def _search(self, parts: list[str], hint: Hint, value: str) -> Path | None:
         lowered = [part.lower() for part in parts]
         found = self._by_name.get(lowered[-1], [])
+        if not found and (stored := UPLOADED.sub("", lowered[-1])) != lowered[-1]:
+            return self._search([*parts[:-1], stored], hint, value)
         stem = lowered[-1].rpartition(".")[0] if is_picture(lowered[-1]) else lowered[-1]
         if not found and (found := self._by_stem.get(stem, [])) and stem != lowered[-1]:
             self.other_suffix.append(value[:200])

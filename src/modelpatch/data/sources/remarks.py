@@ -5,6 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LISTED = 3  # names in a note
+EXPECTED = (
+    "hidden",
+    "no picture (",
+    "row that repeats another",
+    "folder that --classes",
+    "row of a class that --classes",
+)
+
+
+def is_expected(reason: str) -> bool:
+    """Return True for a reason to pass something over that no user misses: system files, texts, what `classes` leave out."""
+    return reason.startswith(EXPECTED)
 
 
 @dataclass
