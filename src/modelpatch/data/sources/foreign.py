@@ -16,7 +16,7 @@ EXPORT = "Export them as COCO."
 
 
 class Foreign(NamedTuple):
-    """What is not read, and what its user can do."""
+    """Data that is not read, and advice for its user."""
 
     what: str
     advice: str

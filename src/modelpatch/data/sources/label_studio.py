@@ -86,7 +86,7 @@ class LabelStudioChoices(AnnotatedPictures):
         return make_classification(members, remarks, check_names(members, options.names, str(source)))
 
     def scenes(self, file: Path, pictures: NamedPictures) -> Iterator[Scene]:
-        """None: it has no boxes."""
+        """Nothing: it has no boxes."""
         return iter(())
 
 
