@@ -17,6 +17,7 @@ from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.steps import Bundle, Steps
 from modelpatch.backbone.trace import trace_calls
+from modelpatch.engine.engine import Engine
 from modelpatch.errors import BackboneError
 from modelpatch.methods.full_finetune import FullFinetune
 from modelpatch.methods.piggyback import Piggyback
@@ -273,3 +274,51 @@ def test_a_segment_that_reads_a_tensor_of_no_module_can_be_traced_and_computes_a
     called = [node.target for node in trace_calls(backbone.chain.blocks[0].module).nodes if node.op == "call_module"]
     assert "blocks.0.fc1" in called
     assert torch.equal(backbone.chain(x), before)
+
+
+class Extending(nn.Sequential):
+    """Modules one after another, with one more for larger images."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        self.pad = nn.ZeroPad2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pad(x) if x.shape[-1] > 16 else x
+        for module in list(self)[:5]:
+            x = module(x)
+        return x
+
+
+@torch.no_grad()
+def test_a_module_that_only_larger_images_pass_is_not_left_out_of_a_chain_of_modules_alone() -> None:
+    backbone = small(Extending())
+    assert not any(isinstance(segment.module, Steps) for segment in backbone.chain)
+    x = images(2, 12, 12)
+    assert close(backbone.chain.head(backbone.chain(x)), backbone(x))
+    with pytest.raises(BackboneError, match="cut differently"):
+        backbone.check_image_size(24)
+
+
+class MapClassifier(nn.Module):
+    """A network as SqueezeNet is: its classifier is a convolution of maps, whose answers are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 6, 4, 4))
+        self.classifier = nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x)).relu().mean((2, 3))
+
+
+@torch.no_grad()
+def test_features_of_a_classifier_of_maps_are_pooled_at_a_size_where_these_have_one_position_too() -> None:
+    module = MapClassifier().eval()
+    for pixels in (16, 32):
+        backbone = load_backbone(module, classifier="classifier", preprocessing=small_preprocessing(pixels))
+        for other in (16, 32):
+            x = images(2, other, other)
+            backbone.check_image_size(other)
+            assert close(backbone.chain(x), module.features(x).mean((2, 3)))
+            assert close(Engine(backbone)(x)["base"], module(x))

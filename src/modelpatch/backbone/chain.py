@@ -291,7 +291,7 @@ def _assemble(
         what = f"the {len(parts)} segments found in {type(module).__name__}"
         raise UntraceableBackboneError(f"{what} do not reproduce it. {NAME_PARTS}")
     if classifier is not None and len(shapes[-1]) == 3:
-        pooled = math.prod(shapes[-1][1:]) > 1  # the classifier is a convolution of maps, whose answers are pooled
+        pooled = _reads_maps(module, classifier, shapes[-1], example)  # it is a convolution, whose answers are pooled
         head = NoHead(module, parts) if pooled else nn.Sequential(nn.Unflatten(1, shapes[-1]), head)
         parts = [*parts, ("pool", nn.AdaptiveAvgPool2d(1))] if pooled else parts
         shapes = [*shapes, (shapes[-1][0], 1, 1)] if pooled else shapes
@@ -318,6 +318,20 @@ def _assemble(
         for index, (name, part) in enumerate(parts)
     ]
     return Chain(segments, head)
+
+
+def _reads_maps(module: nn.Module, classifier: str, shape: tuple[int, ...], example: Tensor) -> bool:
+    """True if the classifier reads maps of several positions: here, or where images are twice as large."""
+    if math.prod(shape[1:]) > 1:
+        return True
+    found: list[Tensor] = []
+    handle = module.get_submodule(classifier).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        with suppress(RuntimeError, AssertionError, TypeError, ValueError, LookupError):  # it takes no other size
+            module(example.new_zeros(1, example.shape[1], *(2 * side for side in example.shape[2:])))
+    finally:
+        handle.remove()
+    return any(math.prod(tensor.shape[2:]) > 1 for tensor in found)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -128,7 +128,7 @@ class Sizes:
         Raises `BackboneError` for one that is cut differently, or that segments cannot tell from a size before.
         """
         shape = tuple(images.shape[1:])
-        if shape in self._known or not self._steps:
+        if shape in self._known:
             return
         with self._lock:
             if shape not in self._known:
