@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import modelpatch as mp
 from conftest import TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
-from modelpatch.convert.peft import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft, match_within
+from modelpatch.convert.peft import PICKLE, WEIGHTS, export_peft, import_peft
+from modelpatch.convert.peft_config import CONFIG, match_within
 from modelpatch.errors import (
     ForeignTensorError,
     InvalidPatchError,
@@ -49,6 +51,16 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 }
 
 
+def make_attention() -> Backbone:
+    """Torchvision's vision transformer, whose attention is `nn.MultiheadAttention`."""
+    torch.manual_seed(0)
+    module = VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=3)
+    return load_backbone(module, preprocessing=small_preprocessing(32))
+
+
+MORE_BACKBONES = BACKBONES | {"attention": make_attention}
+
+
 @pytest.fixture(scope="module", params=BACKBONES)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return BACKBONES[request.param]()
@@ -58,7 +70,8 @@ def base_model(backbone: Backbone, classes: int = 3) -> nn.Module:
     """A copy of the base with a fresh classifier of the task's size, as a user of PEFT would make it."""
     module = copy.deepcopy(backbone.module)
     assert backbone.classifier
-    setattr(module, backbone.classifier, nn.Linear(backbone.chain.feature_dim, classes))
+    owner, _, leaf = backbone.classifier.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Linear(backbone.chain.feature_dim, classes))
     return module.eval()
 
 
@@ -68,8 +81,8 @@ def adapted_by_peft(backbone: Backbone, folder: Path, classes: int = 3, **config
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+            if "lora" in name or parameter.requires_grad:  # with biases and modules to save
+                parameter.copy_(0.1 * torch.randn_like(parameter) + ("magnitude" in name))
     model.save_pretrained(folder)
     return model
 
@@ -81,7 +94,8 @@ def images_for(backbone: Backbone) -> Tensor:
 @torch.no_grad()
 def assert_same_logits(backbone: Backbone, patch: Patch, model: nn.Module) -> None:
     images = images_for(backbone)
-    torch.testing.assert_close(backbone.patched(patch)(images), model(images))
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model  # one of a task type asks for words
+    torch.testing.assert_close(backbone.patched(patch)(images), inner(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -174,16 +188,90 @@ def test_an_exported_patch_comes_back_as_it_was(backbone: Backbone, tmp_path: Pa
         ("vit_tiny", {"r": 4, "lora_alpha": 6, "target_modules": ["qkv", "fc1"], "use_dora": True, "use_rslora": True}),
         ("vit_tiny", {"r": 4, "target_modules": ["qkv"], "layers_to_transform": [0, 2], "layers_pattern": "blocks"}),
         ("vit_tiny", {"r": 4, "target_modules": ["qkv", "fc1", "fc2"], "exclude_modules": ["blocks.1.mlp.fc1"]}),
+        ("vit_tiny", {"r": 4, "target_modules": ["qkv", "fc1"], "rank_pattern": {"fc1": 2, r"0\.attn\.qkv": 3}}),
+        ("vit_tiny", {"target_modules": ["qkv", "fc1"], "alpha_pattern": {"^blocks.1.*": 3}, "use_rslora": True}),
+        ("vit_tiny", {"target_modules": ["qkv"], "bias": "all", "task_type": "FEATURE_EXTRACTION"}),
+        ("vit_tiny", {"target_modules": ["qkv", "proj"], "bias": "lora_only", "use_dora": True}),
+        ("vit_tiny", {"target_modules": r"blocks\.\d\.mlp\.fc[12]", "lora_bias": True}),
+        ("vit_tiny", {"target_modules": ["qkv"], "save": ["norm", "patch_embed", "norm2"], "bias": "all"}),
+        ("tiny", {"r": 4, "target_modules": ["conv2"], "save": ["bn1", "stem"]}),
+        ("tiny", {"r": 4, "target_modules": ["conv2"], "bias": "all"}),
+        ("vit_tiny", {"r": 4, "target_modules": ["fc2"], "init_lora_weights": "orthogonal"}),
+        ("attention", {"r": 3, "target_modules": ["self_attention"], "use_rslora": True}),
+        ("attention", {"r": 2, "target_modules": ["self_attention", "mlp.0"], "bias": "all", "save": ["ln_2"]}),
+        ("attention", {"r": 2, "target_modules": ["self_attention"], "bias": "lora_only", "alpha_pattern": {".*": 3}}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_a_folder_that_peft_wrote_is_imported(name: str, config: dict[str, Any], tmp_path: Path) -> None:
-    backbone = BACKBONES[name]()
-    model = adapted_by_peft(backbone, tmp_path, modules_to_save=[backbone.classifier], **config)
+    backbone = MORE_BACKBONES[name]()
+    assert backbone.classifier
+    saved = [backbone.classifier, *config.pop("save", [])]
+    model = adapted_by_peft(backbone, tmp_path, modules_to_save=saved, **config)
     patch = import_peft(tmp_path, backbone, TASK)
     assert_same_logits(backbone, patch, model)
     path = patch.save(tmp_path / "patch.safetensors")
     assert_same_logits(backbone, Patch.load(path), model)
+    again = peft.PeftModel.from_pretrained(base_model(backbone), export_peft(patch, backbone, tmp_path / "again"))
+    assert_same_logits(backbone, patch, again)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True, "bias": "all"}], ids=str)
+@pytest.mark.parametrize("name", ["vit_tiny", "attention"])
+def test_an_updated_classifier_becomes_the_head(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    backbone = MORE_BACKBONES[name]()
+    own = len(backbone.module.get_submodule(str(backbone.classifier)).weight)  # type: ignore[arg-type]
+    config = {"r": 2, "target_modules": ["fc1", "mlp.0", "head"], "lora_alpha": 4, **options}
+    model = peft.get_peft_model(copy.deepcopy(backbone.module), peft.LoraConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    model.save_pretrained(tmp_path)
+    patch = import_peft(tmp_path, backbone, TaskRecord(name="own", classes=tuple(map(str, range(own)))))
+    assert_same_logits(backbone, patch, model)
+
+
+def test_updates_without_effect_are_told_and_left_out(tmp_path: Path) -> None:
+    backbone = make_attention()
+    model = peft.get_peft_model(
+        copy.deepcopy(backbone.module), peft.LoraConfig(r=2, target_modules="all-linear")
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"2 updates are left out.*self_attention\.out_proj\.weight"):
+        patch = import_peft(tmp_path, backbone, TASK)
+    assert not any("self_attention" in name for name in patch.tensors)
+    assert_same_logits(backbone, patch, model)
+
+
+def test_a_tensor_that_no_patch_can_own_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared = nn.Conv2d(8, 8, 1)
+    layers = [nn.Conv2d(3, 8, 3, 4), shared, nn.ReLU(), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    backbone = load_backbone(nn.Sequential(*layers), preprocessing=small_preprocessing())
+    adapted_by_peft(backbone, tmp_path, r=2, target_modules=["0"], bias="all", modules_to_save=["6"])
+    with pytest.raises(ForeignTensorError, match=r"trains '1\.bias', which no single segment"):
+        import_peft(tmp_path, backbone, TASK)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "attention"])
+def test_every_option_of_the_method_goes_both_ways(name: str, tmp_path: Path) -> None:
+    backbone = MORE_BACKBONES[name]()
+    end = "norm1" if name == "vit_tiny" else "ln_1"
+    options: dict[str, Any] = {
+        "rank_pattern": {"fc1|mlp.0": 2},
+        "alpha_pattern": {r".*1\..*": 3.0},
+        "bias": "lora_only",
+    }
+    for method in (LoRA(rank=4, **options, modules_to_save=(end,)), LoRA(rank=4, rslora=True, **options)):
+        drawn = draft_patch(backbone, method)
+        patch = replace(drawn, tensors={key: 0.2 * tensor for key, tensor in drawn.tensors.items()}).at_strength(0.5)
+        folder = export_peft(patch, backbone, tmp_path / str(method.rslora))
+        model = peft.PeftModel.from_pretrained(base_model(backbone), folder)
+        assert_same_logits(backbone, patch, model)
+        assert_same_logits(backbone, import_peft(folder, backbone, TASK), model)
 
 
 def test_without_a_trained_classifier_the_base_own_is_the_head(tiny: Backbone, tmp_path: Path) -> None:
@@ -216,15 +304,11 @@ def test_both_are_public() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("rank_pattern", {"conv2": 4}),
-        ("alpha_pattern", {"conv2": 4}),
-        ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 2]]),
+        ("trainable_token_indices", [1]),
+        ("use_qalora", True),
         ("target_parameters", ["conv2.weight"]),
-        ("task_type", "SEQ_CLS"),
         ("an_option_of_a_later_version", 3),
     ],
 )
@@ -247,6 +331,9 @@ def test_an_option_that_a_patch_does_not_compute_is_refused_by_name(
         ({"target_modules": "nothing"}, "PEFT cannot adapt"),
         ({"target_modules": "("}, "is no regular expression"),
         ({"target_modules": ["bn1"]}, "PEFT cannot adapt"),
+        ({"bias": "some"}, "bias = 'some' is not valid"),
+        ({"rank_pattern": {"conv2": 2**30}}, "rank_pattern = 1073741824 is not valid"),
+        ({"alpha_pattern": {"(": 2}}, "is no regular expression"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(
@@ -310,26 +397,13 @@ def test_a_folder_of_another_base_is_refused_where_it_says_so(tiny: Backbone, fo
     import_peft(folder, make_tiny(seed=1), TASK)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
-
-
-def test_updates_of_what_a_patch_cannot_hold_are_refused(tiny: Backbone, tmp_path: Path) -> None:
-    adapted_by_peft(tiny, tmp_path / "classifier", r=2, target_modules=["conv2", "fc"])
-    with pytest.raises(ForeignTensorError, match=r"first 'fc' \(Linear\)"):
-        import_peft(tmp_path / "classifier", tiny, TASK)
+def test_updates_of_what_a_patch_cannot_hold_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3, 4), Attention(), nn.Linear(8, 5))
-    backbone = load_backbone(module, preprocessing=small_preprocessing())
-    adapted_by_peft(backbone, tmp_path / "attention", r=2, target_modules=["attention"], modules_to_save=["2"])
-    with pytest.raises(ForeignTensorError, match=r"first '1.attention' \(MultiheadAttention\)"):
-        import_peft(tmp_path / "attention", backbone, TASK)
+    layers = [nn.Conv2d(3, 8, 3, 4), nn.Flatten(2), nn.Conv1d(8, 8, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+    backbone = load_backbone(nn.Sequential(*layers, nn.Linear(8, 5)), preprocessing=small_preprocessing())
+    adapted_by_peft(backbone, tmp_path, r=2, target_modules=["2"], modules_to_save=["5"])
+    with pytest.raises(ForeignTensorError, match=r"first '2' \(Conv1d\)"):
+        import_peft(tmp_path, backbone, TASK)
 
 
 # patches that PEFT's format cannot hold -------------------------------------------------------------------------
@@ -338,23 +412,33 @@ def test_updates_of_what_a_patch_cannot_hold_are_refused(tiny: Backbone, tmp_pat
 def test_only_plain_low_rank_patches_are_exported(tiny: Backbone, tmp_path: Path) -> None:
     updates = draft_patch(tiny, LoRA())
     norms = draft_patch(tiny, ScaleBias())
-    both = replace(updates, tensors={**updates.tensors, **norms.tensors})
+    weight = {"replace/stage2.1.conv2.weight": tiny.chain.tensor("stage2.1.conv2.weight") + 1}
+    both = replace(updates, tensors={**updates.tensors, **weight})
     for patch, problem in [
         (draft_patch(tiny, LinearProbe()), "made by linear-probe, has a head alone"),
         (norms, "made by scale-bias, has replace"),
         (draft_patch(tiny, ScaleBias(layers="channel")), "has channel-affine"),
-        (both, "has lora, replace"),
+        (both, r"replaces tensors of 'stage2\.1\.conv2' and adds updates there"),
     ]:
         with pytest.raises(PatchError, match=problem):
             export_peft(patch, tiny, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_updates_of_two_ranks_are_not_exported(tiny: Backbone, tmp_path: Path) -> None:
+def test_updates_of_two_sizes_and_other_tensors_are_exported(tiny: Backbone, tmp_path: Path) -> None:
     first, last = (draft_patch(tiny, LoRA(rank=rank, blocks=(block,))) for rank, block in [(2, "stage1"), (4, "last")])
+    norms = draft_patch(tiny, ScaleBias())
+    tensors = {**norms.tensors, **first.tensors, **last.tensors}
+    patch = replace(first, grafts=first.grafts + last.grafts, tensors=tensors)
+    model = peft.PeftModel.from_pretrained(base_model(tiny), export_peft(patch, tiny, tmp_path))
+    assert_same_logits(tiny, patch, model)
+    assert_same_logits(tiny, import_peft(tmp_path, tiny, TASK), model)
+
+
+def test_updates_of_two_kinds_are_not_exported(tiny: Backbone, tmp_path: Path) -> None:
+    first, last = (draft_patch(tiny, LoRA(dora=dora, blocks=(at,))) for dora, at in [(True, "stage1"), (False, "last")])
     patch = replace(first, grafts=first.grafts + last.grafts, tensors={**first.tensors, **last.tensors})
-    tiny.patched(patch)
-    with pytest.raises(PatchError, match="differ in rank, scale or variant"):
+    with pytest.raises(PatchError, match="some of the patch's updates have dora"):
         export_peft(patch, tiny, tmp_path)
 
 

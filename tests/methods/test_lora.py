@@ -16,9 +16,10 @@ from conftest import draft_patch, make_timm, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.task import Task
+from modelpatch.engine.engine import Engine
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError
 from modelpatch.heads.linear import LinearHead
-from modelpatch.methods.lora import MAX_RANK, LoRA, Strength, add_updates
+from modelpatch.methods.lora import MAX_RANK, LoRA, LowRank, Strength, add_updates
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.changes import set_strength
@@ -274,6 +275,90 @@ def test_a_network_with_nothing_to_adapt_says_what_could_be_used(tiny: Backbone)
         LoRA(layers="linear").blueprint(tiny)
     with pytest.raises(MethodNotApplicableError, match=r"no layer in 1 that.*Try other blocks.*`subset`"):
         LoRA(blocks=("1",)).blueprint(small_net(nn.Conv2d(8, 8, 3, groups=8)))
+
+
+# attention that reads its weights itself -------------------------------------------------------------------------
+
+
+def test_attention_has_updates_of_the_weights_it_reads() -> None:
+    backbone = small_net(Tokens(Attention()))
+    blocks = ("0", "1")
+    method = LoRA(rank=2, scale=6.0, blocks=blocks, layers="linear")
+    assert method.count_parameters(backbone) == 2 * (8 + 24) + 2 * (8 + 8) + 2 * (8 + 8)
+    assert LoRA(rank=2, blocks=blocks, layers="linear", dora=True).count_parameters(backbone) == 2 * (8 + 8) + 8
+    model = method.draft(backbone, 3)
+    images = torch.randn(2, *backbone.input_size)
+    with torch.no_grad():
+        assert close(model(images), model.head(backbone.chain(images)))
+    model.train()
+    model(images).square().sum().backward()
+    with torch.no_grad():
+        for name, parameter in model.trainable():
+            assert (parameter.grad is not None) or "graft" not in name
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.eval()
+    patch = model.to_patch(("draft", ["a", "b", "c"]), method=method)
+    module = copy.deepcopy(backbone.module)
+    attention, linear = module[1].module.attention, module[1].module.linear
+    with torch.no_grad():
+        for weight, name in (
+            (attention.in_proj_weight, "in_proj_weight"),
+            (attention.out_proj.weight, "out_proj.weight"),
+        ):
+            left, right = (patch.tensors[f"{side}/1.module.attention.{name}"] for side in ("left", "right"))
+            (made,) = [
+                one for place, one in model.named_modules() if isinstance(one, LowRank) and name.split(".")[0] in place
+            ]
+            assert torch.equal(left, 6.0 / 2 * made.lora_B)  # W + (scale / rank) B A
+            weight += left @ right
+        a, b = (
+            next(t for n, t in patch.tensors.items() if n.endswith(f"linear.lora_{side}.default.weight"))
+            for side in "AB"
+        )
+        linear.weight += 3 * b @ a
+        module[-1] = model.head
+        expected = module[:-1](images)
+        assert close(model(images), model.head(expected))
+        assert close(backbone.patched(patch)(images), model(images))
+        assert close(Engine(backbone, {"patch": patch})(images)["patch"], model(images))
+
+
+def test_open_clips_attention_has_updates(clip: Backbone) -> None:
+    owned = LoRA().blueprint(clip).owned
+    assert len(owned) == 2 * sum(isinstance(module, nn.MultiheadAttention) for module in clip.module.modules()) > 0
+    assert all(name.endswith(("attn.in_proj_weight", "attn.out_proj.weight")) for name in owned)
+
+
+def test_layers_have_a_rank_and_a_scale_of_their_own(vit: Backbone) -> None:
+    method = make_method("lora(rank=2,rank_pattern=[fc1|qkv=3,1.mlp.fc2=5],alpha_pattern=[fc2=4],layers=linear)")
+    sizes = {
+        (graft.arguments["rank"], graft.arguments["scale"], name.rpartition(".")[2], graft.start == 2)
+        for graft in method.blueprint(vit).grafts
+        for name in graft.arguments["layers"]
+    }
+    ranks = {(name, rank) for rank, _, name, _ in sizes}
+    assert ranks == {("qkv", 3), ("proj", 2), ("fc1", 3), ("fc2", 2), ("fc2", 5)}
+    assert {scale for _, scale, name, _ in sizes if name == "fc2"} == {4.0}
+    assert {scale for _, scale, name, _ in sizes if name != "fc2"} == {16.0}
+
+
+def test_targets_biases_and_modules_to_save_are_chosen_by_name(vit: Backbone) -> None:
+    method = LoRA(targets=r"blocks\.[01]\.attn\.qkv", bias="lora_only", modules_to_save=("norm1",))
+    assert adapted(vit, method) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    norms = {f"blocks.{block}.norm1.{leaf}" for block in range(4) for leaf in ("weight", "bias")}
+    assert set(method.blueprint(vit).owned) == {"blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias", *norms}
+    assert set(LoRA(bias="all").blueprint(vit).owned) == {
+        name for name, _ in vit.module.named_parameters() if name.endswith(".bias") and not name.startswith("head.")
+    }
+    for changed, error, problem in (
+        ({"targets": "mlp"}, MethodNotApplicableError, "whose name is 'mlp'"),
+        ({"modules_to_save": ("norm9",)}, MethodError, "ends with 'norm9'"),
+        ({"modules_to_save": ("mlp",)}, MethodError, r"modules_to_save='mlp' holds blocks\.0\.mlp\.fc1"),
+    ):
+        with pytest.raises(error, match=problem):
+            LoRA(**changed).blueprint(vit)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match=r"rank_pattern = .*no regular expression"):
+        LoRA(rank_pattern={"(": 2})  # type: ignore[arg-type]
 
 
 # what stays as it was -------------------------------------------------------------------------------------------

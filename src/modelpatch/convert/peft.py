@@ -2,8 +2,11 @@
 
     FOLDER/adapter_config.json           which layers, rank and alpha
     FOLDER/adapter_model.safetensors     base_model.model.<layer>.lora_A.weight   (rank, in[, k, k])
-                                         base_model.model.<layer>.lora_B.weight   (out, rank[, 1, 1])
+                                         base_model.model.<layer>.lora_B.weight   (out, rank[, 1, 1]), with lora_bias .bias
                                          base_model.model.<layer>.lora_magnitude_vector of DoRA, (out) or (1, out, 1, 1)
+                                         base_model.model.<attention>.base_layer.out_proj.lora_A.weight, ...
+                                         base_model.model.<layer>.base_layer.bias of bias="lora_only"
+                                         base_model.model.<module>.<tensor> of modules_to_save
                                          base_model.model.<classifier>.weight     (classes, features), and .bias
 
 `PeftModel.from_pretrained(base, FOLDER)` gives a patch's logits for a `base` whose classifier has the task's size, and
@@ -11,23 +14,24 @@ an imported folder gives the logits of that model. Options of PEFT that a patch 
 """
 
 import json
+import math
 import re
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, PositiveFloat, StringConstraints, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from modelpatch.atomic import write_bytes
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.computation import Computation
 from modelpatch.backbone.preprocessing import Preprocessing
+from modelpatch.convert.peft_config import CONFIG, AdapterConfig, Update, adapt, output_times, read_config
 from modelpatch.errors import (
     ForeignTensorError,
     InvalidPatchError,
@@ -36,63 +40,39 @@ from modelpatch.errors import (
     NotAPatchError,
     PatchError,
     WrongBackboneError,
-    require,
+    warn_caller,
 )
 from modelpatch.heads.base import HeadRecord
 from modelpatch.methods.blocks import graft_on
 from modelpatch.methods.layers import is_owner, weight_name
-from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, Rank, variants
+from modelpatch.methods.lora import ADAPTER, GRAFT, LoRA, add_updates, attention_weights, layers_of, variants
 from modelpatch.patch.blueprint import Graft
+from modelpatch.patch.changes import resolve
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 CHAIN = "modelpatch.chain"  # the key of the safetensors metadata that holds the fingerprint of the backbone's chain
 COMPUTATION = "modelpatch.computation"  # that of the record of what the backbone computes
-# Options without effect on what a finished adapter computes: where it comes from and how it was trained.
-WITHOUT_EFFECT = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
-)
-STARTS = (True, False, "gaussian")  # the values of init_lora_weights that leave the base's weights as they are
-
-
-WORDS = ("all-linear",)  # what PEFT does not read as an expression
-NONE = "(?!)"  # an expression that nothing matches
-SECONDS, MOST_PATTERN = 0.3, 2**18  # for all names, and characters, of an expression
-Plain = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,256}$")]  # PEFT puts it into an expression
-
-
-class AdapterConfig(BaseModel, frozen=True, extra="allow"):
-    """The options of `adapter_config.json` that a patch supports; all others must be off (see `_read_config`)."""
-
-    peft_type: Literal["LORA"] = "LORA"
-    r: Rank
-    lora_alpha: PositiveFloat
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    target_modules: str | list[str]
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: Plain | list[Plain] | None = None
-    modules_to_save: list[str] | None = None
+UNUSED = (".original_module.", ".modules_to_save.")  # in names of copies that PEFT stores with bias="all"
 
 
 def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
     """Write a LoRA patch as a PEFT folder, each file atomically. Returns the folder, made where it does not exist.
 
-    The head is stored under the name of the backbone's own classifier. The files hold neither the task's class names
-    nor its preprocessing. Raises `PatchError` for a patch that the format cannot hold, `WrongBackboneError`, and
-    `MissingExtraError` without peft.
+    The head is stored under the name of the backbone's own classifier, other tensors that the patch owns as biases of
+    updated layers or in modules to save. The files hold neither the task's class names nor its preprocessing. Raises
+    `PatchError` for a patch that the format cannot hold, `WrongBackboneError`, and `MissingExtraError` without peft.
     """
     patch.check_backbone(backbone)
-    grafts = patch.grafts
-    kinds = {graft.kind for graft in grafts} | ({"replace"} if patch.blueprint.owned else set())
-    kinds |= {f"{patch.head.kind} head"} - {"linear head"}
-    if kinds != {GRAFT}:
+    factors = {name.partition("/")[2] for name in patch.tensors if name.startswith("left/")}
+    kinds = {graft.kind for graft in patch.grafts} | {f"{patch.head.kind} head"} - {"linear head"}
+    kinds |= {"low-rank update of another weight"} if factors - _attention_weights(backbone) else set()
+    if kinds != {GRAFT} and not (factors and not kinds):
+        kinds |= {"replace"} if set(patch.blueprint.owned) - factors else set()
         raise PatchError(
             f"PEFT's folder holds low-rank updates and a head; this patch, made by {patch.method.name}, has "
             f"{', '.join(sorted(kinds)) or 'a head alone'}. Keep it as a patch file."
@@ -104,34 +84,22 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
             f"PEFT knows modules to save by the end of their names: besides the classifier {classifier!r} it would store "
             f"{', '.join(others[:3])}. Keep the patch as a patch file."
         )
-    keys = _keys(backbone, grafts)
-    downs = [key for key in keys.values() if key.endswith(".lora_A.weight")]  # one of each layer
-    layers = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in downs]
-    options = ("rank", "scale", "rslora", "dora")
-    (rank, scale, rslora, dora), *rest = {
-        tuple(graft.arguments.get(name, False) for name in options) for graft in grafts
-    }
-    if dora and patch.strength != 1:
-        raise PatchError(f"PEFT has no strength for DoRA: the patch's is {patch.strength}. Export it at strength 1.")
-    scale *= patch.strength
-    if scale == 0:
-        raise PatchError("the patch has strength 0, which PEFT's folder cannot hold. Give it a strength above 0.")
-    if rest:
-        raise PatchError(
-            "the patch's updates differ in rank, scale or variant; PEFT's folder is written for one of each."
-        )
-    config = AdapterConfig(
-        r=rank,
-        lora_alpha=int(scale) if float(scale).is_integer() else scale,
-        use_rslora=rslora or None,
-        use_dora=dora or None,
-        target_modules="|".join(map(re.escape, layers)),  # a list would name endings: conv1 in every block
-        modules_to_save=[classifier],
+    values = resolve(
+        {n: t for n, t in patch.tensors.items() if n.partition("/")[2] not in factors}, backbone.chain, patch.strength
     )
-    if _targeted(config, backbone) != set(layers):
+    owned = {name.removeprefix("replace/"): one for name, one in values.items() if name.startswith("replace/")}
+    config = _make_config(patch, backbone, factors, owned, classifier)
+    adapted = adapt(config, backbone)
+    tensors = {key: patch.tensors[name] for name, key in _keys(backbone, patch.grafts, adapted.updates).items()}
+    for weight in factors:
+        key, times = adapted.updates[_layer(weight)].key, 1 if weight.endswith("in_proj_weight") else output_times()
+        tensors[f"{key}.lora_A.weight"] = patch.tensors[f"right/{weight}"]
+        tensors[f"{key}.lora_B.weight"] = patch.tensors[f"left/{weight}"] / times
+    state = backbone.module.state_dict() | owned
+    state |= {f"{classifier}.{leaf}": patch.tensors[f"head.{leaf}"] for leaf in ("weight", "bias")}
+    tensors |= {key: state[name] for key, name in adapted.keys.items() if name}
+    if tensors.keys() != adapted.keys.keys() or owned.keys() - set(adapted.keys.values()):
         raise PatchError(f"PEFT would not adapt the layers of this patch in {backbone.spec}. Keep it as a patch file.")
-    keys |= _head_keys(classifier)
-    tensors = {key: patch.tensors[name].detach().cpu().contiguous() for name, key in keys.items()}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +107,78 @@ def export_peft(patch: Patch, backbone: Backbone, folder: str | Path) -> Path:
         raise ModelpatchError(f"cannot make the folder {folder}: {error.strerror}.") from error
     described = backbone.computing.record.model_dump_json()
     metadata = {"format": "pt", CHAIN: backbone.fingerprints.chain, COMPUTATION: described}
-    write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata))
-    text = json.dumps({**config.model_dump(exclude_none=True), "bias": "none"}, indent=2, sort_keys=True)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_bytes(folder / WEIGHTS, safetensors.torch.save(plain, metadata))
+    text = json.dumps(config.model_dump(exclude_none=True), indent=2, sort_keys=True)
     write_bytes(folder / CONFIG, text.encode())
     return folder
+
+
+def _make_config(
+    patch: Patch, backbone: Backbone, factors: set[str], owned: Mapping[str, Tensor], classifier: str
+) -> AdapterConfig:
+    """The options under which PEFT computes what a patch does. Raises `PatchError` where there are none."""
+    given = [graft.arguments for graft in patch.grafts]
+    one = {name: {bool(arguments.get(name)) for arguments in given} for name in ("dora", "bias")}
+    if mixed := [name for name, values in one.items() if len(values) > 1]:
+        raise PatchError(f"some of the patch's updates have {mixed[0]}, others not; PEFT's folder has one for all.")
+    dora, biased = (values == {True} for values in one.values())
+    if dora and patch.strength != 1:
+        raise PatchError(f"PEFT has no strength for DoRA: the patch's is {patch.strength}. Export it at strength 1.")
+    if patch.strength == 0:
+        raise PatchError("the patch has strength 0, which PEFT's folder cannot hold. Give it a strength above 0.")
+    rslora = bool(given) and all(arguments.get("rslora") for arguments in given)
+    sizes: dict[str, tuple[int, float]] = {}
+    for graft in patch.grafts:
+        rank, scale = graft.arguments["rank"], graft.arguments["scale"] * patch.strength
+        alpha = scale * math.sqrt(rank) if graft.arguments.get("rslora") and not rslora else scale
+        sizes |= dict.fromkeys(layers_of(backbone, graft), (rank, alpha))
+    for weight in factors:
+        rank = patch.tensors[f"left/{weight}"].shape[1]
+        alpha = patch.strength * (math.sqrt(rank) if rslora else rank)  # the factors hold the scale
+        sizes[_layer(weight)] = rank, alpha
+    wrapped = {
+        layer for layer in sizes if layer.removesuffix(".out_proj") not in sizes or not layer.endswith(".out_proj")
+    }
+    biases = {f"{layer}.bias" for layer in sizes}
+    saved = {name.rpartition(".")[0] for name in owned.keys() - biases}
+    if inside := sorted(name for name in saved for layer in sizes if not name or f"{layer}.".startswith(f"{name}.")):
+        raise PatchError(
+            f"the patch replaces tensors of {inside[0] or 'the network itself'!r} and adds updates there; PEFT stores a "
+            "module as a whole or not at all. Keep it as a patch file."
+        )
+    (rank, alpha), _ = Counter(sizes[layer] for layer in sorted(wrapped)).most_common(1)[0]
+
+    def plain(value: float) -> float:
+        return int(value) if float(value).is_integer() else value
+
+    def exactly(layer: str) -> str:
+        return f"^{re.escape(layer)}"
+
+    return AdapterConfig(
+        r=rank,
+        lora_alpha=plain(alpha),
+        rank_pattern={exactly(one): sizes[one][0] for one in sorted(wrapped) if sizes[one][0] != rank} or None,
+        alpha_pattern={exactly(one): plain(sizes[one][1]) for one in sorted(wrapped) if sizes[one][1] != alpha} or None,
+        use_rslora=rslora or None,
+        use_dora=dora or None,
+        lora_bias=biased or None,
+        bias="lora_only" if owned.keys() & biases else "none",
+        target_modules="|".join(map(re.escape, sorted(wrapped))),  # a list would name endings: conv1 in every block
+        modules_to_save=[classifier, *sorted(saved)],
+    )
+
+
+def _attention_weights(backbone: Backbone) -> set[str]:
+    """The backbone's names of the weights of attention that PEFT adapts."""
+    modules = backbone.module.named_modules()
+    named = {f"{name}.{weight}" for name, module in modules for weight in attention_weights(module)}
+    return {name for name in named if name.endswith((".in_proj_weight", ".weight"))}
+
+
+def _layer(weight: str) -> str:
+    """The name of the layer of a tensor."""
+    return weight.rpartition(".")[0]
 
 
 def import_peft(
@@ -156,95 +192,98 @@ def import_peft(
     layers, names or shapes that do not fit, `NonFiniteTensorError`, and `MissingExtraError` without peft.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors = _read_tensors(folder, backbone)
     classifier = _classifier(backbone)
-    grafts = _make_grafts(_targeted(config, backbone), config, backbone)
-    keys = _keys(backbone, grafts)
-    saved = config.modules_to_save or ()
-    own_head = not any(classifier.endswith(name) or classifier.startswith(f"{name}.") for name in saved)
-    keys |= {} if own_head else _head_keys(classifier)
-    expected, given = set(keys.values()), set(tensors)
-    if missing := sorted(expected - given):
+    adapted = adapt(config, backbone)
+    given, optional = set(tensors), {key for key in adapted.keys if any(part in key for part in UNUSED)}
+    if missing := sorted(adapted.keys.keys() - optional - given):
         names = f"{len(missing)} tensors that {CONFIG} asks for: {', '.join(missing[:3])}"
         raise ForeignTensorError(f"{folder / WEIGHTS} lacks {names}.")
-    if foreign := sorted(given - expected):
+    if foreign := sorted(given - adapted.keys.keys()):
         raise ForeignTensorError(
             f"{folder / WEIGHTS} holds {len(foreign)} tensors that are no update of a layer named in {CONFIG} and not the "
             f"classifier's: {', '.join(foreign[:3])}."
         )
-    named = {name: tensors[key] for name, key in keys.items()}
-    if own_head:
-        head = backbone.module.get_submodule(classifier).state_dict()
-        named |= {f"head.{leaf}": tensor.detach().clone() for leaf, tensor in head.items()}
+    if idle := sorted(layer for layer, update in adapted.updates.items() if update.idle):
+        warn_caller(
+            f"{len(idle)} updates are left out since PEFT's have no effect: attention reads {idle[0]}.weight itself"
+        )
+    attention = {layer for layer, update in adapted.updates.items() if update.attention or ".base_layer." in update.key}
+    beside = {layer for layer, one in adapted.updates.items() if not one.idle} - attention - {classifier}
+    grafts = _make_grafts({layer: adapted.updates[layer] for layer in beside}, config, backbone)
+    named = {name: tensors[key] for name, key in _keys(backbone, grafts, adapted.updates).items()}
+    for layer in attention:
+        named |= _factors(layer, adapted.updates[layer], config, tensors)
+    kept = {name: tensors[key] for key, name in adapted.keys.items() if name and key in tensors}
+    named |= _owned({name: one for name, one in kept.items() if _layer(name) != classifier}, backbone)
+    own = backbone.module.get_submodule(classifier).state_dict()
+    head = {leaf: kept.get(f"{classifier}.{leaf}", own[leaf].detach().cpu().clone()) for leaf in ("weight", "bias")}
+    if classifier in adapted.updates:
+        head = _merge(head, adapted.updates[classifier], config, tensors)
+    named |= {f"head.{leaf}": tensor for leaf, tensor in head.items()}
     outputs = len(named["head.weight"])
     if outputs != len(task.classes):
         found = f"the classifier of {folder} has {outputs} outputs"
         raise ForeignTensorError(f"{found}; the task {task.name!r} has {len(task.classes)} classes.")
     record = HeadRecord(features=backbone.chain.feature_dim, outputs=outputs)
-    chosen = {"rank": config.r, "scale": config.lora_alpha, **variants(bool(config.use_rslora), bool(config.use_dora))}
+    chosen = {"rank": config.r, "scale": config.lora_alpha, **_variants(config)}
     method = MethodRecord(name=LoRA.name, hyperparameters=chosen)
     patch = Patch.of(backbone, task, record, named, grafts=grafts, preprocessing=preprocessing, method=method)
     backbone.patched(patch)  # checks every shape
     return patch
 
 
-def _targeted(config: AdapterConfig, backbone: Backbone) -> set[str]:
-    """Names of the layers that PEFT itself adapts, found by adapting a structural clone."""
-    peft = require("peft", "lora", "PEFT's folder format")
-    fields = config.model_dump(include=set(AdapterConfig.model_fields) - {"peft_type"}, exclude_none=True)
-    names = [name for name, _ in backbone.module.named_modules() if name]
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(fields.get(field), str) and fields[field] not in WORDS:
-            matched = match_within(fields[field], names, f"{CONFIG}: {field}")
-            fields[field] = "|".join(map(re.escape, matched)) or NONE
-    clone = clone_module(backbone.module)
-    try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**fields), clone)
-    except (LookupError, TypeError, ValueError, re.error) as error:
-        raise InvalidPatchError(f"PEFT cannot adapt {backbone.spec} as {CONFIG} says: {error}") from error
-    return {name for name, module in clone.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+def _variants(config: AdapterConfig) -> dict[str, bool]:
+    return variants(bool(config.use_rslora), bool(config.use_dora), bool(config.lora_bias))
 
 
-def match_within(pattern: str, names: Sequence[str], where: str) -> list[str]:
-    """The names that an expression matches as a whole. Raises `InvalidPatchError` for none, and for one without an end."""
-    regex = require("regex", "lora", "PEFT's folder format")
-    end = time.monotonic() + SECONDS
-    try:
-        compiled = regex.compile(pattern[: MOST_PATTERN + 1])
-        if len(pattern) > MOST_PATTERN:
-            raise TimeoutError
-        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))]
-    except (TimeoutError, RecursionError, MemoryError, OverflowError) as error:
-        raise InvalidPatchError(
-            f"{where} = {pattern[:80]!r} takes too long to match {len(names)} modules. Name the layers in a list."
-        ) from error
-    except regex.error as error:
-        raise InvalidPatchError(f"{where} = {pattern[:80]!r} is no regular expression: {error}") from error
+def _factors(layer: str, update: Update, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An update of attention as the two factors of a weight's difference."""
+    weight = f"{layer}.in_proj_weight" if update.attention else f"{layer}.weight"
+    down, up = (tensors[f"{update.key}.lora_{part}.weight"] for part in "AB")
+    scale = update.alpha / (math.sqrt(update.rank) if config.use_rslora else update.rank)
+    scale *= 1 if update.attention else output_times()
+    return {f"left/{weight}": scale * up, f"right/{weight}": down}
 
 
-def _read_config(folder: Path) -> AdapterConfig:
-    """The options. Raises `InvalidPatchError` for one that changes the adapter's output and that a patch does not support."""
-    try:
-        config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
-    except OSError as error:
-        raise NotAPatchError(f"{folder} is not a PEFT folder: {CONFIG} cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = first["loc"][0] if first["loc"] else "the whole"
-        given = f"{where} = {first['input']!r}"
-        raise InvalidPatchError(f"{folder / CONFIG}: {given} is not valid: {first['msg']}.") from error
-    except (ValueError, RecursionError) as error:
-        raise NotAPatchError(f"{folder / CONFIG} is not valid JSON: {error}.") from error
-    defaults = require("peft", "lora", "PEFT's folder format").LoraConfig().to_dict()
-    for name, value in (config.model_extra or {}).items():
-        harmless = name in WITHOUT_EFFECT or (name == "init_lora_weights" and value in STARTS)
-        if value and not harmless and value != defaults.get(name):  # null, false and empty mean that an option is off
-            raise InvalidPatchError(
-                f"{folder / CONFIG}: a patch does not support {name}={value!r}. Expected LoRA, rsLoRA or "
-                "DoRA with one rank and one alpha, no biases. Train the adapter without that option."
+def _owned(kept: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Tensors that stand in for the base's, without those that are equal. Raises `ForeignTensorError` for others' places."""
+    owned, state = {}, backbone.module.state_dict()
+    for name, tensor in kept.items():
+        base = state[name].cpu()
+        if base.shape != tensor.shape:
+            raise ForeignTensorError(
+                f"{name} has shape {tuple(tensor.shape)}; the backbone expects {tuple(base.shape)}."
             )
-    return config
+        if not base.is_floating_point() or torch.equal(
+            base.float(), tensor.float()
+        ):  # counters of batches, and what is the base's
+            continue
+        try:
+            backbone.chain.segment_of(name)
+        except KeyError:
+            raise ForeignTensorError(
+                f"the adapter trains {name!r}, which no single segment of {backbone.spec} holds, so a patch cannot own it."
+            ) from None
+        owned[f"replace/{name}"] = tensor
+    return owned
+
+
+@torch.no_grad()
+def _merge(
+    head: Mapping[str, Tensor], update: Update, config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The classifier with its update in its weights."""
+    outputs, inputs = head["weight"].shape
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer.load_state_dict(head)
+    options = {"rank": update.rank, "scale": update.alpha, **_variants(config)}
+    wrapped: Any = add_updates(layer, layers=[""], **options)
+    for name, key in _stored(update.key, _variants(config)).items():
+        wrapped.get_parameter(name).copy_(tensors[key])
+    wrapped.merge()
+    return {leaf: tensor.detach().clone() for leaf, tensor in wrapped.base_layer.state_dict().items()}
 
 
 def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
@@ -273,58 +312,56 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
             raise InvalidPatchError(f"{path}: its {COMPUTATION} is not one: {first_problem(error)}.") from error
         backbone.check_computation(recorded, str(folder), "the backbone it was trained on")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS.values():
+        if tensor.dtype not in FLOATS.values() and not name.endswith(".num_batches_tracked"):
             raise InvalidPatchError(f"{path}: {name} is stored as {tensor.dtype}. Expected one of {', '.join(FLOATS)}.")
         if not torch.isfinite(tensor).all():
             raise NonFiniteTensorError(f"{path}: tensor {name} holds NaN or infinity.")
     return tensors
 
 
-def _make_grafts(layers: set[str], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
-    """Grafts that add updates to the backbone's layers of these names."""
-    grafts, left = list[Graft](), set(layers)
+def _make_grafts(updates: Mapping[str, Update], config: AdapterConfig, backbone: Backbone) -> tuple[Graft, ...]:
+    """Grafts that add updates to the backbone's layers of these names, on each segment one for each rank and scale."""
+    grafts, left = list[Graft](), set(updates)
     for segment in backbone.chain:
-        names = []
+        groups: dict[tuple[int, float], list[str]] = {}
         for name, module in segment.module.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and is_owner(backbone, segment, name):
                 layer = weight_name(segment, name).removesuffix(".weight")
-                if layer in left and layer != backbone.classifier:
-                    names.append(name)
+                if layer in left:
+                    groups.setdefault((updates[layer].rank, updates[layer].alpha), []).append(name)
                     left.remove(layer)
-        if names:
-            given = {
-                "rank": config.r,
-                "scale": config.lora_alpha,
-                **variants(bool(config.use_rslora), bool(config.use_dora)),
-            }
-            grafts.append(graft_on(segment, GRAFT, **given, layers=names))
+        for (rank, scale), names in groups.items():
+            grafts.append(graft_on(segment, GRAFT, rank=rank, scale=scale, **_variants(config), layers=names))
     if left:
         first = min(left)
         kind = type(backbone.module.get_submodule(first)).__name__
         raise ForeignTensorError(
             f"the adapter changes {len(left)} layers that a patch has no update of, first {first!r} ({kind}). Expected linear "
-            "layers and 2-d convolutions before the classifier, each used in one place."
+            "layers, 2-d convolutions and nn.MultiheadAttention, each used in one place."
         )
     return tuple(grafts)
 
 
-def _keys(backbone: Backbone, grafts: Sequence[Graft]) -> dict[str, str]:
-    """Keys in PEFT's file of the updates' tensors, by their names in a patch file."""
+def _keys(backbone: Backbone, grafts: Sequence[Graft], updates: Mapping[str, Update]) -> dict[str, str]:
+    """Keys in PEFT's file of the updates' tensors, by their names in a patch file. Raises `PatchError` for other layers."""
     keys: dict[str, str] = {}
     for graft in grafts:
-        for name in graft.arguments["layers"]:
-            layer = weight_name(backbone.chain[graft.start], name).removesuffix(".weight")
-            for part in ("lora_A", "lora_B"):
-                local = f"{name}.{part}.{ADAPTER}.weight".lstrip(".")
-                keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.{part}.weight"
-            if graft.arguments.get("dora"):
-                local = f"{name}.lora_magnitude_vector.{ADAPTER}.weight".lstrip(".")
-                keys[f"graft/{graft.start}-{graft.end}/{local}"] = f"{PREFIX}{layer}.lora_magnitude_vector"
+        for name, layer in zip(graft.arguments["layers"], layers_of(backbone, graft), strict=True):
+            if layer not in updates:
+                raise PatchError(f"PEFT would not adapt {layer} of {backbone.spec}. Keep the patch as a patch file.")
+            for own, key in _stored(updates[layer].key, graft.arguments).items():
+                keys[f"graft/{graft.start}-{graft.end}/{f'{name}.{own}'.lstrip('.')}"] = key
     return keys
 
 
-def _head_keys(classifier: str) -> dict[str, str]:
-    return {f"head.{leaf}": f"{PREFIX}{classifier}.{leaf}" for leaf in ("weight", "bias")}
+def _stored(layer: str, options: Mapping[str, object]) -> dict[str, str]:
+    """Keys in PEFT's file of one update's tensors, by their names in the layer."""
+    names = {f"lora_{part}.{ADAPTER}.weight": f"{layer}.lora_{part}.weight" for part in "AB"}
+    if options.get("bias"):
+        names[f"lora_B.{ADAPTER}.bias"] = f"{layer}.lora_B.bias"
+    if options.get("dora"):
+        names[f"lora_magnitude_vector.{ADAPTER}.weight"] = f"{layer}.lora_magnitude_vector"
+    return names
 
 
 def _classifier(backbone: Backbone) -> str:

@@ -30,10 +30,12 @@ MADE = ("mask/", "delta/", "left/", "right/")
 class Reweighting(nn.Module, ABC):
     """A module between a weight of the backbone and the layer that reads it while a patch is trained.
 
-    `idle` counts elements of its parameters that are never trained; one that `follows` moves with the weight it is given.
+    `idle` counts elements of its parameters that are never trained; one that `follows` moves with the weight it is given;
+    `trains` is what its parameters train, a mask or a difference.
     """
 
     idle: int = 0
+    trains: str = "mask"
     follows: bool = True
 
     @abstractmethod
@@ -42,7 +44,7 @@ class Reweighting(nn.Module, ABC):
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """The tensors that the patch stores, under `mask` (bool or int8, the weight's shape) and `delta` (float32)."""
+        """The tensors that the patch stores: `mask` (bool or int8) and `delta`, or the latter as `left` and `right`."""
 
 
 def resolve(tensors: Mapping[str, Tensor], chain: Chain, strength: float) -> dict[str, Tensor]:

@@ -306,9 +306,10 @@ class PatchedModel(nn.Module):
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 yield name, tensor
         for name, path in self.reweighted.items():
-            for parameter in self.get_submodule(path).parameters():
+            made = self.get_submodule(path)
+            for parameter in made.parameters():
                 if parameter.requires_grad:
-                    yield f"mask/{name}", parameter
+                    yield f"{made.trains}/{name}", parameter
 
     def _unfrozen(self) -> list[str]:
         """Parameters that require gradients though no patch stores them and they were frozen when the model was built."""
