@@ -1,13 +1,15 @@
-"""BitFit, SSF, AdaptFormer, Houlsby adapters and RepAdapter: counts, formulas, folding, and which networks they fit."""
+"""Adapters of transformers, BitFit and SSF: counts, formulas, folding, and which networks they fit."""
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,18 +22,24 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.convert.exporting import state_dict_of
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, PatchError
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.adaptformer import AdaptFormer
 from modelpatch.methods.bitfit import BitFit
 from modelpatch.methods.bottleneck import Bottleneck, Bottlenecked, add_bottlenecks
+from modelpatch.methods.convpass import Convpass
 from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.method import Method
+from modelpatch.methods.mona import Mona
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.registry import make_method
 from modelpatch.methods.repadapter import RepAdapted, RepAdapter, add_rep_adapters
 from modelpatch.methods.scale_bias import ChannelAffine, add_channel_affines
 from modelpatch.methods.ssf import SSF
 from modelpatch.methods.transformer import find_parts
+from modelpatch.methods.vpt import VPT
+from modelpatch.patch.blueprint import Blueprint
 from modelpatch.patch.folding import fold
+from modelpatch.patch.model import PatchedModel
 from tolerance import close
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +86,14 @@ def ends_with(names: list[str], *ends: str) -> bool:
             12 * 2 * (WIDTH * 8 + WIDTH * 8 // 2) + 12 * 2 * (8 + WIDTH),
             0.22 + 0.02,
         ),  # the paper's and biases
+        (Convpass(), 12 * 2 * (WIDTH * 8 + 8 + 9 * 8 * 8 + 8 + 8 * WIDTH + WIDTH), 0.33),
+        (
+            Mona(),
+            12 * 2 * (2 * WIDTH + 2 * WIDTH + 2 * WIDTH * 64 + 64 + WIDTH + 64 * (9 + 25 + 49 + 3) + 64 * 65),
+            None,
+        ),
+        (VPT(length=10), 12 * 10 * WIDTH, None),
+        (VPT(depth="shallow"), 50 * WIDTH, 0.04),
     ],
     ids=lambda value: repr(value) if isinstance(value, Method) else "",
 )
@@ -93,7 +109,7 @@ def test_the_documented_numbers_of_vit_base_are_counted(vit_base: Backbone) -> N
         r"^\| `(\S+)` \| .* \| ([\d,]+) \|$", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     documented = {spec: int(count.replace(",", "")) for spec, count in rows}
-    assert len(documented) == 5
+    assert len(documented) == 8
     assert documented == {spec: make_method(spec).count_parameters(vit_base) for spec in documented}
 
 
@@ -171,6 +187,80 @@ def test_bottlenecks_stand_beside_the_mlp_or_after_attention_and_mlp() -> None:
         torch.testing.assert_close(after(x), y + h + added(after.mlp.adapter, h, F.gelu))
 
 
+def strong(model: PatchedModel) -> PatchedModel:
+    """The model with random numbers where a patch starts with zeros."""
+    with torch.no_grad():
+        for name, parameter in model.trainable():
+            if name.startswith("graft/"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def as_image(x: Tensor) -> Tensor:
+    return x[:, 1:].transpose(1, 2).unflatten(2, (2, 2))
+
+
+@torch.no_grad()
+def test_convolutions_stand_beside_attention_and_mlp() -> None:
+    backbone = vit()
+    segment = next(segment for segment in backbone.chain if find_parts(backbone, segment).mlp)
+    block, x = segment.module, torch.randn(2, 5, 48)
+    variant, *_ = strong(Convpass(width=4, scale=0.3).draft(backbone, 3)).variants
+
+    def added(bypass: nn.Module, x: Tensor) -> Tensor:
+        h = F.gelu(bypass.down(x))
+        image = F.conv2d(as_image(h), bypass.convolution.weight, bypass.convolution.bias, padding=1)
+        first = h[:, :1] @ bypass.convolution.weight[:, :, 1, 1].T + bypass.convolution.bias  # an image of one pixel
+        return bypass.up(F.gelu(torch.cat([first, image.flatten(2).transpose(1, 2)], 1)))
+
+    z = block.norm1(x)
+    y = x + block.attn(z) + 0.3 * added(variant.attn.adapter, z)
+    z = block.norm2(y)
+    torch.testing.assert_close(variant(x), y + block.mlp(z) + 0.3 * added(variant.mlp.adapter, z))
+
+
+@torch.no_grad()
+def test_mona_stands_on_the_stream() -> None:
+    backbone = vit()
+    segment = next(segment for segment in backbone.chain if find_parts(backbone, segment).mlp)
+    block, x = segment.module, torch.randn(2, 5, 48)
+    variant, *_ = strong(Mona(width=4).draft(backbone, 3)).variants
+
+    def mona(one: nn.Module, x: Tensor) -> Tensor:
+        h = one.down(one.normed * F.layer_norm(x, (48,), one.norm.weight, one.norm.bias) + one.plain * x)
+
+        def mixed(image: Tensor) -> Tensor:
+            image = image + sum(convolution(image) for convolution in one.depthwise) / 3
+            return image + one.pointwise(image)
+
+        parts = mixed(h[:, 0, :, None, None]).flatten(2), mixed(as_image(h)).flatten(2)
+        return x + one.up(F.gelu(torch.cat(parts, 2).transpose(1, 2)))
+
+    y = mona(variant.block.norm2.adapter, x + block.attn(block.norm1(x)))
+    torch.testing.assert_close(variant(x), mona(variant.adapter, y + block.mlp(block.norm2(y))))
+
+
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+@torch.no_grad()
+def test_prompts_are_tokens_of_every_block_or_of_all_together(depth: Literal["deep", "shallow"]) -> None:
+    backbone = vit()
+    blocks = [segment.module for segment in backbone.chain if find_parts(backbone, segment).mlp]
+    model, x = VPT(length=3, depth=depth).draft(backbone, 3), torch.randn(2, 5, 48)
+    given = [one.prompts.expand(2, -1, -1) for one in model.variants]
+    assert len(given) == (2 if depth == "deep" else 1)
+    bound = math.sqrt(6 / (48 + 48))
+    assert given[0].abs().max() <= bound < 1.3 * given[0].abs().max()
+    expected = torch.cat([x[:, :1], given[0], x[:, 1:]], 1)  # behind the class token, as in the paper
+    for number, block in enumerate(blocks):
+        if number and depth == "deep":
+            expected = torch.cat([expected[:, :1], given[number], expected[:, 4:]], 1)
+        expected = block(expected)
+    y = x
+    for variant in model.variants:
+        y = variant(y)
+    torch.testing.assert_close(y, torch.cat([expected[:, :1], expected[:, 4:]], 1))
+
+
 # patches --------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +281,7 @@ def test_a_folded_model_and_its_state_dict_give_the_patchs_logits(method: Method
         assert (module(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
-@pytest.mark.parametrize("method", [*BOTTLENECKS, SSF()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*BOTTLENECKS, SSF(), Convpass(), Mona(width=4)], ids=lambda method: method.name)
 def test_adapters_go_with_masks(method: Method) -> None:
     backbone, images = vit(), torch.randn(2, 3, 32, 32)
     model = (Piggyback() + method).draft(backbone, 3)
@@ -208,7 +298,7 @@ def test_bottlenecks_do_not_fold_into_a_state_dict() -> None:
         state_dict_of(vit(), draft_patch(vit(), AdaptFormer(width=4)))
 
 
-@pytest.mark.parametrize("method", [*BOTTLENECKS, SSF()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*BOTTLENECKS, SSF(), Convpass(), Mona(width=4)], ids=lambda method: method.name)
 def test_without_strength_the_base_is_left(method: Method) -> None:
     backbone = vit()
     patch = draft_patch(backbone, method)
@@ -268,8 +358,10 @@ def test_attention_and_mlp_are_found_by_what_they_compute(
     assert ends_with(wrapped_modules(backbone, AdaptFormer()), "mlp")
     assert ends_with(wrapped_modules(backbone, Houlsby()), attention, "mlp")
     assert ends_with(wrapped_modules(backbone, RepAdapter()), *readers)
+    assert ends_with(wrapped_modules(backbone, Convpass()), attention, "mlp")
     images = torch.randn(2, *backbone.input_size)
-    for method in BOTTLENECKS:
+    prompts = () if make is swin else (VPT(length=3), VPT(length=3, depth="shallow"))
+    for method in (*BOTTLENECKS, Convpass(), Mona(width=4), *prompts):
         model = backbone.patched(draft_patch(backbone, method))
         logits = model(images)
         assert (fold(model)(images) - logits).abs().max() <= 1e-5 * logits.abs().max()
@@ -309,6 +401,40 @@ class TokenNet(nn.Module):
         return self.fc(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
 
 
+def test_windows_take_no_prompts() -> None:
+    with pytest.raises(MethodNotApplicableError, match=r"vpt: layers\.0\.blocks\.0 .*its own number of tokens"):
+        VPT().blueprint(swin())
+
+
+def test_prompts_of_all_blocks_need_blocks_in_a_row() -> None:
+    backbone = vit(depth=3)
+    first, _, last = (segment.name for segment in backbone.chain if find_parts(backbone, segment).mlp)
+    assert len(VPT((first, last)).blueprint(backbone).grafts) == 2
+    with pytest.raises(MethodNotApplicableError, match=r"vpt: blocks\.1 stands between"):
+        VPT((first, last), depth="shallow").blueprint(backbone)
+
+
+@pytest.mark.parametrize(
+    "graft",
+    [
+        ("convpass", {"modules": {"mlp": 48}, "prefix": 2, "width": 4, "scale": 1.0}),
+        ("convpass", {"modules": {"mlp": 48}, "prefix": 1, "width": 10**9, "scale": 1.0}),
+        ("mona", {"reader": "norm2", "channels": 10**9, "width": 4, "prefix": 1}),
+        ("mona", {"reader": "norm9", "channels": 48, "width": 4, "prefix": 1}),
+        ("prompts", {"length": 10**9, "channels": 48}),
+        ("prompts", {"length": 3, "channels": 47}),
+        ("prompts", {"length": 3, "channels": 48, "more": 1}),
+    ],
+    ids=str,
+)
+def test_added_modules_that_do_not_fit_are_refused(graft: tuple[str, dict[str, object]]) -> None:
+    kind, arguments = graft
+    one = draft_patch(vit(), AdaptFormer(width=4)).grafts[0]
+    changed = one.model_copy(update={"kind": kind, "arguments": arguments})
+    with pytest.raises(ForeignTensorError):
+        PatchedModel.draft(vit(), Blueprint(grafts=(changed,)), LinearHead(48, 3)).try_grafts()
+
+
 def test_normalisation_inside_a_part_hides_nothing() -> None:
     backbone = load_backbone(TokenNet(4), preprocessing=small_preprocessing())
     whole = AdaptFormer(tuple(segment.name for segment in backbone.chain if segment.parameters))
@@ -335,7 +461,7 @@ def test_open_clips_blocks_have_parts(clip: Backbone) -> None:
         assert close(model(images), model.head(clip.chain(images)))
 
 
-@pytest.mark.parametrize("method", BOTTLENECKS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*BOTTLENECKS, Convpass(), Mona(), VPT()], ids=lambda method: method.name)
 def test_networks_without_transformer_blocks_are_refused_by_name(method: Method, tiny: Backbone) -> None:
     with pytest.raises(
         MethodNotApplicableError, match=rf"{method.name}: .*TinyNet has no transformer block .*`scale-bias`"

@@ -24,6 +24,7 @@ from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import DamagedPatchError, MethodNotApplicableError, WrongBackboneError
 from modelpatch.methods.adaptformer import AdaptFormer
 from modelpatch.methods.bitfit import BitFit
+from modelpatch.methods.convpass import Convpass
 from modelpatch.methods.delta import DeltaNetwork
 from modelpatch.methods.depthwise import Depthwise
 from modelpatch.methods.full_finetune import FullFinetune
@@ -32,6 +33,7 @@ from modelpatch.methods.houlsby import Houlsby
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.method import Method, confine
+from modelpatch.methods.mona import Mona
 from modelpatch.methods.packnet import PackNet
 from modelpatch.methods.paint import Paint
 from modelpatch.methods.piggyback import Piggyback
@@ -41,6 +43,7 @@ from modelpatch.methods.repadapter import RepAdapter
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.ssf import SSF
 from modelpatch.methods.subset import Subset
+from modelpatch.methods.vpt import VPT
 from modelpatch.methods.widened import Widened
 from modelpatch.patch.contents import Patch
 from modelpatch.train import fit
@@ -82,6 +85,10 @@ METHODS: dict[str, Method] = {
     "adaptformer": AdaptFormer(width=8),
     "houlsby": Houlsby(width=8),
     "repadapter": RepAdapter(),
+    "convpass": Convpass(),
+    "mona": Mona(width=8),
+    "vpt": VPT(length=4),
+    "vpt shallow": VPT(length=4, depth="shallow"),
 }
 ONLY_ON = {  # the networks that show something of these methods; others are refused, or repeat what these show
     "bitfit": {"tiny", "vit_tiny"},
@@ -89,6 +96,9 @@ ONLY_ON = {  # the networks that show something of these methods; others are ref
     "adaptformer": {"vit_tiny"},
     "houlsby": {"vit_tiny"},
     "repadapter": {"vit_tiny"},
+    "convpass": {"vit_tiny"},
+    "mona": {"vit_tiny"},
+    "vpt": {"vit_tiny"},
 }
 MORE_METHODS: dict[str, Method] = {
     "scale-bias recomputed": ScaleBias(statistics="recomputed"),

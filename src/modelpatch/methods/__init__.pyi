@@ -1,5 +1,6 @@
 from .adaptformer import AdaptFormer as AdaptFormer
 from .bitfit import BitFit as BitFit
+from .convpass import Convpass as Convpass
 from .delta import DeltaNetwork as DeltaNetwork
 from .delta import SkipWeights as SkipWeights
 from .delta import skip_variances as skip_variances
@@ -23,6 +24,7 @@ from .method import Method as Method
 from .method import confine as confine
 from .method import register_method as register_method
 from .method import with_loss as with_loss
+from .mona import Mona as Mona
 from .packnet import PackNet as PackNet
 from .paint import Paint as Paint
 from .piggyback import Piggyback as Piggyback
@@ -35,4 +37,5 @@ from .ssf import SSF as SSF
 from .subset import Subset as Subset
 from .vocabulary import Vocabulary as Vocabulary
 from .vocabulary import vocabulary_of as vocabulary_of
+from .vpt import VPT as VPT
 from .widened import Widened as Widened

@@ -55,14 +55,13 @@ class Bottleneck(nn.Module):
 
 
 class Bottlenecked(nn.Module):
-    """A module with a bottleneck beside or after it, at its scale times its `strength`; of a tuple it changes the first."""
+    """A module with an adapter beside or `after` it, at its scale times its `strength`; of a tuple it changes the first."""
 
     strength = 1.0
 
-    def __init__(self, module: nn.Module, adapter: Bottleneck, settings: BottleneckSettings) -> None:
+    def __init__(self, module: nn.Module, adapter: nn.Module, *, after: bool, scale: float) -> None:
         super().__init__()
-        self.module, self.adapter = module, adapter
-        self.after, self.scale = settings.place == "after", settings.scale
+        self.module, self.adapter, self.after, self.scale = module, adapter, after, scale
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         result = self.module(*inputs, **named)
@@ -79,7 +78,7 @@ def add_bottlenecks(variant: nn.Module, **arguments: Any) -> nn.Module:
 
     def wrap(name: str, module: nn.Module) -> nn.Module:
         adapter = Bottleneck(settings.modules[name], settings.width, settings.activation)
-        return Bottlenecked(module, adapter, settings)
+        return Bottlenecked(module, adapter, after=settings.place == "after", scale=settings.scale)
 
     return wrap_modules(variant, settings.modules, wrap)
 

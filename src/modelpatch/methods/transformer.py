@@ -96,6 +96,32 @@ def _part(segment: Segment, calls: dict[str, _Call], name: str) -> BlockPart:
 
 
 @torch.no_grad()
+def find_stream(segment: Segment, mlp: str) -> str | None:
+    """The module that alone reads the stream to which the MLP's output is added; None where there is none.
+
+    It is the norm before the MLP, or the MLP itself. Without the MLP a block gives the stream.
+    """
+    calls, clone = _calls(segment), clone_module(segment.module)
+    if mlp not in calls:
+        return None
+    clone.get_submodule(mlp).forward = lambda *inputs, **named: torch.zeros_like(calls[mlp].y)
+    stream = _first(clone(_random_input(segment)))
+    reading = [name for name, call in calls.items() if _equal(call.x, stream)]
+    outer = [name for name in reading if not any(name.startswith(f"{other}.") for other in reading)]
+    return outer[0] if len(outer) == 1 else None
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """True for the same numbers, the tokens in rows or as a map."""
+    return x.numel() == y.numel() and x.shape[-1] == y.shape[-1] and torch.allclose(x.flatten(), y.flatten())
+
+
+def _random_input(segment: Segment) -> Tensor:
+    device = next(segment.module.parameters()).device
+    return torch.randn(1, *segment.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@torch.no_grad()
 def _calls(segment: Segment) -> dict[str, _Call]:
     """By name, the call of every inner module that the segment calls once, with several tokens (..., N, C)."""
     clone, calls, several = clone_module(segment.module), dict[str, _Call](), set[str]()
@@ -114,8 +140,7 @@ def _calls(segment: Segment) -> dict[str, _Call]:
     for name, module in list(clone.named_modules()):
         if name:
             module.forward = partial(run, name, module.forward)
-    device = next(segment.module.parameters()).device
-    clone(torch.randn(1, *segment.input_shape, generator=torch.Generator().manual_seed(0)).to(device))
+    clone(_random_input(segment))
     found = {name: call for name, call in calls.items() if name not in several}
     for name, module in clone.named_modules():
         vars(module).pop("forward", None) if name else None
