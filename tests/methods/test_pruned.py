@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
 from modelpatch.backbone.backbone import Backbone
+from modelpatch.backbone.load import load_backbone
+from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.resident import BoundPatch
 from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError, MissingExtraError, PatchError
 from modelpatch.methods.pruned import Pruned
@@ -122,6 +124,35 @@ def test_shapes_that_no_pruning_gives_are_refused(mobilenet: Backbone, shapes: d
 def test_a_block_without_inner_channels_is_named() -> None:
     with pytest.raises(MethodNotApplicableError, match=r"stage2\.1 has no inner channels"):
         Pruned().blueprint(make_tiny())
+
+
+class Windows(nn.Module):
+    """A block whose 3 x 3 windows overlap, as those of halo attention do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.wide(x)
+        rows = nn.functional.pad(wide, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).mean((-2, -1))
+        return x + self.narrow(rows)
+
+
+def test_a_block_of_overlapping_windows_is_refused_before_memory_ends() -> None:
+    parts = nn.Conv2d(3, 8, 4, 4), Windows(), Windows(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    backbone = load_backbone(nn.Sequential(*parts), preprocessing=Preprocessing(input_size=(3, 32, 32)))
+    with pytest.raises(MethodNotApplicableError, match=r"overlapping windows \(UnfoldBackward0\)"):
+        Pruned(blocks=("2",)).draft(backbone, 3)
+
+
+def test_a_block_that_the_library_cannot_follow_is_named(mobilenet: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
+    with pytest.raises(MethodNotApplicableError, match=r"cannot follow the channels of .*unsupported operand"):
+        Pruned(blocks=("blocks.3.1",), ratio=0.3).draft(mobilenet, 3)
 
 
 def test_a_ratio_out_of_range_and_a_missing_library_are_named(

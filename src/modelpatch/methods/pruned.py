@@ -27,9 +27,23 @@ from modelpatch.methods.method import register_method
 from modelpatch.methods.subset import Subset
 from modelpatch.patch.blueprint import Blueprint, register_graft
 from modelpatch.patch.model import PatchedModel
+from modelpatch.text import first_line
 
 GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together
+WINDOWS = {
+    "UnfoldBackward0",
+    "Im2ColBackward0",
+    "AsStridedBackward0",
+}  # steps that copy values into overlapping windows
+UNFOLLOWED = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    TypeError,
+)  # of a library at its limits
 _KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDictionary()  # what is left of pruned blocks
 
 
@@ -80,8 +94,21 @@ def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[
 
     Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
-    copies = [_Prunable(segment.module, torch.zeros(1, *segment.input_shape)) for segment in segments]
-    scores = {(number, name): score for number, one in enumerate(copies) for name, score in one.scores(norm).items()}
+    for segment in segments:
+        if windows := _steps(segment.module, torch.zeros(1, *segment.input_shape)) & WINDOWS:
+            raise MethodNotApplicableError(
+                f"{segment.name} reads overlapping windows ({', '.join(sorted(windows))}), whose numbers Torch-Pruning would "
+                "follow one by one until memory ends. Name other blocks."
+            )
+    copies, scores = [], dict[Any, Tensor]()
+    for number, segment in enumerate(segments):
+        try:
+            copies.append(_Prunable(segment.module, torch.zeros(1, *segment.input_shape)))
+            scores |= {(number, name): score for name, score in copies[-1].scores(norm).items()}
+        except UNFOLLOWED as error:
+            raise MethodNotApplicableError(
+                f"Torch-Pruning cannot follow the channels of {segment.name}: {first_line(error)[:200]}. Name other blocks."
+            ) from error
     for number, segment in enumerate(segments):
         if not any(owner == number for owner, _ in scores):
             raise MethodNotApplicableError(
@@ -99,6 +126,19 @@ def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[
         if weakest:
             copies[number].remove(name, weakest)
     return [one.module.requires_grad_(False) for one in copies]
+
+
+def _steps(module: nn.Module, example: Tensor) -> set[str]:
+    """The names of the steps of a module's gradient."""
+    with torch.enable_grad():
+        output = module(example.requires_grad_())
+    ahead, seen = [output.grad_fn], set[Any]()
+    while ahead:
+        step = ahead.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            ahead += [before for before, _ in step.next_functions]
+    return {type(step).__name__ for step in seen}
 
 
 def _weakest(scores: Mapping[Any, Tensor], ratio: float, scope: str) -> dict[Any, list[int]]:
@@ -143,7 +183,7 @@ class _Prunable:
             trial.remove(name, [0])
             with torch.no_grad():
                 return trial.module(self.example).shape == self.module(self.example).shape
-        except (RuntimeError, ValueError, IndexError, AttributeError, AssertionError, TypeError):
+        except UNFOLLOWED:
             return False
 
 
