@@ -97,7 +97,7 @@ class PatchedModel(nn.Module):
         self.names: dict[str, str] = {}  # what a tensor is called in the patch file -> what it is called here
         self.origins: dict[str, Graft] = {}  # an added tensor -> the graft that added it
         self.reweighted: dict[str, str] = {}  # a weight of the backbone -> what its reweighting is called here
-        self._trained: list[nn.Module] = []  # the modules that train() puts into train mode, besides the head
+        self.trained_modules: list[nn.Module] = []  # the modules that train() puts into train mode, besides the head
         ends = dict(self.spans)
         index = 0
         while index < len(chain):
@@ -158,7 +158,7 @@ class PatchedModel(nn.Module):
                     grafted.setdefault(id(tensor), graft)
         if span in self.spans:
             lay_strided(variant)
-            self._trained += [module for module in variant.modules() if module not in frozen]
+            self.trained_modules += [module for module in variant.modules() if module not in frozen]
         place = f"parts.{len(self.parts)}."
         for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
             if (origin := grafted[id(tensor)]) is not None:
@@ -184,7 +184,7 @@ class PatchedModel(nn.Module):
         self.training = mode
         if mode:
             self.head.train()
-            for module in (*self._trained, *(self.owned_norms() if self.learned_statistics else ())):
+            for module in (*self.trained_modules, *(self.owned_norms() if self.learned_statistics else ())):
                 module.training = True
         return self
 

@@ -37,7 +37,6 @@ from modelpatch.train.callbacks import CheckpointSaver, MetricLogger, ProgressBa
 from modelpatch.train.distributed import Team
 from modelpatch.train.evaluation import store_as
 from modelpatch.train.fitting import Fit, MethodEvents, PatchTrainer, check_parts, read_patch
-from modelpatch.train.inputs import RowBatches
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 from modelpatch.train.trainer import Callback
@@ -207,7 +206,7 @@ class TiedModels(nn.Module):
 class ResolutionBatches:
     """Batches of the same images at every resolution, one after another; all of one resolution first unless `together`."""
 
-    def __init__(self, sources: Sequence[RowBatches], together: bool) -> None:
+    def __init__(self, sources: Sequence[Any], together: bool) -> None:
         self.sources, self.together = sources, together
 
     def __len__(self) -> int:

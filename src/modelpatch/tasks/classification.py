@@ -1,7 +1,8 @@
 """Classification: one class an image.
 
-answers   logits (B, K)             loss      cross entropy
-targets   classes (B,) int64        metrics   top-1, top-5, macro F1, balanced accuracy
+answers   logits (B, K)                      loss      cross entropy
+targets   classes (B,) int64,                metrics   top-1, top-5, macro F1, balanced accuracy
+          of mixed images shares (B, K)
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,11 @@ class Classification(Kind):
         return torch.bincount(targets, minlength=classes)
 
     def weigh_images(self, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        return torch.ones(len(targets)) if class_weights is None else class_weights[targets]
+        if class_weights is None:
+            return torch.ones(len(targets))
+        return (
+            class_weights[targets] if targets.ndim == 1 else targets @ class_weights
+        )  # classes, or shares of mixed images
 
     def loss(
         self, output: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0

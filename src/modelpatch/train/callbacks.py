@@ -115,6 +115,44 @@ class WeightAverage(Callback):
         load_state(trainer.model, self.average)
 
 
+class LastEpochsAverage(WeightAverage):
+    """Stochastic weight averaging (SWA): the mean of the weights at the end of each of the last `epochs`, in their place."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("average", "count")
+
+    def __init__(self, epochs: int) -> None:
+        check_limits(epochs=epochs)
+        self.epochs, self.count = epochs, 0
+        super().__init__()
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Check that the trainer counts epochs. Raises `TrainingError` where it does not, or has fewer."""
+        if not trainer.per_epoch or (trainer.epochs or 0) < self.epochs:
+            raise TrainingError(f"swa={self.epochs} averages more epochs than the run's {trainer.epochs}. Lower it.")
+
+    @torch.no_grad()
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step_of_epoch == trainer.per_epoch and trainer.epoch >= (trainer.epochs or 0) - self.epochs:
+            self.count += 1
+            self.decay = 1 - 1 / self.count
+            self.average = self.average or copy_state(trainer.model)
+            super().on_step_end(trainer)
+
+    def on_validation_begin(self, trainer: Trainer) -> None:
+        if self.average:
+            super().on_validation_begin(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self.average:
+            super().on_train_end(trainer)
+
+
+def averages(ema: float | None, swa: int) -> list[Callback]:
+    """Return the callbacks of these averages, those that are set."""
+    given = [WeightAverage(ema)] if ema is not None else []
+    return [*given, *([LastEpochsAverage(swa)] if swa else [])]
+
+
 class EagerSteps(Callback):
     """Take the optimizer's steps within the backward pass, whenever enough gradients are complete, and free these.
 

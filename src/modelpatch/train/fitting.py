@@ -36,20 +36,21 @@ from modelpatch.patch.model import PatchedModel
 from modelpatch.provenance import describe_making
 from modelpatch.tasks.kind import Kind, balance, kind_of
 from modelpatch.text import brief, digest_of
-from modelpatch.train.batches import Minibatch, place
+from modelpatch.train.batches import BatchSource, Minibatch, place
 from modelpatch.train.callbacks import (
     CheckpointSaver,
     EagerSteps,
     EarlyStopping,
     MetricLogger,
     ProgressBar,
-    WeightAverage,
+    averages,
     check_folder,
 )
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as, with_result
 from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_rows
 from modelpatch.train.progress import Progress, quiet_progress
+from modelpatch.train.regularising import by_depth, check_recipe, set_drop_path, train_batches, with_rates
 from modelpatch.train.remade import RemadeWeights
 from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
 from modelpatch.train.trainer import Callback, Figures, Trainer
@@ -85,7 +86,8 @@ def fit(
     epochs=10, batch_size=32, seed=0, image_size=None (the backbone's, pixels), augment="auto", framing="auto", decoder=None,
     taps=(), views=4, cache=True, memory=2 * 2**30 (bytes), schedule="cosine", drops=(2/3, 5/6), warmup=0.05 (share of the
     steps), loss="auto", label_smoothing=0.0, class_weights="none", validation=0.0 (share of the images), early_stopping=0
-    (epochs), clip=0.0, precision="auto", dtype="float32". `out` names the patch's file; with `reuse` a file that the very
+    (epochs), clip=0.0, sampling="plain", mixup=0.0, cutmix=0.0, drop_path=0.0, layer_decay=1.0, swa=0 (epochs),
+    precision="auto", dtype="float32". `out` names the patch's file; with `reuse` a file that the very
     same run wrote earlier is read instead. `checkpoint` names a folder of training state, saved every minute and every
     epoch, from which an interrupted run resumes exactly; it is emptied at the end. `log` names a folder for `metrics.csv`, a
     row an epoch, and for TensorBoard's events where it is installed. `progress` draws a bar on a terminal.
@@ -189,7 +191,8 @@ class Fit:
         self.kind.check_libraries()
         held = settings.validation or (0.0 if data.train.is_stream else self.kind.held_out)
         self.data = data.with_validation(held, settings.seed) if held else data
-        self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing)
+        self.kind.check_loss(settings.class_weights != "none", settings.label_smoothing > 0)
+        check_recipe(settings, options, self.kind, self.data)
         if isinstance(settings.class_weights, tuple) and len(settings.class_weights) != len(data.classes):
             given, expected = len(settings.class_weights), len(data.classes)
             raise TrainingError(
@@ -246,6 +249,7 @@ class Fit:
         self.check_savable(model)
         self.kind.check_head(model.head, self.settings.dtype, self.facts)
         self.kind.start_head(model.head)
+        set_drop_path(model, self.settings.drop_path)
         self.source.prepare(model)
         if start is not None:
             model.start_from(start)
@@ -282,11 +286,11 @@ class Fit:
 
     # data ---------------------------------------------------------------------------------------------------------
 
-    def batches(self, model: PatchedModel, split: str) -> RowBatches:
+    def batches(self, model: PatchedModel, split: str) -> BatchSource:
         """Return a split's batches for a model: training images shuffled and augmented, others as they are."""
         inputs = self.source.inputs(model, split, augmented=split == "train")
         if split == "train":
-            return RowBatches(inputs, self.settings.batch_size, self.settings.seed)
+            return train_batches(inputs, self.settings, self.data)
         pixels = self.preprocessing.image_size
         whole = torch.empty(HELD, 1, pixels, pixels, device=self.device)
         return RowBatches(inputs, HELD if inputs.start else len(pieces(whole)[0]))
@@ -391,19 +395,19 @@ class PatchTrainer(Trainer):
         if options.loss is not None:
             given, loss = options.loss, lambda outputs, targets: given(fit.kind.to_answers(outputs, fit.facts), targets)
         own: list[Callback] = [EarlyStopping(settings.early_stopping or None)] if validation is not None else []
-        if options.ema is not None:
-            own.append(WeightAverage(options.ema))
+        own += averages(options.ema, settings.swa)
         reads_gradients = any(type(one).on_gradients is not Callback.on_gradients for one in callbacks)
         if fit.team.alone and not (settings.clip or accumulate > 1 or options.optimizer or reads_gradients):
             own.append(EagerSteps())
+        rates = model, fit.backbone, settings.layer_decay
         total = steps or -(-len(data) // accumulate) * settings.epochs
         fit.warn(total)
         super().__init__(
             model,
             data,
             loss,
-            optimizer=options.optimizer or (lambda _: method.make_optimizer(model, fit.backbone)),
-            groups=method.parameter_groups(model, fit.backbone) if options.optimizer else None,
+            optimizer=options.optimizer or (lambda _: with_rates(method.make_optimizer(model, fit.backbone), *rates)),
+            groups=by_depth(method.parameter_groups(model, fit.backbone), *rates) if options.optimizer else None,
             scheduler=options.scheduler or partial(LambdaLR, lr_lambda=partial(settings.factor, total=total)),
             schedule_every=options.schedule_every or (None if options.scheduler else "step"),
             steps=steps,

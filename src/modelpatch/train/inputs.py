@@ -95,29 +95,36 @@ Inputs = PlainInputs | CachedInputs  # `batches` gives inputs of segment `start`
 
 @dataclass(frozen=True)
 class RowBatches:
-    """Batches of `size` rows of inputs, in a random order that follows (seed, epoch), or in order without a seed."""
+    """Batches of `size` rows of inputs, in a random order that follows (seed, epoch), or in order without a seed.
+
+    With `weights` (N,) rows are drawn by these with replacement.
+    """
 
     inputs: Inputs
     size: int
     seed: int | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(cut_rows(len(self.inputs), self.size, self.seed))
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Minibatch]:
-        rows = cut_rows(len(self.inputs), self.size, self.seed, epoch)
+        rows = cut_rows(len(self.inputs), self.size, self.seed, epoch, self.weights)
         for inputs, targets in self.inputs.batches(rows, epoch, first):
             yield Minibatch(inputs, targets, self.inputs.start)
 
 
-def cut_rows(rows: int, size: int, seed: int | None, epoch: int = 0) -> list[Tensor]:
-    """Return the rows of each batch of an epoch, in order without a seed.
+def cut_rows(rows: int, size: int, seed: int | None, epoch: int = 0, weights: Tensor | None = None) -> list[Tensor]:
+    """Return the rows of each batch of an epoch, in order without a seed, drawn with replacement by `weights`.
 
     In random order a last row of its own joins the batch before, for layers that need two.
     """
     if seed is None:
         return list(torch.arange(rows).split(size))
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(rows, generator=random)
+    if weights is not None:
+        order = torch.multinomial(weights, rows, replacement=True, generator=random)
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [order[-size - 1 :]]

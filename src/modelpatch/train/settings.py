@@ -31,6 +31,7 @@ def _split_names(given: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFiniteFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -48,8 +49,11 @@ class FitSettings:
     `loss` names one of the kind's losses, such as `asymmetric` or `focal(gamma=3)` (see `modelpatch.tasks.losses`).
     `warmup` is the share of all steps with a rising learning rate. `class_weights` are one positive number a class, or
     "balanced": the inverse of their frequency. `precision` is that of the forward pass; `auto` is bfloat16 on GPUs that have
-    it. `dtype` is how the patch stores numbers (see `Patch.astype`; `int8` leaves vectors float32); what it costs is measured
-    and kept in the patch's metrics.
+    it. `sampling="balanced"` draws images with replacement so that all classes are drawn alike. `mixup` and `cutmix` are the α
+    of these mixtures of images, 0 for none, which need every epoch's images and set `cache` to false. `drop_path` is the share
+    of images whose path is dropped in the last residual block, `layer_decay` the factor of learning rates by block before the
+    head, `swa` the number of last epochs whose weights are averaged. `dtype` is how the patch stores numbers (see
+    `Patch.astype`; `int8` leaves vectors float32); what it costs is measured and kept in the patch's metrics.
     """
 
     epochs: PositiveInt = 10
@@ -72,8 +76,23 @@ class FitSettings:
     validation: Share = 0.0
     early_stopping: NonNegativeInt = 0
     clip: NonNegativeFloat = 0.0
+    sampling: Literal["plain", "balanced"] = "plain"
+    mixup: NonNegativeFiniteFloat = 0.0
+    cutmix: NonNegativeFiniteFloat = 0.0
+    drop_path: Share = 0.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    swa: NonNegativeInt = 0
     precision: Precision = "auto"
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.mixes:
+            object.__setattr__(self, "cache", False)
+
+    @property
+    def mixes(self) -> bool:
+        """True where images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def seen(self, preprocessing: Preprocessing, kind: str) -> Preprocessing:
         """Return the preprocessing of a task's images: the backbone's own, at the size and in the framing that are set."""
