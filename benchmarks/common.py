@@ -21,6 +21,7 @@ from modelpatch_studies.data import Sources
 
 T = TypeVar("T")
 SHARED = Path(os.environ.get("MODELPATCH_SHARED", Path(__file__).parents[2] / "shared"))
+SETS = ("gtsrb", "cub80_2010", "caltech101", "dtd10", "rsscn7", "pacs_sketch", "imagenette", "mnist")
 
 
 def machine() -> dict[str, Any]:
@@ -98,3 +99,33 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], js
     if json_path is not None:
         described = [dict(zip(columns, row, strict=True)) for row in rows]
         json_path.write_text(json.dumps({"title": title, "machine": facts, "rows": described}, indent=2) + "\n")
+
+
+class Rows:
+    """Figures by the name of their row, in a file of JSON that is written after each, so that a run goes on where it ended."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.found = path, dict[str, dict[str, Any]]()
+        if path is not None and path.exists():
+            self.found = {row.pop("row"): row for row in json.loads(path.read_text())["rows"]}
+
+    def add(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row, unless the file has it."""
+        if name in self.found:
+            return
+        self.found[name] = measure()
+        print(
+            name,
+            {key: round(value, 3) for key, value in self.found[name].items() if isinstance(value, float)},
+            flush=True,
+        )
+        if self.path is not None:
+            rows = [{"row": one, **figures} for one, figures in self.found.items()]
+            self.path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+
+    def report(self, title: str) -> None:
+        """Print a table of all rows and their means."""
+        columns = [key for key, value in next(iter(self.found.values())).items() if isinstance(value, float)]
+        rows = [(name, *(figures[key] for key in columns)) for name, figures in self.found.items()]
+        means = [statistics.fmean(float(row[place]) for row in rows) for place in range(1, len(columns) + 1)]
+        report(title, ("set", *columns), [*rows, ("mean", *means)], None)

@@ -107,7 +107,7 @@ def test_a_method_whose_library_is_missing_is_left_out_with_the_reason(
 def test_a_comparison_goes_on_where_it_was_interrupted(
     tiny: Backbone, colors: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods, settings = ["linear-probe", "subset(lr=0.01)"], {"seeds": 2, "epochs": 1}
+    methods, settings = ["linear-probe(head_lr=0.1)", "subset(lr=0.01)"], {"seeds": 2, "epochs": 1}
     fitted: list[str] = []
     train = PatchTrainer.train
 
@@ -127,7 +127,9 @@ def test_a_comparison_goes_on_where_it_was_interrupted(
     whole = compare(tiny, colors, methods, **settings)  # type: ignore[arg-type]
     assert [row.top1 for row in resumed.rows] == [row.top1 for row in whole.rows]
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        f"colors-{name}-seed{seed}.safetensors" for name in ("linear-probe", "subset-lr-0.01-") for seed in (0, 1)
+        f"colors-{name}-seed{seed}.safetensors"
+        for name in ("linear-probe-head_lr-0.1-", "subset-lr-0.01-")
+        for seed in (0, 1)
     ]
 
 

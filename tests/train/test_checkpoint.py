@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 METHOD = ScaleBias(statistics="learned")
 SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 4, "views": 2, "ema": 0.9, "validation": 0.25}
 
+PROBE = LinearProbe(solver="steps")
+
 
 def halve(optimizer: Any) -> Any:
     """A scheduler of one's own, in place of the schedule."""
@@ -144,7 +146,7 @@ def saved_steps(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (LinearProbe(), {}),
+        (PROBE, {}),
         (ScaleBias(statistics="recomputed"), {"cache": False}),
         (Subset(statistics="learned", optimizer="sgd"), {"validation": 0.25}),
         (FullFinetune(), {"precision": "float16", "class_weights": "balanced", "clip": 1.0}),
@@ -188,9 +190,9 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(
     with monkeypatch.context() as patched:
         patched.setattr(Fit, "make_patch", lambda *_: (_ for _ in ()).throw(InterruptionError))
         with pytest.raises(InterruptionError):
-            fit(backbone, color_task(), LinearProbe(), **settings)
+            fit(backbone, color_task(), PROBE, **settings)
     steps = count_steps(monkeypatch)
-    patch = fit(backbone, color_task(), LinearProbe(), **settings)
+    patch = fit(backbone, color_task(), PROBE, **settings)
     assert steps == []
     assert patch.metrics["validation_top1"] == 0.5
 
@@ -201,7 +203,7 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(
 @pytest.fixture
 def unfinished(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint folder of a run that stopped after its first epoch."""
-    interrupt(monkeypatch, 1, backbone, color_task(), LinearProbe(), epochs=2, checkpoint=tmp_path / "run")
+    interrupt(monkeypatch, 1, backbone, color_task(), PROBE, epochs=2, checkpoint=tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -209,9 +211,9 @@ def unfinished(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("method", "settings", "named"),
     [
         (ScaleBias(), {"epochs": 2}, ".*method = 'linear-probe' instead of 'scale-bias'"),
-        (LinearProbe(head_lr=0.1), {"epochs": 2}, "head_lr = 0.01 instead of 0.1"),
-        (LinearProbe(), {"epochs": 3}, "epochs = 2 instead of 3"),
-        (LinearProbe(), {"epochs": 2, "seed": 1}, "seed = 0 instead of 1"),
+        (LinearProbe(head_lr=0.1, solver="steps"), {"epochs": 2}, "head_lr = 0.01 instead of 0.1"),
+        (PROBE, {"epochs": 3}, "epochs = 2 instead of 3"),
+        (PROBE, {"epochs": 2, "seed": 1}, "seed = 0 instead of 1"),
     ],
 )
 def test_the_state_of_another_run_is_refused_by_what_differs(
@@ -223,9 +225,9 @@ def test_the_state_of_another_run_is_refused_by_what_differs(
 
 def test_the_state_of_another_task_or_backbone_is_refused(backbone: Backbone, unfinished: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="other images"):
-        fit(backbone, color_task(12), LinearProbe(), epochs=2, checkpoint=unfinished)
+        fit(backbone, color_task(12), PROBE, epochs=2, checkpoint=unfinished)
     with pytest.raises(CheckpointMismatchError, match="other backbone"):
-        fit(make_tiny(seed=1), color_task(), LinearProbe(), epochs=2, checkpoint=unfinished)
+        fit(make_tiny(seed=1), color_task(), PROBE, epochs=2, checkpoint=unfinished)
 
 
 def test_the_state_of_a_backbone_that_computes_something_else_is_refused(
@@ -238,7 +240,7 @@ def test_the_state_of_a_backbone_that_computes_something_else_is_refused(
             raise KeyboardInterrupt
 
     def run(own: Backbone, *added: callbacks.Callback) -> Patch:
-        return fit(own, color_task(), LinearProbe(), checkpoint=tmp_path, callbacks=added, epochs=2, batch_size=8)
+        return fit(own, color_task(), PROBE, checkpoint=tmp_path, callbacks=added, epochs=2, batch_size=8)
 
     monkeypatch.setattr(callbacks, "EVERY_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
@@ -256,7 +258,7 @@ def test_images_that_changed_under_the_same_names_are_noticed(
     changed = color_task()
     changed.train.images[5][0, 0, 0] ^= 1  # type: ignore[index]
     with pytest.raises(CheckpointMismatchError, match="with other images"):
-        fit(backbone, changed, LinearProbe(), epochs=2, checkpoint=unfinished)
+        fit(backbone, changed, PROBE, epochs=2, checkpoint=unfinished)
 
 
 def test_the_state_stays_until_the_patch_is_on_disk(
@@ -269,10 +271,10 @@ def test_the_state_stays_until_the_patch_is_on_disk(
     with monkeypatch.context() as patched:
         patched.setattr(Patch, "save", full)
         with pytest.raises(OSError, match="No space"):
-            fit(backbone, color_task(), LinearProbe(), **settings)
+            fit(backbone, color_task(), PROBE, **settings)
     assert (tmp_path / "run" / "state.pt").exists()
     steps = count_steps(monkeypatch)
-    patch = fit(backbone, color_task(), LinearProbe(), **settings)
+    patch = fit(backbone, color_task(), PROBE, **settings)
     assert steps == []
     assert not (tmp_path / "run").exists()
     assert_equal(Patch.load(tmp_path / "p.safetensors"), patch)
@@ -287,18 +289,18 @@ def test_a_state_that_cannot_be_read_is_refused(backbone: Backbone, unfinished: 
         whole = file.read_bytes()
         file.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"state", "empty": b""}[content])
     with pytest.raises(TrainingError, match=r"state\.pt cannot be read .* to start anew"):
-        fit(backbone, color_task(), LinearProbe(), epochs=2, checkpoint=unfinished)
+        fit(backbone, color_task(), PROBE, epochs=2, checkpoint=unfinished)
 
 
 # the folder -------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_gone_after_success_unless_it_holds_something_else(backbone: Backbone, tmp_path: Path) -> None:
-    fit(backbone, color_task(), LinearProbe(), epochs=1, checkpoint=tmp_path / "run")
+    fit(backbone, color_task(), PROBE, epochs=1, checkpoint=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "notes.txt").write_text("mine")
-    fit(backbone, color_task(), LinearProbe(), epochs=1, checkpoint=tmp_path / "kept")
+    fit(backbone, color_task(), PROBE, epochs=1, checkpoint=tmp_path / "kept")
     assert [file.name for file in (tmp_path / "kept").iterdir()] == ["notes.txt"]
 
 

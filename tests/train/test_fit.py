@@ -86,11 +86,11 @@ def test_options_are_given_by_name() -> None:
 
 
 def test_class_weights_of_the_users_are_those_of_the_loss(backbone: Backbone, colors: Task) -> None:
-    weights = [1.0, 2.0, 3.0]
-    given = fit(backbone, colors, LinearProbe(), epochs=1, class_weights=weights)
+    weights, steps = [1.0, 2.0, 3.0], LinearProbe(solver="steps")
+    given = fit(backbone, colors, steps, epochs=1, class_weights=weights)
     loss = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights))
-    assert equal(given, fit(backbone, colors, LinearProbe(), epochs=1, loss=loss))
-    assert not equal(given, fit(backbone, colors, LinearProbe(), epochs=1))
+    assert equal(given, fit(backbone, colors, steps, epochs=1, loss=loss))
+    assert not equal(given, fit(backbone, colors, steps, epochs=1))
     with pytest.raises(TrainingError, match=r"class_weights has 2 numbers; colors has 3 classes"):
         fit(backbone, colors, LinearProbe(), class_weights=[1, 2])
     with pytest.raises(TrainingError, match=r"class_weights = \[1, -1, 1\] is not valid: .*greater than 0"):
@@ -383,9 +383,11 @@ def test_a_scheduler_stands_in_place_of_the_schedule(backbone: Backbone, colors:
 def test_a_loss_and_accumulation_reach_the_steps(backbone: Backbone, colors: Task) -> None:
     smooth = partial(torch.nn.functional.cross_entropy, label_smoothing=0.1)
     options: dict[str, Any] = {"epochs": 2, "augment": "none"}
-    given = fit(backbone, colors, LinearProbe(), batch_size=24, loss=smooth, **options)
-    setting = fit(backbone, colors, LinearProbe(), batch_size=24, label_smoothing=0.1, **options)
-    parts = fit(backbone, colors, LinearProbe(), batch_size=6, accumulate=4, label_smoothing=0.1, **options)
+    given = fit(backbone, colors, LinearProbe(solver="steps"), batch_size=24, loss=smooth, **options)
+    setting = fit(backbone, colors, LinearProbe(solver="steps"), batch_size=24, label_smoothing=0.1, **options)
+    parts = fit(
+        backbone, colors, LinearProbe(solver="steps"), batch_size=6, accumulate=4, label_smoothing=0.1, **options
+    )
     assert equal(given, setting)
     assert all(torch.allclose(parts.tensors[name], tensor, atol=1e-4) for name, tensor in given.tensors.items())
 
@@ -453,7 +455,7 @@ def read_log(folder: Path) -> list[dict[str, str]]:
 
 def test_a_log_holds_a_row_an_epoch_and_events(backbone: Backbone, colors: Task, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    fit(backbone, colors, LinearProbe(), epochs=3, log=tmp_path / "run", validation=0.25)
+    fit(backbone, colors, LinearProbe(solver="steps"), epochs=3, log=tmp_path / "run", validation=0.25)
     rows = read_log(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     figures = [f"validation_{name}" for name in Classification.metrics]

@@ -21,7 +21,7 @@ from modelpatch.heads.base import DraftHead, HeadRecord
 from modelpatch.heads.reading import pooled_width
 from modelpatch.methods.blocks import find_segments
 from modelpatch.methods.hooks import Batch, Hook
-from modelpatch.methods.linear_probe import LinearProbe
+from modelpatch.methods.linear_probe import HeadMethod
 from modelpatch.methods.method import register_method
 from modelpatch.patch.model import PatchedModel
 
@@ -29,7 +29,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @register_method
-class Head2Toe(LinearProbe):
+class Head2Toe(HeadMethod):
     """Trains a head on the outputs of all blocks, chooses the share `keep` of the features, and trains on.
 
     `lasso` is λ, `choose_after` the share of all steps after which features are chosen. `until` names the last block that is

@@ -145,6 +145,11 @@ class Method(ABC):
         return (self,)
 
     @property
+    def solves_head(self) -> bool:
+        """True where a linear head over frozen features is solved to convergence and not trained by steps."""
+        return False
+
+    @property
     def has_own_head(self) -> bool:
         """True for a method that makes another head than a linear or siamese one."""
         return type(self).make_head is not Method.make_head

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,9 @@ from torch import Tensor
 from modelpatch.atomic import check_place, write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.computation import Computation
-from modelpatch.errors import CheckpointMismatchError, ModelpatchError, TrainingError
+from modelpatch.errors import CheckpointMismatchError, MethodError, ModelpatchError, TrainingError
+from modelpatch.methods.method import Method
+from modelpatch.patch.model import PatchedModel
 from modelpatch.text import digest_of
 from modelpatch.train.progress import Progress
 from modelpatch.train.settings import check_limits, name_of
@@ -270,19 +272,20 @@ class MetricLogger(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.file.unlink(missing_ok=True)
-        self._write(trainer.history)  # the epochs that are done, if the run was interrupted
+        self.write(trainer.history)  # the epochs that are done, if the run was interrupted
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(self.folder))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        self._write(trainer.history)
+        self.write(trainer.history)
         if self._events is not None:
             for name, value in trainer.row.items():
                 self._events.add_scalar(name, value, int(trainer.row["epoch"]))
 
-    def _write(self, history: list[dict[str, float]]) -> None:
+    def write(self, history: list[dict[str, float]]) -> None:
+        """Write the figures of all epochs, or of all that was tried."""
         if history:
             with self.file.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, list(history[0]))
@@ -360,3 +363,26 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             plain = isinstance(before, str | int | float) and len(str(before)) <= 40
             words.append(f"{key} = {before!r} instead of {now!r}" if plain else f"other {key}")
     return words
+
+
+class MethodEvents(Callback):
+    """The work of a method on its models, each with a function that yields batches of plain training images."""
+
+    def __init__(self, method: Method, models: Sequence[tuple[PatchedModel, Any]]) -> None:
+        self.method, self.models = method, models
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Prepare the models of a run that begins. Raises `MethodError` for an added loss that has not seen it begin."""
+        if self.method.losses and (trainer.resumed or len(self.models) > 1):
+            raise MethodError(
+                f"{self.method.name} with {type(self.method.losses[0]).__name__} cannot go on from a checkpoint, which does "
+                "not hold what the added loss has seen, nor train several models. Give --restart, or remove the checkpoint."
+            )
+        for model, batches in () if trainer.resumed else self.models:
+            for hook in self.method.all_hooks():
+                hook.begin(model, batches)
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        for model, _ in self.models:
+            for hook in self.method.all_hooks():
+                hook.step(model, trainer.step, trainer.total or 0)

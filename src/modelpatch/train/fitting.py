@@ -28,6 +28,7 @@ from modelpatch.data.augmentation import choose_augmentation
 from modelpatch.data.images import NO_AUGMENTATION, pieces
 from modelpatch.data.task import Task
 from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, warn_caller
+from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
 from modelpatch.patch.contents import Patch
@@ -41,6 +42,7 @@ from modelpatch.train.callbacks import (
     CheckpointSaver,
     EagerSteps,
     EarlyStopping,
+    MethodEvents,
     MetricLogger,
     ProgressBar,
     averages,
@@ -49,11 +51,12 @@ from modelpatch.train.callbacks import (
 from modelpatch.train.distributed import ALONE, Team
 from modelpatch.train.evaluation import store_as, with_result
 from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_rows
+from modelpatch.train.probing import HeadProbe
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.regularising import by_depth, check_recipe, set_drop_path, train_batches, with_rates
 from modelpatch.train.remade import RemadeWeights
 from modelpatch.train.settings import Every, FitOptions, FitSettings, check_callbacks, check_settings
-from modelpatch.train.trainer import Callback, Figures, Trainer
+from modelpatch.train.trainer import Callback, Figures, Trainer, get_state, load_state
 
 HELD = 64  # images of a batch that is measured
 
@@ -182,6 +185,7 @@ class Fit:
         self.out = out
         self.options = options = options or FitOptions()
         self.backbone, self.method, self.team = backbone, method, team
+        self.solved: Mapping[str, Any] = {}
         self.bar = bar or quiet_progress()
         if settings.early_stopping and data.validation is None and not settings.validation:
             settings = replace(settings, validation=0.1)
@@ -233,12 +237,17 @@ class Fit:
         """Train from the base, or from `start` (see `PatchedModel.start_from`), and measure on the test images."""
         record, began = BackboneRecord.of(self.backbone), time.perf_counter()
         self.model = self.build(start)
-        trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
-        trainer.train()
+        best: Figures = {}
+        if self.solves_head(self.model, callbacks):
+            best = self.solve_head(self.model, [one for one in callbacks if isinstance(one, MetricLogger)])
+        else:
+            trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
+            trainer.train()
+            stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
+            best = {str(one.monitor): one.best_value for one in stops}
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
         self.backbone.verify_tensors()
-        stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
-        return patch.with_metrics(**{str(one.monitor): one.best_value for one in stops})
+        return patch.with_metrics(**best)
 
     def build(self, start: Mapping[str, Tensor] | None = None) -> PatchedModel:
         """Return the model before the first step; all that is random in it follows the seed."""
@@ -265,6 +274,25 @@ class Fit:
         size = patch.astype(self.settings.dtype).check_savable()
         if self.out is not None and self.team.leads:
             check_place(self.out, size)
+
+    def solves_head(self, model: PatchedModel, callbacks: Sequence[Callback] = ()) -> bool:
+        """Return True where nothing but a linear head is trained, on cached features, and nothing says how to take steps."""
+        plain = type(model.head) is LinearHead and model.head.weight.requires_grad and not model.spans
+        silent = all(isinstance(one, MetricLogger | CheckpointSaver) for one in callbacks)
+        stepwise = self.settings.rules_steps or self.options.rules_steps or not self.settings.cache
+        return self.method.solves_head and plain and silent and not stepwise
+
+    def solve_head(self, model: PatchedModel, loggers: Sequence[MetricLogger] = ()) -> Figures:
+        """Set the head of a model to the best one on its features. Returns its score on named validation images."""
+        weights = self.weigh_classes()
+        loss = self.kind.make_loss(self.settings.loss, self.facts, weights, self.settings.label_smoothing)
+        probe = HeadProbe(self.data, self.kind, self.facts, self.settings, self.source, loss, weights, self.bar)
+        solved = probe.solve(model, self.augmentation.name, self.validates)
+        load_state(model, self.team.follow(get_state(model)))
+        self.solved = solved.facts
+        for logger in loggers:
+            logger.write(solved.history)
+        return solved.best
 
     def make_trainer(
         self, model: PatchedModel, callbacks: Sequence[Callback] = (), steps: int | None = None
@@ -362,6 +390,7 @@ class Fit:
                 "augmentation": self.augmentation.name,
                 "settings": asdict(self.settings),
                 **self.options.described,
+                **self.solved,
                 "data": dict(self.data.facts),
                 "data_sha256": self.data.train.digest,
                 "run": self.digest,
@@ -454,29 +483,6 @@ class PatchTrainer(Trainer):
         told = ((self.kind.to_answers(outputs, self.facts), targets) for outputs, targets in answers)
         figures = self.kind.measure(self.classes, told, self.facts).figures
         return {name: value for name, value in figures.items() if name in self.kind.metrics}
-
-
-class MethodEvents(Callback):
-    """The work of a method on its models, each with a function that yields batches of plain training images."""
-
-    def __init__(self, method: Method, models: Sequence[tuple[PatchedModel, Any]]) -> None:
-        self.method, self.models = method, models
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Prepare the models of a run that begins. Raises `MethodError` for an added loss that has not seen it begin."""
-        if self.method.losses and (trainer.resumed or len(self.models) > 1):
-            raise MethodError(
-                f"{self.method.name} with {type(self.method.losses[0]).__name__} cannot go on from a checkpoint, which does "
-                "not hold what the added loss has seen, nor train several models. Give --restart, or remove the checkpoint."
-            )
-        for model, batches in () if trainer.resumed else self.models:
-            for hook in self.method.all_hooks():
-                hook.begin(model, batches)
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        for model, _ in self.models:
-            for hook in self.method.all_hooks():
-                hook.step(model, trainer.step, trainer.total or 0)
 
 
 def read_patch(path: Path, digest: str, backbone: Backbone) -> Patch:

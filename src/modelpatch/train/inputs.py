@@ -202,14 +202,17 @@ class OwnInputs:
         """Return a split's images, not augmented."""
         return self._open(split, False)
 
-    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
-        """Return a split's images, or cached activations before the model's first span where that saves work."""
+    def inputs(self, model: PatchedModel, split: str, augmented: bool, views: int | None = None) -> Inputs:
+        """Return a split's images, or cached activations before the model's first span where that saves work.
+
+        Augmented ones are as many `views` of every image, as the settings say by default.
+        """
         first, augmentation = model.first, self.augmentation if augmented else NO_AUGMENTATION
         images, settings = getattr(self.data, split), self.settings
         if images.dense or not settings.cache or not cache_worthwhile(self.backbone, first):
             return PlainInputs(self._open(split, augmented), augmentation, settings.seed)
         varied = augmented and (augmentation.name != "none" or images.augments)
-        views = min(settings.views, settings.epochs) if varied else 1
+        views = views or (min(settings.views, settings.epochs) if varied else 1)
         share, count = prefix_share(self.backbone, first), views * len(images)
         with self.bar.task(f"caching {share:.0%} of the network, {count_of(views, 'view')}", count) as advance:
             prefix, source = make_prefix(self.backbone, model, count), self._open(split, augmented, once=True)
@@ -313,18 +316,22 @@ class SharedInputs:
                     folded[start] = fold_segment(self.shared.backbone.chain[start])
                 model.parts[number] = folded[start]
 
-    def inputs(self, model: PatchedModel, split: str, augmented: bool) -> Inputs:
-        """Return shared activations before the model's first span, or the images where a cache saves no work."""
+    def inputs(self, model: PatchedModel, split: str, augmented: bool, views: int | None = None) -> Inputs:
+        """Return shared activations before the model's first span, or the images where a cache saves no work.
+
+        Augmented ones are those of the first `views`, of all by default.
+        """
         shared, settings, images = self.shared, self.shared.settings, self.images(split)
         augmented = augmented and shared.views > 0
-        augmentation, views = (shared.augmentation, shared.views) if augmented else (NO_AUGMENTATION, 1)
+        views = min(views or shared.views, shared.views) if augmented else 1
+        augmentation = shared.augmentation if augmented else NO_AUGMENTATION
         if not cache_worthwhile(shared.backbone, model.first):
             return PlainInputs(images, augmentation, settings.seed)
         if model.reading.inner:  # its head reads more than one boundary
             prefix = partial(run_prefix, model)
             return cache_prefix(prefix, images, model.first, augmentation, views, settings.seed, settings.memory)
         start = max(boundary for boundary in shared.activations if boundary <= model.first)
-        values = shared.activations[start][: shared.views] if augmented else shared.activations[start][shared.views :]
+        values = shared.activations[start][:views] if augmented else shared.activations[start][shared.views :]
         return CachedInputs(start, values, shared.store.labels.expand(len(values), -1), self.rows[split])
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,6 +22,18 @@ OptimizerLike = Optimizer | Callable[[Any], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
 Every = Literal["step", "epoch"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+STEPWISE = (
+    "schedule",
+    "drops",
+    "warmup",
+    "clip",
+    "sampling",
+    "mixup",
+    "cutmix",
+    "drop_path",
+    "layer_decay",
+    "swa",
+)  # settings of steps, which a head that is solved does not take
 
 
 def _split_names(given: Any) -> Any:
@@ -94,6 +106,11 @@ class FitSettings:
         """True where images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def rules_steps(self) -> bool:
+        """True where a setting says how steps are taken, so that they are."""
+        return any(getattr(self, name) != FitSettings.__dataclass_fields__[name].default for name in STEPWISE)
+
     def seen(self, preprocessing: Preprocessing, kind: str) -> Preprocessing:
         """Return the preprocessing of a task's images: the backbone's own, at the size and in the framing that are set."""
         framing = self.framing if self.framing != "auto" else kind_of(kind).framing
@@ -146,6 +163,11 @@ class FitOptions:
         check_limits(accumulate=self.accumulate)
         if self.ema is not None and not 0 < self.ema < 1:
             raise TrainingError(f"ema = {self.ema!r} is not valid; expected a number between 0 and 1.")
+
+    @property
+    def rules_steps(self) -> bool:
+        """True where an option says how steps are taken, so that they are."""
+        return replace(self, transform=None) != FitOptions()
 
     @property
     def described(self) -> dict[str, Any]:
