@@ -18,6 +18,7 @@ from modelpatch.methods.blocks import find_segments, graft_on
 from modelpatch.methods.layers import wrap_modules
 from modelpatch.methods.transformer import BlockPart, find_parts
 from modelpatch.patch.blueprint import Blueprint, register_graft
+from modelpatch.patch.folding import Wrapper
 
 GRAFT = "bottleneck"
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -54,7 +55,7 @@ class Bottleneck(nn.Module):
         return self.up(self.act(self.down(x)))
 
 
-class Bottlenecked(nn.Module):
+class Bottlenecked(Wrapper):
     """A module with an adapter beside or `after` it, at its scale times its `strength`; of a tuple it changes the first."""
 
     strength = 1.0

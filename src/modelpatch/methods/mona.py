@@ -31,6 +31,7 @@ from modelpatch.methods.method import Method, register_method
 from modelpatch.methods.token_maps import Prefix, convolve, count_prefix
 from modelpatch.methods.transformer import find_stream
 from modelpatch.patch.blueprint import Blueprint, register_graft
+from modelpatch.patch.folding import Wrapper
 
 GRAFT = "mona"
 SIZES = (3, 5, 7)
@@ -103,7 +104,7 @@ class MonaAdapter(nn.Module):
         return hidden + self.pointwise(hidden)
 
 
-class MonaReader(nn.Module):
+class MonaReader(Wrapper):
     """A module that reads the stream after its adapter, which keeps what it added until the end of the block."""
 
     def __init__(self, module: nn.Module, adapter: MonaAdapter) -> None:

@@ -74,12 +74,13 @@ class RepAdapted(Foldable):
 
     def __init__(self, layer: nn.Linear, width: int, groups: int, scale: float) -> None:
         super().__init__()
-        self.layer, self.scale = layer, scale
+        self.scale = scale
         self.down = nn.Linear(layer.in_features, width)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         self.up = nn.Parameter(torch.zeros(groups, layer.in_features // groups, width // groups))
         self.bias = nn.Parameter(torch.zeros(layer.in_features))
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.down(x).unflatten(-1, (len(self.up), -1))

@@ -130,11 +130,11 @@ class ChannelAffine(Foldable):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
-        self.layer = layer
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         self.axes = () if isinstance(layer, nn.Linear) else (1, 1)  # those after the channels
         self.scale = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.layer = layer  # last: some have a scale of their own
 
     def forward(self, x: Tensor) -> Tensor:
         scale, bias = self._effect()

@@ -4,7 +4,7 @@ backbone.patched(patch)  ──fold──>  the same logits from layers of the b
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,32 @@ from modelpatch.backbone.clone import clone_module
 M = TypeVar("M", bound=nn.Module)
 
 
-class Foldable(nn.Module, ABC):
+class Wrapper(nn.Module):
+    """A module around another, its child named `wrapped`, whose plain attributes it has too: some networks read them.
+
+    Tensors and modules are not among these. A network that computes with the weight of a wrapped layer passes by what the
+    wrapper adds, and fails.
+    """
+
+    wrapped: ClassVar[str] = "module"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner: Any = self
+            while isinstance(inner, Wrapper):
+                inner = inner.__dict__.get("_modules", {}).get(inner.wrapped)
+            value = None if name.startswith("__") else getattr(inner, name, None)
+            if value is None or isinstance(value, Tensor | nn.Module):
+                raise
+            return value
+
+
+class Foldable(Wrapper, ABC):
     """A module around a frozen layer that computes what one layer with other numbers computes."""
+
+    wrapped = "layer"
 
     @abstractmethod
     def fold(self) -> nn.Module:
