@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -25,10 +26,11 @@ from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.lora import LoRA
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.patch.contents import Patch
+from modelpatch.recipes.comparison import warn_of_seeds
 from modelpatch.tasks.classification import Classification
 from modelpatch.train import Callback, Trainer, fit
 from modelpatch.train.batches import Minibatch
-from modelpatch.train.callbacks import EarlyStopping, LastEpochsAverage
+from modelpatch.train.callbacks import EarlyStopping, LastEpochsAverage, RisingLoss
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import cut_rows
 from modelpatch.train.regularising import MixedBatches, balanced_weights
@@ -160,6 +162,7 @@ def test_paths_are_dropped_more_often_in_later_blocks(make: Any, kind: type[nn.M
     assert not any(isinstance(one, DropPath) or getattr(one, "p", 0) == 0.4 for one in backbone.module.modules())
 
 
+@pytest.mark.slow
 def test_added_modules_drop_the_paths_of_their_blocks() -> None:
     backbone = make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=2, embed_dim=48, num_heads=3)
     patch = fit(backbone, color_task(6, 32), LoRA(), epochs=1, drop_path=0.5)
@@ -282,3 +285,48 @@ def test_other_kinds_are_refused_by_name(tiny: Backbone, given: dict[str, Any]) 
     task = Task.from_datasets(rows, rows, kind="regression")
     with pytest.raises(TrainingError, match=f"{next(iter(given))} needs one class an image"):
         fit(tiny, task, ScaleBias(), epochs=1, **given)
+
+
+# unstable rates -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [
+        ([1.0, 0.5, 0.4, 0.2], False),
+        ([1.0, 0.2, 0.3], False),  # above its lowest, far below its beginning
+        ([0.5, 0.4, 0.46], False),
+        ([1.0, 0.5, 0.95], True),
+        ([1.0, 8.0], True),
+        ([1.0], False),
+        ([], False),
+    ],
+)
+def test_a_loss_that_rises_is_told_with_its_rate(losses: list[float], rises: bool) -> None:
+    trainer = Trainer(Linear(), data(), optimizer=torch.optim.SGD, lr=0.3)
+    trainer.history = [{"epoch": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RisingLoss().on_train_end(trainer)
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == rises
+    assert all(f"to {losses[-1]:.3g} in epoch {len(losses)}: lr 0.3 is too high" in text for text in texts)
+
+
+def test_a_fit_at_a_rate_too_high_warns(tiny: Backbone, colors: Task) -> None:
+    with pytest.warns(
+        UserWarning, match=r"the loss rose .*lr 0\.01, 50 is too high|the loss rose .*lr 50, 0\.01 is too"
+    ):
+        fit(tiny, colors, FullFinetune(lr=50.0), epochs=4, schedule="constant")
+
+
+def test_seeds_that_disagree_are_told() -> None:
+    with pytest.warns(
+        UserWarning, match=r"probe: seeds disagree, 78\.0%, 90\.0%, 88\.0%, .*1,000 test images explain 1\.1%"
+    ):
+        warn_of_seeds("probe", [0.78, 0.90, 0.88], 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_seeds("probe", [0.88, 0.90, 0.88], 1000)
+        warn_of_seeds("probe", [0.78], 1000)
+        warn_of_seeds("probe", [1.0, 1.0], 10)

@@ -206,6 +206,9 @@ def search(
     tries: int = Option(48, min=1, help="Proposals to train at most."),
     halving: HalvingOption = 3,
     folds: FoldsOption = 1,
+    margin: float = Option(
+        1.0, min=0, help="Standard errors of accuracy that a cheaper proposal may lie below the best."
+    ),
     plot: Path | None = Option(None, help="A picture of accuracy, bytes and time."),
 ) -> None:
     """Choose method, blocks and settings by validation, within limits, and train the best patch that keeps them.
@@ -220,7 +223,7 @@ def search(
     base, task, options = study.open(reading, data, network, training, file)
     console.tell_data([task])
     names = None if methods is None else split_outside(methods, ",")
-    options |= {"tries": tries, "folds": folds, "halving": halving, **limits.read()}
+    options |= {"tries": tries, "folds": folds, "halving": halving, "margin": margin, **limits.read()}
     result = run_search(base, task, names, **options)
     if result.left_out:
         console.show(selection.left_out_table(result))

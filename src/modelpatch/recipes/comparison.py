@@ -1,16 +1,17 @@
 """Methods side by side on one task with equal step budgets: accuracy, what is kept of the base, parameters, bytes, seconds."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task, check_classification
-from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError
+from modelpatch.errors import DivergedError, MethodNotApplicableError, MissingExtraError, warn_caller
 from modelpatch.methods.method import Method
 from modelpatch.methods.registry import make_method, spellings
 from modelpatch.patch.contents import Patch
@@ -22,6 +23,8 @@ from modelpatch.train.callbacks import make_folder
 from modelpatch.train.evaluation import Mean, evaluate_base, harmonic_mean
 from modelpatch.train.fitting import fit
 from modelpatch.train.settings import check_settings
+
+SEEDS = 2.0  # standard deviations of seeds beyond those of as many test images
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,23 @@ def compare(
         both = None if after is None else fmean(harmonic_mean(run.score, after) for run in own)
         size = round(fmean(run.file_bytes for run in own))
         interval = wilson_interval(score.value, len(data.test)) if kind.classifies else None
+        if kind.classifies:
+            warn_of_seeds(name, [run.score for run in own], len(data.test))
         means = [_mean([run.macro_f1 for run in own]), _mean([run.balanced_accuracy for run in own])]
         accuracies = (score.value, score.error, before, after, both)
         rows.append(MethodRow(name, *accuracies, trained[name], size, seconds, interval, *means))
     return Comparison(data.task.name, backbone.spec, tuple(rows), runs, patches, skipped, data.task.kind)
+
+
+def warn_of_seeds(name: str, scores: Sequence[float], images: int) -> None:
+    """Warn where the scores of several seeds lie further apart than so many test images explain."""
+    mean = fmean(scores)
+    expected = math.sqrt(mean * (1 - mean) / images)
+    if len(scores) > 1 and stdev(scores) > SEEDS * expected:
+        warn_caller(
+            f"{name}: seeds disagree, {', '.join(f'{score:.1%}' for score in scores)}, with a standard deviation of "
+            f"{stdev(scores):.1%} where {images:,} test images explain {expected:.1%}. Train longer, or lower lr."
+        )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -212,6 +212,9 @@ def search_table(search: Search) -> Table:
     front = {id(one) for one in search.front}
     notes = [str(search.effect)] if search.effect else []
     notes += [f"given up: {reason}" for reason in search.dropped]
+    if search.chosen is not search.best:
+        error = f"{100 * search.error:.1f} points"
+        notes.append(f"{search.best.name} is more accurate by less than its error of {error}; --margin 0 takes it")
     shown = search.proposals[:SHOWN]
     rows = [
         (one.candidate.name, accuracy(one.score), f"{one.score.file_bytes:,}", f"{100 * one.latency:.1f}",

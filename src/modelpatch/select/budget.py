@@ -96,7 +96,7 @@ class Budget:
         if self.blocks is not None and len(candidate.blocks) > self.blocks:
             return f"{len(candidate.blocks)} blocks"
         if self.bytes is not None:
-            size = file_bytes(_draft_on(bench, candidate.method).astype(bench.settings.dtype))
+            size = file_bytes(_draft_on(bench, candidate.method).astype(candidate.dtype or bench.settings.dtype))
             if size > self.bytes:
                 return f"{size:,} bytes"
         if self.latency is not None and (added := self.added(bench, candidate.method)) > self.latency:

@@ -349,7 +349,8 @@ def train_first_within(
     dropped: list[str] = []
     common: dict[str, Any] = {"checkpoint": checkpoint, "progress": study.progress, **asdict(study.settings)}
     for candidate, score in ranked:
-        patch = fit(backbone, study.data, candidate.method, **common)
+        stored = {} if candidate.dtype is None else {"dtype": candidate.dtype}
+        patch = fit(backbone, study.data, candidate.method, **common | stored)
         if (broken := budget.broken_by(backbone, patch)) is None:
             if out is not None:
                 patch.save(out)

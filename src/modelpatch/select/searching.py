@@ -4,10 +4,12 @@
 2. propose     methods over the best, the last and all blocks, the last stages; every number of Δ-modules; learning rates
 3. leave out   what cannot keep the budget, by the bytes and the time of an untrained patch
 4. halve       few epochs for all that is left, more for the best third, and so on (Jamieson and Talwalkar, 2016)
-5. train       the best on all training images; its patch is measured again, and must keep the budget
+5. weigh       of what is as accurate as the best within its standard error, the cheapest first (Breiman et al., 1984)
+6. train       the first on all training images; its patch is measured again, and must keep the budget
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,8 @@ from modelpatch.select.study import (
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own
 BEST_BLOCKS = 3
 SMALL = "float16"  # the dtype of patches that must keep a limit of bytes
+SMALLEST = "int8"  # that of those that keep it so alone
+NOISE = 0.05  # added latencies that differ by less are alike
 PROFILE_SHARE = 4  # the profile has a fourth of the epochs
 
 
@@ -75,6 +79,8 @@ class Search:
     patch: Patch
     dropped: tuple[str, ...]
     effect: str | None
+    best: Candidate
+    error: float
 
     @property
     def front(self) -> tuple[Proposal, ...]:
@@ -97,6 +103,8 @@ class Search:
             "proposals": rows,
             "left_out": self.left_out,
             "chosen": self.chosen.name,
+            "best": self.best.name,
+            "error": self.error,
             "dropped": list(self.dropped),
             "halving": self.effect,
             "test": dict(self.patch.metrics),
@@ -113,6 +121,7 @@ def search(
     tries: int = 48,
     folds: int = 1,
     halving: int = 3,
+    margin: float = 1.0,
     out: str | Path | None = None,
     **options: Any,
 ) -> Search:
@@ -120,10 +129,15 @@ def search(
 
     `methods` are spellings (see `make_method`), by default those in `Method.searched`. At most `tries` proposals are trained;
     where there are more, a seeded draw leaves some out, but never the linear probe. `halving=0` trains all of them to the end.
-    With `max_bytes` patches are stored as float16 unless `dtype` says otherwise. For the other options see `open_study`; the
+    Of the proposals within `margin` standard errors of the best accuracy the one that adds the least time, then bytes, is
+    trained; `margin=0` trains the best. With `max_bytes` patches are stored as float16, and as int8 where only that keeps the
+    limit, unless `dtype` says otherwise. For the other options see `open_study`; the
     rest are settings of `fit`. Raises `TrainingError` if nothing keeps the budget.
     """
+    if not 0 <= margin < math.inf:
+        raise TrainingError(f"margin = {margin!r} is not valid; expected a number of standard errors from 0 on.")
     budget = Budget(bytes=max_bytes, latency=max_latency)
+    packs = max_bytes is not None and "dtype" not in options
     methods = spellings("searched") if methods is None else methods
     if max_bytes is not None:
         options.setdefault("dtype", SMALL)
@@ -135,10 +149,14 @@ def search(
         able: list[Candidate] = []
         left_out: dict[str, str] = {}
         for candidate in propose(backbone, methods, profiled, left_out):
-            if reason := budget.why_not(study.bench, candidate):
-                left_out[candidate.name] = reason
+            forms = [candidate]
+            if packs:
+                forms.append(replace(candidate, name=f"{candidate.name}, {SMALLEST}", dtype=SMALLEST))
+            kept = next((form for form in forms if budget.why_not(study.bench, form) is None), None)
+            if kept is None:
+                left_out[candidate.name] = str(budget.why_not(study.bench, candidate))
             else:
-                able.append(candidate)
+                able.append(kept)
         able = _draw(able, tries, study.settings.seed, left_out)
         if not able:
             first = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
@@ -153,9 +171,9 @@ def search(
             if score.top1s
         ]
         proposals.sort(key=lambda one: (-one.score.epochs, -one.score.top1, one.score.file_bytes))
-        ranked = [
-            (one.candidate, one.score) for one in proposals if max_bytes is None or one.score.file_bytes <= max_bytes
-        ]
+        fitting = [one for one in proposals if max_bytes is None or one.score.file_bytes <= max_bytes]
+        images = sum(len(held) for _, held in study.bench.folds.rows)
+        ranked = [(one.candidate, one.score) for one in weigh(fitting, images, margin)]
         chosen, _, patch, dropped = train_first_within(study, ranked, budget, out=out)
     return Search(
         task=data.task.name,
@@ -168,7 +186,20 @@ def search(
         patch=patch,
         dropped=tuple(dropped),
         effect=effect,
+        best=fitting[0].candidate,
+        error=margin * fitting[0].score.error_on(images),
     )
+
+
+def weigh(proposals: Sequence[Proposal], images: int, margin: float) -> list[Proposal]:
+    """Proposals, the best first, put in order of cost where they are within `margin` errors of the best on `images`."""
+    if not (proposals and margin):
+        return list(proposals)
+    best = proposals[0].score
+    least = best.top1 - margin * best.error_on(images)
+    near = [one for one in proposals if one.score.epochs == best.epochs and one.score.top1 >= least]
+    near.sort(key=lambda one: (round(one.latency / NOISE), one.score.file_bytes))
+    return [*near, *(one for one in proposals if not any(one is other for other in near))]
 
 
 def propose(

@@ -34,12 +34,16 @@ from modelpatch.train.settings import FitSettings, check_settings
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method confined to `blocks`, none for the linear probe. With `parent` its trials start from the parent's patches."""
+    """A method confined to `blocks`, none for the linear probe. With `parent` its trials start from the parent's patches.
+
+    `dtype` is how its patches are stored, by default as the study's.
+    """
 
     name: str
     blocks: tuple[str, ...]
     method: Method
     parent: Self | None = None
+    dtype: str | None = None
 
     @classmethod
     def of(cls, method: Method, blocks: Sequence[str], parent: Self | None = None) -> Self:
@@ -52,7 +56,7 @@ class Candidate:
     def trial(self, fold: int, seed: int, epochs: int) -> Trial:
         """This candidate on one fold."""
         start = self.parent.trial(fold, seed, epochs) if self.parent else None
-        return Trial(self.method, fold, seed, epochs, start)
+        return Trial(self.method, fold, seed, epochs, start, self.dtype)
 
 
 def units(
@@ -136,6 +140,14 @@ class Score:
     def error(self) -> float | None:
         """The standard error of the mean, None for one trial."""
         return standard_error(self.top1s)
+
+    def error_on(self, images: int) -> float:
+        """The standard error of the mean on so many held-out images: that of the trials, or of the share if it is larger.
+
+        One image more of each answer is counted, so that an accuracy of 1 is not without error.
+        """
+        share = (self.top1 * images + 1) / (images + 2)
+        return max(self.error or 0.0, math.sqrt(share * (1 - share) / images))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

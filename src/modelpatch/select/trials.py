@@ -40,6 +40,7 @@ from modelpatch.methods.method import Method
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.tasks.classification import Classification
 from modelpatch.text import digest_of
+from modelpatch.train.evaluation import store_as
 from modelpatch.train.fitting import Fit
 from modelpatch.train.inputs import SharedImages, SharedInputs
 from modelpatch.train.progress import Progress, quiet_progress
@@ -104,19 +105,24 @@ def stratified_folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarr
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate on one fold. With `start`, training begins at what that trial ended with."""
+    """One candidate on one fold. With `start`, training begins at what that trial ended with.
+
+    With `dtype` its patch is stored so in place of the study's, and scored as it is stored.
+    """
 
     method: Method
     fold: int
     seed: int
     epochs: int
     start: Self | None = None
+    dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         method = {"method": self.method.name, "hyperparameters": self.method.hyperparameters()}
         start = self.start.as_dict() if self.start else None
-        return {**method, "fold": self.fold, "seed": self.seed, "epochs": self.epochs, "start": start}
+        stored = {} if self.dtype is None else {"dtype": self.dtype}
+        return {**method, "fold": self.fold, "seed": self.seed, "epochs": self.epochs, "start": start, **stored}
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,11 @@ class Bench:
         _ = self.shared.activations  # no trial's own work
         begin = time.perf_counter()
         try:
-            patch = self._fit(trial).run(start=self._start(trial)).astype(self.settings.dtype)
+            patch = self._fit(trial).run(start=self._start(trial))
+            if trial.dtype is None:
+                patch = patch.astype(self.settings.dtype)
+            else:
+                patch = store_as(self.backbone, patch, self.data[trial.fold], trial.dtype)
         except DivergedError as error:
             return Outcome(None, 0, time.perf_counter() - begin, str(error))
         return Outcome(patch.metrics["test_top1"], file_bytes(patch), time.perf_counter() - begin)

@@ -22,7 +22,7 @@ from torch import Tensor
 from modelpatch.atomic import check_place, write_bytes
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.computation import Computation
-from modelpatch.errors import CheckpointMismatchError, MethodError, ModelpatchError, TrainingError
+from modelpatch.errors import CheckpointMismatchError, MethodError, ModelpatchError, TrainingError, warn_caller
 from modelpatch.methods.method import Method
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import digest_of
@@ -33,6 +33,7 @@ from modelpatch.train.trainer import Callback, Trainer, get_state, load_state
 EVERY_SECONDS = 60.0  # between checkpoints
 SHARE = 32  # an eager step is taken with at least this part of all gradients
 LEAST = 2**20  # and these bytes
+RISE, FALL = 1.25, 0.9  # a loss has risen that is so many times the lowest, and not lower than this share of the first
 
 
 class EarlyStopping(Callback):
@@ -153,6 +154,20 @@ def averages(ema: float | None, swa: int) -> list[Callback]:
     """Return the callbacks of these averages, those that are set."""
     given = [WeightAverage(ema)] if ema is not None else []
     return [*given, *([LastEpochsAverage(swa)] if swa else [])]
+
+
+class RisingLoss(Callback):
+    """Warn at the end of a run whose loss rose well above its lowest, to about where it began: its rate is too high."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        losses = [row["loss"] for row in trainer.history]
+        low = min(losses, default=0.0)
+        if losses and losses[-1] > max(RISE * low, FALL * losses[0]):
+            rates = dict.fromkeys(group.get("initial_lr", group["lr"]) for group in trainer.optimizer.param_groups)
+            warn_caller(
+                f"the loss rose from {low:.3g} in epoch {losses.index(low) + 1} to {losses[-1]:.3g} in epoch {len(losses)}: "
+                f"lr {', '.join(f'{rate:g}' for rate in rates)} is too high. Lower it, raise warmup, or set clip=1."
+            )
 
 
 class EagerSteps(Callback):

@@ -45,6 +45,7 @@ from modelpatch.train.callbacks import (
     MethodEvents,
     MetricLogger,
     ProgressBar,
+    RisingLoss,
     averages,
     check_folder,
 )
@@ -137,7 +138,7 @@ def fit(
                 check_folder(Path(folder), purpose)
         savers = [CheckpointSaver(checkpoint, run.identity)] if checkpoint else []
         loggers = [MetricLogger(log)] if log is not None and team.leads else []
-        patch = store_as(backbone, run.run([*callbacks, *loggers, *savers]), task, chosen.dtype)
+        patch = store_as(backbone, run.run([RisingLoss(), *callbacks, *loggers, *savers]), task, chosen.dtype)
         if team.leads:
             if out is not None:
                 patch.save(out)
