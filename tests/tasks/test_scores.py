@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from conftest import skip_without
 from dense import box_task, square_task
-from modelpatch.tasks.classification import Classification, Evaluation
+from modelpatch.tasks.classification import Classification, Evaluation, class_auroc
 from modelpatch.tasks.detection import Detection
 from modelpatch.tasks.kind import Meter, kind_of
-from modelpatch.tasks.scores import bootstrap_interval, mean_of_classes, score_classes, wilson_interval
+from modelpatch.tasks.multilabel import label_auroc
+from modelpatch.tasks.scores import auroc, bootstrap_interval, mean_of_classes, score_classes, wilson_interval
 from modelpatch.tasks.segmentation import Segmentation
 
 skip_without("torchmetrics")
@@ -148,3 +149,25 @@ def test_every_image_once_is_the_score_with_equal_answers_and_unknown_targets(
     low, high = meter.interval() or (0, 0)
     assert low < score < high
     assert drawn_once(meter, monkeypatch) == pytest.approx(score, abs=1e-5)
+
+
+def pairs_in_order(scores: np.ndarray, wanted: np.ndarray) -> float:
+    """The share of pairs, by their definition, in which the image of the class has the higher answer."""
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[wanted == 1] for b in scores[wanted == 0]]
+    return float(np.mean(pairs))
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 6, (40, 3)).astype(float)  # with equal ones
+    wanted = generator.integers(0, 2, (40, 3)).astype(float)
+    wanted[:7, 1] = np.nan  # unknown
+    expected = [pairs_in_order(scores[:, label], wanted[:, label]) for label in range(3)]
+    assert auroc(scores, wanted) == pytest.approx(np.mean(expected))
+    assert label_auroc(torch.from_numpy(scores), torch.from_numpy(wanted)) == pytest.approx(np.mean(expected))
+    assert auroc(scores[:, :1], np.ones((40, 1))) == 0
+    labels = torch.tensor([0, 2] * 20)  # class 1 has no images, and no area
+    logits = torch.from_numpy(generator.normal(size=(40, 3))).float()
+    shares = logits.softmax(1).numpy()
+    areas = [pairs_in_order(shares[:, label], (labels == label).numpy()) for label in (0, 2)]
+    assert class_auroc(logits, labels) == pytest.approx(np.mean(areas))

@@ -392,6 +392,19 @@ def test_a_loss_and_accumulation_reach_the_steps(backbone: Backbone, colors: Tas
     assert all(torch.allclose(parts.tensors[name], tensor, atol=1e-4) for name, tensor in given.tensors.items())
 
 
+@pytest.mark.parametrize("figure", ["auroc", "macro_f1", "balanced_accuracy"])
+def test_the_best_epoch_may_be_that_of_any_figure(
+    backbone: Backbone, colors: Task, figure: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "validation": 0.25, "monitor": f"validation_{figure}", "log": tmp_path}
+    patch = fit(backbone, colors, LinearProbe(), **options)
+    with (tmp_path / "metrics.csv").open() as file:
+        values = [float(row[f"validation_{figure}"]) for row in csv.DictReader(file)]
+    assert patch.metrics[f"validation_{figure}"] == max(values)
+    with pytest.raises(TrainingError, match="no figure 'validation_lift' to monitor"):
+        fit(backbone, colors, LinearProbe(), **{**options, "monitor": "validation_lift"})
+
+
 def test_the_best_epoch_is_that_of_the_monitored_figure(
     backbone: Backbone, colors: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:

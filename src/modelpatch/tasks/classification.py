@@ -5,7 +5,7 @@ targets   classes (B,) int64,                metrics   top-1, top-5, macro F1, b
           of mixed images shares (B, K)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelpatch.tasks.kind import Facts, Kind, Result, TensorMeter, View, register_kind
-from modelpatch.tasks.scores import Interval, mean_of_classes, wilson_interval
+from modelpatch.tasks.scores import Interval, auroc, mean_of_classes, wilson_interval
 
 Best = list[tuple[int, float]]  # classes with their probabilities, the most probable first
 
@@ -63,6 +63,12 @@ class ClassMeter(TensorMeter):
         return Evaluation.of(self.answers, self.targets, self.classes)
 
 
+def class_auroc(logits: Tensor, labels: Tensor) -> float:
+    """The mean area under the ROC curve of each class's probability against all others'."""
+    wanted = F.one_hot(labels, logits.shape[1])
+    return auroc(logits.float().softmax(1).numpy(), wanted.double().numpy())
+
+
 @register_kind
 class Classification(Kind):
     """One class an image; answers are logits (B, K)."""
@@ -74,6 +80,7 @@ class Classification(Kind):
         "macro_f1": "macro F1",
         "balanced_accuracy": "balanced accuracy",
     }
+    monitored: ClassVar[Mapping[str, Callable[[Tensor, Tensor], float]]] = {"auroc": class_auroc}
     meter_type = ClassMeter
     per_class = "top-1"
     fewest_classes = 2

@@ -175,6 +175,7 @@ class Kind(ABC):
     """A kind of task. Instances have no state; `kind_of` returns the one of a name.
 
     `metrics` are the names of figures with their titles, the one that decides which of two patches is better first.
+    `monitored` are figures of all answers and targets that are measured only where a run is told to choose its epoch by them.
     `in_percent` says that it is a share. `meter_type` is the class that measures them. `target` is the type of targets, None
     where they are class indices. `noun` and `nouns` are words for what `classes` names. `draws` says that answers are shown
     as pictures. `framing` is how images become squares where no setting says so, None as the backbone's own. `classifies`
@@ -189,6 +190,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     metrics: ClassVar[Mapping[str, str]]
+    monitored: ClassVar[Mapping[str, Callable[[Tensor, Tensor], float]]] = {}
     meter_type: ClassVar[type[Meter]]
     per_class: ClassVar[str] = ""  # title of the figure that each class has
     fewest_classes: ClassVar[int] = 1
@@ -384,6 +386,22 @@ class Kind(ABC):
         result = meter.result()
         interval = meter.interval() if with_interval else None
         return result if interval is None else replace(result, interval=interval)  # type: ignore[type-var]
+
+    def watch(
+        self,
+        classes: Sequence[str],
+        batches: Iterable[tuple[Tensor, Any]],
+        options: Mapping[str, Any] | None,
+        name: str,
+    ) -> dict[str, float]:
+        """The figures of `metrics` for batches of answers and targets, and that of `monitored` of this name, if any."""
+        meter = self.meter(classes, options)
+        for answers, targets in batches:
+            meter.update(answers, targets)
+        figures = {name: value for name, value in meter.result().figures.items() if name in self.metrics}
+        if name in self.monitored and isinstance(meter, TensorMeter):
+            figures[name] = self.monitored[name](meter.answers, meter.targets)
+        return figures
 
     def show_figure(self, name: str, value: float) -> str:
         """A figure of `metrics`, or of a class, as text without its name: a share in percent."""

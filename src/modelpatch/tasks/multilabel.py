@@ -7,7 +7,7 @@
 A label is told from its threshold on. Thresholds are chosen on held-out images, never on test images, and kept in the patch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from modelpatch.errors import DataError, warn_caller
 from modelpatch.tasks.drawing import Color, palette
 from modelpatch.tasks.kind import ElementLoss, Facts, Result, TargetFacts, TensorMeter, View, register_kind
 from modelpatch.tasks.losses import asymmetric, bce, focal
-from modelpatch.tasks.scores import Interval, bootstrap_interval
+from modelpatch.tasks.scores import Interval, auroc, bootstrap_interval
 from modelpatch.tasks.vector import Vector, VectorKind, read_numbers, refuse_others
 
 EVEN = 0.5  # the threshold of a label about which nothing is known
@@ -93,12 +93,18 @@ class LabelMeter(TensorMeter):
         return bootstrap_interval(len(targets), measure, DRAWS)
 
 
+def label_auroc(logits: Tensor, targets: Tensor) -> float:
+    """The mean area under the ROC curve of the labels, unknown ones left out."""
+    return auroc(logits.numpy(), targets.double().numpy())
+
+
 @register_kind
 class Multilabel(VectorKind):
     """Any number of labels an image; answers are logits (B, K)."""
 
     name: ClassVar[str] = "multilabel"
     metrics: ClassVar[Mapping[str, str]] = {"map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1"}
+    monitored: ClassVar[Mapping[str, Callable[[Tensor, Tensor], float]]] = {"auroc": label_auroc}
     meter_type = LabelMeter
     per_class = "AP"
     noun = "label"

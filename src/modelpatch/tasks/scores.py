@@ -2,8 +2,10 @@
 
     precision_c = right_c / answered_c      recall_c = right_c / asked_c      F1_c = 2 right_c / (answered_c + asked_c)
 
-Macro F1 and balanced accuracy are the means of F1 and of recall over the classes that some image has. The interval of a share
-is Wilson's (1927); that of other figures is the bootstrap's: 2.5 % to 97.5 % of the figures of images that are drawn anew.
+The area under the ROC curve of a class is the share of pairs, one image of the class and one of others, in which the former
+has the higher answer, equal ones half (Mann and Whitney, 1947). Macro F1 and balanced accuracy are the means of F1 and of
+recall over the classes that some image has. The interval of a share is Wilson's (1927); that of other figures is the
+bootstrap's: 2.5 % to 97.5 % of the figures of images that are drawn anew.
 """
 
 import math
@@ -52,6 +54,23 @@ def mean_of_classes(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
     asked = [one for one in scores if one.asked]
     count = max(len(asked), 1)
     return sum(one.f1 for one in asked) / count, sum(one.recall or 0.0 for one in asked) / count
+
+
+def auroc(answers: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean area under the ROC curve over classes that some images have and others have not; 0 without any.
+
+    `answers` (N, K) are the larger the surer; `wanted` (N, K) is 1 for the image's classes, 0 for others, NaN for unknown.
+    """
+    areas = []
+    for scores, labels in zip(answers.T, wanted.T, strict=True):
+        known = ~np.isnan(labels)
+        _, places, counts = np.unique(scores[known], return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # the mean rank of equal answers
+        mine = labels[known] == 1
+        have, others = int(mine.sum()), int((~mine).sum())
+        if have and others:
+            areas.append((ranks[mine].sum() - have * (have + 1) / 2) / (have * others))
+    return float(np.mean(areas)) if areas else 0.0
 
 
 def wilson_interval(share: float, count: int) -> Interval:

@@ -482,8 +482,7 @@ class PatchTrainer(Trainer):
 
     def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
         told = ((self.kind.to_answers(outputs, self.facts), targets) for outputs, targets in answers)
-        figures = self.kind.measure(self.classes, told, self.facts).figures
-        return {name: value for name, value in figures.items() if name in self.kind.metrics}
+        return self.kind.watch(self.classes, told, self.facts, self.monitor.removeprefix("validation_"))
 
 
 def read_patch(path: Path, digest: str, backbone: Backbone) -> Patch:
