@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from conftest import color_task, draft_patch, make_timm, make_tiny
@@ -95,6 +96,15 @@ def test_vision_transformers_lose_hidden_channels_of_their_mlp() -> None:
     assert block.mlp.fc1.weight.shape == (384, 192)
     assert block.mlp.fc2.weight.shape == (192, 384)
     assert block.attn.qkv.weight.shape == (576, 192)
+
+
+def test_both_halves_of_a_gate_lose_the_same_channels() -> None:
+    small = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    backbone = make_timm("vit_tiny_patch16_224", 32, mlp_layer=GluMlp, **small)
+    whole = backbone.module.blocks[-1].mlp
+    block = variant(backbone, Pruned(ratio=0.25))
+    assert block.mlp.fc1.weight.shape == (0.75 * whole.fc1.out_features, 24)
+    assert block.mlp.fc2.weight.shape == (24, 0.75 * whole.fc2.in_features)
 
 
 def test_no_share_of_a_pruned_block_can_be_applied(mobilenet: Backbone) -> None:

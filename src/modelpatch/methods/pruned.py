@@ -25,6 +25,7 @@ from modelpatch.errors import MethodNotApplicableError, require
 from modelpatch.methods.blocks import find_segments, graft_on, own_segments, start_at
 from modelpatch.methods.method import register_method
 from modelpatch.methods.subset import Subset
+from modelpatch.methods.transformer import find_parts
 from modelpatch.patch.blueprint import Blueprint, register_graft
 from modelpatch.patch.model import PatchedModel
 from modelpatch.text import first_line
@@ -85,12 +86,19 @@ class Pruned(Subset):
         key = (tuple(segment.index for segment in segments), self.ratio, self.scope, self.norm)
         known = _KNOWN.setdefault(backbone, {})
         if key not in known:
-            known[key] = prune(segments, self.ratio, self.scope, self.norm)
+            attention = {segment.index: find_parts(backbone, segment).attention for segment in segments}
+            mixing = {index: tuple(f"{part.name}." for part in parts) for index, parts in attention.items()}
+            known[key] = prune(segments, self.ratio, self.scope, self.norm, mixing)
         return list(zip(segments, known[key], strict=True))
 
 
-def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[nn.Module]:
+def prune(
+    segments: list[Segment], ratio: float, scope: str, norm: str, mixing: Mapping[int, tuple[str, ...]]
+) -> list[nn.Module]:
     """Copies of the segments' modules without their weakest inner channels.
+
+    `mixing` has by segment the beginnings of names of layers in its attention: no channel of a head can go alone, and
+    following them takes minutes.
 
     Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
@@ -104,7 +112,7 @@ def prune(segments: list[Segment], ratio: float, scope: str, norm: str) -> list[
     for number, segment in enumerate(segments):
         try:
             copies.append(_Prunable(segment.module, torch.zeros(1, *segment.input_shape)))
-            scores |= {(number, name): score for name, score in copies[-1].scores(norm).items()}
+            scores |= {(number, name): score for name, score in copies[-1].scores(norm, mixing[segment.index]).items()}
         except UNFOLLOWED as error:
             raise MethodNotApplicableError(
                 f"Torch-Pruning cannot follow the channels of {segment.name}: {first_line(error)[:200]}. Name other blocks."
@@ -167,14 +175,26 @@ class _Prunable:
         way = self.graph.get_pruner_of_module(layer).prune_out_channels
         self.graph.get_pruning_group(layer, way, channels).prune()
 
-    def scores(self, norm: str) -> dict[str, Tensor]:
+    def scores(self, norm: str, mixing: tuple[str, ...]) -> dict[str, Tensor]:
         """The mean norm of every inner channel over the layers coupled to it, relative to its group's mean, by the root."""
-        measures = self.library.importance
-        importance = measures.MagnitudeImportance(p=1 if norm == "l1" else 2, normalizer="mean")
+        importance = self.library.importance.MagnitudeImportance(p=1 if norm == "l1" else 2, normalizer="mean")
         names = {id(child): name for name, child in self.module.named_modules()}
-        groups = self.graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
-        roots = {names[id(group[0].dep.target.module)]: group for group in groups}
-        return {name: importance(group).detach() for name, group in roots.items() if self._is_inner(name)}
+        found, coupled = dict[str, Tensor](), set[Any]()
+        for layer in list(self.graph.module2node):
+            if not isinstance(layer, nn.Conv2d | nn.Linear) or layer in coupled:
+                continue
+            if names[id(layer)].startswith(mixing):
+                continue
+            pruner = self.graph.get_pruner_of_module(layer)
+            first = self.graph.get_pruning_group(layer, pruner.prune_out_channels, [0])
+            outputs = [one for one in first if self.graph.is_out_channel_pruning_fn(one.dep.handler)]
+            coupled |= {one.dep.target.module for one in outputs}
+            if self._is_inner(names[id(layer)]):
+                own = sorted({place for one in outputs if one.dep.target.module is layer for place in one.idxs})
+                units = own[1] if len(own) > 1 else pruner.get_out_channels(layer)  # halves of a gate go together
+                group = self.graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(units)))
+                found[names[id(layer)]] = importance(group).detach()[:units]
+        return found
 
     def _is_inner(self, name: str) -> bool:
         """True if the module still runs, to an output of the same shape, without a channel of this layer."""
