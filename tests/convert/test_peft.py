@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import modelpatch as mp
-from conftest import TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
+from conftest import CLIP_MODELS, TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.convert.peft import PICKLE, WEIGHTS, export_peft, import_peft
@@ -79,12 +79,17 @@ def adapted_by_peft(backbone: Backbone, folder: Path, classes: int = 3, **config
     """A model that PEFT adapted and filled with random numbers; saved in `folder`."""
     model = peft.get_peft_model(base_model(backbone, classes), peft.LoraConfig(**config)).eval()
     torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora" in name or parameter.requires_grad:  # with biases and modules to save
-                parameter.copy_(0.1 * torch.randn_like(parameter) + ("magnitude" in name))
+    move_what_is_trained(model)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def move_what_is_trained(model: nn.Module) -> None:
+    """Add random numbers to updates, trained biases and modules to save."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def images_for(backbone: Backbone) -> Tensor:
@@ -223,9 +228,7 @@ def test_an_updated_classifier_becomes_the_head(name: str, options: dict[str, An
     own = len(backbone.module.get_submodule(str(backbone.classifier)).weight)  # type: ignore[arg-type]
     config = {"r": 2, "target_modules": ["fc1", "mlp.0", "head"], "lora_alpha": 4, **options}
     model = peft.get_peft_model(copy.deepcopy(backbone.module), peft.LoraConfig(**config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    move_what_is_trained(model)
     model.save_pretrained(tmp_path)
     patch = import_peft(tmp_path, backbone, TaskRecord(name="own", classes=tuple(map(str, range(own)))))
     assert_same_logits(backbone, patch, model)
@@ -236,9 +239,7 @@ def test_updates_without_effect_are_told_and_left_out(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         copy.deepcopy(backbone.module), peft.LoraConfig(r=2, target_modules="all-linear")
     ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    move_what_is_trained(model)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"2 updates are left out.*self_attention\.out_proj\.weight"):
         patch = import_peft(tmp_path, backbone, TASK)
@@ -499,20 +500,65 @@ def test_an_expression_comes_to_an_end(pattern: str) -> None:
     assert match_within(r"stage[12]\..*", names, "target_modules") == names[1:3]
 
 
-def test_a_folder_that_peft_trained_on_a_model_of_transformers_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj", "k_proj", "v_proj"], "use_dora": True, "bias": "lora_only"},
+        {"target_modules": "all-linear", "rank_pattern": {"fc1": 3}, "modules_to_save": ["classifier", "layernorm"]},
+    ],
+    ids=str,
+)
+def test_a_folder_that_peft_trained_on_a_model_of_transformers_is_imported(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
     base = transformers.ViTForImageClassification(config).eval()
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    lora = peft.LoraConfig(**{"r": 2, "modules_to_save": ["classifier"], **options})
     model = peft.get_peft_model(copy.deepcopy(base), lora).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+    move_what_is_trained(model)
     model.save_pretrained(tmp_path)
     backbone = load_backbone(base)
     patch, images = import_peft(tmp_path, backbone, TASK), images_for(backbone)
     with torch.no_grad():
         torch.testing.assert_close(backbone.patched(patch)(images), model(pixel_values=images).logits)
+
+
+class Probed(nn.Module):
+    """The picture encoder of open_clip under a classifier."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual, self.probe = visual, nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.probe(self.visual(images))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["attn", "c_fc", "c_proj"], "bias": "all"},
+        {"target_modules": r".*resblocks\.1\.(attn|mlp\.c_fc)", "use_rslora": True, "rank_pattern": {"c_fc": 3}},
+        {"target_modules": ["c_fc"], "use_dora": True, "modules_to_save": ["probe", "ln_post", "conv1"]},
+    ],
+    ids=str,
+)
+def test_a_folder_that_peft_trained_on_open_clip_is_imported(
+    options: dict[str, Any], clip_models: None, tmp_path: Path
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    base = Probed(open_clip.create_model(CLIP_MODELS[0]).visual).eval()
+    backbone = load_backbone(base, preprocessing=small_preprocessing(32))
+    lora = peft.LoraConfig(**{"r": 2, "modules_to_save": ["probe"], **options})
+    model = peft.get_peft_model(copy.deepcopy(base), lora).eval()
+    move_what_is_trained(model)
+    model.save_pretrained(tmp_path)
+    patch = import_peft(tmp_path, backbone, TASK)
+    assert_same_logits(backbone, patch, model)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), export_peft(patch, backbone, tmp_path / "again"))
+    assert_same_logits(backbone, patch, again)
