@@ -13,9 +13,9 @@ from .patch.model import PatchedModel as PatchedModel
 from .recipes.cascading import cascade as cascade
 from .recipes.comparison import compare as compare
 from .recipes.painting import paint as paint
+from .select.automatic import fit as fit
 from .serve.client import Client as Client
 from .store.store import Store as Store
 from .train.evaluation import evaluate as evaluate
-from .train.fitting import fit as fit
 
 __version__: str

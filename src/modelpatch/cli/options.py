@@ -63,7 +63,7 @@ SetOption = Annotated[
 ForceOption = Annotated[bool, Option("--force", help="Replace existing files.")]
 LogOption = Annotated[Path | None, Option(help="A folder for metrics.csv, TensorBoard events and a picture of curves.")]
 RestartOption = Annotated[bool, Option("--restart", help="Discard an interrupted run instead of resuming it.")]
-AugmentOption = Annotated[str, Option(help="auto, none, light (no flip, for digits and signs) or standard.")]
+AugmentOption = Annotated[str, Option(help="auto, none, light (no flip, for digits and signs), standard or strong.")]
 SeedOption = Annotated[int, Option(help="Seed of every random choice, 0 or more.")]
 RayAddressOption = Annotated[str, Option(help="The Ray cluster: 'local' starts one, 'auto' finds one, or HOST:PORT.")]
 

@@ -14,11 +14,13 @@ import modelpatch as mp
 from modelpatch.cli import options as opt
 from modelpatch.cli import reading as read
 from modelpatch.cli.console import JsonOption, Screen, make_folder
+from modelpatch.cli.selecting import Limits
 from modelpatch.cli.verb import verb
-from modelpatch.errors import MethodError, require
+from modelpatch.errors import MethodError, TrainingError, require
 from modelpatch.report import plots, tables
 from modelpatch.report.html import Report, write_comparison
 
+AUTO = "auto"  # the method of `fit` that held-out images choose
 SHOWN = "scale-bias"  # the method of the demo's pictures
 FASTER = {"piggyback": "piggyback(lr=0.0003)"}  # at its own rate no bit flips in so few steps
 NEXT = {  # purpose: command
@@ -29,30 +31,36 @@ NEXT = {  # purpose: command
 }
 
 
-@verb(first="method set_ backbone epochs out", panel="Training", config=True)
+@verb(first="method set_ backbone epochs max_bytes max_latency budget out", panel="Training", config=True)
 def fit(
     network: opt.Network,
     training: opt.Training,
     file: opt.PatchFile,
     cluster: opt.Cluster,
+    limits: Limits,
     reading: read.Source,
     data: list[str] = Argument(
         ...,
         help="Class folders, a CSV or parquet manifest, masks or boxes, hf:NAME or bundled:digits; several: one task.",
     ),
-    method: opt.MethodOption = "scale-bias",
+    method: opt.MethodOption = AUTO,
     set_: opt.SetOption = None,
+    budget: str | None = Option(
+        None, help="Trials or time (8, 90s, 5min) for the choice of a method; with a time, all."
+    ),
     augment: opt.AugmentOption = "auto",
     views: int = Option(4, help="Augmented views of each image whose frozen prefix is cached."),
     cache: bool = Option(True, help="Compute the frozen prefix of every view once."),
-    dtype: str = Option("float32", help="Type of the numbers: float32, float16, bfloat16, or int8 (matrices)."),
+    dtype: str | None = Option(None, help="float32 (default), float16 (where a method is chosen), bfloat16, int8."),
     log: opt.LogOption = None,
     restart: opt.RestartOption = False,
     json: JsonOption = None,
 ) -> None:
     """Train a patch for a task and measure it on the task's test images.
 
-    An interrupted run resumes exactly when the same command is given again. Under torchrun, processes share the batches.
+    Without --method, held-out images choose method, blocks, rate and augmentation within the limits, in the time of about two
+    more fits; --set alone is for scale-bias. An interrupted run resumes exactly when the same command is given again. Under
+    torchrun, processes share the batches.
     """
     from modelpatch.data.task import join_tasks
     from modelpatch.train.distributed import joined
@@ -60,14 +68,23 @@ def fit(
     with joined() as team:
         console = Screen(json, quiet=not team.leads)
         make_folder("--log", log)
-        made = opt.make_method(method, set_)
-        settings = training.settings(augment=augment, views=views, cache=cache, dtype=dtype)
+        chooses = method == AUTO and set_ is None
+        made = None if chooses else opt.make_method(SHOWN if method == AUTO else method, set_)
+        bounds = {name: value for name, value in {**limits.read(), "budget": budget}.items() if value is not None}
+        if bounds and not chooses:
+            raise TrainingError("--max-bytes, --max-latency and --budget limit a choice. Leave --method and --set out.")
+        limits.warn(console)
+        settings = bounds | training.settings(
+            augment=augment, views=views, cache=cache, dtype=dtype or ("float16" if chooses else "float32")
+        )
         tasks = [reading.load(one, training.seed) for one in data]
         console.tell_data(tasks)
         task = join_tasks(tasks)
         path = file.path(task.task.name)
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")
+        if restart:
+            checkpoint.with_name(f"{checkpoint.name}.choice.jsonl").unlink(missing_ok=True)
         with console.resumable(checkpoint, restart):
             settings |= {"out": path, "checkpoint": checkpoint, "log": log, "progress": not console.quiet}
             patch = cluster.run(partial(mp.fit, base, task, made, **settings))
@@ -76,6 +93,9 @@ def fit(
         if log is not None:
             console.draw_curves(log, patch.task.name)
         inspection = patch.inspect()
+        if chooses:
+            console.show(tables.choice_table(patch.created["choice"]))
+            console.tell(f"chosen: {patch.created['choice']['why']}")
         console.show(tables.fit_table(inspection))
         kept = f"the base is unchanged (fingerprint {base.fingerprint[:12]})"
         console.tell(f"wrote {path} ({inspection.file_bytes:,} bytes); {kept}")

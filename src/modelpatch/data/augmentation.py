@@ -22,25 +22,54 @@ from modelpatch.tasks.kind import Target
 from modelpatch.tasks.segmentation import PixelMask
 
 SMALL_SOURCE = 64
-AugmentName = Literal["auto", "none", "light", "standard"]
+AugmentName = Literal["auto", "none", "light", "standard", "strong"]
+GREY = torch.tensor([0.299, 0.587, 0.114])
 KEPT = np.arange(256, dtype=np.int16)  # the table of a mask whose values are class indices
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of relative area within `area` and aspect ratio up to `stretch`, flipped half the time if `flip`."""
+    """A random crop of relative area within `area` and aspect ratio up to `stretch`, flipped half the time if `flip`.
+
+    Brightness, contrast and saturation change by factors within 1 ± `colors`; a square of at most the share `erased` of the
+    view becomes its mean colour (Zhong et al., *Random Erasing Data Augmentation*, 2020).
+    """
 
     name: str
     area: tuple[float, float] = (1.0, 1.0)
     stretch: float = 1.0
     flip: bool = False
+    colors: float = 0.0
+    erased: float = 0.0
 
     def __call__(self, images: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """Float (B, 3, R, R) to (B, 3, size, size), each image cropped on its own; values keep their range."""
         grid = F.affine_grid(
             self.matrices(len(images), generator), [*images.shape[:2], size, size], align_corners=False
         )
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        views = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        if self.colors:
+            views = self._recolor(views, generator)
+        return self._erase(views, generator) if self.erased else views
+
+    def _recolor(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        """Saturation, contrast and brightness of every view, in the range of 8 bits."""
+        factors = 1 + self.colors * (2 * torch.rand(3, len(views), 1, 1, 1, generator=generator) - 1)
+        grey = views.mean(1, keepdim=True)
+        if views.shape[1] == len(GREY):
+            grey = torch.einsum("bchw,c->bhw", views, GREY)[:, None]
+        views = grey + factors[0] * (views - grey)
+        views = grey.mean((2, 3), keepdim=True) + factors[1] * (views - grey.mean((2, 3), keepdim=True))
+        return (views * factors[2]).clamp(0, 255)
+
+    def _erase(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        """Every view with a square, anywhere and of any size up to the largest, in its mean colour."""
+        size, (sides, lefts, tops) = views.shape[-1], torch.rand(3, len(views), 1, generator=generator)
+        sides = sides * self.erased**0.5 * size
+        places = torch.arange(size) + 0.5
+        columns = (places >= lefts * (size - sides)) & (places < lefts * (size - sides) + sides)
+        rows = (places >= tops * (size - sides)) & (places < tops * (size - sides) + sides)
+        return torch.where((rows[:, :, None] & columns[:, None])[:, None], views.mean((2, 3), keepdim=True), views)
 
     def matrices(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 2, 3): the map from places of each view, in [-1, 1], to its image. Diagonal, but for the shift."""
@@ -61,6 +90,7 @@ AUGMENTATIONS = {
     "none": Augmentation("none"),
     "light": Augmentation("light", area=(0.6, 1.0), stretch=1.15),
     "standard": Augmentation("standard", area=(0.35, 1.0), stretch=4 / 3, flip=True),
+    "strong": Augmentation("strong", area=(0.2, 1.0), stretch=4 / 3, flip=True, colors=0.4, erased=0.25),
 }
 
 
@@ -68,7 +98,8 @@ def choose_augmentation(name: AugmentName, split: Split) -> Augmentation:
     """The augmentation of that name.
 
     `auto` is `none` for images with random transforms of the user's, `light` for small pictures (digits, signs: a flip may
-    change the answer), `standard` for photos.
+    change the answer), `standard` for photos. `strong` is that with smaller crops, other colours and
+    squares left out.
     """
     if name == "auto":
         name = "none" if split.augments else "light" if source_size(split) <= SMALL_SOURCE else "standard"

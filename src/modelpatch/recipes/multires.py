@@ -35,8 +35,8 @@ from modelpatch.text import digest_of, file_name
 from modelpatch.train.batches import Minibatch
 from modelpatch.train.callbacks import CheckpointSaver, MethodEvents, MetricLogger, ProgressBar, make_folder
 from modelpatch.train.distributed import Team
-from modelpatch.train.evaluation import store_as
-from modelpatch.train.fitting import Fit, PatchTrainer, check_parts, read_patch
+from modelpatch.train.evaluation import read_patch, store_as
+from modelpatch.train.fitting import Fit, PatchTrainer, check_parts
 from modelpatch.train.progress import Progress, quiet_progress
 from modelpatch.train.settings import FitSettings, check_settings
 from modelpatch.train.trainer import Callback

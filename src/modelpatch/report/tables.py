@@ -186,6 +186,17 @@ def fit_table(inspection: Inspection) -> Table:
     return facts_table(_title(inspection), [*rows, ("file", _size(inspection))])
 
 
+def choice_table(choice: Mapping[str, Any]) -> Table:
+    """All that was tried before a patch was trained: score on held-out images, or the reason that there is none."""
+    rows = []
+    for one in choice["tried"]:
+        told = one["reason"] if one["score"] is None else f"{one['score']:.4g}"
+        rows.append([one["name"], one["augment"], told, f"{one['share']:.0%}", f"{one['file_bytes']:,}"])
+    bold = [number for number, row in enumerate(rows) if row[:2] == [choice["method"], choice["augment"]]]
+    texts, figures = ("tried", "augmentation", "held-out score"), ("of a fit", "bytes")
+    return new_table("choice of a patch", texts=texts, figures=figures, rows=rows, bold=bold)
+
+
 def parts_table(inspection: Inspection) -> Table:
     """The bytes of the file: a row a span with its modules below, the head, the header, and their sum."""
     masked = inspection.masks is not None

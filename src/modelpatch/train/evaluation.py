@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.images import open_images, pieces
 from modelpatch.data.splits import Split
 from modelpatch.data.task import Task, check_classification, check_same_split
-from modelpatch.errors import DataError
+from modelpatch.errors import CheckpointMismatchError, DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.tasks.classification import Evaluation
 from modelpatch.tasks.kind import Result, kind_of
@@ -154,3 +155,16 @@ def answers_of(
             answers = torch.cat([module(piece).float().cpu() for piece in pieces(place(images, device))])
         yield answers, targets
         advance(len(images))
+
+
+def read_patch(path: Path, digest: str, backbone: Backbone) -> Patch:
+    """Read the patch of a run on a backbone from its file. Raises `CheckpointMismatchError` for one of another run, and
+    `WrongBackboneError` for one of a backbone that computes something else."""
+    patch = Patch.load(path)
+    if patch.created.get("run") != digest:
+        raise CheckpointMismatchError(
+            f"{path} is of a run with another backbone, method, settings or images. Name another "
+            "place, or replace it: --force, or --restart for what an interrupted run left."
+        )
+    backbone.check_computation(patch.backbone.computation, str(path), patch.backbone.spec, patch.backbone.arguments)
+    return patch

@@ -27,7 +27,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.data.augmentation import choose_augmentation
 from modelpatch.data.images import NO_AUGMENTATION, pieces
 from modelpatch.data.task import Task
-from modelpatch.errors import CheckpointMismatchError, DataError, MethodError, TrainingError, warn_caller
+from modelpatch.errors import DataError, MethodError, TrainingError, warn_caller
 from modelpatch.heads.linear import LinearHead
 from modelpatch.methods.method import Batch, Method
 from modelpatch.methods.registry import make_method
@@ -50,7 +50,7 @@ from modelpatch.train.callbacks import (
     check_folder,
 )
 from modelpatch.train.distributed import ALONE, Team
-from modelpatch.train.evaluation import store_as, with_result
+from modelpatch.train.evaluation import read_patch, store_as, with_result
 from modelpatch.train.inputs import OwnInputs, RowBatches, SharedInputs, cut_rows
 from modelpatch.train.probing import HeadProbe
 from modelpatch.train.progress import Progress, quiet_progress
@@ -82,6 +82,7 @@ def fit(
     monitor: str | None = None,
     ema: float | None = None,
     checkpoint_activations: bool = False,
+    created: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Patch:
     """Train a patch of `method` (or of its spelling, see `make_method`) for the task and measure it on the test images.
@@ -101,6 +102,7 @@ def fit(
     targets) in place of the kind's, or the name of one of those; `transform` a torchvision transform in place of the
     augmentation. `accumulate` batches make a step. `monitor` names the figure by which the best epoch is chosen, such as
     "validation_loss". `ema` is the decay of an average of the weights. `checkpoint_activations` saves memory and takes longer.
+    `created` are facts of your own for the patch's record.
     For everything else give `callbacks`, or use `Trainer`.
 
     With `torch.distributed` started, its processes share every batch and all return the patch that one alone would
@@ -131,6 +133,7 @@ def fit(
     with bar:
         out = None if out is None else Path(out)
         run = Fit(backbone, task, method, chosen, options=options, bar=bar, team=team, out=out)
+        run.told = dict(created or {})
         if out is not None and team.follow(reuse and out.exists()):
             return read_patch(out, run.digest, backbone)
         for purpose, folder in (("checkpoint", checkpoint), ("log", log)):
@@ -186,7 +189,7 @@ class Fit:
         self.out = out
         self.options = options = options or FitOptions()
         self.backbone, self.method, self.team = backbone, method, team
-        self.solved: Mapping[str, Any] = {}
+        self.told: dict[str, Any] = {}  # more facts for the patch
         self.bar = bar or quiet_progress()
         if settings.early_stopping and data.validation is None and not settings.validation:
             settings = replace(settings, validation=0.1)
@@ -238,17 +241,18 @@ class Fit:
         """Train from the base, or from `start` (see `PatchedModel.start_from`), and measure on the test images."""
         record, began = BackboneRecord.of(self.backbone), time.perf_counter()
         self.model = self.build(start)
-        best: Figures = {}
-        if self.solves_head(self.model, callbacks):
-            best = self.solve_head(self.model, [one for one in callbacks if isinstance(one, MetricLogger)])
-        else:
-            trainer = self.make_trainer(self.model, [ProgressBar(self.bar), *callbacks])
-            trainer.train()
-            stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.best]
-            best = {str(one.monitor): one.best_value for one in stops}
+        best = self.train(self.model, callbacks)
         patch = self.measure(self.model, self.make_patch(self.model, record, time.perf_counter() - began))
         self.backbone.verify_tensors()
         return patch.with_metrics(**best)
+
+    def train(self, model: PatchedModel, callbacks: Sequence[Callback] = (), steps: int | None = None) -> Figures:
+        """Train a model that `build` made for the epochs or a number of `steps`. Returns its score on validation images."""
+        if self.solves_head(model, callbacks):
+            return self.solve_head(model, [one for one in callbacks if isinstance(one, MetricLogger)])
+        trainer = self.make_trainer(model, [ProgressBar(self.bar), *callbacks], steps)
+        trainer.train()
+        return {str(o.monitor): o.best_value for o in trainer.callbacks if isinstance(o, EarlyStopping) and o.best}
 
     def build(self, start: Mapping[str, Tensor] | None = None) -> PatchedModel:
         """Return the model before the first step; all that is random in it follows the seed."""
@@ -270,7 +274,12 @@ class Fit:
 
         Raises what `Patch.check_savable` and `check_place` do.
         """
-        facts = {"data": dict(self.data.facts), "settings": asdict(self.settings), **self.options.described}
+        facts = {
+            "data": dict(self.data.facts),
+            "settings": asdict(self.settings),
+            **self.options.described,
+            **self.told,
+        }
         patch = model.to_patch(self.data.task, preprocessing=self.preprocessing, method=self.method, created=facts)
         size = patch.astype(self.settings.dtype).check_savable()
         if self.out is not None and self.team.leads:
@@ -279,7 +288,7 @@ class Fit:
     def solves_head(self, model: PatchedModel, callbacks: Sequence[Callback] = ()) -> bool:
         """Return True where nothing but a linear head is trained, on cached features, and nothing says how to take steps."""
         plain = type(model.head) is LinearHead and model.head.weight.requires_grad and not model.spans
-        silent = all(isinstance(one, MetricLogger | CheckpointSaver) for one in callbacks)
+        silent = all(isinstance(one, MetricLogger | CheckpointSaver | RisingLoss) for one in callbacks)
         stepwise = self.settings.rules_steps or self.options.rules_steps or not self.settings.cache
         return self.method.solves_head and plain and silent and not stepwise
 
@@ -290,7 +299,7 @@ class Fit:
         probe = HeadProbe(self.data, self.kind, self.facts, self.settings, self.source, loss, weights, self.bar)
         solved = probe.solve(model, self.augmentation.name, self.validates)
         load_state(model, self.team.follow(get_state(model)))
-        self.solved = solved.facts
+        self.told |= solved.facts
         for logger in loggers:
             logger.write(solved.history)
         return solved.best
@@ -391,7 +400,7 @@ class Fit:
                 "augmentation": self.augmentation.name,
                 "settings": asdict(self.settings),
                 **self.options.described,
-                **self.solved,
+                **self.told,
                 "data": dict(self.data.facts),
                 "data_sha256": self.data.train.digest,
                 "run": self.digest,
@@ -483,16 +492,3 @@ class PatchTrainer(Trainer):
     def measure(self, answers: Iterable[tuple[Tensor, Any]]) -> Figures:
         told = ((self.kind.to_answers(outputs, self.facts), targets) for outputs, targets in answers)
         return self.kind.watch(self.classes, told, self.facts, self.monitor.removeprefix("validation_"))
-
-
-def read_patch(path: Path, digest: str, backbone: Backbone) -> Patch:
-    """Read the patch of a run on a backbone from its file. Raises `CheckpointMismatchError` for one of another run, and
-    `WrongBackboneError` for one of a backbone that computes something else."""
-    patch = Patch.load(path)
-    if patch.created.get("run") != digest:
-        raise CheckpointMismatchError(
-            f"{path} is of a run with another backbone, method, settings or images. Name another "
-            "place, or replace it: --force, or --restart for what an interrupted run left."
-        )
-    backbone.check_computation(patch.backbone.computation, str(path), patch.backbone.spec, patch.backbone.arguments)
-    return patch

@@ -185,7 +185,10 @@ def cache_worthwhile(backbone: Backbone, start: int) -> bool:
 
 @dataclass(frozen=True)
 class OwnInputs:
-    """Images that are decoded for one fit, with a cache before its model's first span unless `cache=False` is set."""
+    """Images that are decoded for one fit, with a cache before its model's first span unless `cache=False` is set.
+
+    Several fits of the same data may share what was `opened`.
+    """
 
     backbone: Backbone
     data: Task
@@ -193,7 +196,7 @@ class OwnInputs:
     augmentation: Augmentation
     settings: FitSettings
     bar: Progress
-    _opened: dict[tuple[str, bool], Images] = field(default_factory=dict)
+    opened: dict[tuple[str, bool], Images] = field(default_factory=dict)
 
     def prepare(self, model: PatchedModel) -> None:
         """Leave the model's frozen segments as they are."""
@@ -222,13 +225,13 @@ class OwnInputs:
         """The images of a split, the same ones for every reader if they are kept."""
         images: Split = getattr(self.data, split)
         changed = augmented and images.changes
-        opened = self._opened.get((split, changed))
+        opened = self.opened.get((split, changed))
         if opened is None:
             images = images if changed else images.with_transform(None)
             read_once = once or split == "test"
             opened = open_images(images, self.preprocessing, self.settings.memory, once=read_once, shuffle=changed)
             if not once:
-                self._opened[split, changed] = opened
+                self.opened[split, changed] = opened
         return opened
 
 
