@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -406,8 +406,8 @@ class Training:
         None, "--fit", help="KEY=VALUE, another setting (early_stopping=3): `modelpatch methods --settings` lists them."
     )
 
-    def settings(self, **own: Any) -> dict[str, Any]:
-        """The settings of a fit: those above, the verb's `own`, and those of --fit.
+    def settings(self, options: Sequence[str] = (), **own: Any) -> dict[str, Any]:
+        """The settings of a fit: those above, the verb's `own`, and those of --fit, which may name `options` of `fit` too.
 
         Raises `TrainingError` for a --fit of a setting that has an option, or of no setting.
         """
@@ -415,7 +415,7 @@ class Training:
 
         own |= {name: getattr(self, name) for name in ("epochs", "batch_size", "image_size", "seed")}
         given = parse_pairs(self.option, "--fit")
-        others = [name for name in FitSettings.__dataclass_fields__ if name not in own]
+        others = [name for name in (*FitSettings.__dataclass_fields__, *options) if name not in own]
         for key, value in given.items():
             if key in own:
                 right = spell_option(key, value)

@@ -64,6 +64,7 @@ def fit(
     """
     from modelpatch.data.task import join_tasks
     from modelpatch.train.distributed import joined
+    from modelpatch.train.settings import PLAIN_OPTIONS
 
     with joined() as team:
         console = Screen(json, quiet=not team.leads)
@@ -74,9 +75,8 @@ def fit(
         if bounds and not chooses:
             raise TrainingError("--max-bytes, --max-latency and --budget limit a choice. Leave --method and --set out.")
         limits.warn(console)
-        settings = bounds | training.settings(
-            augment=augment, views=views, cache=cache, dtype=dtype or ("float16" if chooses else "float32")
-        )
+        stored = dtype or ("float16" if chooses else "float32")
+        settings = bounds | training.settings(PLAIN_OPTIONS, augment=augment, views=views, cache=cache, dtype=stored)
         tasks = [reading.load(one, training.seed) for one in data]
         console.tell_data(tasks)
         task = join_tasks(tasks)

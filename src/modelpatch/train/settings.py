@@ -135,6 +135,14 @@ class FitSettings:
         return 1.0
 
 
+PLAIN_OPTIONS = (
+    "accumulate",
+    "monitor",
+    "ema",
+    "checkpoint_activations",
+)  # those of `FitOptions` that are plain values
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """Options of `fit` that stand in place of a setting, or add to it (see `fit`)."""
@@ -161,8 +169,13 @@ class FitOptions:
                 hint = " A method's own is set by name: ScaleBias(optimizer='sgd')." if name == "optimizer" else ""
                 raise TrainingError(f"{name} is {given!r}; expected a function or class.{hint}")
         check_limits(accumulate=self.accumulate)
-        if self.ema is not None and not 0 < self.ema < 1:
+        if self.ema is not None and not (isinstance(self.ema, int | float) and 0 < self.ema < 1):
             raise TrainingError(f"ema = {self.ema!r} is not valid; expected a number between 0 and 1.")
+        if not isinstance(self.monitor, str | None):
+            raise TrainingError(f"monitor = {self.monitor!r} is not valid; expected a figure such as validation_loss.")
+        if not isinstance(self.checkpoint_activations, bool):
+            given = self.checkpoint_activations
+            raise TrainingError(f"checkpoint_activations = {given!r} is not valid; expected true or false.")
 
     @property
     def rules_steps(self) -> bool:
