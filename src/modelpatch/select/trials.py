@@ -388,7 +388,10 @@ class LocalWorker:
     """A process on this machine, which reads trials from a pipe."""
 
     def __init__(self, make: Callable[[], Bench], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        forks = "forkserver" in multiprocessing.get_all_start_methods()  # from a process that imports the library once
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload([__name__])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
         self.process.start()
