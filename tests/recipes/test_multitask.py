@@ -416,6 +416,8 @@ WRONG: dict[str, tuple[Call, type[Exception], str]] = {
     "weight": (lambda b, t: fit_multitask(b, t, weights={"first": 0}), TrainingError, "expected a number above 0"),
     "cache": (lambda b, t: fit_multitask(b, t, cache=True), TrainingError, "no setting 'cache': what lies before"),
     "stopping": (lambda b, t: fit_multitask(b, t, early_stopping=2), TrainingError, "all tasks end together"),
+    "decay": (lambda b, t: fit_multitask(b, t, layer_decay=0.9), TrainingError, "share have the method.s rate"),
+    "swa": (lambda b, t: fit_multitask(b, t, swa=1), TrainingError, "average of a patch"),
     "float16": (lambda b, t: fit_multitask(b, t, precision="float16"), TrainingError, "Use precision='bfloat16'"),
     "epochs": (lambda b, t: fit_multitask(b, t, epochs=0), TrainingError, "epochs = 0 is not valid"),
     "out": (lambda b, t: fit_multitask(b, t, out="there"), BackboneError, "names an architecture of timm"),

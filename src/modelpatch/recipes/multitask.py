@@ -52,6 +52,7 @@ PRIVATE, SHARED = "scale-bias(lr=0.001)", "full-finetune"  # a rate for weights 
 FOR_FROZEN = {  # settings that only make sense over a frozen backbone, or for a task that ends on its own
     **dict.fromkeys(("cache", "views"), "what lies before a patch moves"),
     **dict.fromkeys(("validation", "early_stopping"), "all tasks end together"),
+    "layer_decay": "weights that tasks share have the method's rate",
     "swa": "an average of a patch belongs to no state of the weights that moved",
 }
 
