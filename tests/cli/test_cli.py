@@ -23,6 +23,7 @@ from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
 from modelpatch.patch.contents import Patch
 from modelpatch.recipes.cascading import held_out
+from modelpatch.select.automatic import Chooser
 from modelpatch.train import callbacks, evaluate, fit, harmonic_mean
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,7 @@ def test_fit_writes_a_patch_and_says_that_the_base_is_unchanged(run: Run, folder
 def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["fit", folder, "--epochs", 3, "--batch-size", 8, "-m", "linear-probe", "-o"]
+    command = ["fit", folder, "--epochs", 3, "--batch-size", 8, "-m", "linear-probe(solver=steps)", "-o"]
     out = tmp_path / "resumed.safetensors"
     steps: list[object] = []
 
@@ -97,6 +98,30 @@ def test_an_interrupted_fit_resumes_when_the_same_command_is_given_again(
     run(*command, tmp_path / "straight.safetensors")
     straight = Patch.load(tmp_path / "straight.safetensors").tensors
     assert all(torch.equal(tensor, straight[name]) for name, tensor in Patch.load(out).tensors.items())
+
+
+def test_a_fit_without_a_method_says_what_it_tried_and_resumes_its_choice(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, out = ["fit", folder, "--epochs", 1, "--budget", 3, "-o"], tmp_path / "chosen.safetensors"
+    score, trials = Chooser.score, list[float]()
+
+    def interrupt(self: Chooser, fit: Any, share: float) -> float:
+        trials.append(share)
+        if len(trials) == 2:
+            raise KeyboardInterrupt
+        return score(self, fit, share)
+
+    monkeypatch.setattr(Chooser, "score", interrupt)
+    assert "resumes when the same command is given again" in run(*command, out).err
+    told = run(*command, out)
+    assert f"resuming the interrupted run in {out}.training.choice.jsonl" in told.out
+    assert "choice of a patch" in told.out
+    assert "the best of 3 trials" in told.out
+    assert len(trials) == 4  # the second one twice
+    assert {path.name for path in tmp_path.iterdir()} == {"chosen.safetensors", "chosen.run.yaml"}
+    limited = run(*command, out, "--force", "-m", "subset", "--max-bytes", "1MB")
+    assert "limit a choice. Leave --method and --set out" in limited.err
 
 
 # inspect and verify -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_a_log_is_read_as_numbers_and_drawn(tmp_path: Path) -> None:
 
 def test_fit_draws_the_curves_of_its_log_and_ends_with_what_matters(run: Run, folder: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "colors.safetensors", tmp_path / "log"
-    result = run("fit", folder, "-o", out, "--log", log, "--epochs", 2, "-m", "linear-probe")
+    result = run("fit", folder, "-o", out, "--log", log, "--epochs", 2, "-m", "linear-probe(solver=steps)")
     assert result.code == 0
     assert (log / "curves.png").stat().st_size > 0
     assert len(read_history(log / "metrics.csv")) == 2

@@ -121,14 +121,16 @@ class Screen(Console):
     @contextmanager
     def resumable(self, checkpoint: Path, restart: bool) -> Iterator[None]:
         """Announce that a run resumes from `checkpoint`, when it starts and when it is stopped; or `restart` it."""
-        if is_resumed(checkpoint, restart):
-            self.tell(f"resuming the interrupted run in {checkpoint}")
+        choice = checkpoint.with_name(f"{checkpoint.name}.choice.jsonl")  # trials of a fit without a method
+        if is_resumed(checkpoint, restart) or is_resumed(choice, restart):
+            self.tell(f"resuming the interrupted run in {checkpoint if checkpoint.exists() else choice}")
         elif restart:
             shutil.rmtree(checkpoint, ignore_errors=True)
+            choice.unlink(missing_ok=True)
         try:
             yield
         except KeyboardInterrupt:
-            if not checkpoint.exists():
+            if not (checkpoint.exists() or choice.exists()):
                 raise
             raise KeyboardInterrupt("the run resumes when the same command is given again") from None
 

@@ -83,8 +83,6 @@ def fit(
         path = file.path(task.task.name)
         base = network.open()
         checkpoint = path.with_name(path.name + ".training")
-        if restart:
-            checkpoint.with_name(f"{checkpoint.name}.choice.jsonl").unlink(missing_ok=True)
         with console.resumable(checkpoint, restart):
             settings |= {"out": path, "checkpoint": checkpoint, "log": log, "progress": not console.quiet}
             patch = cluster.run(partial(mp.fit, base, task, made, **settings))
