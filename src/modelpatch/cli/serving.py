@@ -260,6 +260,11 @@ def serve(
     queue: int = Option(DEFAULT.queue, min=1, help="Waiting images, at most; more get 429."),
     pixels: int = Option(DEFAULT.pixels, min=1, help="Pixels of an image, at most."),
     refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
+    requests: int = Option(DEFAULT.requests, min=1, help="Requests that are answered at once; more get 429."),
+    per_client: int = Option(DEFAULT.per_client, min=1, help="Requests of one address at once; more get 429."),
+    allowed_host: list[str] | None = Option(
+        None, help="A name that browsers may ask for; may be repeated. By default any, on 127.0.0.1 it and localhost."
+    ),
     tuning: Path | None = Option(None, help="Settings that `modelpatch tune` measured; by default a rule."),
     backend: opt.BackendOption = "auto",
     cascade: list[Path] | None = Option(None, help="A cascade to serve under its task's name; may be repeated."),
@@ -279,6 +284,8 @@ def serve(
     check_libraries()
     limits: dict[str, Any] = {"cache_bytes": cache, "deadline": deadline, "batch": batch, "queue": queue}
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
+    own = ("127.0.0.1", "localhost") if host in ("127.0.0.1", "localhost") else ()
+    limits |= {"requests": requests, "per_client": per_client, "hosts": tuple(allowed_host or own)}
     signers = signers_of(require_signer)
     settings = Settings(backend=backend, token=token, signers=signers, **limits)
     place = opt.find_device(network.device)

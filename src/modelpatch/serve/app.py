@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,6 +62,11 @@ async def service_of(request: Request) -> Service:
     return service
 
 
+def client_of(request: Request) -> str:
+    """The address that a request came from."""
+    return request.client.host if request.client else ""
+
+
 TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
 Running = Annotated[Service, Depends(service_of)]
 
@@ -92,16 +98,19 @@ others = APIRouter(tags=["health"])
 async def predict(request: Request, service: Running) -> Response:
     """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
     files, or JSON with the images in base64."""
-    async with service.admit():
-        asked, images = await read_question(request, service.settings)
-        return JSONResponse(await service.predict(images, asked))
+    async with service.admission.receive(client_of(request)) as arrival:
+        asked, images = await read_question(request, service.settings, arrival.add)
+        async with service.admission.answer():
+            return JSONResponse(await service.predict(images, asked))
 
 
 @answers.get("/plan", response_model=schemas.PlanAnswer)
-async def plan(service: Running, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1) -> Response:
+async def plan(
+    request: Request, service: Running, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1
+) -> Response:
     """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
-    async with service.admit():
+    async with service.admission.receive(client_of(request)), service.admission.answer():
         return JSONResponse(await service.plan(names, images))
 
 
@@ -133,10 +142,11 @@ async def publish(
 ) -> Response:
     """Publish a patch file as the newest version, with its signature where it has one. It is checked against the backbone and
     the server's required signers first, and resident at once."""
-    async with service.admit():
+    async with service.admission.receive(client_of(request)) as arrival:
         signed = read_signature(signature)
-        data = await read_body(request, service.settings.patch_bytes)
-        return JSONResponse(await service.publish(name, data, tag or ["latest"], signed), 201)
+        data = await read_body(request, service.settings.patch_bytes, arrival.add)
+        async with service.admission.answer():
+            return JSONResponse(await service.publish(name, data, tag or ["latest"], signed), 201)
 
 
 @admin.delete("/{name}", status_code=204, responses=problems("tagged"))
@@ -206,6 +216,8 @@ def create_app(service: Service, ready: Callable[[], object] = lambda: None) -> 
     app.state.service = service
     for router in (answers, patches, admin, others):
         app.include_router(router)
+    if service.settings.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*service.settings.hosts], www_redirect=False)
     app.add_middleware(Counting, service=service)
     for kind in (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _tell)

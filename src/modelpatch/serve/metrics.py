@@ -32,6 +32,7 @@ class Metrics:
         self.shared = histogram("shared_fraction", "Share of a batch's separate work that was saved", buckets=SHARES)
         self.resident = gauge("resident_patches", "Patches that are resident")
         self.resident_bytes = gauge("resident_bytes", "Bytes of the patches that are resident")
+        self.request_bytes = gauge("request_bytes", "Bytes of the bodies of requests that arrive or are being answered")
         self.waiting = gauge("queue_images", "Images that wait for the engine")
 
     def text(self) -> bytes:

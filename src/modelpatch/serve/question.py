@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import io
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -23,6 +24,8 @@ from modelpatch.serve.settings import Settings
 Decoded = tuple[dict[Preprocessing, Tensor], tuple[int, int]]  # uint8 crops (3, S, S), the width and height, upright
 OCTETS = "application/octet-stream"
 SILENCE = 10.0  # seconds without a byte
+SLOWEST = 4096  # bytes a second of a body, in the mean, once it has been coming for `PATIENCE` seconds
+PATIENCE = 5.0
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 TOP = {"type": "integer", "minimum": 1, "maximum": MOST_TOP, "default": 3}
 BINARY = {"type": "string", "format": "binary"}
@@ -61,24 +64,29 @@ QUESTION: dict[str, Any] = {
 }
 
 
-async def read_question(request: Request, settings: Settings) -> tuple[PredictRequest, list[bytes]]:
-    """The request's options, and its image files. Raises `Problem` or `RequestValidationError`."""
+async def read_question(
+    request: Request, settings: Settings, add: Callable[[int], None]
+) -> tuple[PredictRequest, list[bytes]]:
+    """The request's options, and its image files; `add` is told of bytes as they arrive.
+
+    Raises `Problem` or `RequestValidationError`.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     limit = settings.body_bytes
     if kind.startswith("image/") or kind == OCTETS:
         words = _words(request.query_params.multi_items())
         if "images" in words:
             raise Problem("invalid-request", "The address names images, and the body is one.", "Send one of them.")
-        return _validate({"images": ["file"], **words}), [await read_body(request, limit)]
+        return _validate({"images": ["file"], **words}), [await read_body(request, limit, add)]
     if request.query_params:
         said = f"The address asks for {next(iter(request.query_params))[:80]!r}, which goes with an image as the body."
         raise Problem("invalid-request", said, "Put it into the form or the JSON.")
     if kind == "application/json":
-        asked = _validate(await read_body(request, limit))
+        asked = _validate(await read_body(request, limit, add))
         return asked, [_decode_base64(text, place) for place, text in enumerate(asked.images)]
     if kind == "multipart/form-data":
         most = settings.images + 2 * settings.tasks + 64
-        counted = _counted(request, limit).form(max_files=most, max_fields=most, max_part_size=64 * 1024)
+        counted = _counted(request, limit, add).form(max_files=most, max_fields=most, max_part_size=64 * 1024)
         async with counted as form:
             parts = form.multi_items()
             files = [value for _, value in parts if isinstance(value, UploadFile)]
@@ -129,18 +137,18 @@ def read_signature(header: str | None) -> bytes | None:
         raise Problem("invalid-request", said, "Encode the file: base64 -w0 PATCH.sig") from error
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises `Problem`: 413 beyond `limit` bytes, 408 where nothing comes for a while."""
-    return await _counted(request, limit).body()
+async def read_body(request: Request, limit: int, add: Callable[[int], None]) -> bytes:
+    """The whole body. Raises `Problem`: 413 beyond `limit` bytes, 408 where it comes too slowly, and what `add` raises."""
+    return await _counted(request, limit, add).body()
 
 
-def _counted(request: Request, limit: int) -> Request:
+def _counted(request: Request, limit: int, add: Callable[[int], None]) -> Request:
     """The request, whose body raises `Problem` as `read_body` does, however it is read."""
     too_large = Problem("too-large", f"The body is larger than {limit:,} bytes.", "Send less at once.")
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said[:20]) > limit:
         raise too_large
-    seen = 0
+    seen, began = 0, time.monotonic()
 
     async def receive() -> Message:
         nonlocal seen
@@ -149,9 +157,15 @@ def _counted(request: Request, limit: int) -> Request:
                 message = await request.receive()
         except TimeoutError:
             raise Problem("too-slow", f"No byte came for {SILENCE:g} seconds.", "Send the body faster.") from None
-        seen += len(message.get("body", b""))
+        arrived = len(message.get("body", b""))
+        seen += arrived
         if seen > limit:
             raise too_large
+        add(arrived)
+        took = time.monotonic() - began
+        if message.get("more_body") and took > PATIENCE and seen < SLOWEST * took:
+            said = f"{seen:,} bytes came in {took:.0f} seconds; expected {SLOWEST:,} a second."
+            raise Problem("too-slow", said, "Send the body faster.")
         return message
 
     return Request(request.scope, receive)

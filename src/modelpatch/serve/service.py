@@ -1,8 +1,7 @@
 """A server without HTTP: a store, an engine, the cache of patches and the queue, put together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial, reduce
 from operator import or_
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
 from modelpatch.patch.envelope import short
+from modelpatch.serve.admission import Admission
 from modelpatch.serve.batcher import Batcher, QueuedImage, Said
 from modelpatch.serve.catalogue import Catalogue, ServedTask
 from modelpatch.serve.metrics import Metrics
@@ -54,7 +54,7 @@ class Service:
         self.engine = Engine(backbone, given, tuning=tuning, backend=settings.backend)
         self.metrics = Metrics()
         self.ready = False
-        self._running = 0
+        self.admission = Admission(settings, self.metrics)
 
     async def start(self) -> None:
         """Read the store once and run the engine once, so that the first request finds everything warm."""
@@ -73,22 +73,6 @@ class Service:
         self.cache.close()
         self.catalogue.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-
-    @asynccontextmanager
-    async def admit(self) -> AsyncIterator[None]:
-        """Take a place among the requests that run at once, until the deadline. Raises `Problem`, 429 or 503."""
-        if self._running >= self.settings.requests:
-            said = f"{self._running} requests are being answered; this server takes that many."
-            raise Problem("too-busy", said, "Try again soon.")
-        self._running += 1
-        try:
-            async with asyncio.timeout(self.settings.deadline):
-                yield
-        except TimeoutError:
-            said = f"There was no answer within {self.settings.deadline:g} seconds."
-            raise Problem("deadline", said, "Try again, or send fewer images at once.") from None
-        finally:
-            self._running -= 1
 
     async def predict(self, images: Sequence[bytes], asked: PredictRequest) -> dict[str, Any]:
         """The best classes of every image: for tasks or for one task an image; without either for all there are."""

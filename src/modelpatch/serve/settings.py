@@ -24,6 +24,8 @@ class Settings:
     cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
     deadline: float = 30.0  # seconds from a request's first byte to its answer
     requests: int = 128  # predictions and plans at once; more get 429
+    per_client: int = 64  # of these, and of requests that arrive, of one address; more get 429
+    arriving_bytes: int = 512 * MIB  # of the bodies of all requests; what comes beyond gets 429
     queue: int = 512  # images that wait for the engine; more get 429
     batch: int = 32  # images that go through the engine together
     images: int = 64  # of one request
@@ -35,10 +37,11 @@ class Settings:
     remember: float = 30.0  # seconds for which a patch that failed to load is refused without another try
     loaders: int = 8  # threads that load patches
     decoders: int = min(4, os.cpu_count() or 1)  # threads that decode images
+    hosts: tuple[str, ...] = ()  # names under which browsers may ask; any without
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("backend", "token", "signers", "refresh", "remember") and not value > 0:
+            if name not in ("backend", "token", "signers", "refresh", "remember", "hosts") and not value > 0:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
