@@ -133,7 +133,12 @@ class Sizes:
         with self._lock:
             if shape not in self._known:
                 # a clone, since other threads may run the network, or somebody may have put it into train mode
-                cuts = self._cut(clone_module(self._cutter.module), shape)
+                try:
+                    cuts = self._cut(clone_module(self._cutter.module), shape)
+                except (RuntimeError, AssertionError, TypeError, ValueError, LookupError):
+                    if self._steps:
+                        raise
+                    return  # of a chain of modules alone, its own run says better what does not fit
                 plain = {place: cuts.plain(place) for place in self._plain if place < len(cuts.all)}
                 if cuts.names != self.names or plain != self._plain:
                     raise BackboneError(

@@ -3,6 +3,7 @@
 backbone.patched(patch)  ──fold──>  the same logits from layers of the backbone's own kinds, at the backbone's cost
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -15,10 +16,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Wrapper(nn.Module):
-    """A module around another, its child named `wrapped`, whose plain attributes it has too: some networks read them.
+    """A module around another, its child named `wrapped`, whose attributes it has too: some networks read them.
 
-    Tensors and modules are not among these. A network that computes with the weight of a wrapped layer passes by what the
-    wrapper adds, and fails.
+    Modules are not among these. Of a tensor it has the shape, dtype and device, with NaN in it: a network that computes with
+    the weight of a wrapped layer passes by what the wrapper adds, and shall not do so unnoticed.
     """
 
     wrapped: ClassVar[str] = "module"
@@ -31,8 +32,10 @@ class Wrapper(nn.Module):
             while isinstance(inner, Wrapper):
                 inner = inner.__dict__.get("_modules", {}).get(inner.wrapped)
             value = None if name.startswith("__") else getattr(inner, name, None)
-            if value is None or isinstance(value, Tensor | nn.Module):
+            if value is None or isinstance(value, nn.Module):
                 raise
+            if isinstance(value, Tensor):
+                return torch.full_like(value, math.nan if value.is_floating_point() else 0, requires_grad=False)
             return value
 
 
