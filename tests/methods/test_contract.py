@@ -51,8 +51,8 @@ from tolerance import close
 
 ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "tiny": make_tiny,
-    "resnet18": lambda: make_timm("resnet18", 32),
-    "mobilenetv2_100": lambda: make_timm("mobilenetv2_100", 32),
+    "resnet18": lambda: make_timm("resnet18", 32, channels=(16, 24, 32, 48)),
+    "mobilenetv2_100": lambda: make_timm("mobilenetv2_035", 32),  # the same blocks with a third of the channels
     "convnext_tiny": lambda: make_timm("convnext_tiny", 32, dims=(24, 48, 96, 192), depths=(2, 2, 3, 2)),
     "densenet121": lambda: make_timm("densenet121", 32, block_config=(2, 4, 6, 4)),  # as many stages, fewer layers
     "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=6),
