@@ -156,6 +156,11 @@ def test_a_block_of_overlapping_windows_is_refused_before_memory_ends() -> None:
         Pruned(blocks=("2",)).draft(backbone, 3)
 
 
+def test_a_block_that_reads_several_tensors_side_by_side_is_refused_before_memory_ends() -> None:
+    with pytest.raises(MethodNotApplicableError, match="several tensors side by side"):
+        Pruned().draft(make_timm("efficientvim_m1", 32), 3)
+
+
 def test_a_block_that_the_library_cannot_follow_is_named(mobilenet: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise TypeError("unsupported operand")

@@ -65,7 +65,10 @@ def test_a_body_that_drips_is_not_waited_for(store: Store, monkeypatch: pytest.M
 
 
 def test_bodies_together_have_a_limit_and_are_forgotten_when_they_are_answered(store: Store) -> None:
-    with serving(store, arriving_bytes=50_000) as server, httpx.Client(base_url=server.url, timeout=300) as http:
+    with (
+        serving(store, arriving_bytes=50_000, patch_bytes=49_999) as server,
+        httpx.Client(base_url=server.url, timeout=300) as http,
+    ):
         for size, status in ((60_000, 429), (40_000, 422), (40_000, 422)):
             answer = http.post("/v1/predict", content=b"x" * size, headers={"content-type": "image/png"})
             assert answer.status_code == status, answer.text
@@ -79,4 +82,6 @@ def test_a_name_that_is_not_the_servers_is_refused(store: Store) -> None:
         httpx.Client(base_url=server.url) as http,
     ):
         for name, status in (("patches.example.org", 200), ("rebound.example.net", 400)):
-            assert http.get("/v1/patches", headers={"Host": name}).status_code == status
+            answer = http.get("/v1/patches", headers={"Host": name})
+            assert answer.status_code == status
+        assert "--allowed-host" in answer.json()["advice"]

@@ -138,7 +138,8 @@ class Sizes:
                 except (RuntimeError, AssertionError, TypeError, ValueError, LookupError):
                     if self._steps:
                         raise
-                    return  # of a chain of modules alone, its own run says better what does not fit
+                    self._known.add(shape)  # the own run of a chain of modules alone says better what does not fit
+                    return
                 plain = {place: cuts.plain(place) for place in self._plain if place < len(cuts.all)}
                 if cuts.names != self.names or plain != self._plain:
                     raise BackboneError(

@@ -32,19 +32,10 @@ from modelpatch.text import first_line
 
 GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together
-WINDOWS = {
-    "UnfoldBackward0",
-    "Im2ColBackward0",
-    "AsStridedBackward0",
-}  # steps that copy values into overlapping windows
-UNFOLLOWED = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    TypeError,
-)  # of a library at its limits
+# steps of a gradient that copied values into overlapping windows
+WINDOWS = {"UnfoldBackward0", "Im2ColBackward0", "AsStridedBackward0"}
+# what Torch-Pruning raises at its limits
+UNFOLLOWED = (RuntimeError, ValueError, LookupError, AttributeError, AssertionError, TypeError)
 _KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDictionary()  # what is left of pruned blocks
 
 
@@ -103,10 +94,15 @@ def prune(
     Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
     for segment in segments:
-        if windows := _steps(segment.module, torch.zeros(1, *segment.input_shape)) & WINDOWS:
+        reads = _steps(segment.module, torch.zeros(1, *segment.input_shape)) & WINDOWS
+        flat = len(segment.input_shape) == 1 and any(isinstance(one, nn.Conv2d) for one in segment.module.modules())
+        if reads or flat:
+            what = (
+                f"overlapping windows ({', '.join(sorted(reads))})" if reads else "several tensors side by side as one"
+            )
             raise MethodNotApplicableError(
-                f"{segment.name} reads overlapping windows ({', '.join(sorted(windows))}), whose numbers Torch-Pruning would "
-                "follow one by one until memory ends. Name other blocks."
+                f"{segment.name} reads {what}, whose numbers Torch-Pruning would follow one by one until memory ends. Name "
+                "other blocks."
             )
     copies, scores = [], dict[Any, Tensor]()
     for number, segment in enumerate(segments):

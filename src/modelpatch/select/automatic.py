@@ -2,7 +2,7 @@
 
     1  scale-bias under every augmentation                       a fifth of a fit's steps each
     2  other methods under the two best, and other rates         a fifth each
-    3  the two best for longer, and the linear probe             a third each; then the best is trained
+    3  the two best for longer, and the linear probe             two fifths each; then the best is trained
 
 That is successive halving (Jamieson and Talwalkar, 2016) along one line of choices, and takes about two fits. No test image is
 read before the patch is trained. A choice follows the seed, the settings and the images alone, unless minutes limit it.
@@ -55,7 +55,7 @@ RATES = (1 / 3, 3.0)  # times the method's own
 HELD_OUT = 0.2  # of the training images, where the data brings none
 SHORT, LONG = 0.2, 0.4  # of the steps of a fit
 KEPT = 2  # augmentations after the first rung, candidates after the second
-SHARE = 0.05  # of the backbone's bytes, beside the head's: the limit where none is given
+SHARE = 0.05  # of the bytes of the backbone without its classifier: the limit where none is given
 RECORD = 4096  # bytes of a file that are kept for what was tried
 STORED = "float16"  # unless `dtype` is given
 UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
@@ -104,9 +104,10 @@ def fit(
 
     With a method this is `modelpatch.train.fit`, whose options and settings it takes. Without one, or with "auto", held-out
     images choose method, blocks, learning rate and, unless `augment` names it, augmentation; all that was tried is in the
-    patch's `created["choice"]`. The patch has at most `max_bytes`, by default 5 % of the backbone's and the head's own, and
-    adds at most the share `max_latency` to the base's time. `budget` limits the choice to a number of trials, or the whole
-    run to a time such as "5min"; by default it takes about two fits more. Raises `TrainingError` if nothing keeps a limit.
+    patch's `created["choice"]`. The patch has at most `max_bytes`, by default 5 % of the backbone's without its classifier or,
+    where that is more, what the first method takes, and adds at most the share `max_latency` to the base's time. `budget`
+    limits the choice to a number of trials, or the whole run to a time such as "5min"; by default it takes about two fits
+    more. Raises `TrainingError` if nothing keeps a limit.
     """
     limits = {"max_bytes": max_bytes, "max_latency": max_latency, "budget": budget}
     if method is not None and method != AUTO:
@@ -326,10 +327,11 @@ class Chooser:
 
     @cached_property
     def most_bytes(self) -> int:
-        """The limit of a file's bytes: the one given, or a share of the backbone's and the bytes of a head."""
+        """The limit of a file's bytes: the one given, else a share of the backbone's, and at least the first method's."""
         if self.limit.bytes is not None:
             return self.limit.bytes - RECORD
-        whole = sum(tensor.nbytes for tensor in self.backbone.module.state_dict().values())
+        state, classifier = self.backbone.module.state_dict(), f"{self.backbone.classifier}."
+        whole = sum(tensor.nbytes for name, tensor in state.items() if not name.startswith(classifier))
         return max(round(SHARE * whole), self.measure_size(self.methods[self.first]))
 
     def measure_size(self, method: Method) -> int:

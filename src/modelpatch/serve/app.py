@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,6 +68,17 @@ def client_of(request: Request) -> str:
 
 TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
 Running = Annotated[Service, Depends(service_of)]
+
+
+async def check_host(request: Request, service: Running) -> None:
+    """Check that the server is asked for by a name of its own: pages of others cannot have their name mean it (DNS rebinding).
+
+    Raises `Problem`, 400.
+    """
+    name, hosts = request.url.hostname, service.settings.hosts
+    if hosts and name not in hosts:
+        said = f"This server does not answer to {str(name)[:80]!r}; expected {' or '.join(hosts)}."
+        raise Problem("bad-request", said, "Start it with --allowed-host for each of its names.")
 
 
 async def check_token(service: Running, given: Annotated[HTTPAuthorizationCredentials | None, Depends(TOKEN)]) -> None:
@@ -212,12 +222,11 @@ def create_app(service: Service, ready: Callable[[], object] = lambda: None) -> 
         redoc_url=None,
         docs_url=None,
         responses=problems("not-allowed"),
+        dependencies=[Depends(check_host)],
     )
     app.state.service = service
     for router in (answers, patches, admin, others):
         app.include_router(router)
-    if service.settings.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*service.settings.hosts], www_redirect=False)
     app.add_middleware(Counting, service=service)
     for kind in (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _tell)

@@ -25,7 +25,7 @@ class Settings:
     deadline: float = 30.0  # seconds from a request's first byte to its answer
     requests: int = 128  # predictions and plans at once; more get 429
     per_client: int = 64  # of these, and of requests that arrive, of one address; more get 429
-    arriving_bytes: int = 512 * MIB  # of the bodies of all requests; what comes beyond gets 429
+    arriving_bytes: int = 1024 * MIB  # of the bodies of all requests; what comes beyond gets 429
     queue: int = 512  # images that wait for the engine; more get 429
     batch: int = 32  # images that go through the engine together
     images: int = 64  # of one request
@@ -45,6 +45,10 @@ class Settings:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
+        if self.arriving_bytes <= self.patch_bytes:
+            raise ServeError(
+                f"arriving_bytes={self.arriving_bytes:,} has no room for others beside one patch of {self.patch_bytes:,}."
+            )
         if self.queue < self.images:
             raise ServeError(f"a queue of {self.queue} never takes a request of {self.images} images; raise queue=...")
         if self.token is not None and len(self.token) < 8:

@@ -22,18 +22,8 @@ OptimizerLike = Optimizer | Callable[[Any], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
 Every = Literal["step", "epoch"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-STEPWISE = (
-    "schedule",
-    "drops",
-    "warmup",
-    "clip",
-    "sampling",
-    "mixup",
-    "cutmix",
-    "drop_path",
-    "layer_decay",
-    "swa",
-)  # settings of steps, which a head that is solved does not take
+# settings of steps, which a head that is solved does not take
+STEPWISE = ("schedule", "drops", "warmup", "clip", "sampling", "mixup", "cutmix", "drop_path", "layer_decay", "swa")
 
 
 def _split_names(given: Any) -> Any:
