@@ -66,6 +66,15 @@ def test_features_without_a_spread_are_harmless() -> None:
     assert weight[:, 6:].abs().max() < 1e-2
 
 
+def test_features_that_differ_by_rounding_alone_are_answered_by_the_shares_of_the_classes() -> None:
+    noise = torch.randn(9, 700, generator=torch.Generator().manual_seed(0))
+    examples = Examples([(0.1 + 1e-9 * noise, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2]))], torch.device("cpu"))
+    solver = solver_of(examples)
+    weight, bias = solver.fold(solver.solve(examples, 0.1))
+    shares = F.linear(examples.parts[0][0], weight, bias).softmax(1)
+    assert torch.allclose(shares, torch.tensor([6, 2, 1]) / 9, atol=1e-2)
+
+
 def test_a_probe_does_not_depend_on_the_epochs_and_is_reproducible(backbone: Backbone, colors: Task) -> None:
     one, other = (fit(backbone, colors, LinearProbe(), **{**PLAIN, "epochs": epochs}) for epochs in (1, 7))
     assert torch.equal(one.tensors["head.weight"], other.tensors["head.weight"])

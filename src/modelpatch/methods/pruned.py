@@ -77,19 +77,23 @@ class Pruned(Subset):
         key = (tuple(segment.index for segment in segments), self.ratio, self.scope, self.norm)
         known = _KNOWN.setdefault(backbone, {})
         if key not in known:
-            attention = {segment.index: find_parts(backbone, segment).attention for segment in segments}
-            mixing = {index: tuple(f"{part.name}." for part in parts) for index, parts in attention.items()}
-            known[key] = prune(segments, self.ratio, self.scope, self.norm, mixing)
+            parts = {segment.index: find_parts(backbone, segment) for segment in segments}
+            only = {
+                index: tuple(reader for mlp in own.mlp for reader in mlp.readers)
+                for index, own in parts.items()
+                if own.attention
+            }
+            known[key] = prune(segments, self.ratio, self.scope, self.norm, only)
         return list(zip(segments, known[key], strict=True))
 
 
 def prune(
-    segments: list[Segment], ratio: float, scope: str, norm: str, mixing: Mapping[int, tuple[str, ...]]
+    segments: list[Segment], ratio: float, scope: str, norm: str, only: Mapping[int, tuple[str, ...]]
 ) -> list[nn.Module]:
     """Copies of the segments' modules without their weakest inner channels.
 
-    `mixing` has by segment the beginnings of names of layers in its attention: no channel of a head can go alone, and
-    following them takes minutes.
+    `only` names, by segment, the layers of transformer blocks that are looked at: those that read an MLP's input. No other
+    channels of these blocks can go alone, and following them takes minutes and all memory.
 
     Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
@@ -108,7 +112,9 @@ def prune(
     for number, segment in enumerate(segments):
         try:
             copies.append(_Prunable(segment.module, torch.zeros(1, *segment.input_shape)))
-            scores |= {(number, name): score for name, score in copies[-1].scores(norm, mixing[segment.index]).items()}
+            scores |= {
+                (number, name): score for name, score in copies[-1].scores(norm, only.get(segment.index)).items()
+            }
         except UNFOLLOWED as error:
             raise MethodNotApplicableError(
                 f"Torch-Pruning cannot follow the channels of {segment.name}: {first_line(error)[:200]}. Name other blocks."
@@ -171,7 +177,7 @@ class _Prunable:
         way = self.graph.get_pruner_of_module(layer).prune_out_channels
         self.graph.get_pruning_group(layer, way, channels).prune()
 
-    def scores(self, norm: str, mixing: tuple[str, ...]) -> dict[str, Tensor]:
+    def scores(self, norm: str, only: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """The mean norm of every inner channel over the layers coupled to it, relative to its group's mean, by the root."""
         importance = self.library.importance.MagnitudeImportance(p=1 if norm == "l1" else 2, normalizer="mean")
         names = {id(child): name for name, child in self.module.named_modules()}
@@ -179,7 +185,7 @@ class _Prunable:
         for layer in list(self.graph.module2node):
             if not isinstance(layer, nn.Conv2d | nn.Linear) or layer in coupled:
                 continue
-            if names[id(layer)].startswith(mixing):
+            if only is not None and names[id(layer)] not in only:
                 continue
             pruner = self.graph.get_pruner_of_module(layer)
             first = self.graph.get_pruning_group(layer, pruner.prune_out_channels, [0])

@@ -25,6 +25,7 @@ ROUGH, EXACT = 1e-4, 1e-6  # changes of the loss that end a search along the pat
 MOST_STEPS = 100
 PIECE = 2**25  # numbers, of features and outputs, that are worked on at once
 LEAST = 1e-2  # times the largest deviation: features that hardly differ are not blown up
+ROUNDING = 1e-4  # times the largest mean, likewise: features that differ by rounding are one
 FLATTEST = 1e-9  # a curvature, for losses that have none
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and targets (B, ...) to their mean loss
@@ -77,11 +78,11 @@ class Scales:
         for x, _ in examples.pieces(width):
             gram.addmm_((x - mean).T, x - mean, alpha=1 / count)
         deviation = gram.diagonal().clamp(min=0).sqrt()
-        deviation = (
-            deviation.clamp(min=float(deviation.max()) * LEAST) if deviation.any() else torch.ones_like(deviation)
-        )
-        values, vectors = torch.linalg.eigh(gram / deviation.outer(deviation))
-        return cls(mean, deviation, values.clamp(min=0), vectors)
+        least = max(LEAST * float(deviation.max()), ROUNDING * float(mean.abs().max()))
+        deviation = deviation.clamp(min=least) if least else torch.ones_like(deviation)
+        one = torch.eye(width, device=examples.device)  # without it the search fails where nothing is correlated
+        values, vectors = torch.linalg.eigh(gram / deviation.outer(deviation) + one)
+        return cls(mean, deviation, (values - 1).clamp(min=0), vectors)
 
 
 @dataclass(frozen=True)
