@@ -50,3 +50,11 @@ def test_workers_that_served_are_replaced_however_soon_they_die(tmp_path: Path) 
     status, said, starts = run(tmp_path, body)
     assert (status, starts) == (0, last)
     assert said.count("ended (signal 9)") == last - 1
+
+
+def test_a_signal_inside_a_callback_ends_a_worker(tmp_path: Path) -> None:
+    """An exception that a callback raises is printed and forgotten, so that a worker must not end by one."""
+    stop = "lambda _: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(900))"
+    body = f"import weakref; seen = weakref.finalize(type('Thing', (), {{}})(), {stop}, None); time.sleep(900)"
+    status, said, _ = run(tmp_path, body)
+    assert (status, said) == (0, "")

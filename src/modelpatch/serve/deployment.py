@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from modelpatch.backbone.load import load_backbone
@@ -61,9 +62,11 @@ def deploy(
         ray.init(address=address, logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises that itself
         raise ServeError(f"there is no Ray at {address!r}: {first_line(error)}.") from error
-    stopped = threading.Event()
+    stopped: SimpleQueue[int] = (
+        SimpleQueue()
+    )  # whose `put` may come while this thread is inside `get`; an Event's `set` may not
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, lambda number, _: stopped.put(number))
     try:
         resources = {"num_cpus": threads if own else 1, "num_gpus": int(device.startswith("cuda"))}
         application = replica(url, spec, arguments, device.partition(":")[0], settings, tuning).options(
@@ -77,7 +80,7 @@ def deploy(
         )
         if _run(application, host, port, stopped):
             say(f"http://{host}:{port} ({replicas} replicas)")
-            stopped.wait()
+            stopped.get()
     finally:
         _stop(settings.deadline + 2 * DRAIN, last=bool(own))
 
@@ -116,8 +119,8 @@ def replica(
     return serve.deployment(serve.ingress(build)())
 
 
-def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bool:
-    """Deploy, and wait until all replicas run. False if `stopped` came first. Raises `ServeError`."""
+def _run(application: Any, host: str, port: int, stopped: SimpleQueue[int]) -> bool:
+    """Deploy, and wait until all replicas run. False if a signal that stops came first. Raises `ServeError`."""
     from ray import serve
     from ray.exceptions import RayActorError, RayError
 
@@ -132,7 +135,7 @@ def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bo
                     raise
         target = serve.RunTarget(application.bind(), name=NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
-        while not stopped.wait(PAUSE):
+        while not _arrived(stopped, PAUSE):
             found = serve.status().applications.get(NAME)
             if found is not None and found.status == "RUNNING":
                 return True
@@ -141,6 +144,15 @@ def _run(application: Any, host: str, port: int, stopped: threading.Event) -> bo
     except (RuntimeError, TimeoutError, RayError) as error:
         raise ServeError(f"Ray Serve cannot run the replicas: {first_line(error)}.") from error
     return False
+
+
+def _arrived(signals: SimpleQueue[int], seconds: float) -> bool:
+    """Wait for a signal for so many seconds at most."""
+    try:
+        signals.get(timeout=seconds)
+    except Empty:
+        return False
+    return True
 
 
 def _stop(seconds: float, last: bool) -> None:

@@ -101,8 +101,6 @@ def serve_forever(
         from modelpatch.serve.protocol import GuardedProtocol
         from modelpatch.serve.service import Service
 
-        parent = os.getpid()
-
         def work(opened: socket.socket, ready: Callable[[], object]) -> None:
             """Serve in this process until SIGTERM; requests that run are finished."""
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
@@ -123,13 +121,10 @@ def serve_forever(
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=round(settings.deadline + DRAIN),
             )
-            try:
-                uvicorn.Server(config).run(sockets=[opened])
-            finally:
-                if os.getppid() != parent:  # it was killed, so the folder is still there
-                    shutil.rmtree(folder, ignore_errors=True)
+            uvicorn.Server(config).run(sockets=[opened])
 
-        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN).run()
+        orphaned = partial(shutil.rmtree, folder, ignore_errors=True)
+        Supervisor(work, listening, workers, settings.deadline + 2 * DRAIN, orphaned).run()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -177,6 +172,7 @@ class Supervisor:
     listening: socket.socket
     workers: int
     grace: float  # seconds that they may take to finish their work after SIGTERM; then they are killed
+    orphaned: Callable[[], object] = lambda: None  # called by workers that end after this process, which was killed
     _children: dict[int, mmap.mmap] = field(default_factory=dict, init=False)  # each sets a byte once it serves
     _stopping: bool = field(default=False, init=False)
 
@@ -209,35 +205,41 @@ class Supervisor:
 
     def _start(self) -> None:
         masked, serving = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING), mmap.mmap(-1, 1)
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
-            self._work(masked, serving)
+            self._work(parent, masked, serving)
         self._children[child] = serving
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         if self._stopping:  # the signal came while it was blocked
             os.kill(child, signal.SIGTERM)
 
-    def _work(self, masked: Any, serving: mmap.mmap) -> None:
+    def _work(self, parent: int, masked: Any, serving: mmap.mmap) -> None:
         """In the child: serve, and never return."""
+
+        def leave(status: int) -> None:
+            if os.getppid() != parent:
+                self.orphaned()
+            os._exit(status)
+
         status = 1
         try:
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             os.close(self._held)
-            for number in STOPPING:  # the server takes them; before and after it they end the worker
-                signal.signal(number, lambda *_: sys.exit())
+            # The server takes these signals while it serves. Before and after it they end the worker on the spot: an exception
+            # would be lost where one comes in a callback or in `__del__`.
+            for number in STOPPING:
+                signal.signal(number, lambda *_: leave(0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             threading.Thread(target=self._watch, daemon=True).start()
             self.serve(self.listening, lambda: serving.write(b"1"))
-            status = 0
-        except SystemExit:
             status = 0
         except BaseException as error:
             print(f"worker {os.getpid()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)
+            leave(status)
 
     def _watch(self) -> None:
         os.read(self._lifeline, 1)
