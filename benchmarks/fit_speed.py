@@ -25,7 +25,7 @@ from common import mobilenet, report, timed, unpack
 
 PIXELS, BATCH, IMAGES = 128, 32, 1000
 METHODS: dict[str, mp.methods.Method] = {
-    "linear-probe": mp.methods.LinearProbe(),
+    "linear-probe": mp.methods.LinearProbe(solver="steps"),
     "subset (last block)": mp.methods.Subset(),
 }
 SIDES = ("plain", "fit", "fit, cache off")

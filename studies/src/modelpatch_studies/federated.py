@@ -50,7 +50,7 @@ FEDERATED = Recipe(
         "small": Scale(
             data=PACS,
             backbones=("bundled:tiny",),
-            methods={HEADS: "linear-probe", PRIVATE: "scale-bias(lr=0.003)"},
+            methods={HEADS: "linear-probe(solver=steps)", PRIVATE: "scale-bias(lr=0.003)"},
             fit={"epochs": 4, "image_size": 32, "batch_size": 32},
             seeds=2,
             options={"shared": "full-finetune(lr=0.001)"},

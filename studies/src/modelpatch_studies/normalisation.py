@@ -31,7 +31,11 @@ STATISTICS, ALL = "last layer + statistics", "last layer + statistics + S/B"
 SMALL = Scale(
     data=("rsscn7", "gtsrb"),
     backbones=("bundled:tiny",),
-    methods={LAST: "linear-probe", BOTH: "scale-bias(statistics=learned)", TUNED: "full-finetune(lr=0.001)"},
+    methods={
+        LAST: "linear-probe(solver=steps)",
+        BOTH: "scale-bias(statistics=learned)",
+        TUNED: "full-finetune(lr=0.001)",
+    },
     fit={"image_size": 32, "batch_size": 64},
     seeds=2,
     images=430,

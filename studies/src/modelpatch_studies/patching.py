@@ -70,7 +70,7 @@ TABLE_2 = Recipe(
             data=("imagenette", "gtsrb", "rsscn7"),
             backbones=("bundled:tiny",),
             methods={
-                PROBE: "linear-probe",
+                PROBE: "linear-probe(solver=steps)",
                 NAIVE: "paint",
                 FAIR: "paint",
                 ONE: "delta(modules=1)",
@@ -88,7 +88,7 @@ TABLE_2 = Recipe(
             data=("imagenet", "stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10"),
             backbones=("timm:resnet18.tv_in1k",),
             methods={
-                PROBE: "linear-probe",
+                PROBE: "linear-probe(solver=steps)",
                 NAIVE: "paint(lr=0.00001,weight_decay=0.1)",
                 FAIR: "paint(lr=0.00001,weight_decay=0.1)",
                 ONE: "delta(modules=1)",
@@ -163,7 +163,7 @@ SEVERAL = Recipe(
         "small": Scale(
             data=("gtsrb", "rsscn7"),
             backbones=("bundled:tiny",),
-            methods={PROBE: "linear-probe", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
+            methods={PROBE: "linear-probe(solver=steps)", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
             fit={"image_size": 32, "batch_size": 32, "augment": "light"},
             seeds=2,
             images=430,
@@ -173,7 +173,7 @@ SEVERAL = Recipe(
         "paper": Scale(
             data=("stanford_cars", "dtd", "flowers102", "fgvc_aircraft", "cub200", "stl10"),
             backbones=("timm:resnet18.tv_in1k",),
-            methods={PROBE: "linear-probe", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
+            methods={PROBE: "linear-probe(solver=steps)", ONE: "delta(modules=1)", FOUR: "delta(modules=4)"},
             fit={"epochs": 50, "batch_size": 128, "augment": "standard"},
             seeds=3,
         ),

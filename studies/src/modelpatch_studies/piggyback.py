@@ -37,7 +37,7 @@ SMALL = Scale(
     data=("rsscn7", "gtsrb"),
     backbones=("bundled:tiny",),
     methods={
-        CLASSIFIER: "linear-probe",
+        CLASSIFIER: "linear-probe(solver=steps)",
         MASKS: "piggyback(lr=0.0005)",
         NORMS: "piggyback(lr=0.0005,norms=trained)",
         INDIVIDUAL: "full-finetune(lr=0.001,statistics=learned)",
@@ -185,7 +185,7 @@ INITIALISATION = Recipe(
             methods={
                 MASKS: "piggyback(lr=0.0003)",
                 NORMS: "piggyback(lr=0.0003,norms=trained)",
-                CLASSIFIER: "linear-probe",
+                CLASSIFIER: "linear-probe(solver=steps)",
                 PRETRAINING: "full-finetune(lr=0.001,statistics=learned)",
             },
             fit={"image_size": 64, "epochs": 10},

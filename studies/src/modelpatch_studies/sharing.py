@@ -227,7 +227,7 @@ TASKS = Recipe(
             data=("rsscn7", "gtsrb", "imagenette"),
             backbones=("bundled:tiny",),
             methods={
-                HEADS: "linear-probe",
+                HEADS: "linear-probe(solver=steps)",
                 PATCHES: "scale-bias(lr=0.001)",
                 OWN: "full-finetune(lr=0.001,statistics=learned)",
             },
@@ -254,7 +254,11 @@ TASKS = Recipe(
         **{
             f"mobilenet{more}": mobilenet(
                 data=("imagenette", "gtsrb"),
-                methods={HEADS: "linear-probe", PATCHES: "scale-bias(lr=0.001)", OWN: f"full-finetune(lr={rate})"},
+                methods={
+                    HEADS: "linear-probe(solver=steps)",
+                    PATCHES: "scale-bias(lr=0.001)",
+                    OWN: f"full-finetune(lr={rate})",
+                },
                 fit={"image_size": 64, "epochs": 5},
                 images=1200,
                 options={"shared": f"full-finetune(lr={rate})"},

@@ -32,7 +32,7 @@ ALL_NORM, LEARNED_NORM, FOUR_NORM = f"{ALL} + BN", f"{LEARNED} + BN", f"{FOUR} +
 UNCHANGED = "unchanged skips + BN"
 NUMBERS = "lr=0.03"  # one number a skip or a channel
 ABLATIONS = {
-    PROBE: "linear-probe",
+    PROBE: "linear-probe(solver=steps)",
     EXISTING: f"delta(modules=4,skips=existing,{NUMBERS})",
     ALL: "delta(modules=4,skips=all)",
     ALL_NORM: "delta(modules=4,skips=all,batch_norm=true)",

@@ -32,7 +32,7 @@ SETTINGS = {"batch_size": 256, "image_size": 224, "augment": "standard"}
 PROBE, TUNED, BLOCK = "linear probe", "full fine-tuning", "one block"
 CHOSEN, LAST = "chosen block", "last block"
 SUBTUNING, BY_CODE = "SubTuning", "SubTuning, its code's rule"
-SMALL_ENDS = {PROBE: "linear-probe", TUNED: "full-finetune(lr=0.001)"}
+SMALL_ENDS = {PROBE: "linear-probe(solver=steps)", TUNED: "full-finetune(lr=0.001)"}
 SMALL_BLOCKS = "subset(lr=0.001)"
 PAPER_ENDS = {
     PROBE: "linear-probe(head_lr=0.01)",
@@ -171,7 +171,12 @@ TABLE_1 = Recipe(
         **{
             f"mobilenet{more}": mobilenet(
                 data=(name,),
-                methods={PROBE: "linear-probe", TUNED: "full-finetune", SUBTUNING: "subset", BY_CODE: "subset"},
+                methods={
+                    PROBE: "linear-probe(solver=steps)",
+                    TUNED: "full-finetune",
+                    SUBTUNING: "subset",
+                    BY_CODE: "subset",
+                },
                 fit={"image_size": pixels, "epochs": 10},
                 images=600,
                 options={"greedy": {"stages": True, "ends": True, **greedy}, "folds": folds, "max_blocks": None},

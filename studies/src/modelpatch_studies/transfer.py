@@ -87,7 +87,7 @@ LOW_DATA = Recipe(
                 TUNED: "full-finetune(lr=0.001)",
                 JOINT: "full-finetune(lr=0.001)+delta(modules=4,start=identity)",
                 TOP: "delta(modules=4,start=identity)",
-                HEAD: "linear-probe",
+                HEAD: "linear-probe(solver=steps)",
             },
             fit={"batch_size": 32, "image_size": 32, "augment": "light"},
             seeds=3,
@@ -163,7 +163,7 @@ def keepers(bench: Workbench, backbone: Backbone, data: Task, seed: int) -> dict
     reader = bench.reader(backbone, seed)
 
     def delta() -> Hook:
-        probe = backbone.patched(bench.fit(backbone, data, LinearProbe(), seed)).head
+        probe = backbone.patched(bench.fit(backbone, data, LinearProbe(solver="steps"), seed)).head
         return DELTA(backbone, probe, lambda: reader.images(data.train, bench.batch_size, shuffle=True))
 
     def lwf() -> Hook:
