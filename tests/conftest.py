@@ -3,6 +3,7 @@ for `real` tests."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -125,8 +127,8 @@ def small_preprocessing(pixels: int = 16) -> Preprocessing:
     return Preprocessing(input_size=(3, pixels, pixels), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
-def make_tiny(seed: int = 0, outputs: int = 5) -> Backbone:
-    """A `TinyNet` with seeded weights and running statistics that are not the identity."""
+@cache
+def loaded_tiny(seed: int, outputs: int) -> Backbone:
     torch.manual_seed(seed)
     module = TinyNet(outputs)
     for child in module.modules():
@@ -135,7 +137,17 @@ def make_tiny(seed: int = 0, outputs: int = 5) -> Backbone:
             nn.init.normal_(child.bias, std=0.1)
             child.running_mean.normal_(std=0.1)
             child.running_var.uniform_(0.5, 1.5)
-    return load_backbone(module, preprocessing=small_preprocessing())
+    backbone = load_backbone(module, preprocessing=small_preprocessing())
+    assert backbone.computing.record.probes  # taken once for all copies
+    return backbone
+
+
+def make_tiny(seed: int = 0, outputs: int = 5) -> Backbone:
+    """A `TinyNet` with seeded weights and running statistics that are not the identity: a copy of one that was cut once."""
+    loaded = loaded_tiny(seed, outputs)
+    own = {id(programs): type(programs)(programs) for programs in loaded.chain.sizes._steps.values()}  # it shares them
+    torch.manual_seed(seed)
+    return copy.deepcopy(loaded, own)
 
 
 @pytest.fixture

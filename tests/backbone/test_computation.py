@@ -442,6 +442,7 @@ def test_probes_are_taken_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) 
     take = Probe.take
     monkeypatch.setattr(Probe, "take", lambda *given, **named: calls.append(1) or take(*given, **named))
     other = make_tiny()
+    other.computing = Computing(other.chain, other.input_size)
     for _ in range(5):
         patch.check_backbone(other)
     assert len(calls) == len(patch.backbone.computation.probes)  # type: ignore[union-attr]
