@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,17 @@ def skip_without(*libraries: str) -> None:
     for library in libraries:
         if find_spec(library) is None:
             pytest.skip(f"{library} is not installed", allow_module_level=True)
+
+
+class Library:
+    """A library that is imported when a test first uses it; a file of tests is skipped where it is not installed."""
+
+    def __init__(self, name: str) -> None:
+        skip_without(name.partition(".")[0])
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)
 
 
 def pytest_configure() -> None:

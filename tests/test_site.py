@@ -12,18 +12,13 @@ from pathlib import Path
 import pytest
 
 import modelpatch
+from conftest import Library, skip_without
 from modelpatch import errors
-
-pytest.importorskip("mkdocs")
-pytest.importorskip("mkdocstrings")
-pytest.importorskip("material")
-
-from mkdocs.commands.build import build
-from mkdocs.config import load_config
-
 from test_structure import FLOORS
 
+skip_without("mkdocs", "mkdocstrings", "material")
 pytestmark = pytest.mark.slow
+building, config = Library("mkdocs.commands.build"), Library("mkdocs.config")
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = tuple(sorted(path.parent.name for path in Path(modelpatch.__file__).parent.glob("*/__init__.pyi")))
@@ -50,7 +45,7 @@ def documented(site: Path) -> set[str]:
 
 def test_the_site_builds_without_a_warning_and_describes_every_public_name(tmp_path: Path, warnings: list[str]) -> None:
     """In one test, for a build takes seconds. Names stand under their modules, whose docstrings have formulas and tables."""
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
+    building.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
     assert not warnings
     found = documented(tmp_path)
     described = {
@@ -71,7 +66,7 @@ def test_a_link_that_leads_nowhere_is_a_warning(tmp_path: Path, warnings: list[s
     (tmp_path / "mkdocs.yml").write_text(re.sub(r"^(extra_css|hooks): .*", "", settings, flags=re.MULTILINE))
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Start\n\n[a page](nowhere.md), [a name][modelpatch.nothing]\n")
-    build(load_config(str(tmp_path / "mkdocs.yml")))
+    building.build(config.load_config(str(tmp_path / "mkdocs.yml")))
     assert len(warnings) == 2
     assert "nowhere.md" in "".join(warnings)
     assert "modelpatch.nothing" in "".join(warnings)

@@ -6,6 +6,7 @@ import ast
 import importlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,17 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
+@cache
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imports(source: str, folder: str = "") -> Iterator[str]:
     """Modules of the package that a source imports: at its head, for types only, and inside functions.
 
     `folder` is the package of a stub, whose imports are relative.
     """
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "modelpatch")
         elif isinstance(node, ast.ImportFrom):
@@ -71,21 +77,27 @@ def part_of(name: str) -> str:
 
 
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
-GRAPH = {name: set(imports(source)) for name, source in SOURCES.items()}
-for stub in ROOT.rglob("*.pyi"):  # a face imports what its stub names, when it is asked for
-    folder = module_name(stub)
-    GRAPH[folder] |= set(imports(stub.read_text(encoding="utf-8"), folder))
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """The modules that every module imports; a face imports what its stub names, when it is asked for."""
+    found = {name: set(imports(source)) for name, source in SOURCES.items()}
+    for stub in ROOT.rglob("*.pyi"):
+        folder = module_name(stub)
+        found[folder] |= set(imports(stub.read_text(encoding="utf-8"), folder))
+    return found
 
 
 def test_a_file_imports_from_its_own_floor_or_below() -> None:
-    edges = [(name, target) for name, targets in GRAPH.items() for target in targets]
+    edges = [(name, target) for name, targets in graph().items() for target in targets]
     assert not [f"{a} imports {b}" for a, b in edges if LEVEL[part_of(b)] > LEVEL[part_of(a)]]
 
 
 def test_a_file_imports_definitions_from_the_files_that_hold_them() -> None:
     """A folder's face is for users: a file that imports it would import all of the folder."""
     faces = {name for name, file in MODULES.items() if file.name == "__init__.py"} - {"modelpatch", "modelpatch.cli"}
-    assert not {name: targets & faces for name, targets in GRAPH.items() if name != "modelpatch" and targets & faces}
+    assert not {name: targets & faces for name, targets in graph().items() if name != "modelpatch" and targets & faces}
 
 
 def test_every_part_of_the_package_has_a_floor() -> None:
@@ -94,7 +106,8 @@ def test_every_part_of_the_package_has_a_floor() -> None:
 
 def test_no_two_files_import_each_other_directly_or_round_a_corner() -> None:
     waiting = {
-        name: {target for target in targets if target in MODULES and target != name} for name, targets in GRAPH.items()
+        name: {target for target in targets if target in MODULES and target != name}
+        for name, targets in graph().items()
     }
     while free := [name for name, targets in waiting.items() if not targets]:
         for name in free:
@@ -105,14 +118,14 @@ def test_no_two_files_import_each_other_directly_or_round_a_corner() -> None:
 
 
 def test_no_class_name_is_used_twice() -> None:
-    nodes = [node for source in SOURCES.values() for node in ast.walk(ast.parse(source))]
+    nodes = [node for source in SOURCES.values() for node in nodes_of(source)]
     names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
     assert not [name for name, count in names.items() if count > 1]
 
 
 def test_a_file_is_short_and_says_what_it_is_for() -> None:
     assert not {name: lines for name, source in SOURCES.items() if (lines := len(source.splitlines())) > MAX_LINES}
-    assert not [name for name, source in SOURCES.items() if not ast.get_docstring(ast.parse(source))]
+    assert not [name for name, source in SOURCES.items() if not ast.get_docstring(nodes_of(source)[0])]
 
 
 def test_the_package_is_small() -> None:
@@ -120,7 +133,7 @@ def test_the_package_is_small() -> None:
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
-    nodes = [node for source in SOURCES.values() for node in ast.walk(ast.parse(source))]
+    nodes = [node for source in SOURCES.values() for node in nodes_of(source)]
     docs = [doc for node in nodes if isinstance(node, DOCUMENTED) and (doc := ast.get_docstring(node))]
     assert not [doc.splitlines()[0] for doc in docs if doc.split()[0].strip(".,:") in RIDDLES]
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import Library
 from modelpatch.backbone.load import load_backbone
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.processor import preprocessing_of_processor
 from modelpatch.errors import BackboneError, UnknownBackboneError
 
-transformers = pytest.importorskip("transformers")
+transformers = Library("transformers")
 
 VIT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 VIT |= {"image_size": 32, "patch_size": 8, "num_labels": 5}

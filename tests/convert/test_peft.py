@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import modelpatch as mp
-from conftest import CLIP_MODELS, TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
+from conftest import CLIP_MODELS, Library, TinyNet, draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.convert.peft import PICKLE, WEIGHTS, export_peft, import_peft
@@ -42,6 +41,7 @@ from modelpatch.patch.contents import Patch
 from modelpatch.tasks.record import TaskRecord
 
 pytestmark = pytest.mark.slow
+peft = Library("peft")
 
 TASK = TaskRecord(name="draft", classes=("class 0", "class 1", "class 2"))
 BACKBONES: dict[str, Callable[[], Backbone]] = {

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import Library
 from modelpatch.backbone.preprocessing import open_image
 from modelpatch.data.sources.base import SourceOptions
 from modelpatch.data.sources.datasets import read_tables
 from modelpatch.data.task import Task, load_task
 from modelpatch.errors import DataError, TrainingWarning
 
-datasets = pytest.importorskip("datasets")
+datasets = Library("datasets")
 
 
 def table(labels: list[Any], label: str = "label", image: str = "image", feature: Any = None, **others: Any) -> Any:

@@ -140,10 +140,14 @@ def test_edges_are_all_pairs_of_an_earlier_and_a_later_node() -> None:
 
 
 @pytest.mark.parametrize(
-    "block",
-    [make_timm("densenet121", 32).module.features.denseblock1, torchvision.models.densenet121().features.denseblock1],
+    "make",
+    [
+        lambda: make_timm("densenet121", 32).module.features.denseblock1,
+        lambda: torchvision.models.densenet121().features.denseblock1,
+    ],
 )
-def test_the_layers_of_a_dense_block_are_found_in_order(block: nn.Module) -> None:
+def test_the_layers_of_a_dense_block_are_found_in_order(make: Callable[[], nn.Module]) -> None:
+    block = make()
     assert form_of(block).layers == tuple(name for name, _ in block.named_children())
 
 

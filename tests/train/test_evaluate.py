@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 
-from conftest import CLASSES, color_task, draft_patch, make_tiny
+from conftest import CLASSES, Library, color_task, draft_patch, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.load import load_backbone
 from modelpatch.data.splits import Split
@@ -24,6 +23,7 @@ from modelpatch.train import evaluate, fit
 from modelpatch.train.evaluation import evaluate_base, harmonic_mean, store_as
 
 NAMES = tuple("abcdefg")
+metrics = Library("sklearn.metrics")
 
 
 def test_figures_agree_with_scikit_learn() -> None:
@@ -32,10 +32,10 @@ def test_figures_agree_with_scikit_learn() -> None:
     labels = generator.integers(0, 7, 200)
     result = Evaluation.of(torch.from_numpy(logits), torch.from_numpy(labels), NAMES)
     answers = logits.argmax(1)
-    assert result.top1 == pytest.approx(accuracy_score(labels, answers))
-    assert result.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
-    assert list(result.per_class.values()) == pytest.approx(recall_score(labels, answers, average=None))
-    assert result.confusion == confusion_matrix(labels, answers).tolist()
+    assert result.top1 == pytest.approx(metrics.accuracy_score(labels, answers))
+    assert result.top5 == pytest.approx(metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert list(result.per_class.values()) == pytest.approx(metrics.recall_score(labels, answers, average=None))
+    assert result.confusion == metrics.confusion_matrix(labels, answers).tolist()
     assert result.images == 200
 
 
