@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, Callable[[], Backbone]] = {
     "mobilenetv2_100": lambda: make_timm("mobilenetv2_035", 32),  # the same blocks with a third of the channels
     "convnext_tiny": lambda: make_timm("convnext_tiny", 32, dims=(24, 48, 96, 192), depths=(2, 2, 3, 2)),
     "densenet121": lambda: make_timm("densenet121", 32, block_config=(2, 4, 6, 4)),  # as many stages, fewer layers
-    "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=3, embed_dim=96),
+    "vit_tiny": lambda: make_timm("vit_tiny_patch16_224", 32, img_size=32, depth=4, embed_dim=96),
 }
 WITHOUT_BATCH_NORM = {"convnext_tiny", "vit_tiny"}
 WITHOUT_DEPTHWISE = {"resnet18", "densenet121", "vit_tiny"}
