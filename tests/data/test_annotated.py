@@ -284,6 +284,9 @@ def test_a_table_of_boxes_can_be_read_as_numbers(tmp_path: Path) -> None:
         ("ann/0.jpg.json", sly("bitmap"), "it is a bitmap; expected a rectangle or polygon"),
         ("b.csv", "file,x1,y1,x2,y2,class\n0.jpg,4,2,a,10,dog", r"b\.csv, row 1: x2 holds 'a'"),
         ("b.csv", "file,x1,y1,x2,y2,class\n0.jpg,4,2,6,10,", r"b\.csv, row 1: its box has no class"),
+        ("b.csv", 'image_id,bbox\n0,"[4, 2, 6, 10]"', r"b\.csv has all numbers of a box in the column bbox"),
+        ("b.csv", "image_id,BBoxes\n1,4 2 6 10", r"b\.csv has all numbers of a box in the column BBoxes"),
+        ("b.jsonl", {"file_name": "0.jpg", "boxes": [[4, 2, 6, 10]]}, "all numbers of a box in the column boxes"),
     ],
 )
 def test_what_is_wrong_names_the_file_and_the_place(tmp_path: Path, file: str, content: Any, problem: str) -> None:

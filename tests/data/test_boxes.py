@@ -150,6 +150,16 @@ def test_a_name_of_two_pictures_is_a_question(tmp_path: Path) -> None:
         found(tmp_path)
 
 
+@pytest.mark.parametrize("place", [("images", "id"), ("annotations", "image_id"), ("annotations", "category_id")])
+def test_ids_that_some_entries_write_as_texts_are_the_same(place: tuple[str, str], tmp_path: Path) -> None:
+    picture(tmp_path / "0.jpg")
+    content = coco(["0.jpg"])
+    for entry in content[place[0]]:
+        entry[place[1]] = str(entry[place[1]])
+    write(tmp_path / "train.json", content)
+    check(tmp_path, {"train": 1})
+
+
 def test_outlines_alone_have_boxes(tmp_path: Path) -> None:
     for number in range(4):
         picture(tmp_path / f"{number}.jpg")

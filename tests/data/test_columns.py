@@ -84,6 +84,11 @@ def test_lists_are_several_labels(cells: list[Any]) -> None:
         (["Smith, John", "Smith, Jane", "Doe"], ","),
         (["a+b", "a"], "+"),
         (["cat|dog; bird", "cat|dog", "bird; cat"], "|"),
+        (["cat dog", "dog", "cat", "bird cat"], " "),
+        (
+            ["clear primary", "clear primary water", "haze primary", "haze primary water", "clear water primary haze"],
+            " ",
+        ),
     ],
 )
 def test_a_separator_that_may_belong_to_names_is_asked_for(cells: list[str], separator: str) -> None:
@@ -96,7 +101,13 @@ def test_a_separator_that_may_belong_to_names_is_asked_for(cells: list[str], sep
 
 
 @pytest.mark.parametrize(
-    "cells", [["rock, paper", "tench", "eel"], ["n/a", "pizza/pasta", "rice"], ["red car", "blue car"]]
+    "cells",
+    [
+        ["rock, paper", "tench", "eel"],
+        ["n/a", "pizza/pasta", "rice"],
+        ["red car", "blue car"],
+        ["golden retriever", "flat coated retriever", "pug"],
+    ],
 )
 def test_names_whose_parts_do_not_recur_are_classes(cells: list[str]) -> None:
     assert ask(table(cells)) is None

@@ -31,6 +31,9 @@ from pictures import counts, draw, write_classes
         ("seg_train/seg_train", "seg_test/seg_test"),
         ("data/train", "data/test"),
         ("archive/set/Training Set", "archive/set/Test Set"),
+        ("trainval", "test"),
+        ("Train_Val", "Test"),
+        ("trainval2012", "test2012"),
     ],
 )
 def test_folders_of_splits_are_found_under_any_usual_name(tmp_path: Path, train: str, test: str) -> None:
@@ -46,6 +49,35 @@ def test_a_validation_split_is_found_under_any_usual_name(tmp_path: Path, name: 
     write_classes(tmp_path / "train", count=5)
     write_classes(tmp_path / name, count=1)
     assert counts(load_task(tmp_path))["validation"] == {"cat": 1, "dog": 1}
+
+
+@pytest.mark.parametrize(
+    ("folders", "read"),
+    [
+        (("train", "trainval", "test"), {"train": "train", "test": "test"}),
+        (("train", "val", "trainval", "test"), {"train": "train", "validation": "val", "test": "test"}),
+        (("trainval", "val", "test"), {"train": "trainval", "test": "test"}),
+    ],
+)
+def test_no_picture_is_in_two_splits_where_one_holds_another(
+    tmp_path: Path, folders: tuple[str, ...], read: dict[str, str]
+) -> None:
+    for name in folders:
+        write_classes(tmp_path / name)
+    task = load_task(tmp_path, hold_out=False)
+    assert {split: Path(str(own.images[0])).parts[-3] for split, own in task.splits.items() if own is not None} == read
+
+
+@pytest.mark.parametrize("outer", [("Trainingsdaten", "Testdaten"), ("art", "photo", "sketch"), ("batch1", "batch2")])
+def test_folders_of_the_same_folders_are_asked_for(tmp_path: Path, outer: tuple[str, ...]) -> None:
+    """They may be splits under names of their own, or domains, and the folders in them the classes."""
+    for name in outer:
+        write_classes(tmp_path / name)
+    with pytest.raises(DataError, match=r"holds the folders cat, dog. If these are the classes.*--classes"):
+        load_task(tmp_path)
+    assert load_task(tmp_path, classes=outer).classes == outer
+    draw(tmp_path / outer[0] / "front" / "1.png")
+    assert load_task(tmp_path).classes == tuple(sorted(outer, key=str.lower))
 
 
 def test_splits_may_be_in_each_class(tmp_path: Path) -> None:

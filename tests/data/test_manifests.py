@@ -62,6 +62,10 @@ def check(source: Path, **options: Any) -> Any:
         ("sep=;\nimage;label", "images/{n}.png;{label}"),
         ("image,label,label_id", "images/{n}.png,{label},id-{label}"),
         ("image,what", "images/{n}.png,{label}"),
+        ("isic_id,diagnosis", "{n},{label}"),
+        ("Bild;Klasse", "images/{n}.png;{label}"),
+        ("slide,label", "{n},{label}"),
+        ("# made on a Monday\n# by nobody\nimage,label", "images/{n}.png,{label}"),
         ("", "images/{n}.png,{label}"),
         ("", "images/{n}.png {label}"),
     ],
@@ -211,8 +215,11 @@ def test_columns_are_named_for_tables_alone(tmp_path: Path) -> None:
 def test_names_of_columns_that_say_nothing_are_given(folder: Path) -> None:
     file = write(folder / "labels.csv", "a,b,c", "{n},{label},{label}")
     check(file, image_column="a", label_column="b")
-    with pytest.raises(DataError, match="Name others: --image-column"):
+    with pytest.raises(DataError, match=r"or name one: --label-column"):
         load_task(file)
+    none = write(folder / "others.csv", "a,b", "no {n},{label}")
+    with pytest.raises(DataError, match="Name others: --image-column"):
+        load_task(none)
 
 
 def test_class_folders_go_before_a_table_beside_them(tmp_path: Path) -> None:

@@ -131,6 +131,26 @@ LAYOUTS: dict[str, Mapping[str, tuple[str, str]]] = {  # of each split an image 
         "test": ("test/a_sat.jpg", "test/a_mask.png"),
     },
     "roboflow": {"train": ("train/a.jpg", "train/a_mask.png"), "validation": ("valid/a.jpg", "valid/a_mask.png")},
+    "isic": {
+        "train": ("ISIC2018_Task1_Training_Input/a.jpg", "ISIC2018_Task1_Training_GroundTruth/a_segmentation.png"),
+        "test": ("ISIC2018_Task1_Test_Input/a.jpg", "ISIC2018_Task1_Test_GroundTruth/a_segmentation.png"),
+    },
+    "short names": {"train": ("train/img/a.jpg", "train/lbl/a.png"), "test": ("test/img/a.jpg", "test/lbl/a.png")},
+    "frames": {
+        "train": ("train_frames/a.jpg", "train_masks/a.png"),
+        "validation": ("val_frames/a.jpg", "val_masks/a.png"),
+    },
+    "original": {"train": ("Original/a.jpg", "Ground truth/a.png")},
+    "any names": {"train": ("x/a.jpg", "y/a.png")},
+    "any names of splits": {"train": ("trainX/a.jpg", "trainY/a.png"), "test": ("testX/a.jpg", "testY/a.png")},
+    "any names above splits": {
+        "train": ("scans/train/a.jpg", "organs/train/a.png"),
+        "test": ("scans/test/a.jpg", "organs/test/a.png"),
+    },
+    "any names below splits": {
+        "train": ("train/scan/a.jpg", "train/organ/a_seg.png"),
+        "test": ("test/scan/a.jpg", "test/organ/a_seg.png"),
+    },
 }
 
 
@@ -172,6 +192,31 @@ def test_a_split_of_images_alone_is_passed_over(tmp_path: Path) -> None:
     read = found(tmp_path, classes=NAMES)
     assert list(read.splits) == ["train"]
     assert read.passed_over["picture of a split without masks"] == ("test/images/b.jpg",)
+
+
+def test_folders_that_look_like_masks_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "a.jpg")
+    mask(tmp_path / "y" / "a.png")
+    assert found(tmp_path, classes=NAMES).notes == (
+        "1 folder is read as masks, by its pictures' names and few colours: y of x",
+    )
+    assert found(tmp_path, kind="classification").classes == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "name"),
+    [
+        ((0, 1), (8, 12), "a.png"),
+        ((3,), SIZE, "a.png"),
+        ((0, 1), SIZE, "b.png"),
+        (tuple(range(0, 240, 6)), (12, 40), "a.png"),
+    ],
+    ids=["another size", "one value", "another name", "many values"],
+)
+def test_classes_of_few_colours_are_not_taken_for_masks(values: Any, size: Any, name: str, tmp_path: Path) -> None:
+    picture(tmp_path / "photo" / "a.jpg", (12, 40) if len(values) > 2 else SIZE)
+    mask(tmp_path / "drawing" / name, drawn(*values, size=size))
+    assert found(tmp_path).kind == "classification"
 
 
 @pytest.mark.parametrize("names", [("cat", "dog"), ("mask", "no_mask"), ("with_mask", "without_mask")])

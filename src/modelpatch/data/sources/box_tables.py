@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from modelpatch.data.sources import base
 from modelpatch.data.sources.column_names import (
     IMAGE_NAMES,
+    LABEL_NAMES,
     check_column,
     choose_image,
     choose_label,
@@ -37,6 +38,7 @@ SIZES = (
     *("bboxx bboxy bboxwidth bboxheight", "bboxx bboxy bboxw bboxh", "bboxleft bboxtop bboxwidth bboxheight"),
     *("xmin ymin width height", "left top width height", "x y width height", "x y w h"),
 )
+JOINED = ("bbox", "bboxes", "box", "boxes", "boundingbox", "boundingboxes")  # which hold all numbers of a box
 LISTED = ["image", *(f"column {number}" for number in range(2, 7))]  # of a table without column names
 
 
@@ -55,6 +57,10 @@ def find_box_columns(columns: Sequence[str]) -> BoxColumns | None:
             if all(name in folded for name in names.split()):
                 return BoxColumns(tuple(folded[name] for name in names.split()), sized)
     return None
+
+
+def _find_joined(columns: Sequence[str]) -> list[str]:
+    return [name for name in columns if fold_column(name).replace("_", "") in JOINED]
 
 
 @base.register_source("box-tables")
@@ -96,7 +102,9 @@ def _has_boxes(file: Path) -> bool:
     columns = peek_columns(file)
     if columns == LISTED:
         return _is_listed(read_table(file))
-    return bool(find_box_columns(columns) and find_by_name(dict.fromkeys(columns, ()), IMAGE_NAMES))
+    names = dict.fromkeys(columns, ())
+    boxes = find_box_columns(columns) or (_find_joined(columns) and not find_by_name(names, LABEL_NAMES))
+    return bool(boxes and find_by_name(names, IMAGE_NAMES))
 
 
 def _is_listed(table: TableFile) -> bool:
@@ -119,7 +127,13 @@ def _read_scenes(
     cells, source, file = table.cells, str(table.path), table.path
     own = PictureFiles(file.parent)
     pictures = own if file.parent == folder or own.holds_pictures else PictureFiles(folder)
-    columns = find_box_columns(table.columns) or BoxColumns(tuple(LISTED[1:5]))
+    columns = find_box_columns(table.columns)
+    if columns is None and table.columns != LISTED:
+        raise DataError(
+            f"{source} has all numbers of a box in the column {_find_joined(table.columns)[0]}, and nothing says what each "
+            f"is. Write columns {CORNERS[0].replace(' ', ', ')}, or xmin, ymin, width, height, and one of classes."
+        )
+    columns = columns or BoxColumns(tuple(LISTED[1:5]))
     image = check_column(cells, options.image_column, "image-column", source) or choose_image(
         cells, source, pictures.find
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from modelpatch.backbone.listing import Listing
 from modelpatch.backbone.preprocessing import is_picture
 from modelpatch.data.sources.labels import clean_name
-from modelpatch.data.sources.split_names import COLLECTIONS, plain_split_of, split_of
+from modelpatch.data.sources.split_names import COLLECTIONS, plain_split_of, split_of, without_overlaps
 from modelpatch.errors import DataError
 
 BESIDE, UNNAMED = "folder beside the splits", "folder that --classes leaves out"
@@ -79,6 +79,13 @@ def find_layout(root: PictureTree, names: Sequence[str] | None = None) -> ClassL
         raise DataError(
             f"{path} holds no class folders with images. Expected {path.name}/train/CLASS/*.jpg or {path.name}/CLASS/*.jpg."
         )
+    if names is None and (inner := _shared_folders(holders)):
+        outer, first = ",".join(folder.name for folder in holders)[:300], holders[0].name
+        raise DataError(
+            f"{root.listing.path}: each of {outer[:200]} holds the folders {', '.join(inner)[:200]}. If these are the "
+            f"classes, give the folder that holds them, {holders[0].listing.path}, or call splits train/, val/ and test/. If "
+            f"{first} and the others are: --classes {outer} (classes=[...])."
+        )
     layout = ClassLayout({"train": holders}, empty=[folder for folder in top.folders if not folder.total])
     return layout if names is None else _keep_named(layout, names, root)
 
@@ -94,6 +101,8 @@ def _find_splits(top: PictureTree) -> ClassLayout | None:
         good, more = more, []
     spoken = {split_of(folder.name) for folder in good}
     good += [folder for folder in more if split_of(folder.name) not in spoken] if good else []
+    apart = without_overlaps([folder.name for folder in good])
+    good = [folder for folder in good if folder.name in apart]
     beside = [folder for folder in holders if folder not in good]
     if not good:
         if plain or (other and len(other) == len(holders) > 1):
@@ -162,6 +171,13 @@ def _share_classes(split: PictureTree, others: Sequence[PictureTree]) -> bool:
     """Return True where folders hold folders of the same names as a split does."""
     names = {folder.name for folder in _unwrap(split).holders}
     return any(names & {folder.name for folder in _unwrap(other).holders} for other in others)
+
+
+def _shared_folders(holders: Sequence[PictureTree]) -> list[str]:
+    """The names of the folders in each of several folders that hold nothing else; empty where they differ or are numbers."""
+    names = [sorted(folder.name for folder in one.holders) for one in holders]
+    alike = len(holders) > 1 and not any(one.pictures for one in holders) and all(own == names[0] for own in names)
+    return names[0] if alike and len(names[0]) > 1 and not all(map(str.isdigit, names[0])) else []
 
 
 def _keep_named(layout: ClassLayout, names: Sequence[str], root: PictureTree) -> ClassLayout:

@@ -119,8 +119,11 @@ def read_annotations(
         if images.setdefault(image.key("id"), image) is not image:
             image.fail(f"the id {image.key('id')!r} is that of another image, too")
     objects: dict[Key, list[SceneObject]] = {number: [] for number in images}
+    written = {str(number): number for number in images}, {str(number): number for number in names}  # 7 may be "7"
     for entry in document.all("annotations"):
         number, category = entry.key("image_id"), entry.key("category_id")
+        number = number if number in images else written[0].get(str(number), number)
+        category = category if category in names else written[1].get(str(category), category)
         if category not in names:
             entry.fail(
                 f"category_id {category!r} is none of the categories, which are {', '.join(map(str, names))[:200]}"

@@ -52,6 +52,10 @@ OTHERS = (
     "license",
 )
 LOOKED_AT = 200  # cells that show what a column holds
+PROBED, NAMED = (
+    20,
+    0.8,
+)  # different cells that are looked for, and the share of them that is found in a column of pictures
 MOST_SPLITS = 12  # different values of a column of splits
 Cells = Mapping[str, Sequence[Any]]
 
@@ -96,7 +100,7 @@ def choose_image(cells: Cells, source: str, find: Callable[[str], Any]) -> str:
         return held[0]
     texts = {name: [str(value) for value in sample_cells(cells[name])] for name in cells}
     named = [name for name in cells if texts[name] and sum(map(is_picture, texts[name])) * 2 > len(texts[name])]
-    candidates = list(dict.fromkeys([*known, *named]))
+    candidates = list(dict.fromkeys([*known, *named])) or find_columns_of_pictures(cells, find)
     if not candidates:
         raise DataError(
             f"{source} has the columns {list_some(list(cells)) or '(none)'}. Expected one of {', '.join(IMAGE_NAMES[:12])} "
@@ -113,6 +117,20 @@ def choose_image(cells: Cells, source: str, find: Callable[[str], Any]) -> str:
     if len({tuple(files[name]) for name in best}) > 1:
         raise _ask("pictures", best, "image-column", source)
     return best[0]
+
+
+def find_columns_of_pictures(cells: Cells, find: Callable[[str], Any]) -> list[str]:
+    """The columns whose first cells name pictures that are there, those of the most; `find` returns the file of a cell."""
+    counts = {}
+    for name, values in cells.items():
+        texts = list(dict.fromkeys(str(value) for value in sample_cells(values)))[:PROBED]
+        try:
+            files = {find(text) for text in texts} - {None}
+        except DataError:  # a name of several pictures
+            continue
+        if len(files) >= max(2, NAMED * len(texts)):
+            counts[name] = len(files)
+    return [name for name, count in counts.items() if count == max(counts.values())]
 
 
 def _is_held(value: Any) -> bool:
@@ -148,7 +166,9 @@ def _only_left(cells: Cells) -> tuple[str | None, str]:
     if len(left) != 1:
         return None, ""
     texts = [value for value in cells[left[0]] if not is_missing(value)]
-    words = texts and all(isinstance(value, str) and not _is_number(value) for value in texts)
+    words = texts and all(
+        isinstance(value, str) and not _is_number(value) and value[:1] not in "[{(" for value in texts
+    )
     if not words or len(set(texts)) * 2 > len(texts):
         return None, ""
     return left[0], f"the column {left[0]} is the only one beside the images, and is read as the class of each"

@@ -166,9 +166,22 @@ def _find_separators(cells: Sequence[str]) -> list[tuple[str, bool, str]]:
     return found
 
 
+def _may_be_words(texts: Sequence[str]) -> str | None:
+    """A label that may be several ones with spaces between them: fewer words than labels make these, in different numbers."""
+    labels = sorted(set(texts))
+    parts = [_parts(label, " ") for label in labels]
+    words, lengths = {word for own in parts for word in own}, {len(own) for own in parts}
+    alone = {own[0] for own in parts if len(own) == 1} & {word for own in parts if len(own) > 1 for word in own}
+    if len(lengths) < 2 or len(words) >= len(labels) or not (alone or 2 * len(words) <= len(labels)):
+        return None
+    return next(label for label, own in zip(labels, parts, strict=True) if len(own) > 1)
+
+
 def _is_separated(table: Table, texts: Sequence[str]) -> bool:
     """Return True where cells hold several labels; raise `DataError` where they may or may not."""
     found = _find_separators(texts)
+    if not found and (example := _may_be_words(texts)):
+        found = [(" ", False, example)]
     if not found:
         return False
     (separator, sure, example), *more = found

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modelpatch.backbone.listing import list_folder
+from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
 
 BEGINNING = 2**16  # bytes in which a document says what it is
 PROBED = 200  # documents that are looked into
@@ -23,7 +24,8 @@ class Foreign(NamedTuple):
 
 
 def _by_suffix(*rows: tuple[str, str, str]) -> dict[str, Foreign]:
-    return {suffix: Foreign(what, advice) for suffixes, what, advice in rows for suffix in suffixes.split()}
+    known = {suffix: Foreign(what, advice) for suffixes, what, advice in rows for suffix in suffixes.split()}
+    return {suffix: foreign for suffix, foreign in known.items() if suffix not in IMAGE_SUFFIXES}
 
 
 ARRAYS = _by_suffix(
@@ -39,6 +41,7 @@ PICTURES = _by_suffix(
 OTHERS = _by_suffix(
     (".tfrecord .tfrecords .record", "records of TensorFlow", "Write pictures, or tar shards of WebDataset."),
     (".rec .mdb .lmdb .beton .mds", "records", f"Write pictures, or {DATASET}."),
+    (".xls .xlsx .ods .numbers", "spreadsheets", "Save them as CSV."),
     (".zip .rar .7z .gz .tgz .bz2 .xz .zst", "archives", "Unpack them."),
     (".pkl .pickle .pt .pth", "pickles, which could run code", f"Write pictures, or {DATASET}."),
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 from modelpatch.backbone.listing import is_hidden, list_folder
 from modelpatch.backbone.preprocessing import is_picture
 from modelpatch.data.sources.class_layout import find_layout, grow_tree
-from modelpatch.data.sources.column_names import IMAGE_NAMES, LABEL_NAMES, find_by_name
+from modelpatch.data.sources.column_names import IMAGE_NAMES, LABEL_NAMES, find_by_name, find_columns_of_pictures
+from modelpatch.data.sources.picture_files import PictureFiles
 from modelpatch.data.sources.split_names import plain_split_of, split_of
-from modelpatch.data.sources.tables import PEEKED, READERS, peek_columns
+from modelpatch.data.sources.tables import PEEKED, READERS, peek_cells, peek_columns
 from modelpatch.errors import DataError
 
 FOUND_SUFFIXES = tuple(suffix for suffix in READERS if suffix not in (".txt", ".lst"))
@@ -24,7 +25,8 @@ def find_manifests(folder: Path) -> dict[str | None, list[Path]]:
     """The manifests of a folder by split, None for one of all images; empty for a folder that holds none.
 
     Manifests of splits come first, then `metadata.csv` with labels, then others where no class folders hold the pictures. A
-    folder without any of its own may have one in each folder of a split. Raises `DataError` for several of one kind.
+    folder without any of its own may have one in each folder of a split. One without a column of images that is called so is
+    taken where the cells of one name pictures. Raises `DataError` for several of one kind.
     """
     own = _tables_of(folder)
     if by_split := _by_split(own):
@@ -35,7 +37,14 @@ def find_manifests(folder: Path) -> dict[str | None, list[Path]]:
         return {None: metadata[:1]}
     if lone and not _has_classes(folder):
         return _only(lone)
-    return _in_split_folders(folder)
+    if found := _in_split_folders(folder):
+        return found
+    others = [file for file in own if file not in lone and plain_split_of(file.stem) is None]
+    if others and not _has_classes(folder):
+        pictures = PictureFiles(folder)
+        telling = [file for file in others if find_columns_of_pictures(peek_cells(file), pictures.find)]
+        return {None: telling} if len(telling) == 1 else {}
+    return {}
 
 
 def list_labelled(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from modelpatch.data.sources.base import DataSource, Found, SourceOptions, register_source
 from modelpatch.data.sources.finding import folders_of_splits
 from modelpatch.data.sources.legends import find_legend
-from modelpatch.data.sources.pairing import has_folders, has_pairs, pair_up
+from modelpatch.data.sources.pairing import find_alike, has_folders, has_pairs, pair_up
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.values import make_segmentation
 from modelpatch.tasks.segmentation import Segmentation
@@ -27,7 +27,8 @@ class MaskFolders(DataSource):
         path = Path(source)
         if not path.is_dir() or (path / LISTS).is_dir():
             return False
-        return has_folders(path) or any(map(has_pairs, [path, *_split_folders(path)]))
+        named = has_folders(path) or any(map(has_pairs, [path, *_split_folders(path)]))
+        return named or bool(find_alike(path))
 
     def read(self, source: Any, options: SourceOptions) -> Found:
         path, remarks = Path(source), Remarks()

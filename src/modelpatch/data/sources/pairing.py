@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
+from modelpatch.data.sources.mask_folders import find_mask_folders
 from modelpatch.data.sources.remarks import Remarks
-from modelpatch.data.sources.split_names import SPLIT_OF_WORD
+from modelpatch.data.sources.split_names import SPLIT_OF_WORD, split_of
 from modelpatch.errors import DataError
 
 IMAGE_FOLDERS = frozenset(  # the letters of names, in lower case
@@ -28,6 +29,9 @@ IMAGE_FOLDERS = frozenset(  # the letters of names, in lower case
             "pictures",
             "photos",
             "rgb",
+            "original",
+            "originals",
+            "frames",
         ),
         *("input", "inputs", "data", "imagespng"),
     ]
@@ -47,7 +51,7 @@ MASK_FOLDERS = frozenset(
             "annots",
         ),
         *("annot", "anns", "ann", "anndir", "gt", "gts", "gtfine", "groundtruth", "groundtruths", "segmentationclass"),
-        *("segmentation", "segmentations", "segmasks", "segmask", "pixellabels"),
+        *("segmentation", "segmentations", "segmasks", "segmask", "pixellabels", "lbl", "lbls"),
     ]
 )
 DEEPEST = 4  # folders of roles and splits above each other
@@ -105,6 +109,12 @@ def _read_name(name: str) -> tuple[str | None, bool | None]:
                 return SPLIT_OF_WORD[word], None
             if rest in IMAGE_FOLDERS or rest in MASK_FOLDERS:
                 return SPLIT_OF_WORD.get(word), rest in MASK_FOLDERS
+    split, end = (
+        split_of(name),
+        re.sub(r"[^a-z]", "", name.lower().replace("ground_truth", "groundtruth").rpartition("_")[2]),
+    )
+    if split and (end in IMAGE_FOLDERS or end in MASK_FOLDERS):  # ISIC2018_Task1_Training_GroundTruth
+        return split, end in MASK_FOLDERS
     return None, None
 
 
@@ -164,6 +174,14 @@ def pair_up(path: Path, remarks: Remarks) -> PairedFiles:
     in_folders = has_folders(path)
     files = find_images(path)
     roles = {file: role_of(file.relative_to(path).parts[:-1]) for file in files}
+    if not in_folders and (alike := find_alike(path)):
+        in_folders, roles = True, _roles_of_folders(files, alike, path)
+        texts = [f"{own.relative_to(path)} of {photos.relative_to(path)}" for own, photos in alike.items()]
+        remarks.note(
+            "folders are read as masks, by their pictures' names and few colours",
+            texts,
+            "folder is read as masks, by its pictures' names and few colours",
+        )
     marked = {} if in_folders else _marked(files)
     with_images = {role.split for role in roles.values() if role.masks is False}
     split_masks = in_folders and all(role.split for role in roles.values() if role.masks)
@@ -184,6 +202,23 @@ def pair_up(path: Path, remarks: Remarks) -> PairedFiles:
     for split in masks.keys() - images.keys():
         remarks.pass_over("mask without an image", *(str(file.relative_to(path)) for _, file in masks[split]))
     return found
+
+
+def find_alike(path: Path) -> dict[Path, Path]:
+    """The folder of images of each folder that looks like one of masks."""
+    return find_mask_folders(path, _plain)
+
+
+def _roles_of_folders(files: Sequence[Path], masks: Mapping[Path, Path], path: Path) -> dict[Path, Role]:
+    """The roles of files whose folders are those of masks, or of their photos; a split is told by any folder above."""
+    roles = {}
+    for file in files:
+        is_mask = True if file.parent in masks else False if file.parent in masks.values() else None
+        splits = [
+            split for part in file.relative_to(path).parts[:-1] if (split := split_of(part) or _read_name(part)[0])
+        ]
+        roles[file] = Role(splits[0] if splits else None, is_mask)
+    return roles
 
 
 def _match(

@@ -7,7 +7,7 @@ from pathlib import Path
 from modelpatch.errors import DataError
 
 WORDS = {
-    "train": "train training trn",
+    "train": "train training trn trainval trainvalid trainvalidation",
     "validation": "val valid validation validate validating dev devel development eval evaluation",
     "test": "test tests testing tst holdout heldout",
 }
@@ -20,9 +20,27 @@ FILLERS = str.split(
 
 
 def split_of(name: str) -> str | None:
-    """The split, `train`, `validation` or `test`, that one of the words of a name tells of; None for no or for two splits."""
+    """The split, `train`, `validation` or `test`, that one of the words of a name tells of; None for no or for two splits.
+
+    `train_val` is trained on.
+    """
     found = {split for word in _words(name) if (split := _split_of_word(word))}
-    return found.pop() if len(found) == 1 else None
+    return "train" if found == {"train", "validation"} else found.pop() if len(found) == 1 else None
+
+
+def holds_validation(name: str) -> bool:
+    """Return True for a name of training and validation images in one: `trainval`, `train_val`."""
+    words = _words(name)
+    both = {split for word in words if (split := _split_of_word(word))} == {"train", "validation"}
+    return both or any(word.startswith("trainval") for word in words)
+
+
+def without_overlaps(names: Sequence[str]) -> list[str]:
+    """Names of splits without `trainval` beside `train`, or without `val` beside `trainval` alone."""
+    both = [name for name in names if holds_validation(name)]
+    if any(split_of(name) == "train" for name in names if name not in both):
+        return [name for name in names if name not in both]
+    return [name for name in names if not both or split_of(name) != "validation"]
 
 
 def plain_split_of(name: str, fillers: Iterable[str] = FILLERS) -> str | None:
@@ -34,7 +52,8 @@ def plain_split_of(name: str, fillers: Iterable[str] = FILLERS) -> str | None:
 def named_splits(paths: Sequence[Path]) -> dict[str, Path]:
     """The files or folders that have the names of splits. Raises `DataError` for two of one split (`val`, `validation`)."""
     splits: dict[str, Path] = {}
-    for path in paths:
+    kept = without_overlaps([path.stem for path in paths])
+    for path in (path for path in paths if path.stem in kept):
         split = plain_split_of(path.name if path.is_dir() else path.stem, COLLECTIONS)
         if split is not None:
             other = splits.setdefault(split, path)

@@ -27,6 +27,7 @@ MARKS = (
 LOOKED_AT = 50  # lines that tell the separator
 PEEKED = 2**16  # bytes that tell the columns
 LISTED_PICTURE = re.compile(r"\s*(.*\S)[ \t]+(\S+)\s*$")  # `path label`, as lists of pictures have it
+COMMENTS = re.compile(r"\A(?:\s*#[^\n,;\t|]*\n)+")  # sentences above a table
 WRAPPED = ("data", "rows", "samples", "items", "records", "images", "annotations")  # keys of JSON that hold the rows
 LARGEST_CELL = 2**24
 
@@ -62,22 +63,28 @@ def read_table(path: Path) -> TableFile:
 
 def peek_columns(path: Path) -> list[str]:
     """The columns of a table from the beginning of its file; empty where they cannot be told from it."""
+    return list(peek_cells(path))
+
+
+def peek_cells(path: Path) -> Mapping[str, Sequence[Any]]:
+    """The columns of a table with the cells of its first rows, or with none where rows cannot be told from its beginning."""
     try:
         if path.suffix.lower() in ARROW:
-            return _arrow_schema(path)
+            return dict.fromkeys(_arrow_schema(path), ())
         with path.open("rb") as stream:
             content = stream.read(PEEKED)
         whole = len(content) < PEEKED
         text, _ = decode(content, whole)
         if path.suffix.lower() == ".json":
-            return list(_of_json(path, json.loads(text)).cells) if whole else re.findall(r'"([^"]{1,40})"\s*:', text)
+            keys = [] if whole else re.findall(r'"([^"]{1,40})"\s*:', text)
+            return _of_json(path, json.loads(text)).cells if whole else dict.fromkeys(keys, ())
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             first = json.loads(next(line for line in text.splitlines() if line.strip()))
-            return [str(key) for key in first] if isinstance(first, dict) else []
+            return {str(key): [value] for key, value in first.items()} if isinstance(first, dict) else {}
         lines = text.splitlines()
-        return list(_of_lines(path, "\n".join(lines if whole else lines[:-1]), []).cells)
+        return _of_lines(path, "\n".join(lines if whole else lines[:-1]), []).cells
     except (DataError, OSError, ValueError, TypeError, LookupError, RecursionError, StopIteration, csv.Error):
-        return []
+        return {}
 
 
 # text --------------------------------------------------------------------------------------------------------
@@ -106,6 +113,7 @@ def _read_text(path: Path) -> TableFile:
 
 def _of_lines(path: Path, text: str, notes: list[str]) -> TableFile:
     """The table of separated cells, or of lines `path label`, with or without a line of column names."""
+    text = COMMENTS.sub("", text)
     named = re.match(r"\s*sep=(.)\r?\n", text)  # as spreadsheet programs say it
     if named:
         text = text[named.end() :]
