@@ -59,7 +59,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # the same architecture, shallower or 
     "hiera_tiny_224": {"embed_dim": 48},
     "mobilenetv5_base": {"channel_multiplier": 0.25},
     "naflexvit_base_patch16_parfac_gap": SMALL_VIT,
-    "nasnetalarge": {"stem_size": 24, "num_features": 1008},
+    "nasnetalarge": {"stem_size": 24, "num_features": 1152},
     "qwen3_vit_88m": {"depth": 3, "embed_dim": 192},
     "repvgg_a0": {"width_factor": 0.25},
     "sam2_hiera_tiny": {"embed_dim": 48},

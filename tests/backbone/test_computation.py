@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.convnext import CNBlockConfig
 
-from conftest import draft_patch, make_tiny, small_preprocessing
+from conftest import draft_patch, make_timm, make_tiny, small_preprocessing
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Chain
 from modelpatch.backbone.computation import SIDES, Computation, Computing, compare
@@ -484,3 +484,12 @@ class Padded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(x, (1, 1, 1, 1)) if x.shape[-1] > 32 else x
         return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def test_whole_numbers_that_a_network_casts_are_of_the_probes_precision() -> None:
+    """Gemma's vision tower multiplies its frequencies with places that are whole numbers."""
+    for dtype in (torch.float32, torch.float64):
+        with Reference(dtype):
+            assert torch.arange(3).float().dtype == torch.ones(3).half().dtype == dtype
+    backbone = make_timm("gemma4_vit_167m", 32, depth=1, embed_dim=192)
+    assert backbone.computing.record.probes

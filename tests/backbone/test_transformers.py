@@ -21,6 +21,7 @@ transformers = Library("transformers")
 VIT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 VIT |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
 STAGES: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 1, 1], "num_labels": 5}
+EFFICIENT: dict[str, Any] = {"width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 320, "image_size": 32}
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any], int]] = {  # class: configuration, arguments, blocks at least
     "ViTForImageClassification": ("ViTConfig", VIT, 3),
     "DeiTForImageClassification": ("DeiTConfig", VIT, 3),
@@ -30,6 +31,8 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any], int]] = {  # class: configurat
     "Dinov2WithRegistersForImageClassification": ("Dinov2WithRegistersConfig", VIT, 3),
     "ConvNextForImageClassification": ("ConvNextConfig", {**STAGES, "image_size": 32}, 5),
     "ResNetForImageClassification": ("ResNetConfig", {**STAGES, "embedding_size": 8}, 5),
+    "EfficientNetForImageClassification": ("EfficientNetConfig", EFFICIENT, 7),  # padding="valid"
+    "MobileNetV2ForImageClassification": ("MobileNetV2Config", {"image_size": 32, "depth_multiplier": 0.25}, 16),
 }
 
 
@@ -60,6 +63,7 @@ def test_features_are_what_the_models_own_classifier_reads(kind: str, tmp_path: 
     assert torch.equal(backbone.chain(images), expected)
     assert torch.equal(backbone(images), model(pixel_values=images).logits)
     assert len(backbone.chain.blocks) >= CLASSIFIERS[kind][2]
+    assert backbone.computing.record.probes
     assert backbone.spec == f"transformers:{tmp_path.name}"
     assert load_backbone(model).fingerprint == backbone.fingerprint
     assert set(backbone.module.state_dict()) == set(model.state_dict())

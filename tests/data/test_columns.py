@@ -85,10 +85,8 @@ def test_lists_are_several_labels(cells: list[Any]) -> None:
         (["a+b", "a"], "+"),
         (["cat|dog; bird", "cat|dog", "bird; cat"], "|"),
         (["cat dog", "dog", "cat", "bird cat"], " "),
-        (
-            ["clear primary", "clear primary water", "haze primary", "haze primary water", "clear water primary haze"],
-            " ",
-        ),
+        ([f"{a}{b} primary" for a in ("clear", "haze", "dark") for b in ("", " water", " road", " water road")], " "),
+        (["1 3", "3", "2 3", "1", "1 2 3"], " "),
     ],
 )
 def test_a_separator_that_may_belong_to_names_is_asked_for(cells: list[str], separator: str) -> None:

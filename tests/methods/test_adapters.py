@@ -38,6 +38,7 @@ from modelpatch.methods.ssf import SSF
 from modelpatch.methods.transformer import find_parts
 from modelpatch.methods.vpt import VPT
 from modelpatch.patch.blueprint import Blueprint
+from modelpatch.patch.contents import decode_patch, encode_patch
 from modelpatch.patch.folding import fold
 from modelpatch.patch.model import PatchedModel
 from tolerance import close
@@ -399,6 +400,49 @@ class TokenNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def swin_v2() -> Backbone:
+    """A Swin V2 of transformers: its tables of places have as many columns in as out, and a shifted window holds one token."""
+    from transformers import Swinv2Config, Swinv2ForImageClassification
+
+    sizes = {
+        "image_size": 32,
+        "patch_size": 4,
+        "window_size": 2,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 2),
+    }
+    return load_backbone(Swinv2ForImageClassification(Swinv2Config(**sizes)), preprocessing=small_preprocessing(32))
+
+
+def test_parts_read_what_the_image_makes_and_hold_no_others() -> None:
+    backbone = swin_v2()
+    found = [find_parts(backbone, segment) for segment in backbone.chain.blocks]
+    names = [[part.name for part in (*parts.attention, *parts.mlp)] for parts in found]
+    assert all(len(own) == 1 and own[0].endswith(".attention") for own in names), names
+    patch, images = draft_patch(backbone, Houlsby()), torch.randn(2, 3, 32, 32)
+    read = decode_patch(encode_patch(patch), "patch")
+    assert close(backbone.patched(read)(images), backbone.patched(patch)(images))
+
+
+def test_prompts_of_blocks_of_several_widths_have_these() -> None:
+    backbone = make_timm("pit_ti_224", 32, img_size=32, depth=(1, 1, 1), base_dims=(8, 8, 8), heads=(2, 4, 8))
+    model = VPT(length=3).draft(backbone, 3)
+    assert {tuple(one.shape) for name, one in model.trainable() if name.endswith("prompts")} == {
+        (3, 16),
+        (3, 32),
+        (3, 64),
+    }
+    with pytest.raises(MethodNotApplicableError, match=r"have 16 to 64 channels\. Set depth='deep'"):
+        VPT(depth="shallow").draft(backbone, 3)
+
+
+def test_a_block_that_cannot_run_with_what_is_added_is_named() -> None:
+    backbone = make_timm("hiera_tiny_224", 32, img_size=32)
+    with pytest.raises(MethodNotApplicableError, match=r"vpt: .* has blocks that it cannot change: .* do not fit"):
+        VPT().draft(backbone, 3)
 
 
 def test_windows_take_no_prompts() -> None:

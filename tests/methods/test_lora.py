@@ -487,3 +487,14 @@ def test_the_package_is_imported_without_peft() -> None:
     code = "import sys, modelpatch; print(sorted({'peft', 'transformers'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_network_may_read_the_settings_of_its_convolutions() -> None:
+    """MobileNetV2 of transformers pads by the stride of a layer, as TensorFlow does."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    module = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.25)).eval()
+    backbone = load_backbone(module, preprocessing=small_preprocessing(32))
+    model = LoRA(layers="convolution").draft(backbone, 3)
+    x = torch.randn(2, 3, 32, 32)
+    assert close(model.run_prefix(x, len(backbone.chain)), backbone.chain(x))

@@ -188,3 +188,19 @@ def test_networks_run_in_other_threads_while_blocks_are_traced() -> None:
     done.set()
     runner.join()
     assert failures == []
+
+
+class Narrower(Plain):
+    """Adds its input to the first of its channels, as RexNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.wide(self.first(x))
+        return torch.cat([wide[:, 0:4] + x, wide[:, 4:]], 1)
+
+
+def test_an_input_that_is_added_to_some_channels_is_no_shortcut() -> None:
+    assert form_of(Narrower()).shortcut == "none"

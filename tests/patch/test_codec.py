@@ -19,7 +19,17 @@ from modelpatch.errors import MissingExtraError, PatchError
 from modelpatch.methods.piggyback import Piggyback
 from modelpatch.methods.subset import Subset
 from modelpatch.patch import entropy
-from modelpatch.patch.codec import Codec, channel_scale, pack, snap_int8, snap_signs, snap_sizes, unpack
+from modelpatch.patch.codec import (
+    LEAST_NUMBERS,
+    Codec,
+    channel_scale,
+    most_numbers,
+    pack,
+    snap_int8,
+    snap_signs,
+    snap_sizes,
+    unpack,
+)
 from modelpatch.patch.contents import Patch, decode_patch, encode_patch
 
 
@@ -337,3 +347,12 @@ def test_int8_scales_that_no_writer_gives_are_refused(scale: float) -> None:
     stored["scale/head.weight"] = torch.full((2,), scale)
     with pytest.raises(ValueError, match="scales that are not those of its numbers"):
         unpack(stored, codecs)
+
+
+def test_a_mask_so_even_that_no_reader_would_unfold_it_is_packed() -> None:
+    rows = 2 * LEAST_NUMBERS // 4096
+    tensors = {"mask/a": torch.ones(rows, 4096, dtype=torch.bool)}
+    stored, codecs = pack(tensors)
+    assert codecs == {"mask/a": f"bits:{rows}x4096"}
+    size = sum(entry.nbytes for entry in stored.values())
+    assert torch.equal(unpack(stored, codecs, most_numbers(size))["mask/a"], tensors["mask/a"])

@@ -102,3 +102,11 @@ def test_a_log_holds_a_row_a_penalty_and_named_validation_images_choose(
     assert [row.split(",")[0] for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
     assert patch.created["solved"]["held_out_images"] == len(colors.test)
     assert patch.metrics["validation_top1"] == patch.metrics["test_top1"]
+
+
+def test_features_that_have_faded_to_nothing_are_harmless() -> None:
+    noise = 1e-26 * torch.randn(9, 700, generator=torch.Generator().manual_seed(0))
+    examples = Examples([(noise, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2]))], torch.device("cpu"))
+    weight, bias = solver_of(examples).fold(solver_of(examples).solve(examples, 1e-3))
+    assert weight.isfinite().all()
+    assert torch.allclose(bias.softmax(0), torch.tensor([6, 2, 1]) / 9, atol=1e-2)

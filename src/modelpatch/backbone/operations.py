@@ -256,7 +256,7 @@ def _number(key: str, value: Any, read: Any) -> str:
 
 def _joined(pad: tuple[int, ...], given: Mapping[str, Any], padded: Tensor) -> str:
     """The padding of a convolution and of what was padded before it: a number, left,right,top,bottom, or `same`."""
-    high, wide = given["padding"]
+    high, wide = (*given["padding"], *given["padding"])[:2] if len(given["padding"]) == 1 else given["padding"]
     left, right, top, bottom = pad[0] + wide, pad[1] + wide, pad[2] + high, pad[3] + high
     if left == right == top == bottom:
         return str(left)

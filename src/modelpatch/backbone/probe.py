@@ -93,7 +93,9 @@ class Reference(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         given, named = self._turn(args), self._turn(kwargs or {})
-        return given[0] if func in CASTS else self._turn(func(*given, **named))
+        if func in CASTS:
+            return given[0] if given[0].is_floating_point() else given[0].to(self.dtype)
+        return self._turn(func(*given, **named))
 
     def _turn(self, value: Any) -> Any:
         kind = type(value)

@@ -291,6 +291,11 @@ def add_updates(
     for parameter in trained:  # peft froze what other parts of the patch train
         parameter.requires_grad_(True)
     for target in targets:
+        wrapper: Any = holder.get_submodule(target)
+        own = {name: value for name, value in vars(wrapper.base_layer).items() if not name.startswith("_")}
+        vars(wrapper).update(
+            {name: value for name, value in own.items() if not hasattr(wrapper, name)}
+        )  # some networks read them
         if dora or bias:
             added: Any = holder.get_submodule(f"{target}.{'lora_magnitude_vector' if dora else 'lora_B'}.{ADAPTER}")
             added.strength = 1.0

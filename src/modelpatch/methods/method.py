@@ -16,7 +16,7 @@ from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, V
 from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.errors import MethodError, MethodNotApplicableError
+from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
 from modelpatch.heads.base import Decoder
 from modelpatch.heads.linear import LinearHead, SiameseHead
 from modelpatch.methods.blocks import find_segments
@@ -211,7 +211,13 @@ class Method(ABC):
         if self.head == "siamese" and not (blueprint.owned or blueprint.grafts):
             raise MethodError(f"{self.name} changes no features: a siamese head would read the base's twice.")
         made = {name: make() for name, make in self.reweightings(backbone).items() if name in blueprint.owned}
-        model = PatchedModel.draft(backbone, blueprint, head, made)
+        try:
+            model = PatchedModel.draft(backbone, blueprint, head, made)
+            model.try_grafts()
+        except ForeignTensorError as error:
+            raise MethodNotApplicableError(
+                f"{self.name}: {backbone.spec} has blocks that it cannot change: {error} Name others with `blocks`."
+            ) from error
         model.learned_statistics = any(getattr(one, "statistics", None) == "learned" for one in self.members)
         self.initialise(model, backbone)
         return model

@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -32,8 +33,7 @@ from modelpatch.text import first_line
 
 GRAFT = "pruned"
 MOST = 0.9  # of a group's channels, where the ratio holds for all groups together
-# steps of a gradient that copied values into overlapping windows
-WINDOWS = {"UnfoldBackward0", "Im2ColBackward0", "AsStridedBackward0"}
+MOST_INDICES, STEP = 2**19, 2**10  # that Torch-Pruning follows: they multiply where tensors are laid out anew
 # what Torch-Pruning raises at its limits
 UNFOLLOWED = (RuntimeError, ValueError, LookupError, AttributeError, AssertionError, TypeError)
 _KNOWN: WeakKeyDictionary[Backbone, dict[Any, list[nn.Module]]] = WeakKeyDictionary()  # what is left of pruned blocks
@@ -97,17 +97,6 @@ def prune(
 
     Raises `MethodNotApplicableError` for a segment without any and a ratio that removes none, and `MissingExtraError`.
     """
-    for segment in segments:
-        reads = _steps(segment.module, torch.zeros(1, *segment.input_shape)) & WINDOWS
-        flat = len(segment.input_shape) == 1 and any(isinstance(one, nn.Conv2d) for one in segment.module.modules())
-        if reads or flat:
-            what = (
-                f"overlapping windows ({', '.join(sorted(reads))})" if reads else "several tensors side by side as one"
-            )
-            raise MethodNotApplicableError(
-                f"{segment.name} reads {what}, whose numbers Torch-Pruning would follow one by one until memory ends. Name "
-                "other blocks."
-            )
     copies, scores = [], dict[Any, Tensor]()
     for number, segment in enumerate(segments):
         try:
@@ -138,19 +127,6 @@ def prune(
     return [one.module.requires_grad_(False) for one in copies]
 
 
-def _steps(module: nn.Module, example: Tensor) -> set[str]:
-    """The names of the steps of a module's gradient."""
-    with torch.enable_grad():
-        output = module(example.requires_grad_())
-    ahead, seen = [output.grad_fn], set[Any]()
-    while ahead:
-        step = ahead.pop()
-        if step is not None and step not in seen:
-            seen.add(step)
-            ahead += [before for before, _ in step.next_functions]
-    return {type(step).__name__ for step in seen}
-
-
 def _weakest(scores: Mapping[Any, Tensor], ratio: float, scope: str) -> dict[Any, list[int]]:
     """The channels to remove from every group: the share `ratio` of each, or of all together but at most `MOST` of each."""
     counts = {key: int(ratio * len(score)) for key, score in scores.items()}
@@ -159,6 +135,31 @@ def _weakest(scores: Mapping[Any, Tensor], ratio: float, scope: str) -> dict[Any
         bar = every[min(int(ratio * len(every)), len(every) - 1)]
         counts = {key: min(int((score < bar).sum()), math.floor(MOST * len(score))) for key, score in scores.items()}
     return {key: scores[key].argsort(stable=True)[:count].tolist() for key, count in counts.items()}
+
+
+@dataclass
+class _Bounds:
+    """The indices that may still be followed for one group; a step counts as `STEP` of them."""
+
+    left: int = 0
+
+
+class _BoundedSteps(list[Any]):
+    """Steps from some indices to those coupled to them, which raise ValueError once too many have been followed."""
+
+    def __init__(self, steps: list[Any], bounds: _Bounds) -> None:
+        super().__init__(steps)
+        self.bounds = bounds
+
+    def __setitem__(self, place: Any, step: Any) -> None:
+        def run(indices: list[Any]) -> list[Any]:
+            count = len(indices) * (1 if getattr(step, "reverse", True) else getattr(step, "_stride", 1))
+            self.bounds.left -= STEP + count
+            if self.bounds.left < 0:
+                raise ValueError(f"more than {MOST_INDICES:,} indices of tensors are coupled to a channel")
+            return step(indices)
+
+        super().__setitem__(place, run if callable(step) else step)
 
 
 class _Prunable:
@@ -170,12 +171,19 @@ class _Prunable:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on parameters outside layers, which no inner group touches
             self.graph = self.library.DependencyGraph().build_dependency(self.module, example_inputs=example)
+        self.bounds = _Bounds()
+        for node in self.graph.module2node.values():
+            for step in node.dependencies:
+                step.index_mapping = _BoundedSteps(step.index_mapping, self.bounds)  # its items are set for each group
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove some outputs of a layer and what is coupled to them."""
-        layer = self.module.get_submodule(name)
-        way = self.graph.get_pruner_of_module(layer).prune_out_channels
-        self.graph.get_pruning_group(layer, way, channels).prune()
+        self._group(self.module.get_submodule(name), channels).prune()
+
+    def _group(self, layer: nn.Module, channels: list[int]) -> Any:
+        """Some outputs of a layer and all that is coupled to them. Raises one of `UNFOLLOWED`."""
+        self.bounds.left = MOST_INDICES
+        return self.graph.get_pruning_group(layer, self.graph.get_pruner_of_module(layer).prune_out_channels, channels)
 
     def scores(self, norm: str, only: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """The mean norm of every inner channel over the layers coupled to it, relative to its group's mean, by the root."""
@@ -188,13 +196,16 @@ class _Prunable:
             if only is not None and names[id(layer)] not in only:
                 continue
             pruner = self.graph.get_pruner_of_module(layer)
-            first = self.graph.get_pruning_group(layer, pruner.prune_out_channels, [0])
+            try:
+                first = self._group(layer, [0])
+            except UNFOLLOWED:
+                continue
             outputs = [one for one in first if self.graph.is_out_channel_pruning_fn(one.dep.handler)]
             coupled |= {one.dep.target.module for one in outputs}
             if self._is_inner(names[id(layer)]):
                 own = sorted({place for one in outputs if one.dep.target.module is layer for place in one.idxs})
                 units = own[1] if len(own) > 1 else pruner.get_out_channels(layer)  # halves of a gate go together
-                group = self.graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(units)))
+                group = self._group(layer, list(range(units)))
                 found[names[id(layer)]] = importance(group).detach()[:units]
         return found
 

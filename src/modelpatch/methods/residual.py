@@ -104,7 +104,7 @@ def _trace_form(block: nn.Module) -> Form:
     source = graph.find_nodes(op="placeholder")[0]
     if layers := _dense_layers(graph, source):
         return Form("none", layers)
-    added = (node for node in graph.nodes if _adds_two(node))
+    added = (node for node in graph.nodes if _adds_two(node) and not any(map(_is_slice, node.all_input_nodes)))
     sums = [node for node in added if all(source in _ancestors([one]) for one in node.all_input_nodes)]
     whole = isinstance(block, Steps) and not block.sizeless  # a half would keep what belongs to one size of images
     for node in reversed([] if whole else sums):
@@ -113,6 +113,12 @@ def _trace_form(block: nn.Module) -> Form:
             return Form("identity" if identity else "projection", cut=cut)
     adds_input = any(_skip_identities(operand, block) is source for node in sums for operand in node.all_input_nodes)
     return Form("identity" if adds_input else "none")
+
+
+def _is_slice(node: fx.Node) -> bool:
+    """Return True for the first channels of a tensor, to which RexNet adds a narrower input."""
+    index = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, tuple) and isinstance(index[-1], slice) and not index[-1].start and bool(index[-1].stop)
 
 
 def _dense_layers(graph: fx.Graph, source: fx.Node) -> tuple[str, ...]:

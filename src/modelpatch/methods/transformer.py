@@ -6,7 +6,7 @@ An MLP maps every token by itself; attention mixes them. Both keep the shape of 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,26 +40,37 @@ class TransformerParts:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: what it was given and, of several outputs the first, what it gave."""
+    """One call of a module: what it was given and, of several outputs the first, what it gave.
+
+    `whole` says that these are what the segment is given and gives, `single` that it gives nothing else.
+    """
 
     run: Callable[..., Any]
     inputs: tuple[Any, ...]
     named: dict[str, Any]
     x: Tensor
     y: Tensor
+    single: bool
+    whole: bool = False
 
     def mixes_tokens(self) -> bool:
-        """True if other tokens behind the first one change the output for the first."""
+        """True if other tokens change the output for the first one, or for one in the middle: a window may hold one alone."""
+        count = self.x.numel() // self.x.shape[-1]
+        return any(map(self._is_changed_by_others, (0, count // 2)))
+
+    def _is_changed_by_others(self, token: int) -> bool:
         other = self.x.clone()
         tokens = other.view(-1, other.shape[-1])
-        tokens[1:] = tokens[1:].roll(1, -1)  # not a shift or a factor, which a normalisation layer would undo
+        kept = tokens[token].clone()
+        tokens[:] = tokens.roll(1, -1)  # not a shift or a factor, which a normalisation layer would undo
+        tokens[token] = kept
 
         def changed(value: Any) -> Any:
             same = isinstance(value, Tensor) and value.shape == self.x.shape and torch.equal(value, self.x)
             return other if same else value
 
         y = _first(self.run(*map(changed, self.inputs), **{name: changed(value) for name, value in self.named.items()}))
-        difference = (y - self.y).reshape(-1, y.shape[-1])[0].abs().max()
+        difference = (y - self.y).reshape(-1, y.shape[-1])[token].abs().max()
         return bool(difference > TOLERANCE * self.y.abs().max())
 
 
@@ -78,7 +89,10 @@ def find_parts(backbone: Backbone, segment: Segment) -> TransformerParts:
     weighted = {name for name in calls if any(_is_linear(one) for one in segment.module.get_submodule(name).modules())}
     kept = [name for name in calls if name in weighted and calls[name].x.shape == calls[name].y.shape]
     mixing = [name for name in kept if calls[name].mixes_tokens()]
-    maps = [name for name in kept if name not in mixing and _count_linear(segment.module.get_submodule(name)) >= 2]
+    whole = [name for name in mixing if calls[name].whole and any(one.startswith(f"{name}.") for one in mixing)]
+    mixing = [name for name in mixing if name not in whole]
+    others = [name for name in kept if calls[name].single and name not in (*mixing, *whole)]
+    maps = [name for name in others if _count_linear(segment.module.get_submodule(name)) >= 2]
     mlps = [name for name in maps if not any(other.startswith(f"{name}.") for other in maps)]
     holders = [name for name in mixing if not any(mlp.startswith(f"{name}.") for mlp in mlps)]
     attention = [name for name in holders if not any(name.startswith(f"{other}.") for other in holders)]
@@ -123,25 +137,34 @@ def _random_input(segment: Segment) -> Tensor:
 
 @torch.no_grad()
 def _calls(segment: Segment) -> dict[str, _Call]:
-    """By name, the call of every inner module that the segment calls once, with several tokens (..., N, C)."""
-    clone, calls, several = clone_module(segment.module), dict[str, _Call](), set[str]()
+    """By name, the call of every inner module that the segment calls once, with several tokens (..., N, C) of its input."""
+    clone, calls, several, fixed = clone_module(segment.module), dict[str, _Call](), set[str](), set[str]()
+    first, repeated = _random_input(segment), False
 
     def run(name: str, forward: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
         x = given[0].detach().clone(memory_format=torch.contiguous_format) if given else None
+        if repeated:
+            fixed.update([name] if x is None or (name in calls and torch.equal(x, calls[name].x)) else [])
+            return forward(*inputs, **named)
         result = forward(*inputs, **named)
         y = _first(result)
         if name in calls:
             several.add(name)
         elif x is not None and x.ndim >= 3 and x.numel() > x.shape[-1] and isinstance(y, Tensor):
-            calls[name] = _Call(forward, inputs, named, x, y.detach().clone())
+            calls[name] = _Call(forward, inputs, named, x, y.detach().clone(), y is result)
         return result
 
     for name, module in list(clone.named_modules()):
         if name:
             module.forward = partial(run, name, module.forward)
-    clone(_random_input(segment))
-    found = {name: call for name, call in calls.items() if name not in several}
+    last, repeated = _first(clone(first)), True
+    clone(first.flip(-1))  # tables of places are made of no input
+    found = {
+        name: replace(call, whole=_equal(call.x, first) and _equal(call.y, last))
+        for name, call in calls.items()
+        if name not in several | fixed
+    }
     for name, module in clone.named_modules():
         vars(module).pop("forward", None) if name else None
     return found

@@ -56,9 +56,17 @@ class VPT(Method):
                 f"vpt: {fixed[0]} of {backbone.spec} takes its own number of tokens alone (windows, or places of tokens "
                 "inside attention). Try `convpass`, `adaptformer` or `ssf`."
             )
-        given = {"length": self.length, "channels": found[0].input_shape[-1]}
+        widths = [segment.input_shape[-1] for segment in found]
         if self.depth == "deep":
-            return Blueprint(grafts=tuple(graft_on(segment, GRAFT, **given) for segment in found))
+            prompted = [
+                (segment, {"length": self.length, "channels": width})
+                for segment, width in zip(found, widths, strict=True)
+            ]
+            return Blueprint(grafts=tuple(graft_on(segment, GRAFT, **given) for segment, given in prompted))
+        if len(set(widths)) > 1:
+            raise MethodNotApplicableError(
+                f"vpt: tokens of {backbone.spec} have {min(widths)} to {max(widths)} channels. Set depth='deep'."
+            )
         start, end = found[0].index, found[-1].index + 1
         if end - start != len(found):
             between = next(
@@ -67,6 +75,7 @@ class VPT(Method):
             raise MethodNotApplicableError(
                 f"vpt: {between} stands between the blocks of {backbone.spec}, and would not take prompts. Set depth='deep'."
             )
+        given = {"length": self.length, "channels": widths[0]}
         return Blueprint(grafts=(Graft(kind=GRAFT, start=start, end=end, arguments=given),))
 
 

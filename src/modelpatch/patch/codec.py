@@ -18,6 +18,8 @@ from torch import Tensor
 from modelpatch.errors import MissingExtraError
 from modelpatch.patch.entropy import MAX_BITS, decode_bits, encode_bits
 
+NUMBERS_A_BYTE = 2048  # that masks may unfold to: coded, even one in a thousand weights takes more
+LEAST_NUMBERS = 2**22  # that any file may have
 STREAM, SCALE, WHERE = "masks", "scale/", "bits/"
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLAIN = {**FLOATS, "int32": torch.int32}
@@ -178,6 +180,11 @@ class Codec:
         return KINDS[self.kind].planes
 
 
+def most_numbers(size: int) -> int:
+    """The numbers that the masks of a file of so many bytes may unfold to."""
+    return max(LEAST_NUMBERS, NUMBERS_A_BYTE * size)
+
+
 def pack(
     tensors: Mapping[str, Tensor], int8: Collection[str] = (), compress: bool = True
 ) -> tuple[Entries, dict[str, str]]:
@@ -196,7 +203,11 @@ def pack(
     packed = {name: np.concatenate([np.packbits(plane) for plane in bits]) for name, bits in planes.items() if bits}
     masks = {name: planes[name] for name in packed if kinds[name].coded}
     stream = _encode(masks) if compress and masks else None
-    if stream is not None and len(stream) < sum(len(packed[name]) for name in masks):
+    size = sum(entry.nbytes for entry in stored.values()) + len(stream or b"")
+    small = sum(codec.numbers for codec in codecs.values() if codec.shape) > most_numbers(
+        size
+    )  # no reader would unfold it
+    if stream is not None and not small and len(stream) < sum(len(packed[name]) for name in masks):
         stored[STREAM] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
         codecs |= {name: replace(codecs[name], coded=True) for name in masks}
     for name, data in packed.items():

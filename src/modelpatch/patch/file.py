@@ -37,7 +37,7 @@ from modelpatch.errors import (
 )
 from modelpatch.heads.base import HeadRecord
 from modelpatch.patch.blueprint import Graft
-from modelpatch.patch.codec import Codec, pack, unpack
+from modelpatch.patch.codec import Codec, most_numbers, pack, unpack
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import CODEC_PREFIX, MAX_LENGTH, STORED_NAME, TENSOR_NAME, Facts, Text, first_problem
 
@@ -46,8 +46,6 @@ KEY = "modelpatch"
 MAX_HEADER = 64 * 2**20
 MAX_SIDES = 2**48  # more than any tensor has numbers, less than what overflows where shapes are multiplied
 ZEROS = "0" * 64
-NUMBERS_A_BYTE = 2048  # that masks may unfold to: coded, even one in a thousand weights takes more
-LEAST_NUMBERS = 2**22  # that any file may have
 TABLE_BYTES = 128  # of an entry in the table of tensors, beside its name
 Tensors = Mapping[str, Tensor]
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
@@ -268,7 +266,7 @@ def decode_file(data: bytes, name: str, most: int) -> tuple[Header, dict[str, Te
     for tensor_name, tensor in stored.items():
         _check_finite(tensor_name, tensor, name)
     try:
-        tensors = unpack(stored, header.codecs, min(most, max(LEAST_NUMBERS, NUMBERS_A_BYTE * len(data))))
+        tensors = unpack(stored, header.codecs, min(most, most_numbers(len(data))))
     except ValueError as error:
         raise InvalidPatchError(f"{name}: its codecs do not fit its tensors: {error}.") from error
     _check_head(header.head, len(header.task.classes), tensors, name)

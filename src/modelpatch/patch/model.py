@@ -125,7 +125,7 @@ class PatchedModel(nn.Module):
                 added = f"the modules that the patch adds to segments [{start}, {end})"
                 try:
                     shape = tuple(variant(torch.zeros(1, *given, device=self.backbone.device)).shape[1:])
-                except (RuntimeError, ValueError, LookupError, TypeError) as error:
+                except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
                     raise ForeignTensorError(f"{added} do not fit: {error}") from error
             if shape != tuple(expected):
                 raise ForeignTensorError(f"{added} answer in shape {shape}; expected {expected}.")

@@ -26,6 +26,7 @@ MOST_STEPS = 100
 PIECE = 2**25  # numbers, of features and outputs, that are worked on at once
 LEAST = 1e-2  # times the largest deviation: features that hardly differ are not blown up
 ROUNDING = 1e-4  # times the largest mean, likewise: features that differ by rounding are one
+SMALLEST = 1e-12  # below it all features are 0: those of a network without training may fade to nothing
 FLATTEST = 1e-9  # a curvature, for losses that have none
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and targets (B, ...) to their mean loss
@@ -79,7 +80,7 @@ class Scales:
             gram.addmm_((x - mean).T, x - mean, alpha=1 / count)
         deviation = gram.diagonal().clamp(min=0).sqrt()
         least = max(LEAST * float(deviation.max()), ROUNDING * float(mean.abs().max()))
-        deviation = deviation.clamp(min=least) if least else torch.ones_like(deviation)
+        deviation = deviation.clamp(min=least) if least > SMALLEST else torch.ones_like(deviation)
         one = torch.eye(width, device=examples.device)  # without it the search fails where nothing is correlated
         values, vectors = torch.linalg.eigh(gram / deviation.outer(deviation) + one)
         return cls(mean, deviation, (values - 1).clamp(min=0), vectors)
