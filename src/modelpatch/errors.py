@@ -97,6 +97,10 @@ class ForeignTensorError(PatchError):
     """The patch holds tensors whose names or shapes the backbone does not have."""
 
 
+class AddedModulesError(ForeignTensorError):
+    """Modules that a patch adds, which cannot be built for its segments or cannot run there."""
+
+
 class UnknownGraftError(PatchError):
     """The patch adds a kind of module this installation does not know."""
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, TypeAdapter, V
 from torch import nn
 
 from modelpatch.backbone.backbone import Backbone
-from modelpatch.errors import ForeignTensorError, MethodError, MethodNotApplicableError
+from modelpatch.errors import AddedModulesError, MethodError, MethodNotApplicableError
 from modelpatch.heads.base import Decoder
 from modelpatch.heads.linear import LinearHead, SiameseHead
 from modelpatch.methods.blocks import find_segments
@@ -214,7 +214,7 @@ class Method(ABC):
         try:
             model = PatchedModel.draft(backbone, blueprint, head, made)
             model.try_grafts()
-        except ForeignTensorError as error:
+        except AddedModulesError as error:
             raise MethodNotApplicableError(
                 f"{self.name}: {backbone.spec} has blocks that it cannot change: {error} Name others with `blocks`."
             ) from error

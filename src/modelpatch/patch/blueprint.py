@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import nn
 
 from modelpatch.backbone.chain import Chain
-from modelpatch.errors import ForeignTensorError, UnknownGraftError
+from modelpatch.errors import AddedModulesError, ForeignTensorError, UnknownGraftError
 from modelpatch.registry import Registry
 from modelpatch.text import MAX_LENGTH, Facts, first_line
 
@@ -68,7 +68,7 @@ class Graft(BaseModel, frozen=True, extra="forbid"):
             TypeError,
             ValueError,
         ) as error:
-            raise ForeignTensorError(
+            raise AddedModulesError(
                 f"the modules of kind {self.kind!r} do not fit segments [{self.start}, {self.end}): {first_line(error)[:300]}."
             ) from error
 

@@ -16,7 +16,7 @@ from modelpatch.backbone.chain import Chain, Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.backbone.strided import lay_strided
-from modelpatch.errors import ForeignTensorError, PatchError
+from modelpatch.errors import AddedModulesError, ForeignTensorError, PatchError
 from modelpatch.heads.base import Head, HeadRecord
 from modelpatch.heads.reading import ChainPart, HeadInput, Read, Reading, run_chain
 from modelpatch.patch.blueprint import Blueprint, Graft, Span
@@ -116,7 +116,7 @@ class PatchedModel(nn.Module):
 
     @torch.no_grad()
     def try_grafts(self) -> None:
-        """Run every span with added modules once, on zeros. Raises `ForeignTensorError` for a failure or another shape."""
+        """Run every span with added modules once, on zeros. Raises `AddedModulesError` for a failure or another shape."""
         for (start, end), variant in zip(self.spans, self.variants, strict=True):
             if not any(start <= graft.start < end for graft in self.blueprint.grafts):
                 continue
@@ -126,9 +126,9 @@ class PatchedModel(nn.Module):
                 try:
                     shape = tuple(variant(torch.zeros(1, *given, device=self.backbone.device)).shape[1:])
                 except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-                    raise ForeignTensorError(f"{added} do not fit: {error}") from error
+                    raise AddedModulesError(f"{added} do not fit: {error}") from error
             if shape != tuple(expected):
-                raise ForeignTensorError(f"{added} answer in shape {shape}; expected {expected}.")
+                raise AddedModulesError(f"{added} answer in shape {shape}; expected {expected}.")
 
     def _variant(
         self, segments: tuple[Segment, ...], owned: frozenset[str], reweightings: Reweightings, span: Span
