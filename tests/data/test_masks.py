@@ -194,6 +194,12 @@ def test_a_split_of_images_alone_is_passed_over(tmp_path: Path) -> None:
     assert read.passed_over["picture of a split without masks"] == ("test/images/b.jpg",)
 
 
+def test_names_of_classes_are_found_in_an_unpacked_folder(tmp_path: Path) -> None:
+    pair(tmp_path / "set").joinpath("classes.txt").write_text("road\nsky")
+    assert found(tmp_path).classes == ["road", "sky"]
+    assert found(tmp_path).notes == ()
+
+
 def test_folders_that_look_like_masks_are_told(tmp_path: Path) -> None:
     picture(tmp_path / "x" / "a.jpg")
     mask(tmp_path / "y" / "a.png")

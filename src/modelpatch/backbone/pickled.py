@@ -162,4 +162,6 @@ def _reason(error: Exception) -> str:
         text = text.split("Error:")[-1]
     if isinstance(error, MemoryError):
         return "it says that it is larger than the memory; it is damaged"
+    if isinstance(error, LookupError | OSError) or "legacy .tar" in text:
+        return f"it is no file of torch.save, or is damaged ({type(error).__name__}: {' '.join(text.split())[:80]})"
     return " ".join(text.split())[:200].rstrip(".") or type(error).__name__

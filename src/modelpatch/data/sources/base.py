@@ -206,14 +206,14 @@ def takes_columns(given: str | Path) -> bool:
 def _find_accepting(given: Any) -> tuple[Any, list[DataSource]]:
     """The given place, or the folder in it in which the data was unpacked, and the sources in whose layout that is."""
     accepting = [source for name in SOURCES.names() if (source := SOURCES.find(name)()).accepts(given)]
-    if all(source.general for source in accepting) and (inner := _only_folder(given)):
+    if all(source.general for source in accepting) and (inner := only_folder(given)):
         place, found = _find_accepting(inner)
         if not all(source.general for source in found):
             return place, found
     return given, accepting
 
 
-def _only_folder(given: Any) -> Path | None:
+def only_folder(given: Any) -> Path | None:
     """The folder inside of one that holds nothing else but texts and the like, as archives unpack."""
     if not isinstance(given, Path) or not given.is_dir():
         return None

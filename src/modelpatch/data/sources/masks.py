@@ -6,7 +6,7 @@ Names of classes are listed in `classes.txt` or `labels.txt`, one a line, in a l
 from pathlib import Path
 from typing import Any
 
-from modelpatch.data.sources.base import DataSource, Found, SourceOptions, register_source
+from modelpatch.data.sources.base import DataSource, Found, SourceOptions, only_folder, register_source
 from modelpatch.data.sources.finding import folders_of_splits
 from modelpatch.data.sources.legends import find_legend
 from modelpatch.data.sources.pairing import find_alike, has_folders, has_pairs, pair_up
@@ -28,7 +28,7 @@ class MaskFolders(DataSource):
         if not path.is_dir() or (path / LISTS).is_dir():
             return False
         named = has_folders(path) or any(map(has_pairs, [path, *_split_folders(path)]))
-        return named or bool(find_alike(path))
+        return named or (only_folder(path) is None and bool(find_alike(path)))
 
     def read(self, source: Any, options: SourceOptions) -> Found:
         path, remarks = Path(source), Remarks()
