@@ -17,6 +17,7 @@ from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, ServeError, StoreError
 from modelpatch.report import tables
 from modelpatch.serve.settings import Settings
+from modelpatch.serve.tenants import Tenants
 
 DEFAULT = Settings()
 store = typer.Typer(
@@ -245,7 +246,7 @@ def tune(
     console.write_json(asdict(tuning))
 
 
-@verb(first="backbone host port token require_signer workers cascade", panel="Limits")
+@verb(first="backbone host port token tenants require_signer workers cascade", panel="Limits")
 def serve(
     network: opt.ServedNetwork,
     store: str = Argument(..., help="The folder or URL of a store of patches."),
@@ -262,6 +263,7 @@ def serve(
     refresh: float = Option(DEFAULT.refresh, min=0, help="Seconds until changes of the store are seen."),
     requests: int = Option(DEFAULT.requests, min=1, help="Requests that are answered at once; more get 429."),
     per_client: int = Option(DEFAULT.per_client, min=1, help="Requests of one address at once; more get 429."),
+    tenants: Path | None = Option(None, help="A TOML file of tenants: their keys' hashes, weights and budgets."),
     allowed_host: list[str] | None = Option(
         None, help="A name that browsers may ask for; may be repeated. By default any, on 127.0.0.1 it and localhost."
     ),
@@ -286,6 +288,7 @@ def serve(
     limits |= {"images": min(DEFAULT.images, queue), "pixels": pixels, "refresh": refresh}
     own = ("127.0.0.1", "localhost") if host in ("127.0.0.1", "localhost") else ()
     limits |= {"requests": requests, "per_client": per_client, "hosts": tuple(allowed_host or own)}
+    limits["tenants"] = None if tenants is None else Tenants.read(tenants)
     signers = signers_of(require_signer)
     settings = Settings(backend=backend, token=token, signers=signers, **limits)
     place = opt.find_device(network.device)

@@ -20,6 +20,7 @@ import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
 from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question, read_signature
 from modelpatch.serve.service import Service
+from modelpatch.serve.tenants import Caller
 from modelpatch.store.version import NAME
 from modelpatch.version import __version__
 
@@ -46,7 +47,17 @@ SignatureHeader = Annotated[
 ]
 PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
 ALWAYS = ("bad-request", "invalid-request", "failed")
-BUSY = (*ALWAYS, "too-busy", "deadline", "too-large", "unknown-patch", "wrong-backbone", "missing-extra")
+BUSY = (
+    *ALWAYS,
+    "no-key",
+    "wrong-key",
+    "too-busy",
+    "deadline",
+    "too-large",
+    "unknown-patch",
+    "wrong-backbone",
+    "missing-extra",
+)
 ADMIN = (*ALWAYS, "no-token", "wrong-token", "unknown-patch", "store-unreachable")
 
 
@@ -61,13 +72,18 @@ async def service_of(request: Request) -> Service:
     return service
 
 
-def client_of(request: Request) -> str:
-    """The address that a request came from."""
-    return request.client.host if request.client else ""
+Running = Annotated[Service, Depends(service_of)]
+
+
+def caller_of(request: Request, service: Running) -> Caller:
+    """The caller of a request, by its key or its address. Raises `Problem`, 401 or 403."""
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip() if kind.lower() == "bearer" else None
+    return service.admission.recognise(request.client.host if request.client else "", given)
 
 
 TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
-Running = Annotated[Service, Depends(service_of)]
+Asking = Annotated[Caller, Depends(caller_of)]
 
 
 async def check_host(request: Request, service: Running) -> None:
@@ -105,22 +121,22 @@ others = APIRouter(tags=["health"])
     responses=problems("too-slow", "unknown-kind"),
     openapi_extra=QUESTION,
 )
-async def predict(request: Request, service: Running) -> Response:
+async def predict(request: Request, service: Running, caller: Asking) -> Response:
     """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
     files, or JSON with the images in base64."""
-    async with service.admission.receive(client_of(request)) as arrival:
+    async with service.admission.receive(caller) as arrival:
         asked, images = await read_question(request, service.settings, arrival.add)
-        async with service.admission.answer():
-            return JSONResponse(await service.predict(images, asked))
+        async with service.admission.answer(caller):
+            return JSONResponse(await service.predict(images, asked, caller))
 
 
 @answers.get("/plan", response_model=schemas.PlanAnswer)
 async def plan(
-    request: Request, service: Running, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1
+    service: Running, caller: Asking, tasks: PlanTasks = None, images: Annotated[int, Query(ge=1, le=1024)] = 1
 ) -> Response:
     """The work that tasks share in one pass: the tree of streams, and the share of the work that is saved."""
     names = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
-    async with service.admission.receive(client_of(request)), service.admission.answer():
+    async with service.admission.receive(caller), service.admission.answer(caller):
         return JSONResponse(await service.plan(names, images))
 
 
@@ -148,14 +164,19 @@ async def list_versions(service: Running, name: PatchName) -> Response:
     openapi_extra={"requestBody": FILE_BODY},
 )
 async def publish(
-    request: Request, service: Running, name: PatchName, tag: PatchTags = None, signature: SignatureHeader = None
+    request: Request,
+    service: Running,
+    caller: Asking,
+    name: PatchName,
+    tag: PatchTags = None,
+    signature: SignatureHeader = None,
 ) -> Response:
     """Publish a patch file as the newest version, with its signature where it has one. It is checked against the backbone and
     the server's required signers first, and resident at once."""
-    async with service.admission.receive(client_of(request)) as arrival:
+    async with service.admission.receive(caller) as arrival:
         signed = read_signature(signature)
         data = await read_body(request, service.settings.patch_bytes, arrival.add)
-        async with service.admission.answer():
+        async with service.admission.answer(caller):
             return JSONResponse(await service.publish(name, data, tag or ["latest"], signed), 201)
 
 

@@ -1,10 +1,12 @@
 """Images of many requests through the engine together.
 
-No image waits for others: a free engine takes all that are there, at most `batch`; the next batch gathers while it computes.
+No image waits for others: a free engine takes those that are there, at most `batch` and as much work as so many passes of
+the backbone; the next batch gathers while it computes. Callers take turns, in multiply-adds.
 """
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,11 +19,15 @@ from torch import Tensor
 from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.engine.engine import BASE, Engine
 from modelpatch.engine.threads import computing_pool
+from modelpatch.serve.fair import Budgets, FairQueue, Places
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.settings import Settings
+from modelpatch.serve.tenants import Caller
 from modelpatch.tasks.kind import kind_of
 
+PRICES = 4096  # compositions of tasks whose work is remembered
+ANYBODY = Caller.alone("")
 Said = Any  # what the task's kind reduces an answer to
 
 
@@ -32,6 +38,7 @@ class QueuedImage:
     crops: Mapping[Preprocessing, Tensor]
     tasks: tuple[str, ...]
     top: int
+    caller: Caller = ANYBODY
     since: float = field(default_factory=time.perf_counter)
     answer: Future[dict[str, Said]] = field(default_factory=Future)
 
@@ -39,9 +46,20 @@ class QueuedImage:
 class Batcher:
     """The queue before an engine, and the one thread that calls it, which computes with `threads`."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        threads: int | None = None,
+        budgets: Budgets | None = None,
+    ) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
-        self._waiting: list[QueuedImage] = []
+        self.budgets = budgets or Budgets()
+        self._queue: FairQueue[QueuedImage] = FairQueue()
+        self._places = Places(settings.queue)
+        self._prices: OrderedDict[tuple[str, ...], int] = OrderedDict()
+        self._rate = 0.0  # multiply-adds a second of late
         self._arrived = asyncio.Event()
         self._thread = computing_pool(threads or torch.get_num_threads(), "modelpatch-engine")
         self._work = asyncio.get_running_loop().create_task(self._run())
@@ -51,31 +69,57 @@ class Batcher:
         await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.engine, image, only=[BASE]))
 
     async def answer(self, rows: Sequence[QueuedImage]) -> list[dict[str, Said]]:
-        """The answers of every image by task. Raises `Problem`, 429 if the queue is full."""
-        if len(self._waiting) + len(rows) > self.settings.queue:
-            said = f"{len(self._waiting)} images wait already; this server queues {self.settings.queue}."
-            raise Problem("too-busy", said, "Try again soon, or send fewer at once.")
-        self._waiting += rows
-        self.metrics.waiting.set(len(self._waiting))
+        """The answers of every image of one caller by task. Raises `Problem`, 429 if the queue has no place for them."""
+        if not rows:
+            return []
+        caller, prices = rows[0].caller, {tasks: await self._price(tasks) for tasks in {row.tasks for row in rows}}
+        if not self._places.take(caller, len(rows)):
+            waiting, most = self._places.taken, self._places.most
+            said = f"{waiting} images wait already, too many of them yours; this server queues {most}."
+            wait = self._queue.work / self._rate if self._rate else None
+            raise Problem("too-busy", said, "Try again then, or send fewer at once.", wait=wait)
+        for row in rows:
+            self._queue.put(caller, row, prices[row.tasks])
+        work = sum(prices[row.tasks] for row in rows)
+        self.budgets.spend(caller.tenant, work)
+        self.metrics.macs.labels(caller.tenant.name if self.settings.tenants else "").inc(work)
+        self.metrics.waiting.set(self._places.taken)
         self._arrived.set()
         return await asyncio.gather(*(asyncio.wrap_future(row.answer) for row in rows))
 
     async def stop(self) -> None:
         """End the thread; images that still wait get a problem."""
         self._work.cancel()
-        for row in self._waiting:
+        for row in self._queue.drain():
             if row.answer.set_running_or_notify_cancel():
                 row.answer.set_exception(Problem("stopping", "The server is stopping."))
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
+    async def _price(self, tasks: tuple[str, ...]) -> int:
+        """The multiply-adds of an image that is asked about by these tasks, which are in the engine; heads are left out."""
+        if tasks not in self._prices:
+            try:
+                plan = await asyncio.to_thread(self.engine.plan_for, 1, tasks)
+            except Exception as error:
+                raise problem_of(error) from error
+            self._prices[tasks] = max(1, plan.flops // 2)
+            while len(self._prices) > PRICES:
+                self._prices.popitem(last=False)
+        return self._prices[tasks]
+
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        most = self.settings.batch * await self._price((BASE,))
         while True:
             await self._arrived.wait()
-            batch = [row for row in self._waiting[: self.settings.batch] if row.answer.set_running_or_notify_cancel()]
-            del self._waiting[: self.settings.batch]
-            self.metrics.waiting.set(len(self._waiting))
-            if not self._waiting:
+            before = self._queue.work
+            taken = self._queue.take(self.settings.batch, most)
+            work = before - self._queue.work
+            for row in taken:
+                self._places.give_back(row.caller)
+            batch = [row for row in taken if row.answer.set_running_or_notify_cancel()]
+            self.metrics.waiting.set(self._places.taken)
+            if not self._queue:
                 self._arrived.clear()
             if not batch:
                 continue
@@ -83,6 +127,8 @@ class Batcher:
             for row in batch:
                 self.metrics.queue_seconds.observe(now - row.since)
             await loop.run_in_executor(self._thread, self._answer, batch)
+            rate = work / max(time.perf_counter() - now, 1e-6)
+            self._rate = rate if not self._rate else self._rate + (rate - self._rate) / 8
 
     def _answer(self, batch: list[QueuedImage]) -> None:
         """In the engine's thread. A batch that fails is tried image by image, so that no row spoils another's."""

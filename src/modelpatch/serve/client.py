@@ -24,14 +24,14 @@ Answers = dict[str, list[tuple[str, float]]]
 CONNECTIONS = 64  # kept open for threads that ask at the same time
 PREDICT = "/v1/predict"
 SIGNATURE = "Modelpatch-Signature"
-AGAIN = ("too-busy", "no-room", "deadline", "stopping")
+AGAIN = ("too-busy", "over-budget", "no-room", "deadline", "stopping")
 OCTETS = "application/octet-stream"  # any image; the server looks at its bytes
 MODEL = "serve_multiplexed_model_id"  # where Ray Serve looks for a hint which replica has the patch
 
 
 class Client:
-    """A server at `url`. `token` is for admin verbs. Questions are asked again up to `retries` times where the server is busy
-    or the connection breaks; admin verbs are not. Safe to share between threads.
+    """A server at `url`. `token` is for admin verbs, or a tenant's key. Questions are asked again up to `retries` times
+    where the server is busy or the connection breaks; admin verbs are not. Safe to share between threads.
 
     Methods raise `Problem` with the server's message, `ServeError` if it cannot be reached.
     """

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ TITLES = {
     "bad-request": (400, "The request cannot be read"),
     "no-token": (401, "An admin verb needs the server's token"),
     "wrong-token": (403, "That is not the server's token"),
+    "no-key": (401, "A key is needed"),
+    "wrong-key": (403, "That is no tenant's key"),
     "not-signed": (403, "Nobody that this server requires has signed the patch"),
     "admin-off": (403, "Admin verbs are off"),
     "not-found": (404, "There is nothing here"),
@@ -27,6 +30,7 @@ TITLES = {
     "unreadable-image": (422, "An image cannot be read"),
     "damaged-patch": (422, "The patch cannot be trusted or does not fit"),
     "too-busy": (429, "The server has too much to do"),
+    "over-budget": (429, "The tenant's budget is used up"),
     "head-too-large": (431, "The request's head is too large"),
     "failed": (500, "The server failed"),
     "missing-extra": (501, "The server lacks a library"),
@@ -37,11 +41,11 @@ TITLES = {
 }
 DAMAGED = (errors.DamagedPatchError, errors.PatchLengthError, errors.NotAPatchError)
 HEADERS = {
-    "no-token": {"WWW-Authenticate": 'Bearer realm="modelpatch"'},
+    **{kind: {"WWW-Authenticate": 'Bearer realm="modelpatch"'} for kind in ("no-token", "no-key")},
     "too-slow": {"Connection": "close"},
     "too-large": {"Connection": "close"},
     "store-unreachable": {"Retry-After": "5"},
-    **{kind: {"Retry-After": "1"} for kind in ("too-busy", "deadline", "no-room", "stopping")},
+    **{kind: {"Retry-After": "1"} for kind in ("too-busy", "over-budget", "deadline", "no-room", "stopping")},
 }
 KINDS: dict[Any, tuple[str, str]] = {  # by types of errors, the first that fits; its advice replaces the error's
     errors.UnknownPatchError: ("unknown-patch", "GET /v1/patches lists those there are."),
@@ -65,14 +69,26 @@ class Problem(errors.ServeError):
     """The answer of a server instead of a result; the client raises the same. `kind` is a key of `TITLES`.
 
     `detail` says what was given and expected, `advice` what to do; `facts` are further members, such as the patch's name.
-    `about` is the engine's key of the task that is at fault; a server's own, not sent. `headers` are those of HTTP.
+    `about` is the engine's key of the task that is at fault; a server's own, not sent. `headers` are those of HTTP,
+    of which `wait` is Retry-After, in seconds.
     """
 
-    def __init__(self, kind: str, detail: str, advice: str = "", *, about: str | None = None, **facts: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        advice: str = "",
+        *,
+        about: str | None = None,
+        wait: float | None = None,
+        **facts: Any,
+    ) -> None:
         super().__init__(detail, advice)
         self.kind, self.about, self.facts = kind, about, facts
         self.status, self.title = TITLES[kind]
         self.headers: Mapping[str, str] = HEADERS.get(kind, {})
+        if wait is not None:
+            self.headers = {**self.headers, "Retry-After": str(max(1, math.ceil(wait)))}
 
     @property
     def retry_after(self) -> float | None:

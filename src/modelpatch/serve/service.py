@@ -14,14 +14,16 @@ from modelpatch.engine.plan import Plan
 from modelpatch.engine.threads import computing_pool
 from modelpatch.patch.envelope import short
 from modelpatch.serve.admission import Admission
-from modelpatch.serve.batcher import Batcher, QueuedImage, Said
+from modelpatch.serve.batcher import ANYBODY, Batcher, QueuedImage, Said
 from modelpatch.serve.catalogue import Catalogue, ServedTask
+from modelpatch.serve.fair import FairPool
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.patch_cache import PatchCache, load
 from modelpatch.serve.problems import Problem, problem_of
 from modelpatch.serve.question import Decoded, decode
 from modelpatch.serve.schemas import PredictRequest
 from modelpatch.serve.settings import Settings
+from modelpatch.serve.tenants import Caller
 from modelpatch.store.store import Store
 from modelpatch.store.version import Version
 from modelpatch.tasks.kind import kind_of
@@ -60,8 +62,9 @@ class Service:
         """Read the store once and run the engine once, so that the first request finds everything warm."""
         self.catalogue = Catalogue(self.store, self.settings.refresh, self.own)
         self.cache = PatchCache(self.engine, self.store.read, self.settings, self.metrics)
-        self.batcher = Batcher(self.engine, self.settings, self.metrics, self.threads)
+        self.batcher = Batcher(self.engine, self.settings, self.metrics, self.threads, self.admission.budgets)
         self._decoders = computing_pool(1, "modelpatch-decode", self.settings.decoders)
+        self._turns = FairPool(self._decoders, self.settings.decoders)
         await self.batcher.warm_up(sample(self.backbone.input_size, self.backbone.device)[:1])
         await self.catalogue.list()
         self.ready = True
@@ -74,10 +77,10 @@ class Service:
         self.catalogue.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def predict(self, images: Sequence[bytes], asked: PredictRequest) -> dict[str, Any]:
+    async def predict(self, images: Sequence[bytes], asked: PredictRequest, caller: Caller = ANYBODY) -> dict[str, Any]:
         """The best classes of every image: for tasks or for one task an image; without either for all there are."""
         self._check(images, asked)
-        names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked)
+        names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked, caller)
         passes, refused = await self._work(names, work, self._groups)
         return {"images": [{"answers": reduce(or_, parts)} for parts in zip(*passes, strict=True)], "refused": refused}
 
@@ -144,14 +147,14 @@ class Service:
         return results, {name: problem.body() for name, problem in refused.items()}
 
     async def _answer(
-        self, images: Sequence[bytes], asked: PredictRequest, targets: list[ServedTask]
+        self, images: Sequence[bytes], asked: PredictRequest, caller: Caller, targets: list[ServedTask]
     ) -> list[dict[str, Answer]]:
         """The answers of every image by name, for all targets or the one it names."""
         names: Sequence[str | None] = asked.per_image or [None] * len(images)
         wanted = [[one for one in targets if name in (None, one.name)] for name in names]
-        decoded = await self._decode(images, wanted)
+        decoded = await self._decode(images, wanted, caller)
         rows = [
-            QueuedImage(crops, tuple(sorted({target.key for target in own})), asked.top)
+            QueuedImage(crops, tuple(sorted({target.key for target in own})), asked.top, caller)
             for (crops, _), own in zip(decoded, wanted, strict=True)
         ]
         found = iter(await self.batcher.answer([row for row in rows if row.tasks]))
@@ -164,12 +167,15 @@ class Service:
             return tell()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, tell)  # pictures take a while
 
-    async def _decode(self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]]) -> list[Decoded]:
+    async def _decode(
+        self, images: Sequence[bytes], wanted: Sequence[Sequence[ServedTask]], caller: Caller
+    ) -> list[Decoded]:
         """Every image as its targets see it; a damaged one is found even where none of them is asked about it."""
-        loop, jobs = asyncio.get_running_loop(), []
+        jobs = []
         for data, own in zip(images, wanted, strict=True):
             kinds = [seen for target in own for seen in self.engine.preprocessings(target.key)]
-            jobs.append(loop.run_in_executor(self._decoders, decode, data, kinds, self.settings.pixels))
+            work = partial(decode, data, kinds, self.settings.pixels)
+            jobs.append(self._turns.submit(caller, len(data), work))
         try:
             return await asyncio.gather(*jobs)
         except Problem as problem:

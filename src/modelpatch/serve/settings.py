@@ -8,6 +8,7 @@ from modelpatch.errors import ServeError
 
 if TYPE_CHECKING:  # it imports torch, which `serve -h` does without
     from modelpatch.patch.signing import Signers
+from modelpatch.serve.tenants import Tenants
 
 MIB = 2**20
 
@@ -21,11 +22,12 @@ class Settings:
     signers: "Signers | None" = (
         None  # of whom one must have signed every patch and cascade; None takes unsigned ones too
     )
+    tenants: Tenants | None = None  # with keys, weights and budgets; None: every address is a tenant of its own
     cache_bytes: int = 1024 * MIB  # of resident patches; those being loaded, at most `loaders`, come on top
     deadline: float = 30.0  # seconds from a request's first byte to its answer
     requests: int = 128  # predictions and plans at once; more get 429
     per_client: int = 64  # of these, and of requests that arrive, of one address; more get 429
-    arriving_bytes: int = 1024 * MIB  # of the bodies of all requests; what comes beyond gets 429
+    arriving_bytes: int = 1024 * MIB  # of the bodies of all requests; what comes beyond gets 429; of one caller half
     queue: int = 512  # images that wait for the engine; more get 429
     batch: int = 32  # images that go through the engine together
     images: int = 64  # of one request
@@ -41,7 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("backend", "token", "signers", "refresh", "remember", "hosts") and not value > 0:
+            if name not in ("backend", "token", "signers", "tenants", "refresh", "remember", "hosts") and not value > 0:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
