@@ -17,7 +17,7 @@ from modelpatch.engine.engine import Engine
 from modelpatch.methods.linear_probe import LinearProbe
 from modelpatch.methods.scale_bias import ScaleBias
 from modelpatch.methods.subset import Subset
-from modelpatch.serve.batcher import Batcher, QueuedImage
+from modelpatch.serve.batcher import ANYBODY, Batcher, QueuedImage
 from modelpatch.serve.metrics import Metrics
 from modelpatch.serve.problems import Problem
 from modelpatch.serve.settings import Settings
@@ -102,10 +102,14 @@ def test_a_full_queue_is_too_busy() -> None:
         await asyncio.to_thread(begun.wait, 300)
         waiting = asyncio.create_task(batcher.answer([row(1, "a"), row(2, "a")]))
         await asyncio.sleep(0)
-        with pytest.raises(Problem) as refusal:
-            await batcher.answer([row(3, "a")])
+        with batcher.hold(ANYBODY, 2):
+            with pytest.raises(Problem) as refusal:
+                batcher.check(ANYBODY)
+            with pytest.raises(Problem), batcher.hold(ANYBODY, 1):
+                pass
         assert refusal.value.status == 429
         assert refusal.value.headers["Retry-After"] == "1"
+        batcher.check(ANYBODY)
         over.set()
         assert len(await running) + len(await waiting) == 3
 

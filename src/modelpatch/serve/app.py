@@ -124,6 +124,7 @@ others = APIRouter(tags=["health"])
 async def predict(request: Request, service: Running, caller: Asking) -> Response:
     """The answers of patches for images: one image's file with `tasks` and `top` in the address, a multipart form with several
     files, or JSON with the images in base64."""
+    service.batcher.check(caller)  # before the body, which costs work to read
     async with service.admission.receive(caller) as arrival:
         asked, images = await read_question(request, service.settings, arrival.add)
         async with service.admission.answer(caller):

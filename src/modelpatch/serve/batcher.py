@@ -7,8 +7,9 @@ the backbone; the next batch gathers while it computes. Callers take turns, in m
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,7 +60,7 @@ class Batcher:
         self._queue: FairQueue[QueuedImage] = FairQueue()
         self._places = Places(settings.queue)
         self._prices: OrderedDict[tuple[str, ...], int] = OrderedDict()
-        self._rate = 0.0  # multiply-adds a second of late
+        self._rate = 0.0  # images a second of late
         self._arrived = asyncio.Event()
         self._thread = computing_pool(threads or torch.get_num_threads(), "modelpatch-engine")
         self._work = asyncio.get_running_loop().create_task(self._run())
@@ -68,22 +69,39 @@ class Batcher:
         """Run the backbone once."""
         await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.engine, image, only=[BASE]))
 
+    @contextmanager
+    def hold(self, caller: Caller, images: int) -> Iterator[None]:
+        """Hold places for the images of a request before any work is done for them. Raises `Problem`, 429."""
+        if not self._places.take(caller, images):
+            raise self._full()
+        self.metrics.waiting.set(self._places.taken)
+        try:
+            yield
+        finally:
+            self._places.give_back(caller, images)
+            self.metrics.waiting.set(self._places.taken)
+
+    def check(self, caller: Caller) -> None:
+        """Check that there is a place for an image of the caller. Raises `Problem`, 429."""
+        if not self._places.fits(caller):
+            raise self._full()
+
+    def _full(self) -> Problem:
+        waiting, most = self._places.taken, self._places.most
+        said = f"{waiting} images wait already, too many of them yours; this server queues {most}."
+        wait = waiting / self._rate if self._rate else None
+        return Problem("too-busy", said, "Try again then, or send fewer at once.", wait=wait)
+
     async def answer(self, rows: Sequence[QueuedImage]) -> list[dict[str, Said]]:
-        """The answers of every image of one caller by task. Raises `Problem`, 429 if the queue has no place for them."""
+        """The answers of every image of one caller by task. Raises `Problem`."""
         if not rows:
             return []
         caller, prices = rows[0].caller, {tasks: await self._price(tasks) for tasks in {row.tasks for row in rows}}
-        if not self._places.take(caller, len(rows)):
-            waiting, most = self._places.taken, self._places.most
-            said = f"{waiting} images wait already, too many of them yours; this server queues {most}."
-            wait = self._queue.work / self._rate if self._rate else None
-            raise Problem("too-busy", said, "Try again then, or send fewer at once.", wait=wait)
         for row in rows:
             self._queue.put(caller, row, prices[row.tasks])
         work = sum(prices[row.tasks] for row in rows)
         self.budgets.spend(caller.tenant, work)
         self.metrics.macs.labels(caller.tenant.name if self.settings.tenants else "").inc(work)
-        self.metrics.waiting.set(self._places.taken)
         self._arrived.set()
         return await asyncio.gather(*(asyncio.wrap_future(row.answer) for row in rows))
 
@@ -112,13 +130,8 @@ class Batcher:
         most = self.settings.batch * await self._price((BASE,))
         while True:
             await self._arrived.wait()
-            before = self._queue.work
             taken = self._queue.take(self.settings.batch, most)
-            work = before - self._queue.work
-            for row in taken:
-                self._places.give_back(row.caller)
             batch = [row for row in taken if row.answer.set_running_or_notify_cancel()]
-            self.metrics.waiting.set(self._places.taken)
             if not self._queue:
                 self._arrived.clear()
             if not batch:
@@ -127,7 +140,7 @@ class Batcher:
             for row in batch:
                 self.metrics.queue_seconds.observe(now - row.since)
             await loop.run_in_executor(self._thread, self._answer, batch)
-            rate = work / max(time.perf_counter() - now, 1e-6)
+            rate = len(batch) / max(time.perf_counter() - now, 1e-6)
             self._rate = rate if not self._rate else self._rate + (rate - self._rate) / 8
 
     def _answer(self, batch: list[QueuedImage]) -> None:

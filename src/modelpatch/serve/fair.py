@@ -117,16 +117,19 @@ class Places:
 
     def take(self, caller: Caller, count: int = 1) -> bool:
         """Take places; False where the caller may not have so many."""
+        if fits := self.fits(caller, count):
+            self._add(caller, count)
+        return fits
+
+    def fits(self, caller: Caller, count: int = 1) -> bool:
+        """Return True if the caller may have so many more."""
         tenant, own = self._keys(caller)
         left = self.most - self.taken
         if tenant[-1] != caller.name:
             if self.of[tenant] + count > left:
                 return False
             left -= self.of[tenant]
-        if self.of[own] + count > left:
-            return False
-        self._add(caller, count)
-        return True
+        return self.of[own] + count <= left
 
     def give_back(self, caller: Caller, count: int = 1) -> None:
         self._add(caller, -count)

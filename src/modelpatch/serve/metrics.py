@@ -34,7 +34,7 @@ class Metrics:
         self.resident_bytes = gauge("resident_bytes", "Bytes of the patches that are resident")
         self.request_bytes = gauge("request_bytes", "Bytes of the bodies of requests that arrive or are being answered")
         self.macs = counter("macs", "Multiply-adds that the images of a tenant cost, heads left out", ("tenant",))
-        self.waiting = gauge("queue_images", "Images that wait for the engine")
+        self.waiting = gauge("queue_images", "Images of requests that are being answered")
 
     def text(self) -> bytes:
         """The counts in Prometheus' text format."""

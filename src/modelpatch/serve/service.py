@@ -81,7 +81,8 @@ class Service:
         """The best classes of every image: for tasks or for one task an image; without either for all there are."""
         self._check(images, asked)
         names, work = asked.per_image or asked.tasks, partial(self._answer, images, asked, caller)
-        passes, refused = await self._work(names, work, self._groups)
+        with self.batcher.hold(caller, len(images)):
+            passes, refused = await self._work(names, work, self._groups)
         return {"images": [{"answers": reduce(or_, parts)} for parts in zip(*passes, strict=True)], "refused": refused}
 
     def _check(self, images: Sequence[bytes], asked: PredictRequest) -> None:

@@ -28,7 +28,7 @@ class Settings:
     requests: int = 128  # predictions and plans at once; more get 429
     per_client: int = 64  # of these, and of requests that arrive, of one address; more get 429
     arriving_bytes: int = 1024 * MIB  # of the bodies of all requests; what comes beyond gets 429; of one caller half
-    queue: int = 512  # images that wait for the engine; more get 429
+    queue: int = 512  # images of requests that are being answered; more get 429
     batch: int = 32  # images that go through the engine together
     images: int = 64  # of one request
     tasks: int = 64  # of one request
