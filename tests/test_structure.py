@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 from collections import Counter
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ FLOORS = (
 LEVEL = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 LEVEL |= {"": LEVEL["cli"], "__main__": LEVEL["cli"]}  # "" is the face, which commands use as anybody does
 MAX_LINES = 500
-MOST_LINES = 46_600
+MOST_LINES = 46_640
 MOST_NAMES = 20
 RIDDLES = {"What", "Whether", "Where", "Which", "How"}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -52,7 +53,11 @@ MODULES = {module_name(path): path for path in FILES}
 
 @cache
 def nodes_of(source: str) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(ast.parse(source)))
+    gc.disable()  # finalisers of other tests would run inside the parser, which CPython 3.11 may take for an error of its own
+    try:
+        return tuple(ast.walk(ast.parse(source)))
+    finally:
+        gc.enable()
 
 
 def imports(source: str, folder: str = "") -> Iterator[str]:

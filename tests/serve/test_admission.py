@@ -66,10 +66,10 @@ def test_a_body_that_drips_is_not_waited_for(store: Store, monkeypatch: pytest.M
 
 def test_bodies_together_have_a_limit_and_are_forgotten_when_they_are_answered(store: Store) -> None:
     with (
-        serving(store, arriving_bytes=50_000, patch_bytes=49_999) as server,
+        serving(store, arriving_bytes=50_000, patch_bytes=25_000) as server,
         httpx.Client(base_url=server.url, timeout=300) as http,
     ):
-        for size, status in ((60_000, 429), (40_000, 422), (40_000, 422)):
+        for size, status in ((60_000, 429), (24_000, 422), (24_000, 422)):
             answer = http.post("/v1/predict", content=b"x" * size, headers={"content-type": "image/png"})
             assert answer.status_code == status, answer.text
         assert server.service.admission.arrived == 0

@@ -47,9 +47,10 @@ class Settings:
                 raise ServeError(f"the limit {name} is {value!r}; expected more than 0.")
         if self.refresh < 0 or self.remember < 0:
             raise ServeError(f"refresh={self.refresh}, remember={self.remember}; expected 0 seconds or more.")
-        if self.arriving_bytes <= self.patch_bytes:
+        if self.arriving_bytes < 2 * self.patch_bytes:  # of which one caller has as many as it leaves free
             raise ServeError(
-                f"arriving_bytes={self.arriving_bytes:,} has no room for others beside one patch of {self.patch_bytes:,}."
+                f"arriving_bytes={self.arriving_bytes:,} has no room for others beside one patch of {self.patch_bytes:,}. "
+                f"Expected {2 * self.patch_bytes:,} or more."
             )
         if self.queue < self.images:
             raise ServeError(f"a queue of {self.queue} never takes a request of {self.images} images; raise queue=...")
