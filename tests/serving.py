@@ -74,6 +74,7 @@ def serving(
     backbone = backbone or network()
     limits = Settings(**{"token": TOKEN, "refresh": 0.05, **settings})  # type: ignore[arg-type]
     service = Service(store, backbone, limits, cascades=cascades)
+    service.admission.wrong_keys.MOST = 0.01
     listening = bind("127.0.0.1", 0)
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), http=GuardedProtocol, log_level="warning", lifespan="on", ws="none")

@@ -17,7 +17,7 @@ import modelpatch
 ROOT = Path(modelpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
-    ("errors", "atomic", "text", "moved", "provenance", "registry", "version"),
+    ("errors", "atomic", "plain_files", "text", "moved", "provenance", "registry", "version"),
     ("backbone",),
     ("heads",),
     ("tasks",),
@@ -37,7 +37,7 @@ FLOORS = (
 LEVEL = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 LEVEL |= {"": LEVEL["cli"], "__main__": LEVEL["cli"]}  # "" is the face, which commands use as anybody does
 MAX_LINES = 500
-MOST_LINES = 46_640
+MOST_LINES = 46_760
 MOST_NAMES = 20
 RIDDLES = {"What", "Whether", "Where", "Which", "How"}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

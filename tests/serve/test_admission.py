@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 
 import pytest
 
 import modelpatch.serve.question as question
+from modelpatch.serve.admission import WrongKeys
 from modelpatch.store.store import Store
 from serving import Serving, picture, serving
 
@@ -85,3 +87,18 @@ def test_a_name_that_is_not_the_servers_is_refused(store: Store) -> None:
             answer = http.get("/v1/patches", headers={"Host": name})
             assert answer.status_code == status
         assert "--allowed-host" in answer.json()["advice"]
+
+
+def test_wrong_keys_of_one_address_wait_longer_and_longer() -> None:
+    now = [0.0]
+    wrong = WrongKeys(lambda: now[0])
+    waits = [wrong.delay("a") for _ in range(20)]
+    assert waits[0] == wrong.FIRST
+    assert all(later == min(2 * earlier, wrong.MOST) for earlier, later in pairwise(waits))
+    assert wrong.delay("b") == wrong.FIRST
+    now[0] = wrong.FORGOTTEN + 1
+    assert wrong.delay("a") == wrong.FIRST
+    for number in range(2 * wrong.ADDRESSES):
+        wrong.delay(str(number))
+    assert wrong.delay("a") == wrong.FIRST
+    assert len(wrong._seen) <= wrong.ADDRESSES

@@ -458,6 +458,49 @@ def test_without_a_token_admin_verbs_are_off(store: Store) -> None:
             refused(http.request(method, path, headers={"Authorization": "Bearer None"}), 403)
 
 
+ADMIN_HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def test_a_store_that_is_lost_is_told_and_none_is_made_in_its_place(store: Store, tmp_path: Path) -> None:
+    place, kept = Path(store.url), tmp_path / "kept"
+    data = store.read("flowers@latest")
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        place.rename(kept)
+        wait_until(lambda: http.get("/readyz").status_code == 503)
+        answer = http.put("/v1/patches/new", content=data, headers=ADMIN_HEADERS)
+        refused(answer, 503)
+        assert "makes no new one" in answer.json()["advice"]
+        assert not place.exists()
+        kept.rename(place)
+        wait_until(lambda: http.get("/readyz").status_code == 200)
+        assert http.put("/v1/patches/new", content=data, headers=ADMIN_HEADERS).status_code == 201
+
+
+def test_the_first_patch_makes_a_store_where_there_was_none(store: Store, tmp_path: Path) -> None:
+    with serving(Store(str(tmp_path / "none yet"))) as server, httpx.Client(base_url=server.url) as http:
+        assert http.get("/readyz").status_code == 200
+        assert (
+            http.put("/v1/patches/new", content=store.read("flowers@latest"), headers=ADMIN_HEADERS).status_code == 201
+        )
+
+
+def test_admin_verbs_and_wrong_tokens_leave_a_line(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "modelpatch.audit")
+    data = store.read("flowers@latest")
+    with serving(store) as server, httpx.Client(base_url=server.url) as http:
+        for token, status in (("Bearer another", 403), ("", 401), (f"Bearer {TOKEN}", 201)):
+            answer = http.put("/v1/patches/new", content=data, headers={"Authorization": token} if token else {})
+            assert answer.status_code == status
+        refused(http.delete("/v1/patches/nobody", headers=ADMIN_HEADERS), 404)
+        http.get("/v1/patches/new%0Aforged", headers=ADMIN_HEADERS)
+    assert [record.getMessage() for record in caplog.records if record.name == "modelpatch.audit"] == [
+        "PUT /v1/patches/new from 127.0.0.1: wrong-token",
+        "PUT /v1/patches/new from 127.0.0.1: no-token",
+        "PUT /v1/patches/new from 127.0.0.1: done",
+        "DELETE /v1/patches/nobody from 127.0.0.1: unknown-patch",
+    ]
+
+
 # health and the rest ----------------------------------------------------------------------------------------
 
 

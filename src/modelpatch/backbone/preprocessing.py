@@ -20,6 +20,7 @@ from modelpatch.backbone.bands import Bands, Range, bordered, name_of, open_band
 from modelpatch.backbone.framing import Framing, Rounding, edge_of, place
 from modelpatch.backbone.listing import list_folder
 from modelpatch.errors import BackboneError, DataError, DepthWarning
+from modelpatch.plain_files import check_plain, read_plain
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -224,7 +225,7 @@ def image_bytes(source: ImageSource) -> bytes:
     """The identity of an image: the bytes of its file, or of its pixels in memory. Raises `DataError`."""
     if isinstance(source, str | Path):
         try:
-            return Path(source).read_bytes()
+            return read_plain(source)
         except OSError as error:
             raise DataError(f"{source} cannot be read as an image: {error}") from error
     return source if isinstance(source, bytes) else source.tobytes()
@@ -278,7 +279,7 @@ def _open_file(source: Any) -> Image.Image:
         return source
     if not isinstance(source, str | Path | bytes):
         raise TypeError(f"a {type(source).__name__} is no path, bytes, array or Pillow image")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else check_plain(source))
 
 
 def _to_rgb(image: Image.Image, given: Range) -> Image.Image:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modelpatch.backbone.pickled import load_pickled
 from modelpatch.errors import CheckpointError
+from modelpatch.plain_files import read_plain
 from modelpatch.text import first_line
 
 State = dict[str, Tensor]
@@ -123,10 +124,12 @@ def _check_tensor(tensor: Tensor, name: str, source: str) -> None:
 def _read(path: Path) -> Any:
     if path.is_dir():
         return _read(_file_in(path))
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist. Expected a safetensors file or a .pth of tensors.")
-    with path.open("rb") as stream:
-        start = stream.read(512)
+    try:
+        start = read_plain(path, 512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not start:
         raise CheckpointError(f"{path} cannot be read as plain tensors: it is empty. Fetch or save it again.")
     length = int.from_bytes(start[:8], "little")

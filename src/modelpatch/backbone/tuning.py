@@ -25,6 +25,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.chain import Segment
 from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import BackboneError, EngineError
+from modelpatch.plain_files import read_plain
 from modelpatch.text import first_line
 
 Module = Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ class Tuning:
     def load(cls, path: str | Path) -> Self:
         """Read settings that `save` wrote. Raises `EngineError` for a file that is missing or holds something else."""
         try:
-            return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+            return TypeAdapter(cls).validate_json(read_plain(path))
         except (OSError, ValidationError) as error:
             problem = first_line(error) if isinstance(error, OSError) else error.errors()[0]["msg"]
             made = "`modelpatch tune` makes such a file"

@@ -9,6 +9,7 @@ from typing import Any
 import modelpatch
 from modelpatch.atomic import write_bytes
 from modelpatch.errors import ConfigError
+from modelpatch.plain_files import read_plain
 from modelpatch.text import nearest
 
 NOT_REPEATED = ("config", "quiet", "force", "restart")
@@ -43,7 +44,7 @@ def load_run(ctx: Any, path: Path | None) -> Path | None:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode()
         given = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error

@@ -15,6 +15,7 @@ from modelpatch.cli.console import JsonOption, Screen, check_out
 from modelpatch.cli.signing import RequiredOption, signers_of
 from modelpatch.cli.verb import verb
 from modelpatch.errors import ModelpatchError, ServeError, StoreError
+from modelpatch.plain_files import read_plain
 from modelpatch.report import tables
 from modelpatch.serve.settings import Settings
 from modelpatch.serve.tenants import Tenants
@@ -297,7 +298,7 @@ def serve(
     for file in cascade or []:
         loaded = Cascade.load(file)
         if signers is not None:
-            check_file_signer(file, file.read_bytes(), signers)
+            check_file_signer(file, read_plain(file), signers)
         if loaded.task.name in (BASE, *cascades):
             raise ServeError(f"--cascade {file}: there is a task {loaded.task.name!r} already.")
         cascades[loaded.task.name] = loaded

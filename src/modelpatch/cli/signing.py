@@ -13,6 +13,7 @@ from modelpatch.atomic import write_bytes
 from modelpatch.cli.console import Screen
 from modelpatch.cli.verb import verb
 from modelpatch.errors import KeyFileError, LockedKeyError, ModelpatchError
+from modelpatch.plain_files import read_plain
 
 PASSPHRASE = "MODELPATCH_KEY_PASSPHRASE"
 SignerOption = Annotated[
@@ -77,7 +78,7 @@ def _sign(path: Path, private: Any) -> dict[str, Any]:
 
     if is_cascade(path):
         facts: dict[str, Any] = {"cascade": [one.content_hash for one in Cascade.load(path).patches]}
-        data = path.read_bytes()
+        data = read_plain(path)
     else:
         data = read_patch_file(path)
         facts = decode_patch(data, str(path)).provenance

@@ -51,6 +51,7 @@ from modelpatch.patch.changes import resolve
 from modelpatch.patch.codec import FLOATS
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
+from modelpatch.plain_files import check_plain
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
 
@@ -294,7 +295,7 @@ def _read_tensors(folder: Path, backbone: Backbone) -> dict[str, Tensor]:
             "model.save_pretrained(folder, safe_serialization=True)."
         )
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_plain(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
             chain, described = metadata.get(CHAIN), metadata.get(COMPUTATION)

@@ -18,6 +18,7 @@ from modelpatch.backbone.backbone import Backbone
 from modelpatch.backbone.clone import clone_module
 from modelpatch.errors import InvalidPatchError, NotAPatchError, require
 from modelpatch.methods.lora import ADAPTER, Rank
+from modelpatch.plain_files import read_plain
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -95,7 +96,7 @@ class Adapted:
 def read_config(folder: Path) -> AdapterConfig:
     """The options. Raises `InvalidPatchError` for one that changes the adapter's output and that a patch does not support."""
     try:
-        config = AdapterConfig.model_validate(json.loads((folder / CONFIG).read_bytes()))
+        config = AdapterConfig.model_validate(json.loads(read_plain(folder / CONFIG)))
     except OSError as error:
         raise NotAPatchError(f"{folder} is not a PEFT folder: {CONFIG} cannot be read ({error.strerror}).") from error
     except ValidationError as error:

@@ -25,6 +25,7 @@ from modelpatch.backbone.preprocessing import Preprocessing
 from modelpatch.errors import CascadeError, CascadeFileError
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import canonical
+from modelpatch.plain_files import read_plain
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import Facts, Text, first_problem
@@ -218,12 +219,11 @@ def is_cascade(path: str | Path) -> bool:
 
 def _read(path: Path) -> CascadeRecord:
     try:
-        size = path.stat().st_size
-        data = b"" if size > MAX_BYTES else path.read_bytes()
+        data = read_plain(path, MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise CascadeFileError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
-    if size > MAX_BYTES:
-        raise CascadeFileError(f"{path} has {size:,} bytes; no cascade has more than {MAX_BYTES:,}.")
+    if len(data) > MAX_BYTES:
+        raise CascadeFileError(f"{path} has more than {MAX_BYTES:,} bytes; no cascade is that large.")
     try:
         record = CascadeRecord.model_validate_json(data)
         digest = record.digest()

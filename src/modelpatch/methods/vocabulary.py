@@ -30,6 +30,7 @@ from modelpatch.errors import BackboneError, DataError
 from modelpatch.heads.linear import CosineHead
 from modelpatch.patch.contents import Patch
 from modelpatch.patch.file import MethodRecord
+from modelpatch.plain_files import read_plain
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 
@@ -153,7 +154,7 @@ def _imagenet() -> Any:
 def read_words(path: str | Path) -> dict[str, str]:
     """Words by class name from a JSON file `{"00014": "a stop sign"}`. Raises `DataError`."""
     try:
-        words = json.loads(Path(path).read_text(encoding="utf-8"))
+        words = json.loads(read_plain(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as names of classes: {error}.") from error
     if not isinstance(words, dict) or not all(isinstance(word, str) and word.strip() for word in words.values()):

@@ -27,6 +27,7 @@ from modelpatch.patch.entropy import MAX_BITS
 from modelpatch.patch.file import BackboneRecord, MethodRecord, check_file, decode_file, encode_file
 from modelpatch.patch.inspect import Inspection
 from modelpatch.patch.signing import Signers, check_file_signer
+from modelpatch.plain_files import read_plain
 from modelpatch.tasks.kind import kind_of
 from modelpatch.tasks.record import TaskRecord
 from modelpatch.text import first_problem
@@ -319,7 +320,7 @@ def read_patch_file(path: str | PathLike[str]) -> bytes:
     if not isinstance(path, str | PathLike):
         raise NotAPatchError(f"{path!r:.200} is no path. Expected that of a patch file.")
     try:
-        return Path(path).read_bytes()
+        return read_plain(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise NotAPatchError(f"{str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', error)}.") from error
 

@@ -17,6 +17,7 @@ from pydantic import Base64Bytes, BaseModel, Field, StringConstraints, Validatio
 
 from modelpatch.errors import DamagedSignatureError, require
 from modelpatch.patch.file import canonical
+from modelpatch.plain_files import read_plain
 from modelpatch.text import MAX_LENGTH, Facts, Text, check_printable, first_line, first_problem
 
 SUFFIX = ".sig"
@@ -142,8 +143,7 @@ def read_beside(path: str | os.PathLike[str]) -> bytes | None:
     """The bytes of the signature beside a file; None without one. Raises `DamagedSignatureError` if it cannot be read."""
     place = signature_path(path)
     try:
-        with place.open("rb") as stream:
-            return stream.read(MOST_BYTES + 1)
+        return read_plain(place, MOST_BYTES + 1)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

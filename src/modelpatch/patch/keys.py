@@ -13,6 +13,7 @@ from modelpatch.atomic import write_bytes
 from modelpatch.errors import KeyFileError, LockedKeyError, require
 from modelpatch.patch.envelope import MOST_BYTES, PAYLOAD, Signature, dsse_bytes
 from modelpatch.patch.file import canonical
+from modelpatch.plain_files import read_plain
 from modelpatch.text import first_line
 
 PUBLIC = ".pub"
@@ -145,8 +146,7 @@ def _comment(line: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+        data = read_plain(path, MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise KeyFileError(f"the key {path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     if len(data) > MOST_BYTES:

@@ -11,6 +11,7 @@ from modelpatch.errors import DamagedSignatureError, KeyFileError, OtherSignerEr
 from modelpatch.patch.bundles import SIGSTORE, Identity
 from modelpatch.patch.envelope import AGAIN, Signature, read_beside, short, signature_path
 from modelpatch.patch.keys import PUBLIC, read_public_keys
+from modelpatch.plain_files import read_plain
 
 TRUST = "If you trust that signer, add the public key to those that are required."
 
@@ -94,7 +95,7 @@ def describe_signature(path: str | os.PathLike[str], signers: Signers | None) ->
         return "not signed", facts
     try:
         signature = Signature.read(raw, str(signature_path(path)))
-        signature.check_subject(hashlib.sha256(Path(path).read_bytes()).hexdigest(), str(path))
+        signature.check_subject(hashlib.sha256(read_plain(path)).hexdigest(), str(path))
     except DamagedSignatureError as error:
         return f"signature not valid: {error}", {**facts, "problem": str(error)}
     names = [short(one) for one in signature.claims] if signers is None else signers.names(signature.claims)

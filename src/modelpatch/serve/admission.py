@@ -9,8 +9,8 @@ bytes and places one caller may have as many as it leaves free.
 import asyncio
 import hmac
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from modelpatch.serve.fair import Budgets, Places
@@ -42,6 +42,25 @@ class Arrival:
         self.admission.tell()
 
 
+class WrongKeys:
+    """Seconds that wrong tokens and keys of an address wait for an answer: twice as many each time, until it is forgotten."""
+
+    FIRST, MOST, FORGOTTEN, ADDRESSES = 0.05, 2.0, 600.0, 4096
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._seen: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and when the last came
+
+    def delay(self, address: str) -> float:
+        """Count a wrong one. Returns the seconds that its answer waits."""
+        count, when = self._seen.pop(address, (0, 0.0))
+        count = 0 if self._now() - when > self.FORGOTTEN else count
+        self._seen[address] = count + 1, self._now()
+        while len(self._seen) > self.ADDRESSES:
+            self._seen.popitem(last=False)
+        return float(min(self.FIRST * 2 ** min(count, 30), self.MOST))
+
+
 class Admission:
     """The requests of one event loop."""
 
@@ -49,6 +68,7 @@ class Admission:
         self.settings, self.metrics = settings, metrics
         self.bodies, self.places, self.budgets = Places(settings.arriving_bytes), Places(settings.requests), Budgets()
         self.clients: Counter[str] = Counter()
+        self.wrong_keys = WrongKeys()
         self.seconds = 1.0  # that an answer took of late, in the mean
 
     @property

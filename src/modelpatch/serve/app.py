@@ -1,11 +1,14 @@
 """The HTTP routes over a service: requests are read within limits, answers are JSON, errors are problem+json."""
 
+import asyncio
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
@@ -20,7 +23,7 @@ import modelpatch.serve.schemas as schemas
 from modelpatch.serve.problems import MEDIA_TYPE, TITLES, Problem, problem_of
 from modelpatch.serve.question import BINARY, OCTETS, QUESTION, read_body, read_question, read_signature
 from modelpatch.serve.service import Service
-from modelpatch.serve.tenants import Caller
+from modelpatch.serve.tenants import Caller, address_of
 from modelpatch.store.version import NAME
 from modelpatch.version import __version__
 
@@ -46,6 +49,7 @@ SignatureHeader = Annotated[
     ),
 ]
 PlanTasks = Annotated[str | None, Query(description="Names, comma-separated; those that are resident without it.")]
+AUDIT = logging.getLogger("modelpatch.audit")
 ALWAYS = ("bad-request", "invalid-request", "failed")
 BUSY = (
     *ALWAYS,
@@ -75,11 +79,44 @@ async def service_of(request: Request) -> Service:
 Running = Annotated[Service, Depends(service_of)]
 
 
-def caller_of(request: Request, service: Running) -> Caller:
+async def caller_of(request: Request, service: Running) -> Caller:
     """The caller of a request, by its key or its address. Raises `Problem`, 401 or 403."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     given = key.strip() if kind.lower() == "bearer" else None
-    return service.admission.recognise(request.client.host if request.client else "", given)
+    try:
+        return service.admission.recognise(address_of_request(request), given)
+    except Problem as problem:
+        if problem.kind == "wrong-key":
+            await refuse_slowly(request, service, problem)
+        raise
+
+
+def address_of_request(request: Request) -> str:
+    """The address that a request came from."""
+    return address_of(request.client.host) if request.client else ""
+
+
+async def refuse_slowly(request: Request, service: Service, problem: Problem) -> None:
+    """Write a line about a wrong token or key, and keep its sender waiting: longer with each."""
+    address = address_of_request(request)
+    AUDIT.warning("%s %s from %s: %s", request.method, quote(request.url.path), address or "-", problem.kind)
+    await asyncio.sleep(service.admission.wrong_keys.delay(address))
+
+
+async def audit(request: Request) -> AsyncIterator[None]:
+    """Write a line about a request for an admin verb and how it ended."""
+    said = "failed"
+    try:
+        yield
+        said = "done"
+    except Problem as problem:
+        said = problem.kind
+        raise
+    finally:
+        if said not in ("wrong-token", "wrong-key"):  # which have a line already
+            AUDIT.info(
+                "%s %s from %s: %s", request.method, quote(request.url.path), address_of_request(request) or "-", said
+            )
 
 
 TOKEN = HTTPBearer(scheme_name="token", description="What the server was started with: --token.", auto_error=False)
@@ -97,7 +134,9 @@ async def check_host(request: Request, service: Running) -> None:
         raise Problem("bad-request", said, "Start it with --allowed-host for each of its names.")
 
 
-async def check_token(service: Running, given: Annotated[HTTPAuthorizationCredentials | None, Depends(TOKEN)]) -> None:
+async def check_token(
+    request: Request, service: Running, given: Annotated[HTTPAuthorizationCredentials | None, Depends(TOKEN)]
+) -> None:
     """Check that the request has the server's token. Raises `Problem`, 401 or 403."""
     token = service.settings.token
     if token is None:
@@ -106,12 +145,15 @@ async def check_token(service: Running, given: Annotated[HTTPAuthorizationCreden
         raise Problem("no-token", "There is no token in the request.", "Send the header Authorization: Bearer TOKEN.")
     if not hmac.compare_digest(given.credentials.strip().encode("utf-8", "surrogateescape"), token.encode()):
         advice = "Use the token that the server was started with."
-        raise Problem("wrong-token", "The token is another than the server's.", advice)
+        problem = Problem("wrong-token", "The token is another than the server's.", advice)
+        await refuse_slowly(request, service, problem)
+        raise problem
 
 
 answers = APIRouter(prefix="/v1", tags=["answers"], responses=problems(*BUSY))
 patches = APIRouter(prefix="/v1/patches", tags=["patches"], responses=problems(*ALWAYS, "store-unreachable"))
-admin = APIRouter(prefix="/v1/patches", tags=["admin"], responses=problems(*ADMIN), dependencies=[Depends(check_token)])
+checked = [Depends(audit), Depends(check_token)]
+admin = APIRouter(prefix="/v1/patches", tags=["admin"], responses=problems(*ADMIN), dependencies=checked)
 others = APIRouter(tags=["health"])
 
 
@@ -206,8 +248,8 @@ async def healthz() -> Response:
 
 @others.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
 async def readyz(service: Running) -> Response:
-    """The server takes requests: its backbone is loaded, and it is not stopping."""
-    ready = service.ready
+    """The server takes requests: its backbone is loaded, its store is there, and it is not stopping."""
+    ready = service.ready and not await service.catalogue.is_lost()
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 

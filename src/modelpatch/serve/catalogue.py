@@ -38,6 +38,16 @@ class Catalogue:
         self.store, self.refresh, self.own = store, refresh, own
         self._known: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
         self._threads = computing_pool(1, "modelpatch-store", THREADS)
+        self._was_there = False
+
+    async def is_lost(self) -> bool:
+        """Return True if the store was there once and is gone, or cannot be reached."""
+        try:
+            there = await self._ask("?", self.store.exists)
+        except Problem:
+            return True
+        self._was_there |= there
+        return self._was_there and not there
 
     async def find(self, names: Sequence[str]) -> tuple[list[ServedTask], dict[str, Problem]]:
         """The targets of names, each once, and by name the problem of those that have none."""
@@ -82,7 +92,11 @@ class Catalogue:
         return await self._ask(f"{name}@*", lambda: self.store.versions(name), patch=name)
 
     async def change(self, work: Callable[[], T], **facts: Any) -> T:
-        """Write to the store, and forget what was remembered. Raises `Problem`."""
+        """Write to the store, and forget what was remembered. Raises `Problem`, also where the store is gone."""
+        self._known.pop("?", None)
+        if await self.is_lost():
+            said = f"The store at {self.store.url} is gone."
+            raise Problem("store-unreachable", said, "Bring it back; the server makes no new one in its place.")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except Exception as error:

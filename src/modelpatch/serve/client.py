@@ -15,6 +15,7 @@ from modelpatch.backbone.preprocessing import image_bytes, open_image
 from modelpatch.errors import DataError, ServeError, require
 from modelpatch.patch.contents import Patch, encode_patch
 from modelpatch.patch.envelope import read_beside
+from modelpatch.plain_files import read_plain
 from modelpatch.serve.problems import Problem
 from modelpatch.tasks.drawing import encode_png
 
@@ -118,7 +119,7 @@ class Client:
         if signature is None and not isinstance(patch, Patch):
             signature = read_beside(patch)
         try:
-            data = encode_patch(patch) if isinstance(patch, Patch) else Path(patch).read_bytes()
+            data = encode_patch(patch) if isinstance(patch, Patch) else read_plain(patch)
         except OSError as error:
             raise DataError(f"{patch} cannot be read: {error.strerror}.") from error
         said = {SIGNATURE: b64encode(signature).decode()} if signature is not None else {}

@@ -104,6 +104,7 @@ def serve_forever(
         def work(opened: socket.socket, ready: Callable[[], object]) -> None:
             """Serve in this process until SIGTERM; requests that run are finished."""
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+            logging.getLogger("modelpatch.audit").setLevel(logging.INFO)  # who asked for what with the token
             sys.setswitchinterval(SWITCH)
             service = Service(
                 Store(url, signers=settings.signers), backbone.to(device), settings, tuning, cascades, threads

@@ -66,6 +66,7 @@ class Service:
         self._decoders = computing_pool(1, "modelpatch-decode", self.settings.decoders)
         self._turns = FairPool(self._decoders, self.settings.decoders)
         await self.batcher.warm_up(sample(self.backbone.input_size, self.backbone.device)[:1])
+        await self.catalogue.is_lost()
         await self.catalogue.list()
         self.ready = True
 

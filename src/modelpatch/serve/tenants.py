@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from modelpatch.errors import ServeError
+from modelpatch.plain_files import read_plain
 
 STRANGERS, ADMIN = "strangers", "admin"
 LEAST, MOST = 0.01, 100.0  # weights: fairness between these costs little
@@ -77,7 +78,7 @@ class Tenants:
     def read(cls, file: Path) -> Self:
         """The tenants of a TOML file. Raises `ServeError`."""
         try:
-            rows = tomllib.loads(file.read_text(encoding="utf-8"))
+            rows = tomllib.loads(read_plain(file).decode())
         except OSError as error:
             raise ServeError(f"{file} cannot be read: {error.strerror}.") from error
         except ValueError as error:

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from modelpatch.atomic import sync_folder, write_bytes
 from modelpatch.errors import MissingExtraError, ModelpatchError, StoreError
+from modelpatch.plain_files import read_plain
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,7 +141,7 @@ class Folder(Storage):
 
     def read(self, path: str) -> bytes:
         with self._errors("read", path):
-            return Path(self._place(path)).read_bytes()
+            return read_plain(self._place(path))
 
     def write(self, path: str, data: bytes) -> None:
         with self._errors("write", path):
