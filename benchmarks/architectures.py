@@ -72,7 +72,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # the same architecture, shallower or 
     "tresnet_m": {"layers": (1, 2, 3, 1)},
     "twins_svt_small": {"embed_dims": (32, 64, 128, 256)},
     "vgg11": {"mlp_ratio": 1 / 32},
+    "vit_base_patch16_siglip_224": SMALL_VIT,
     "vit_small_patch14_dinov2": SMALL_VIT,
+    "vit_small_patch14_reg4_dinov2": SMALL_VIT,
     "vit_small_patch16_dinov3": SMALL_VIT,
 }
 TIMM = (
@@ -90,7 +92,8 @@ TIMM = (
     "resnest14d test_resnet resnet18 resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 "
     "skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 "
     "tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit "
-    "vit_tiny_patch16_224 vit_small_patch14_dinov2 vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 "
+    "vit_tiny_patch16_224 vit_small_patch14_dinov2 vit_small_patch14_reg4_dinov2 "
+    "vit_base_patch16_siglip_224 vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 "
     "vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224 "
 )
 TORCHVISION = (
@@ -104,7 +107,8 @@ SIZED = (  # built for one size of images
     "vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 tnt_s_legacy_patch16_224 coat_tiny gmlp_ti16_224 "
     "xcit_nano_12_p8_224 pit_ti_224 nest_tiny swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 mvitv2_tiny "
     "twins_svt_small volo_d1_224 visformer_tiny eva02_tiny_patch14_224 samvit_base_patch16_224 "
-    "vit_small_patch14_dinov2 gcvit_xxtiny levit_128s efficientformer_l1 efficientformerv2_s0 vitamin_small_224 "
+    "vit_small_patch14_dinov2 vit_small_patch14_reg4_dinov2 vit_base_patch16_siglip_224 gcvit_xxtiny levit_128s "
+    "efficientformer_l1 efficientformerv2_s0 vitamin_small_224 "
     "test_coatnet test_vit_relpos hiera_tiny_224 deepseek_vit_412m swinv2_tiny_window16_256 "
 )
 CLASSIFIED = (
