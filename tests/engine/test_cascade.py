@@ -158,7 +158,7 @@ def test_numbers_that_are_none_are_refused(file: Path) -> None:
 
 def test_a_large_or_missing_file_is_not_read(file: Path) -> None:
     file.write_bytes(b" " * (MAX_BYTES + 1))
-    with pytest.raises(CascadeFileError, match="no cascade has more than"):
+    with pytest.raises(CascadeFileError, match=r"has more than .* no cascade is that large"):
         Cascade.load(file)
     with pytest.raises(CascadeFileError, match="cannot be read"):
         Cascade.load(file.with_name("missing.json"))
