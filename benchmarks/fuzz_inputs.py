@@ -231,9 +231,20 @@ def write_table(root: Path, draw: Draw) -> None:
     """Pictures in class folders or not, with a table of labels, numbers or several labels in some format."""
     nested, separator = draw.random() < 0.5, draw.choice(SEPARATORS[:4])
     labels = draw.choice(
-        [["cat", "dog"], ["cat|dog", "cat"], ["0", "1"], ["0.5", "1.25"], ["cat", ""], ["[1,0]", "[0,1]"]]
+        [
+            ["cat", "dog"],
+            ["cat|dog", "cat"],
+            ["0", "1"],
+            ["0.5", "1.25"],
+            ["cat", ""],
+            ["[1,0]", "[0,1]"],
+            ["cat dog", "cat"],
+        ]
     )
-    header = [draw.choice(["image", "file_name", "Path", "id"]), draw.choice(["label", "class", "breed", "tags", "x"])]
+    header = [
+        draw.choice(["image", "file_name", "Path", "id", "slide"]),
+        draw.choice(["label", "class", "breed", "tags", "x", "bbox"]),
+    ]
     rows: list[list[Any]] = []
     for number in range(4):
         name = f"{labels[number % 2]}/{number}.png" if nested and labels == ["cat", "dog"] else f"{number}.png"
@@ -359,11 +370,17 @@ def write_masks(root: Path, draw: Draw) -> None:
     """Pictures with masks, with or without a legend."""
     mode = draw.choice(["L", "P", "RGB", "1", "I;16", "RGBA", "LA"])
     if draw.random() < 0.5:
-        places = ("images/{}.png", "masks/{}.png")
+        places = draw.choice(
+            [
+                ("images/{}.png", "masks/{}.png"),
+                ("x/{}.jpg", "y/{}_mask.png"),
+                ("train/img/{}.jpg", "train/organs/{}.png"),
+            ]
+        )
     else:
         places = ("{}.jpg", "{}.png") if draw.random() < 0.5 else ("train/{}.png", "train_labels/{}.png")
     for number in range(2):
-        put(root / places[0].format(number), picture("JPEG" if "jpg" in places[0] else "PNG"))
+        put(root / places[0].format(number), picture("JPEG", value=120) if "jpg" in places[0] else picture())
         mask = np.zeros((4, 6), dtype=np.uint16 if mode == "I;16" else np.uint8)
         mask[:2] = draw.choice([1, 255, 2, 0])
         stream = io.BytesIO()
