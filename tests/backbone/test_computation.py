@@ -207,7 +207,7 @@ def load(module: nn.Module) -> Backbone:
 NAMES = [*TIMM, *TORCHVISION]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:4], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[4:])])
 def test_every_change_of_a_computation_is_refused_by_name(name: str) -> None:
     patch = draft_patch(load(build(name)))
     applied = 0
@@ -268,6 +268,7 @@ def test_arguments_that_change_no_tensor_are_told_from_each_other(
     backbone.patched(patch)
 
 
+@pytest.mark.slow
 def test_efficientnet_and_its_translation_from_tensorflow_are_two_networks() -> None:
     """The same weights: the one pads evenly with an epsilon of 1e-5, the other as TensorFlow does, with 1e-3."""
     _, patch = original("efficientnet_b0")

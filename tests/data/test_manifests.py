@@ -267,3 +267,11 @@ def test_nothing_in_a_list_of_labels_is_no_label(folder: Path) -> None:
     rows = [{"image": f"images/{number}.png", "label": [label, None, ""]} for number, label in enumerate(LABELS)]
     (folder / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
     assert load_task(folder / "labels.json").classes == NAMES
+
+
+def test_a_column_of_labels_in_a_file_without_pictures_is_of_no_use(tmp_path: Path) -> None:
+    draw(*(tmp_path / "test" / f"{n}.png" for n in range(4)))
+    (tmp_path / "train.csv").write_text("image,label\nlost.png,cat\nlost too.png,dog\n")
+    (tmp_path / "test.csv").write_text("image,wing\n" + "".join(f"{n}.png,{n}.5\n" for n in range(4)))
+    with pytest.raises(DataError, match=r"wing"):
+        load_task(tmp_path)

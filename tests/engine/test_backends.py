@@ -65,10 +65,11 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
     return bool(apart <= 1e-4) and torch.equal(found.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network"),
     [  # Inductor calls a C++ compiler for seconds a run: one network, and one patch
-        pytest.param(name, network, marks=[pytest.mark.slow] * ((name, network) != ("openvino", "convolutions")))
+        (name, network)
         for name in COMPILING
         for network in ("convolutions", "transformer")
         if (name, network) != ("inductor", "transformer")

@@ -105,6 +105,7 @@ def test_a_patch_of_vit_base_holds_what_the_paper_counts(
     assert published is None or abs(expected / 1e6 - published) < 0.01
 
 
+@pytest.mark.slow
 def test_the_documented_numbers_of_vit_base_are_counted(vit_base: Backbone) -> None:
     rows = re.findall(
         r"^\| `(\S+)` \| .* \| ([\d,]+) \|$", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.MULTILINE

@@ -158,6 +158,7 @@ def test_a_ratio_out_of_range_and_a_missing_library_are_named(
         Pruned(ratio=0.123).blueprint(mobilenet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

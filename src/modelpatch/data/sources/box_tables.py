@@ -129,9 +129,15 @@ def _read_scenes(
     pictures = own if file.parent == folder or own.holds_pictures else PictureFiles(folder)
     columns = find_box_columns(table.columns)
     if columns is None and table.columns != LISTED:
+        joined = _find_joined(table.columns)
+        told = (
+            f"all numbers of a box in the column {joined[0]}, and nothing says what each is"
+            if joined
+            else (f"the columns {list_some(table.columns)}, and none of boxes")
+        )
         raise DataError(
-            f"{source} has all numbers of a box in the column {_find_joined(table.columns)[0]}, and nothing says what each "
-            f"is. Write columns {CORNERS[0].replace(' ', ', ')}, or xmin, ymin, width, height, and one of classes."
+            f"{source} has {told}. Write columns {CORNERS[0].replace(' ', ', ')}, or xmin, ymin, width, height, and one of "
+            "classes."
         )
     columns = columns or BoxColumns(tuple(LISTED[1:5]))
     image = check_column(cells, options.image_column, "image-column", source) or choose_image(

@@ -183,7 +183,8 @@ class ManifestReader:
             raise DataError(f"{source} has no rows.")
         names = dict.fromkeys(name for row in rows for name in row.cells)
         cells = {name: [row.cells.get(name) for row in rows] for name in names}
-        found = find_targets(Table(source, cells, self.label, lambda number: rows[number].place), self.options)
+        label = self.label if self.label in cells else None  # whose file may have no picture that is there
+        found = find_targets(Table(source, cells, label, lambda number: rows[number].place), self.options)
         if isinstance(found, Targets):
             return make_vectors(found, [(row.split, row.image) for row in rows])
         return self._make_classes(found)
