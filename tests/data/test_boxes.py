@@ -207,6 +207,28 @@ def test_boxes_without_area_or_outside_are_passed_over_and_others_cut(tmp_path: 
     assert any("animals" in note for note in read.notes)
 
 
+@pytest.mark.parametrize("layout", ["coco, no width", "coco, an outline alone", "voc", "yolo", "table"])
+def test_a_box_without_area_is_passed_over_and_counted_in_every_layout(layout: str, tmp_path: Path) -> None:
+    picture(tmp_path / "0.jpg")
+    if layout.startswith("coco"):
+        content, flat = coco(["0.jpg"]), {"image_id": 10, "category_id": 3}
+        shape = {"bbox": [5, 5, 0, 9]} if "width" in layout else {"segmentation": [[5, 5, 9, 5, 7, 5]]}
+        content["annotations"].append(flat | shape)
+        write(tmp_path / "train.json", content)
+    elif layout == "voc":
+        flat_one = "<object>" + xml((5, 5, 5, 9)).partition("<object>")[2]
+        write(tmp_path / "0.xml", xml(filename="0.jpg").removesuffix("</annotation>") + flat_one)
+    elif layout == "yolo":
+        write(tmp_path / "classes.txt", "cat\ndog")
+        write(tmp_path / "0.txt", row(1) + "1 0.5 0.5 0.2 0\n")
+    else:
+        write(tmp_path / "train.csv", "image,xmin,ymin,xmax,ymax,class\n0.jpg,4,2,14,10,dog\n0.jpg,5,5,5,9,dog\n")
+    read = found(tmp_path)
+    assert read.kind == "detection"
+    assert np.allclose(boxes(read).corners[0], BOX)
+    assert [len(names) for reason, names in read.passed_over.items() if reason == "box without area"] == [1]
+
+
 WRONG: list[tuple[Any, str]] = [
     ('{"images": [', r"train\.json cannot be read as annotations of COCO: Expecting"),
     ('{"images": ' + "[" * 100_000, r"train\.json cannot be read as annotations of COCO: maximum recursion"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from modelpatch.backbone.preprocessing import open_image
 from modelpatch.data.task import load_task
 from modelpatch.errors import DataError
 from pictures import counts, write_classes
@@ -35,3 +36,25 @@ def test_a_task_without_a_readable_image_is_refused(tmp_path: Path) -> None:
         file.write_bytes(b"x")
     with pytest.raises(DataError, match=r"none of the 2 images of the split train can be read, first .*cat/1\.jpg"):
         load_task(tmp_path, skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "a web page", "zeros", "other bytes inside", "another suffix"]
+)
+def test_an_image_that_is_damaged_in_any_way_is_named_or_left_out(damage: str, tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", count=3)
+    write_classes(tmp_path / "test", count=1)
+    file = tmp_path / "train" / "cat" / "1.png"
+    whole = file.read_bytes()
+    damages = {
+        "truncated": whole[:45],
+        "empty": b"",
+        "a web page": b"<!DOCTYPE html><html>404</html>",
+        "zeros": b"\0" * 200,
+    }
+    damages |= {"other bytes inside": whole[:41] + bytes(len(whole) - 41), "another suffix": b"\x93NUMPY" + whole[6:]}
+    file.write_bytes(damages[damage])
+    with pytest.raises(DataError, match=r"1\.png cannot be read as an image"):
+        open_image(load_task(tmp_path).train.images[1])
+    task = load_task(tmp_path, skip_unreadable=True)
+    assert task.passed_over == {"image that cannot be read": ("train/cat/1.png",)}
