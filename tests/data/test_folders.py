@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from modelpatch.backbone.preprocessing import find_images
 from modelpatch.data.sources.split_names import plain_split_of, split_of
 from modelpatch.data.task import load_task
-from modelpatch.errors import DataError
+from modelpatch.errors import DataError, DataWarning
 from pictures import counts, draw, write_classes
 
 
@@ -205,3 +206,31 @@ def test_a_table_of_labels_beside_class_folders_is_told(tmp_path: Path) -> None:
     (tmp_path / "sizes.csv").write_text("width,height\n1,2\n", encoding="utf-8")
     note = "1 table of images and labels beside the class folders is not read; give that file to read it: labels.csv"
     assert note in load_task(tmp_path).notes
+
+
+@pytest.mark.parametrize("end", ["_mask", " mask", "-seg", "_mask_1"])
+def test_masks_beside_the_pictures_of_a_class_are_no_pictures_of_it(end: str, tmp_path: Path) -> None:
+    for name in ("benign", "malignant"):
+        for number in range(4):
+            draw(tmp_path / name / f"{name} ({number}).png")
+            Image.new("L", (8, 8), 255).save(tmp_path / name / f"{name} ({number}){end}.png")
+    with pytest.warns(DataWarning, match="mask of the picture beside it"):
+        task = load_task(tmp_path, hold_out=False)
+    assert len(task.train) == 8
+    assert len(task.passed_over["mask of the picture beside it"]) == 8
+
+
+def test_classes_of_masks_are_classes(tmp_path: Path) -> None:
+    write_classes(tmp_path, ("no_mask", "with_mask"))
+    draw(tmp_path / "with_mask" / "face_mask.png")
+    assert len(load_task(tmp_path, hold_out=False).train) == 7
+
+
+@pytest.mark.parametrize("suffix", ["", ".pjpeg", ".jpg_large", ".png~"])
+def test_pictures_under_other_suffixes_are_warned_of(suffix: str, tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    draw(tmp_path / "whole.png")
+    (tmp_path / "cat" / f"more{suffix}").write_bytes((tmp_path / "whole.png").read_bytes())
+    (tmp_path / "whole.png").rename(tmp_path / "cat" / "whole.png")
+    with pytest.warns(DataWarning, match=r"picture under a suffix of none"):
+        load_task(tmp_path)

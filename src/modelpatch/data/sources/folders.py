@@ -15,15 +15,17 @@ from modelpatch.backbone.listing import list_folder
 from modelpatch.backbone.preprocessing import ImageSource, is_picture
 from modelpatch.data.sources import base
 from modelpatch.data.sources.class_layout import ClassLayout, PictureTree, find_layout, grow_tree
-from modelpatch.data.sources.foreign import is_unread_picture, tell_arrays
+from modelpatch.data.sources.foreign import begins_as_picture, is_unread_picture, tell_arrays
 from modelpatch.data.sources.labels import clean_name, make_classification
 from modelpatch.data.sources.manifest_files import find_manifests, list_labelled
+from modelpatch.data.sources.pairing import find_marked_masks
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.errors import DataError
 from modelpatch.tasks.classification import Classification
 from modelpatch.text import count_of
 
 OUTSIDE = "picture outside of class folders"
+MASK = "mask of the picture beside it"
 
 
 @base.register_source("folders")
@@ -55,7 +57,10 @@ class ClassFolders(base.DataSource):
             named = sorted(
                 (layout.class_of.get(folder, folder.name), folder.listing.path, folder) for folder in folders
             )
-            members[split] = [(file, name) for name, _, folder in named for file in folder.all_pictures()]
+            found = [(file, name) for name, _, folder in named for file in folder.all_pictures()]
+            masks = find_marked_masks([file for file, _ in found])
+            remarks.pass_over(MASK, *(file.relative_to(path).as_posix() for file in sorted(masks)))
+            members[split] = [(file, name) for file, name in found if file not in masks]
         tell_what_is_left(tree, layout, remarks)
         remarks.note(
             "tables of images and labels beside the class folders are not read; give one of them to read that",
@@ -86,7 +91,8 @@ def tell_what_is_left(root: PictureTree, layout: ClassLayout, remarks: Remarks) 
             if is_unread_picture(file):
                 remarks.pass_over(f"picture in a format that is not read ({file.suffix.lower()})", name(file))
             elif not is_picture(file.name):
-                remarks.pass_over(f"no picture ({file.suffix.lower() or 'no suffix'})", name(file))
+                what = "picture under a suffix of none" if begins_as_picture(file) else "no picture"
+                remarks.pass_over(f"{what} ({file.suffix.lower() or 'no suffix'})", name(file))
             elif listing not in read:
                 remarks.pass_over(OUTSIDE, name(file))
         remarks.pass_over("hidden", *map(name, listing.hidden))

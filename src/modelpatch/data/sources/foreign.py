@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from modelpatch.backbone.listing import list_folder
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES
+from modelpatch.plain_files import open_plain
 
 BEGINNING = 2**16  # bytes in which a document says what it is
 PROBED = 200  # documents that are looked into
@@ -70,6 +71,16 @@ SUFFIXES = {**OTHERS, **PICTURES, **ARRAYS}
 def is_unread_picture(file: Path) -> bool:
     """Return True for the name of a picture or video in a format that is not read."""
     return file.suffix.lower() in PICTURES
+
+
+def begins_as_picture(file: Path) -> bool:
+    """Return True for a file that begins as a JPEG, PNG, GIF or WebP does, whatever its name is."""
+    try:
+        with open_plain(file) as stream:
+            begin = stream.read(12)
+    except OSError:
+        return False
+    return begin.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or begin[8:] == b"WEBP"
 
 
 def is_of_another_tool(text: bytes) -> bool:

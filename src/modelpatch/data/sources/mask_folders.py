@@ -63,6 +63,12 @@ def _are_masks(pairs: Sequence[tuple[Path, Path]]) -> bool:
     return same and any(mask[2] for _, mask in known)
 
 
+def has_few_colours(file: Path) -> bool:
+    """Return True for a picture of as few colours as a mask has."""
+    look = _look(file)
+    return look is not None and look[1]
+
+
 def _look(file: Path) -> tuple[tuple[int, int], bool, bool] | None:
     """A picture's size, if it has few colours, and if it has several; None for one that cannot be read."""
     try:

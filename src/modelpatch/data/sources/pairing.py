@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelpatch.backbone.preprocessing import IMAGE_SUFFIXES, find_images
-from modelpatch.data.sources.mask_folders import find_mask_folders
+from modelpatch.data.sources.mask_folders import find_mask_folders, has_few_colours
 from modelpatch.data.sources.remarks import Remarks
 from modelpatch.data.sources.split_names import SPLIT_OF_WORD, split_of
 from modelpatch.errors import DataError
@@ -62,6 +62,7 @@ MASK_WORD = (
     r"|seg(?:mentation|mask)?|truth|matte)"
 )
 MASK_END = re.compile(rf"(?:(?<=[a-z0-9])[ _.\-]+{MASK_WORD}|_L)$", re.IGNORECASE)
+MARKED_MASK = re.compile(rf"[ _.\-]+{MASK_WORD}(?:_\d+)?$", re.IGNORECASE)
 IMAGE_END = re.compile(r"[ _.\-]+(?:leftimg8bit|images?|img|im|rgb|sat|photo|input|orig(?:inal)?)$", re.IGNORECASE)
 BEGIN = re.compile(rf"^(?:{MASK_WORD}|images?|img|im|picture|photo){BREAK}(?=\d)", re.IGNORECASE)
 MASK_BEGIN = re.compile(rf"^{MASK_WORD}{BREAK}(?=\d)", re.IGNORECASE)
@@ -153,6 +154,14 @@ def has_pairs(folder: Path) -> bool:
     images = {_plain(file.stem) for file, mask in _marked(files).items() if not mask}
     paired = sum(_plain(file.stem) in images for file in masks)
     return paired > 0 and 2 * paired >= len(masks) and 2 * paired >= len(images)
+
+
+def find_marked_masks(files: Sequence[Path]) -> set[Path]:
+    """The files with the name of another in their folder and `_mask` or its like at the end, where few colours are in them."""
+    stems = {(file.parent, file.stem) for file in files}
+    plain = {file: MARKED_MASK.sub("", file.stem) for file in files}
+    pairs = [file for file, stem in plain.items() if stem != file.stem and (file.parent, stem) in stems]
+    return {file for file in pairs if has_few_colours(file)}
 
 
 def _marked(files: Sequence[Path]) -> dict[Path, bool]:
