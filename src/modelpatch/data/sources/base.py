@@ -176,6 +176,8 @@ def read_source(given: Any, options: SourceOptions) -> tuple[Found, str]:
     try:
         found = chosen[0].read(given, options)
         check_class_count(found, given)
+    except OSError as error:  # a folder that may not be listed
+        raise DataError(f"{given}: {error.filename or 'a file'} cannot be read: {error.strerror or error}.") from error
     except DataError as error:
         told = tell_foreign(given) if chosen[0].general and isinstance(given, Path) else ""
         if told and told not in str(error):
