@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import make_tiny
+from conftest import color_task, make_tiny
 from modelpatch.backbone.backbone import Backbone
 from modelpatch.data.task import Task
 from modelpatch.methods.linear_probe import LinearProbe
@@ -110,3 +110,10 @@ def test_features_that_have_faded_to_nothing_are_harmless() -> None:
     weight, bias = solver_of(examples).fold(solver_of(examples).solve(examples, 1e-3))
     assert weight.isfinite().all()
     assert torch.allclose(bias.softmax(0), torch.tensor([6, 2, 1]) / 9, atol=1e-2)
+
+
+@pytest.mark.parametrize("augment", ["auto", "none", "light", "standard"])
+def test_a_set_too_small_to_hold_images_out_is_solved(augment: str, backbone: Backbone) -> None:
+    patch = fit(backbone, color_task(3), LinearProbe(), **{**PLAIN, "augment": augment})
+    assert patch.created["solved"]["held_out_images"] == 0
+    assert patch.tensors["head.weight"].isfinite().all()

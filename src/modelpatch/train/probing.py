@@ -69,7 +69,7 @@ class HeadProbe:
         shares = {name: examples.take(trained) for name, examples in candidates.items()}
         solver = Solver(Scales.of(list(shares.values())[-1]), head.out_features, self.measure_loss, self.weigh)
         history: list[Figures] = []
-        name, best = PLAIN, Solution.start(solver.scales, head.out_features, PENALTY)
+        name, best = next(iter(candidates)), Solution.start(solver.scales, head.out_features, PENALTY)
         if len(held_out):
             name, best = self.choose(solver, shares, held_out, history)
         penalty = best.penalty * len(trained) / len(plain)
